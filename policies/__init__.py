@@ -1,0 +1,25 @@
+"""The serving policies: what is admitted, batched, cached and preempted.
+
+Pure Python (standard library and xxhash). Nothing here executes a model, reads a clock or draws an unseeded random
+number, so the same objects decide in the simulator and in the real engine.
+"""
+
+from twinserve.policies.block_manager import Block, BlockManager
+from twinserve.policies.core import Core, CoreListener
+from twinserve.policies.prefix_cache import PrefixCache
+from twinserve.policies.scheduler import Batch, FirstCome, Scheduler
+from twinserve.policies.sequence import SamplingParams, Sequence, SequenceStatus
+
+__all__ = [
+    "Batch",
+    "Block",
+    "BlockManager",
+    "Core",
+    "CoreListener",
+    "FirstCome",
+    "PrefixCache",
+    "SamplingParams",
+    "Scheduler",
+    "Sequence",
+    "SequenceStatus",
+]

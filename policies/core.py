@@ -1,0 +1,168 @@
+"""Core: the one loop that the simulator and the real engine walk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from twinserve.policies.scheduler import Batch, Scheduler
+from twinserve.policies.sequence import Sequence
+
+
+class CoreListener(Protocol):
+    """Hears the facts and decisions of a run as they happen; a run record is one."""
+
+    def ingested(self, seq: Sequence, number: int) -> None:
+        """`seq` came in as the `number`-th request (from 0); it may have been refused."""
+
+    def decided(self, batch: Batch) -> None:
+        """A decision was made."""
+
+    def committed(self, batch: Batch) -> None:
+        """The step of `batch` has ended and its tokens are known."""
+
+    def finished(self, seq: Sequence) -> None:
+        """`seq` has ended: served, aborted or refused."""
+
+
+class Core:
+    """The only place where the order of calls exists: ingest, abort, decide, commit.
+
+    It reads no clock and never waits: `now_ns` is handed in. Decisions may run ahead of results by `pipeline_depth`
+    steps: at 0 a step's tokens are known before the next is decided, at 1 the next is decided while they are in flight.
+    An abort takes effect at the next decision, so that the facts between two decisions need no order among themselves.
+
+    Args:
+        scheduler: the policies.
+        pipeline_depth: 0 or 1.
+        eos_token_id: the token that ends a sequence.
+        listener: hears facts and decisions; decisions are digested only for it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        pipeline_depth: int = 0,
+        eos_token_id: int | None = None,
+        listener: CoreListener | None = None,
+    ):
+        if pipeline_depth not in (0, 1):
+            raise ValueError(f"pipeline_depth is {pipeline_depth}, expected 0 or 1")
+        self.scheduler = scheduler
+        self.pipeline_depth = pipeline_depth
+        self.eos_token_id = eos_token_id
+        self.listener = listener
+        self.in_flight: deque[Batch] = deque()
+        self.sequences: dict[int, Sequence] = {}
+        self.num_ingested = 0
+        self.num_decisions = 0
+        self.last_committed = -1
+        self._aborts: list[tuple[int, int]] = []
+        self._digest = 0
+
+    @property
+    def can_decide(self) -> bool:
+        """Is there something to decide, and room for one more batch in flight?"""
+        return len(self.in_flight) <= self.pipeline_depth and bool(self.sequences)
+
+    @property
+    def must_commit(self) -> bool:
+        """Must the oldest batch in flight be committed before anything else can happen?"""
+        return bool(self.in_flight) and not self.can_decide
+
+    @property
+    def is_idle(self) -> bool:
+        """Is there nothing to decide and nothing in flight?"""
+        return not self.in_flight and not self.sequences
+
+    def ingest(self, seq: Sequence, now_ns: int) -> bool:
+        """Take a request in; it is seen by every later decision. False if it was refused (see `seq.refusal`)."""
+        if seq.seq_id in self.sequences:
+            raise ValueError(f"a sequence with id {seq.seq_id} is being served already")
+        seq.ingested_ns = now_ns
+        accepted = self.scheduler.add(seq)
+        if accepted:
+            self.sequences[seq.seq_id] = seq
+        if self.listener is not None:
+            self.listener.ingested(seq, self.num_ingested)
+        self.num_ingested += 1
+        if not accepted:
+            self._finished(seq, now_ns)
+        return accepted
+
+    def abort(self, seq_id: int, now_ns: int) -> bool:
+        """End a request at the next decision, unless it ends by itself before; False if it is not being served."""
+        if seq_id not in self.sequences:
+            return False
+        self._aborts.append((seq_id, now_ns))
+        return True
+
+    def decide(self, now_ns: int) -> Batch:
+        """Decide the next step.
+
+        Raises:
+            RuntimeError: more than `pipeline_depth` batches are in flight, or nothing can ever be scheduled.
+        """
+        if len(self.in_flight) > self.pipeline_depth:
+            raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
+        aborted = self._apply_aborts()
+        batch = self.scheduler.schedule()
+        batch.decision = self.num_decisions
+        batch.seen = self.num_ingested
+        batch.aborted = aborted
+        batch.committed = self.last_committed
+        batch.decided_ns = now_ns
+        if not (batch or self.in_flight or aborted or batch.preempted) and self.sequences:
+            raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
+        for row in batch.admitted:
+            if row.seq.first_scheduled_ns is None:
+                row.seq.first_scheduled_ns = now_ns
+        self.num_decisions += 1
+        self.in_flight.append(batch)
+        if self.listener is not None:
+            self._digest = batch.digest = batch.compute_digest(self._digest)
+            self.listener.decided(batch)
+        return batch
+
+    def commit(self, token_ids: Seq[int] | None, now_ns: int) -> list[Sequence]:
+        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end.
+
+        Raises:
+            RuntimeError: nothing is in flight.
+        """
+        if not self.in_flight:
+            raise RuntimeError("commit without a batch in flight")
+        batch = self.in_flight[0]
+        finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
+        self.in_flight.popleft()
+        self.last_committed = batch.decision
+        if batch.end_ns is None:
+            batch.end_ns = now_ns
+        if batch.is_prefill:
+            for row in batch.rows:
+                if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
+                    row.seq.first_token_ns = now_ns
+        if self.listener is not None:
+            self.listener.committed(batch)
+        for seq in finished:
+            del self.sequences[seq.seq_id]
+            self._finished(seq, now_ns)
+        return finished
+
+    def _apply_aborts(self) -> list[Sequence]:
+        aborted = []
+        for seq_id, now_ns in self._aborts:
+            seq = self.sequences.pop(seq_id, None)
+            if seq is not None:
+                self.scheduler.abort(seq)
+                self._finished(seq, now_ns)
+                aborted.append(seq)
+        self._aborts.clear()
+        return aborted
+
+    def _finished(self, seq: Sequence, now_ns: int) -> None:
+        seq.finish_ns = now_ns
+        if self.listener is not None:
+            self.listener.finished(seq)

@@ -1,0 +1,169 @@
+"""PrefixCache: which KV block holds which prefix, found by a hash chained over the prefix and checked by content."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import xxhash
+
+HASHES: dict[str, Callable[[bytes, int], int]] = {
+    "xxh64": xxhash.xxh64_intdigest,
+    "xxh3_128": xxhash.xxh3_128_intdigest,
+}
+_HASH_BYTES = {"xxh64": 8, "xxh3_128": 16}
+
+
+def token_bytes(token_ids: list[int]) -> bytes:
+    """The token ids as 4 little-endian bytes each."""
+    packed = array("I", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+class CachedBlock(NamedTuple):
+    """What the cache knows of a block it holds.
+
+    `prefix` numbers the block's whole content, prefix included: two cached blocks have the same number exactly when
+    the same tokens fill them after the same prefix. `parent` is the number of the prefix before the block.
+    """
+
+    hash: int
+    content: bytes | None
+    parent: int
+    prefix: int
+
+
+class PrefixCache:
+    """Full KV blocks by the hash of their tokens, chained over the prefix.
+
+    A hit compares the tokens and the prefix as well as the hash, so that a collision costs a miss and never gives one
+    request the KV of another. Several blocks may hold equal content; the one stored first serves hits, the others take
+    over when it goes.
+
+    Args:
+        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer.
+        seed: seeds the hash, so that hashes cannot be predicted from outside.
+        salt: begins every chain; caches with different salts share nothing.
+    """
+
+    ROOT = 0
+
+    def __init__(self, *, hash: str | Callable[[bytes, int], int] = "xxh64", seed: int = 0, salt: str = ""):
+        if isinstance(hash, str) and hash not in HASHES:
+            raise ValueError(f"hash is {hash!r}, expected one of {', '.join(HASHES)}")
+        self._digest = HASHES[hash] if isinstance(hash, str) else hash
+        self._hash_bytes = _HASH_BYTES.get(hash, 16) if isinstance(hash, str) else 16
+        self.seed = seed
+        self.root_hash = self._digest(salt.encode(), seed) if salt else -1
+        self.hash_to_block_id: dict[int, int] = {}
+        self._cached: dict[int, CachedBlock] = {}
+        self._equal_hash: dict[int, OrderedDict[int, None]] = {}
+        self._last_prefix = self.ROOT
+
+    @staticmethod
+    def compute_hash(token_ids: list[int], prefix_hash: int = -1) -> int:
+        """xxh64 of a block's tokens: the prefix's hash as 8 little-endian bytes unless -1, then 4 bytes a token."""
+        prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(8, "little")
+        return xxhash.xxh64_intdigest(prefix + token_bytes(token_ids))
+
+    def block_hash(self, content: bytes, prefix_hash: int) -> int:
+        """This cache's hash of a block with `content` (see `token_bytes`) behind a prefix with `prefix_hash`."""
+        prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(self._hash_bytes, "little")
+        return self._digest(prefix + content, self.seed)
+
+    def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
+        """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
+        block_ids: list[int] = []
+        prefix_hash, parent = self.root_hash, self.ROOT
+        for end in range(block_size, len(token_ids) + 1, block_size):
+            content = token_bytes(token_ids[end - block_size : end])
+            prefix_hash = self.block_hash(content, prefix_hash)
+            block_id = self.find(prefix_hash, content, parent)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+            parent = self._cached[block_id].prefix
+        return block_ids, len(block_ids) * block_size
+
+    def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
+        """Store a full block of tokens that follows the stored prefix with `prefix_hash` (-1: none); its hash.
+
+        Raises:
+            KeyError: no block with `prefix_hash` is stored.
+        """
+        parent = self.ROOT
+        if prefix_hash == -1:
+            prefix_hash = self.root_hash
+        elif prefix_hash != self.root_hash:
+            parent = self._cached[self.hash_to_block_id[prefix_hash]].prefix
+        content = token_bytes(token_ids)
+        block_hash = self.block_hash(content, prefix_hash)
+        self.register(block_id, block_hash, content, parent)
+        return block_hash
+
+    def find(self, block_hash: int, content: bytes | None, parent: int) -> int | None:
+        """The block stored first among those with this hash, content and prefix before it; None if there is none."""
+        block_id = self.hash_to_block_id.get(block_hash)
+        if block_id is None:
+            return None
+        cached = self._cached[block_id]
+        if cached.content == content and cached.parent == parent:
+            return block_id
+        for other_id in self._equal_hash.get(block_hash, ()):
+            other = self._cached[other_id]
+            if other.content == content and other.parent == parent:
+                return other_id
+        return None
+
+    def register(self, block_id: int, block_hash: int, content: bytes | None, parent: int) -> None:
+        """Note that `block_id` holds `content` behind the prefix numbered `parent`, or will once its step has run."""
+        if block_id in self._cached:
+            raise ValueError(f"block {block_id} is stored already, as {self._cached[block_id]}")
+        equal_id = self.find(block_hash, content, parent)
+        if equal_id is None:
+            self._last_prefix += 1
+            prefix = self._last_prefix
+        else:
+            prefix = self._cached[equal_id].prefix
+        self._cached[block_id] = CachedBlock(block_hash, content, parent, prefix)
+        if self.hash_to_block_id.setdefault(block_hash, block_id) != block_id:
+            self._equal_hash.setdefault(block_hash, OrderedDict())[block_id] = None
+
+    def remove(self, block_id: int) -> None:
+        """Forget what `block_id` held; a block of equal hash takes its place in `hash_to_block_id`."""
+        block_hash = self._cached.pop(block_id).hash
+        others = self._equal_hash.get(block_hash)
+        if self.hash_to_block_id[block_hash] == block_id:
+            if others:
+                self.hash_to_block_id[block_hash] = others.popitem(last=False)[0]
+            else:
+                del self.hash_to_block_id[block_hash]
+        elif others is not None:
+            del others[block_id]
+        if others is not None and not others:
+            del self._equal_hash[block_hash]
+
+    def clear(self) -> None:
+        """Forget every block."""
+        self.hash_to_block_id.clear()
+        self._cached.clear()
+        self._equal_hash.clear()
+
+    def prefix_of(self, block_id: int) -> int:
+        """The number of the prefix that ends with `block_id`."""
+        return self._cached[block_id].prefix
+
+    def get(self, block_id: int) -> CachedBlock | None:
+        """What is known of a block; None if it is not stored."""
+        return self._cached.get(block_id)
+
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._cached
+
+    def __len__(self) -> int:
+        return len(self._cached)

@@ -1,0 +1,1 @@
+"""Requests in, run records and metrics out; alike for the simulator and for the real engine."""

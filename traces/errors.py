@@ -1,0 +1,28 @@
+"""InputError: bad input, said in one line."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something given from outside cannot be used; the message is one line for the person who gave it.
+
+    Commands print it to stderr and exit with status 2.
+
+    Args:
+        problem: what is wrong and what was expected.
+        path: the file, where it is one.
+        line: the line in it, from 1.
+        field: the field, column or setting.
+        value: the value found.
+    """
+
+    def __init__(
+        self, problem: str, *, path: object = None, line: int | None = None, field: str | None = None, value: object = ...
+    ):
+        where = ":".join(str(part) for part in (path, line) if part is not None)
+        what = field or ""
+        if value is not ...:
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            what += f" is {shown}" if what else shown
+        super().__init__(": ".join(part for part in (where, what) if part) + (", " if what else ": " if where else "") + problem)

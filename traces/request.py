@@ -1,0 +1,174 @@
+"""Request: one line of a trace, and the only converter from it to a Sequence."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import xxhash
+
+from twinserve.policies import SamplingParams, Sequence
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def answer_text(request_id: int) -> int:
+    """The number of the text that request `request_id` generates."""
+    return -1 - request_id
+
+
+class Part(NamedTuple):
+    """`length` tokens of the text numbered `text`, from its token `start` on.
+
+    Equal numbers mean equal texts within a trace. A negative number is the answer of a request (`answer_text`).
+    """
+
+    text: int
+    start: int
+    length: int
+
+
+class PrefixKeys:
+    """Tells prefixes of prompts apart without tokens: `keys(n)` is equal exactly when the first n tokens are.
+
+    Beyond the prompt, the tokens are the answer's. A key mixes a 64-bit hash of everything before the part that
+    token n lies in with the offset in that part, so it costs nothing per token.
+    """
+
+    __slots__ = ("_answer", "_bases", "_ends", "_parts")
+
+    def __init__(self, parts: Seq[Part], answer: int):
+        self._parts = _merged(parts)
+        self._answer = answer
+        self._ends: list[int] = []
+        end = 0
+        for part in self._parts:
+            end += part.length
+            self._ends.append(end)
+        self._bases: list[int] = []
+
+    def __call__(self, num_tokens: int) -> int:
+        index = bisect_left(self._ends, num_tokens)
+        while len(self._bases) <= index:
+            self._bases.append(self._base(len(self._bases)))
+        begin = self._ends[index - 1] if index else 0
+        return (self._bases[index] + (num_tokens - begin) * _GOLDEN) & _MASK
+
+    def _base(self, index: int) -> int:
+        """Hash of the parts before `index` and of the text that begins there."""
+        before, length = (self._bases[index - 1], self._parts[index - 1].length) if index else (0, 0)
+        text, start = self._parts[index][:2] if index < len(self._parts) else (self._answer, 0)
+        values = (before, length, text & _MASK, start)
+        return xxhash.xxh64_intdigest(b"".join(value.to_bytes(8, "little") for value in values))
+
+
+def _merged(parts: Seq[Part]) -> list[Part]:
+    """The same tokens in as few parts as can be."""
+    merged: list[Part] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if last is not None and last.text == part.text and last.start + last.length == part.start:
+            merged[-1] = Part(last.text, last.start, last.length + part.length)
+        elif part.length:
+            merged.append(part)
+    return merged
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a trace.
+
+    Attributes:
+        id: the number of its row in the trace, from 0.
+        arrival_ns: when it arrives, in nanoseconds from the start of the trace.
+        parts: what its prompt consists of.
+        max_tokens: tokens it asks for; a replay generates that many unless told to stop at end-of-sequence.
+        session: the conversation it belongs to.
+        after: the request whose answer must be complete before this one can arrive.
+    """
+
+    id: int
+    arrival_ns: int
+    parts: tuple[Part, ...]
+    max_tokens: int
+    session: int | None = None
+    after: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return sum(part.length for part in self.parts)
+
+    def resolved(self, answer_lengths: Mapping[int, int]) -> Request:
+        """The request with parts of answers cut to what was really generated.
+
+        Args:
+            answer_lengths: tokens generated, by request id, for every request whose answer the prompt holds.
+        """
+        if all(part.text >= 0 for part in self.parts):
+            return self
+        parts = []
+        for part in self.parts:
+            if part.text < 0:
+                available = answer_lengths[-1 - part.text] - part.start
+                part = part._replace(length=max(0, min(part.length, available)))
+            parts.append(part)
+        return replace(self, parts=tuple(part for part in parts if part.length))
+
+    def to_sequence(self, params: SamplingParams, token_ids: list[int] | None = None) -> Sequence:
+        """The Sequence that the policies see.
+
+        Args:
+            params: sampling; its `max_tokens` is replaced by the request's.
+            token_ids: the prompt's tokens where something real runs; None in a simulation.
+        """
+        if token_ids is not None and len(token_ids) != self.prompt_tokens:
+            raise ValueError(f"request {self.id}: {len(token_ids)} token ids for {self.prompt_tokens} prompt tokens")
+        return Sequence(
+            token_ids,
+            replace(params, max_tokens=self.max_tokens),
+            seq_id=self.id,
+            num_prompt_tokens=self.prompt_tokens,
+            prefix_key=PrefixKeys(self.parts, answer_text(self.id)) if token_ids is None else None,
+            arrival_ns=self.arrival_ns,
+        )
+
+
+@dataclass(frozen=True)
+class TokenMaker:
+    """Makes token ids from a prompt's parts: equal parts give equal tokens, other parts give unrelated ones.
+
+    Args:
+        vocab_size: ids are below it.
+        first_id: ids are at or above it (tokenizers keep special tokens at the low end).
+        seed: another seed, other tokens.
+    """
+
+    vocab_size: int
+    first_id: int = 0
+    seed: int = 0
+
+    def token_ids(self, request: Request, answers: Mapping[int, Seq[int]]) -> list[int]:
+        """The prompt of `request`; `answers` holds the generated tokens of the requests that it refers to."""
+        tokens: list[int] = []
+        for part in request.parts:
+            if part.text < 0:
+                tokens += answers[-1 - part.text][part.start : part.start + part.length]
+            else:
+                tokens += self._text(part)
+        return tokens
+
+    def _text(self, part: Part) -> list[int]:
+        import numpy as np
+
+        key = xxhash.xxh64_intdigest(part.text.to_bytes(8, "little"), self.seed)
+        x = np.arange(part.start + 1, part.start + part.length + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        x += np.uint64(key)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        span = np.uint64(self.vocab_size - self.first_id)
+        return (x % span + np.uint64(self.first_id)).tolist()

@@ -1,0 +1,98 @@
+"""Settings: every switch of the policies, under vLLM's names where vLLM has it, and the Core they describe."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twinserve.policies import BlockManager, Core, CoreListener, PrefixCache, Scheduler
+from twinserve.traces.errors import InputError
+
+
+class Settings(BaseModel):
+    """What the policies are told. The defaults are vLLM's: mixed batches, chunked prefill, prefix caching."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    composition: Literal["mixed", "prefill-first"] = "mixed"
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = Field(0, ge=0)
+    max_model_len: int | None = Field(None, ge=1)
+    block_size: int = Field(16, ge=1)
+    num_gpu_blocks: int | None = Field(None, ge=1, description="usable KV blocks; none: a pool without end")
+    enable_prefix_caching: bool = True
+    prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"
+    prefix_caching_seed: int = Field(0, ge=0)
+    scheduler_reserve_full_isl: bool = True
+    watermark: float = Field(0.0, ge=0.0, lt=1.0)
+    pipeline_depth: int = Field(0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can decode"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_model_len "
+                f"({self.max_model_len}) when enable_chunked_prefill is off"
+            )
+        if self.watermark and self.num_gpu_blocks is None:
+            raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
+        return self
+
+    @classmethod
+    def load(cls, values: dict[str, Any], path: Path | None = None) -> Settings:
+        """Settings from `values`, over those of the TOML file `path`.
+
+        Raises:
+            InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
+        """
+        merged: dict[str, Any] = {}
+        if path is not None:
+            try:
+                merged = tomllib.loads(path.read_text())
+            except OSError as error:
+                raise InputError(f"cannot be read: {error.strerror}", path=path) from error
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"expected TOML: {error}", path=path) from error
+        merged |= {name: value for name, value in values.items() if value is not None}
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or None
+            source = path if path is not None and (field is None or field not in values) else None
+            message = first["msg"].removeprefix("Value error, ")
+            if field is None:
+                raise InputError(message, path=source) from error
+            raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
+
+    def build_core(self, *, eos_token_id: int | None = None, listener: CoreListener | None = None) -> Core:
+        """A Core with these policies and nothing in it; the same for every world."""
+        scheduler = Scheduler(
+            BlockManager(self.num_gpu_blocks, self.block_size),
+            self.max_num_seqs,
+            composition=self.composition,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            max_model_len=self.max_model_len,
+            prefix_cache=(
+                PrefixCache(hash=self.prefix_caching_hash_algo, seed=self.prefix_caching_seed)
+                if self.enable_prefix_caching
+                else None
+            ),
+            reserve_full_prompt=self.scheduler_reserve_full_isl,
+            watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+        )
+        return Core(
+            scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener
+        )

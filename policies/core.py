@@ -59,7 +59,7 @@ class Core:
         self.num_ingested = 0
         self.num_decisions = 0
         self.last_committed = -1
-        self._aborts: list[tuple[int, int]] = []
+        self._aborts: list[tuple[Sequence, int]] = []
         self._digest = 0
 
     @property
@@ -94,9 +94,10 @@ class Core:
 
     def abort(self, seq_id: int, now_ns: int) -> bool:
         """End a request at the next decision, unless it ends by itself before; False if it is not being served."""
-        if seq_id not in self.sequences:
+        seq = self.sequences.get(seq_id)
+        if seq is None:
             return False
-        self._aborts.append((seq_id, now_ns))
+        self._aborts.append((seq, now_ns))
         return True
 
     def decide(self, now_ns: int) -> Batch:
@@ -153,9 +154,9 @@ class Core:
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []
-        for seq_id, now_ns in self._aborts:
-            seq = self.sequences.pop(seq_id, None)
-            if seq is not None:
+        for seq, now_ns in self._aborts:
+            if not seq.is_finished:
+                del self.sequences[seq.seq_id]
                 self.scheduler.abort(seq)
                 self._finished(seq, now_ns)
                 aborted.append(seq)

@@ -1,0 +1,55 @@
+"""KVCache: the keys and values of every layer in blocks of a pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twinserve.engine.models.config import ModelConfig
+from twinserve.traces.errors import InputError
+
+CPU_BUDGET_BYTES = 1 << 30
+CUDA_BUDGET_SHARE = 0.8
+
+
+class KVCache:
+    """A pool of KV blocks. Slot s of a layer is place s % block_size of block s // block_size.
+
+    Raises:
+        InputError: the pool does not fit the device's memory.
+
+    Attributes:
+        keys, values: a tensor [num_blocks, block_size, kv_heads, head_dim] for each layer.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+    ):
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        # Never read before it is written, so left uninitialised: a CPU's pool then costs what is used of it.
+        try:
+            self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        except RuntimeError as error:
+            size = num_blocks * bytes_per_block(config, block_size, dtype)
+            problem = f"expected fewer: {size:,} bytes of KV do not fit the memory of {device}"
+            raise InputError(problem, field="num_gpu_blocks", value=num_blocks) from error
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Store `key` and `value` [tokens, kv_heads, head_dim] in the slots `slots` [tokens] of a layer."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a block in all layers, keys and values."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def default_num_blocks(config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device | str) -> int:
+    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or four fifths of what is free on a CUDA device."""
+    device = torch.device(device)
+    budget = CUDA_BUDGET_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_BUDGET_BYTES
+    return max(1, int(budget) // bytes_per_block(config, block_size, dtype))

@@ -1,0 +1,321 @@
+"""LLM: a model, its settings and its KV pool; generates from prompts and replays traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from twinserve.engine.kv_cache import default_num_blocks
+from twinserve.engine.model_runner import ModelRunner
+from twinserve.engine.models import Decoder, adopt_model, load_model
+from twinserve.engine.models.loader import DTYPES
+from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
+from twinserve.policies import CoreListener, SamplingParams, Sequence
+from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.errors import InputError
+from twinserve.traces.request import Request, TokenMaker
+from twinserve.traces.settings import Settings
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a prompt.
+
+    Attributes:
+        text: the generated tokens decoded, without special tokens; empty without a tokenizer.
+        token_ids: the generated tokens, an end-of-sequence token included.
+        finish_reason: "stop", "length" or "refused".
+        num_prompt_tokens: tokens of the prompt.
+        num_cached_tokens: those of them whose KV was found in the prefix cache.
+        refusal: why a refused prompt can never be served.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    refusal: str | None = None
+
+
+class RunListener(CoreListener, Protocol):
+    """A CoreListener that is told each request of a trace, its prompt as it really is, just before it comes in."""
+
+    def expect(self, request: Request, sampling: SamplingParams) -> None:
+        """`request` is about to come in; it samples by `sampling`."""
+
+
+class LLM:
+    """A model ready to serve.
+
+    Args:
+        model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).
+        tokenizer: for a model given as a module; a folder's is found in it.
+        device: "cpu", "cuda", ...
+        dtype: "float32" or "bfloat16"; of the weights of a folder or a transformers model, once loaded.
+        settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
+            model's, `num_gpu_blocks` what fits 1 GiB (CPU) or four fifths of the free memory (CUDA).
+        backend: the attention; "auto" takes the fastest that the device has.
+        seed: of the draws for requests without a seed of their own.
+        threads: CPU threads of torch, in the whole process; None leaves them.
+        token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
+
+    Attributes:
+        config: the model's shape.
+        settings: as in use, nothing left open.
+        eos_token_ids: the tokens that end a text, the tokenizer's own first.
+
+    Raises:
+        InputError: the model, the settings or the token maker cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        tokenizer: Any = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        settings: Settings | None = None,
+        backend: Literal["auto", "sdpa"] = "auto",
+        seed: int = 0,
+        threads: int | None = None,
+        token_maker: TokenMaker | None = None,
+    ):
+        if dtype not in DTYPES:
+            raise InputError(f"expected one of {', '.join(DTYPES)}", field="dtype", value=dtype)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        decoder = _decoder(model, DTYPES[dtype], device)
+        self.name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).name
+        self.tokenizer = tokenizer if isinstance(model, nn.Module) else _load_tokenizer(Path(model))
+        self.config = decoder.config
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        ids = (own, *self.config.eos_token_ids)
+        self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+        self.seed = seed
+        self.token_maker = self._checked(token_maker or self._default_token_maker())
+        self.settings = _resolve(settings or Settings.load({}), decoder, device)
+        self.runner = ModelRunner(
+            decoder,
+            self.tokenizer,
+            device,
+            num_blocks=self.settings.num_gpu_blocks,
+            block_size=self.settings.block_size,
+            backend=backend,
+            seed=seed,
+        )
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text; None if none does. Further `eos_token_ids` end it as stop tokens."""
+        return self.eos_token_ids[0] if self.eos_token_ids else None
+
+    @property
+    def device_name(self) -> str:
+        """What executes the steps, in words."""
+        if self.runner.device.type == "cuda":
+            return torch.cuda.get_device_name(self.runner.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def facts(self) -> dict[str, Any]:
+        """What a replay of a run has to know beside its settings, and what made its tokens, as plain values."""
+        return {
+            "model": {"name": self.name, **asdict(self.config)},
+            "dtype": str(self.runner.model.dtype).removeprefix("torch."),
+            "attention_backend": self.runner.backend,
+            "seed": self.seed,
+            "eos_token_id": self.eos_token_id,
+            "tokens": asdict(self.token_maker),
+        }
+
+    def close(self) -> None:
+        """End the runner's thread."""
+        self.runner.close()
+
+    def generate(
+        self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]
+    ) -> list[Completion]:
+        """Complete prompts, all of them at once.
+
+        Args:
+            prompts: texts, or token ids.
+            sampling_params: for all, or one for each.
+
+        Returns:
+            A completion for each prompt, in their order; a prompt that can never be served has one that is "refused".
+
+        Raises:
+            InputError: a text without a tokenizer, token ids that the model has not, or another number of parameters.
+        """
+        params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(params) != len(prompts):
+            problem = f"expected one, or one for each of {len(prompts)} prompts"
+            raise InputError(problem, field="the number of sampling_params", value=len(params))
+        sequences = [
+            Sequence(self._encode(prompt, index), self._with_stops(params[index]), seq_id=index)
+            for index, prompt in enumerate(prompts)
+        ]
+        inbox = Inbox()
+        for seq in sequences:
+            inbox.put(seq)
+        inbox.close()
+        self._serve(None, inbox, Clock(), lambda seq: None)
+        return [self._completion(seq) for seq in sequences]
+
+    def run_trace(
+        self,
+        requests: Iterable[Request],
+        *,
+        params: SamplingParams,
+        recorder: RunListener | None = None,
+        time_scale: float = 1.0,
+        progress: Callable[[Sequence], None] | None = None,
+        on_start: Callable[[Inbox, Clock], None] | None = None,
+    ) -> list[Sequence]:
+        """Serve the requests of a trace as they arrive, in real time.
+
+        Args:
+            params: sampling; each request brings its own `max_tokens`.
+            recorder: hears the run's facts and decisions.
+            time_scale: arrivals come so many times later than in the trace.
+            progress: called with each sequence that ends.
+            on_start: called just before the first request can come in, with the inbox, which takes aborts from any
+                thread, and the run's clock.
+
+        Returns:
+            The sequences in the order in which they ended.
+
+        Raises:
+            AssertionError: an invariant of the policies does not hold at the end.
+        """
+        params = self._with_stops(params)
+        scaled = (replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests)
+        arrivals, inbox, clock = Arrivals(scaled), Inbox(), Clock()
+
+        def announce(request: Request) -> None:
+            if recorder is not None:
+                recorder.expect(request, params)
+
+        feeder = _Feeder(arrivals, inbox, clock, self.token_maker, params, announce)
+        served: list[Sequence] = []
+
+        def ended(seq: Sequence) -> None:
+            served.append(seq)
+            feeder.ended(seq)
+            if progress is not None:
+                progress(seq)
+
+        if on_start is not None:
+            on_start(inbox, clock)
+        feeder.start()
+        try:
+            self._serve(recorder, inbox, clock, ended)
+        finally:
+            feeder.stop()
+            feeder.join()
+        if feeder.error is not None:
+            raise feeder.error
+        return served
+
+    def _serve(
+        self, listener: CoreListener | None, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]
+    ) -> None:
+        """Serve what comes in by fresh policies."""
+        core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
+        serve(core, self.runner, inbox, clock, ended)
+        core.scheduler.check_integrity()
+
+    def _with_stops(self, params: SamplingParams) -> SamplingParams:
+        """`params` that also end at what ends the model's texts beside `eos_token_id`."""
+        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[1:]))))
+
+    def _encode(self, prompt: str | list[int], index: int) -> list[int]:
+        """Token ids of a prompt."""
+        if not isinstance(prompt, str):
+            vocab_size = self.config.vocab_size
+            for token_id in prompt:
+                if not 0 <= token_id < vocab_size:
+                    problem = f"expected an id from 0 to {vocab_size - 1}"
+                    raise InputError(problem, field=f"a token of prompts[{index}]", value=token_id)
+            return prompt
+        if self.tokenizer is None:
+            problem = "expected token ids, as the model has no tokenizer"
+            raise InputError(problem, field=f"prompts[{index}]", value=prompt)
+        return self.tokenizer.encode(prompt)
+
+    def _completion(self, seq: Sequence) -> Completion:
+        token_ids = seq.completion_token_ids
+        return Completion(
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else "",
+            token_ids=token_ids,
+            finish_reason=str(seq.finish_reason),
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_cached_tokens=seq.num_cached_tokens,
+            refusal=seq.refusal,
+        )
+
+    def _default_token_maker(self) -> TokenMaker:
+        """Makes tokens from the longest run of ids that do not end a text."""
+        bounds = [-1, *sorted(self.eos_token_ids), self.config.vocab_size]
+        _, first, end = max((end - start - 1, start + 1, end) for start, end in pairwise(bounds))
+        return TokenMaker(end, first)
+
+    def _checked(self, maker: TokenMaker) -> TokenMaker:
+        """`maker`, none of whose tokens is beyond the vocabulary or ends a text."""
+        vocab_size = self.config.vocab_size
+        if not 0 <= maker.first_id < maker.vocab_size <= vocab_size:
+            raise InputError(f"expected 0 <= first_id < vocab_size <= {vocab_size}", field="token_maker", value=maker)
+        inside = [token_id for token_id in self.eos_token_ids if maker.first_id <= token_id < maker.vocab_size]
+        if inside:
+            raise InputError(f"expected ids without {inside[0]}, which ends a text", field="token_maker", value=maker)
+        return maker
+
+
+class _Feeder(TraceFeeder):
+    """A TraceFeeder that keeps what went wrong in it."""
+
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+
+
+def _decoder(model: str | Path | nn.Module, dtype: torch.dtype, device: str) -> Decoder:
+    if isinstance(model, Decoder):
+        return model
+    if isinstance(model, nn.Module):
+        return adopt_model(model, dtype=dtype, device=device)
+    return load_model(Path(model), dtype=dtype, device=device)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; None if it has none."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _resolve(settings: Settings, decoder: Decoder, device: str) -> Settings:
+    """`settings` with nothing left open."""
+    limit = decoder.config.max_position_embeddings
+    max_model_len = settings.max_model_len or limit
+    if max_model_len > limit:
+        problem = f"expected at most {limit}, the model's max_position_embeddings"
+        raise InputError(problem, field="max_model_len", value=max_model_len)
+    num_blocks = settings.num_gpu_blocks
+    if num_blocks is None:
+        num_blocks = default_num_blocks(decoder.config, settings.block_size, decoder.dtype, device)
+    return Settings.load(settings.model_dump() | {"max_model_len": max_model_len, "num_gpu_blocks": num_blocks})

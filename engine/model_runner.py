@@ -1,0 +1,246 @@
+"""ModelRunner: runs the batches that the scheduler decides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step
+from twinserve.engine.kv_cache import KVCache, default_num_blocks
+from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, SdpaAttention, StepRows, slots_of
+from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.loader import adopt_model
+from twinserve.engine.sampler import SamplingPlan, draw_uniforms
+from twinserve.policies import Batch, Sequence
+from twinserve.policies.scheduler import Row
+from twinserve.traces.errors import InputError
+
+BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaAttention}
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """All that the model needs of a step, copied from the sequences at launch.
+
+    Attributes:
+        token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `StepRows`.
+        plan: the attention backend's.
+        last: [sampled], places in the flat batch of the last token of each row that samples.
+        sampling: how they sample.
+        late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    plan: Any
+    last: Tensor
+    sampling: SamplingPlan
+    late: tuple[Tensor, Tensor] | None
+
+
+class ModelRunner:
+    """Runs steps of a model over a pool of paged KV, in the order in which they are launched.
+
+    All that a step needs of its sequences is copied at launch, so the policies may change them at once. On a CPU the
+    steps run in a thread of the runner, on CUDA they are enqueued on the stream; either way the caller goes on.
+
+    Args:
+        model: a Decoder, or a transformers model whose weights are then copied.
+        tokenizer: the model's, or None; it only says what to pad with.
+        device: "cpu", "cuda", ...
+        num_blocks: blocks of the pool; None takes what fits 1 GiB (CPU) or four fifths of the free memory (CUDA).
+        block_size: tokens in a block; None takes `Sequence.block_size`.
+        backend: the attention; "auto" takes the fastest that the device has.
+        seed: of the draws for requests without a seed of their own.
+
+    Attributes:
+        model, tokenizer, device, num_blocks, block_size, backend: as in use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        device: torch.device | str,
+        *,
+        num_blocks: int | None = None,
+        block_size: int | None = None,
+        backend: Literal["auto", "sdpa"] = "auto",
+        seed: int = 0,
+    ):
+        if backend not in ("auto", *BACKENDS):
+            raise InputError(f"expected one of auto, {', '.join(BACKENDS)}", field="backend", value=backend)
+        self.device = torch.device(device)
+        self.model = model.to(self.device) if isinstance(model, Decoder) else adopt_model(model, device=self.device)
+        self.tokenizer = tokenizer
+        config, dtype = self.model.config, self.model.dtype
+        self.block_size = block_size or Sequence.block_size
+        self.num_blocks = num_blocks or default_num_blocks(config, self.block_size, dtype, self.device)
+        self._cache = KVCache(config, self.num_blocks, self.block_size, dtype, self.device)
+        self.backend = "sdpa" if backend == "auto" else backend
+        self._attention = BACKENDS[self.backend]()
+        self._generator = random.Random(seed)
+        self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
+        self._previous: tuple[Step, dict[Sequence, int]] | None = None
+
+    def close(self) -> None:
+        """Wait for what was launched and end the runner's thread."""
+        self._queue.close()
+
+    # --- the guide's calls ---
+
+    def prepare_prefill(self, seqs: Seq[Sequence]) -> tuple[Tensor, Tensor]:
+        """The tokens that each sequence computes in this step, in one batch padded on the right.
+
+        Returns:
+            input_ids [sequences, longest] and attention_mask of the same shape, 1 where there is a token.
+        """
+        tokens = [_scheduled_tokens(seq) for seq in seqs]
+        longest = max(len(row) for row in tokens)
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        input_ids = torch.tensor([row + [padding] * (longest - len(row)) for row in tokens])
+        attention_mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
+        return input_ids.to(self.device), attention_mask.to(self.device)
+
+    def prepare_decode(self, seqs: Seq[Sequence]) -> Tensor:
+        """The last token of each sequence, [sequences, 1]."""
+        return torch.tensor([[seq.token_ids[-1]] for seq in seqs]).to(self.device)
+
+    def run(self, seqs: Seq[Sequence], is_prefill: bool) -> list[int]:
+        """Run the step that was just scheduled; the next token of each sequence that computes its last known one.
+
+        Args:
+            seqs: as `schedule` gave them; each one's latest `num_scheduled_tokens` are computed.
+
+        Raises:
+            ValueError: a sequence has nothing scheduled.
+        """
+        if is_prefill:
+            input_ids, attention_mask = self.prepare_prefill(seqs)
+            tokens = [row[: int(length)].tolist() for row, length in zip(input_ids, attention_mask.sum(1), strict=True)]
+        else:
+            tokens = self.prepare_decode(seqs).tolist()
+        rows = []
+        for seq, row_tokens in zip(seqs, tokens, strict=True):
+            start = seq.num_computed_tokens - len(row_tokens)
+            rows.append(Row(seq, start, len(row_tokens), seq.num_computed_tokens == seq.num_tokens, is_prefill))
+        return self._launch(rows, tokens).result()
+
+    # --- the engine's calls ---
+
+    def execute(self, batch: Batch) -> list[int]:
+        """Run a step; a token for each of `batch.sampled`."""
+        return self.launch(batch).result()
+
+    def launch(self, batch: Batch) -> Step:
+        """Start a step.
+
+        A row may reach one token beyond those known: the one that the step launched before samples for it.
+
+        Raises:
+            ValueError: a sequence's blocks are not of this runner's pool.
+            RuntimeError: a row's last token is neither known nor sampled by the step launched before.
+        """
+        known = [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in batch.rows]
+        return self._launch(batch.rows, known)
+
+    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> Step:
+        """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
+        step_input = self._snapshot(rows, tokens) if rows else None
+        before = self._previous[0] if self._previous else None
+        step = self._queue.submit(lambda: self._compute(step_input, before))
+        self._previous = step, {row.seq: index for index, row in enumerate(row for row in rows if row.samples)}
+        return step
+
+    def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
+        """Copy what the step needs, in the order of its flat batch."""
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens > 1, -rows[i].start))
+        ordered = [rows[i] for i in order]
+        ends = np.cumsum([row.num_tokens for row in ordered])
+        last_of_row = dict(zip(order, ends - 1, strict=True))
+        positions = np.concatenate([np.arange(row.start, row.start + row.num_tokens) for row in ordered])
+        tables = self._block_tables(ordered)
+        token_ids, places, sources = [], [], []
+        for i, row in zip(order, ordered, strict=True):
+            token_ids += tokens[i]
+            if len(tokens[i]) < row.num_tokens:
+                token_ids.append(0)
+                places.append(last_of_row[i])
+                sources.append(self._sampled_before(row))
+        sampled = [(row, last_of_row[i]) for i, row in enumerate(rows) if row.samples]
+        params = [row.seq.sampling_params for row, _ in sampled]
+        uniforms = draw_uniforms(params, [row.start + row.num_tokens for row, _ in sampled], self._generator)
+        layout = StepRows(
+            num_single=sum(row.num_tokens == 1 for row in ordered),
+            query_lens=[row.num_tokens for row in ordered],
+            context_lens=[row.start + row.num_tokens for row in ordered],
+            block_tables=tables,
+            block_size=self.block_size,
+        )
+        return StepInput(
+            token_ids=self._to_device(token_ids),
+            positions=self._to_device(positions),
+            slots=self._to_device(self._slots(ordered, tables)),
+            plan=self._attention.plan(layout, self.model.dtype, self.device),
+            last=self._to_device([place for _, place in sampled]),
+            sampling=SamplingPlan.of(params, uniforms, self.device),
+            late=(self._to_device(places), self._to_device(sources)) if places else None,
+        )
+
+    def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
+        """The block table of each row, all of them within the pool."""
+        for row in rows:
+            if row.seq.block_size != self.block_size or max(row.seq.block_table) >= self.num_blocks:
+                raise ValueError(
+                    f"{row.seq} holds blocks of {row.seq.block_size} tokens up to block {max(row.seq.block_table)}, "
+                    f"but this runner has {self.num_blocks} blocks of {self.block_size}"
+                )
+        return [np.array(row.seq.block_table, dtype=np.int64) for row in rows]
+
+    def _slots(self, rows: Seq[Row], tables: Seq[np.ndarray]) -> np.ndarray:
+        """Where the keys and values of each token go."""
+        slots = [
+            slots_of(table, np.arange(row.start, row.start + row.num_tokens), self.block_size)
+            for row, table in zip(rows, tables, strict=True)
+        ]
+        return np.concatenate(slots)
+
+    def _sampled_before(self, row: Row) -> int:
+        """The place of the row's sequence among those that the step launched before samples."""
+        place = self._previous[1].get(row.seq) if self._previous else None
+        if place is None or row.start + row.num_tokens != row.seq.num_tokens + 1:
+            raise RuntimeError(f"the last token of {row} is neither known nor sampled by the step launched before")
+        return place
+
+    def _to_device(self, values: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
+
+    def _compute(self, step: StepInput | None, before: Step | None) -> Tensor:
+        """The tokens that a step samples; `before` is the step launched before it."""
+        if step is None:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        token_ids = step.token_ids
+        if step.late is not None and before is not None:
+            places, sources = step.late
+            token_ids = token_ids.index_copy(0, places, before.tokens[sources])
+        attention = PagedAttention(self._attention, self._cache, step.slots, step.plan)
+        hidden = self.model(token_ids, step.positions, attention)
+        return step.sampling.sample(self.model.logits(hidden[step.last]))
+
+
+def _scheduled_tokens(seq: Sequence) -> list[int]:
+    """The tokens that the latest decided step computes for `seq`.
+
+    Raises:
+        ValueError: none are.
+    """
+    if not seq.num_scheduled_tokens:
+        raise ValueError(f"{seq} has nothing scheduled: run what schedule() gave last")
+    return seq.token_ids[seq.num_computed_tokens - seq.num_scheduled_tokens : seq.num_computed_tokens]

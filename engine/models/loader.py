@@ -1,0 +1,187 @@
+"""Weights for a Decoder: from a Hugging Face folder, from a transformers model, or random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from twinserve.engine.models.config import ModelConfig, read_json
+from twinserve.engine.models.decoder import Decoder
+from twinserve.traces.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    """The Decoder of a Hugging Face folder: `config.json` and safetensors, in one file or in shards.
+
+    Args:
+        dtype: of the weights, whatever the files hold.
+
+    Raises:
+        InputError: the folder lacks something, or holds something that is not honoured.
+    """
+    if not folder.is_dir():
+        raise InputError("expected a folder with config.json and safetensors", path=folder)
+    config = ModelConfig.load(folder)
+    with ExitStack() as stack:
+        source = _open_weights(folder, stack)
+        return _build(config, source, dtype, device)
+
+
+def adopt_model(model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """A Decoder with a copy of the weights of a transformers model.
+
+    Args:
+        dtype: of the copy; None keeps the model's.
+
+    Raises:
+        InputError: the model's architecture, or something in its config, is not honoured.
+    """
+    name = type(model).__name__
+    theirs: Any = getattr(model, "config", None)
+    if not hasattr(theirs, "to_dict"):
+        raise InputError("expected a Decoder or a causal language model of transformers", field="model", value=name)
+    more_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    config = ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
+    tensors = model.state_dict()
+    source = _Source(name, tensors, lambda tensor_name: tensors[tensor_name])
+    return _build(config, source, dtype or next(model.parameters()).dtype, device)
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    std: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A Decoder with weights drawn from a normal distribution of deviation `std`, norms at 1 and biases at 0."""
+    with torch.device("meta"):
+        model = Decoder(config, dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, std, generator=generator)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Tensors by name, and where they are from."""
+
+    path: object
+    names: Collection[str]
+    read: Callable[[str], Tensor]
+
+
+def _open_weights(folder: Path, stack: ExitStack) -> _Source:
+    """The tensors of the folder's safetensors files, read when asked for."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError("expected the file of each tensor", path=index, field="weight_map", value=weight_map)
+        paths = [folder / name for name in dict.fromkeys(weight_map.values())]
+    elif single.exists():
+        paths = [single]
+    else:
+        raise InputError(f"no weights: expected {single.name} or {index.name}", path=folder)
+    files: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError as error:
+            raise InputError(f"is missing, but {index.name} names it", path=path) from error
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"expected safetensors: {error}", path=path) from error
+        files |= dict.fromkeys(file.keys(), file)
+    return _Source(folder, files, lambda name: files[name].get_tensor(name))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the checkpoint: its name, its shape, and the shape it is repeated to before it is stacked."""
+
+    name: str
+    shape: tuple[int, ...]
+    repeated: tuple[int, ...] | None = None
+
+
+def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
+    """For each weight of a Decoder, the checkpoint's tensors that make it when stacked."""
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    parts = {
+        "embedding.weight": [_Part("model.embed_tokens.weight", (config.vocab_size, hidden))],
+        "norm.weight": [_Part("model.norm.weight", (hidden,))],
+    }
+    if not config.tie_word_embeddings:
+        parts["lm_head.weight"] = [_Part("lm_head.weight", (config.vocab_size, hidden))]
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
+        attention = f"{theirs}self_attn."
+        projections = (("q_proj", rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+        gate_up = [_Part(f"{theirs}mlp.{name}.weight", (inner, hidden)) for name in ("gate_proj", "up_proj")]
+        parts |= {
+            f"{ours}attention_norm.weight": [_Part(f"{theirs}input_layernorm.weight", (hidden,))],
+            f"{ours}attention.qkv.weight": [_Part(f"{attention}{p}.weight", (n, hidden)) for p, n in projections],
+            f"{ours}attention.output.weight": [_Part(f"{attention}o_proj.weight", (hidden, rows))],
+            f"{ours}mlp_norm.weight": [_Part(f"{theirs}post_attention_layernorm.weight", (hidden,))],
+            f"{ours}mlp.gate_up.weight": gate_up,
+            f"{ours}mlp.down.weight": [_Part(f"{theirs}mlp.down_proj.weight", (hidden, inner))],
+        }
+        if config.attention_bias:
+            parts[f"{ours}attention.qkv.bias"] = [_Part(f"{attention}{p}.bias", (n,)) for p, n in projections]
+            parts[f"{ours}attention.output.bias"] = [_Part(f"{attention}o_proj.bias", (hidden,))]
+        if config.qk_norm:
+            parts[f"{ours}attention.qk_norm.weight"] = [
+                _Part(f"{attention}q_norm.weight", (head_dim,), (config.num_heads, head_dim)),
+                _Part(f"{attention}k_norm.weight", (head_dim,), (config.num_kv_heads, head_dim)),
+            ]
+    return parts
+
+
+def _build(config: ModelConfig, source: _Source, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A Decoder with the tensors of `source`, each of which must be there, have its shape, and be known."""
+    parts = _parts(config)
+    known = {part.name for stack in parts.values() for part in stack}
+    for name in source.names:
+        # A tied output projection may be saved beside the embedding, and old checkpoints hold rotary constants.
+        if name not in known and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError("not a tensor of this architecture", path=source.path, field=name)
+    with torch.device("meta"):
+        model = Decoder(config, dtype)
+    weights = {}
+    for name, stack in parts.items():
+        tensors = [_read(source, part).to(dtype=dtype, device=device, copy=True) for part in stack]
+        weights[name] = nn.Parameter(torch.cat(tensors) if len(tensors) > 1 else tensors[0], requires_grad=False)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _read(source: _Source, part: _Part) -> Tensor:
+    """The tensor of `part`, its shape checked."""
+    if part.name not in source.names:
+        problem = f"expected a tensor of shape {list(part.shape)}, found none"
+        raise InputError(problem, path=source.path, field=part.name)
+    tensor = source.read(part.name)
+    if tensor.shape != part.shape or not tensor.is_floating_point():
+        problem = f"expected floating point numbers of shape {list(part.shape)}"
+        found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+        raise InputError(problem, path=source.path, field=part.name, value=found)
+    return tensor if part.repeated is None else tensor.expand(part.repeated)

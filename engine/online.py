@@ -1,0 +1,165 @@
+"""The engine's loop around Core, and the thread that lets requests in while it runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.request import Request, TokenMaker
+
+
+class StepHandle(Protocol):
+    """A launched step. `start_ns` and `end_ns` are readings of time.perf_counter_ns, valid after `result`."""
+
+    start_ns: int
+    end_ns: int
+
+    def result(self) -> list[int]:
+        """Wait for the step; a token for each of the batch's `sampled`."""
+
+
+class Executor(Protocol):
+    """Runs batches in the order in which they are launched; `ModelRunner` is one."""
+
+    def launch(self, batch: Batch) -> StepHandle:
+        """Start a step; it may still run when this returns."""
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Asks the engine to end a request."""
+
+    seq_id: int
+
+
+class Inbox:
+    """What comes in from other threads: sequences, aborts, and the word that nothing more will come."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Sequence | Abort | None] = SimpleQueue()
+        self.closed = False
+
+    def put(self, item: Sequence | Abort) -> None:
+        """Hand in a sequence or an abort."""
+        self._queue.put(item)
+
+    def close(self) -> None:
+        """Say that nothing more will come."""
+        self._queue.put(None)
+
+    def take(self, *, wait: bool) -> list[Sequence | Abort]:
+        """Everything handed in so far; with `wait`, at least one item unless the inbox is closed."""
+        items: list[Sequence | Abort] = []
+        while True:
+            try:
+                item = self._queue.get(block=wait and not items and not self.closed)
+            except Empty:
+                return items
+            if item is None:
+                self.closed = True
+            else:
+                items.append(item)
+
+
+class Clock:
+    """Nanoseconds since it was made, by time.perf_counter_ns."""
+
+    def __init__(self) -> None:
+        self.origin_ns = time.perf_counter_ns()
+
+    def __call__(self) -> int:
+        return time.perf_counter_ns() - self.origin_ns
+
+
+def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
+    """Serve what comes in until the inbox is closed and everything has ended.
+
+    Args:
+        core: decides; this loop only says what the time is and who executes.
+        ended: called with each sequence that ends, aborted and refused ones included.
+    """
+    launched: deque[tuple[Batch, StepHandle]] = deque()
+    while True:
+        for item in inbox.take(wait=core.is_idle):
+            if isinstance(item, Abort):
+                core.abort(item.seq_id, clock())
+            elif not core.ingest(item, clock()):
+                ended(item)
+        if core.can_decide:
+            batch = core.decide(clock())
+            launched.append((batch, executor.launch(batch)))
+            for seq in batch.aborted:
+                ended(seq)
+        if core.must_commit:
+            batch, step = launched.popleft()
+            token_ids = step.result()
+            batch.start_ns = step.start_ns - clock.origin_ns
+            batch.end_ns = step.end_ns - clock.origin_ns
+            for seq in core.commit(token_ids, clock()):
+                ended(seq)
+        elif core.is_idle and inbox.closed:
+            return
+
+
+class TraceFeeder(threading.Thread):
+    """Lets the requests of a trace in at their arrival times, from a thread of its own.
+
+    Args:
+        announce: called with each request, its prompt as it really is, just before it is handed in.
+    """
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        inbox: Inbox,
+        clock: Clock,
+        tokens: TokenMaker,
+        params: SamplingParams,
+        announce: Callable[[Request], None],
+    ):
+        super().__init__(name="trace-feeder", daemon=True)
+        self._arrivals, self._inbox, self._clock = arrivals, inbox, clock
+        self._tokens, self._params, self._announce = tokens, params, announce
+        self._answers: dict[int, list[int]] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def ended(self, seq: Sequence) -> None:
+        """Tell the feeder that a sequence has ended; requests that wait for its answer can arrive."""
+        with self._changed:
+            self._answers[seq.seq_id] = seq.completion_token_ids
+            self._arrivals.answered(seq.seq_id, seq.num_completion_tokens, seq.finish_ns or 0)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Let nothing more in."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        try:
+            while request := self._next():
+                token_ids = self._tokens.token_ids(request, self._answers)
+                self._announce(request)
+                self._inbox.put(request.to_sequence(self._params, token_ids))
+        finally:
+            self._inbox.close()
+
+    def _next(self) -> Request | None:
+        """Wait for the next arrival; None when there will be none."""
+        with self._changed:
+            while not self._stopped and not self._arrivals.is_empty:
+                due_ns = self._arrivals.next_ns
+                wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
+                if wait_s is not None and wait_s <= 0:
+                    return self._arrivals.pop()
+                self._changed.wait(wait_s)
+        return None

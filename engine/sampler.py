@@ -1,0 +1,142 @@
+"""Sampling: logits to token ids.
+
+A sampled row inverts its cumulative distribution at one uniform number. With a seed, that number is a hash of the seed
+and the token's position, so a request's tokens depend neither on the batch around it nor on a preemption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinserve.policies import SamplingParams
+
+GREEDY_BELOW = 1e-5
+_MASK = (1 << 64) - 1
+_EVERY_TOKEN = 1 << 62
+
+
+def greedy_sample(logits: Tensor) -> int:
+    """The most probable token of `logits` [vocab] or [1, vocab]."""
+    return int(logits.argmax(dim=-1).item())
+
+
+def sample_with_temperature(logits: Tensor, temperature: float, *, seed: int | None = None) -> int:
+    """A token drawn from softmax(logits / temperature), `logits` being [vocab] or [1, vocab].
+
+    Args:
+        temperature: below 1e-5 the most probable token is taken.
+        seed: the same seed draws the same token from the same logits; None draws by torch's generator.
+    """
+    if temperature < GREEDY_BELOW:
+        return greedy_sample(logits)
+    draw = torch.rand((), dtype=torch.float64).item() if seed is None else uniform(seed, 0)
+    plan = SamplingPlan.of([SamplingParams(temperature=temperature)], [draw], logits.device)
+    return int(plan.sample(logits.reshape(1, -1)).item())
+
+
+def sample(
+    logits: Tensor, params: Seq[SamplingParams], positions: Seq[int], *, generator: random.Random | None = None
+) -> Tensor:
+    """A token for each row of `logits` [rows, vocab].
+
+    Args:
+        params: of each row.
+        positions: the place of each row's new token in its sequence, from 0; it makes a seeded row's draw.
+        generator: draws for rows without a seed.
+
+    Returns:
+        [rows], int64
+    """
+    draws = draw_uniforms(params, positions, generator or random.Random())
+    return SamplingPlan.of(params, draws, logits.device).sample(logits)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from `seed` and `position` alone: two rounds of splitmix64 (doi:10.1145/2660193.2660195)."""
+    return (_mixed(_mixed(seed) + position) >> 11) * 2.0**-53
+
+
+def _mixed(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def draw_uniforms(params: Seq[SamplingParams], positions: Seq[int], generator: random.Random) -> list[float]:
+    """The uniform number of each row; a greedy row uses none, and draws none from `generator`."""
+    return [
+        0.0
+        if param.temperature < GREEDY_BELOW
+        else generator.random()
+        if param.seed is None
+        else uniform(param.seed, position)
+        for param, position in zip(params, positions, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How each row of a step is sampled; made on the host before the logits exist.
+
+    Attributes:
+        rows: [drawn], the rows that are not greedy.
+        temperatures, uniforms: [drawn, 1], float32 and float64.
+        top_k: [drawn, 1], tokens kept; None where every row keeps all.
+        top_p: [drawn, 1], the probability kept; None where every row keeps all.
+    """
+
+    rows: Tensor
+    temperatures: Tensor
+    uniforms: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+
+    @classmethod
+    def of(cls, params: Seq[SamplingParams], uniforms: Seq[float], device: torch.device) -> SamplingPlan:
+        """The plan for rows with `params`, each with its uniform number."""
+        rows = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
+        drawn = [params[row] for row in rows]
+
+        def column(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype)[:, None].to(device)
+
+        top_k = [param.top_k or _EVERY_TOKEN for param in drawn]
+        top_p = [param.top_p for param in drawn]
+        return cls(
+            rows=torch.tensor(rows, dtype=torch.int64).to(device),
+            temperatures=column([param.temperature for param in drawn], torch.float32),
+            uniforms=column([uniforms[row] for row in rows], torch.float64),
+            top_k=column(top_k, torch.int64) if any(k < _EVERY_TOKEN for k in top_k) else None,
+            top_p=column(top_p, torch.float32) if any(p < 1.0 for p in top_p) else None,
+        )
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """A token [rows] for each row of `logits` [rows, vocab]."""
+        tokens = logits.argmax(dim=-1)
+        if not len(self.rows):
+            return tokens
+        scaled = logits[self.rows].float() / self.temperatures
+        if self.top_k is not None or self.top_p is not None:
+            scaled = scaled.masked_fill(~self._kept(scaled), -torch.inf)
+        cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
+        # `right`: the first token whose cumulative probability is above the draw, so never one of probability 0.
+        drawn = torch.searchsorted(cumulative, self.uniforms * cumulative[:, -1:], right=True)
+        return tokens.index_copy(0, self.rows, drawn[:, 0])
+
+    def _kept(self, scaled: Tensor) -> Tensor:
+        """Which tokens top-k, then top-p, keep; of equal logits the lower ids first."""
+        logits, order = scaled.sort(dim=-1, descending=True, stable=True)
+        kept = torch.ones_like(order, dtype=torch.bool)
+        if self.top_k is not None:
+            kept = torch.arange(order.shape[-1], device=order.device) < self.top_k
+        if self.top_p is not None:
+            probabilities = logits.masked_fill(~kept, -torch.inf).softmax(dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            kept = kept & ((before < self.top_p) | (self.top_p >= 1.0))
+        return torch.zeros_like(kept).scatter(1, order, kept)

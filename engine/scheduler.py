@@ -1,0 +1,3 @@
+from twinserve.policies.scheduler import Batch, Scheduler
+
+__all__ = ["Batch", "Scheduler"]

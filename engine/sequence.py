@@ -1,0 +1,3 @@
+from twinserve.policies.sequence import SamplingParams, Sequence, SequenceStatus
+
+__all__ = ["SamplingParams", "Sequence", "SequenceStatus"]

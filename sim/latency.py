@@ -1,0 +1,91 @@
+"""Latency models: what a step costs the host and the device, in integer nanoseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from twinserve.policies import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepFeatures:
+    """What a step's cost depends on.
+
+    Attributes:
+        decision: the number of the step in its run.
+        seqs: rows.
+        prompt_tokens: tokens of rows that have sampled nothing since their admission.
+        decode_tokens: tokens of the other rows, one each.
+        kv_tokens: sum over rows of the context length after the step (keys read from the KV pool).
+        attention_pairs: query-key pairs: a row of n tokens from position s on has n s + n (n + 1) / 2.
+        sampled: rows that sample a token.
+    """
+
+    decision: int
+    seqs: int
+    prompt_tokens: int
+    decode_tokens: int
+    kv_tokens: int
+    attention_pairs: int
+    sampled: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> StepFeatures:
+        """The features of a decided batch."""
+        return cls(
+            batch.decision,
+            len(batch),
+            batch.num_prompt_tokens,
+            batch.num_decode_tokens,
+            batch.num_kv_tokens,
+            batch.num_attention_pairs,
+            len(batch.sampled),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that the step computes."""
+        return self.prompt_tokens + self.decode_tokens
+
+
+class LatencyModel(Protocol):
+    """Says what a step costs; the same features always cost the same."""
+
+    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+        """(host_ns, device_ns): from the decision to the launch, and on the device."""
+
+
+class RecordedLatency:
+    """A recorded run's own times, by the number of the step.
+
+    The host's part of a step is the time from its decision to its start, or to the next decision where that came
+    first (one step ahead), and what lay between its end and the next decision while the engine was busy.
+
+    Args:
+        steps: the rows of a record's steps, in order.
+    """
+
+    def __init__(self, steps: list[dict]):
+        self._costs: list[tuple[int, int]] = []
+        for row, following in zip(steps, [*steps[1:], None], strict=True):
+            host = row["start_ns"] - row["decided_ns"]
+            if following is not None and _stayed_busy(row, following):
+                gap = following["decided_ns"] - row["end_ns"]
+                host = host + gap if gap >= 0 else min(host, following["decided_ns"] - row["decided_ns"])
+            self._costs.append((max(0, host), row["end_ns"] - row["start_ns"]))
+
+    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+        """The recorded cost of the step with this number.
+
+        Raises:
+            ValueError: the record has fewer steps, so the simulation decides otherwise than the run did.
+        """
+        if features.decision >= len(self._costs):
+            raise ValueError(f"step {features.decision} was asked for, the recorded run has {len(self._costs)}")
+        return self._costs[features.decision]
+
+
+def _stayed_busy(row: dict, following: dict) -> bool:
+    """Was something left to do between these two decisions, so that the second did not wait for an arrival?"""
+    return row["waiting"] > 0 or row["running"] > len(following["left"])

@@ -1,0 +1,134 @@
+"""A simulated replica: one simpy process around Core, and the arrivals that feed it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+
+import simpy
+from simpy.events import URGENT
+
+from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.sim.latency import LatencyModel, StepFeatures
+from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.request import Request
+
+
+class Replica:
+    """One engine in simulated time: the real engine's loop, with a latency model in place of the device.
+
+    A step of cost (host, device) that is decided at t has its inputs ready at t + host, starts then or when the
+    device is free, and ends after device. The next decision is made when the step is launched (t + host), or, where
+    the pipeline is full, when the oldest step in flight has ended, whichever is later.
+    """
+
+    def __init__(self, env: simpy.Environment, core: Core, latency: LatencyModel, ended: Callable[[Sequence], None]):
+        self._env, self._core, self._latency, self._ended = env, core, latency, ended
+        self._inbox: deque[Sequence] = deque()
+        self._awake = env.event()
+        self.process = env.process(self._run())
+
+    def submit(self, seq: Sequence) -> None:
+        """Let a sequence in; the next decision sees it."""
+        self._inbox.append(seq)
+        if not self._awake.triggered:
+            self._awake.succeed()
+
+    def _run(self) -> Generator[simpy.Event, None, None]:
+        env, core = self._env, self._core
+        device_free = 0
+        while True:
+            while self._inbox:
+                seq = self._inbox.popleft()
+                if not core.ingest(seq, env.now):
+                    self._ended(seq)
+            launched = env.now
+            if core.can_decide:
+                batch = core.decide(env.now)
+                host, device = self._latency.step_cost(StepFeatures.of(batch)) if batch else (0, 0)
+                launched += host
+                batch.start_ns = max(launched, device_free)
+                batch.end_ns = device_free = batch.start_ns + device
+            if core.must_commit:
+                oldest = core.in_flight[0]
+                yield env.timeout(max(launched, oldest.end_ns or 0) - env.now)
+                for seq in core.commit(None, env.now):
+                    self._ended(seq)
+            elif core.is_idle:
+                self._awake = env.event()
+                yield self._awake
+            else:
+                yield env.timeout(launched - env.now)
+
+
+class _Alarm(simpy.Event):
+    """An event at a given time that comes before everything else at that time."""
+
+    def __init__(self, env: simpy.Environment, delay: int):
+        super().__init__(env)
+        self._ok = True
+        self._value = None
+        env.schedule(self, priority=URGENT, delay=delay)
+
+
+class Feeder:
+    """Hands the requests of a trace to `submit` at the times they arrive; equal instants go by trace row."""
+
+    def __init__(self, env: simpy.Environment, arrivals: Arrivals, submit: Callable[[Request], None]):
+        self._env, self._arrivals, self._submit = env, arrivals, submit
+        self._alarm_ns: int | None = None
+        self._release()
+
+    def answered(self, seq: Sequence) -> None:
+        """A sequence has ended: requests that wait for its answer can arrive."""
+        self._arrivals.answered(seq.seq_id, seq.num_completion_tokens, self._env.now)
+        self._release()
+
+    def _release(self, _: simpy.Event | None = None) -> None:
+        """Submit what is due and set an alarm for what comes next."""
+        now = self._env.now
+        while (due := self._arrivals.next_ns) is not None and due <= now:
+            self._submit(self._arrivals.pop())
+        if due is not None and (self._alarm_ns is None or due < self._alarm_ns or self._alarm_ns <= now):
+            self._alarm_ns = due
+            _Alarm(self._env, due - now).callbacks.append(self._release)  # type: ignore[union-attr]
+
+
+def simulate(
+    requests: list[Request],
+    core: Core,
+    latency: LatencyModel,
+    *,
+    params: SamplingParams | None = None,
+    announce: Callable[[Request], None] | None = None,
+    progress: Callable[[Sequence], None] | None = None,
+) -> int:
+    """Replay a trace on one simulated replica until every request has ended; the simulated time, in nanoseconds.
+
+    Args:
+        core: fresh; its listener, if any, hears the run.
+        latency: what a step costs.
+        announce: called with each request as it arrives, its prompt as it really is.
+        progress: called with each sequence that ends.
+    """
+    env = simpy.Environment()
+    params = params or SamplingParams(ignore_eos=True)
+
+    def ended(seq: Sequence) -> None:
+        if progress is not None:
+            progress(seq)
+        feeder.answered(seq)
+
+    def submit(request: Request) -> None:
+        if announce is not None:
+            announce(request)
+        replica.submit(request.to_sequence(params))
+
+    arrivals = Arrivals(requests)
+    replica = Replica(env, core, latency, ended)
+    feeder = Feeder(env, arrivals, submit)
+    env.run()
+    core.scheduler.check_integrity()
+    if not (arrivals.is_empty and core.is_idle):
+        raise RuntimeError(f"the simulation stopped with {len(core.sequences)} requests unfinished")
+    return env.now

@@ -1,0 +1,155 @@
+"""A small world around Core, made for recording: steps of random length, stops and aborts on demand."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.record import RunRecorder
+from twinserve.traces.request import Request, TokenMaker
+from twinserve.traces.settings import Settings
+
+EOS = 0
+
+
+class Witness:
+    """Passes on what a recorder hears, and writes down when each token came by looking at the sequences themselves."""
+
+    def __init__(self, recorder: RunRecorder):
+        self.recorder = recorder
+        self.token_ends: dict[int, list[int]] = defaultdict(list)
+
+    def ingested(self, seq: Sequence, number: int) -> None:
+        self.recorder.ingested(seq, number)
+
+    def decided(self, batch: Batch) -> None:
+        self.recorder.decided(batch)
+
+    def committed(self, batch: Batch) -> None:
+        assert batch.end_ns is not None
+        for seq in batch.sampled:
+            if seq.num_completion_tokens > len(self.token_ends[seq.seq_id]):
+                self.token_ends[seq.seq_id].append(batch.end_ns)
+        self.recorder.committed(batch)
+
+    def finished(self, seq: Sequence) -> None:
+        self.recorder.finished(seq)
+
+
+@dataclass
+class Run:
+    """A recorded run: its folder, its summary, and the end of the step of each token that came out, by request."""
+
+    path: Path
+    summary: dict[str, Any]
+    token_ends: dict[int, list[int]]
+
+
+class World:
+    """Serves requests through Core; in a real world, tokens are random and some of them stop their request."""
+
+    def __init__(self, settings: Settings, recorder: RunRecorder, *, seed: int, real: bool, abort_share: float):
+        self.recorder, self.witness = recorder, Witness(recorder)
+        self.core = settings.build_core(eos_token_id=EOS, listener=self.witness)
+        self.rng = random.Random(seed)
+        self.real, self.abort_share = real, abort_share
+        self.maker = TokenMaker(vocab_size=1000, first_id=1)
+        self.answers: dict[int, list[int]] = {}
+        self.now_ns = self.last_end_ns = 0
+
+    def serve(self, requests: list[Request]) -> None:
+        self.arrivals = Arrivals(requests)
+        while not (self.core.is_idle and self.arrivals.is_empty):
+            self._let_in()
+            if self.core.sequences and self.rng.random() < self.abort_share:
+                self.core.abort(self.rng.choice(list(self.core.sequences)), self.now_ns)
+            if self.core.can_decide:
+                batch = self.core.decide(self.now_ns)
+                batch.start_ns = max(self.last_end_ns, self.now_ns)
+                batch.end_ns = self.last_end_ns = batch.start_ns + self.rng.randrange(1_000_000, 9_000_000)
+                for seq in batch.aborted:
+                    self._ended(seq)
+            if self.core.must_commit:
+                self._commit()
+
+    def _let_in(self) -> None:
+        while (due_ns := self.arrivals.next_ns) is not None and (due_ns <= self.now_ns or self.core.is_idle):
+            self.now_ns = max(self.now_ns, due_ns)
+            request = self.arrivals.pop()
+            params = SamplingParams(ignore_eos=not self.real)
+            self.recorder.expect(request, params)
+            seq = request.to_sequence(params, self.maker.token_ids(request, self.answers) if self.real else None)
+            if not self.core.ingest(seq, self.now_ns):
+                self._ended(seq)
+
+    def _commit(self) -> None:
+        batch = self.core.in_flight[0]
+        assert batch.end_ns is not None
+        self.now_ns = max(self.now_ns, batch.end_ns)
+        token_ids = [self.rng.randrange(80) for _ in batch.sampled] if self.real else None
+        for seq in self.core.commit(token_ids, self.now_ns):
+            self._ended(seq)
+
+    def _ended(self, seq: Sequence) -> None:
+        self.answers[seq.seq_id] = seq.completion_token_ids
+        self.arrivals.answered(seq.seq_id, seq.num_completion_tokens, self.now_ns)
+
+
+@pytest.fixture
+def some_requests() -> list[Request]:
+    """Conversations of two turns with shared system prompts, enough to fill a small pool."""
+    return generate(
+        seed=3,
+        num_requests=60,
+        rate=60,
+        prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:300"),
+        output_tokens=LengthSpec.parse("lognormal:25:1.0:1:100"),
+        num_system_prompts=2,
+        system_prompt_tokens=40,
+        turns=2,
+        think_time_s=0.2,
+    )
+
+
+@pytest.fixture
+def record_run(tmp_path: Path, some_requests: list[Request]) -> Callable[..., Run]:
+    """Record a run into tmp_path: `record_run(name, seed=..., real=..., abort_share=..., **settings)`."""
+
+    def record(
+        name: str = "run",
+        *,
+        requests: list[Request] | None = None,
+        seed: int = 0,
+        real: bool = False,
+        abort_share: float = 0.0,
+        **values: Any,
+    ) -> Run:
+        settings = Settings.load({"max_num_seqs": 16, "max_num_batched_tokens": 128, "num_gpu_blocks": 60} | values)
+        path = tmp_path / name
+        world = "real" if real else "sim"
+        with RunRecorder(path, world=world, settings=settings.model_dump(), facts={"seed": seed}) as recorder:
+            served = World(settings, recorder, seed=seed, real=real, abort_share=abort_share)
+            served.serve(some_requests if requests is None else requests)
+            summary = recorder.close()
+        return Run(path, summary, dict(served.witness.token_ends))
+
+    return record
+
+
+@pytest.fixture
+def public_traces() -> Path:
+    """The folder of the public traces, which do not ship with the project."""
+    folder = os.environ.get("TWINSERVE_TRACES")
+    if folder is None:
+        pytest.skip("TWINSERVE_TRACES is unset: it names the folder of the public traces")
+    return Path(folder)

@@ -1,0 +1,185 @@
+"""Synthetic requests follow what was asked for, and are the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from statistics import fmean, pstdev
+
+import pytest
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.readers import read_trace, write_trace
+from twinserve.traces.request import Part, answer_text
+
+BASE = {
+    "seed": 0,
+    "num_requests": 2000,
+    "rate": 10.0,
+    "prompt_tokens": LengthSpec(100),
+    "output_tokens": LengthSpec(20),
+}
+SESSIONS = {"num_requests": 300, "turns": 3, "think_time_s": 2.0, "num_system_prompts": 4, "system_prompt_tokens": 50}
+
+
+def make(**values):
+    return generate(**(BASE | values))
+
+
+def gaps_s(requests):
+    times = [request.arrival_ns / 1e9 for request in requests]
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+# --- lengths ---
+
+
+def test_a_fixed_length_is_always_that_length():
+    spec = LengthSpec.parse("fixed:128")
+    assert {spec.draw(random.Random(seed)) for seed in range(10)} == {128}
+
+
+def test_lognormal_lengths_have_the_mean_and_spread_asked_for():
+    spec, rng = LengthSpec.parse("lognormal:200:0.5"), random.Random(0)
+    lengths = [spec.draw(rng) for _ in range(20_000)]
+    assert fmean(lengths) == pytest.approx(200, rel=0.02)
+    assert pstdev(lengths) / fmean(lengths) == pytest.approx(0.5, rel=0.05)
+
+
+def test_lengths_stay_within_their_limits():
+    spec, rng = LengthSpec.parse("lognormal:200:2.0:100:300"), random.Random(0)
+    lengths = [spec.draw(rng) for _ in range(1000)]
+    assert (min(lengths), max(lengths)) == (100, 300)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "fixed", "fixed:x", "fixed:1.5", "fixed:0", "fixed:-3", "fixed:1:2", "normal:3:1", "lognormal:200"),
+        *("lognormal:200:-1", "lognormal:nan:1", "lognormal:200:inf", "lognormal:200:1:5", "lognormal:200:1:300:400"),
+    ],
+)
+def test_a_length_that_says_nothing_usable_is_refused(text):
+    with pytest.raises(InputError, match="^prompt_tokens is .*, expected"):
+        LengthSpec.parse(text, "prompt_tokens")
+
+
+# --- arrivals ---
+
+
+def test_requests_are_numbered_in_the_order_of_their_arrival_from_zero():
+    requests = make(**SESSIONS)
+    times = [request.arrival_ns for request in requests]
+    assert [request.id for request in requests] == list(range(300))
+    assert times == sorted(times)
+    assert times[0] == 0
+
+
+@pytest.mark.parametrize("arrivals", [{}, {"arrivals": "gamma", "cv": 2.0}, {"arrivals": "burst", "burst_size": 8}])
+def test_requests_arrive_at_the_rate_asked_for(arrivals):
+    assert 1 / fmean(gaps_s(make(num_requests=20_000, **arrivals))) == pytest.approx(10.0, rel=0.05)
+
+
+def test_poisson_gaps_vary_like_exponential_ones():
+    gaps = gaps_s(make(num_requests=20_000))
+    assert pstdev(gaps) / fmean(gaps) == pytest.approx(1.0, rel=0.05)
+
+
+def test_gamma_gaps_vary_as_asked_for():
+    gaps = gaps_s(make(num_requests=20_000, arrivals="gamma", cv=2.0))
+    assert pstdev(gaps) / fmean(gaps) == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_burst_arrives_at_one_instant():
+    requests = make(num_requests=40, arrivals="burst", burst_size=8)
+    assert [sum(r.arrival_ns == time for r in requests) for time in sorted({r.arrival_ns for r in requests})] == [8] * 5
+
+
+def test_turns_are_counted_in_the_rate():
+    requests = make(num_requests=30_000, turns=3, think_time_s=1.0)
+    assert 30_000 / (requests[-1].arrival_ns / 1e9) == pytest.approx(10.0, rel=0.05)
+
+
+# --- prompts ---
+
+
+def test_prompts_of_single_requests_share_nothing():
+    texts = [part.text for request in make() for part in request.parts]
+    assert len(set(texts)) == len(texts) == 2000
+
+
+def test_each_conversation_begins_with_one_of_the_system_prompts():
+    requests = make(**SESSIONS)
+    assert {request.parts[0] for request in requests} == {Part(text, 0, 50) for text in range(4)}
+    assert len({(request.session, request.parts[0]) for request in requests}) == 100
+
+
+def test_a_later_turn_holds_the_turn_before_it_and_its_answer():
+    requests = make(**SESSIONS)
+    for request in (request for request in requests if request.after is not None):
+        before = requests[request.after]
+        assert request.parts[:-1] == (*before.parts, Part(answer_text(before.id), 0, before.max_tokens))
+        assert request.session == before.session
+
+
+def test_a_later_turn_arrives_a_think_time_after_the_one_before():
+    requests = make(**(SESSIONS | {"num_requests": 3000}))
+    thinking = [r.arrival_ns - requests[r.after].arrival_ns for r in requests if r.after is not None]
+    assert fmean(thinking) / 1e9 == pytest.approx(2.0, rel=0.1)
+
+
+def test_without_thinking_a_turn_still_comes_after_the_one_before():
+    requests = make(**(SESSIONS | {"think_time_s": 0.0}))
+    assert all(request.after < request.id for request in requests if request.after is not None)
+
+
+def test_the_last_conversation_is_cut_to_the_number_of_requests():
+    assert len(make(num_requests=100, turns=7)) == 100
+
+
+def test_a_generated_trace_can_be_written_and_read(tmp_path):
+    requests = make(**SESSIONS)
+    write_trace(tmp_path / "trace", requests, {})
+    assert read_trace(tmp_path / "trace").requests == requests
+
+
+# --- seeds ---
+
+
+def test_the_same_seed_gives_the_same_requests():
+    assert make(**SESSIONS) == make(**SESSIONS)
+
+
+def test_another_seed_gives_other_requests():
+    assert make(**SESSIONS) != make(**(SESSIONS | {"seed": 1}))
+
+
+def test_another_rate_leaves_the_prompts_as_they_are():
+    lengths = {"prompt_tokens": LengthSpec(100, 1.0), "output_tokens": LengthSpec(20, 1.0)}
+    slow, fast = (make(rate=rate, **lengths) for rate in (1.0, 50.0))
+    assert [(request.parts, request.max_tokens) for request in slow] == [(r.parts, r.max_tokens) for r in fast]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_requests", 0),
+        ("rate", 0.0),
+        ("rate", float("nan")),
+        ("arrivals", "uniform"),
+        ("cv", 0.0),
+        ("burst_size", 0),
+        ("num_system_prompts", -1),
+        ("system_prompt_tokens", -1),
+        ("turns", 0),
+        ("think_time_s", -1.0),
+    ],
+)
+def test_an_argument_out_of_range_is_named(field, value):
+    with pytest.raises(InputError, match=f"^{field} is .*, expected"):
+        make(**{field: value})
+
+
+def test_system_prompts_without_a_length_are_refused():
+    with pytest.raises(InputError, match="^system_prompt_tokens is 0, expected an integer >= 1"):
+        make(num_system_prompts=2)

@@ -1,0 +1,278 @@
+"""Each trace format becomes the requests it says, exactly; whatever is wrong with a file is named."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+
+import pytest
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.readers import read_trace, write_trace
+from twinserve.traces.request import Part, Request, answer_text
+
+AZURE = (
+    b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    b"2023-11-16 18:15:46.6805900,374,44\r\n"
+    b"2023-11-16 18:15:50.9951690,396,109\r\n"
+    b"2023-11-16 18:15:50.9951691,879,55"
+)
+MOONCAKE_ROWS = [
+    {"timestamp": 0, "input_length": 1024, "output_length": 500, "hash_ids": [0, 1]},
+    {"timestamp": 0, "input_length": 1030, "output_length": 1, "hash_ids": [0, 1, 2]},
+    {"timestamp": 3001, "input_length": 7, "output_length": 9, "hash_ids": [3]},
+]
+OWN_ROWS = [
+    {"format": "twinserve-trace/1", "made_by": "hand"},
+    {"arrival_ns": 0, "prompt": [[7, 0, 40], [8, 10, 2]], "max_tokens": 5, "session": 1},
+    {"arrival_ns": 3, "prompt_tokens": 9, "max_tokens": 6},
+    {"arrival_ns": 3, "prompt": [[7, 0, 40], [-1, 0, 5], [9, 0, 1]], "max_tokens": 7, "session": 1, "after": 0},
+]
+
+
+def json_lines(rows) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def changed(rows, index, **values):
+    """The rows with some fields of one changed; `...` takes a field away."""
+    row = {key: value for key, value in (rows[index] | values).items() if value is not ...}
+    return [*rows[:index], row, *rows[index + 1 :]]
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content: bytes):
+        path = tmp_path / "trace"
+        path.write_bytes(content)
+        return read_trace(path)
+
+    return read
+
+
+@pytest.fixture
+def refused(read):
+    def refused(content: bytes, message: str) -> None:
+        """The file is refused with a one-line message that ends like `message`."""
+        with pytest.raises(InputError) as error:
+            read(content)
+        said = str(error.value)
+        assert re.search(rf"/trace{re.escape(message)}", said), said
+        assert "\n" not in said
+
+    return refused
+
+
+# --- Azure ---
+
+
+def test_azure_times_are_exact_to_100_ns(read):
+    assert [request.arrival_ns for request in read(AZURE).requests] == [0, 4_314_579_000, 4_314_579_100]
+
+
+def test_azure_lengths_are_read_past_crlf_and_a_missing_last_newline(read):
+    assert [(request.prompt_tokens, request.max_tokens) for request in read(AZURE).requests] == [
+        (374, 44),
+        (396, 109),
+        (879, 55),
+    ]
+
+
+def test_azure_prompts_share_nothing(read):
+    trace = read(AZURE)
+    assert len({request.parts[0].text for request in trace.requests}) == 3
+    assert trace.notes["private_prompt"] == 3
+
+
+def test_azure_columns_are_found_by_name(read):
+    [request] = read(b"GeneratedTokens,TIMESTAMP,ContextTokens\n5,2024-05-10 00:00:00.009930+00:00,6\n").requests
+    assert (request.max_tokens, request.prompt_tokens) == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b",GeneratedTokens", b"", ":1: GeneratedTokens, is missing, expected a column of that name"),
+        (b",396,109", b",396", ":3: '2023-11-16 18:15:50.9951690,396', expected 3 columns"),
+        (b",396,", b",-396,", ":3: ContextTokens is '-396', expected an integer >= 1"),
+        (b",396,", b",396.0,", ":3: ContextTokens is '396.0', expected an integer >= 1"),
+        (b",396,", b",nan,", ":3: ContextTokens is 'nan', expected an integer >= 1"),
+        (b",396,", ",٣,".encode(), ":3: ContextTokens is '٣', expected an integer >= 1"),
+        (b",109", b",0", ":3: GeneratedTokens is '0', expected an integer >= 1"),
+        (b",109", b",1" + b"0" * 5000, ":3: GeneratedTokens is '10"),
+        (b"18:15:46.6", b"18:16:46.6", ":3: TIMESTAMP is '2023-11-16 18:15:50.9951690', expected no earlier time"),
+        (b"11-16 18:15:46.6", b"11-31 18:15:46.6", ":2: TIMESTAMP is '2023-11-31 18:15:46.6805900', expected a time"),
+        (b".6805900", b".68059000", ":2: TIMESTAMP is '2023-11-16 18:15:46.68059000', expected a time like"),
+        (b",44\r\n", b",44\r\n\r\n", ":3: '', expected 3 columns"),
+        (b",44", b",\xff44", ":2: expected UTF-8: invalid start byte at byte"),
+    ],
+)
+def test_a_wrong_azure_file_is_refused(refused, old, new, message):
+    refused(AZURE.replace(old, new, 1), message)
+
+
+# --- Mooncake ---
+
+
+def test_mooncake_times_are_milliseconds(read):
+    assert [request.arrival_ns for request in read(json_lines(MOONCAKE_ROWS)).requests] == [0, 0, 3_001_000_000]
+
+
+def test_mooncake_ids_become_texts_of_512_tokens_the_last_one_filled_in_part(read):
+    requests = read(json_lines(MOONCAKE_ROWS)).requests
+    assert requests[0].parts == (Part(0, 0, 512), Part(1, 0, 512))
+    assert requests[1].parts == (Part(0, 0, 512), Part(1, 0, 512), Part(2, 0, 6))
+
+
+def test_equal_rows_stay_requests_of_their_own(read):
+    trace = read(json_lines([MOONCAKE_ROWS[0], *MOONCAKE_ROWS]))
+    assert [request.id for request in trace.requests] == [0, 1, 2, 3]
+    assert trace.notes == {"same_instant": 2, "repeated_prompt": 1, "private_prompt": 0, "one_token_output": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"input_length": ...}, ":2: input_length, is missing"),
+        ({"timestamp": -1}, ":2: timestamp is -1, expected an integer >= 0"),
+        ({"timestamp": 1.5}, ":2: timestamp is 1.5, expected an integer >= 0"),
+        ({"timestamp": True}, ":2: timestamp is True, expected an integer >= 0"),
+        ({"timestamp": 1 << 80}, f":2: timestamp is {1 << 80}, expected an integer >= 0"),
+        ({"timestamp": float("nan")}, ":2: expected JSON: NaN is not a number"),
+        ({"timestamp": 5000}, ":3: timestamp is 3001, expected no earlier time than in the line before"),
+        ({"input_length": "1030"}, ":2: input_length is '1030', expected an integer >= 1"),
+        ({"input_length": 0}, ":2: input_length is 0, expected an integer >= 1"),
+        ({"output_length": 0}, ":2: output_length is 0, expected an integer >= 1"),
+        ({"hash_ids": [0, 1]}, ":2: hash_ids is '2 ids', expected 3 ids, one for each 512 of 1030 tokens begun"),
+        ({"hash_ids": [0, 1, -2]}, ":2: hash_ids is [0, 1, -2], expected a list of integers >= 0"),
+        ({"hash_ids": [0, 1, "2"]}, ":2: hash_ids is [0, 1, '2'], expected a list of integers >= 0"),
+        ({"hash_ids": None}, ":2: hash_ids is None, expected a list of integers >= 0"),
+    ],
+)
+def test_a_wrong_mooncake_row_is_refused(refused, values, message):
+    refused(json_lines(changed(MOONCAKE_ROWS, 1, **values)), message)
+
+
+# --- our own format ---
+
+
+def test_a_row_of_parts_is_its_request(read):
+    assert read(json_lines(OWN_ROWS)).requests[2] == Request(
+        id=2,
+        arrival_ns=3,
+        parts=(Part(7, 0, 40), Part(answer_text(0), 0, 5), Part(9, 0, 1)),
+        max_tokens=7,
+        session=1,
+        after=0,
+    )
+
+
+def test_a_bare_prompt_length_is_a_text_that_no_other_row_has(read):
+    rows = [*OWN_ROWS, {"arrival_ns": 4, "prompt": [[(1 << 40) + 1, 0, 3]], "max_tokens": 1}]
+    texts = [request.parts[0].text for request in read(json_lines(rows)).requests]
+    assert texts[1] not in (texts[0], texts[3])
+
+
+def test_a_written_trace_is_read_as_it_was(tmp_path, some_requests):
+    write_trace(tmp_path / "trace.jsonl.gz", some_requests, {"seed": 3})
+    assert read_trace(tmp_path / "trace.jsonl.gz").requests == some_requests
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path, some_requests):
+    paths = [tmp_path / "first.jsonl.gz", tmp_path / "second.jsonl.gz"]
+    for path in paths:
+        write_trace(path, some_requests, {"seed": 3})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path, some_requests):
+    (tmp_path / "trace").touch()
+    with pytest.raises(InputError, match="exists already"):
+        write_trace(tmp_path / "trace", some_requests, {})
+
+
+@pytest.mark.parametrize(
+    ("index", "values", "message"),
+    [
+        (0, {"format": "twinserve-trace/2"}, """:1: format is 'twinserve-trace/2', expected "twinserve-trace/1\""""),
+        (2, {"arrival_ns": ...}, ":3: arrival_ns, is missing"),
+        (2, {"arrival_ns": 9}, ":4: arrival_ns is 3, expected no earlier time than in the line before"),
+        (2, {"max_tokens": 0}, ":3: max_tokens is 0, expected an integer >= 1"),
+        (2, {"prompt_tokens": 0}, ":3: prompt_tokens is 0, expected an integer >= 1"),
+        (2, {"prompt_tokens": ...}, ":3: expected either prompt or prompt_tokens"),
+        (2, {"prompt": [[1, 0, 1]]}, ":3: expected either prompt or prompt_tokens"),
+        (2, {"sesion": 1}, ":3: sesion is 1, expected only arrival_ns, prompt,"),
+        (3, {"prompt": []}, ":4: prompt is [], expected at least one part"),
+        (3, {"prompt": [[1, 0]]}, ":4: prompt is [[1, 0]], expected a list of lists of 3 integers"),
+        (3, {"prompt": [[1, 0, 0]]}, ":4: prompt is [1, 0, 0], expected text numbers below 2^63, start >= 0"),
+        (3, {"prompt": [[1 << 63, 0, 1]]}, f":4: prompt is [{1 << 63}, 0, 1], expected text numbers below 2^63"),
+        (3, {"prompt": [[-2, 0, 1]]}, ":4: prompt is [-2, 0, 1], expected answers only of requests that `after` leads"),
+        (3, {"prompt": [[-1, 0, 6]]}, ":4: prompt is [-1, 0, 6], expected at most the answer's 5 tokens"),
+        (3, {"after": 2}, ":4: after is 2, expected the number of an earlier request, below 2"),
+        (3, {"after": "0"}, ":4: after is '0', expected an integer >= 0"),
+    ],
+)
+def test_a_wrong_row_of_our_own_is_refused(refused, index, values, message):
+    refused(json_lines(changed(OWN_ROWS, index, **values)), message)
+
+
+# --- any format ---
+
+
+@pytest.mark.parametrize("content", [AZURE, json_lines(MOONCAKE_ROWS), json_lines(OWN_ROWS)])
+def test_a_packed_file_is_read_like_the_file_inside_it(read, content):
+    trace = read(content)
+    assert read(gzip.compress(content)) == trace
+    assert trace.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", ": is empty, expected a trace"),
+        (b"\n\n", ": is empty, expected a trace"),
+        (b"arrived_at,num_prefill_tokens\n0.0,3\n", ":1: 'arrived_at,num_prefill_tokens', expected a header of"),
+        (b'{"input_toks": 3}\n', ":1: '{\"input_toks\": 3}', expected a header of"),
+        (b'{"hash_ids": [}\n', ":1: expected JSON: Expecting value"),
+        (b'{"hash_ids": ' + b"[" * 100_000, ":1: expected JSON: "),
+        (json_lines(MOONCAKE_ROWS[:1]) + b"7\n", ":2: 7, expected a JSON object"),
+        (json_lines(OWN_ROWS[:1]), ": has no requests"),
+        (AZURE[:41], ": has no requests"),
+        (gzip.compress(AZURE)[:-12], ": expected a whole gzip file: "),
+        (gzip.compress(AZURE)[:-8] + bytes(8), ": expected a whole gzip file: CRC check failed"),
+        (b"\x1f\x8b" + bytes(30), ": expected a whole gzip file: "),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused(refused, content, message):
+    refused(content, message)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere: cannot be read: No such file"):
+        read_trace(tmp_path / "nowhere")
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_trace(tmp_path)
+
+
+# --- the public traces, whole ---
+
+
+def test_the_azure_conversation_trace_is_read_whole(public_traces):
+    trace = read_trace(public_traces / "azure" / "AzureLLMInferenceTrace_conv.csv")
+    times = [request.arrival_ns for request in trace.requests]
+    assert len(times) == 19_366
+    assert (times[1] - times[0], times[-1]) == (4_314_579_000, 3_501_721_937_000)
+    assert trace.sha256 == "2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8"
+
+
+def test_the_mooncake_conversation_trace_is_read_whole(public_traces):
+    trace = read_trace(public_traces / "mooncake" / "conversation_trace.jsonl.gz")
+    assert len(trace.requests) == 12_031
+    assert sum(request.prompt_tokens for request in trace.requests) == 144_793_823
+    assert trace.notes == {"same_instant": 10_851, "repeated_prompt": 118, "private_prompt": 0, "one_token_output": 72}
+    assert trace.sha256 == "b8cbb061a85206d729d91cdc2981f43c9e0d99209dce588d3af5f7934408b9df"

@@ -1,0 +1,193 @@
+"""Each transform changes what it says, keeps the rest and the references, and writes down how much it changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from twinserve.traces import transforms
+from twinserve.traces.errors import InputError
+from twinserve.traces.readers import read_trace
+from twinserve.traces.request import Part, Request, answer_text
+
+SECOND = 10**9
+
+
+def single(number: int, at_s: float, length: int = 10, max_tokens: int = 5) -> Request:
+    return Request(number, round(at_s * SECOND), (Part(number, 0, length),), max_tokens)
+
+
+@pytest.fixture
+def conversation() -> list[Request]:
+    """Three turns at 1, 2 and 4 s, and a request of its own at 3 s."""
+    first = (Part(0, 0, 10),)
+    second = (*first, Part(answer_text(0), 0, 5), Part(1, 0, 3))
+    third = (*second, Part(answer_text(1), 0, 6), Part(2, 0, 4))
+    return [
+        Request(0, 1 * SECOND, first, 5, session=0),
+        Request(1, 2 * SECOND, second, 6, session=0, after=0),
+        Request(2, 3 * SECOND, (Part(3, 0, 8),), 7),
+        Request(3, 4 * SECOND, third, 8, session=0, after=1),
+    ]
+
+
+# --- window ---
+
+
+def test_a_window_keeps_its_start_and_leaves_out_its_end(conversation):
+    kept = transforms.window(conversation, 1, 3, [])
+    assert [request.max_tokens for request in kept] == [6, 7]
+
+
+def test_a_windows_start_becomes_time_zero():
+    kept = transforms.window([single(0, 5), single(1, 7.5), single(2, 9)], 2, 4, [])
+    assert [request.arrival_ns for request in kept] == [SECOND // 2]
+
+
+def test_a_window_renumbers_requests_and_their_references(conversation):
+    kept = transforms.window(conversation, 1, 4, [])
+    assert [(request.id, request.after) for request in kept] == [(0, None), (1, None), (2, 0)]
+    assert kept[2].parts[3] == Part(answer_text(0), 0, 6)
+
+
+def test_an_answer_from_before_the_window_becomes_one_text_that_nothing_else_has(conversation):
+    kept = transforms.window(conversation, 1, 4, [])
+    lost = kept[0].parts[1]
+    assert lost == kept[2].parts[1]
+    assert lost.length == 5
+    assert lost.text not in {part.text for request in conversation for part in request.parts}
+
+
+def test_a_window_says_what_it_dropped_and_what_lost_its_past(conversation):
+    log: transforms.TransformLog = []
+    transforms.window(conversation, 1, 4, log)
+    assert log == [
+        {
+            "transform": "window",
+            "parameters": {"start_s": 1, "end_s": 4},
+            "changed": {"requests_dropped": 1, "requests_cut_from_their_past": 1},
+        }
+    ]
+
+
+def test_a_window_without_an_end_keeps_the_rest(conversation):
+    assert len(transforms.window(conversation, 2, float("inf"), [])) == 2
+
+
+def test_an_empty_window_is_refused(conversation):
+    with pytest.raises(InputError, match="expected at least one request in it"):
+        transforms.window(conversation, 100, 200, [])
+
+
+# --- limit ---
+
+
+def test_a_limit_keeps_the_first_requests(conversation):
+    log: transforms.TransformLog = []
+    assert transforms.limit(conversation, 3, log) == conversation[:3]
+    assert log[0]["changed"] == {"requests_dropped": 1}
+
+
+# --- times ---
+
+
+def test_twice_the_rate_halves_the_times(conversation):
+    scaled = transforms.scale_rate(conversation, 2.0, [])
+    assert [request.arrival_ns for request in scaled] == [SECOND // 2, SECOND, 3 * SECOND // 2, 2 * SECOND]
+
+
+def test_all_at_zero_keeps_who_waits_for_whom(conversation):
+    moved = transforms.all_at_zero(conversation, [])
+    assert [(request.arrival_ns, request.after) for request in moved] == [(0, None), (0, 0), (0, None), (0, 1)]
+
+
+def test_moved_arrivals_are_counted():
+    log: transforms.TransformLog = []
+    transforms.all_at_zero([single(0, 0), single(1, 1), single(2, 2)], log)
+    assert log == [{"transform": "all_at_zero", "parameters": {}, "changed": {"arrivals_moved": 2}}]
+
+
+@pytest.fixture
+def coarse() -> list[Request]:
+    return [single(number, 3 * (number // 10)) for number in range(40)]
+
+
+def test_spread_times_stay_before_the_next_instant(coarse):
+    spread = transforms.spread(coarse, 0, [])
+    assert [request.arrival_ns // (3 * SECOND) for request in spread] == [number // 10 for number in range(40)]
+
+
+def test_spread_times_follow_the_order_of_the_file(coarse):
+    spread = transforms.spread(coarse, 0, [])
+    assert [request.id for request in sorted(spread, key=lambda request: request.arrival_ns)] == list(range(40))
+
+
+def test_the_last_group_is_spread_over_the_time_that_it_is_given(coarse):
+    spread = transforms.spread(coarse, 0, [], last_s=0.001)
+    assert max(request.arrival_ns for request in spread) - 9 * SECOND < SECOND // 1000
+
+
+def test_the_same_seed_spreads_alike(coarse):
+    assert transforms.spread(coarse, 5, []) == transforms.spread(coarse, 5, [])
+
+
+def test_another_seed_spreads_otherwise(coarse):
+    assert transforms.spread(coarse, 5, []) != transforms.spread(coarse, 6, [])
+
+
+def test_spreading_takes_the_artefact_out_of_mooncakes_gaps(public_traces):
+    requests = read_trace(public_traces / "mooncake" / "conversation_trace.jsonl.gz").requests
+    times = [request.arrival_ns for request in transforms.spread(requests, 0, [])]
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    mean = sum(gaps) / len(gaps)
+    cv = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5 / mean
+    assert 0.97 < cv < 1.05
+
+
+# --- caps ---
+
+
+def test_a_capped_prompt_keeps_its_first_tokens(conversation):
+    capped = transforms.cap_prompt_tokens(conversation, 12, [])
+    assert capped[3].parts == (Part(0, 0, 10), Part(answer_text(0), 0, 2))
+    assert [request.prompt_tokens for request in capped] == [10, 12, 8, 12]
+
+
+def test_a_prompt_as_long_as_the_cap_is_left_alone(conversation):
+    assert transforms.cap_prompt_tokens(conversation, 28, []) == conversation
+
+
+def test_a_capped_output_is_that_long_in_later_prompts_too(conversation):
+    capped = transforms.cap_output_tokens(conversation, 5, [])
+    assert [request.max_tokens for request in capped] == [5, 5, 5, 5]
+    assert [part.length for part in capped[3].parts] == [10, 5, 3, 5, 4]
+
+
+def test_shortened_prompts_and_outputs_are_counted(conversation):
+    log: transforms.TransformLog = []
+    transforms.cap_prompt_tokens(transforms.cap_output_tokens(conversation, 5, log), 10, log)
+    assert [entry["changed"] for entry in log] == [
+        {"outputs_shortened": 3, "prompts_with_shortened_answers": 1},
+        {"prompts_shortened": 2},
+    ]
+    assert transforms.num_shortened(log) == 5
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "field"),
+    [
+        ("window", (-1.0, 5.0), "start_s"),
+        ("window", (2.0, 2.0), "end_s"),
+        ("window", (float("nan"), 2.0), "start_s"),
+        ("limit", (0,), "num_requests"),
+        ("scale_rate", (0.0,), "factor"),
+        ("scale_rate", (float("inf"),), "factor"),
+        ("cap_prompt_tokens", (0,), "most"),
+        ("cap_output_tokens", (0,), "most"),
+    ],
+)
+def test_a_parameter_out_of_range_is_named(conversation, name, arguments, field):
+    with pytest.raises(InputError, match=f"^{field} is .*, expected"):
+        getattr(transforms, name)(conversation, *arguments, [])

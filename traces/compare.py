@@ -1,0 +1,65 @@
+"""How far a simulation is from the run it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.record import RunRecord
+
+METRICS = (
+    *(f"{name}.{statistic}" for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s") for statistic in ("mean", "p50", "p90", "p99")),
+    "output_tok_s",
+    "total_tok_s",
+    "duration_s",
+    "cached_tokens",
+    "preemptions",
+    "steps",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric in both worlds; `error` is (sim - real) / real, None where that is not defined."""
+
+    metric: str
+    sim: float | None
+    real: float | None
+
+    @property
+    def error(self) -> float | None:
+        if self.sim is None or not self.real:
+            return None
+        return self.sim / self.real - 1.0
+
+
+def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
+    """A metric of a summary by its dotted name, such as "ttft_s.p90".
+
+    Raises:
+        InputError: there is no such metric.
+    """
+    if metric not in METRICS:
+        raise InputError(f"expected one of {', '.join(METRICS)}", field="metric", value=metric)
+    name, _, statistic = metric.partition(".")
+    return summary[name][statistic] if statistic else summary[name]
+
+
+def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:
+    """Every metric of two runs of the same trace.
+
+    Raises:
+        InputError: the runs did not replay the same requests.
+    """
+    for field in ("sha256", "transforms"):
+        mine, other = (record.run["facts"]["trace"][field] for record in (sim, real))
+        if mine != other:
+            raise InputError(
+                f"expected the trace of {real.path}, {other!r}", path=sim.path / "run.json", field=f"facts.trace.{field}", value=mine
+            )
+    return [
+        Comparison(metric, value_of(sim.run["summary"], metric), value_of(real.run["summary"], metric))
+        for metric in METRICS
+    ]

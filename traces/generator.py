@@ -1,0 +1,176 @@
+"""Generator: synthetic requests, the same for the same arguments and seed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal, NamedTuple, get_args
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.request import Part, Request, answer_text
+from twinserve.traces.transforms import renumbered, require
+
+Arrivals = Literal["poisson", "gamma", "burst"]
+
+_LENGTH_FORMS = "fixed:N or lognormal:MEAN:CV[:MIN:MAX], in tokens"
+
+
+@dataclass(frozen=True)
+class LengthSpec:
+    """How many tokens something has: always `mean`, or drawn from a lognormal distribution.
+
+    Attributes:
+        mean: mean of the distribution before rounding and clipping, in tokens.
+        cv: its standard deviation divided by its mean; 0 makes the length fixed.
+        low, high: draws are clipped to these.
+    """
+
+    mean: float
+    cv: float = 0.0
+    low: int = 1
+    high: int = 1 << 20
+
+    @classmethod
+    def parse(cls, text: str, field: str | None = None) -> LengthSpec:
+        """The spec that "fixed:N" or "lognormal:MEAN:CV[:MIN:MAX]" says.
+
+        Args:
+            field: the setting that holds the text, for the error.
+
+        Raises:
+            InputError: the text is neither, or a number in it is out of range.
+        """
+        kind, *values = text.split(":")
+        try:
+            if kind == "fixed" and len(values) == 1:
+                spec = cls(int(values[0]))
+            elif kind == "lognormal" and len(values) in (2, 4):
+                spec = cls(float(values[0]), float(values[1]), *(int(value) for value in values[2:]))
+            else:
+                raise ValueError(kind)
+        except ValueError as error:
+            raise InputError(f"expected {_LENGTH_FORMS}", field=field, value=text) from error
+        if not (1 <= spec.low <= spec.mean <= spec.high and 0 <= spec.cv < math.inf):
+            raise InputError(
+                f"expected 1 <= MIN ({spec.low}) <= mean <= MAX ({spec.high}) and CV >= 0", field=field, value=text
+            )
+        return spec
+
+    def draw(self, rng: random.Random) -> int:
+        """One length: exp(N(ln mean - s^2/2, s^2)) with s^2 = ln(1 + cv^2), rounded and clipped."""
+        if not self.cv:
+            return round(self.mean)
+        variance = math.log1p(self.cv**2)
+        drawn = rng.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
+        return round(min(max(drawn, self.low), self.high))
+
+
+def generate(
+    *,
+    seed: int,
+    num_requests: int,
+    rate: float,
+    prompt_tokens: LengthSpec,
+    output_tokens: LengthSpec,
+    arrivals: Arrivals = "poisson",
+    cv: float = 1.0,
+    burst_size: int = 1,
+    num_system_prompts: int = 0,
+    system_prompt_tokens: int = 0,
+    turns: int = 1,
+    think_time_s: float = 0.0,
+) -> list[Request]:
+    """Synthetic requests in the order of their arrival, the first one at 0.
+
+    Conversations of `turns` requests begin at random times. A later turn's prompt is the prompt before it, the answer
+    to that, and new text; it arrives when that answer is complete, at the earliest a think time after the turn before.
+    Each aspect has a random stream of its own: another rate leaves the lengths as they are.
+
+    Args:
+        seed: another seed, other requests.
+        num_requests: how many, all turns counted.
+        rate: requests per second in the long run, all turns counted; conversations begin at `rate / turns`.
+        prompt_tokens: new text of a turn; system prompt and earlier turns come on top.
+        output_tokens: what a request asks for.
+        arrivals: "poisson", "gamma" (gaps with coefficient of variation `cv`), or "burst" (`burst_size`
+            conversations at the same instant, bursts at exponential gaps).
+        cv: standard deviation of the gaps divided by their mean; for "gamma".
+        burst_size: conversations in a burst; for "burst".
+        num_system_prompts: texts of which each conversation has one, chosen uniformly, at its start; 0 is none.
+        system_prompt_tokens: length of each of them.
+        turns: requests in a conversation; the last conversation may have fewer.
+        think_time_s: mean, in seconds, of the exponential time between the arrivals of two turns.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
+    require(0 < rate < math.inf, "rate", rate, "requests per second > 0")
+    require(arrivals in get_args(Arrivals), "arrivals", arrivals, f"one of {', '.join(get_args(Arrivals))}")
+    require(0 < cv < math.inf, "cv", cv, "a number > 0")
+    require(burst_size >= 1, "burst_size", burst_size, "an integer >= 1")
+    require(num_system_prompts >= 0, "num_system_prompts", num_system_prompts, "an integer >= 0")
+    least = min(num_system_prompts, 1)
+    require(system_prompt_tokens >= least, "system_prompt_tokens", system_prompt_tokens, f"an integer >= {least}")
+    require(turns >= 1, "turns", turns, "an integer >= 1")
+    require(0 <= think_time_s < math.inf, "think_time_s", think_time_s, "seconds >= 0")
+
+    gap_rng, prompt_rng, output_rng, system_rng, think_rng = (
+        random.Random(f"{seed}:{aspect}") for aspect in ("gaps", "prompts", "outputs", "systems", "thinking")
+    )
+    draws = _Draws(
+        texts=count(num_system_prompts),
+        prompt_tokens=(prompt_tokens.draw(prompt_rng) for _ in count()),
+        max_tokens=(output_tokens.draw(output_rng) for _ in count()),
+        think_ns=(round(think_rng.expovariate(1.0) * think_time_s * 1e9) for _ in count()),
+    )
+    gaps_s = _gaps(gap_rng, rate / turns, arrivals, cv, burst_size)
+    start_ns = 0
+    drafts: list[Request] = []
+    for session in range(-(-num_requests // turns)):
+        parts: tuple[Part, ...] = ()
+        if num_system_prompts:
+            parts = (Part(system_rng.randrange(num_system_prompts), 0, system_prompt_tokens),)
+        opening = Request(len(drafts), start_ns, parts, max_tokens=0, session=session if turns > 1 else None)
+        drafts += _conversation(opening, min(turns, num_requests - len(drafts)), draws)
+        start_ns += round(next(gaps_s) * 1e9)
+    # Stable, so that a turn stays behind the one before it.
+    drafts.sort(key=lambda request: request.arrival_ns)
+    return renumbered(drafts)
+
+
+class _Draws(NamedTuple):
+    """Where the random numbers of the conversations come from, an endless stream for each aspect."""
+
+    texts: Iterator[int]
+    prompt_tokens: Iterator[int]
+    max_tokens: Iterator[int]
+    think_ns: Iterator[int]
+
+
+def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:
+    """The turns of one conversation; `opening` has the id and time of the first, and what its prompt begins with."""
+    parts = opening.parts
+    arrival_ns = opening.arrival_ns
+    for number in range(opening.id, opening.id + turns):
+        parts += (Part(next(draws.texts), 0, next(draws.prompt_tokens)),)
+        max_tokens = next(draws.max_tokens)
+        after = number - 1 if number > opening.id else None
+        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after)
+        parts += (Part(answer_text(number), 0, max_tokens),)
+        arrival_ns += next(draws.think_ns)
+
+
+def _gaps(rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_size: int) -> Iterator[float]:
+    """Seconds between successive starts, `rate` starts per second in the long run."""
+    while True:
+        if arrivals == "gamma":
+            yield rng.gammavariate(1 / cv**2, cv**2 / rate)
+        elif arrivals == "poisson":
+            yield rng.expovariate(rate)
+        else:
+            yield from [0.0] * (burst_size - 1)
+            yield rng.expovariate(rate / burst_size)

@@ -1,0 +1,390 @@
+"""Run records: what happened in a run (facts) and what the policies made of it (decisions), in one folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import platform
+import re
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.traces.errors import InputError
+from twinserve.traces.metrics import STEP_FIELDS, summarize
+from twinserve.traces.readers import Line, json_lines, json_value, read_content, text_lines
+from twinserve.traces.request import Request
+
+SCHEMA = "twinserve-run/1"
+
+_SERVED = ("stop", "length")
+_TOTALS = (
+    "usual",
+    "tokens",
+    "prompt_tokens",
+    "decode_tokens",
+    "kv_tokens",
+    "attention_pairs",
+    "sampled",
+    "used_blocks",
+    "waiting",
+    "running",
+)
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(slots=True)
+class _Served:
+    """A request that came in, while the run goes on."""
+
+    number: int
+    request: Request
+    sampling: SamplingParams
+    seq: Sequence
+    cached_tokens: int | None = None
+
+
+class RunRecorder:
+    """Listens to a Core and writes its run record; the folder appears, complete, at `close`.
+
+    Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
+    manager it discards what was not closed.
+
+    Args:
+        out: the folder to write.
+        world: "sim" or "real"; a real run's record holds the generated tokens too.
+        settings: every setting of the run.
+        facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
+        device: what executed the steps, in words.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        world: Literal["sim", "real"],
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+        device: str | None = None,
+    ):
+        self._out = Path(out)
+        self._world, self._settings, self._facts, self._device = world, settings, facts, device
+        self._expected: dict[int, tuple[Request, SamplingParams]] = {}
+        self._served: dict[int, _Served] = {}
+        self._request_rows: dict[int, dict[str, Any]] = {}
+        self._outputs: dict[int, dict[str, Any]] = {}
+        self._decided: deque[dict[str, Any]] = deque()
+        self._summarized: list[dict[str, Any]] = []
+        self._partial = _make_partial(self._out)
+        self._steps_file = (self._partial / "steps.jsonl").open("w", encoding="utf-8", newline="\n")
+
+    def expect(self, request: Request, sampling: SamplingParams) -> None:
+        """Say which request the sequence with id `request.id` will come from, before it is ingested.
+
+        A sequence that was not expected is not recorded as a request. Any thread may call this.
+        """
+        self._expected[request.id] = (request, sampling)
+
+    # --- what a CoreListener hears ---
+
+    def ingested(self, seq: Sequence, number: int) -> None:
+        """A sequence came in."""
+        expected = self._expected.pop(seq.seq_id, None)
+        if expected is not None:
+            self._served[seq.seq_id] = _Served(number, *expected, seq)
+
+    def decided(self, batch: Batch) -> None:
+        """A decision was made; what later steps would change is copied now."""
+        for row in batch.admitted:
+            served = self._served.get(row.seq.seq_id)
+            if served is not None and served.cached_tokens is None:
+                served.cached_tokens = row.start
+        self._decided.append(_step_row(batch))
+
+    def committed(self, batch: Batch) -> None:
+        """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
+        row = self._decided.popleft()
+        row["start_ns"] = batch.decided_ns if batch.start_ns is None else batch.start_ns
+        row["end_ns"] = batch.end_ns
+        self._steps_file.write(_encode(row) + "\n")
+        # A whole row is some 2 kB, and a long run has many of them.
+        self._summarized.append({field: row[field] for field in STEP_FIELDS})
+
+    def finished(self, seq: Sequence) -> None:
+        """A sequence has ended."""
+        served = self._served.pop(seq.seq_id, None)
+        if served is not None:
+            self._keep(served)
+
+    # --- the end ---
+
+    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write what is left, give the folder its name, and return the summary.
+
+        Args:
+            summary_extra: joins the summary. Its `shortened` is added to the requests that `summarize` counts as
+                shortened; any other value goes in as it is.
+        """
+        for served in self._served.values():
+            self._keep(served)
+        self._served.clear()
+        rows = [row for _, row in sorted(self._request_rows.items())]
+        summary = summarize(rows, self._summarized, world=self._world)
+        extra = summary_extra or {}
+        summary |= extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+        self._steps_file.close()
+        _write_lines(self._partial / "requests.jsonl", rows)
+        if self._world == "real":
+            outputs = [row for _, row in sorted(self._outputs.items())]
+            _write_lines(self._partial / "outputs.jsonl.gz", outputs)
+        run = {
+            "schema": SCHEMA,
+            "world": self._world,
+            "settings": self._settings,
+            "facts": self._facts,
+            "device": self._device,
+            "versions": _versions(),
+            "summary": summary,
+        }
+        text = json.dumps(run, indent=2, allow_nan=False) + "\n"
+        (self._partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+        try:
+            self._partial.rename(self._out)
+        except OSError as error:
+            raise InputError(f"cannot be created: {error.strerror}", path=self._out) from error
+        return summary
+
+    def discard(self) -> None:
+        """Remove what has been written; a closed record stays."""
+        self._steps_file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> RunRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard()
+
+    def _keep(self, served: _Served) -> None:
+        """Turn what is known of a request into its row."""
+        self._request_rows[served.number] = _request_row(served)
+        if self._world == "real":
+            self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
+
+
+def _make_partial(out: Path) -> Path:
+    """Create the folder in which a record grows."""
+    if out.exists() or out.is_symlink():
+        raise InputError("exists already, expected a new folder", path=out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            "exists already: another run is writing it, or one was killed and it can be removed", path=partial
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=partial) from error
+    return partial
+
+
+def decision_fields(batch: Batch) -> dict[str, Any]:
+    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
+    return {
+        "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
+        "left": [seq.seq_id for seq in batch.left],
+        "preempted": [seq.seq_id for seq in batch.preempted],
+        "usual": batch.usual_tokens,
+        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions],
+        "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
+        "tokens": batch.num_tokens,
+        "prompt_tokens": batch.num_prompt_tokens,
+        "decode_tokens": batch.num_decode_tokens,
+        "kv_tokens": batch.num_kv_tokens,
+        "attention_pairs": batch.num_attention_pairs,
+        "sampled": len(batch.sampled),
+        "used_blocks": batch.num_used_blocks,
+        "waiting": batch.num_waiting,
+        "running": batch.num_running,
+        "digest": f"{batch.digest:016x}",
+    }
+
+
+def _step_row(batch: Batch) -> dict[str, Any]:
+    """A step's row; its start and end are not known yet."""
+    return {
+        "decision": batch.decision,
+        "seen": batch.seen,
+        "aborted": [seq.seq_id for seq in batch.aborted],
+        "committed": batch.committed,
+        "decided_ns": batch.decided_ns,
+        "start_ns": None,
+        "end_ns": None,
+        "count": 1,
+        **decision_fields(batch),
+    }
+
+
+def _request_row(served: _Served) -> dict[str, Any]:
+    request, seq = served.request, served.seq
+    return {
+        "id": request.id,
+        "ingest": served.number,
+        "session": request.session,
+        "after": request.after,
+        "arrival_ns": request.arrival_ns,
+        "ingested_ns": seq.ingested_ns,
+        "first_scheduled_ns": seq.first_scheduled_ns,
+        "first_token_ns": seq.first_token_ns,
+        "finish_ns": seq.finish_ns,
+        "prompt_tokens": seq.num_prompt_tokens,
+        "max_tokens": seq.sampling_params.max_tokens,
+        "output_tokens": seq.num_completion_tokens,
+        "cached_tokens": served.cached_tokens or 0,
+        "preemptions": seq.num_preemptions,
+        "finish_reason": seq.finish_reason,
+        "refusal": seq.refusal,
+        "prompt": [list(part) for part in request.parts],
+        "ignore_eos": served.sampling.ignore_eos,
+        "stop_token_ids": list(served.sampling.stop_token_ids),
+    }
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a line a row; equal rows give equal bytes, packed or not."""
+    content = "".join(_encode(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what took part; torch only where something else has imported it."""
+    versions = {"python": platform.python_version()}
+    with suppress(PackageNotFoundError):
+        versions["twinserve"] = version("twinserve")
+    if "torch" in sys.modules:
+        versions["torch"] = str(sys.modules["torch"].__version__)
+    return versions
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run record in memory.
+
+    Attributes:
+        path: the folder.
+        run: world, settings, facts, device, versions and summary.
+        requests: a row a request, in the order in which they came in.
+        steps: a row a step, in the order of the decisions.
+        outputs: the generated tokens by request id; empty for a simulation.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    requests: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    outputs: dict[int, list[int]]
+
+
+def load_record(path: Path) -> RunRecord:
+    """Read the run record in the folder `path`.
+
+    Decision fields other than `digest` may be missing from steps: a replay needs the facts and the digest.
+
+    Raises:
+        InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
+    """
+    path = Path(path)
+    run = _checked_run(path / "run.json")
+    requests: list[dict[str, Any]] = []
+    for line in _lines(path / "requests.jsonl"):
+        _check_request(line, requests[-1]["ingest"] + 1 if requests else 0)
+        requests.append(line.values)
+    steps: list[dict[str, Any]] = []
+    for line in _lines(path / "steps.jsonl"):
+        _check_step(line, len(steps))
+        steps.append(line.values)
+    outputs: dict[int, list[int]] = {}
+    if run["world"] == "real":
+        outputs = {line.integer("id"): line.integers("tokens") for line in _lines(path / "outputs.jsonl.gz")}
+        for number, row in enumerate(requests, 1):
+            length = len(outputs.get(row["id"], ()))
+            if row["output_tokens"] != length:
+                line = Line(path / "requests.jsonl", number, row)
+                raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
+    return RunRecord(path, run, requests, steps, outputs)
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    return json_lines(text_lines(read_content(path), path), path)
+
+
+def _checked_run(path: Path) -> dict[str, Any]:
+    value = json_value("\n".join(text_lines(read_content(path), path)), path)
+    if type(value) is not dict:
+        raise InputError("expected a JSON object", path=path, value=value)
+    if value.get("schema") != SCHEMA:
+        raise InputError(f"expected {SCHEMA!r}", path=path, field="schema", value=value.get("schema"))
+    if value.get("world") not in ("sim", "real"):
+        raise InputError("expected 'sim' or 'real'", path=path, field="world", value=value.get("world"))
+    for field in ("settings", "facts"):
+        if type(value.get(field)) is not dict:
+            raise InputError("expected a JSON object", path=path, field=field, value=value.get(field))
+    return value
+
+
+def _check_request(line: Line, least_ingest: int) -> None:
+    """Check every field that metrics or a replay need; rows come in the order of their ingest numbers."""
+    line.integer("ingest", least_ingest)
+    for field in ("id", "arrival_ns", "ingested_ns", "output_tokens", "cached_tokens", "preemptions"):
+        line.integer(field)
+    line.integer("max_tokens", 1)
+    for field in ("session", "after", "first_scheduled_ns", "first_token_ns", "finish_ns"):
+        line.get(field)
+        line.optional_integer(field)
+    reason = line.one_of("finish_reason", (*_SERVED, "abort", "refused", None))
+    if reason in _SERVED:
+        line.integer("first_token_ns")
+        line.integer("finish_ns")
+    length = sum(part.length for part in line.parts("prompt"))
+    if line.integer("prompt_tokens") != length:
+        raise line.error(f"expected {length}, the sum of the lengths in prompt", "prompt_tokens")
+    if not isinstance(line.get("refusal"), str | None):
+        raise line.error("expected words or null", "refusal")
+    line.one_of("ignore_eos", (False, True))
+    line.integers("stop_token_ids")
+
+
+def _check_step(line: Line, decision: int) -> None:
+    """Check the facts and the digest, and those of the other decision fields that are there."""
+    line.one_of("decision", (decision,))
+    line.integer("committed", -1)
+    line.one_of("count", (1,))
+    for field in ("seen", "decided_ns", "start_ns", "end_ns"):
+        line.integer(field)
+    line.integers("aborted")
+    digest = line.get("digest")
+    if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
+        raise line.error("expected 16 hexadecimal digits", "digest", digest)
+    for field in ("left", "preempted"):
+        if field in line.values:
+            line.integers(field)
+    for field, width in (("admitted", 4), ("rows", 3)):
+        if field in line.values:
+            line.integer_lists(field, width)
+    for field in _TOTALS:
+        if field in line.values:
+            line.integer(field)

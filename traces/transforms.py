@@ -1,0 +1,186 @@
+"""Transforms: explicit changes to a trace, each counted and written down in the run record.
+
+Each takes requests with the ids 0, 1, 2... in the order of their arrival, as readers and generator give them, returns
+such requests, and appends to a log `{"transform": name, "parameters": {...}, "changed": {what: how many, ...}}`. The
+log says all that a stranger needs to make the same requests from the same trace.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.request import Part, Request, answer_text
+
+TransformLog = list[dict[str, Any]]
+
+
+def window(requests: list[Request], start_s: float, end_s: float, log: TransformLog) -> list[Request]:
+    """The requests that arrive in [start_s, end_s), in seconds from the first arrival; start_s becomes time 0.
+
+    What a request held of the answer of one before the window becomes text that its conversation alone has, and it no
+    longer waits for it.
+
+    Raises:
+        InputError: the window is empty.
+    """
+    require(0 <= start_s < math.inf, "start_s", start_s, "seconds >= 0")
+    require(start_s < end_s, "end_s", end_s, f"seconds > start_s ({start_s})")
+    origin_ns = requests[0].arrival_ns + round(start_s * 1e9)
+    length_ns = math.inf if end_s == math.inf else round(end_s * 1e9) - round(start_s * 1e9)
+    moved = [replace(request, arrival_ns=request.arrival_ns - origin_ns) for request in requests]
+    kept = [request for request in moved if 0 <= request.arrival_ns < length_ns]
+    require(bool(kept), "window", [start_s, end_s], "at least one request in it")
+    orphaned = sum(request.after is not None and request.after < kept[0].id for request in kept)
+    changed = {"requests_dropped": len(requests) - len(kept), "requests_cut_from_their_past": orphaned}
+    _write(log, "window", {"start_s": start_s, "end_s": None if end_s == math.inf else end_s}, changed)
+    return renumbered(kept)
+
+
+def limit(requests: list[Request], num_requests: int, log: TransformLog) -> list[Request]:
+    """The first `num_requests` requests.
+
+    Raises:
+        InputError: `num_requests` is less than 1.
+    """
+    require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
+    kept = requests[:num_requests]
+    _write(log, "limit", {"num_requests": num_requests}, {"requests_dropped": len(requests) - len(kept)})
+    return kept
+
+
+def scale_rate(requests: list[Request], factor: float, log: TransformLog) -> list[Request]:
+    """Arrivals `factor` times as dense: each time divided by it and rounded to a nanosecond.
+
+    Raises:
+        InputError: `factor` is not a number above 0.
+    """
+    require(0 < factor < math.inf, "factor", factor, "a number > 0")
+    return _at(requests, [round(r.arrival_ns / factor) for r in requests], "scale_rate", {"factor": factor}, log)
+
+
+def all_at_zero(requests: list[Request], log: TransformLog) -> list[Request]:
+    """Every request arrives at 0; those with `after` still wait for the answer before them."""
+    return _at(requests, [0] * len(requests), "all_at_zero", {}, log)
+
+
+def spread(requests: list[Request], seed: int, log: TransformLog, *, last_s: float = 3.0) -> list[Request]:
+    """Arrivals that were recorded in coarse steps, spread out again.
+
+    The requests of an instant get times drawn uniformly between it and the next instant, sorted, in the order of the
+    file. Raw, such a trace arrives in bursts that its users never made.
+
+    Args:
+        seed: another seed, other times.
+        last_s: seconds after the last instant within which its requests are spread.
+
+    Raises:
+        InputError: `last_s` is not a number above 0.
+    """
+    require(0 < last_s < math.inf, "last_s", last_s, "seconds > 0")
+    rng = random.Random(seed)
+    instants = sorted({request.arrival_ns for request in requests})
+    following = dict(zip(instants, [*instants[1:], instants[-1] + round(last_s * 1e9)], strict=True))
+    times_ns: list[int] = []
+    for instant_ns, group in groupby(request.arrival_ns for request in requests):
+        times_ns += sorted(rng.randrange(instant_ns, following[instant_ns]) for _ in group)
+    return _at(requests, times_ns, "spread", {"seed": seed, "last_s": last_s}, log)
+
+
+def cap_prompt_tokens(requests: list[Request], most: int, log: TransformLog) -> list[Request]:
+    """Prompts of at most `most` tokens: longer ones keep their first tokens, and so the prefixes they share.
+
+    Raises:
+        InputError: `most` is less than 1.
+    """
+    require(most >= 1, "most", most, "an integer >= 1")
+    capped = [replace(request, parts=_head(request.parts, most)) for request in requests]
+    _write(log, "cap_prompt_tokens", {"most": most}, {"prompts_shortened": _count_changed(requests, capped)})
+    return capped
+
+
+def cap_output_tokens(requests: list[Request], most: int, log: TransformLog) -> list[Request]:
+    """Answers of at most `most` tokens; prompts that hold such an answer hold what is left of it.
+
+    Raises:
+        InputError: `most` is less than 1.
+    """
+    require(most >= 1, "most", most, "an integer >= 1")
+    lengths = {request.id: min(request.max_tokens, most) for request in requests}
+    capped = [replace(request, max_tokens=lengths[request.id]) for request in requests]
+    resolved = [request.resolved(lengths) for request in capped]
+    changed = {
+        "outputs_shortened": _count_changed(requests, capped),
+        "prompts_with_shortened_answers": _count_changed(capped, resolved),
+    }
+    _write(log, "cap_output_tokens", {"most": most}, changed)
+    return resolved
+
+
+def num_shortened(log: TransformLog) -> int:
+    """How many prompts and outputs were cut to a cap, as the log has it."""
+    counted = ("prompts_shortened", "outputs_shortened")
+    return sum(entry["changed"].get(what, 0) for entry in log for what in counted)
+
+
+def renumbered(requests: list[Request]) -> list[Request]:
+    """The requests with ids 0, 1, 2... in the given order, and references to them changed alike.
+
+    A reference to a request that is not among them: `after` becomes None, and the parts of its answer become parts of
+    a text that nothing else in the trace has (one text an answer, so that later turns still share it).
+    """
+    new_ids = {request.id: index for index, request in enumerate(requests)}
+    texts = {answer_text(old): answer_text(new) for old, new in new_ids.items()}
+    next_text = 1 + max((part.text for request in requests for part in request.parts), default=0)
+    for request in requests:
+        for part in request.parts:
+            if part.text < 0 and part.text not in texts:
+                texts[part.text] = next_text
+                next_text += 1
+    return [
+        replace(
+            request,
+            id=new_ids[request.id],
+            parts=tuple(part._replace(text=texts.get(part.text, part.text)) for part in request.parts),
+            after=None if request.after is None else new_ids.get(request.after),
+        )
+        for request in requests
+    ]
+
+
+def require(holds: bool, field: str, value: object, expected: str) -> None:
+    """Raise an InputError that names field, value and what was expected, unless the condition holds."""
+    if not holds:
+        raise InputError(f"expected {expected}", field=field, value=value)
+
+
+def _at(
+    requests: list[Request], times_ns: list[int], name: str, parameters: dict[str, Any], log: TransformLog
+) -> list[Request]:
+    """The requests at other times, which keep their order."""
+    moved = [replace(request, arrival_ns=time) for request, time in zip(requests, times_ns, strict=True)]
+    _write(log, name, parameters, {"arrivals_moved": _count_changed(requests, moved)})
+    return moved
+
+
+def _head(parts: tuple[Part, ...], most: int) -> tuple[Part, ...]:
+    """The parts of the first `most` tokens."""
+    head = []
+    for part in parts:
+        if most <= 0:
+            break
+        head.append(part._replace(length=min(part.length, most)))
+        most -= part.length
+    return tuple(head)
+
+
+def _count_changed(before: list[Request], after: list[Request]) -> int:
+    return sum(old != new for old, new in zip(before, after, strict=True))
+
+
+def _write(log: TransformLog, name: str, parameters: dict[str, Any], changed: dict[str, int]) -> None:
+    log.append({"transform": name, "parameters": parameters, "changed": changed})

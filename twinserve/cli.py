@@ -1,0 +1,213 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from twinserve.options import options_of
+from twinserve.traces.errors import InputError
+from twinserve.traces.settings import Settings
+from twinserve.workload import TraceOptions
+
+app = typer.Typer(
+    help="The same LLM serving policies in a simulator and in a real engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+trace_app = typer.Typer(help="Look at a trace, make a synthetic one, change its format.", no_args_is_help=True)
+model_app = typer.Typer(help="Bring a model.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+app.add_typer(model_app, name="model")
+
+Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file of settings; options override it.")]
+Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+DEFAULT_MODEL = "smollm2-135m"
+
+
+UsageError = typer.BadParameter.__mro__[1]
+"""What the command-line parser raises for every misuse."""
+
+
+def main() -> None:
+    """Run a command; bad input is one line on stderr and exit status 2."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        print(f"twinserve: {error}", file=sys.stderr)
+        code = 2
+    except UsageError as error:
+        message = " ".join(error.format_message().split())
+        print(f"twinserve: {message}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("twinserve: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def note(text: str) -> None:
+    """Say something beside the result."""
+    print(text, file=sys.stderr)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """A run's summary: JSON, or a table for a person."""
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from twinserve.tables import summary_table
+
+    summary_table(summary)
+
+
+@app.command()
+@options_of(TraceOptions, "trace_options")
+@options_of(Settings, "settings")
+def sim(
+    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    trace_options: dict,
+    settings: dict,
+    latency: Annotated[Optional[Path], typer.Option(help="Latency file; default: the one that is shipped.")] = None,
+    latency_from: Annotated[Optional[Path], typer.Option(help="A run record whose own step times are used.")] = None,
+    config: Config = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace in the simulator."""
+    from twinserve.progress import Bar
+    from twinserve.workload import load_workload
+    from twinserve.worlds import choose_latency, run_sim
+
+    chosen = Settings.load(settings, config)
+    model, facts = choose_latency(latency, latency_from)
+    workload = load_workload(trace, trace_options)
+    note(f"latency: {facts['name']} ({facts['identity']})")
+    if chosen.max_model_len is None:
+        note("no context limit: max_model_len is not given")
+    if chosen.num_gpu_blocks is None:
+        note("a pool without end: num_gpu_blocks is not given")
+    with Bar("sim", len(workload.requests)) as bar:
+        summary = run_sim(workload, chosen, model, latency_facts=facts, out=out, progress=bar.ended)
+    outside = getattr(model, "num_outside", 0)
+    if outside:
+        note(f"{outside} steps lie outside the range that the latency was fitted on, by up to {model.worst_excess:.1f}x")
+    print_summary(summary, as_json)
+
+
+@app.command()
+@options_of(TraceOptions, "trace_options")
+@options_of(Settings, "settings")
+def run(
+    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    trace_options: dict,
+    settings: dict,
+    model: Model = DEFAULT_MODEL,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts' tokens and of sampling.")] = 0,
+    config: Config = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace on the real engine, in real time."""
+    from twinserve.policies import SamplingParams
+    from twinserve.progress import Bar
+    from twinserve.workload import load_workload
+    from twinserve.worlds import load_llm, run_real
+
+    if not 0 <= time_scale < float("inf"):
+        raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
+    workload = load_workload(trace, trace_options)
+    refuse_existing(out)
+    llm = load_llm(model, Settings.load(settings, config), device=device, dtype=dtype, seed=seed)
+    params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
+    with Bar("run", len(workload.requests)) as bar:
+        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, progress=bar.ended)
+    print_summary(summary, as_json)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run record.")],
+    as_json: Json = False,
+) -> None:
+    """Decide a recorded run again from its facts; exit status 1 at the first difference."""
+    from twinserve.traces.record import load_record
+    from twinserve.traces.replay import replay as decide_again
+
+    result = decide_again(load_record(run))
+    if as_json:
+        difference = None if result.difference is None else vars(result.difference)
+        print(json.dumps({"exact": result.is_exact, "equal": result.equal, "recorded": result.recorded,
+                          "difference": difference}))
+    elif result.is_exact:
+        print(f"exact: {result.equal} of {result.recorded} decisions made again")
+    else:
+        print(f"differs after {result.equal} of {result.recorded} decisions: {result.difference}")
+    if not result.is_exact:
+        raise typer.Exit(1)
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Refuse an output that exists before long work begins."""
+    if out is not None and out.exists():
+        raise InputError("exists already, expected a new name", path=out)
+
+
+@trace_app.command("make")
+def trace_make(
+    out: Annotated[Path, typer.Option("--out", help="The trace file to write; must not exist.")],
+    requests: Annotated[int, typer.Option(help="How many, all turns counted.")] = 100,
+    rate: Annotated[float, typer.Option(help="Requests a second in the long run.")] = 1.0,
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma or burst.")] = "poisson",
+    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, for gamma.")] = 1.0,
+    burst_size: Annotated[int, typer.Option(help="Conversations that arrive at one instant, for burst.")] = 1,
+    prompt_tokens: Annotated[str, typer.Option(help="New text of a turn: fixed:N or lognormal:MEAN:CV.")] = "lognormal:200:1",
+    output_tokens: Annotated[str, typer.Option(help="Answer: fixed:N or lognormal:MEAN:CV.")] = "lognormal:60:0.7",
+    system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
+    system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,
+    turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
+    think_time_s: Annotated[float, typer.Option(help="Mean time between two turns.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Make a synthetic trace."""
+    from twinserve.traces.generator import LengthSpec, generate
+    from twinserve.traces.readers import write_trace
+
+    refuse_existing(out)
+    options = {
+        "seed": seed,
+        "num_requests": requests,
+        "rate": rate,
+        "arrivals": arrivals,
+        "cv": cv,
+        "burst_size": burst_size,
+        "num_system_prompts": system_prompts,
+        "system_prompt_tokens": system_prompt_tokens,
+        "turns": turns,
+        "think_time_s": think_time_s,
+    }
+    made = generate(
+        prompt_tokens=LengthSpec.parse(prompt_tokens, "prompt_tokens"),
+        output_tokens=LengthSpec.parse(output_tokens, "output_tokens"),
+        **options,  # type: ignore[arg-type]
+    )
+    write_trace(out, made, {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}})
+    note(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

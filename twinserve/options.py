@@ -1,0 +1,55 @@
+"""Command-line options made from pydantic models, so that a setting has one name, one default and one description."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+
+
+def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Callable]:
+    """Give a command one option a field of `model`; those given reach the command as the dict `panel`.
+
+    An option that is not given is absent from the dict, so that a configuration file can set it. Pydantic itself
+    checks the values; the command line only parses them.
+
+    Args:
+        panel: the keyword argument of the command that takes the dict, and the heading in the help.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        own = inspect.signature(command, eval_str=True)
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel))
+            for name, info in model.model_fields.items()
+        ]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in model.model_fields}
+            return command(**values, **{panel: {name: value for name, value in given.items() if value is not None}})
+
+        kept = [parameter for parameter in own.parameters.values() if parameter.name != panel]
+        wrapper.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *added)}
+        return wrapper
+
+    return decorate
+
+
+def _annotation(name: str, info: Any, panel: str) -> Any:
+    kind, flag = info.annotation, name.replace("_", "-")
+    if get_origin(kind) not in (None, Literal):
+        kind = next(arm for arm in get_args(kind) if arm is not type(None))
+    default = "none" if info.default is None else str(info.default)
+    option = typer.Option(
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+        help=f"{info.description or ''} (default: {default})".strip(),
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    return Annotated[Union[kind, None], option]  # noqa: UP007 - built at run time

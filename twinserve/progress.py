@@ -1,0 +1,55 @@
+"""Progress of long work, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from twinserve.policies import Sequence
+
+
+class Bar:
+    """A progress bar on stderr, counting requests that have ended; where stderr is no terminal, a line now and then.
+
+    Args:
+        label: what is going on.
+        total: units of work.
+        seconds_between_lines: how often a line comes where there is no terminal.
+    """
+
+    def __init__(self, label: str, total: int, *, seconds_between_lines: float = 10.0):
+        self._label, self._total, self._done = label, total, 0
+        self._between, self._last = seconds_between_lines, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(label, total=total)
+
+    def ended(self, _: Sequence) -> None:
+        """A sequence has ended."""
+        self.advance()
+
+    def advance(self) -> None:
+        """One unit of work is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif (now := time.monotonic()) - self._last >= self._between:
+            self._last = now
+            print(f"{self._label}: {self._done} of {self._total}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Bar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,41 @@
+"""Results as tables for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twinserve.traces.compare import Comparison
+
+STATISTICS = ("mean", "p50", "p90", "p99")
+
+
+def summary_table(summary: dict[str, Any]) -> None:
+    """Print a run's summary; what was refused, shortened or dropped comes first."""
+    console = Console(width=None if Console().is_terminal else 100)
+    counts = ("requests", "finished", "refused", "aborted", "shortened", "dropped")
+    console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
+    table = Table("seconds", *STATISTICS)
+    for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+        table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
+    console.print(table)
+    console.print(
+        f"{summary['output_tok_s']:.1f} output tokens/s, {summary['total_tok_s']:.1f} in all, over "
+        f"{summary['duration_s']:.1f} s; {summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens "
+        f"cached; {summary['preemptions']} preemptions; {summary['steps']} steps; took {summary['wall_s']:.1f} s"
+    )
+
+
+def comparison_table(comparisons: list[Comparison]) -> None:
+    """Print the metrics of two runs side by side."""
+    table = Table("metric", "simulated", "real", "error")
+    for row in comparisons:
+        error = "" if row.error is None else f"{row.error:+.1%}"
+        table.add_row(row.metric, _number(row.sim), _number(row.real), error)
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,95 @@
+"""A trace as a run replays it: read, changed as asked for, every change counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from twinserve.traces import transforms
+from twinserve.traces.errors import InputError
+from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.request import Request
+
+
+class TraceOptions(BaseModel):
+    """How a trace is changed before it is replayed; applied in this order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spread_seed: int | None = Field(None, description="spread arrivals recorded in coarse steps, with this seed")
+    window_s: str | None = Field(None, description="only arrivals from START to END seconds, as START:END")
+    limit: int | None = Field(None, description="only the first so many requests")
+    rate_scale: float | None = Field(None, description="so many times the trace's rate")
+    all_at_zero: bool | None = Field(None, description="every request arrives at the start")
+    max_prompt_tokens: int | None = Field(None, description="cut longer prompts to their first tokens")
+    max_output_tokens: int | None = Field(None, description="cut longer outputs")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests to replay and what the run record says of where they came from.
+
+    Attributes:
+        requests: with ids 0, 1, 2...
+        facts: path, format and sha256 of the trace, its notes, and each transform with its counts.
+        shortened: prompts and outputs cut to a cap.
+        dropped: requests of the trace that are not replayed.
+    """
+
+    requests: list[Request]
+    facts: dict[str, Any]
+    shortened: int
+    dropped: int
+
+
+def load_workload(path: Path, options: dict[str, Any]) -> Workload:
+    """Read a trace and apply `TraceOptions` to it.
+
+    Raises:
+        InputError: the trace or an option cannot be used, or no request is left.
+    """
+    trace = read_trace(path)
+    try:
+        wanted = TraceOptions(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"expected: {first['msg']}", field=str(first["loc"][0]), value=first["input"]) from error
+    requests, log = _transformed(trace, wanted)
+    if not requests:
+        raise InputError("no request is left to replay", path=path)
+    facts = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes, "transforms": log}
+    return Workload(requests, facts, transforms.num_shortened(log), len(trace.requests) - len(requests))
+
+
+def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], transforms.TransformLog]:
+    log: transforms.TransformLog = []
+    requests = trace.requests
+    if wanted.spread_seed is not None:
+        requests = transforms.spread(requests, wanted.spread_seed, log)
+    if wanted.window_s is not None:
+        start, end = _window(wanted.window_s)
+        requests = transforms.window(requests, start, end, log)
+    if wanted.limit is not None:
+        requests = transforms.limit(requests, wanted.limit, log)
+    if wanted.rate_scale is not None:
+        requests = transforms.scale_rate(requests, wanted.rate_scale, log)
+    if wanted.all_at_zero:
+        requests = transforms.all_at_zero(requests, log)
+    if wanted.max_prompt_tokens is not None:
+        requests = transforms.cap_prompt_tokens(requests, wanted.max_prompt_tokens, log)
+    if wanted.max_output_tokens is not None:
+        requests = transforms.cap_output_tokens(requests, wanted.max_output_tokens, log)
+    return requests, log
+
+
+def _window(text: str) -> tuple[float, float]:
+    start, colon, end = text.partition(":")
+    try:
+        if colon:
+            return float(start), float(end)
+    except ValueError:
+        pass
+    raise InputError("expected START:END in seconds, such as 60:120", field="window_s", value=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,7 @@ class Comparison:
 
 
 def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a summary by its dotted name, such as "ttft_s.p90".
-
-    Raises:
-        InputError: there is no such metric.
-    """
-    if metric not in METRICS:
-        raise InputError(f"expected one of {', '.join(METRICS)}", field="metric", value=metric)
+    """A metric of a summary by its dotted name, such as "ttft_s.p90"."""
     name, _, statistic = metric.partition(".")
     return summary[name][statistic] if statistic else summary[name]
 
@@ -62,4 +57,33 @@ def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:
     return [
         Comparison(metric, value_of(sim.run["summary"], metric), value_of(real.run["summary"], metric))
         for metric in METRICS
+    ]
+
+
+def parse_limits(texts: list[str]) -> dict[str, float]:
+    """Limits on errors from texts of the form METRIC=SHARE.
+
+    Raises:
+        InputError: a text has another form, or names no metric.
+    """
+    limits = {}
+    for text in texts:
+        metric, _, share = text.partition("=")
+        try:
+            limits[metric] = float(share)
+        except ValueError as error:
+            raise InputError("expected METRIC=SHARE, such as tpot_s.mean=0.25", field="max_error", value=text) from error
+        if metric not in METRICS:
+            raise InputError(f"expected one of {', '.join(METRICS)}", field="metric", value=metric)
+        if not 0 <= limits[metric] < math.inf:
+            raise InputError("expected a share >= 0", field="max_error", value=text)
+    return limits
+
+
+def beyond(comparisons: list[Comparison], limits: Mapping[str, float]) -> list[Comparison]:
+    """The metrics whose error exceeds its limit, or is not defined though one was set."""
+    return [
+        row
+        for row in comparisons
+        if row.metric in limits and (row.error is None or abs(row.error) > limits[row.metric])
     ]

@@ -107,6 +107,33 @@ def generate(
     Raises:
         InputError: a value is out of range.
     """
+    _check(num_requests, rate, arrivals, cv, burst_size, num_system_prompts, system_prompt_tokens, turns, think_time_s)
+    draws = _Draws.seeded(seed, prompt_tokens, output_tokens, num_system_prompts, think_time_s)
+    gaps_s = _gaps(random.Random(f"{seed}:gaps"), rate / turns, arrivals, cv, burst_size)
+    start_ns = 0
+    drafts: list[Request] = []
+    for session in range(-(-num_requests // turns)):
+        parts = (Part(next(draws.systems), 0, system_prompt_tokens),) if num_system_prompts else ()
+        opening = Request(len(drafts), start_ns, parts, max_tokens=0, session=session if turns > 1 else None)
+        drafts += _conversation(opening, min(turns, num_requests - len(drafts)), draws)
+        start_ns += round(next(gaps_s) * 1e9)
+    # Stable, so that a turn stays behind the one before it.
+    drafts.sort(key=lambda request: request.arrival_ns)
+    return renumbered(drafts)
+
+
+def _check(
+    num_requests: int,
+    rate: float,
+    arrivals: str,
+    cv: float,
+    burst_size: int,
+    num_system_prompts: int,
+    system_prompt_tokens: int,
+    turns: int,
+    think_time_s: float,
+) -> None:
+    """Raise an InputError for the first argument that is out of range."""
     require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
     require(0 < rate < math.inf, "rate", rate, "requests per second > 0")
     require(arrivals in get_args(Arrivals), "arrivals", arrivals, f"one of {', '.join(get_args(Arrivals))}")
@@ -118,37 +145,30 @@ def generate(
     require(turns >= 1, "turns", turns, "an integer >= 1")
     require(0 <= think_time_s < math.inf, "think_time_s", think_time_s, "seconds >= 0")
 
-    gap_rng, prompt_rng, output_rng, system_rng, think_rng = (
-        random.Random(f"{seed}:{aspect}") for aspect in ("gaps", "prompts", "outputs", "systems", "thinking")
-    )
-    draws = _Draws(
-        texts=count(num_system_prompts),
-        prompt_tokens=(prompt_tokens.draw(prompt_rng) for _ in count()),
-        max_tokens=(output_tokens.draw(output_rng) for _ in count()),
-        think_ns=(round(think_rng.expovariate(1.0) * think_time_s * 1e9) for _ in count()),
-    )
-    gaps_s = _gaps(gap_rng, rate / turns, arrivals, cv, burst_size)
-    start_ns = 0
-    drafts: list[Request] = []
-    for session in range(-(-num_requests // turns)):
-        parts: tuple[Part, ...] = ()
-        if num_system_prompts:
-            parts = (Part(system_rng.randrange(num_system_prompts), 0, system_prompt_tokens),)
-        opening = Request(len(drafts), start_ns, parts, max_tokens=0, session=session if turns > 1 else None)
-        drafts += _conversation(opening, min(turns, num_requests - len(drafts)), draws)
-        start_ns += round(next(gaps_s) * 1e9)
-    # Stable, so that a turn stays behind the one before it.
-    drafts.sort(key=lambda request: request.arrival_ns)
-    return renumbered(drafts)
-
 
 class _Draws(NamedTuple):
     """Where the random numbers of the conversations come from, an endless stream for each aspect."""
 
+    systems: Iterator[int]
     texts: Iterator[int]
     prompt_tokens: Iterator[int]
     max_tokens: Iterator[int]
     think_ns: Iterator[int]
+
+    @classmethod
+    def seeded(
+        cls, seed: int, prompt_tokens: LengthSpec, output_tokens: LengthSpec, num_systems: int, think_time_s: float
+    ) -> _Draws:
+        system_rng, prompt_rng, output_rng, think_rng = (
+            random.Random(f"{seed}:{aspect}") for aspect in ("systems", "prompts", "outputs", "thinking")
+        )
+        return cls(
+            systems=(system_rng.randrange(num_systems) for _ in count()),
+            texts=count(num_systems),
+            prompt_tokens=(prompt_tokens.draw(prompt_rng) for _ in count()),
+            max_tokens=(output_tokens.draw(output_rng) for _ in count()),
+            think_ns=(round(think_rng.expovariate(1.0) * think_time_s * 1e9) for _ in count()),
+        )
 
 
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:

@@ -66,6 +66,19 @@ def summarize(
         "duration_s": duration_s,
         "output_tok_s": output_tokens / duration_s if duration_s else None,
         "total_tok_s": (prompt_tokens + output_tokens) / duration_s if duration_s else None,
+        **_latencies(finished, steps),
+        "cached_tokens": sum(row["cached_tokens"] for row in finished),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "preemptions": sum(row["preemptions"] for row in requests),
+        "steps": sum(row["count"] for row in steps),
+        "events": len(steps),
+        "wall_s": wall_s,
+    }
+
+
+def _latencies(finished: list[Row], steps: list[Row]) -> dict[str, dict[str, float | None]]:
+    return {
         "ttft_s": distribution(row["first_token_ns"] - row["arrival_ns"] for row in finished),
         "tpot_s": distribution(
             (row["finish_ns"] - row["first_token_ns"]) / (row["output_tokens"] - 1)
@@ -74,13 +87,6 @@ def summarize(
         ),
         "itl_s": distribution(token_gaps({row["id"]: row["output_tokens"] for row in finished}, steps)),
         "e2e_s": distribution(row["finish_ns"] - row["arrival_ns"] for row in finished),
-        "cached_tokens": sum(row["cached_tokens"] for row in finished),
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "preemptions": sum(row["preemptions"] for row in requests),
-        "steps": sum(row["count"] for row in steps),
-        "events": len(steps),
-        "wall_s": wall_s,
     }
 
 

@@ -310,9 +310,13 @@ def load_record(path: Path) -> RunRecord:
     path = Path(path)
     run = _checked_run(path / "run.json")
     requests: list[dict[str, Any]] = []
+    ids: set[int] = set()
     for line in _lines(path / "requests.jsonl"):
         _check_request(line, requests[-1]["ingest"] + 1 if requests else 0)
         requests.append(line.values)
+        ids.add(line.values["id"])
+        if len(ids) < len(requests):
+            raise line.error("expected another id than those of the lines before", "id")
     steps: list[dict[str, Any]] = []
     for line in _lines(path / "steps.jsonl"):
         _check_step(line, len(steps))

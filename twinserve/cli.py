@@ -161,10 +161,175 @@ def replay(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    sim: Annotated[Path, typer.Argument(help="A run record of the simulator.")],
+    real: Annotated[Path, typer.Argument(help="The run record that it predicts.")],
+    max_error: Annotated[
+        Optional[list[str]], typer.Option(help="METRIC=SHARE, such as tpot_s.mean=0.25; exit status 1 beyond it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Errors of a simulation against the run it predicts."""
+    from twinserve.tables import comparison_table
+    from twinserve.traces.compare import beyond, compare as compare_records, parse_limits
+    from twinserve.traces.record import load_record
+
+    limits = parse_limits(max_error or [])
+    comparisons = compare_records(load_record(sim), load_record(real))
+    if as_json:
+        print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
+    else:
+        comparison_table(comparisons)
+    for row in beyond(comparisons, limits):
+        note(f"{row.metric}: the error is {row.error:+.1%}, expected within {limits[row.metric]:.1%}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run records; a simulation and the run it predicts, or any others.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML page to write; must not exist.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page from run records."""
+    from twinserve.reports.page import write_report
+    from twinserve.traces.record import load_record
+
+    refuse_existing(out)
+    write_report([load_record(run) for run in runs], out)
+    print(out)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    model: Model = DEFAULT_MODEL,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
+    max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
+    max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
+    repeats: Annotated[int, typer.Option(help="Times that each shape is measured.", min=1)] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure step times of a model on this device, fit a latency model and save it."""
+    from twinserve.progress import Bar
+    from twinserve.worlds import load_llm, profile_steps
+
+    refuse_existing(out)
+    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=0)
+    fitted = profile_steps(
+        llm,
+        max_seqs=max_seqs,
+        max_context=max_context,
+        max_prompt=max_prompt,
+        repeats=repeats,
+        progress=lambda total: Bar("profile", total),
+    )
+    fitted.save(out)
+    if as_json:
+        print(json.dumps(fitted.data))
+    else:
+        from twinserve.tables import residual_table
+
+        residual_table(fitted.data)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Model = DEFAULT_MODEL,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of so much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt."""
+    from dataclasses import asdict
+
+    from twinserve.policies import SamplingParams
+    from twinserve.worlds import load_llm
+
+    try:
+        params = SamplingParams(temperature, max_tokens, top_k, top_p, seed)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=seed)
+    from twinserve.engine.hub import chat_prompt
+
+    (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
+    if completion.refusal is not None:
+        raise InputError(completion.refusal, field="prompt", value=prompt)
+    print(json.dumps(asdict(completion)) if as_json else completion.text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's results; a previous demo's are replaced.")] = Path(
+        "reports/demo"
+    ),
+) -> None:
+    """The main job on what ships with the project: profile, serve, simulate, replay, compare, report."""
+    from twinserve.demo import run_demo
+
+    if not run_demo(out):
+        raise typer.Exit(1)
+
+
+@model_app.command("fetch")
+def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> None:
+    """Bring a model and say where it lies."""
+    from twinserve.engine.hub import fetch
+
+    print(fetch(name, progress=note))
+
+
 def refuse_existing(out: Path | None) -> None:
     """Refuse an output that exists before long work begins."""
     if out is not None and out.exists():
         raise InputError("exists already, expected a new name", path=out)
+
+
+@trace_app.command("stat")
+@options_of(TraceOptions, "trace_options")
+def trace_stat(
+    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    trace_options: dict,
+    as_json: Json = False,
+) -> None:
+    """Lengths, rates and what was handled."""
+    from twinserve.tables import trace_table
+    from twinserve.traces.statistics import trace_statistics
+    from twinserve.workload import load_workload
+
+    workload = load_workload(trace, trace_options)
+    statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
+    if as_json:
+        print(json.dumps(statistics))
+    else:
+        trace_table(statistics)
+
+
+@trace_app.command("convert")
+@options_of(TraceOptions, "trace_options")
+def trace_convert(
+    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    out: Annotated[Path, typer.Argument(help="The trace to write, in our own format; must not exist.")],
+    trace_options: dict,
+) -> None:
+    """Write a trace, or a changed part of it, in our own format."""
+    from twinserve.traces.readers import write_trace
+    from twinserve.workload import load_workload
+
+    refuse_existing(out)
+    workload = load_workload(trace, trace_options)
+    write_trace(out, workload.requests, {"made_from": workload.facts})
+    note(f"{out}: {len(workload.requests)} requests")
 
 
 @trace_app.command("make")

@@ -37,5 +37,32 @@ def comparison_table(comparisons: list[Comparison]) -> None:
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
+def residual_table(data: dict[str, Any]) -> None:
+    """Print how well a latency model predicts shapes that were held out of its fit."""
+    table = Table("steps", "part", "mean |error|", "p90 |error|", "bias", "shapes", "samples")
+    for regime, residuals in data["residuals"].items():
+        for part in ("host", "device"):
+            errors = (f"{residuals[part][name]:.1%}" for name in ("mean_abs", "p90_abs", "bias"))
+            table.add_row(regime, part, *errors, str(residuals["shapes"]), str(residuals["samples"]))
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def trace_table(statistics: dict[str, Any]) -> None:
+    """Print what a trace holds."""
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(
+        f"{statistics['trace']['format']}: {statistics['requests']} requests over {statistics['span_s']:.1f} s, "
+        f"{_number(statistics['rate'])} a second, gaps' coefficient of variation {_number(statistics['gap_cv'])}"
+    )
+    table = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
+    for name in ("prompt_tokens", "output_tokens"):
+        table.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
+    console.print(table)
+    for name, count in statistics["trace"]["notes"].items():
+        console.print(f"{name}: {count}")
+    for entry in statistics["trace"]["transforms"]:
+        console.print(f"{entry['transform']} {entry['parameters']}: {entry['changed']}")
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

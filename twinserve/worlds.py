@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.sim.latency import LatencyModel
-from twinserve.traces.record import RunRecorder
+from twinserve.sim.fit import FittedLatency, StepSample, fit
+from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
+from twinserve.traces.errors import InputError
+from twinserve.traces.record import RunRecorder, load_record
 from twinserve.traces.settings import Settings
 from twinserve.workload import Workload
 
@@ -21,6 +23,86 @@ if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
 
 Progress = Callable[[Sequence], None]
+
+SHIPPED_LATENCY = Path(__file__).parent / "sim" / "data" / "smollm2-135m-cpu-2-threads.json"
+
+
+def choose_latency(path: Path | None, record: Path | None) -> tuple[LatencyModel, dict[str, Any]]:
+    """A latency model and what says in a record which one it was.
+
+    Args:
+        path: a latency file; None is the shipped one.
+        record: a run record whose own step times are used.
+
+    Raises:
+        InputError: both are given, or one cannot be used.
+    """
+    if record is not None:
+        if path is not None:
+            raise InputError("expected only one of latency and latency_from", field="latency", value=str(path))
+        rows = load_record(record).steps
+        return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
+    model = FittedLatency.load(path or SHIPPED_LATENCY)
+    about = model.data["about"]
+    name = f"{about['model']} on {about['device']}, {'measured' if path else 'shipped'}"
+    return model, {"name": name, "identity": model.identity, "about": about}
+
+
+def load_llm(model: str, settings: Settings, *, device: str, dtype: str, seed: int) -> LLM:
+    """The model that a name, a folder or a hub id stands for, ready to serve.
+
+    Raises:
+        InputError: the engine is not installed, or the model or the settings cannot be used.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("the engine needs torch and transformers: pip install 'twinserve[engine]'") from error
+    from twinserve.engine.hub import resolve_model
+    from twinserve.engine.llm import LLM
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("expected cpu: torch finds no CUDA device", field="device", value=device)
+    return LLM(resolve_model(model), device=device, dtype=dtype, settings=settings, seed=seed)
+
+
+def device_name(llm: LLM) -> str:
+    """What executes the steps, in words."""
+    import torch
+
+    if llm.runner.device.type == "cuda":
+        return torch.cuda.get_device_name(llm.runner.device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def engine_facts(llm: LLM) -> dict[str, Any]:
+    """What a replay, or a reader, has to know of the engine."""
+    return {
+        "model": llm.name,
+        "dtype": str(llm.runner.model.dtype).removeprefix("torch."),
+        "attention": llm.runner.backend,
+        "tokens": asdict(llm.token_maker),
+        "eos_token_id": llm.eos_token_id,
+    }
+
+
+def profile_steps(
+    llm: LLM, *, max_seqs: int, max_context: int, max_prompt: int, repeats: int, progress: Callable[[int], Any]
+) -> FittedLatency:
+    """Measure the engine's steps over a grid of shapes and fit a latency model.
+
+    Args:
+        progress: called with the number of steps to come; what it returns is a context manager with `advance`.
+    """
+    from twinserve.engine.profile import measure, shape_grid
+
+    shapes = shape_grid(max_seqs, max_context, max_prompt)
+    with progress(len(shapes) * (repeats + 1)) as bar:
+        steps = measure(llm, shapes, repeats=repeats, progress=bar.advance)
+    samples = [StepSample(StepFeatures.of(step.batch), step.host_ns, step.device_ns) for step in steps]
+    about = engine_facts(llm) | {"device": device_name(llm), "block_size": llm.settings.block_size, "repeats": repeats}
+    del about["tokens"], about["eos_token_id"]
+    return fit(samples, about)
 
 
 @contextmanager
@@ -89,8 +171,8 @@ def run_real(
         time_scale: arrivals come so many times later than in the trace.
     """
     params = params or SamplingParams(temperature=0.0, ignore_eos=True)
-    facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **llm.facts()}
-    with recording(out, "real", llm.settings, facts, llm.device_name) as recorder:
+    facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **engine_facts(llm)}
+    with recording(out, "real", llm.settings, facts, device_name(llm)) as recorder:
         begun = time.perf_counter()
         llm.run_trace(workload.requests, params=params, recorder=recorder, time_scale=time_scale, progress=progress)
         return recorder.close(_extra(workload, time.perf_counter() - begun))

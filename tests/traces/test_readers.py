@@ -86,6 +86,11 @@ def test_azure_prompts_share_nothing(read):
     assert trace.notes["private_prompt"] == 3
 
 
+def test_a_shorter_fraction_counts_from_its_first_digit(read):
+    requests = read(AZURE.replace(b"50.9951690,", b"50.9,")).requests
+    assert requests[1].arrival_ns == 4_219_410_000
+
+
 def test_azure_columns_are_found_by_name(read):
     [request] = read(b"GeneratedTokens,TIMESTAMP,ContextTokens\n5,2024-05-10 00:00:00.009930+00:00,6\n").requests
     assert (request.max_tokens, request.prompt_tokens) == (5, 6)
@@ -242,6 +247,7 @@ def test_a_packed_file_is_read_like_the_file_inside_it(read, content):
         (AZURE[:41], ": has no requests"),
         (gzip.compress(AZURE)[:-12], ": expected a whole gzip file: "),
         (gzip.compress(AZURE)[:-8] + bytes(8), ": expected a whole gzip file: CRC check failed"),
+        (gzip.compress(AZURE)[:10] + b"\xff" * 30, ": expected a whole gzip file: "),
         (b"\x1f\x8b" + bytes(30), ": expected a whole gzip file: "),
     ],
 )

@@ -276,6 +276,12 @@ def test_a_wrong_value_of_a_request_is_named(run, field, value):
         load_record(run.path)
 
 
+def test_an_id_that_two_requests_have_is_refused(run):
+    edit(run.path / "requests.jsonl", 3, id=load_record(run.path).requests[0]["id"])
+    with pytest.raises(InputError, match="requests.jsonl:3: id is .*, expected another id"):
+        load_record(run.path)
+
+
 def test_outputs_of_another_length_than_the_requests_row_says_are_refused(record_run):
     path = record_run(real=True).path
     edit(path / "requests.jsonl", 3, output_tokens=1000)

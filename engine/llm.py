@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.errors import InputError
+from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.settings import Settings
 
@@ -43,13 +44,6 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     refusal: str | None = None
-
-
-class RunListener(CoreListener, Protocol):
-    """A CoreListener that is told each request of a trace, its prompt as it really is, just before it comes in."""
-
-    def expect(self, request: Request, sampling: SamplingParams) -> None:
-        """`request` is about to come in; it samples by `sampling`."""
 
 
 class LLM:
@@ -175,7 +169,7 @@ class LLM:
         requests: Iterable[Request],
         *,
         params: SamplingParams,
-        recorder: RunListener | None = None,
+        recorder: RunRecorder | None = None,
         time_scale: float = 1.0,
         progress: Callable[[Sequence], None] | None = None,
         on_start: Callable[[Inbox, Clock], None] | None = None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 from twinserve.policies.prefix_cache import PrefixCache, token_bytes
 from twinserve.policies.sequence import Sequence

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from typing import Protocol
 
 from twinserve.policies.scheduler import Batch, Scheduler
 from twinserve.policies.sequence import Sequence
 
 
-class CoreListener(Protocol):
-    """Hears the facts and decisions of a run as they happen; a run record is one."""
+class CoreListener:
+    """Hears the facts and decisions of a run as they happen; a run record is one. This one ignores them."""
 
     def ingested(self, seq: Sequence, number: int) -> None:
         """`seq` came in as the `number`-th request (from 0); it may have been refused."""

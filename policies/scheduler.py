@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import xxhash
@@ -400,9 +401,9 @@ class Scheduler:
 
     def _end_reason(self, seq: Sequence, token_id: int | None, eos_token_id: int | None) -> str | None:
         params = seq.sampling_params
-        if token_id is not None and not params.ignore_eos:
-            if token_id == eos_token_id or token_id in params.stop_token_ids:
-                return "stop"
+        stops = token_id == eos_token_id or token_id in params.stop_token_ids
+        if stops and token_id is not None and not params.ignore_eos:
+            return "stop"
         return "length" if seq.num_tokens >= self._final_length(seq) else None
 
     def _end(self, seq: Sequence, reason: str) -> None:
@@ -444,7 +445,7 @@ class Scheduler:
             known = seq.num_tokens + seq.num_in_flight
             assert 0 < seq.num_computed_tokens <= known, f"computed beyond what is known: {seq}"
             needed = manager.blocks_for(seq.num_computed_tokens)
-            assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, its tokens need {needed}"
+            assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"

@@ -133,7 +133,9 @@ class FittedLatency:
         try:
             return cls(data)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"expected a latency file as `twinserve profile` writes it, lacks {error}", path=path) from error
+            raise InputError(
+                f"expected a latency file as `twinserve profile` writes it, lacks {error}", path=path
+            ) from error
 
     def save(self, path: Path) -> None:
         """Write the latency file; a new file only."""

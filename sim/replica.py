@@ -14,6 +14,11 @@ from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
 
+def now_ns(env: simpy.Environment) -> int:
+    """The simulated time in nanoseconds; all delays are integers, so it is one."""
+    return int(env.now)
+
+
 class Replica:
     """One engine in simulated time: the real engine's loop, with a latency model in place of the device.
 
@@ -38,36 +43,37 @@ class Replica:
         env, core = self._env, self._core
         device_free = 0
         while True:
+            now = now_ns(env)
             while self._inbox:
                 seq = self._inbox.popleft()
-                if not core.ingest(seq, env.now):
+                if not core.ingest(seq, now):
                     self._ended(seq)
-            launched = env.now
+            launched = now
             if core.can_decide:
-                batch = core.decide(env.now)
+                batch = core.decide(now)
                 host, device = self._latency.step_cost(StepFeatures.of(batch)) if batch else (0, 0)
                 launched += host
-                batch.start_ns = max(launched, device_free)
-                batch.end_ns = device_free = batch.start_ns + device
+                start = batch.start_ns = max(launched, device_free)
+                batch.end_ns = device_free = start + device
             if core.must_commit:
-                oldest = core.in_flight[0]
-                yield env.timeout(max(launched, oldest.end_ns or 0) - env.now)
-                for seq in core.commit(None, env.now):
+                yield env.timeout(max(launched, core.in_flight[0].end_ns or 0) - now)
+                for seq in core.commit(None, now_ns(env)):
                     self._ended(seq)
             elif core.is_idle:
                 self._awake = env.event()
                 yield self._awake
             else:
-                yield env.timeout(launched - env.now)
+                yield env.timeout(launched - now)
 
 
 class _Alarm(simpy.Event):
     """An event at a given time that comes before everything else at that time."""
 
-    def __init__(self, env: simpy.Environment, delay: int):
+    def __init__(self, env: simpy.Environment, delay: int, callback: Callable[[simpy.Event], None]):
         super().__init__(env)
         self._ok = True
         self._value = None
+        self.callbacks = [callback]
         env.schedule(self, priority=URGENT, delay=delay)
 
 
@@ -81,17 +87,17 @@ class Feeder:
 
     def answered(self, seq: Sequence) -> None:
         """A sequence has ended: requests that wait for its answer can arrive."""
-        self._arrivals.answered(seq.seq_id, seq.num_completion_tokens, self._env.now)
+        self._arrivals.answered(seq.seq_id, seq.num_completion_tokens, now_ns(self._env))
         self._release()
 
     def _release(self, _: simpy.Event | None = None) -> None:
         """Submit what is due and set an alarm for what comes next."""
-        now = self._env.now
+        now = now_ns(self._env)
         while (due := self._arrivals.next_ns) is not None and due <= now:
             self._submit(self._arrivals.pop())
         if due is not None and (self._alarm_ns is None or due < self._alarm_ns or self._alarm_ns <= now):
             self._alarm_ns = due
-            _Alarm(self._env, due - now).callbacks.append(self._release)  # type: ignore[union-attr]
+            _Alarm(self._env, due - now, self._release)
 
 
 def simulate(
@@ -131,4 +137,4 @@ def simulate(
     core.scheduler.check_integrity()
     if not (arrivals.is_empty and core.is_idle):
         raise RuntimeError(f"the simulation stopped with {len(core.sequences)} requests unfinished")
-    return env.now
+    return now_ns(env)

@@ -10,8 +10,10 @@ from typing import Any
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecord
 
+LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+STATISTICS = ("mean", "p50", "p90", "p99")
 METRICS = (
-    *(f"{name}.{statistic}" for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s") for statistic in ("mean", "p50", "p90", "p99")),
+    *(f"{name}.{statistic}" for name in LATENCIES for statistic in STATISTICS),
     "output_tok_s",
     "total_tok_s",
     "duration_s",
@@ -52,7 +54,10 @@ def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:
         mine, other = (record.run["facts"]["trace"][field] for record in (sim, real))
         if mine != other:
             raise InputError(
-                f"expected the trace of {real.path}, {other!r}", path=sim.path / "run.json", field=f"facts.trace.{field}", value=mine
+                f"expected the trace of {real.path}, {other!r}",
+                path=sim.path / "run.json",
+                field=f"facts.trace.{field}",
+                value=mine,
             )
     return [
         Comparison(metric, value_of(sim.run["summary"], metric), value_of(real.run["summary"], metric))
@@ -72,7 +77,9 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
         try:
             limits[metric] = float(share)
         except ValueError as error:
-            raise InputError("expected METRIC=SHARE, such as tpot_s.mean=0.25", field="max_error", value=text) from error
+            raise InputError(
+                "expected METRIC=SHARE, such as tpot_s.mean=0.25", field="max_error", value=text
+            ) from error
         if metric not in METRICS:
             raise InputError(f"expected one of {', '.join(METRICS)}", field="metric", value=metric)
         if not 0 <= limits[metric] < math.inf:

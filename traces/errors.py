@@ -17,7 +17,13 @@ class InputError(ValueError):
     """
 
     def __init__(
-        self, problem: str, *, path: object = None, line: int | None = None, field: str | None = None, value: object = ...
+        self,
+        problem: str,
+        *,
+        path: object = None,
+        line: int | None = None,
+        field: str | None = None,
+        value: object = ...,
     ):
         where = ":".join(str(part) for part in (path, line) if part is not None)
         what = field or ""
@@ -25,4 +31,5 @@ class InputError(ValueError):
             shown = repr(value)
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
             what += f" is {shown}" if what else shown
-        super().__init__(": ".join(part for part in (where, what) if part) + (", " if what else ": " if where else "") + problem)
+        joined = ": ".join(part for part in (where, what) if part)
+        super().__init__(joined + (", " if what else ": " if where else "") + problem)

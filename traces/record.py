@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.metrics import STEP_FIELDS, summarize
 from twinserve.traces.readers import Line, json_lines, json_value, read_content, text_lines
@@ -52,7 +52,7 @@ class _Served:
     cached_tokens: int | None = None
 
 
-class RunRecorder:
+class RunRecorder(CoreListener):
     """Listens to a Core and writes its run record; the folder appears, complete, at `close`.
 
     Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
@@ -310,13 +310,14 @@ def load_record(path: Path) -> RunRecord:
     path = Path(path)
     run = _checked_run(path / "run.json")
     requests: list[dict[str, Any]] = []
-    ids: set[int] = set()
+    taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
     for line in _lines(path / "requests.jsonl"):
-        _check_request(line, requests[-1]["ingest"] + 1 if requests else 0)
+        _check_request(line)
         requests.append(line.values)
-        ids.add(line.values["id"])
-        if len(ids) < len(requests):
-            raise line.error("expected another id than those of the lines before", "id")
+        for field, values in taken.items():
+            values.add(line.values[field])
+            if len(values) < len(requests):
+                raise line.error("expected another one than those of the lines before", field)
     steps: list[dict[str, Any]] = []
     for line in _lines(path / "steps.jsonl"):
         _check_step(line, len(steps))
@@ -329,6 +330,7 @@ def load_record(path: Path) -> RunRecord:
             if row["output_tokens"] != length:
                 line = Line(path / "requests.jsonl", number, row)
                 raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
+    requests.sort(key=lambda row: row["ingest"])
     return RunRecord(path, run, requests, steps, outputs)
 
 
@@ -350,9 +352,9 @@ def _checked_run(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_request(line: Line, least_ingest: int) -> None:
-    """Check every field that metrics or a replay need; rows come in the order of their ingest numbers."""
-    line.integer("ingest", least_ingest)
+def _check_request(line: Line) -> None:
+    """Check every field that metrics or a replay need."""
+    line.integer("ingest")
     for field in ("id", "arrival_ns", "ingested_ns", "output_tokens", "cached_tokens", "preemptions"):
         line.integer(field)
     line.integer("max_tokens", 1)

@@ -38,10 +38,6 @@ class ReplayResult:
         return self.difference is None and self.equal == self.recorded
 
 
-class _Silent(CoreListener):
-    """Makes Core digest its decisions."""
-
-
 def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) -> ReplayResult:
     """Decide a run again from its facts: settings, requests, outputs, and what each decision could see.
 
@@ -50,7 +46,7 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
     """
     settings = Settings.load(record.run["settings"])
     build = build_core or settings.build_core
-    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=_Silent())
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=CoreListener())
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
     to_sequence = _converter(record)
     equal = 0

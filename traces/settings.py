@@ -18,19 +18,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     composition: Literal["mixed", "prefill-first"] = "mixed"
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
     enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = Field(0, ge=0)
-    max_model_len: int | None = Field(None, ge=1)
-    block_size: int = Field(16, ge=1)
-    num_gpu_blocks: int | None = Field(None, ge=1, description="usable KV blocks; none: a pool without end")
+    long_prefill_token_threshold: int = Field(default=0, ge=0)
+    max_model_len: int | None = Field(default=None, ge=1)
+    block_size: int = Field(default=16, ge=1)
+    num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
     enable_prefix_caching: bool = True
     prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"
-    prefix_caching_seed: int = Field(0, ge=0)
+    prefix_caching_seed: int = Field(default=0, ge=0)
     scheduler_reserve_full_isl: bool = True
-    watermark: float = Field(0.0, ge=0.0, lt=1.0)
-    pipeline_depth: int = Field(0, ge=0, le=1)
+    watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
+    pipeline_depth: int = Field(default=0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -93,6 +93,4 @@ class Settings(BaseModel):
             reserve_full_prompt=self.scheduler_reserve_full_isl,
             watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
         )
-        return Core(
-            scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener
-        )
+        return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

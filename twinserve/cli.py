@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -25,8 +25,8 @@ model_app = typer.Typer(help="Bring a model.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 app.add_typer(model_app, name="model")
 
-Config = Annotated[Optional[Path], typer.Option("--config", help="TOML file of settings; options override it.")]
-Out = Annotated[Optional[Path], typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -34,7 +34,7 @@ Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 DEFAULT_MODEL = "smollm2-135m"
 
 
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: Any = typer.BadParameter.__mro__[1]
 """What the command-line parser raises for every misuse."""
 
 
@@ -77,14 +77,15 @@ def sim(
     trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
     trace_options: dict,
     settings: dict,
-    latency: Annotated[Optional[Path], typer.Option(help="Latency file; default: the one that is shipped.")] = None,
-    latency_from: Annotated[Optional[Path], typer.Option(help="A run record whose own step times are used.")] = None,
+    latency: Annotated[Path | None, typer.Option(help="Latency file; default: the one that is shipped.")] = None,
+    latency_from: Annotated[Path | None, typer.Option(help="A run record whose own step times are used.")] = None,
     config: Config = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator."""
     from twinserve.progress import Bar
+    from twinserve.sim.fit import FittedLatency
     from twinserve.workload import load_workload
     from twinserve.worlds import choose_latency, run_sim
 
@@ -98,9 +99,8 @@ def sim(
         note("a pool without end: num_gpu_blocks is not given")
     with Bar("sim", len(workload.requests)) as bar:
         summary = run_sim(workload, chosen, model, latency_facts=facts, out=out, progress=bar.ended)
-    outside = getattr(model, "num_outside", 0)
-    if outside:
-        note(f"{outside} steps lie outside the range that the latency was fitted on, by up to {model.worst_excess:.1f}x")
+    if isinstance(model, FittedLatency) and model.num_outside:
+        note(f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to {model.worst_excess:.1f}x")
     print_summary(summary, as_json)
 
 
@@ -151,8 +151,11 @@ def replay(
     result = decide_again(load_record(run))
     if as_json:
         difference = None if result.difference is None else vars(result.difference)
-        print(json.dumps({"exact": result.is_exact, "equal": result.equal, "recorded": result.recorded,
-                          "difference": difference}))
+        print(
+            json.dumps(
+                {"exact": result.is_exact, "equal": result.equal, "recorded": result.recorded, "difference": difference}
+            )
+        )
     elif result.is_exact:
         print(f"exact: {result.equal} of {result.recorded} decisions made again")
     else:
@@ -166,13 +169,14 @@ def compare(
     sim: Annotated[Path, typer.Argument(help="A run record of the simulator.")],
     real: Annotated[Path, typer.Argument(help="The run record that it predicts.")],
     max_error: Annotated[
-        Optional[list[str]], typer.Option(help="METRIC=SHARE, such as tpot_s.mean=0.25; exit status 1 beyond it.")
+        list[str] | None, typer.Option(help="METRIC=SHARE, such as tpot_s.mean=0.25; exit status 1 beyond it.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Errors of a simulation against the run it predicts."""
     from twinserve.tables import comparison_table
-    from twinserve.traces.compare import beyond, compare as compare_records, parse_limits
+    from twinserve.traces.compare import beyond, parse_limits
+    from twinserve.traces.compare import compare as compare_records
     from twinserve.traces.record import load_record
 
     limits = parse_limits(max_error or [])
@@ -188,7 +192,7 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run records; a simulation and the run it predicts, or any others.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run records; say, a simulation and the run it predicts.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML page to write; must not exist.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page from run records."""
@@ -270,7 +274,7 @@ def generate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's results; a previous demo's are replaced.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results; a previous demo's are replaced.")] = Path(
         "reports/demo"
     ),
 ) -> None:
@@ -340,7 +344,9 @@ def trace_make(
     arrivals: Annotated[str, typer.Option(help="poisson, gamma or burst.")] = "poisson",
     cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, for gamma.")] = 1.0,
     burst_size: Annotated[int, typer.Option(help="Conversations that arrive at one instant, for burst.")] = 1,
-    prompt_tokens: Annotated[str, typer.Option(help="New text of a turn: fixed:N or lognormal:MEAN:CV.")] = "lognormal:200:1",
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Text of a turn: fixed:N or lognormal:MEAN:CV.")
+    ] = "lognormal:200:1",
     output_tokens: Annotated[str, typer.Option(help="Answer: fixed:N or lognormal:MEAN:CV.")] = "lognormal:60:0.7",
     system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
     system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,

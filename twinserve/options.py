@@ -23,8 +23,11 @@ def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Calla
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)
+
         added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel))
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel)
+            )
             for name, info in model.model_fields.items()
         ]
 

@@ -7,9 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twinserve.traces.compare import Comparison
-
-STATISTICS = ("mean", "p50", "p90", "p99")
+from twinserve.traces.compare import LATENCIES, STATISTICS, Comparison
 
 
 def summary_table(summary: dict[str, Any]) -> None:
@@ -18,7 +16,7 @@ def summary_table(summary: dict[str, Any]) -> None:
     counts = ("requests", "finished", "refused", "aborted", "shortened", "dropped")
     console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
     table = Table("seconds", *STATISTICS)
-    for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+    for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
     console.print(

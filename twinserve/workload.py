@@ -19,13 +19,13 @@ class TraceOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    spread_seed: int | None = Field(None, description="spread arrivals recorded in coarse steps, with this seed")
-    window_s: str | None = Field(None, description="only arrivals from START to END seconds, as START:END")
-    limit: int | None = Field(None, description="only the first so many requests")
-    rate_scale: float | None = Field(None, description="so many times the trace's rate")
-    all_at_zero: bool | None = Field(None, description="every request arrives at the start")
-    max_prompt_tokens: int | None = Field(None, description="cut longer prompts to their first tokens")
-    max_output_tokens: int | None = Field(None, description="cut longer outputs")
+    spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
+    window_s: str | None = Field(default=None, description="only arrivals from START to END seconds, as START:END")
+    limit: int | None = Field(default=None, description="only the first so many requests")
+    rate_scale: float | None = Field(default=None, description="so many times the trace's rate")
+    all_at_zero: bool | None = Field(default=None, description="every request arrives at the start")
+    max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
+    max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,11 @@ def profile_steps(
 
 @contextmanager
 def recording(
-    out: Path | None, world: Literal["sim", "real"], settings: Settings, facts: dict[str, Any], device: str | None = None
+    out: Path | None,
+    world: Literal["sim", "real"],
+    settings: Settings,
+    facts: dict[str, Any],
+    device: str | None = None,
 ) -> Iterator[RunRecorder]:
     """A recorder that writes `out`, or nothing that stays where `out` is None."""
     scratch = Path(tempfile.mkdtemp()) if out is None else None

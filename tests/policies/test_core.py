@@ -9,10 +9,6 @@ from twinserve.policies import BlockManager, Core, CoreListener, PrefixCache, Sa
 EOS = 0
 
 
-class Silent(CoreListener):
-    """Makes Core digest its decisions."""
-
-
 def core(depth: int = 0, *, num_blocks: int = 64, budget: int = 32, composition: str = "mixed", listener=None) -> Core:
     scheduler = Scheduler(
         BlockManager(num_blocks, 4),
@@ -154,8 +150,13 @@ def test_two_sequences_with_one_id_are_refused():
 def random_run(seed: int, depth: int, composition: str) -> list[int]:
     """Digests of a run with random arrivals, tokens, stops and aborts; integrity holds at every step."""
     rng = random.Random(seed)
-    one = core(depth, num_blocks=rng.choice([6, 12, 40]), budget=rng.choice([8, 20, 64]), composition=composition,
-               listener=Silent())
+    one = core(
+        depth,
+        num_blocks=rng.choice([6, 12, 40]),
+        budget=rng.choice([8, 20, 64]),
+        composition=composition,
+        listener=CoreListener(),
+    )
     left, digests, now = 24, [], 0
     while left or not one.is_idle:
         while left and rng.random() < 0.5:

@@ -53,7 +53,14 @@ def test_colliding_hashes_cost_a_miss_and_never_give_a_wrong_block(weak):
     manager = BlockManager(64, 2)
     held: dict[int, tuple[int, ...]] = {}
     hits = 0
-    for tokens in ([1, 2, 3, 4, 5], [9, 9, 3, 4, 5], [1, 2, 3, 4, 5], [3, 4, 1, 2, 5], [9, 9, 3, 4, 6], [1, 2, 9, 9, 5]):
+    for tokens in (
+        [1, 2, 3, 4, 5],
+        [9, 9, 3, 4, 5],
+        [1, 2, 3, 4, 5],
+        [3, 4, 1, 2, 5],
+        [9, 9, 3, 4, 6],
+        [1, 2, 9, 9, 5],
+    ):
         seq = Sequence(tokens)
         manager.allocate_with_cache(seq, cache)
         for index, block_id in enumerate(seq.block_table):

@@ -109,8 +109,14 @@ def test_too_few_shapes_are_refused():
 
 
 def step_row(decided: int, start: int, end: int, *, running: int = 1, waiting: int = 0, left: tuple = ()) -> dict:
-    return {"decided_ns": decided, "start_ns": start, "end_ns": end, "running": running, "waiting": waiting,
-            "left": list(left)}
+    return {
+        "decided_ns": decided,
+        "start_ns": start,
+        "end_ns": end,
+        "running": running,
+        "waiting": waiting,
+        "left": list(left),
+    }
 
 
 def test_recorded_costs_include_the_host_work_after_a_step_but_no_idling():

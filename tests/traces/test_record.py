@@ -276,9 +276,10 @@ def test_a_wrong_value_of_a_request_is_named(run, field, value):
         load_record(run.path)
 
 
-def test_an_id_that_two_requests_have_is_refused(run):
-    edit(run.path / "requests.jsonl", 3, id=load_record(run.path).requests[0]["id"])
-    with pytest.raises(InputError, match="requests.jsonl:3: id is .*, expected another id"):
+@pytest.mark.parametrize("field", ["id", "ingest"])
+def test_a_number_that_two_requests_have_is_refused(run, field):
+    edit(run.path / "requests.jsonl", 3, **{field: load_record(run.path).requests[0][field]})
+    with pytest.raises(InputError, match=f"requests.jsonl:3: {field} is .*, expected another one"):
         load_record(run.path)
 
 

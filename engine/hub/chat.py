@@ -1,0 +1,25 @@
+"""Text as the model was trained to be spoken to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twinserve.traces.errors import InputError
+
+
+def chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids that ask a model to answer `text`, said by a user.
+
+    Args:
+        tokenizer: of transformers; without a chat template, `text` is encoded as it is, to be continued.
+
+    Raises:
+        InputError: the model has no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError("expected token ids, as the model has no tokenizer", field="prompt", value=text)
+    if not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    # A plain list is what it gives by default in transformers 4 alone.
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

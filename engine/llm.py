@@ -52,6 +52,7 @@ class LLM:
     Args:
         model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).
         tokenizer: for a model given as a module; a folder's is found in it.
+        name: what to call the model; None is the folder's name, or the module's class.
         device: "cpu", "cuda", ...
         dtype: "float32" or "bfloat16"; of the weights of a folder or a transformers model, once loaded.
         settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
@@ -75,6 +76,7 @@ class LLM:
         model: str | Path | nn.Module,
         *,
         tokenizer: Any = None,
+        name: str | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         settings: Settings | None = None,
@@ -88,7 +90,7 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
         decoder = _decoder(model, DTYPES[dtype], device)
-        self.name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).name
+        self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
         self.tokenizer = tokenizer if isinstance(model, nn.Module) else _load_tokenizer(Path(model))
         self.config = decoder.config
         own = getattr(self.tokenizer, "eos_token_id", None)

@@ -63,7 +63,7 @@ def load_llm(model: str, settings: Settings, *, device: str, dtype: str, seed: i
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("expected cpu: torch finds no CUDA device", field="device", value=device)
-    return LLM(resolve_model(model), device=device, dtype=dtype, settings=settings, seed=seed)
+    return LLM(resolve_model(model), name=model, device=device, dtype=dtype, settings=settings, seed=seed)
 
 
 def device_name(llm: LLM) -> str:

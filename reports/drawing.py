@@ -1,27 +1,15 @@
-"""Figures of a page: each a plotly figure with its name, its caption and what it leaves out."""
+"""What the figures of a page have in common: how they look, and what is said below them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
-import numpy as np
-
 from twinserve.reports.runs import Run
-from twinserve.reports.text import count, number
-from twinserve.reports.thin import BUCKETS, CLOUD_POINTS, CURVE_POINTS, LINE_POINTS, thin_cloud, thin_curve, thin_line
 
 INK, MUTED, RULE, GRID = "#1b1f24", "#57606a", "#b9c0c8", "#eceff2"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-
-LATENCIES = {
-    "ttft_s": ("Time to first token", "Look at how far the right tail reaches: it is what waiting for admission costs."),
-    "tpot_s": ("Time per output token", "Look for a shift to the right: full batches slow every answer down."),
-    "itl_s": ("Inter-token latency", "Look for a second rise: gaps in which other requests' prompts were computed."),
-    "e2e_s": ("End-to-end latency", "Look at the distance between the curves: both waiting and decoding add to it."),
-}
+PANEL_GAP = 18
 
 Trace = dict[str, Any]
 
@@ -35,7 +23,7 @@ class Figure:
         title: a short name; empty where the section's heading says it all.
         caption: a sentence that says what to look for.
         data, layout: plotly's.
-        notes: what was thinned or left out, a sentence each.
+        notes: sentences that say what was thinned or left out, and what the figure adds up to.
     """
 
     id: str
@@ -54,8 +42,8 @@ class Figure:
         return text.replace("<", "\\u003c")
 
 
-def _layout(height: int, **changes: Any) -> dict[str, Any]:
-    """What all figures have in common."""
+def base_layout(height: int, **changes: Any) -> dict[str, Any]:
+    """The layout of a figure of so many pixels, with `changes`."""
     return {
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 34, "b": 48},
@@ -69,7 +57,8 @@ def _layout(height: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _axis(title: str, **changes: Any) -> dict[str, Any]:
+def base_axis(title: str, **changes: Any) -> dict[str, Any]:
+    """An axis with its title, which names the unit, and `changes`."""
     return {
         "title": {"text": title, "font": {"size": 12, "color": MUTED}, "standoff": 8},
         "tickfont": {"size": 11, "color": MUTED},
@@ -82,3 +71,35 @@ def _axis(title: str, **changes: Any) -> dict[str, Any]:
         "showline": True,
         **changes,
     }
+
+
+def time_axis() -> dict[str, Any]:
+    """The x axis of what happened over time."""
+    return base_axis("time since the first arrival (s)", rangemode="tozero")
+
+
+def stacked_layout(panels: list[tuple[int, dict[str, Any]]], x_axis: dict[str, Any]) -> dict[str, Any]:
+    """A layout of panels above each other that share one x axis; zooming changes the x axis alone.
+
+    Args:
+        panels: height in pixels and y axis of each, from the top; their axes become y, y2, y3 and so on.
+    """
+    inner = sum(height for height, _ in panels) + PANEL_GAP * (len(panels) - 1)
+    layout = base_layout(0)
+    layout["height"] = inner + layout["margin"]["t"] + layout["margin"]["b"]
+    top = inner
+    for name, (height, y_axis) in zip(axis_names(len(panels)), panels, strict=True):
+        place = {"domain": [(top - height) / inner, top / inner], "fixedrange": True}
+        layout[name.replace("y", "yaxis")] = y_axis | place
+        top -= height + PANEL_GAP
+    return layout | {"xaxis": x_axis | {"anchor": axis_names(len(panels))[-1]}}
+
+
+def axis_names(number_of_panels: int) -> list[str]:
+    """The names of the y axes of stacked panels: y, y2, y3 and so on."""
+    return ["y", *(f"y{index}" for index in range(2, number_of_panels + 1))]
+
+
+def said_of(run: Run, runs: list[Run], what: str) -> str:
+    """`what`, with the run's label before it where there are several."""
+    return f"{run.label} {what}" if len(runs) > 1 else what

@@ -1,0 +1,50 @@
+"""Numbers and values as a page writes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def number(value: float | None) -> str:
+    """A number with four significant digits, an integer with all of its own; a dash for what is not defined."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}".rstrip(".") if value else "0"
+
+
+def count(how_many: int, what: str) -> str:
+    """How many of something there are: "1 request", "2,000 requests"."""
+    return f"{how_many:,} {what}" + ("" if how_many == 1 else "s")
+
+
+def percent(share: float | None, *, signed: bool = False) -> str:
+    """A share in percent with one decimal; a dash for what is not defined."""
+    if share is None:
+        return "–"
+    return f"{share:+.1%}".replace("-", "−") if signed else f"{share:.1%}"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit in which a time is best read, and how many of it are in a second."""
+    return ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
+
+
+def plain(value: Any) -> str:
+    """A value of a record as text: a string as it is, nothing as "none", all else as JSON."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = value
+    return result

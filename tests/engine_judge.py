@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -131,7 +132,7 @@ class Watcher:
         self.preemptions = 0
         self.largest_batch = 0
         self.expected: list[int] = []
-        self._in_flight: list[Batch] = []
+        self.ten_decided = threading.Event()
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         self.expected.append(request.id)
@@ -140,6 +141,8 @@ class Watcher:
 
     def decided(self, batch: Batch) -> None:
         rows = batch.rows
+        if batch.decision == 9:
+            self.ten_decided.set()
         self.largest_batch = max(self.largest_batch, len(rows))
         self.chunks += sum(row.is_prompt and not row.samples for row in rows)
         self.mixed_steps += any(row.is_prompt for row in rows) and any(not row.is_prompt for row in rows)

@@ -41,7 +41,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="twinserve", standalone_mode=False)
     except InputError as error:
         print(f"twinserve: {error}", file=sys.stderr)
         code = 2
@@ -380,5 +380,3 @@ def trace_make(
     note(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
 
 
-if __name__ == "__main__":
-    main()

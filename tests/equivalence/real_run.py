@@ -85,21 +85,21 @@ class CountingRecorder(RunRecorder):
 
 
 class Aborter(threading.Thread):
-    """Aborts requests in random order at random moments, once all of them are in and `num_running` requests run.
+    """Aborts requests in random order at random moments, from when all of them are in and `num_running` requests run.
 
-    Args:
-        over: set when the run has ended.
+    Attributes:
+        over: to be set when the run has ended.
     """
 
-    def __init__(self, ids: Seq[int], recorder: CountingRecorder, num_running: int, inbox: Inbox):
+    def __init__(self, ids: Seq[int], num_running: int, recorder: CountingRecorder, inbox: Inbox):
         super().__init__(name="aborter", daemon=True)
         self.over = threading.Event()
-        self._ids, self._recorder, self._num_running, self._inbox = ids, recorder, num_running, inbox
+        self._ids, self._num_running, self._recorder, self._inbox = ids, num_running, recorder, inbox
 
     def run(self) -> None:
         rng = random.Random(0)
         ids = set(self._ids)
-        while not (ids <= self._recorder.came_in and len(self._recorder.running) == self._num_running):
+        while not (ids <= self._recorder.came_in and len(self._recorder.running) >= self._num_running):
             if self.over.wait(0.001):
                 return
         for seq_id in rng.sample(self._ids, len(self._ids)):
@@ -126,12 +126,14 @@ def run_engine(
     *,
     ignore_eos: bool = True,
     abort: Seq[int] = (),
+    abort_from: int = 1,
     **settings: Any,
 ) -> RealRun:
     """Serve `requests` in real time, every token drawn at random; the record is written to `out` and read again.
 
     Args:
         abort: ids of requests that another thread aborts at random moments.
+        abort_from: so many requests must run before it begins.
     """
     params = SamplingParams(temperature=1.0, ignore_eos=ignore_eos)
     aborters: list[Aborter] = []
@@ -141,7 +143,7 @@ def run_engine(
 
             def on_start(inbox: Inbox, clock: Clock) -> None:
                 if abort:
-                    aborters.append(Aborter(abort, recorder, llm.settings.max_num_seqs, inbox))
+                    aborters.append(Aborter(abort, abort_from, recorder, inbox))
                     aborters[0].start()
 
             served = llm.run_trace(requests, params=params, recorder=recorder, on_start=on_start)

@@ -1,0 +1,252 @@
+"""The report: one self-contained HTML page from run records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
+from twinserve.reports.drawing import Figure
+from twinserve.reports.gantt import request_figure
+from twinserve.reports.runs import Run, runs_of, same_trace
+from twinserve.reports.tables import (
+    Errors,
+    differing_settings,
+    errors_of,
+    facts_table,
+    latency_table,
+    settings_table,
+    totals_table,
+)
+from twinserve.reports.text import count, percent
+from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.traces.errors import InputError
+from twinserve.traces.record import RunRecord
+
+# Nothing is fetched: a reader's browser is told so, and holds the page to it.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+_DRAW = """
+const touched = matchMedia("(pointer: coarse)").matches;
+for (const json of document.querySelectorAll("script[data-plot]")) {
+  const figure = JSON.parse(json.textContent);
+  if (touched) figure.layout.dragmode = false;
+  Plotly.newPlot(json.dataset.plot, figure.data, figure.layout, {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+  });
+}
+"""
+
+_NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
+
+_DEFINITIONS = (
+    ("TTFT", "time to first token: first token − arrival"),
+    ("TPOT", "time per output token: (finish − first token) / (output tokens − 1), of answers longer than one token"),
+    ("ITL", "inter-token latency: the gaps between successive tokens of a request"),
+    ("End to end", "finish − arrival"),
+    ("Tokens / s", "tokens of the finished requests / duration, which lasts from the first arrival to the last finish"),
+    ("Error", "(simulated − real) / real"),
+)
+
+
+def write_report(records: list[RunRecord], out: Path) -> None:
+    """Write a page that shows runs to a person: numbers, batches, KV blocks, latencies, requests, settings.
+
+    The page holds all that it needs and opens from a file. The same records give the same bytes.
+
+    Args:
+        records: one run, or several to set side by side; a simulation is compared with the first real run among them
+            that replayed the same trace.
+        out: the HTML file to write; its folder is made where there is none.
+
+    Raises:
+        InputError: there is no record, a summary lacks a number, or `out` exists or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise InputError("exists already, expected a new name", path=out)
+    content = _page(runs_of(records)).encode("utf-8", "replace")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            partial.rename(out)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", path=out) from error
+
+
+def _page(runs: list[Run]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    names = escape(", ".join(run.record.path.name for run in runs))
+    return "".join(
+        (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+            f"<title>{names} – twinserve report</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n",
+            *_sections(runs),
+            "</main>\n<script>",
+            get_plotlyjs(),
+            f"</script>\n<script>{_DRAW}</script>\n</body>\n</html>\n",
+        )
+    )
+
+
+def _style() -> str:
+    return (files("twinserve.reports") / "page.css").read_text(encoding="utf-8")
+
+
+def _sections(runs: list[Run]) -> Iterable[str]:
+    """The page from its first line to its last."""
+    errors = errors_of(runs)
+    yield f"<header>\n<h1>{''.join(_headline(run) for run in runs)}</h1>\n{_remarks(runs, errors)}</header>\n"
+    yield _section("Summary", _summary(runs, errors))
+    latencies = (latency_figure(runs, metric) for metric in LATENCIES)
+    yield _section("Latency distributions", _side_by_side(latencies))
+    yield _section("Batch over time", _drawn(batch_figure(runs)))
+    yield _section("KV blocks and preemptions", _drawn(kv_figure(runs)))
+    groups = same_trace(runs)
+    for number, group in enumerate(groups):
+        whose = "" if len(groups) == 1 else f": {', '.join(run.label for run in group)}"
+        yield _section(f"Requests over time{whose}", _drawn(request_figure(group, number)))
+    yield _section("Step durations", _side_by_side(step_figures(runs)))
+    yield _section("Settings and facts", _folded(runs))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{content}</section>\n"
+
+
+# --- what was run ---
+
+
+def _headline(run: Run) -> str:
+    """What was run, on what, with what, and what became of the requests; every count is said, 0 too."""
+    summary = run.summary
+    dropped = summary.get("dropped", 0)
+    counts = [
+        _counted(summary["refused"], "refused"),
+        _counted(summary["shortened"], "shortened"),
+        _counted(dropped, "dropped"),
+        _counted(summary["aborted"], "aborted"),
+    ]
+    unfinished = summary["requests"] - summary["finished"] - summary["refused"] - summary["aborted"]
+    if unfinished:
+        counts.append(_counted(unfinished, "unfinished"))
+    trace = run.facts.get("trace")
+    path = trace.get("path") if isinstance(trace, dict) else None
+    replayed = f"trace {escape(str(path))}" if path else "a trace that is not recorded"
+    return (
+        f'<span class="run"><span class="key {run.world}" style="{_key(run)}"></span>'
+        f'<strong class="{run.world}">{run.label}</strong> {escape(run.record.path.name)}: {escape(_executor(run))}, '
+        f"{replayed}, {count(summary['requests'], 'request')}: {', '.join(counts)}.</span>"
+    )
+
+
+def _executor(run: Run) -> str:
+    """What executed the steps, in words."""
+    facts, device = run.facts, run.record.run.get("device")
+    if run.world == "real":
+        model = facts.get("model")
+        name = model.get("name") if isinstance(model, dict) else model
+        return f"real run of {name or 'a model that is not recorded'} on {device or 'a device that is not recorded'}"
+    latency = facts.get("latency")
+    name = latency.get("name") if isinstance(latency, dict) else None
+    text = f"simulation with latency model {name}" if name else "simulation with a latency model that is not recorded"
+    return text if not device or (name and str(device).endswith(str(name))) else f"{text} on {device}"
+
+
+def _key(run: Run) -> str:
+    """The run's line style, as the figures have it."""
+    kind = "solid" if run.style.dash == "solid" else "dashed"
+    return f"border-top: 3px {kind} {run.style.full}"
+
+
+def _counted(how_many: int, what: str) -> str:
+    text = f"{how_many:,} {what}"
+    return f"<mark>{text}</mark>" if how_many else text
+
+
+def _remarks(runs: list[Run], errors: Errors) -> str:
+    """What keeps runs from being compared at sight."""
+    remarks = []
+    if len(runs) > 1:
+        names = differing_settings(runs)
+        listed = escape(", ".join(names))
+        remarks.append(f"The runs differ in {count(len(names), 'setting')}: {listed}." if names else "The runs have equal settings.")
+    if {run.world for run in runs} == {"real", "sim"} and not errors:
+        remarks.append("No errors are given: the records do not tell that simulation and real run replayed the same trace.")
+    return "".join(f'<p class="remark">{remark}</p>\n' for remark in remarks)
+
+
+# --- content ---
+
+
+def _summary(runs: list[Run], errors: Errors) -> str:
+    caption = "Look at the distance from p50 to p99: it is what the unluckiest requests pay."
+    if errors:
+        caption = f"Look at the error rows, (simulated − real) / real: {_largest(errors)}."
+    terms = "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in _DEFINITIONS)
+    return (
+        f'{latency_table(runs, errors)}\n{totals_table(runs, errors)}\n<p class="caption">{caption}</p>\n'
+        f"<details><summary>What the numbers mean</summary><dl>{terms}</dl></details>\n"
+    )
+
+
+def _largest(errors: Errors) -> str:
+    """The largest error among the latencies, in words."""
+    found = [
+        (abs(row.error), row, label)
+        for label, rows in errors.items()
+        for row in rows.values()
+        if row.error is not None and row.metric.partition(".")[0] in _NAMES
+    ]
+    if not found:
+        return "none of the latencies has one"
+    _, row, label = max(found, key=lambda item: item[0])
+    name, _, statistic = row.metric.partition(".")
+    whose = f" ({label})" if len(errors) > 1 else ""
+    return f"the largest among the latencies is {percent(row.error, signed=True)}, in {_NAMES[name]} {statistic}{whose}"
+
+
+def _side_by_side(figures: Iterable[Figure | None]) -> str:
+    drawn = [_drawn(figure) for figure in figures if figure is not None]
+    return f'<div class="grid">\n{"".join(drawn)}</div>\n' if drawn else _drawn(None)
+
+
+def _drawn(figure: Figure | None) -> str:
+    """A figure's place on the page, its data, and what is said of it."""
+    if figure is None:
+        return '<p class="caption">Nothing to draw: no record here holds what this figure shows.</p>\n'
+    title = f"<h3>{figure.title}</h3>\n" if figure.title else ""
+    notes = f' <span class="note">{" ".join(figure.notes)}</span>' if figure.notes else ""
+    return (
+        f'<figure id="figure-{figure.id}">\n{title}<div class="plot" id="{figure.id}" '
+        f'style="height: {figure.layout["height"]}px"></div>\n'
+        f'<script type="application/json" data-plot="{figure.id}">{figure.json()}</script>\n'
+        f'<figcaption class="caption">{figure.caption}{notes}</figcaption>\n</figure>\n'
+    )
+
+
+def _folded(runs: list[Run]) -> str:
+    differing = f", {len(differing_settings(runs))} of them differ" if len(runs) > 1 else ""
+    total = len({name for run in runs for name in run.settings})
+    hint = "Look for marked rows: there the runs differ." if len(runs) > 1 else "Look here for what to set to run this again."
+    parts: tuple[tuple[str, Any], ...] = (
+        (f"{count(total, 'setting')}{differing}", settings_table(runs)),
+        ("Facts: device, versions, trace and its transforms", facts_table(runs)),
+    )
+    folded = "".join(f"<details><summary>{title}</summary>\n{table}\n</details>\n" for title, table in parts)
+    return f'{folded}<p class="caption">{hint}</p>\n'

@@ -1,0 +1,154 @@
+"""Bad input is one line that names what is wrong, exit status 2, and leaves nothing behind."""
+
+import gzip
+import json
+
+import pytest
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}\n'
+
+BAD_TRACES = {
+    "a missing column": ("TIMESTAMP,ContextTokens\r\n2023-11-16 18:15:46.6805900,374\r\n", "GeneratedTokens"),
+    "a negative length": (AZURE + "2023-11-16 18:15:46.6805900,-374,44\r\n", ":2: ContextTokens is '-374'"),
+    "a length that is no integer": (AZURE + "2023-11-16 18:15:46.6805900,374,4.5\r\n", ":2: GeneratedTokens is '4.5'"),
+    "times that go backwards": (
+        AZURE + "2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:45.0000000,9,9\r\n",
+        ":3: TIMESTAMP",
+    ),
+    "an unknown format": ("request at noon, please\n", ":1: 'request at noon, please', expected a header"),
+    "an empty file": ("", "expected a trace"),
+    "blocks that do not match the length": (MOONCAKE.replace("600", "1600"), ":1: hash_ids"),
+}
+
+
+def assert_refused(result, *words):
+    assert result.code == 2, (result.out, result.err)
+    lines = [line for line in result.err.splitlines() if line.startswith("twinserve: ")]
+    assert len(lines) == 1 and result.err.splitlines()[-1] == lines[0], result.err
+    assert result.out == ""
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("what", BAD_TRACES)
+def test_a_bad_trace_is_refused(twinserve, tmp_path, latency, what):
+    content, words = BAD_TRACES[what]
+    path = tmp_path / "bad"
+    path.write_bytes(content.encode())
+    out = tmp_path / "run"
+    assert_refused(twinserve("sim", path, "--latency", latency, "--out", out), str(path), words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "latency.json"]
+
+
+def test_a_broken_gzip_is_refused(twinserve, tmp_path, latency):
+    path = tmp_path / "bad.gz"
+    path.write_bytes(gzip.compress(MOONCAKE.encode() * 50)[:-12])
+    assert_refused(twinserve("sim", path, "--latency", latency), str(path), "gzip")
+
+
+def test_a_trace_that_is_not_there_is_refused(twinserve, tmp_path, latency):
+    assert_refused(twinserve("sim", tmp_path / "none", "--latency", latency), str(tmp_path / "none"))
+
+
+def test_an_existing_out_is_refused_and_kept(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    assert_refused(twinserve("sim", trace, "--latency", latency, "--out", out), str(out), "exists already")
+    assert (out / "mine").read_text() == "kept"
+    for arguments in (
+        ("trace", "make", "--out", trace),
+        ("profile", "--out", latency),
+        ("report", out, "--out", latency),
+    ):
+        assert_refused(twinserve(*arguments), "exists already")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"schema": "other/3"}', "schema is 'other/3', expected 'twinserve-latency/1'"),
+        ("no json", "expected JSON"),
+    ],
+)
+def test_a_latency_file_of_another_schema_is_refused(twinserve, trace, tmp_path, content, words):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert_refused(twinserve("sim", trace, "--latency", path), str(path), words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--max-num-batched-tokens", 8, "--max-num-seqs", 16),
+            "max_num_batched_tokens is 8, expected at least max_num_seqs",
+        ),
+        (("--no-enable-chunked-prefill", "--max-model-len", 4096), "expected at least max_model_len (4096)"),
+        (("--watermark", 0.1), "watermark is 0.1, expected num_gpu_blocks beside it"),
+        (("--block-size", 0), "block_size is 0"),
+        (("--pipeline-depth", 2), "pipeline_depth is 2"),
+        (("--window-s", "soon"), "window_s is 'soon', expected START:END"),
+        (("--limit", 0), "is 0, expected"),
+        (("--max-num-seqs", "many"), "--max-num-seqs"),
+        (("--composition", "random"), "--composition"),
+    ],
+)
+def test_settings_that_cannot_hold_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+def test_an_unknown_setting_in_a_file_is_named_with_the_file(twinserve, trace, latency, tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text("max_num_sequences = 4\n")
+    result = twinserve("sim", trace, "--latency", latency, "--config", config)
+    assert_refused(result, str(config), "max_num_sequences is 4")
+
+
+def test_latency_from_two_sources_is_refused(twinserve, trace, latency, tmp_path):
+    assert_refused(twinserve("sim", trace, "--latency", latency, "--latency-from", tmp_path), "only one of latency")
+
+
+def test_a_model_folder_without_weights_or_of_an_unknown_architecture_is_refused(twinserve, trace, tmp_path):
+    pytest.importorskip("torch")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert_refused(twinserve("run", trace, "--model", folder), str(folder), "config.json")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    assert_refused(twinserve("run", trace, "--model", folder), "config.json", "Mamba")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused(twinserve("run", trace, "--model", folder), str(folder), "safetensors")
+    assert_refused(twinserve("run", trace, "--model", "no-such-model"), "no-such-model")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(twinserve, trace):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert_refused(twinserve("run", trace, "--device", "cuda"), "device is 'cuda'")
+
+
+@pytest.mark.parametrize("file", ["run.json", "requests.jsonl", "steps.jsonl"])
+def test_a_record_that_lacks_a_file_is_refused(twinserve, trace, latency, tmp_path, file):
+    out = tmp_path / "run"
+    twinserve("sim", trace, "--latency", latency, "--out", out)
+    (out / file).unlink()
+    assert_refused(twinserve("replay", out), file)
+
+
+def test_comparing_runs_of_different_traces_is_refused(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "a")
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "b", "--limit", 5)
+    assert_refused(twinserve("compare", tmp_path / "a", tmp_path / "b"), "facts.trace.transforms")
+
+
+def test_an_unknown_option_or_metric_is_refused(twinserve, tmp_path):
+    assert_refused(twinserve("sim", tmp_path, "--speed", 3), "--speed")
+    assert_refused(twinserve("compare", tmp_path, tmp_path, "--max-error", "ttft=0.1"), "metric is 'ttft'")

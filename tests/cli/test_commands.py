@@ -1,0 +1,135 @@
+"""The commands that need no model: what they print, what they write, how they exit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SUMMARY_KEYS = {
+    "world", "requests", "finished", "refused", "shortened", "duration_s", "output_tok_s", "total_tok_s", "ttft_s",
+    "tpot_s", "itl_s", "e2e_s", "cached_tokens", "preemptions", "steps", "events", "wall_s",
+}  # fmt: skip
+
+
+def test_sim_prints_its_summary_as_json_alone_and_writes_a_record_that_replays(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "run"
+    result = twinserve("sim", trace, "--latency", latency, "--out", out, "--json")
+    assert result.code == 0, result.err
+    summary = json.loads(result.out)
+    assert summary.keys() >= SUMMARY_KEYS
+    assert (summary["world"], summary["requests"], summary["finished"]) == ("sim", 12, 12)
+    assert set(summary["ttft_s"]) == {"mean", "p50", "p90", "p99"}
+    assert summary["cached_tokens"] > 0, "the system prompt is shared"
+    replayed = twinserve("replay", out)
+    assert (replayed.code, replayed.out.split(":")[0]) == (0, "exact")
+
+
+def test_sim_says_what_it_assumes(twinserve, trace, latency):
+    result = twinserve("sim", trace, "--latency", latency)
+    assert "latency: round numbers on no device" in result.err
+    assert "no context limit" in result.err and "a pool without end" in result.err
+    bounded = twinserve("sim", trace, "--latency", latency, "--max-model-len", 4096, "--num-gpu-blocks", 64)
+    assert "no context limit" not in bounded.err and "a pool without end" not in bounded.err
+
+
+def test_sim_uses_the_shipped_latency_by_default_and_says_so(twinserve, trace):
+    result = twinserve("sim", trace)
+    assert result.code == 0, result.err
+    assert "smollm2-135m on CPU, 2 threads, shipped" in result.err
+
+
+def test_the_same_simulation_writes_the_same_bytes_but_for_its_wall_time(twinserve, trace, latency, tmp_path):
+    records = []
+    for name in ("first", "second"):
+        twinserve("sim", trace, "--latency", latency, "--out", tmp_path / name)
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        del run["summary"]["wall_s"]
+        records.append([run] + [(tmp_path / name / file).read_bytes() for file in ("requests.jsonl", "steps.jsonl")])
+    assert records[0] == records[1]
+
+
+def test_recorded_step_times_give_the_recorded_run_again(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "first")
+    twinserve("sim", trace, "--latency-from", tmp_path / "first", "--out", tmp_path / "second")
+    assert (tmp_path / "first" / "steps.jsonl").read_bytes() == (tmp_path / "second" / "steps.jsonl").read_bytes()
+    result = twinserve("compare", tmp_path / "second", tmp_path / "first", "--max-error", "ttft_s.p99=0")
+    assert result.code == 0, result.err
+
+
+def test_replay_exits_with_1_and_names_the_first_difference(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "run"
+    twinserve("sim", trace, "--latency", latency, "--out", out, "--max-num-seqs", 3)
+    run = json.loads((out / "run.json").read_text())
+    run["settings"]["max_num_seqs"] = 1
+    (out / "run.json").write_text(json.dumps(run))
+    result = twinserve("replay", out)
+    assert result.code == 1
+    assert "decision " in result.out and "the record has" in result.out
+    as_json = json.loads(twinserve("replay", out, "--json").out)
+    assert not as_json["exact"] and as_json["difference"]["field"]
+
+
+def test_compare_exits_with_1_beyond_the_limit(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "wide")
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "narrow", "--max-num-seqs", 1)
+    result = twinserve("compare", tmp_path / "wide", tmp_path / "narrow", "--max-error", "e2e_s.mean=0.1", "--json")
+    assert result.code == 1
+    assert json.loads(result.out)["e2e_s.mean"]["error"] < -0.1
+    assert "e2e_s.mean: the error is" in result.err
+
+
+def test_a_transformed_trace_is_counted_in_the_summary_and_the_record(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "run"
+    result = twinserve(
+        "sim", trace, "--latency", latency, "--limit", 8, "--max-prompt-tokens", 40, "--json", "--out", out
+    )
+    summary = json.loads(result.out)
+    assert (summary["requests"], summary["shortened"], summary["dropped"]) == (8, 8, 4)
+    log = json.loads((out / "run.json").read_text())["facts"]["trace"]["transforms"]
+    assert [entry["transform"] for entry in log] == ["limit", "cap_prompt_tokens"]
+
+
+def test_settings_come_from_a_file_and_options_override_them(twinserve, trace, latency, tmp_path):
+    config = tmp_path / "settings.toml"
+    config.write_text("max_num_seqs = 2\nblock_size = 32\n")
+    out = tmp_path / "run"
+    twinserve("sim", trace, "--latency", latency, "--config", config, "--block-size", 8, "--out", out)
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert (settings["max_num_seqs"], settings["block_size"]) == (2, 8)
+
+
+def test_trace_make_gives_the_same_bytes_for_the_same_seed(twinserve, tmp_path):
+    options = ("--requests", 30, "--rate", 5, "--arrivals", "gamma", "--cv", 2, "--turns", 3, "--think-time-s", 1)
+    for name in ("a", "b"):
+        assert twinserve("trace", "make", "--out", tmp_path / name, "--seed", 4, *options).code == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    statistics = json.loads(twinserve("trace", "stat", tmp_path / "a", "--json").out)
+    assert (statistics["requests"], statistics["sessions"]) == (30, 10)
+
+
+def test_trace_convert_writes_a_changed_trace_in_our_own_format(twinserve, trace, tmp_path):
+    out = tmp_path / "part.jsonl.gz"
+    assert twinserve("trace", "convert", trace, out, "--limit", 5).code == 0
+    assert json.loads(twinserve("trace", "stat", out, "--json").out)["requests"] == 5
+
+
+def test_report_writes_a_page_from_records(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "run")
+    result = twinserve("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert result.code == 0, result.err
+    assert "<html" in (tmp_path / "page.html").read_text()[:500]
+
+
+def test_the_module_runs_as_the_command_does(trace, latency):
+    command = [sys.executable, "-m", "twinserve", "sim", str(trace), "--latency", str(latency), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["finished"] == 12
+
+
+@pytest.mark.parametrize(
+    "command", ["sim", "run", "replay", "compare", "report", "profile", "trace", "model", "generate"]
+)
+def test_every_command_has_help(twinserve, command):
+    result = twinserve(command, "--help")
+    assert result.code == 0 and "Usage: twinserve" in result.out

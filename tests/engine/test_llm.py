@@ -1,0 +1,176 @@
+"""LLM: settings resolved, prompts completed in order, traces replayed in real time, errors told."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from engine_judge import GREEDY, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from twinserve.engine.llm import LLM
+from twinserve.engine.models import adopt_model
+from twinserve.policies import SamplingParams
+from twinserve.traces.errors import InputError
+from twinserve.traces.request import Part, Request, TokenMaker
+from twinserve.traces.settings import Settings
+
+
+class Letters:
+    """A tokenizer of letters, id 3 being "a"."""
+
+    eos_token_id = 2
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) - ord("a") for letter in text]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(token_id - 3 + ord("a")) for token_id in token_ids if token_id >= 3)
+
+
+def test_open_settings_are_resolved(llama, serving):
+    settings = serving(llama, num_gpu_blocks=None, block_size=32).settings
+    assert settings.max_model_len == 1024
+    assert settings.num_gpu_blocks == (1 << 30) // (2 * 4 * 32 * 2 * 32 * 4)
+    assert serving(llama, max_model_len=100, num_gpu_blocks=7).settings.num_gpu_blocks == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"settings": Settings.load({"max_model_len": 1025})},
+            "max_model_len is 1025, expected at most 1024, the model",
+        ),
+        (
+            {"settings": Settings.load({"enable_chunked_prefill": False, "max_num_batched_tokens": 512})},
+            "is 512, expected",
+        ),
+        ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
+        ({"token_maker": TokenMaker(513, 3)}, "expected 0 <= first_id < vocab_size <= 512"),
+        ({"token_maker": TokenMaker(512, 1)}, "expected ids without 2, which ends a text"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(llama, arguments, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        LLM(llama.model, **arguments)
+
+
+def test_completions_come_in_the_order_of_their_prompts(llama, serving):
+    llm = serving(llama, max_model_len=64, num_gpu_blocks=8)
+    prompts = [[7] * 30, [8, 9], [4] * 70, [5], []]
+    params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n) for n in (20, 3, 5, 9, 4)]
+    completions = llm.generate(prompts, params)
+    assert [c.finish_reason for c in completions] == ["length", "length", "refused", "length", "refused"]
+    assert [len(c.token_ids) for c in completions] == [20, 3, 0, 9, 0]
+    assert completions[2].refusal == "prompt of 70 tokens, but max_model_len is 64"
+    assert completions[4].refusal == "the prompt has no tokens"
+    for index in (0, 1, 3):
+        llama.check(prompts[index], completions[index].token_ids)
+
+
+def test_texts_are_encoded_and_decoded(llama):
+    llm = LLM(llama.model, tokenizer=Letters(), settings=Settings.load({"num_gpu_blocks": 8}))
+    completion = llm.generate(["abc"], SamplingParams(temperature=0.0, max_tokens=8))[0]
+    llm.close()
+    llama.check([3, 4, 5], completion.token_ids)
+    assert completion.text == Letters().decode(completion.token_ids, True) != ""
+    assert completion.num_prompt_tokens == 3
+
+
+def test_bad_prompts_are_refused(llama, serving):
+    llm = serving(llama)
+    with pytest.raises(InputError, match=re.escape("a token of prompts[1] is 512, expected an id from 0 to 511")):
+        llm.generate([[1], [512]], GREEDY)
+    with pytest.raises(InputError, match="the number of sampling_params is 1, expected one, or one for each of 2"):
+        llm.generate([[1], [2]], [GREEDY])
+    assert llm.generate([], GREEDY) == []
+
+
+def test_every_id_that_ends_a_text_ends_it(llama):
+    prompt = [5, 9, 300, 17]
+    tokens = llama.generate(prompt, 20)
+    model = tiny(LlamaForCausalLM, LlamaConfig, eos_token_id=[2, tokens[6]])
+    llm = LLM(model, settings=Settings.load({"num_gpu_blocks": 64}))
+    assert llm.eos_token_ids == (2, tokens[6])
+    completion = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=20))[0]
+    assert (completion.finish_reason, completion.token_ids) == ("stop", tokens[: tokens.index(tokens[6]) + 1])
+    assert len(llm.generate([prompt], GREEDY)[0].token_ids) == GREEDY.max_tokens
+    made = llm.token_maker.token_ids(Request(0, 0, (Part(0, 0, 5000),), 1), {})
+    assert not set(made) & set(llm.eos_token_ids)
+    llm.close()
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_seeded_requests_repeat_whatever_runs_beside_them(llama, serving, watcher, pipeline_depth):
+    def params(seed):
+        return SamplingParams(temperature=1.5, top_k=40, top_p=0.95, seed=seed, max_tokens=40, ignore_eos=True)
+
+    prompts = [[5 + i] * (20 + 3 * i) for i in range(5)]
+    roomy = serving(llama, pipeline_depth=pipeline_depth)
+    alone = [roomy.generate([prompt], params(i))[0].token_ids for i, prompt in enumerate(prompts)]
+    tight = serving(llama, pipeline_depth=pipeline_depth, num_gpu_blocks=8, max_num_batched_tokens=40, max_num_seqs=6)
+    beside = tight.generate([*prompts, [9, 9]], [*map(params, range(5)), SamplingParams(max_tokens=30)])
+    assert [completion.token_ids for completion in beside[:5]] == alone
+    assert len({tuple(roomy.generate([prompts[0]], params(seed))[0].token_ids) for seed in range(3)}) == 3
+
+
+def test_runs_without_seeds_repeat_with_the_engine(llama, serving):
+    params = SamplingParams(temperature=2.0, max_tokens=20)
+    first, again, other = (
+        [c.token_ids for c in serving(llama, seed=seed).generate([[4], [5], [6]], params)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_requests_come_in_when_they_arrive(llama, serving):
+    llm = serving(llama)
+    requests = [Request(i, i * 20_000_000, (Part(i, 0, 10),), 3) for i in range(4)]
+    for scale in (1.0, 3.0):
+        ended = []
+        served = llm.run_trace(requests, params=GREEDY, time_scale=scale, progress=ended.append)
+        assert served == ended and len(served) == 4
+        for seq in served:
+            assert seq.arrival_ns == round(scale * 20_000_000) * seq.seq_id
+            assert seq.ingested_ns >= seq.arrival_ns
+
+
+def test_steps_have_their_times(llama, serving, watcher):
+    batches = []
+    watcher.committed = batches.append
+    serving(llama).run_trace([Request(0, 0, (Part(0, 0, 9),), 5)], params=GREEDY, recorder=watcher)
+    assert len(batches) == 5
+    for batch, following in zip(batches, batches[1:], strict=False):
+        assert batch.decided_ns < batch.start_ns < batch.end_ns < following.decided_ns
+
+
+def test_what_goes_wrong_while_requests_come_in_is_raised(llama, serving, watcher):
+    def expect(request, sampling):
+        raise OSError(f"disk full at request {request.id}")
+
+    watcher.expect = expect
+    llm = serving(llama)
+    with pytest.raises(OSError, match="disk full at request 0"):
+        llm.run_trace([Request(0, 0, (Part(0, 0, 9),), 5)], params=GREEDY, recorder=watcher)
+
+
+def test_what_goes_wrong_in_a_step_is_raised_and_ends_the_run(llama, serving, monkeypatch):
+    llm = serving(llama)
+    requests = [Request(0, 0, (Part(0, 0, 9),), 5), Request(1, 3600 * 10**9, (Part(1, 0, 9),), 5)]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner.model, "logits", lambda hidden: torch.full((), torch.nan)[5])
+        with pytest.raises(IndexError):
+            llm.run_trace(requests, params=GREEDY)
+    assert len(llm.run_trace(requests[:1], params=GREEDY)) == 1
+
+
+def test_a_decoder_is_taken_as_it_is(llama):
+    decoder = adopt_model(llama.model, dtype=torch.bfloat16)
+    llm = LLM(decoder, settings=Settings.load({"num_gpu_blocks": 8}), threads=torch.get_num_threads())
+    assert llm.runner.model is decoder
+    assert llm.facts()["dtype"] == "bfloat16"
+    assert llm.facts()["tokens"] == {"vocab_size": 512, "first_id": 3, "seed": 0}
+    assert llm.facts()["eos_token_id"] == 2
+    assert len(llm.generate([[5, 6, 7]], GREEDY)[0].token_ids) == 64
+    llm.close()

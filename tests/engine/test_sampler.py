@@ -1,0 +1,117 @@
+"""Sampling: against reference distributions, and repeatable whatever else is in the batch."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from engine_judge import GREEDY
+
+from twinserve.engine.sampler import greedy_sample, sample, sample_with_temperature, uniform
+from twinserve.policies import SamplingParams
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.0, 0.5])
+
+
+def frequencies(params: SamplingParams, draws: int = 20_000) -> torch.Tensor:
+    """How often each token is drawn from LOGITS."""
+    tokens = sample(LOGITS.expand(draws, -1), [params] * draws, range(draws), generator=random.Random(3))
+    return torch.bincount(tokens, minlength=len(LOGITS)) / draws
+
+
+def expected(params: SamplingParams) -> torch.Tensor:
+    """The distribution by its definition: temperature, then top-k, then top-p, then renormalised."""
+    probabilities = (LOGITS.double() / params.temperature).softmax(-1).tolist()
+    ranked = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    total = sum(probabilities[token] for token in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        if mass < params.top_p:
+            kept.append(token)
+        mass += probabilities[token] / total
+    result = torch.zeros(len(probabilities))
+    for token in kept:
+        result[token] = probabilities[token]
+    return result / result.sum()
+
+
+def test_greedy_takes_the_best_of_one_or_two_dimensions():
+    assert greedy_sample(LOGITS) == greedy_sample(LOGITS[None]) == 1
+
+
+def test_the_guides_temperature():
+    assert sample_with_temperature(LOGITS, 0.0) == sample_with_temperature(LOGITS[None], 1e-6) == 1
+    assert len({sample_with_temperature(LOGITS, 5.0) for _ in range(200)}) > 3
+    assert len({sample_with_temperature(LOGITS, 5.0, seed=4) for _ in range(20)}) == 1
+    assert len({sample_with_temperature(LOGITS, 5.0, seed=seed) for seed in range(100)}) > 3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=3.0, top_k=3),
+        SamplingParams(top_k=1),
+        SamplingParams(top_k=100),
+        SamplingParams(top_p=0.8),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(temperature=2.0, top_k=4, top_p=0.7),
+    ],
+)
+@pytest.mark.parametrize("seed", [None, 11])
+def test_tokens_follow_the_distribution(params, seed):
+    params = SamplingParams(params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
+    found, exact = frequencies(params), expected(params)
+    assert torch.all(found[exact == 0] == 0)
+    assert (found - exact).abs().max() < 0.015
+
+
+def test_equal_logits_beyond_top_k_keep_the_lower_ids():
+    tokens = sample(torch.zeros(500, 10), [SamplingParams(top_k=3)] * 500, range(500), generator=random.Random(0))
+    assert set(tokens.tolist()) == {0, 1, 2}
+
+
+def test_a_seeded_row_draws_alike_in_any_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 1000, generator=generator)
+    params = [
+        SamplingParams(temperature=1.5, seed=5),
+        GREEDY,
+        SamplingParams(seed=5, top_k=50),
+        SamplingParams(temperature=2.0),
+        SamplingParams(seed=6, top_p=0.9),
+        SamplingParams(temperature=0.7, seed=-1, top_k=7, top_p=0.5),
+        GREEDY,
+        SamplingParams(),
+        SamplingParams(seed=1 << 70),
+    ]
+    positions = [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    together = sample(logits, params, positions).tolist()
+    assert together[1] == logits[1].argmax() and together[6] == logits[6].argmax()
+    for row in (0, 1, 2, 4, 5, 6, 8):
+        assert sample(logits[row : row + 1], [params[row]], [positions[row]]).tolist() == [together[row]]
+
+
+def test_another_position_is_another_draw():
+    draws = {uniform(5, position) for position in range(1000)} | {uniform(6, position) for position in range(1000)}
+    assert len(draws) == 2000
+    assert all(0.0 <= draw < 1.0 for draw in draws)
+    assert abs(sum(draws) / 2000 - 0.5) < 0.02
+
+
+def test_rows_without_a_seed_draw_from_the_generator_in_order():
+    logits = torch.zeros(4, 1000)
+    params = [SamplingParams(), GREEDY, SamplingParams(seed=1), SamplingParams()]
+    one, two = (sample(logits, params, [0] * 4, generator=random.Random(9)).tolist() for _ in range(2))
+    first, last = (int(1000 * draw) for draw in (random.Random(9).random(), list(iter_draws(9, 2))[1]))
+    assert one == two
+    assert (one[0], one[3]) == (first, last)
+
+
+def iter_draws(seed: int, count: int):
+    generator = random.Random(seed)
+    return (generator.random() for _ in range(count))

@@ -1,0 +1,5 @@
+"""`python -m twinserve` is the command `twinserve`."""
+
+from twinserve.cli import main
+
+main()

@@ -12,13 +12,16 @@ from twinserve.reports.text import time_unit
 from twinserve.reports.thin import CLOUD_POINTS, CURVE_POINTS, thin_cloud, thin_curve
 
 LATENCIES = {
-    "ttft_s": ("Time to first token", "Look at how far the right tail reaches: that is time spent waiting to be admitted."),
+    "ttft_s": (
+        "Time to first token",
+        "Look at how far the right tail reaches: it is time spent waiting for admission.",
+    ),
     "tpot_s": ("Time per output token", "Look for a shift to the right: fuller batches slow every answer down."),
     "itl_s": ("Inter-token latency", "Look for a second rise: gaps in which the prompts of others were computed."),
-    "e2e_s": ("End-to-end latency", "Look for where it follows the time to first token: there, waiting outweighs decoding."),
+    "e2e_s": ("End-to-end latency", "Look at the tail: long answers, unless the first token came late as well."),
 }
 
-_WIDE = 50
+_WIDE = 20
 """Values that span more than this factor are drawn on a logarithmic axis."""
 
 
@@ -44,7 +47,11 @@ def latency_figure(runs: list[Run], metric: str) -> Figure | None:
         hovermode="closest",
     )
     longest = max(len(values) for _, values, _ in samples)
-    notes = [f"Thinned: of up to {longest:,} values a curve shows {CURVE_POINTS}."] if longest > CURVE_POINTS else []
+    notes = (
+        [f"Thinned: of up to {longest:,} values a curve shows at most {CURVE_POINTS}."]
+        if longest > CURVE_POINTS
+        else []
+    )
     return Figure(f"cdf-{metric.removesuffix('_s')}", title, caption, data, layout, notes)
 
 
@@ -67,12 +74,13 @@ def _value_axis(title: str, unit: str, samples: list[np.ndarray]) -> dict[str, A
     """A linear axis from 0, or a logarithmic one where the values span a large factor."""
     low, high = float(min(values[0] for values in samples)), float(max(values[-1] for values in samples))
     if low <= 0 or high / low <= _WIDE:
-        return base_axis(f"{title} ({unit})", rangemode="tozero")
+        return base_axis(f"{title} ({unit})", range=[0, high * 1.02])
     powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     digits = (1,) if len(powers) > 4 else (1, 2, 5)
     ticks = [digit * 10.0**power for power in powers for digit in digits]
     texts = [f"{tick:,g}" for tick in ticks]
-    return base_axis(f"{title} ({unit}, logarithmic)", type="log", tickvals=ticks, ticktext=texts)
+    ends = [np.log10(low) - 0.02, np.log10(high) + 0.02]
+    return base_axis(f"{title} ({unit}, logarithmic)", type="log", range=ends, tickvals=ticks, ticktext=texts)
 
 
 def step_figures(runs: list[Run]) -> list[Figure]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinserve.reports.drawing import Figure, Trace, base_axis, base_layout, said_of
+from twinserve.reports.drawing import INK, Figure, Trace, base_axis, base_layout, said_of
 from twinserve.reports.runs import Run
-from twinserve.reports.text import count, number
+from twinserve.reports.text import count, duration
 
 BARS = 60
 """About how many bars a figure has; they become requests by division through the number of runs."""
@@ -40,7 +40,7 @@ def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
         notes.append(f"{count(left_out, 'request')} left out.")
     places = {row["id"]: index * (len(runs) + _GAP) for index, row in enumerate(shown)}
     data = [trace for lane, run in enumerate(runs) for trace in _bars(run, runs, places, lane)]
-    data += [_preemptions(run, places, lane) for lane, run in enumerate(runs) if run.preemptions]
+    marks = [trace for lane, run in enumerate(runs) for trace in _preemptions(run, places, lane)]
     end = len(shown) * (len(runs) + _GAP)
     y_axis = base_axis(
         "request (its row in the trace)",
@@ -52,10 +52,18 @@ def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
         showgrid=False,
         ticks="",
     )
-    layout = base_layout(0, xaxis=base_axis("time since the first arrival (s)"), yaxis=y_axis, hovermode="closest")
-    layout |= {"barmode": "overlay", "height": round(end * _BAR_PX) + layout["margin"]["t"] + layout["margin"]["b"] + 20}
-    caption = "Look for long waits (palest), for prefills (darkest) that many requests share, and for preemptions (crosses)."
-    return Figure(f"requests-{number_of_group}", "", caption, data, layout, notes)
+    x_axis = base_axis("time since the first arrival (s)", range=_window(data))
+    layout = base_layout(round(end * _BAR_PX) + 100, xaxis=x_axis, yaxis=y_axis, hovermode="closest", barmode="overlay")
+    caption = "Look for long waits (palest), for prefills (darkest) that take long, and for preemptions (crosses)."
+    return Figure(f"requests-{number_of_group}", "", caption, data + marks, layout, notes)
+
+
+def _window(bars: list[Trace]) -> list[float]:
+    """The time that the bars take, and a little more."""
+    begin = min(start for bar in bars for start in bar["base"])
+    end = max(start + length for bar in bars for start, length in zip(bar["base"], bar["x"], strict=True))
+    margin = (end - begin) * 0.01
+    return [begin - margin, end + margin]
 
 
 def _was_served(row: Row) -> bool:
@@ -70,8 +78,8 @@ def _choose(rows: list[Row], most: int) -> tuple[list[Row], list[str]]:
     longest = waits_ns.index(max(waits_ns))
     begin = min(max(0, longest - most // 2), len(rows) - most)
     said = (
-        f"Shown are {most} of {count(len(rows), 'served request')}, those that came in around request {rows[longest]['id']}, "
-        f"which waited longest for its first token ({number(waits_ns[longest] / 1e9)} s)."
+        f"Shown are {most} of {count(len(rows), 'served request')}: those that came in around request "
+        f"{rows[longest]['id']}, which waited longest for its first token ({duration(waits_ns[longest] / 1e9)})."
     )
     return rows[begin : begin + most], [said]
 
@@ -113,14 +121,18 @@ def _about(row: Row) -> str:
     )
 
 
-def _preemptions(run: Run, places: dict[int, float], lane: int) -> Trace:
+def _preemptions(run: Run, places: dict[int, float], lane: int) -> list[Trace]:
+    """Crosses on the bars, if there are any."""
     marks = [(time, places[id] + lane) for time, ids in run.preemptions for id in ids if id in places]
-    return {
+    if not marks:
+        return []
+    trace = {
         "type": "scatter",
         "mode": "markers",
         "x": [time for time, _ in marks],
         "y": [place for _, place in marks],
-        "marker": {"symbol": "x-thin", "size": 6, "line": {"color": "#1b1f24", "width": 1.3}},
+        "marker": {"symbol": "x-thin", "size": 6, "line": {"color": INK, "width": 1.3}},
         "hovertemplate": f"preempted at %{{x:.3f}} s<extra>{run.label}</extra>",
         "showlegend": False,
     }
+    return [trace]

@@ -7,7 +7,6 @@ from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
 from twinserve.reports.drawing import Figure
@@ -52,6 +51,9 @@ _DEFINITIONS = (
     ("End to end", "finish − arrival"),
     ("Tokens / s", "tokens of the finished requests / duration, which lasts from the first arrival to the last finish"),
     ("Error", "(simulated − real) / real"),
+    ("Refused", "requests that could never be served: too long for the context or for the pool"),
+    ("Shortened", "prompts and answers cut to a cap, and answers ended by the context's length"),
+    ("Dropped", "requests of the trace that were not replayed"),
 )
 
 
@@ -89,7 +91,7 @@ def write_report(records: list[RunRecord], out: Path) -> None:
 def _page(runs: list[Run]) -> str:
     from plotly.offline import get_plotlyjs
 
-    names = escape(", ".join(run.record.path.name for run in runs))
+    names = escape(", ".join(run.name for run in runs))
     return "".join(
         (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
@@ -114,7 +116,7 @@ def _sections(runs: list[Run]) -> Iterable[str]:
     yield f"<header>\n<h1>{''.join(_headline(run) for run in runs)}</h1>\n{_remarks(runs, errors)}</header>\n"
     yield _section("Summary", _summary(runs, errors))
     latencies = (latency_figure(runs, metric) for metric in LATENCIES)
-    yield _section("Latency distributions", _side_by_side(latencies))
+    yield _section("Latency distributions", f"{_handling()}{_side_by_side(latencies)}")
     yield _section("Batch over time", _drawn(batch_figure(runs)))
     yield _section("KV blocks and preemptions", _drawn(kv_figure(runs)))
     groups = same_trace(runs)
@@ -135,23 +137,18 @@ def _section(title: str, content: str) -> str:
 def _headline(run: Run) -> str:
     """What was run, on what, with what, and what became of the requests; every count is said, 0 too."""
     summary = run.summary
-    dropped = summary.get("dropped", 0)
-    counts = [
-        _counted(summary["refused"], "refused"),
-        _counted(summary["shortened"], "shortened"),
-        _counted(dropped, "dropped"),
-        _counted(summary["aborted"], "aborted"),
-    ]
+    counts = [f"{summary['finished']:,} finished"]
+    counts += [_counted(summary.get(what, 0), what) for what in ("refused", "shortened", "dropped", "aborted")]
     unfinished = summary["requests"] - summary["finished"] - summary["refused"] - summary["aborted"]
     if unfinished:
         counts.append(_counted(unfinished, "unfinished"))
     trace = run.facts.get("trace")
     path = trace.get("path") if isinstance(trace, dict) else None
-    replayed = f"trace {escape(str(path))}" if path else "a trace that is not recorded"
+    replayed = f"trace {escape(str(path))}" if path else "an unrecorded trace"
     return (
         f'<span class="run"><span class="key {run.world}" style="{_key(run)}"></span>'
-        f'<strong class="{run.world}">{run.label}</strong> {escape(run.record.path.name)}: {escape(_executor(run))}, '
-        f"{replayed}, {count(summary['requests'], 'request')}: {', '.join(counts)}.</span>"
+        f'<strong class="{run.world}">{run.label}</strong> {escape(run.name)}: {escape(_executor(run))}; '
+        f"{replayed}; {count(summary['requests'], 'request')}: {', '.join(counts)}.</span>"
     )
 
 
@@ -161,10 +158,10 @@ def _executor(run: Run) -> str:
     if run.world == "real":
         model = facts.get("model")
         name = model.get("name") if isinstance(model, dict) else model
-        return f"real run of {name or 'a model that is not recorded'} on {device or 'a device that is not recorded'}"
+        return f"served by {name or 'an unrecorded model'} on {device or 'an unrecorded device'}"
     latency = facts.get("latency")
     name = latency.get("name") if isinstance(latency, dict) else None
-    text = f"simulation with latency model {name}" if name else "simulation with a latency model that is not recorded"
+    text = f"simulated with latency model {name}" if name else "simulated with an unrecorded latency model"
     return text if not device or (name and str(device).endswith(str(name))) else f"{text} on {device}"
 
 
@@ -185,9 +182,10 @@ def _remarks(runs: list[Run], errors: Errors) -> str:
     if len(runs) > 1:
         names = differing_settings(runs)
         listed = escape(", ".join(names))
-        remarks.append(f"The runs differ in {count(len(names), 'setting')}: {listed}." if names else "The runs have equal settings.")
+        differing = f"The runs differ in {count(len(names), 'setting')}: {listed}."
+        remarks.append(differing if names else "The runs have equal settings.")
     if {run.world for run in runs} == {"real", "sim"} and not errors:
-        remarks.append("No errors are given: the records do not tell that simulation and real run replayed the same trace.")
+        remarks.append("No errors are given: the records do not say that these runs replayed the same trace.")
     return "".join(f'<p class="remark">{remark}</p>\n' for remark in remarks)
 
 
@@ -221,6 +219,11 @@ def _largest(errors: Errors) -> str:
     return f"the largest among the latencies is {percent(row.error, signed=True)}, in {_NAMES[name]} {statistic}{whose}"
 
 
+def _handling() -> str:
+    text = "Drag across a figure to zoom in, double-click to zoom out; a click on a name in a legend hides it."
+    return f'<p class="handling note">{text}</p>\n'
+
+
 def _side_by_side(figures: Iterable[Figure | None]) -> str:
     drawn = [_drawn(figure) for figure in figures if figure is not None]
     return f'<div class="grid">\n{"".join(drawn)}</div>\n' if drawn else _drawn(None)
@@ -241,11 +244,15 @@ def _drawn(figure: Figure | None) -> str:
 
 
 def _folded(runs: list[Run]) -> str:
-    differing = f", {len(differing_settings(runs))} of them differ" if len(runs) > 1 else ""
     total = len({name for run in runs for name in run.settings})
-    hint = "Look for marked rows: there the runs differ." if len(runs) > 1 else "Look here for what to set to run this again."
-    parts: tuple[tuple[str, Any], ...] = (
-        (f"{count(total, 'setting')}{differing}", settings_table(runs)),
+    if len(runs) > 1:
+        differing = len(differing_settings(runs))
+        said = f", {differing} differing" if differing else ", the same in all runs"
+        hint = "Look for marked rows: there the runs differ."
+    else:
+        said, hint = "", "Look here for what it takes to run this again."
+    parts = (
+        (f"{count(total, 'setting')}{said}", settings_table(runs)),
         ("Facts: device, versions, trace and its transforms", facts_table(runs)),
     )
     folded = "".join(f"<details><summary>{title}</summary>\n{table}\n</details>\n" for title, table in parts)

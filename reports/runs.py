@@ -16,6 +16,7 @@ from twinserve.traces.metrics import token_gaps
 from twinserve.traces.record import RunRecord
 
 _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting", "running")
+_NEVER = np.iinfo(np.int64).max
 _COUNTS = ("requests", "finished", "refused", "aborted", "shortened", "cached_tokens", "prompt_tokens")
 
 
@@ -62,8 +63,13 @@ class Run:
     style: Style
 
     @property
+    def name(self) -> str:
+        """The name of the record's folder."""
+        return self.record.path.name or self.record.path.resolve().name
+
+    @property
     def world(self) -> str:
-        """"real" or "sim"."""
+        """Where it took place: "real" or "sim"."""
         return self.record.run["world"]
 
     @property
@@ -82,15 +88,18 @@ class Run:
         return self.record.run["facts"]
 
     @property
-    def trace(self) -> dict[str, Any] | None:
-        """What the record says of its trace; None where it does not tell which one that was."""
+    def trace_key(self) -> tuple[Any, Any] | None:
+        """What is equal for runs of the same requests; None where the record does not tell which those were."""
         trace = self.facts.get("trace")
-        return trace if isinstance(trace, dict) and {"sha256", "transforms"} <= trace.keys() else None
+        if not isinstance(trace, dict) or not {"sha256", "transforms"} <= trace.keys():
+            return None
+        return trace["sha256"], trace["transforms"]
 
     @property
     def pool(self) -> int | None:
-        """KV blocks of the pool; None where it has no end."""
-        return self.settings.get("num_gpu_blocks")
+        """KV blocks of the pool; None where it has no end, or the settings do not say it."""
+        blocks = self.settings.get("num_gpu_blocks")
+        return blocks if type(blocks) is int and blocks > 0 else None
 
     @cached_property
     def origin_ns(self) -> int:
@@ -104,8 +113,9 @@ class Run:
 
     @cached_property
     def has_decisions(self) -> bool:
-        """Whether the steps say what was decided, and not only when."""
-        return all(field in row for row in self.record.steps for field in (*_TOTALS, "preempted"))
+        """Whether there are steps, and they say what was decided and not only when."""
+        rows = self.record.steps
+        return bool(rows) and all(field in row for row in rows for field in (*_TOTALS, "preempted"))
 
     @cached_property
     def steps(self) -> Steps:
@@ -121,19 +131,18 @@ class Run:
 
     @cached_property
     def idle_from_s(self) -> np.ndarray:
-        """When the run ran out of requests: after each of these instants nothing runs until the next one comes in."""
-        served = sorted(
-            (row["ingested_ns"], row["finish_ns"]) for row in self.record.requests if row["finish_reason"] != "refused"
-        )
-        idle_ns = []
-        latest = 0
-        for index, (_, finish_ns) in enumerate(served):
-            if finish_ns is None:
-                break
-            latest = max(latest, finish_ns)
-            if index + 1 == len(served) or served[index + 1][0] > latest:
-                idle_ns.append(latest)
-        return self.seconds(np.array(idle_ns, dtype=np.int64))
+        """When the run ran out of work: after each of these instants nothing runs until the next request comes in.
+
+        A step that was launched before the last request's end was known still runs out.
+        """
+        served = [row for row in self.record.requests if row["finish_reason"] != "refused"]
+        ended_ns = [_NEVER if row["finish_ns"] is None else row["finish_ns"] for row in served]
+        latest_ns = np.maximum.accumulate(np.array(ended_ns, dtype=np.int64))
+        upcoming_ns = np.append(_column(served, "ingested_ns")[1:], _NEVER)
+        latest_s, upcoming_s = self.seconds(latest_ns), self.seconds(upcoming_ns)
+        ends_s = np.maximum.accumulate(np.append(-np.inf, self.steps.start_s + self.steps.duration_s))
+        idle_s = np.maximum(latest_s, ends_s[np.searchsorted(self.steps.start_s, upcoming_s[: len(served)])])
+        return idle_s[idle_s < upcoming_s[: len(served)]]
 
     @cached_property
     def preemptions(self) -> list[tuple[float, list[int]]]:
@@ -202,7 +211,7 @@ def same_trace(runs: list[Run]) -> list[list[Run]]:
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
-            if run.trace and group[0].trace and all(run.trace[k] == group[0].trace[k] for k in ("sha256", "transforms")):
+            if run.trace_key is not None and run.trace_key == group[0].trace_key:
                 group.append(run)
                 break
         else:
@@ -211,15 +220,17 @@ def same_trace(runs: list[Run]) -> list[list[Run]]:
 
 
 def _check_summary(record: RunRecord) -> None:
-    for metric in (*_COUNTS, *METRICS):
+    summary = record.run.get("summary")
+    extra = ("dropped",) if isinstance(summary, dict) and "dropped" in summary else ()
+    for metric in (*_COUNTS, *extra, *METRICS):
         value: object
         try:
-            value = value_of(record.run["summary"], metric)
+            value = value_of(summary or {}, metric)
         except (KeyError, TypeError):
             value = "missing"
-        if value is not None and type(value) not in (int, float):
+        if not (type(value) in (int, float) or (value is None and metric in METRICS)):
             path, field = record.path / "run.json", f"summary.{metric}"
-            raise InputError("expected a number or null", path=path, field=field, value=value)
+            raise InputError("expected a number", path=path, field=field, value=value)
 
 
 def _column(rows: list[dict[str, Any]], field: str) -> np.ndarray:

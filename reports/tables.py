@@ -17,7 +17,7 @@ _TOTALS = (
     ("total_tok_s", "all tokens / s"),
     ("duration_s", "duration, s"),
     ("cached_tokens", "cached prompt tokens"),
-    ("preemptions", "preemptions"),
+    ("preemptions", "preemp&shy;tions"),
     ("steps", "steps"),
 )
 
@@ -93,20 +93,21 @@ def _metric_rows(
     """A table body; its first column holds `title`, its next one the runs where there are several or no title."""
     rows = []
     for run in runs:
-        cells = (
-            f'<td data-metric="{metric}" data-run="{run.label}" data-value="{value_of(run.summary, metric)}">'
-            f"{shown(run, metric)}</td>"
-            for metric in metrics
-        )
+        cells = "".join(_value_cell(run, metric, shown(run, metric)) for metric in metrics)
         rows.append((f'<th scope="row" class="{run.world}">{run.label}</th>', "", cells))
         if run.label in errors:
-            cells = (_error_cell(run, errors[run.label][metric]) for metric in metrics)
+            cells = "".join(_error_cell(run, errors[run.label][metric]) for metric in metrics)
             rows.append(('<th scope="row">error</th>', ' class="error"', cells))
     if title is not None:
         stub = f'<th scope="rowgroup" rowspan="{len(rows)}">{title}</th>'
         rows = [(label if len(runs) > 1 else "", kind, cells) for label, kind, cells in rows]
         rows[0] = (stub + rows[0][0], *rows[0][1:])
-    return "<tbody>" + "".join(f"<tr{kind}>{label}{''.join(cells)}</tr>" for label, kind, cells in rows) + "</tbody>"
+    return "<tbody>" + "".join(f"<tr{kind}>{label}{cells}</tr>" for label, kind, cells in rows) + "</tbody>"
+
+
+def _value_cell(run: Run, metric: str, text: str) -> str:
+    value = value_of(run.summary, metric)
+    return f'<td data-metric="{metric}" data-run="{run.label}" data-value="{value}">{text}</td>'
 
 
 def _error_cell(run: Run, row: Comparison) -> str:
@@ -119,10 +120,12 @@ def _error_cell(run: Run, row: Comparison) -> str:
 def _facts_table(kind: str, runs: list[Run], columns: list[Mapping[str, Any]]) -> str:
     rows = []
     for name, values in _joined(columns).items():
-        differs = ' class="differs"' if _differ(values) else ""
+        marked = ' class="differs"' if _differ(values) else ""
         cells = "".join(f"<td>{_fact(value)}</td>" for value in values)
-        rows.append(f'<tr{differs}><th scope="row">{escape(name)}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col" class="{run.world}">{run.label}</th>' for run in runs)
+        rows.append(f'<tr{marked}><th scope="row">{escape(name)}</th>{cells}</tr>')
+    head = "".join(
+        f'<th scope="col"><span class="{run.world}">{run.label}</span> {escape(run.name)}</th>' for run in runs
+    )
     return (
         f'<div class="scroll"><table class="facts"><thead><tr><th scope="col">{kind}</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -131,7 +134,8 @@ def _facts_table(kind: str, runs: list[Run], columns: list[Mapping[str, Any]]) -
 
 def _facts(run: Run) -> dict[str, Any]:
     record = run.record
-    own = {"record": record.path.name, "world": run.world, "device": record.run.get("device")}
+    device = record.run.get("device")
+    own = {} if device is None else {"device": device}
     facts = flat(run.facts)
     if isinstance(facts.get("trace.transforms"), list):
         facts["trace.transforms"] = _transforms(facts["trace.transforms"])
@@ -145,10 +149,15 @@ def _transforms(log: Iterable[Any]) -> str:
         if not (isinstance(entry, dict) and {"transform", "parameters", "changed"} <= entry.keys()):
             texts.append(plain(entry))
             continue
-        given = ", ".join(f"{name} {plain(value)}" for name, value in flat({"": entry["parameters"]}).items())
-        changed = ", ".join(f"{name} {plain(value)}" for name, value in flat({"": entry["changed"]}).items())
+        given, changed = (_listed(entry[field]) for field in ("parameters", "changed"))
         texts.append(f"{plain(entry['transform'])} ({given}): {changed}")
     return "; ".join(texts) or "no transforms"
+
+
+def _listed(values: Any) -> str:
+    if not isinstance(values, dict):
+        return plain(values)
+    return ", ".join(f"{name} {plain(value)}" for name, value in values.items()) or "none"
 
 
 def _joined(columns: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -158,7 +167,9 @@ def _joined(columns: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _differ(values: list[Any]) -> bool:
-    return any(value != values[0] for value in values)
+    """Whether the runs that know the value disagree."""
+    known = [value for value in values if value is not _ABSENT]
+    return any(value != known[0] for value in known)
 
 
 def _fact(value: Any) -> str:

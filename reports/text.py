@@ -20,11 +20,19 @@ def count(how_many: int, what: str) -> str:
     return f"{how_many:,} {what}" + ("" if how_many == 1 else "s")
 
 
+def duration(seconds: float) -> str:
+    """A time with its unit."""
+    unit, scale = time_unit(seconds)
+    return f"{number(seconds * scale)} {unit}"
+
+
 def percent(share: float | None, *, signed: bool = False) -> str:
     """A share in percent with one decimal; a dash for what is not defined."""
     if share is None:
         return "–"
-    return f"{share:+.1%}".replace("-", "−") if signed else f"{share:.1%}"
+    if not signed or abs(share) < 0.0005:
+        return f"{abs(share):.1%}"
+    return f"{share:+.1%}".replace("-", "−")
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -33,8 +41,8 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def plain(value: Any) -> str:
-    """A value of a record as text: a string as it is, nothing as "none", all else as JSON."""
-    if value is None:
+    """A value of a record as text: a string as it is, nothing and what is empty as "none", all else as JSON."""
+    if value is None or value == [] or value == {}:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

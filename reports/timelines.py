@@ -18,12 +18,14 @@ def batch_figure(runs: list[Run]) -> Figure | None:
     if not drawn:
         return None
     axes = axis_names(2 + len(drawn))
-    panels = [(120, base_axis(f"requests<br>{what}", rangemode="tozero", nticks=5)) for what in ("running", "waiting")]
+    panels = [(120, _count_axis(drawn, what)) for what in ("running", "waiting")]
     most = max(int(run.steps.totals["tokens"].max(initial=1)) for run in drawn)
     data: list[Trace] = []
     for run, tokens_axis in zip(drawn, axes[2:], strict=True):
-        data.append(_line(run, "running", "y", name=run.label, showlegend=len(drawn) > 1))
-        data.append(_line(run, "waiting", "y2", name=run.label, showlegend=False))
+        data.append(
+            _line(run, "running", "y", legendgroup=run.label, name=run.label, showlegend=len(drawn) > 1, legendrank=1)
+        )
+        data.append(_line(run, "waiting", "y2", legendgroup=run.label, name=run.label, showlegend=False))
         title = said_of(run, drawn, "tokens") + "<br>in the step"
         panels.append((140, base_axis(title, nticks=5, range=[0, most * 1.05])))
         data.append(_area(run, "tokens", tokens_axis, run.style.middle, said_of(run, drawn, "prompt tokens")))
@@ -45,7 +47,7 @@ def kv_figure(runs: list[Run]) -> Figure | None:
     panels = [(200, _blocks_axis(drawn))]
     notes = [_peak_note(drawn), *_thinned_note(drawn), *missing_note(runs)]
     if any(run.preemptions for run in drawn):
-        labels = [said_of(run, drawn, "preempted") for run in drawn]
+        labels = [run.label for run in drawn] if len(drawn) > 1 else ["preempted"]
         lanes = {"tickvals": list(range(len(drawn))), "ticktext": labels, "range": [len(drawn) - 0.5, -0.5]}
         panels.append((22 * len(drawn), base_axis("", ticks="", showgrid=False, showline=False, **lanes)))
         data += [_preemption_marks(run, lane) for lane, run in enumerate(drawn)]
@@ -95,6 +97,13 @@ def _thinned_note(runs: list[Run]) -> list[str]:
     ]
 
 
+def _count_axis(runs: list[Run], total: str) -> dict[str, Any]:
+    """The axis of a number of requests; its ticks are whole."""
+    most = max(int(run.steps.totals[total].max(initial=0)) for run in runs)
+    ticks = {"dtick": 1} if most <= 4 else {"nticks": 5}
+    return base_axis(f"requests<br>{total}", range=[0, max(1, most) * 1.05], **ticks)
+
+
 def _blocks_axis(runs: list[Run]) -> dict[str, Any]:
     """The axis of used blocks, with shares of the pool where all runs have the same."""
     pools = {run.pool for run in runs}
@@ -102,7 +111,7 @@ def _blocks_axis(runs: list[Run]) -> dict[str, Any]:
     if pool is None:
         return base_axis("used KV blocks", rangemode="tozero", nticks=6)
     ticks = [pool * quarter / 4 for quarter in range(5)]
-    texts = [f"{round(tick):,}<br>{tick / pool:.0%}" for tick in ticks]
+    texts = ["0", *(f"{round(tick):,}<br>{tick / pool:.0%}" for tick in ticks[1:])]
     return base_axis("used KV blocks", range=[0, pool * 1.04], tickvals=ticks, ticktext=texts)
 
 

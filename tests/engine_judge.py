@@ -30,9 +30,18 @@ SHAPE = {
 
 
 def tiny(model_class: type[nn.Module], config_class: type, *, seed: int = 0, **fields) -> nn.Module:
-    """A model with random weights large enough that its outputs vary and its best two logits lie apart."""
+    """A model with random weights large enough that its outputs vary and its best two logits lie apart.
+
+    Norms and biases are random too: as transformers makes them, all 1 and 0, one in another's place would go unseen.
+    """
     torch.manual_seed(seed)
-    return model_class(config_class(**{**SHAPE, "initializer_range": 0.4, **fields})).eval().requires_grad_(False)
+    model = model_class(config_class(**{**SHAPE, "initializer_range": 0.4, **fields})).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.normal_(0.0, 0.5)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -40,7 +49,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-tied": lambda: tiny(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True, head_dim=16),
     "llama-bias": lambda: tiny(LlamaForCausalLM, LlamaConfig, attention_bias=True, num_key_value_heads=1),
     "qwen3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, head_dim=64),
-    "qwen3-tied": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen3-tied": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, tie_word_embeddings=True, num_key_value_heads=4, seed=1),
     "mistral": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=None),
 }
 

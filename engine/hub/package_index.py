@@ -171,7 +171,7 @@ def _is_complete(folder: Path, model: PackagedModel) -> bool:
         source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
         sizes = source.pop("files")
         return source == _source(model) and all((folder / name).stat().st_size == sizes[name] for name in sizes)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -45,7 +45,7 @@ def test_open_settings_are_resolved(llama, serving):
         ),
         (
             {"settings": Settings.load({"enable_chunked_prefill": False, "max_num_batched_tokens": 512})},
-            "is 512, expected",
+            "max_num_batched_tokens is 512, expected at least max_model_len (1024)",
         ),
         ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
         ({"token_maker": TokenMaker(513, 3)}, "expected 0 <= first_id < vocab_size <= 512"),

@@ -71,9 +71,13 @@ def test_shards_load_as_one_file_does(tmp_path):
 
 def test_a_model_loads_without_transformers(folder):
     code = (
-        "import sys; from pathlib import Path; from twinserve.engine.llm import LLM\n"
-        f"llm = LLM({str(folder)!r}); llm.generate([[5, 6]], __import__('twinserve.policies').policies.SamplingParams())\n"
-        "llm.close(); sys.exit('transformers' in sys.modules)"
+        "import sys\n"
+        "from twinserve.engine.llm import LLM\n"
+        "from twinserve.policies import SamplingParams\n"
+        f"llm = LLM({str(folder)!r})\n"
+        "llm.generate([[5, 6]], SamplingParams())\n"
+        "llm.close()\n"
+        "sys.exit('transformers' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
@@ -92,7 +96,7 @@ def test_all_ids_that_end_a_text_are_found(folder):
     assert load_model(folder).config.eos_token_ids == (7, 2, 9)
 
 
-def test_unfinished_texts_of_a_random_model():
+def test_random_weights_are_made_by_their_seed():
     config = ModelConfig(64, 32, 48, 2, 4, 2, 8, 128, qk_norm=True, attention_bias=True)
     one, same, other = (random_model(config, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(logits_of(one, [1, 2, 3]), logits_of(same, [1, 2, 3]))

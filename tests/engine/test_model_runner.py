@@ -77,11 +77,10 @@ def test_nothing_scheduled_is_refused(runner):
         runner.run([seq], True)
 
 
-@pytest.mark.parametrize("manager", [BlockManager(8, 8), BlockManager(128, 16)])
-def test_another_pools_blocks_are_refused(runner, manager):
-    scheduler = Scheduler(manager)
-    for _ in range(4 if manager.block_size == 16 else 1):
-        scheduler.add(Sequence([3] * (16 * 30 if manager.block_size == 16 else 5), GREEDY))
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(64, 8), (128, 16)])
+def test_another_pools_blocks_are_refused(runner, num_blocks, block_size):
+    scheduler = Scheduler(BlockManager(num_blocks, block_size))
+    scheduler.add(Sequence([3] * (num_blocks * block_size - 100), GREEDY))
     with pytest.raises(ValueError, match="but this runner has 64 blocks of 16"):
         runner.execute(scheduler.schedule())
 

@@ -118,6 +118,11 @@ class RealRun:
     def summary(self) -> dict[str, Any]:
         return self.record.run["summary"]
 
+    @property
+    def ends(self) -> Counter[str]:
+        """How many requests ended by each reason."""
+        return Counter(row["finish_reason"] for row in self.record.requests)
+
 
 def run_engine(
     model: nn.Module,

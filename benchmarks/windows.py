@@ -1,0 +1,99 @@
+"""Windows of public traces in both worlds: the engine on this machine, its exact replay, and the simulation's errors.
+
+    python benchmarks/windows.py [--requests 60] [--traces FOLDER] [--out benchmarks/results/windows.json]
+
+For each trace: its first requests, lengths capped (counted), at a rate that this machine can serve; served in real time by SmolLM2-135M
+on the CPU, replayed from the record's facts, and simulated with the latency model that was measured just before. FOLDER
+defaults to $TWINSERVE_TRACES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinserve.engine.llm import LLM
+from twinserve.progress import Bar
+from twinserve.tables import comparison_table
+from twinserve.traces.compare import compare
+from twinserve.traces.record import load_record
+from twinserve.traces.replay import replay
+from twinserve.traces.settings import Settings
+from twinserve.workload import load_workload
+from twinserve.worlds import device_name, load_llm, profile_steps, run_real, run_sim
+
+SETTINGS = Settings(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks=192)
+WINDOWS = {
+    "azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"rate_scale": 0.2}),
+    "mooncake": ("mooncake/conversation_trace.jsonl.gz", {"spread_seed": 0, "rate_scale": 0.35}),
+}
+CAPS = {"max_prompt_tokens": 256, "max_output_tokens": 32}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "windows.json")
+    arguments = parser.parse_args()
+    if arguments.traces is None:
+        print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
+        return 2
+    profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
+    latency = profile_steps(
+        profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
+    )
+    profiled.close()
+    model = profiled.runner.model
+    results = {"command": "python benchmarks/windows.py", "device": device_name(profiled), "versions": versions()}
+    results |= {"commit": commit(), "settings": SETTINGS.model_dump(), "caps": CAPS, "residuals": latency.data["residuals"]}
+    exact = True
+    for name, (path, options) in WINDOWS.items():
+        workload = load_workload(arguments.traces / path, options | CAPS | {"limit": arguments.requests})
+        llm = LLM(model, tokenizer=profiled.tokenizer, name=profiled.name, settings=SETTINGS)
+        with tempfile.TemporaryDirectory() as folder:
+            real, sim = Path(folder) / "real", Path(folder) / "sim"
+            with Bar(name, len(workload.requests)) as bar:
+                run_real(workload, llm, out=real, progress=bar.ended)
+            facts = {"name": f"SmolLM2-135M on {device_name(llm)}", "identity": latency.identity}
+            run_sim(workload, SETTINGS, latency, latency_facts=facts, out=sim)
+            records = load_record(sim), load_record(real)
+        llm.close()
+        replayed = replay(records[1])
+        exact &= replayed.is_exact
+        comparisons = compare(*records)
+        print(f"{name}: {replayed.equal} of {replayed.recorded} decisions made again from the facts")
+        comparison_table(comparisons)
+        results[name] = {
+            "trace": workload.facts,
+            "replay": {"equal": replayed.equal, "recorded": replayed.recorded, "exact": replayed.is_exact},
+            "metrics": {row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons},
+        }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if exact else 1
+
+
+def versions() -> dict[str, Any]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def commit() -> str:
+    """The commit that was measured, with a plus sign where the checkout had changes."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, check=True
+    )
+    return described.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

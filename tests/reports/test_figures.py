@@ -1,0 +1,156 @@
+"""Figures show what the record holds, and say what they leave out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
+from twinserve.reports.gantt import request_figure
+from twinserve.reports.runs import runs_of
+from twinserve.reports.thin import LINE_POINTS
+from twinserve.reports.timelines import batch_figure, kv_figure
+
+
+def traces(figure, y_axis="y"):
+    return [trace for trace in figure.data if trace.get("yaxis", "y") == y_axis]
+
+
+def longer(record, times: int):
+    """The record's run, again and again."""
+    span = max(row["end_ns"] for row in record.steps) + 1_000_000_000
+    steps = [
+        row | {name: row[name] + span * turn for name in ("decided_ns", "start_ns", "end_ns")}
+        for turn in range(times)
+        for row in record.steps
+    ]
+    times_of = ("arrival_ns", "ingested_ns", "first_scheduled_ns", "first_token_ns", "finish_ns")
+    requests = [
+        row | {name: row[name] + span * turn for name in times_of} | {"id": row["id"] + turn * len(record.requests)}
+        for turn in range(times)
+        for row in record.requests
+    ]
+    return replace(record, steps=steps, requests=requests)
+
+
+def test_the_batch_over_time_is_that_of_the_steps(sim):
+    figure = batch_figure(runs_of([sim]))
+    running, waiting, tokens = (traces(figure, name)[0] for name in ("y", "y2", "y3"))
+    for trace, field in ((running, "running"), (waiting, "waiting"), (tokens, "tokens")):
+        assert max(trace["y"]) == max(row[field] for row in sim.steps)
+        shown = set(zip(trace["x"].tolist(), trace["y"].tolist(), strict=True))
+        assert shown >= {(row["start_ns"] / 1e9, row[field]) for row in sim.steps}
+    assert figure.notes == []
+
+
+def test_nothing_runs_once_the_last_request_has_ended(sim):
+    for trace in batch_figure(runs_of([sim])).data:
+        assert trace["y"][-1] == 0
+        assert trace["x"][-1] == pytest.approx(max(row["end_ns"] for row in sim.steps) / 1e9)
+
+
+def test_between_two_bursts_nothing_runs(sim):
+    record = longer(sim, 2)
+    end_s = max(row["end_ns"] for row in sim.steps) / 1e9
+    (running,) = traces(batch_figure(runs_of([record])))
+    in_the_gap = running["y"][(running["x"] > end_s - 1e-6) & (running["x"] < end_s + 0.99)]
+    assert in_the_gap.tolist() == [0]
+
+
+def test_long_lines_are_thinned_and_keep_their_extremes(sim):
+    record = longer(sim, 12)
+    assert len(record.steps) > 2 * LINE_POINTS
+    figure = batch_figure(runs_of([record]))
+    for trace in figure.data:
+        assert len(trace["x"]) <= LINE_POINTS
+    assert max(traces(figure)[0]["y"]) == max(row["running"] for row in record.steps)
+    assert any(note.startswith("Thinned: ") and f"{LINE_POINTS:,} points" in note for note in figure.notes)
+
+
+def test_kv_blocks_peak_where_the_record_does(sim):
+    figure = kv_figure(runs_of([sim]))
+    most = max(row["used_blocks"] for row in sim.steps)
+    assert max(traces(figure)[0]["y"]) == most
+    assert f"{most} of 90 ({most / 90:.0%})" in figure.notes[0]
+
+
+def test_every_preemption_is_marked(sim):
+    (marks,) = traces(kv_figure(runs_of([sim])), "y2")
+    assert sum(marks["customdata"]) == sim.run["summary"]["preemptions"]
+
+
+def test_marks_of_many_preemptions_are_merged_and_none_is_lost(sim):
+    steps = [row | {"preempted": [0, 1]} for row in longer(sim, 12).steps]
+    figure = kv_figure(runs_of([replace(sim, steps=steps)]))
+    (marks,) = traces(figure, "y2")
+    assert len(marks["x"]) <= LINE_POINTS
+    assert sum(marks["customdata"]) == 2 * len(steps)
+    assert any("share a mark" in note for note in figure.notes)
+
+
+def test_a_pool_without_end_has_no_shares(make_record):
+    figure = kv_figure(runs_of([make_record(num_gpu_blocks=None)]))
+    assert "a pool without end" in figure.notes[0]
+    assert "ticktext" not in figure.layout["yaxis"]
+
+
+@pytest.mark.parametrize("metric", LATENCIES)
+def test_a_distribution_has_the_summarys_median_and_extremes(real, sim, metric):
+    runs = runs_of([sim, real])
+    figure = latency_figure(runs, metric)
+    scale = 1e3 if "(ms" in figure.layout["xaxis"]["title"]["text"] else 1.0
+    for run, trace in zip(runs, figure.data, strict=True):
+        x, y = trace["x"] / scale, trace["y"]
+        assert (y[0], y[-1]) == (0, 100)
+        assert np.interp(50, y, x) == pytest.approx(run.summary[metric]["p50"], rel=0.05)
+        assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()
+
+
+def test_steps_with_prompt_tokens_are_apart_from_those_that_only_decode(sim):
+    prompt, decode = step_figures(runs_of([sim]))
+    of_prompts = [row for row in sim.steps if row["prompt_tokens"]]
+    assert len(prompt.data[0]["x"]) == len(of_prompts)
+    assert len(decode.data[0]["x"]) == sum(row["tokens"] > 0 for row in sim.steps) - len(of_prompts)
+    assert max(prompt.data[0]["y"]) == max(row["end_ns"] - row["start_ns"] for row in of_prompts) / 1e6
+
+
+def test_bars_of_a_request_add_up_to_its_end_to_end_latency(make_record):
+    record = make_record(num_requests=20)
+    figure = request_figure(runs_of([record]), 0)
+    bars = [trace for trace in figure.data if trace["type"] == "bar"]
+    assert [trace["name"] for trace in bars] == ["queued", "prefill", "decode"]
+    for place, row in enumerate(record.requests):
+        total = sum(trace["x"][place] for trace in bars)
+        assert total == pytest.approx((row["finish_ns"] - row["arrival_ns"]) / 1e9)
+    assert figure.notes == []
+
+
+def test_too_many_requests_are_left_out_and_counted_around_the_longest_wait(sim, real):
+    figure = request_figure(runs_of([sim, real]), 0)
+    longest = max(real.requests, key=lambda row: row["first_token_ns"] - row["arrival_ns"])
+    assert str(longest["id"]) in figure.layout["yaxis"]["ticktext"]
+    assert len(figure.layout["yaxis"]["ticktext"]) == 30
+    assert "30 of 80 served requests" in figure.notes[0] and f"request {longest['id']}," in figure.notes[0]
+    assert figure.notes[1] == "50 requests left out."
+
+
+def test_a_request_that_ended_early_has_the_phases_it_reached(make_record):
+    record = make_record(num_requests=3)
+    cut = record.requests[0] | {"first_token_ns": None, "finish_reason": "abort"}
+    waiting = record.requests[1] | {"first_scheduled_ns": None, "first_token_ns": None, "finish_reason": "abort"}
+    figure = request_figure(runs_of([replace(record, requests=[cut, waiting, record.requests[2]])]), 0)
+    queued, prefill, decode = figure.data[:3]
+    assert prefill["base"][0] + prefill["x"][0] == pytest.approx(cut["finish_ns"] / 1e9)
+    assert (len(queued["x"]), len(prefill["x"]), len(decode["x"])) == (2, 2, 1)
+    assert figure.notes == ["1 request left out."]
+
+
+def test_steps_without_decisions_are_not_drawn_and_that_is_said(sim, real):
+    bare = replace(sim, steps=[{key: row[key] for key in ("start_ns", "end_ns", "count")} for row in sim.steps])
+    assert batch_figure(runs_of([bare])) is None
+    assert kv_figure(runs_of([bare])) is None
+    assert step_figures(runs_of([bare])) == []
+    assert latency_figure(runs_of([bare]), "itl_s") is None
+    assert "Not drawn, because its record keeps no decisions: sim." in batch_figure(runs_of([bare, real])).notes

@@ -2,8 +2,8 @@
 
     python benchmarks/windows.py [--requests 60] [--traces FOLDER] [--out benchmarks/results/windows.json]
 
-For each trace: its first requests, lengths capped (counted), at a rate that this machine can serve; served in real time by SmolLM2-135M
-on the CPU, replayed from the record's facts, and simulated with the latency model that was measured just before. FOLDER
+For each trace: its first requests, lengths capped (counted), at a rate that this machine can serve; served in real time by
+SmolLM2-135M on the CPU, replayed from the facts of the record, and simulated with a latency model measured just before. FOLDER
 defaults to $TWINSERVE_TRACES.
 """
 
@@ -29,7 +29,7 @@ from twinserve.traces.record import load_record
 from twinserve.traces.replay import replay
 from twinserve.traces.settings import Settings
 from twinserve.workload import load_workload
-from twinserve.worlds import device_name, load_llm, profile_steps, run_real, run_sim
+from twinserve.worlds import device_name, fit_steps, load_llm, measure_steps, run_real, run_sim
 
 SETTINGS = Settings(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks=192)
 WINDOWS = {
@@ -49,13 +49,19 @@ def main() -> int:
         print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
         return 2
     profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
-    latency = profile_steps(
+    samples = measure_steps(
         profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
     )
+    latency = fit_steps(profiled, samples)
     profiled.close()
     model = profiled.runner.model
     results = {"command": "python benchmarks/windows.py", "device": device_name(profiled), "versions": versions()}
-    results |= {"commit": commit(), "settings": SETTINGS.model_dump(), "caps": CAPS, "residuals": latency.data["residuals"]}
+    results |= {
+        "commit": commit(),
+        "settings": SETTINGS.model_dump(),
+        "caps": CAPS,
+        "residuals": latency.data["residuals"],
+    }
     exact = True
     for name, (path, options) in WINDOWS.items():
         workload = load_workload(arguments.traces / path, options | CAPS | {"limit": arguments.requests})

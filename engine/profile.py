@@ -14,8 +14,8 @@ from twinserve.traces.errors import InputError
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """A step to measure: `decodes` sequences of `context` tokens each decode one more, beside them a chunk of `prompt`
-    tokens of one sequence, of which `start` tokens were computed before."""
+    """A step to measure: `decodes` sequences of about `context` tokens each decode one more, beside them a chunk of
+    `prompt` tokens of one sequence, of which `start` tokens were computed before."""
 
     decodes: int
     context: int
@@ -23,9 +23,20 @@ class StepShape:
     start: int = 0
 
     @property
+    def contexts(self) -> list[int]:
+        """Tokens of each decoding sequence: from half of `context` to one and a half times as many, as real batches
+        are uneven and an even one is cheaper to attend to."""
+        return [self.context // 2 + self.context * (2 * i + 1) // (2 * self.decodes) for i in range(self.decodes)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, those that the step generates included."""
+        return max([self.start + self.prompt + 1, *(context + 2 for context in self.contexts)])
+
+    @property
     def kv_tokens(self) -> int:
         """KV tokens that the step holds."""
-        return self.decodes * (self.context + 1) + self.start + self.prompt
+        return sum(self.contexts) + self.decodes + self.start + self.prompt
 
 
 @dataclass(frozen=True)
@@ -37,31 +48,34 @@ class MeasuredStep:
     device_ns: int
 
 
-def shape_grid(max_seqs: int, max_context: int, max_prompt: int) -> list[StepShape]:
+def shape_grid(max_seqs: int, max_context: int, max_prompt: int, block_size: int) -> list[StepShape]:
     """Decodes by size and context; prompt chunks alone, behind earlier chunks, and beside decodes.
 
     Args:
         max_seqs: the most decodes.
         max_context: the longest context.
         max_prompt: the most prompt tokens in a step.
+        block_size: a chunk behind earlier ones begins at a multiple of it.
     """
-    sizes = _powers(1, max_seqs, 2)
-    contexts = _powers(64, max_context, 4)
-    chunks = _powers(16, max_prompt, 2)
+    sizes = _rising(1, max_seqs)
+    contexts = _rising(64, max_context * 2 // 3)[::2]
+    chunks = _rising(8, max_prompt)
     shapes = {StepShape(size, context) for size in sizes for context in contexts}
     shapes |= {StepShape(0, 0, chunk) for chunk in chunks}
-    shapes |= {StepShape(0, 0, chunk, context) for chunk in chunks[1::2] for context in contexts[1:]}
+    starts = [context // block_size * block_size for context in contexts[1:]]
+    shapes |= {StepShape(0, 0, chunk, start) for chunk in chunks[1::2] for start in starts}
     beside = contexts[len(contexts) // 2]
     shapes |= {StepShape(size, beside, chunk) for size in sizes[1::2] for chunk in chunks[::2]}
     return sorted(shape for shape in shapes if shape.start + shape.prompt <= max_context or not shape.start)
 
 
-def _powers(first: int, last: int, factor: int) -> list[int]:
-    """first, first * factor, ... below `last`, and `last`."""
-    values = []
-    while first < last:
-        values.append(first)
-        first *= factor
+def _rising(first: int, last: int) -> list[int]:
+    """first, 2 first, 3 first, 4 first, 6 first, 8 first, 12 first, ... below `last`, and `last`."""
+    values = [first] if first < last else []
+    value = first * 2
+    while value < last:
+        values += [value] if value * 3 // 2 >= last else [value, value * 3 // 2]
+        value *= 2
     return [*values, last]
 
 
@@ -81,8 +95,7 @@ def measure(
     settings = llm.settings
     pool = (settings.num_gpu_blocks or 0) * settings.block_size
     for shape in shapes:
-        longest = max(shape.context + 2, shape.start + shape.prompt + 1)
-        if longest > (settings.max_model_len or longest):
+        if shape.longest > (settings.max_model_len or shape.longest):
             raise InputError(f"expected contexts below {settings.max_model_len}", field="shape", value=shape)
         if shape.kv_tokens + (shape.decodes + 2) * settings.block_size > pool:
             raise InputError(f"expected at most the {pool} tokens of the KV pool", field="shape", value=shape)
@@ -102,8 +115,8 @@ def _measure_one(llm: LLM, shape: StepShape) -> MeasuredStep:
     """Put the sequences of a shape in place, then run its step for real."""
     core = _core_for(llm, shape)
     texts = _Texts(llm)
-    for _ in range(shape.decodes):
-        core.ingest(texts.sequence(shape.context, max_tokens=3), 0)
+    for context in shape.contexts:
+        core.ingest(texts.sequence(context, max_tokens=3), 0)
     _pretend(core)
     late = None
     if shape.prompt:

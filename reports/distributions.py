@@ -44,7 +44,7 @@ def latency_figure(runs: list[Run], metric: str) -> Figure | None:
         300,
         xaxis=_value_axis(title.lower(), unit, [values * scale for _, values, _ in samples]),
         yaxis=base_axis(f"share of {what} (%)", range=[0, 101], tickvals=[0, 25, 50, 75, 90, 100]),
-        hovermode="closest",
+        hovermode="x",
     )
     longest = max(len(values) for _, values, _ in samples)
     notes = (

@@ -57,7 +57,7 @@ def kv_figure(runs: list[Run]) -> Figure | None:
         "Look for a curve that stays at the end of the pool: from there on requests wait, or are preempted (upright "
         "marks) and computed again."
     )
-    return Figure("kv", "", caption, data, stacked_layout(panels, time_axis()) | {"hovermode": "closest"}, notes)
+    return Figure("kv", "", caption, data, stacked_layout(panels, time_axis()) | {"hovermode": "x"}, notes)
 
 
 def missing_note(runs: list[Run]) -> list[str]:

@@ -47,11 +47,11 @@ def ramps(x: float, knots: Seq[int]) -> list[float]:
 
 
 def choose_knots(tokens: Seq[int]) -> list[int]:
-    """The smallest and largest of the measured token counts, and those between that lie a factor of 1.6 apart."""
+    """The smallest and largest of the measured token counts, and those between that lie a factor of 1.3 apart."""
     ordered = sorted(set(tokens))
     knots = ordered[:1]
     for count in ordered[1:-1]:
-        if count >= 1.6 * knots[-1] and 1.6 * count <= ordered[-1]:
+        if count >= 1.3 * knots[-1] and 1.3 * count <= ordered[-1]:
             knots.append(count)
     return knots + ordered[-1:] if len(ordered) > 1 else [knots[0], knots[0] + 1]
 

@@ -218,11 +218,11 @@ def profile(
 ) -> None:
     """Measure step times of a model on this device, fit a latency model and save it."""
     from twinserve.progress import Bar
-    from twinserve.worlds import load_llm, profile_steps
+    from twinserve.worlds import fit_steps, load_llm, measure_steps
 
     refuse_existing(out)
     llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=0)
-    fitted = profile_steps(
+    samples = measure_steps(
         llm,
         max_seqs=max_seqs,
         max_context=max_context,
@@ -230,6 +230,7 @@ def profile(
         repeats=repeats,
         progress=lambda total: Bar("profile", total),
     )
+    fitted = fit_steps(llm, samples)
     fitted.save(out)
     if as_json:
         print(json.dumps(fitted.data))
@@ -378,5 +379,3 @@ def trace_make(
     )
     write_trace(out, made, {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}})
     note(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
-
-

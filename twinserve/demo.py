@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twinserve.progress import Bar
+from twinserve.sim.fit import StepSample
 from twinserve.tables import comparison_table
 from twinserve.traces.compare import beyond, compare
 from twinserve.traces.record import RunRecord, load_record
 from twinserve.traces.replay import replay
 from twinserve.traces.settings import Settings
 from twinserve.workload import load_workload
-from twinserve.worlds import load_llm, profile_steps, run_real, run_sim
+from twinserve.worlds import fit_steps, load_llm, measure_steps, run_real, run_sim
+
+if TYPE_CHECKING:
+    from twinserve.engine.llm import LLM
 
 DATA = Path(__file__).parent / "data"
 LIMITS = {"tpot_s.mean": 0.25}
@@ -55,26 +60,34 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord]:
     settings = Settings.load({}, DATA / "demo.toml")
     workload = load_workload(DATA / "demo.jsonl", {})
     profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
-    _say("measuring the model's steps on this machine")
-    latency = profile_steps(
-        profiled,
+    # A shared machine drifts, so its steps are measured on both sides of the run that they are to predict.
+    samples = _measured(profiled, settings, "before")
+    llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)
+    _say(f"serving {len(workload.requests)} requests in real time")
+    with Bar("real", len(workload.requests)) as bar:
+        run_real(workload, llm, out=out / "real", progress=bar.ended)
+    llm.close()
+    samples += _measured(profiled, settings, "after")
+    latency = fit_steps(profiled, samples)
+    latency.save(out / "latency.json")
+    profiled.close()
+    _say("simulating them")
+    facts = {"name": "SmolLM2-135M on this machine, measured for this demo", "identity": latency.identity}
+    run_sim(workload, llm.settings, latency, latency_facts=facts, out=out / "sim")
+    return load_record(out / "sim"), load_record(out / "real")
+
+
+def _measured(llm: LLM, settings: Settings, when: str) -> list[StepSample]:
+    """Step times of the shapes that the demo's settings can make."""
+    _say(f"measuring the model's steps on this machine, {when} the run")
+    return measure_steps(
+        llm,
         max_seqs=settings.max_num_seqs,
         max_context=256,
         max_prompt=settings.max_num_batched_tokens,
         repeats=4,
         progress=lambda total: Bar("profile", total),
     )
-    latency.save(out / "latency.json")
-    profiled.close()
-    llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)
-    _say(f"serving {len(workload.requests)} requests in real time")
-    with Bar("real", len(workload.requests)) as bar:
-        run_real(workload, llm, out=out / "real", progress=bar.ended)
-    llm.close()
-    _say("simulating them")
-    facts = {"name": "SmolLM2-135M on this machine, measured for this demo", "identity": latency.identity}
-    run_sim(workload, llm.settings, latency, latency_facts=facts, out=out / "sim")
-    return load_record(out / "sim"), load_record(out / "real")
 
 
 def _clear(out: Path) -> None:

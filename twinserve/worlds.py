@@ -86,21 +86,25 @@ def engine_facts(llm: LLM) -> dict[str, Any]:
     }
 
 
-def profile_steps(
+def measure_steps(
     llm: LLM, *, max_seqs: int, max_context: int, max_prompt: int, repeats: int, progress: Callable[[int], Any]
-) -> FittedLatency:
-    """Measure the engine's steps over a grid of shapes and fit a latency model.
+) -> list[StepSample]:
+    """Measure the engine's steps over a grid of shapes.
 
     Args:
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
     """
     from twinserve.engine.profile import measure, shape_grid
 
-    shapes = shape_grid(max_seqs, max_context, max_prompt)
+    shapes = shape_grid(max_seqs, max_context, max_prompt, llm.settings.block_size)
     with progress(len(shapes) * (repeats + 1)) as bar:
         steps = measure(llm, shapes, repeats=repeats, progress=bar.advance)
-    samples = [StepSample(StepFeatures.of(step.batch), step.host_ns, step.device_ns) for step in steps]
-    about = engine_facts(llm) | {"device": device_name(llm), "block_size": llm.settings.block_size, "repeats": repeats}
+    return [StepSample(StepFeatures.of(step.batch), step.host_ns, step.device_ns) for step in steps]
+
+
+def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
+    """A latency model of the engine from its measured steps."""
+    about = engine_facts(llm) | {"device": device_name(llm), "block_size": llm.settings.block_size}
     del about["tokens"], about["eos_token_id"]
     return fit(samples, about)
 

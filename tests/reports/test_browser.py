@@ -1,0 +1,126 @@
+"""The page in a browser: all is drawn, nothing is fetched, nothing overflows, nothing complains."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinserve.reports.page import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="none of chromium, chromium-browser and google-chrome is on the PATH"
+)
+
+WIDTHS = (1280, 420)
+
+DRAWN = """() => Object.fromEntries([...document.querySelectorAll(".plot")].map(plot => [plot.id, {
+  traces: plot.data.length,
+  marks: [...plot.querySelectorAll(".scatterlayer .trace path, .barlayer .trace path")]
+    .filter(path => { const box = path.getBoundingClientRect(); return box.width + box.height > 1; }).length,
+  right: Math.max(...[...plot.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().right)),
+  titles: [...plot.querySelectorAll(".xtitle, .ytitle")].map(text => text.textContent),
+}]))"""
+
+
+@dataclass
+class Opened:
+    """A page in the browser, what it said on the console and what it asked for."""
+
+    page: Any
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Write a report and open it from its file, without a network: `open_page(width, record, ...)`."""
+    contexts = []
+
+    def open_it(width: int, *records) -> Opened:
+        out: Path = tmp_path / f"{width}.html"
+        write_report(list(records), out)
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        contexts.append(context)
+        opened = Opened(context.new_page())
+        opened.page.on("console", lambda message: opened.said.append(message.text))
+        opened.page.on("pageerror", lambda error: opened.said.append(str(error)))
+        opened.page.on("request", lambda request: opened.asked.append(request.url))
+        opened.page.goto(out.as_uri())
+        opened.page.wait_for_function(
+            "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg'))"
+        )
+        return opened
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("several", [False, True], ids=["one run", "sim and real"])
+def test_everything_is_drawn_and_fits_and_nothing_is_fetched(open_page, sim, real, width, several):
+    opened = open_page(width, sim, real) if several else open_page(width, sim)
+    drawn = opened.page.evaluate(DRAWN)
+    assert drawn.keys() == {
+        *(f"cdf-{name}" for name in ("ttft", "tpot", "itl", "e2e")),
+        *("batch", "kv", "requests-0", "steps-prompt", "steps-decode"),
+    }
+    for name, figure in drawn.items():
+        assert figure["marks"] >= figure["traces"] > 0, (name, figure)
+        assert figure["right"] <= width, (name, figure)
+        assert len(figure["titles"]) >= 2 and all(figure["titles"]), (name, figure)
+    assert opened.said == []
+    assert opened.asked == [opened.page.url]
+    opened.page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_text_is_dark_on_white_and_large_enough_to_read(open_page, sim):
+    page = open_page(1280, sim).page
+    for text in (page.locator("h1"), page.locator("td").first, page.locator("figcaption").first):
+        assert text.is_visible()
+        style = text.evaluate("text => [getComputedStyle(text).color, getComputedStyle(text).fontSize]")
+        assert all(int(part) < 60 for part in re.findall(r"\d+", style[0])[:3]), style
+        assert float(style[1].removesuffix("px")) >= 14
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_settings_are_folded_until_they_are_asked_for(open_page, sim):
+    page = open_page(1280, sim).page
+    setting = page.get_by_text("max_num_batched_tokens")
+    assert not setting.is_visible()
+    page.get_by_text("14 settings").click()
+    assert setting.is_visible()
+
+
+def test_figures_follow_the_window(open_page, sim):
+    page = open_page(1280, sim).page
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.wait_for_function("document.documentElement.scrollWidth <= 420")
+
+
+def test_hovering_tells_the_value(open_page, sim):
+    opened = open_page(1280, sim)
+    box = opened.page.locator("#cdf-ttft .nsewdrag").first.bounding_box()
+    opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    opened.page.wait_for_selector("#cdf-ttft .hovertext")
+    assert "% within" in opened.page.locator("#cdf-ttft .hovertext").first.text_content()
+    assert opened.said == []

@@ -33,8 +33,8 @@ from twinserve.worlds import device_name, fit_steps, load_llm, measure_steps, ru
 
 SETTINGS = Settings(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks=192)
 WINDOWS = {
-    "azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"rate_scale": 0.2}),
-    "mooncake": ("mooncake/conversation_trace.jsonl.gz", {"spread_seed": 0, "rate_scale": 0.35}),
+    "azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"rate_scale": 0.4}),
+    "mooncake": ("mooncake/conversation_trace.jsonl.gz", {"spread_seed": 0, "rate_scale": 0.3}),
 }
 CAPS = {"max_prompt_tokens": 256, "max_output_tokens": 32}
 

@@ -74,13 +74,14 @@ def _value_axis(title: str, unit: str, samples: list[np.ndarray]) -> dict[str, A
     """A linear axis from 0, or a logarithmic one where the values span a large factor."""
     low, high = float(min(values[0] for values in samples)), float(max(values[-1] for values in samples))
     if low <= 0 or high / low <= _WIDE:
-        return base_axis(f"{title} ({unit})", range=[0, high * 1.02])
+        return base_axis(f"{title} ({unit})", range=[0, high * 1.02], hoverformat=".4g")
     powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     digits = (1,) if len(powers) > 4 else (1, 2, 5)
     ticks = [digit * 10.0**power for power in powers for digit in digits]
     texts = [f"{tick:,g}" for tick in ticks]
     ends = [np.log10(low) - 0.02, np.log10(high) + 0.02]
-    return base_axis(f"{title} ({unit}, logarithmic)", type="log", range=ends, tickvals=ticks, ticktext=texts)
+    title = f"{title} ({unit}, logarithmic)"
+    return base_axis(title, type="log", range=ends, tickvals=ticks, ticktext=texts, hoverformat=".4g")
 
 
 def step_figures(runs: list[Run]) -> list[Figure]:
@@ -114,7 +115,7 @@ def _step_figure(runs: list[Run], *, with_prompt: bool, title: str, caption: str
             continue
         kept = thin_cloud(x, y)
         if len(x) > CLOUD_POINTS:
-            thinned.append(said_of(run, runs, f"{len(kept):,} of {len(x):,}"))
+            thinned.append(said_of(run, runs, f"{len(kept):,} of {len(x):,} steps", ": "))
         data.append(_cloud(run, x[kept], y[kept]) | {"showlegend": len(runs) > 1})
     if not data:
         return None
@@ -124,7 +125,7 @@ def _step_figure(runs: list[Run], *, with_prompt: bool, title: str, caption: str
         yaxis=base_axis("duration (ms)", rangemode="tozero"),
         hovermode="closest",
     )
-    notes = [f"Thinned: {', '.join(thinned)} steps are drawn, the shortest and longest among them."] if thinned else []
+    notes = [f"Thinned, the shortest and longest kept: {', '.join(thinned)}."] if thinned else []
     return Figure("steps-prompt" if with_prompt else "steps-decode", title, caption, data, layout, notes)
 
 

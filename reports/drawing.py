@@ -75,7 +75,7 @@ def base_axis(title: str, **changes: Any) -> dict[str, Any]:
 
 def time_axis() -> dict[str, Any]:
     """The x axis of what happened over time."""
-    return base_axis("time since the first arrival (s)", rangemode="tozero")
+    return base_axis("time since the first arrival (s)", rangemode="tozero", hoverformat=".3f")
 
 
 def stacked_layout(panels: list[tuple[int, dict[str, Any]]], x_axis: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +100,6 @@ def axis_names(number_of_panels: int) -> list[str]:
     return ["y", *(f"y{index}" for index in range(2, number_of_panels + 1))]
 
 
-def said_of(run: Run, runs: list[Run], what: str) -> str:
+def said_of(run: Run, runs: list[Run], what: str, between: str = " ") -> str:
     """`what`, with the run's label before it where there are several."""
-    return f"{run.label} {what}" if len(runs) > 1 else what
+    return f"{run.label}{between}{what}" if len(runs) > 1 else what

@@ -8,8 +8,8 @@ from twinserve.reports.drawing import INK, Figure, Trace, base_axis, base_layout
 from twinserve.reports.runs import Run
 from twinserve.reports.text import count, duration
 
-BARS = 60
-"""About how many bars a figure has; they become requests by division through the number of runs."""
+MOST_REQUESTS, MOST_BARS = 40, 60
+"""How many requests a figure shows, and how many bars, a bar for each request in each run."""
 
 _BAR_PX, _GAP = 9, 0.7
 
@@ -34,7 +34,7 @@ def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
     served = [row for row in runs[0].record.requests if _was_served(row)]
     if not served:
         return None
-    shown, notes = _choose(served, max(8, BARS // len(runs)))
+    shown, notes = _choose(served, max(8, min(MOST_REQUESTS, MOST_BARS // len(runs))))
     left_out = len(runs[0].record.requests) - len(shown)
     if left_out:
         notes.append(f"{count(left_out, 'request')} left out.")

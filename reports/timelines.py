@@ -11,6 +11,14 @@ from twinserve.reports.runs import Run
 from twinserve.reports.text import count
 from twinserve.reports.thin import BUCKETS, LINE_POINTS, thin_line
 
+_MEANING = {
+    "running": "running",
+    "waiting": "waiting",
+    "tokens": "tokens in all",
+    "decode_tokens": "decode tokens",
+    "used_blocks": "blocks in use",
+}
+
 
 def batch_figure(runs: list[Run]) -> Figure | None:
     """Requests running and waiting, and each step's tokens, over time; None where no record knows them."""
@@ -35,7 +43,7 @@ def batch_figure(runs: list[Run]) -> Figure | None:
         "that fill whole steps."
     )
     layout = stacked_layout(panels, time_axis()) | {"hovermode": "x"}
-    return Figure("batch", "", caption, data, layout, _thinned_note(drawn) + missing_note(runs))
+    return Figure("batch", "", caption, data, layout, _thinned_note(drawn) + _missing_note(runs))
 
 
 def kv_figure(runs: list[Run]) -> Figure | None:
@@ -45,7 +53,7 @@ def kv_figure(runs: list[Run]) -> Figure | None:
         return None
     data = [_line(run, "used_blocks", "y", name=run.label, showlegend=len(drawn) > 1) for run in drawn]
     panels = [(200, _blocks_axis(drawn))]
-    notes = [_peak_note(drawn), *_thinned_note(drawn), *missing_note(runs)]
+    notes = [_peak_note(drawn), *_thinned_note(drawn), *_missing_note(runs)]
     if any(run.preemptions for run in drawn):
         labels = [run.label for run in drawn] if len(drawn) > 1 else ["preempted"]
         lanes = {"tickvals": list(range(len(drawn))), "ticktext": labels, "range": [len(drawn) - 0.5, -0.5]}
@@ -60,7 +68,7 @@ def kv_figure(runs: list[Run]) -> Figure | None:
     return Figure("kv", "", caption, data, stacked_layout(panels, time_axis()) | {"hovermode": "x"}, notes)
 
 
-def missing_note(runs: list[Run]) -> list[str]:
+def _missing_note(runs: list[Run]) -> list[str]:
     """A sentence that says whose steps cannot be drawn, if there is any such run."""
     missing = [run.label for run in runs if not run.has_decisions]
     return [f"Not drawn, because its record keeps no decisions: {', '.join(missing)}."] if missing else []
@@ -79,7 +87,15 @@ def _over_time(run: Run, total: str) -> tuple[np.ndarray, np.ndarray]:
 def _line(run: Run, total: str, y_axis: str, **changes: Any) -> Trace:
     x, y = _over_time(run, total)
     line = {"color": run.style.full, "dash": run.style.dash, "width": 1.4, "shape": "hv"}
-    return {"type": "scatter", "mode": "lines", "x": x, "y": y, "yaxis": y_axis, "line": line} | changes
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": y,
+        "yaxis": y_axis,
+        "line": line,
+        "hovertemplate": f"%{{y:,}} {_MEANING[total]}<extra>{run.label}</extra>",
+    } | changes
 
 
 def _area(run: Run, total: str, y_axis: str, color: str, name: str) -> Trace:
@@ -120,8 +136,8 @@ def _peak_note(runs: list[Run]) -> str:
     for run in runs:
         most = int(run.steps.totals["used_blocks"].max(initial=0))
         pool = "a pool without end" if run.pool is None else f"{run.pool:,} ({most / run.pool:.0%})"
-        peaks.append(said_of(run, runs, f"{most:,} of {pool}"))
-    preempted = [said_of(run, runs, f"{run.summary['preemptions']:,}") for run in runs]
+        peaks.append(said_of(run, runs, f"{most:,} of {pool}", ": "))
+    preempted = [said_of(run, runs, f"{run.summary['preemptions']:,}", ": ") for run in runs]
     return f"Most blocks in use: {', '.join(peaks)}. Preemptions: {', '.join(preempted)}."
 
 

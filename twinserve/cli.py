@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from twinserve.options import options_of
+from twinserve.progress import Bar, say
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
 from twinserve.workload import TraceOptions
@@ -55,11 +56,6 @@ def main() -> None:
     sys.exit(code)
 
 
-def note(text: str) -> None:
-    """Say something beside the result."""
-    print(text, file=sys.stderr)
-
-
 def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     """A run's summary: JSON, or a table for a person."""
     if as_json:
@@ -84,7 +80,6 @@ def sim(
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator."""
-    from twinserve.progress import Bar
     from twinserve.sim.fit import FittedLatency
     from twinserve.workload import load_workload
     from twinserve.worlds import choose_latency, run_sim
@@ -92,15 +87,15 @@ def sim(
     chosen = Settings.load(settings, config)
     model, facts = choose_latency(latency, latency_from)
     workload = load_workload(trace, trace_options)
-    note(f"latency: {facts['name']} ({facts['identity']})")
+    say(f"latency: {facts['name']} ({facts['identity']})")
     if chosen.max_model_len is None:
-        note("no context limit: max_model_len is not given")
+        say("no context limit: max_model_len is not given")
     if chosen.num_gpu_blocks is None:
-        note("a pool without end: num_gpu_blocks is not given")
+        say("a pool without end: num_gpu_blocks is not given")
     with Bar("sim", len(workload.requests)) as bar:
         summary = run_sim(workload, chosen, model, latency_facts=facts, out=out, progress=bar.ended)
     if isinstance(model, FittedLatency) and model.num_outside:
-        note(f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to {model.worst_excess:.1f}x")
+        say(f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to {model.worst_excess:.1f}x")
     print_summary(summary, as_json)
 
 
@@ -124,7 +119,6 @@ def run(
 ) -> None:
     """Replay a trace on the real engine, in real time."""
     from twinserve.policies import SamplingParams
-    from twinserve.progress import Bar
     from twinserve.workload import load_workload
     from twinserve.worlds import load_llm, run_real
 
@@ -186,7 +180,7 @@ def compare(
     else:
         comparison_table(comparisons)
     for row in beyond(comparisons, limits):
-        note(f"{row.metric}: the error is {row.error:+.1%}, expected within {limits[row.metric]:.1%}")
+        say(f"{row.metric}: the error is {row.error:+.1%}, expected within {limits[row.metric]:.1%}")
         raise typer.Exit(1)
 
 
@@ -217,7 +211,6 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure step times of a model on this device, fit a latency model and save it."""
-    from twinserve.progress import Bar
     from twinserve.worlds import fit_steps, load_llm, measure_steps
 
     refuse_existing(out)
@@ -291,7 +284,7 @@ def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
     """Bring a model and say where it lies."""
     from twinserve.engine.hub import fetch
 
-    print(fetch(name, progress=note))
+    print(fetch(name, progress=say))
 
 
 def refuse_existing(out: Path | None) -> None:
@@ -334,7 +327,7 @@ def trace_convert(
     refuse_existing(out)
     workload = load_workload(trace, trace_options)
     write_trace(out, workload.requests, {"made_from": workload.facts})
-    note(f"{out}: {len(workload.requests)} requests")
+    say(f"{out}: {len(workload.requests)} requests")
 
 
 @trace_app.command("make")
@@ -378,4 +371,4 @@ def trace_make(
         **options,  # type: ignore[arg-type]
     )
     write_trace(out, made, {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}})
-    note(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
+    say(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")

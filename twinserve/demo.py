@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twinserve.progress import Bar
+from twinserve.progress import Bar, say
 from twinserve.sim.fit import StepSample
 from twinserve.tables import comparison_table
 from twinserve.traces.compare import beyond, compare
@@ -39,7 +39,7 @@ def run_demo(out: Path) -> bool:
     _clear(out)
     sim, real = _both_worlds(out)
     result = replay(real)
-    _say(f"replayed from its facts: {result.equal} of {result.recorded} decisions made again")
+    say(f"replayed from its facts: {result.equal} of {result.recorded} decisions made again")
     if result.difference is not None:
         print(f"first difference: {result.difference}", file=sys.stderr)
     comparisons = compare(sim, real)
@@ -63,7 +63,7 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord]:
     # A shared machine drifts, so its steps are measured on both sides of the run that they are to predict.
     samples = _measured(profiled, settings, "before")
     llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)
-    _say(f"serving {len(workload.requests)} requests in real time")
+    say(f"serving {len(workload.requests)} requests in real time")
     with Bar("real", len(workload.requests)) as bar:
         run_real(workload, llm, out=out / "real", progress=bar.ended)
     llm.close()
@@ -71,7 +71,7 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord]:
     latency = fit_steps(profiled, samples)
     latency.save(out / "latency.json")
     profiled.close()
-    _say("simulating them")
+    say("simulating them")
     facts = {"name": "SmolLM2-135M on this machine, measured for this demo", "identity": latency.identity}
     run_sim(workload, llm.settings, latency, latency_facts=facts, out=out / "sim")
     return load_record(out / "sim"), load_record(out / "real")
@@ -79,7 +79,7 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord]:
 
 def _measured(llm: LLM, settings: Settings, when: str) -> list[StepSample]:
     """Step times of the shapes that the demo's settings can make."""
-    _say(f"measuring the model's steps on this machine, {when} the run")
+    say(f"measuring the model's steps on this machine, {when} the run")
     return measure_steps(
         llm,
         max_seqs=settings.max_num_seqs,
@@ -97,7 +97,3 @@ def _clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("latency.json", "report.html"):
         (out / name).unlink(missing_ok=True)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

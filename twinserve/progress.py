@@ -9,6 +9,11 @@ from types import TracebackType
 from twinserve.policies import Sequence
 
 
+def say(text: str) -> None:
+    """Say on stderr what is going on, or what should be known beside a result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Bar:
     """A progress bar on stderr, counting requests that have ended; where stderr is no terminal, a line now and then.
 

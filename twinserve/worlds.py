@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from twinserve.policies import SamplingParams, Sequence
+from twinserve.progress import say
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.traces.errors import InputError
@@ -63,7 +64,7 @@ def load_llm(model: str, settings: Settings, *, device: str, dtype: str, seed: i
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("expected cpu: torch finds no CUDA device", field="device", value=device)
-    return LLM(resolve_model(model), name=model, device=device, dtype=dtype, settings=settings, seed=seed)
+    return LLM(resolve_model(model, progress=say), name=model, device=device, dtype=dtype, settings=settings, seed=seed)
 
 
 def device_name(llm: LLM) -> str:

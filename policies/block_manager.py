@@ -240,10 +240,10 @@ class BlockManager:
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
-        cache = self.prefix_cache
-        if cache is None:
+        cache, first, end = self.prefix_cache, seq.num_registered_blocks, num_tokens // self.block_size
+        if cache is None or first >= end:
             return
-        for index in range(seq.num_registered_blocks, num_tokens // self.block_size):
+        for index in range(first, end):
             parent = cache.prefix_of(seq.block_table[index - 1]) if index else cache.ROOT
             cache.register(seq.block_table[index], self._hash_of(seq, index), self._content_of(seq, index), parent)
             seq.num_registered_blocks = index + 1

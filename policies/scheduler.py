@@ -270,24 +270,29 @@ class Scheduler:
         `decoding` True or False takes only sequences that have, or have not, sampled since their admission.
         """
         manager = self.block_manager
+        block_size = manager.block_size
         usual = batch.usual_tokens
+        most = min(self.long_prefill_token_threshold, budget)
         index = 0
         while index < len(self.running):
             seq = self.running[index]
             num_tokens = 0
             if decoding is None or seq.has_sampled == decoding:
-                num_tokens = int(min(self._wanted_tokens(seq), self.long_prefill_token_threshold, budget))
+                num_tokens = self._wanted_tokens(seq)
+                if num_tokens > most:
+                    num_tokens = int(most)
             if num_tokens:
-                while not manager.can_extend(seq, num_tokens):
-                    victim = self.running[-1]
-                    self._preempt(victim, batch)
-                    if victim is seq:
-                        return budget
-                new_ids = manager.extend(seq, num_tokens)
-                if new_ids:
-                    batch.grown.append((seq, new_ids))
+                # Most decodes stay within their last block.
+                if seq.num_computed_tokens + num_tokens > len(seq.block_table) * block_size:
+                    while not manager.can_extend(seq, num_tokens):
+                        victim = self.running[-1]
+                        self._preempt(victim, batch)
+                        if victim is seq:
+                            return budget
+                    batch.grown.append((seq, manager.extend(seq, num_tokens)))
                 row = self._launch(seq, num_tokens, batch)
                 budget -= num_tokens
+                most = min(most, budget)
                 if num_tokens != usual or not row.samples:
                     batch.exceptions.append((seq, num_tokens, row.samples))
             elif usual:

@@ -3,32 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling
 from twinserve.traces.errors import InputError
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture's name says beyond the fields of its config.
+    """What an architecture's name says beyond the fields of its config, as transformers reads it.
 
     Attributes:
         qk_norm: each head's query and key are normalised before the rotation.
-        sliding_window: the window where the config has no such field; None attends to everything.
+        biases: the fields among "attention_bias" and "mlp_bias" that it knows.
+        window_has_switch: `sliding_window` means nothing where `use_sliding_window` is false.
+        defaults: values of fields that a config lacks, where it is not None alone that stands for them.
     """
 
     qk_norm: bool = False
-    sliding_window: int | None = None
+    biases: frozenset[str] = frozenset()
+    window_has_switch: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(),
-    "MistralForCausalLM": Architecture(sliding_window=4096),
-    "Qwen3ForCausalLM": Architecture(qk_norm=True),
+    "LlamaForCausalLM": Architecture(biases=frozenset({"attention_bias", "mlp_bias"})),
+    "MistralForCausalLM": Architecture(
+        window_has_switch=False, defaults={"sliding_window": 4096, "num_key_value_heads": 8}
+    ),
+    "Qwen3ForCausalLM": Architecture(
+        qk_norm=True,
+        biases=frozenset({"attention_bias"}),
+        defaults={
+            "head_dim": 128,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+        },
+    ),
 }
+
+_NO_QUANTIZATION = "expected none: quantized checkpoints are not supported"
+_NO_EXPERTS = "expected none: mixtures of experts are not supported"
+UNHONOURED: dict[str, tuple[tuple[object, ...], str]] = {
+    "hidden_act": (("silu",), 'expected "silu"'),
+    "partial_rotary_factor": ((1.0,), "expected 1.0"),
+    "quantization_config": (({},), _NO_QUANTIZATION),
+    "compression_config": (({},), _NO_QUANTIZATION),
+    "num_experts": ((0,), _NO_EXPERTS),
+    "num_local_experts": ((0,), _NO_EXPERTS),
+    "num_experts_per_tok": ((0,), _NO_EXPERTS),
+    "n_routed_experts": ((0,), _NO_EXPERTS),
+    "moe_intermediate_size": ((0,), _NO_EXPERTS),
+}
+"""Fields that change the numbers and are not implemented: the values beside null that ask for nothing, and what to say."""
+
+_ROPE_FIELDS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""What each rope type takes beside its name and `rope_theta`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +76,9 @@ class ModelConfig:
     Attributes:
         num_heads: query heads; each group of `num_heads / num_kv_heads` of them shares a key-value head.
         qk_norm: each head's query and key are normalised before the rotation (Qwen3).
+        rope_scaling: how the rotation is slowed down for long contexts; None leaves it.
         attention_bias: the four projections of the attention have a bias.
+        mlp_bias: the three projections of the feed-forward network have a bias.
         tie_word_embeddings: the output projection is the embedding.
         eos_token_ids: any of them ends a text.
     """
@@ -53,8 +93,10 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     attention_bias: bool = False
+    mlp_bias: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
@@ -86,13 +128,14 @@ class ModelConfig:
         Raises:
             InputError: a field is missing, malformed, or asks for something that is not honoured.
         """
-        fields = _Fields(values, path)
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise InputError(f"expected one of {known}", path=path, field="architectures", value=architecture)
         kind = ARCHITECTURES[str(architecture)]
+        fields = _Fields({**kind.defaults, **values}, path)
         max_positions = fields.positive("max_position_embeddings")
         fields.refuse_unhonoured(kind, max_positions)
+        rope_theta, rope_scaling = fields.rope()
         hidden_size, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
         num_kv_heads = fields.positive("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
@@ -110,9 +153,11 @@ class ModelConfig:
             head_dim=head_dim,
             max_position_embeddings=max_positions,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=fields.rope_theta(),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             qk_norm=kind.qk_norm,
-            attention_bias=fields.switch("attention_bias"),
+            attention_bias=fields.bias("attention_bias", kind),
+            mlp_bias=fields.bias("mlp_bias", kind),
             tie_word_embeddings=fields.switch("tie_word_embeddings"),
             eos_token_ids=tuple(dict.fromkeys((*fields.ids("eos_token_id"), *_as_ids(more_eos)))),
         )
@@ -142,13 +187,17 @@ def _as_ids(value: object) -> tuple[int, ...]:
 
 
 class _Fields:
-    """Reads fields of a config, and says in one line what is wrong with one."""
+    """Reads fields of a config, and says in one line what is wrong with one.
 
-    def __init__(self, values: Mapping[str, Any], path: object):
-        self._values, self._path = values, path
+    Args:
+        prefix: what goes before a field's name in an error.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: object, prefix: str = ""):
+        self._values, self._path, self._prefix = values, path, prefix
 
     def error(self, field: str, expected: str) -> InputError:
-        return InputError(expected, path=self._path, field=field, value=self._values.get(field))
+        return InputError(expected, path=self._path, field=self._prefix + field, value=self._values.get(field))
 
     def positive(self, field: str, default: int | None = None) -> int:
         value = self._values.get(field)
@@ -157,9 +206,10 @@ class _Fields:
             raise self.error(field, "expected an integer >= 1")
         return value
 
-    def number(self, field: str, default: float) -> float:
-        value = self._values.get(field, default)
-        if type(value) not in (int, float) or not value > 0:
+    def number(self, field: str, default: float | None = None) -> float:
+        value = self._values.get(field)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise self.error(field, "expected a number > 0")
         return float(value)
 
@@ -169,40 +219,68 @@ class _Fields:
             raise self.error(field, "expected true or false")
         return value
 
+    def bias(self, field: str, kind: Architecture) -> bool:
+        """A switch that is on only where the architecture has such a bias."""
+        value = self.switch(field)
+        if value and field not in kind.biases:
+            raise self.error(field, "expected false: this architecture has no such bias")
+        return value
+
     def ids(self, field: str) -> tuple[int, ...]:
         try:
             return _as_ids(self._values.get(field))
         except (TypeError, ValueError) as error:
             raise self.error(field, "expected a token id or a list of them") from error
 
-    def rope_theta(self) -> float:
-        """The base of the rotation; any scaling of positions is refused."""
-        theta = self.number("rope_theta", 10000.0)
-        for field in ("rope_parameters", "rope_scaling"):
-            rope = self._values.get(field)
-            if rope is None:
-                continue
-            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-            if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-                raise self.error(field, 'expected none, or rope_type "default": scaled positions are not supported')
-            theta = float(rope.get("rope_theta", theta))
-        return theta
+    def rope(self) -> tuple[float, RopeScaling | None]:
+        """The base of the rotation and its scaling.
+
+        Both spellings are read: `rope_parameters`, which holds the base too, and the older `rope_scaling` beside
+        `rope_theta`, which goes first where a config has both, as it does in transformers.
+        """
+        name = "rope_scaling" if self._values.get("rope_scaling") else "rope_parameters"
+        values = self._values.get(name) or {}
+        if not isinstance(values, Mapping):
+            raise self.error(name, "expected an object with a rope_type")
+        rope = _Fields(values, self._path, f"{name}.")
+        theta = rope.number("rope_theta", self.number("rope_theta", 10000.0))
+        named = "rope_type" if "rope_type" in values else "type"
+        kind = values.get(named, "default")
+        if kind not in _ROPE_FIELDS:
+            raise rope.error(named, f"expected one of {', '.join(_ROPE_FIELDS)}")
+        rope.refuse_all_but(_ROPE_FIELDS[kind] | {"rope_theta", "rope_type", "type"}, f'nothing of it with "{kind}"')
+        if kind == "default":
+            return theta, None
+        factor = rope.number("factor")
+        return theta, LinearScaling(factor) if kind == "linear" else self._llama3(rope, factor)
+
+    def _llama3(self, rope: _Fields, factor: float) -> Llama3Scaling:
+        """The scaling of Llama 3.1; `self` are the fields around those of `rope`."""
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if high <= low:
+            raise rope.error("high_freq_factor", f"expected more than low_freq_factor ({low:g})")
+        original = rope.positive("original_max_position_embeddings")
+        if self.positive("original_max_position_embeddings", original) != original:
+            raise self.error("original_max_position_embeddings", f"expected none, or {original} as in the rope's own")
+        return Llama3Scaling(factor, low, high, original)
+
+    def refuse_all_but(self, known: Collection[str], expected: str) -> None:
+        """Raise InputError for a field that is neither known nor null, nor says of a fraction that it is the whole."""
+        for field, value in self._values.items():
+            if field not in known and value is not None and (field, value) != ("partial_rotary_factor", 1.0):
+                raise self.error(field, f"expected {expected}")
 
     def refuse_unhonoured(self, kind: Architecture, max_positions: int) -> None:
         """Raise InputError for what would change the numbers and is not implemented."""
         values = self._values
-        if values.get("hidden_act", "silu") != "silu":
-            raise self.error("hidden_act", 'expected "silu"')
-        if values.get("quantization_config"):
-            raise self.error("quantization_config", "expected none: quantized checkpoints are not supported")
-        if values.get("mlp_bias"):
-            raise self.error("mlp_bias", "expected false")
-        if values.get("partial_rotary_factor", 1.0) != 1.0:
-            raise self.error("partial_rotary_factor", "expected 1.0")
-        window = values.get("sliding_window", kind.sliding_window)
-        windowed = values.get("use_sliding_window", window is not None) and window is not None
-        if windowed and window < max_positions:
-            expected = f"expected null, or at least max_position_embeddings ({max_positions})"
-            raise InputError(expected, path=self._path, field="sliding_window", value=window)
+        for field, (harmless, expected) in UNHONOURED.items():
+            if values.get(field) is not None and values[field] not in harmless:
+                raise self.error(field, expected)
         if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
             raise self.error("layer_types", 'expected "full_attention" in every layer')
+        is_windowed = values.get("use_sliding_window", True) or not kind.window_has_switch
+        if values.get("sliding_window") is not None and is_windowed:
+            # A window that reaches over every position that can be served hides none of them.
+            if self.positive("sliding_window") < max_positions:
+                problem = f"expected null, or at least max_position_embeddings ({max_positions})"
+                raise self.error("sliding_window", problem)

@@ -117,9 +117,9 @@ def test_an_excerpt_of_a_public_trace_is_decided_again(serve, assert_replayed, p
 
 def everything_at_once(model: nn.Module, out: Path, **settings: Any) -> RealRun:
     """A run with sessions, shared prefixes, a refusal, and a pool too small; some requests stop, some are aborted."""
-    talks, long, refused = conversations(72), [private(i, 40, 250) for i in range(72, 80)], private(80, 480, 20)
+    talks, long, refused = conversations(48), [private(i, 40, 200) for i in range(48, 64)], private(64, 480, 20)
     openings = [request.id for request in talks if request.after is None]
-    abort = [*openings[::3], *(request.id for request in long[::2])]
+    abort = [*openings[::3], *(request.id for request in long[::4])]
     settings = {"max_num_seqs": 6, "num_gpu_blocks": 24} | settings
     run = run_engine(model, out, [*talks, *long, refused], ignore_eos=False, abort=abort, **settings)
     assert run.ends["stop"] and run.ends["length"] and run.ends["abort"] and run.ends["refused"], run.ends

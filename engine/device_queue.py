@@ -7,8 +7,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """`values`, which nobody changes any more, on `device`.
+
+    The copy takes its place in the device's queue: the host waits neither for it nor for what was queued before. From
+    memory that is not pinned it would wait for all of that, and no step could be launched while another runs.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Step(Protocol):
@@ -64,37 +75,42 @@ class CpuStep:
 
 
 class CudaQueue:
-    """Puts steps on the current CUDA stream, and reads the device's clock in the host's time.
+    """Puts steps on the current CUDA stream, and tells their times by the host's clock.
 
-    Whenever the host waits for a step, it sees its end as it happens; times of events are told from the latest end so
-    seen, by the device's own measure of the time between.
+    Where the host waits for a step, it sees its end as it happens, and the device's own measure says how long before
+    that it began. A step that has ended before anybody waits is told from the end of the step before it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        event = self._event()
-        event.synchronize()
-        self._seen = event, time.perf_counter_ns()
+        self._ended = self._event()
+        self._ended.synchronize()
+        self._ended_ns = time.perf_counter_ns()
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
         """Enqueue what `compute` does on the device behind all that was submitted before it."""
+        launched_ns = time.perf_counter_ns()
         start = self._event()
         tokens = compute()
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
-        return CudaStep(self, tokens, host, start, self._event())
+        return CudaStep(self, tokens, host, launched_ns, start, self._event())
 
-    def host_ns(self, event: Any) -> int:
-        """When `event`, which has happened, did."""
-        seen, seen_ns = self._seen
-        return seen_ns + round(seen.elapsed_time(event) * 1e6)
+    def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
+        """Wait for the oldest step not yet waited for; when it started and ended.
 
-    def wait(self, event: Any) -> None:
-        """Wait for `event`."""
-        if not event.query():
-            event.synchronize()
-            self._seen = event, time.perf_counter_ns()
+        Neither clock is trusted against the order of things: a step starts after its launch and after the end of the
+        step before it, and has ended by now.
+        """
+        seen = not end.query()
+        end.synchronize()
+        now_ns = time.perf_counter_ns()
+        device_ns = _between_ns(start, end)
+        start_ns = now_ns - device_ns if seen else self._ended_ns + _between_ns(self._ended, start)
+        start_ns = min(max(start_ns, launched_ns, self._ended_ns), now_ns)
+        self._ended, self._ended_ns = end, min(start_ns + device_ns, now_ns)
+        return start_ns, self._ended_ns
 
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
@@ -108,13 +124,17 @@ class CudaQueue:
 class CudaStep:
     """A step of a CudaQueue."""
 
-    def __init__(self, queue: CudaQueue, tokens: Tensor, host: Tensor, start: Any, end: Any) -> None:
+    def __init__(self, queue: CudaQueue, tokens: Tensor, host: Tensor, launched_ns: int, start: Any, end: Any) -> None:
         self.tokens = tokens
         self.start_ns = 0
         self.end_ns = 0
-        self._queue, self._host, self._start, self._end = queue, host, start, end
+        self._queue, self._host, self._events = queue, host, (launched_ns, start, end)
 
     def result(self) -> list[int]:
-        self._queue.wait(self._end)
-        self.start_ns, self.end_ns = self._queue.host_ns(self._start), self._queue.host_ns(self._end)
+        if not self.end_ns:
+            self.start_ns, self.end_ns = self._queue.wait(*self._events)
         return self._host.tolist()
+
+
+def _between_ns(first: Any, second: Any) -> int:
+    return round(first.elapsed_time(second) * 1e6)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from twinserve.engine.kv_cache import default_num_blocks
+from twinserve.engine.kv_cache import CUDA_BUDGET_SHARE, default_num_blocks
+from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, adopt_model, load_model
+from twinserve.engine.models.dummy import dummy_model
 from twinserve.engine.models.loader import DTYPES
 from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
 from twinserve.policies import CoreListener, SamplingParams, Sequence
@@ -56,8 +58,12 @@ class LLM:
         device: "cpu", "cuda", ...
         dtype: "float32" or "bfloat16"; of the weights of a folder or a transformers model, once loaded.
         settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
-            model's, `num_gpu_blocks` what fits 1 GiB (CPU) or four fifths of the free memory (CUDA).
-        backend: the attention; "auto" takes the fastest that the device has.
+            model's, `num_gpu_blocks` what fits 1 GiB (CPU) or `kv_memory_share` of the free memory (CUDA), and
+            `block_size`, where it was not given, the attention backend's own: 256 with flash, else 16.
+        attention: the attention backend; "auto" takes flash where it can serve, else sdpa.
+        load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
+            config.json, or a shape that ships (`twinserve.engine.models.dummy`); "auto" loads what there is.
+        kv_memory_share: the share of a CUDA device's free memory, the weights being loaded, that the KV pool takes.
         seed: of the draws for requests without a seed of their own.
         threads: CPU threads of torch, in the whole process; None leaves them.
         token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
@@ -65,10 +71,11 @@ class LLM:
     Attributes:
         config: the model's shape.
         settings: as in use, nothing left open.
+        attention: the attention backend in use, and why.
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
 
     Raises:
-        InputError: the model, the settings or the token maker cannot be used.
+        InputError: the model, the settings, the attention backend or the token maker cannot be used.
     """
 
     def __init__(
@@ -80,7 +87,9 @@ class LLM:
         device: str = "cpu",
         dtype: str = "float32",
         settings: Settings | None = None,
-        backend: Literal["auto", "sdpa"] = "auto",
+        attention: Literal["auto", "flash", "sdpa"] = "auto",
+        load_format: Literal["auto", "dummy"] = "auto",
+        kv_memory_share: float = CUDA_BUDGET_SHARE,
         seed: int = 0,
         threads: int | None = None,
         token_maker: TokenMaker | None = None,
@@ -89,7 +98,7 @@ class LLM:
             raise InputError(f"expected one of {', '.join(DTYPES)}", field="dtype", value=dtype)
         if threads is not None:
             torch.set_num_threads(threads)
-        decoder = _decoder(model, DTYPES[dtype], device)
+        decoder = _decoder(model, DTYPES[dtype], device, load_format, seed)
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
         self.tokenizer = tokenizer if isinstance(model, nn.Module) else _load_tokenizer(Path(model))
         self.config = decoder.config
@@ -97,15 +106,19 @@ class LLM:
         ids = (own, *self.config.eos_token_ids)
         self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
         self.seed = seed
+        self.load_format = load_format
         self.token_maker = self._checked(token_maker or self._default_token_maker())
-        self.settings = _resolve(settings or Settings.load({}), decoder, device)
+        settings = settings or Settings.load({})
+        asked = settings.block_size if "block_size" in settings.model_fields_set else None
+        self.attention = choose_attention(attention, self.config.head_dim, decoder.dtype, decoder.device, asked)
+        self.settings = _resolve(settings, decoder, self.attention.block_size, kv_memory_share)
         self.runner = ModelRunner(
             decoder,
             self.tokenizer,
             device,
             num_blocks=self.settings.num_gpu_blocks,
             block_size=self.settings.block_size,
-            backend=backend,
+            attention=self.attention.name,
             seed=seed,
         )
 
@@ -125,8 +138,10 @@ class LLM:
         """What a replay of a run has to know beside its settings, and what made its tokens, as plain values."""
         return {
             "model": {"name": self.name, **asdict(self.config)},
+            "load_format": self.load_format,
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
-            "attention_backend": self.runner.backend,
+            "attention": self.attention.name,
+            "attention_reason": self.attention.reason,
             "seed": self.seed,
             "eos_token_id": self.eos_token_id,
             "tokens": asdict(self.token_maker),
@@ -287,9 +302,15 @@ class _Feeder(TraceFeeder):
             self.error = error
 
 
-def _decoder(model: str | Path | nn.Module, dtype: torch.dtype, device: str) -> Decoder:
+def _decoder(model: str | Path | nn.Module, dtype: torch.dtype, device: str, load_format: str, seed: int) -> Decoder:
+    if load_format not in ("auto", "dummy"):
+        raise InputError("expected auto or dummy", field="load_format", value=load_format)
+    if load_format == "dummy":
+        if isinstance(model, nn.Module):
+            raise InputError("expected auto: the model has its weights", field="load_format", value=load_format)
+        return dummy_model(model, seed=seed, dtype=dtype, device=device)
     if isinstance(model, Decoder):
-        return model
+        return model.to(device)
     if isinstance(model, nn.Module):
         return adopt_model(model, dtype=dtype, device=device)
     return load_model(Path(model), dtype=dtype, device=device)
@@ -304,7 +325,7 @@ def _load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _resolve(settings: Settings, decoder: Decoder, device: str) -> Settings:
+def _resolve(settings: Settings, decoder: Decoder, block_size: int, kv_memory_share: float) -> Settings:
     """`settings` with nothing left open."""
     limit = decoder.config.max_position_embeddings
     max_model_len = settings.max_model_len or limit
@@ -313,5 +334,6 @@ def _resolve(settings: Settings, decoder: Decoder, device: str) -> Settings:
         raise InputError(problem, field="max_model_len", value=max_model_len)
     num_blocks = settings.num_gpu_blocks
     if num_blocks is None:
-        num_blocks = default_num_blocks(decoder.config, settings.block_size, decoder.dtype, device)
-    return Settings.load(settings.model_dump() | {"max_model_len": max_model_len, "num_gpu_blocks": num_blocks})
+        num_blocks = default_num_blocks(decoder.config, block_size, decoder.dtype, decoder.device, kv_memory_share)
+    decided = {"max_model_len": max_model_len, "num_gpu_blocks": num_blocks, "block_size": block_size}
+    return Settings.load(settings.model_dump() | decided)

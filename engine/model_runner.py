@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, to_device
 from twinserve.engine.kv_cache import KVCache, default_num_blocks
-from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, SdpaAttention, StepRows, slots_of
+from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
+from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms
 from twinserve.policies import Batch, Sequence
 from twinserve.policies.scheduler import Row
-from twinserve.traces.errors import InputError
-
-BACKENDS: dict[str, type[AttentionBackend]] = {"sdpa": SdpaAttention}
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,15 @@ class ModelRunner:
         device: "cpu", "cuda", ...
         num_blocks: blocks of the pool; None takes what fits 1 GiB (CPU) or four fifths of the free memory (CUDA).
         block_size: tokens in a block; None takes `Sequence.block_size`.
-        backend: the attention; "auto" takes the fastest that the device has.
+        attention: the attention backend; "auto" takes flash where it can serve, else sdpa.
         seed: of the draws for requests without a seed of their own.
 
     Attributes:
-        model, tokenizer, device, num_blocks, block_size, backend: as in use.
+        model, tokenizer, device, num_blocks, block_size: as in use.
+        attention: the attention backend in use, and why.
+
+    Raises:
+        InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.
     """
 
     def __init__(
@@ -72,20 +74,18 @@ class ModelRunner:
         *,
         num_blocks: int | None = None,
         block_size: int | None = None,
-        backend: Literal["auto", "sdpa"] = "auto",
+        attention: Literal["auto", "flash", "sdpa"] = "auto",
         seed: int = 0,
     ):
-        if backend not in ("auto", *BACKENDS):
-            raise InputError(f"expected one of auto, {', '.join(BACKENDS)}", field="backend", value=backend)
         self.device = torch.device(device)
         self.model = model.to(self.device) if isinstance(model, Decoder) else adopt_model(model, device=self.device)
         self.tokenizer = tokenizer
         config, dtype = self.model.config, self.model.dtype
         self.block_size = block_size or Sequence.block_size
+        self.attention = choose_attention(attention, config.head_dim, dtype, self.device, self.block_size)
+        self._backend = self.attention.make()
         self.num_blocks = num_blocks or default_num_blocks(config, self.block_size, dtype, self.device)
         self._cache = KVCache(config, self.num_blocks, self.block_size, dtype, self.device)
-        self.backend = "sdpa" if backend == "auto" else backend
-        self._attention = BACKENDS[self.backend]()
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
@@ -188,7 +188,7 @@ class ModelRunner:
             token_ids=self._to_device(token_ids),
             positions=self._to_device(positions),
             slots=self._to_device(self._slots(ordered, tables)),
-            plan=self._attention.plan(layout, self.model.dtype, self.device),
+            plan=self._backend.plan(layout, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
@@ -220,7 +220,7 @@ class ModelRunner:
         return place
 
     def _to_device(self, values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
+        return to_device(np.asarray(values, dtype=np.int64), self.device)
 
     def _compute(self, step: StepInput | None, before: Step | None) -> Tensor:
         """The tokens that a step samples; `before` is the step launched before it."""
@@ -230,7 +230,7 @@ class ModelRunner:
         if step.late is not None and before is not None:
             places, sources = step.late
             token_ids = token_ids.index_copy(0, places, before.tokens[sources])
-        attention = PagedAttention(self._attention, self._cache, step.slots, step.plan)
+        attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
         hidden = self.model(token_ids, step.positions, attention)
         return step.sampling.sample(self.model.logits(hidden[step.last]))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twinserve.engine.device_queue import to_device
 from twinserve.policies import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -104,12 +105,12 @@ class SamplingPlan:
         drawn = [params[row] for row in rows]
 
         def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype)[:, None].to(device)
+            return to_device(torch.tensor(values, dtype=dtype)[:, None], device)
 
         top_k = [param.top_k or _EVERY_TOKEN for param in drawn]
         top_p = [param.top_p for param in drawn]
         return cls(
-            rows=torch.tensor(rows, dtype=torch.int64).to(device),
+            rows=to_device(torch.tensor(rows, dtype=torch.int64), device),
             temperatures=column([param.temperature for param in drawn], torch.float32),
             uniforms=column([uniforms[row] for row in rows], torch.float64),
             top_k=column(top_k, torch.int64) if any(k < _EVERY_TOKEN for k in top_k) else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,22 +18,27 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from twinserve.engine.hub.package_index import PACKAGED_MODELS, is_fetched
-from twinserve.engine.hub.resolve import resolve_model
+from twinserve.engine.hub import chat_prompt, fetch
+from twinserve.engine.hub.package_index import is_fetched
 
-SMOLLM2 = "smollm2-135m"
 SUBJECTS = ["tiny", "smollm2"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its tokenizer and prompts for them."""
+    """A model, its tokenizer and prompts for them.
+
+    Attributes:
+        prompts: their greedy completions go on for 50 tokens and more.
+        ending_prompt: its greedy completion ends with the tokenizer's end-of-sequence token before that.
+    """
 
     model: nn.Module
     tokenizer: Any
     prompts: tuple[str, ...]
+    ending_prompt: str
 
-    def greedy(self, prompt: str, max_new_tokens: int, eos_token_id: int | None = None) -> list[int]:
+    def greedy(self, prompt: str, max_new_tokens: int) -> list[int]:
         """The tokens of `prompt` and of transformers' own greedy completion, which hang on no rounding."""
         ids = torch.tensor([self.tokenizer.encode(prompt)])
         out = self.model.generate(
@@ -40,7 +46,7 @@ class Subject:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=eos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
@@ -49,11 +55,41 @@ class Subject:
         assert (best[:, 0] - best[:, 1]).min() > NEAR_TIE, f"equality after {prompt!r} would mean nothing"
         return out.sequences[0].tolist()
 
-    def completion(self, prompt: str, text: str) -> list[int]:
-        """The tokens that `text` has beyond `prompt`, with which it begins."""
-        prompt_ids, ids = self.tokenizer.encode(prompt), self.tokenizer.encode(text)
-        assert ids[: len(prompt_ids)] == prompt_ids, f"{text!r} does not begin with {prompt!r}"
-        return ids[len(prompt_ids) :]
+    def num_new(self, prompt: str, text: str) -> int:
+        """How many tokens `text` has beyond `prompt`, with which it begins."""
+        assert text.startswith(prompt), f"{text!r} does not begin with {prompt!r}"
+        return len(self.tokenizer.encode(text)) - len(self.tokenizer.encode(prompt))
+
+
+@functools.cache
+def subject(name: str) -> Subject:
+    """One of SUBJECTS; the test that asks for SmolLM2 is skipped where it is not in the cache."""
+    return _tiny() if name == "tiny" else _smollm2()
+
+
+def _tiny() -> Subject:
+    """The end-of-sequence token is one that the completion of one prompt has and those of the others have not."""
+    judge = judge_of("llama")
+    prompts = [[9] * 20, [300], [11, 400, 13, 12, 15, 16, 17]]
+    unending = {token_id for prompt in prompts for token_id in judge.generate(prompt, 50)}
+    ending_prompt = [5, 6, 7]
+    answer = judge.generate(ending_prompt, 20)
+    eos = next(token_id for token_id in answer[3:] if token_id not in unending | set(answer[:3]))
+    return Subject(judge.model, word_tokenizer(eos), tuple(words(*prompt) for prompt in prompts), words(*ending_prompt))
+
+
+def _smollm2() -> Subject:
+    name = "smollm2-135m"
+    if not is_fetched(name) and os.environ.get("TWINSERVE_FETCH") != "1":
+        pytest.skip(f"{name} is not in the cache: TWINSERVE_FETCH=1 lets the tests fetch it")
+    folder = fetch(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Subject(
+        model=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        prompts=("The capital of France is", "def add(a, b):\n"),
+        ending_prompt=tokenizer.decode(chat_prompt(tokenizer, "What is the capital of France?")),
+    )
 
 
 def word(token_id: int) -> str:
@@ -66,26 +102,11 @@ def words(*token_ids: int) -> str:
     return " ".join(map(word, token_ids))
 
 
-def word_tokenizer(eos_token_id: int = 2) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w000 to w511, one token each; every text it makes becomes the same tokens again."""
+def word_tokenizer(eos_token_id: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w000 to w511, one token each: a text of them becomes the same tokens again."""
     tokenizer = Tokenizer(WordLevel({word(token_id): token_id for token_id in range(512)}, unk_token=word(0)))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=word(eos_token_id))
-
-
-@functools.cache
-def subject(name: str) -> Subject:
-    """One of SUBJECTS; skips the test that asks for SmolLM2 where it is not in the cache."""
-    if name == "tiny":
-        prompts = (words(5, 6, 7), words(*[9] * 20), words(300), words(11, 400, 13, 12, 15, 16, 17))
-        return Subject(judge_of("llama").model, word_tokenizer(), prompts)
-    if not is_fetched(SMOLLM2):
-        pytest.skip(f"{SMOLLM2} is not in the cache: `twinserve model fetch {SMOLLM2}` brings it")
-    assert SMOLLM2 in PACKAGED_MODELS
-    folder = resolve_model(SMOLLM2)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    prompts = ("The capital of France is", "def add(a, b):\n", "1, 2, 3, 4,")
-    return Subject(model, AutoTokenizer.from_pretrained(folder), prompts)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout."
 Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Attention = Annotated[
+    str, typer.Option(help="flash (flash-attn), sdpa (torch alone), or auto: flash where it can serve, else sdpa.")
+]
+LoadFormat = Annotated[
+    str,
+    typer.Option(help="auto, or dummy: random weights; --model is a folder with config.json or a shape that ships."),
+]
+KvMemoryShare = Annotated[
+    float, typer.Option(help="Share of a CUDA device's free memory that KV takes, unless --num-gpu-blocks is given.")
+]
 DEFAULT_MODEL = "smollm2-135m"
 
 
@@ -109,6 +119,9 @@ def run(
     model: Model = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    attention: Attention = "auto",
+    load_format: LoadFormat = "auto",
+    kv_memory_share: KvMemoryShare = 0.8,
     time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
     stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -126,7 +139,16 @@ def run(
         raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
     workload = load_workload(trace, trace_options)
     refuse_existing(out)
-    llm = load_llm(model, Settings.load(settings, config), device=device, dtype=dtype, seed=seed)
+    llm = load_llm(
+        model,
+        Settings.load(settings, config),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        attention=attention,
+        load_format=load_format,
+        kv_memory_share=kv_memory_share,
+    )
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     with Bar("run", len(workload.requests)) as bar:
         summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, progress=bar.ended)
@@ -204,6 +226,8 @@ def profile(
     model: Model = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    attention: Attention = "auto",
+    load_format: LoadFormat = "auto",
     max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
     max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
     max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
@@ -214,7 +238,7 @@ def profile(
     from twinserve.worlds import fit_steps, load_llm, measure_steps
 
     refuse_existing(out)
-    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=0)
+    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=0, attention=attention, load_format=load_format)
     samples = measure_steps(
         llm,
         max_seqs=max_seqs,
@@ -239,6 +263,7 @@ def generate(
     model: Model = DEFAULT_MODEL,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    attention: Attention = "auto",
     max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
@@ -257,7 +282,7 @@ def generate(
         params = SamplingParams(temperature, max_tokens, top_k, top_p, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=seed)
+    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=seed, attention=attention)
     from twinserve.engine.hub import chat_prompt
 
     (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)

@@ -49,8 +49,14 @@ def choose_latency(path: Path | None, record: Path | None) -> tuple[LatencyModel
     return model, {"name": name, "identity": model.identity, "about": about}
 
 
-def load_llm(model: str, settings: Settings, *, device: str, dtype: str, seed: int) -> LLM:
+def load_llm(
+    model: str, settings: Settings, *, device: str, dtype: str, seed: int, load_format: str = "auto", **options: Any
+) -> LLM:
     """The model that a name, a folder or a hub id stands for, ready to serve.
+
+    Args:
+        load_format: with "dummy", `model` is a folder with config.json or a shape that ships, and its weights are random.
+        options: further arguments of LLM.
 
     Raises:
         InputError: the engine is not installed, or the model or the settings cannot be used.
@@ -64,7 +70,11 @@ def load_llm(model: str, settings: Settings, *, device: str, dtype: str, seed: i
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("expected cpu: torch finds no CUDA device", field="device", value=device)
-    return LLM(resolve_model(model, progress=say), name=model, device=device, dtype=dtype, settings=settings, seed=seed)
+    source = model if load_format == "dummy" else resolve_model(model, progress=say)
+    options |= {"name": model, "load_format": load_format}
+    llm = LLM(source, device=device, dtype=dtype, settings=settings, seed=seed, **options)
+    say(f"attention: {llm.attention.name} ({llm.attention.reason})")
+    return llm
 
 
 def device_name(llm: LLM) -> str:
@@ -81,7 +91,9 @@ def engine_facts(llm: LLM) -> dict[str, Any]:
     return {
         "model": llm.name,
         "dtype": str(llm.runner.model.dtype).removeprefix("torch."),
-        "attention": llm.runner.backend,
+        "attention": llm.attention.name,
+        "attention_reason": llm.attention.reason,
+        "load_format": llm.load_format,
         "tokens": asdict(llm.token_maker),
         "eos_token_id": llm.eos_token_id,
     }

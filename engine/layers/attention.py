@@ -1,21 +1,18 @@
-"""Attention over paged KV: the interface of its backends, and the one that runs anywhere."""
+"""Attention over paged KV: the interface of its backends, and the one that runs on flash-attn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from twinserve.engine.device_queue import to_device
 from twinserve.engine.kv_cache import KVCache
-
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+from twinserve.traces.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,19 @@ class StepRows:
 
 
 class AttentionBackend(Protocol):
-    """Attends over paged KV. A step is planned once, on the host; every layer then attends by that plan."""
+    """Attends over paged KV. A step is planned once, on the host; every layer then attends by that plan.
+
+    `prefill_attention` and `decode_attention` are the same attention for callers that have tensors and no plan.
+
+    Attributes:
+        default_block_size: tokens in a block where nobody asked for a number.
+    """
+
+    default_block_size: int
+
+    @classmethod
+    def check(cls, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int) -> None:
+        """Raise InputError for the first thing that this backend cannot do, or that it lacks here."""
 
     def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> Any:
         """What `attend` needs to know of a step, its tensors on `device`."""
@@ -54,6 +63,24 @@ class AttentionBackend(Protocol):
         Returns:
             [tokens, heads, head_dim]
         """
+
+    def prefill_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        """As `FlashAttention.prefill_attention`."""
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_table: Tensor
+    ) -> Tensor:
+        """As `FlashAttention.decode_attention`."""
 
 
 class PagedAttention:
@@ -71,110 +98,152 @@ class PagedAttention:
         return self._backend.attend(query, cache.keys[layer], cache.values[layer], self._plan)
 
 
-class SdpaAttention:
-    """Attention by torch's scaled_dot_product_attention over gathered keys and values; any device, any block size.
+class FlashAttention:
+    """Attention by flash-attn 2 (arXiv:2307.08691), on NVIDIA GPUs, in half precision, over large pages.
 
-    Rows of one token are gathered together, padded to the longest of their group. A padded place repeats the row's own
-    last token, so a row never reads what is not its own, and what a pool held before does not matter.
+    A layer's attention is at most two calls, whatever the batch: one for all rows of one token, one for all others.
+
+    Raises:
+        InputError: flash-attn cannot be imported.
     """
 
-    # A group's call costs as much as some hundred padded tokens, so rows join while a row pads at most this much.
-    PADDED_TOKENS = 64
-    PADDED_SHARE = 0.25
-    # What is gathered at once should stay in the cache of a core; a GPU wants few and large calls.
-    GATHERED_TOKENS_CPU = 4096
-    GATHERED_TOKENS_CUDA = 65536
+    # What the library's kernels are made for. Builds of it may lack small heads, and then crash rather than refuse.
+    DTYPES = (torch.bfloat16, torch.float16)
+    HEAD_DIMS = (64, 128)
+    PAGE_MULTIPLE = 256
+
+    default_block_size = 256
 
     def __init__(self) -> None:
-        self._gathered: tuple[Tensor, Tensor] | None = None
+        try:
+            from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+        except ImportError as error:
+            problem = f"cannot be imported, expected flash-attn >= 2.7 built for this torch ({error})"
+            raise InputError(problem, field="attention", value="flash") from error
+        self._varlen, self._with_kvcache = flash_attn_varlen_func, flash_attn_with_kvcache
 
-    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> list[_Singles | _Prompt]:
-        plans: list[_Singles | _Prompt] = []
-        first = 0
-        while first < rows.num_single:
-            last = self._group_end(rows, first, device)
-            plans.append(_plan_singles(rows, first, last, dtype, device))
-            first = last
-        for row in range(rows.num_single, len(rows.query_lens)):
-            plans.append(_plan_prompt(rows, row, first, dtype, device))
-            first += rows.query_lens[row]
-        return plans
+    @classmethod
+    def check(cls, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int) -> None:
+        if device.type != "cuda":
+            raise InputError("expected cuda: flash-attn runs on NVIDIA GPUs", field="device", value=str(device))
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            problem = "expected at least (8, 0), as flash-attn does"
+            raise InputError(problem, field="the device's compute capability", value=capability)
+        cls._check_shapes(head_dim, dtype, block_size)
+        cls()
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: list[_Singles | _Prompt]) -> Tensor:
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        # Contexts grow at every step, and cuDNN would compile a plan for each new length: 45 ms, seen on an H100.
-        with sdpa_kernel(_KERNELS) if query.is_cuda else nullcontext():
-            outputs = [
-                part.attend(query[part.first : part.last], *self._gather(keys, values, part.slots)) for part in plan
-            ]
+    @classmethod
+    def _check_shapes(cls, head_dim: int, dtype: torch.dtype, block_size: int | None) -> None:
+        """Refuse what the kernels are not made for; `block_size` is None without pages."""
+        if dtype not in cls.DTYPES:
+            raise InputError(f"expected {_either(cls.DTYPES)} for flash-attn", field="dtype", value=_name(dtype))
+        if head_dim not in cls.HEAD_DIMS:
+            raise InputError(f"expected {_either(cls.HEAD_DIMS)} for flash-attn", field="head_dim", value=head_dim)
+        if block_size is not None and block_size % cls.PAGE_MULTIPLE:
+            problem = f"expected a multiple of {cls.PAGE_MULTIPLE} for flash-attn"
+            raise InputError(problem, field="block_size", value=block_size)
+
+    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> _FlashPlan:
+        first, contexts = rows.num_single, np.asarray(rows.context_lens, dtype=np.int32)
+        singles, prompts = None, None
+        if first:
+            tables = padded_tables(rows.block_tables[:first], np.int32)
+            singles = to_device(contexts[:first], device), to_device(tables, device)
+        if first < len(contexts):
+            queries = np.asarray(rows.query_lens[first:], dtype=np.int32)
+            tables = padded_tables(rows.block_tables[first:], np.int32)
+            prompts = (
+                to_device(_cumulative(queries), device),
+                to_device(_cumulative(contexts[first:]), device),
+                int(queries.max()),
+                int(contexts[first:].max()),
+                to_device(tables, device),
+            )
+        return _FlashPlan(first, singles, prompts)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: _FlashPlan) -> Tensor:
+        first, outputs = plan.num_single, []
+        if plan.singles is not None:
+            outputs.append(self.decode_attention(query[:first], keys, values, *plan.singles))
+        if plan.prompts is not None:
+            outputs.append(self.prefill_attention(query[first:], keys, values, *plan.prompts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _group_end(self, rows: StepRows, first: int, device: torch.device) -> int:
-        """One past the last row of one token that attends together with row `first`."""
-        longest = rows.context_lens[first]
-        most = self.GATHERED_TOKENS_CPU if device.type == "cpu" else self.GATHERED_TOKENS_CUDA
-        end = min(rows.num_single, first + max(1, most // longest))
-        shortest = longest - max(self.PADDED_TOKENS, int(longest * self.PADDED_SHARE))
-        last = first + 1
-        while last < end and rows.context_lens[last] >= shortest:
-            last += 1
-        return last
+    def prefill_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of several tokens of each sequence, the last of which ends its context.
 
-    def _gather(self, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of `slots`, valid until the next call.
+        Args:
+            q: [tokens, heads, head_dim], the sequences' tokens one after another.
+            k, v: [context tokens, kv_heads, head_dim], likewise; with `block_table`, pools
+                [num_blocks, block_size, kv_heads, head_dim].
+            cu_seqlens_q, cu_seqlens_k: [sequences + 1], int32, cumulative lengths of queries and of contexts: those of
+                5, 3 and 7 tokens are 0, 5, 8, 15.
+            max_seqlen_q, max_seqlen_k: the greatest of these lengths.
+            block_table: [sequences, blocks], int32, each row's blocks in token order, then anything.
 
-        The buffer is kept: new memory for megabytes at every layer costs more (page faults) than the copy itself.
+        Returns:
+            [tokens, heads, head_dim]
+
+        Raises:
+            InputError: a dtype, head size or block size that the kernels are not made for.
         """
-        if self._gathered is None or len(self._gathered[0]) < len(slots) or self._gathered[0].dtype != keys.dtype:
-            shape = (len(slots), *keys.shape[1:])
-            self._gathered = keys.new_empty(shape), values.new_empty(shape)
-        key, value = (buffer[: len(slots)] for buffer in self._gathered)
-        torch.index_select(keys, 0, slots, out=key)
-        torch.index_select(values, 0, slots, out=value)
-        return key, value
+        self._check_shapes(q.shape[-1], q.dtype, None if block_table is None else k.shape[1])
+        # flash-attn aligns the causal mask with the end of the context, so a chunk sees all that came before it.
+        return self._varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            causal=True,
+            block_table=block_table,
+        )
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_table: Tensor
+    ) -> Tensor:
+        """Attention of one token of each sequence over its whole context, which holds the token itself.
+
+        Args:
+            q: [sequences, heads, head_dim]
+            k_cache, v_cache: pools [num_blocks, block_size, kv_heads, head_dim].
+            context_lens: [sequences], int32.
+            block_table: [sequences, blocks], int32, each row's blocks in token order, then anything.
+
+        Returns:
+            [sequences, heads, head_dim]
+
+        Raises:
+            InputError: a dtype, head size or block size that the kernels are not made for.
+        """
+        self._check_shapes(q.shape[-1], q.dtype, k_cache.shape[1])
+        output = self._with_kvcache(
+            q[:, None], k_cache, v_cache, cache_seqlens=context_lens, block_table=block_table, causal=True
+        )
+        return output[:, 0]
 
 
 @dataclass(frozen=True)
-class _Singles:
-    """Rows of one token each, `first` to `last` of the flat batch.
+class _FlashPlan:
+    """A step's arguments of the two calls: of `decode_attention` from `context_lens` on, for the first `num_single`
+    rows, and of `prefill_attention` from `cu_seqlens_q` on, for the others; None where there are no such rows."""
 
-    `slots` [rows * width] are those of each row's context, padded to the longest; `mask` [rows, 1, 1, width] is 0 in
-    the context and -inf beyond, or None where all contexts are as long.
-    """
-
-    first: int
-    last: int
-    slots: Tensor
-    mask: Tensor | None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows, heads, head_dim = query.shape
-        key, value = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (key, value))
-        # The query heads that share a key-value head take the place of query tokens: its keys are read once for all.
-        grouped = query.reshape(rows, key.shape[1], -1, head_dim)
-        return F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask).reshape(rows, heads, head_dim)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """One row of several tokens, `first` to `last` of the flat batch.
-
-    `slots` [context] are those of its context; `mask` [tokens, context] is 0 where a token attends and -inf elsewhere,
-    or None where the row begins its sequence.
-    """
-
-    first: int
-    last: int
-    slots: Tensor
-    mask: Tensor | None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tokens, heads, head_dim = query.shape
-        kv_heads = key.shape[1]
-        grouped = query.reshape(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        key, value = (x.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for x in (key, value))
-        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, is_causal=self.mask is None)
-        return output.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
+    num_single: int
+    singles: tuple[Tensor, Tensor] | None
+    prompts: tuple[Tensor, Tensor, int, int, Tensor] | None
 
 
 def slots_of(block_tables: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
@@ -183,25 +252,22 @@ def slots_of(block_tables: np.ndarray, positions: np.ndarray, block_size: int) -
     return blocks * block_size + positions % block_size
 
 
-def _plan_singles(rows: StepRows, first: int, last: int, dtype: torch.dtype, device: torch.device) -> _Singles:
-    contexts = np.asarray(rows.context_lens[first:last])[:, None]
-    tables = np.zeros((last - first, max(len(table) for table in rows.block_tables[first:last])), np.int64)
-    for table, padded in zip(rows.block_tables[first:last], tables, strict=True):
-        padded[: len(table)] = table
-    places = np.arange(contexts.max())
-    slots = slots_of(tables, np.minimum(places, contexts - 1), rows.block_size)
-    mask = None
-    if contexts.min() < contexts.max():
-        beyond = torch.from_numpy(places >= contexts)[:, None, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf).to(device)
-    return _Singles(first, last, torch.from_numpy(slots.reshape(-1)).to(device), mask)
+def padded_tables(block_tables: Seq[np.ndarray], dtype: type[np.integer]) -> np.ndarray:
+    """Block tables as rows of one array, padded with block 0."""
+    padded = np.zeros((len(block_tables), max(len(table) for table in block_tables)), dtype)
+    for row, table in zip(padded, block_tables, strict=True):
+        row[: len(table)] = table
+    return padded
 
 
-def _plan_prompt(rows: StepRows, row: int, first: int, dtype: torch.dtype, device: torch.device) -> _Prompt:
-    num_tokens, context = rows.query_lens[row], rows.context_lens[row]
-    slots = slots_of(rows.block_tables[row], np.arange(context), rows.block_size)
-    mask = None
-    if context > num_tokens:
-        mask = torch.full((num_tokens, context), -torch.inf, dtype=dtype, device=device)
-        mask.triu_(context - num_tokens + 1)
-    return _Prompt(first, first + num_tokens, torch.from_numpy(slots).to(device), mask)
+def _cumulative(lengths: np.ndarray) -> np.ndarray:
+    """0, then the sum of the lengths up to and with each."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _either(values: Seq[Any]) -> str:
+    return " or ".join(_name(value) for value in values)

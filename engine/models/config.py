@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ class Architecture:
         qk_norm: each head's query and key are normalised before the rotation.
         biases: the fields among "attention_bias" and "mlp_bias" that it knows.
         window_has_switch: `sliding_window` means nothing where `use_sliding_window` is false.
-        defaults: values of fields that a config lacks, where it is not None alone that stands for them.
+        defaults: what a field means that the config lacks, where that is more than what null means.
     """
 
     qk_norm: bool = False
     biases: frozenset[str] = frozenset()
     window_has_switch: bool = True
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] | None = None
 
 
 ARCHITECTURES = {
@@ -59,7 +59,7 @@ UNHONOURED: dict[str, tuple[tuple[object, ...], str]] = {
     "n_routed_experts": ((0,), _NO_EXPERTS),
     "moe_intermediate_size": ((0,), _NO_EXPERTS),
 }
-"""Fields that change the numbers and are not implemented: the values beside null that ask for nothing, and what to say."""
+"""Fields that would change the numbers and are not implemented: values that ask for nothing, and what is expected."""
 
 _ROPE_FIELDS = {
     "default": set[str](),
@@ -132,7 +132,7 @@ class ModelConfig:
             known = ", ".join(ARCHITECTURES)
             raise InputError(f"expected one of {known}", path=path, field="architectures", value=architecture)
         kind = ARCHITECTURES[str(architecture)]
-        fields = _Fields({**kind.defaults, **values}, path)
+        fields = _Fields({**(kind.defaults or {}), **values}, path)
         max_positions = fields.positive("max_position_embeddings")
         fields.refuse_unhonoured(kind, max_positions)
         rope_theta, rope_scaling = fields.rope()
@@ -209,7 +209,7 @@ class _Fields:
     def number(self, field: str, default: float | None = None) -> float:
         value = self._values.get(field)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.error(field, "expected a number > 0")
         return float(value)
 
@@ -246,9 +246,9 @@ class _Fields:
         theta = rope.number("rope_theta", self.number("rope_theta", 10000.0))
         named = "rope_type" if "rope_type" in values else "type"
         kind = values.get(named, "default")
-        if kind not in _ROPE_FIELDS:
+        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
             raise rope.error(named, f"expected one of {', '.join(_ROPE_FIELDS)}")
-        rope.refuse_all_but(_ROPE_FIELDS[kind] | {"rope_theta", "rope_type", "type"}, f'nothing of it with "{kind}"')
+        rope.refuse_beyond(_ROPE_FIELDS[kind] | {"rope_theta", "rope_type", "type"}, f'beside rope_type "{kind}"')
         if kind == "default":
             return theta, None
         factor = rope.number("factor")
@@ -264,11 +264,12 @@ class _Fields:
             raise self.error("original_max_position_embeddings", f"expected none, or {original} as in the rope's own")
         return Llama3Scaling(factor, low, high, original)
 
-    def refuse_all_but(self, known: Collection[str], expected: str) -> None:
-        """Raise InputError for a field that is neither known nor null, nor says of a fraction that it is the whole."""
+    def refuse_beyond(self, known: Collection[str], where: str) -> None:
+        """Raise InputError for a field that is neither known nor asks for nothing."""
         for field, value in self._values.items():
-            if field not in known and value is not None and (field, value) != ("partial_rotary_factor", 1.0):
-                raise self.error(field, f"expected {expected}")
+            harmless, expected = UNHONOURED.get(field, ((), f"expected none {where}"))
+            if field not in known and value is not None and value not in harmless:
+                raise self.error(field, expected)
 
     def refuse_unhonoured(self, kind: Architecture, max_positions: int) -> None:
         """Raise InputError for what would change the numbers and is not implemented."""
@@ -276,11 +277,10 @@ class _Fields:
         for field, (harmless, expected) in UNHONOURED.items():
             if values.get(field) is not None and values[field] not in harmless:
                 raise self.error(field, expected)
-        if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
+        layer_types = values.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
             raise self.error("layer_types", 'expected "full_attention" in every layer')
         is_windowed = values.get("use_sliding_window", True) or not kind.window_has_switch
-        if values.get("sliding_window") is not None and is_windowed:
-            # A window that reaches over every position that can be served hides none of them.
-            if self.positive("sliding_window") < max_positions:
-                problem = f"expected null, or at least max_position_embeddings ({max_positions})"
-                raise self.error("sliding_window", problem)
+        # A window over every position that can be served hides none of them.
+        if is_windowed and self.positive("sliding_window", max_positions) < max_positions:
+            raise self.error("sliding_window", f"expected null, or at least max_position_embeddings ({max_positions})")

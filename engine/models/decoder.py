@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twinserve.engine.layers.int8_linear import Int8Embedding
 from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.rope import rotary_frequencies
+
+Quantization = Literal["none", "int8"]
+"""What a Decoder's linear layers and its embedding are kept in: its dtype, or int8."""
 
 
 class Attention(Protocol):
@@ -46,11 +51,14 @@ class Rotation:
     """Rotary position embedding (arXiv:2104.09864) in the layout of halves: dimension i turns with i + head_dim / 2.
 
     The angles are computed once for a forward pass, in float32.
+
+    Args:
+        positions: [tokens].
+        frequencies: radians a position, [head_dim / 2].
     """
 
-    def __init__(self, positions: Tensor, head_dim: int, theta: float):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-        angles = positions[:, None, None].float() * (1.0 / theta**exponents)
+    def __init__(self, positions: Tensor, frequencies: Tensor):
+        angles = positions[:, None, None].float() * frequencies
         self._cos, self._sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,8 +97,9 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False, dtype=dtype)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, dtype=dtype)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = nn.Linear(hidden, 2 * inner, bias=bias, dtype=dtype)
+        self.down = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -112,18 +121,33 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Embedding(nn.Embedding):
+    """A table of token vectors that a tied output projection multiplies by as well."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [rows, hidden] times every token's vector, [rows, vocabulary]."""
+        return F.linear(hidden, self.weight)
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer over a flat batch: the tokens of all rows one after another, no padding.
 
     Llama, Mistral and Qwen3 are this one class; what tells them apart is in the config. Its weights are given by
     `load_model`, `adopt_model` or `random_model`.
+
+    Attributes:
+        dtype: of what the layers are given and give.
+        quantization: of the weights; `quantize_decoder` has a Decoder run from int8.
     """
+
+    embedding: Embedding | Int8Embedding
+    quantization: Quantization = "none"
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, dtype) for layer in range(config.num_layers))
         self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
@@ -144,7 +168,11 @@ class Decoder(nn.Module):
         Returns:
             [tokens, hidden_size]
         """
-        rotation = Rotation(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rotation = Rotation(
+            positions,
+            rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device),
+        )
         x = self.embedding(token_ids)
         for layer in self.layers:
             x = layer(x, rotation, attention)
@@ -152,4 +180,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab_size] of the rows `hidden` [rows, hidden_size] of `forward`."""
-        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
+        return self.embedding.logits(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -13,17 +13,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from twinserve.engine.models.config import ModelConfig, read_json
-from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.decoder import Decoder, Quantization
+from twinserve.engine.models.int8 import quantize_decoder
+from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
 from twinserve.traces.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
+) -> Decoder:
     """The Decoder of a Hugging Face folder: `config.json` and safetensors, in one file or in shards.
 
     Args:
         dtype: of the weights, whatever the files hold.
+        quantization: "int8" quantizes each weight as it is read, so that the model is never there in full.
 
     Raises:
         InputError: the folder lacks something, or holds something that is not honoured.
@@ -33,14 +42,21 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torc
     config = ModelConfig.load(folder)
     with ExitStack() as stack:
         source = _open_weights(folder, stack)
-        return _build(config, source, dtype, device)
+        return _build(config, source, dtype, device, quantization)
 
 
-def adopt_model(model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+def adopt_model(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
+) -> Decoder:
     """A Decoder with a copy of the weights of a transformers model.
 
     Args:
         dtype: of the copy; None keeps the model's.
+        quantization: "int8" makes a copy that runs from int8.
 
     Raises:
         InputError: the model's architecture, or something in its config, is not honoured.
@@ -53,7 +69,7 @@ def adopt_model(model: nn.Module, *, dtype: torch.dtype | None = None, device: t
     config = ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
     tensors = model.state_dict()
     source = _Source(name, tensors, lambda tensor_name: tensors[tensor_name])
-    return _build(config, source, dtype or next(model.parameters()).dtype, device)
+    return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization)
 
 
 def random_model(
@@ -148,6 +164,10 @@ def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
         if config.attention_bias:
             parts[f"{ours}attention.qkv.bias"] = [_Part(f"{attention}{p}.bias", (n,)) for p, n in projections]
             parts[f"{ours}attention.output.bias"] = [_Part(f"{attention}o_proj.bias", (hidden,))]
+        if config.mlp_bias:
+            biases = [_Part(f"{theirs}mlp.{name}.bias", (inner,)) for name in ("gate_proj", "up_proj")]
+            parts[f"{ours}mlp.gate_up.bias"] = biases
+            parts[f"{ours}mlp.down.bias"] = [_Part(f"{theirs}mlp.down_proj.bias", (hidden,))]
         if config.qk_norm:
             parts[f"{ours}attention.qk_norm.weight"] = [
                 _Part(f"{attention}q_norm.weight", (head_dim,), (config.num_heads, head_dim)),
@@ -156,7 +176,9 @@ def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
     return parts
 
 
-def _build(config: ModelConfig, source: _Source, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+def _build(
+    config: ModelConfig, source: _Source, dtype: torch.dtype, device: torch.device | str, quantization: Quantization
+) -> Decoder:
     """A Decoder with the tensors of `source`, each of which must be there, have its shape, and be known."""
     parts = _parts(config)
     known = {part.name for stack in parts.values() for part in stack}
@@ -164,14 +186,33 @@ def _build(config: ModelConfig, source: _Source, dtype: torch.dtype, device: tor
         # A tied output projection may be saved beside the embedding, and old checkpoints hold rotary constants.
         if name not in known and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise InputError("not a tensor of this architecture", path=source.path, field=name)
+    _check_tied(config, source, *parts["embedding.weight"])
     with torch.device("meta"):
         model = Decoder(config, dtype)
-    weights = {}
+        if quantization == "int8":
+            quantize_decoder(model)
+    in_int8 = {name.removesuffix("scale") + "weight" for name, _ in model.named_buffers() if name.endswith("scale")}
+    weights: dict[str, Tensor] = {}
     for name, stack in parts.items():
-        tensors = [_read(source, part).to(dtype=dtype, device=device, copy=True) for part in stack]
-        weights[name] = nn.Parameter(torch.cat(tensors) if len(tensors) > 1 else tensors[0], requires_grad=False)
+        kept = torch.float32 if name in in_int8 else dtype
+        tensors = [_read(source, part).to(dtype=kept, device=device, copy=True) for part in stack]
+        weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if name in in_int8:
+            weights[name], weights[name.removesuffix("weight") + "scale"] = AbsMaxQuantizer.quantize(weight)
+        else:
+            weights[name] = nn.Parameter(weight, requires_grad=False)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _check_tied(config: ModelConfig, source: _Source, embedding: _Part) -> None:
+    """Refuse an output projection beside a tied embedding that is not the same: it is unclear which one is meant."""
+    head = _Part("lm_head.weight", embedding.shape)
+    if not config.tie_word_embeddings or head.name not in source.names:
+        return
+    if not torch.equal(_read(source, head), _read(source, embedding)):
+        problem = f"expected the numbers of {embedding.name}, as the config has tie_word_embeddings"
+        raise InputError(problem, path=source.path, field=head.name)
 
 
 def _read(source: _Source, part: _Part) -> Tensor:

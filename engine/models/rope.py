@@ -1,4 +1,4 @@
-"""Rotary frequencies: how fast each pair of dimensions turns with the position, and how long contexts slow them down."""
+"""Rotary frequencies: how fast each pair of dimensions turns with the position, and what slows them down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All frequencies are divided by `factor`, so that `factor` times as many positions turn as far (arXiv:2306.15595)."""
+    """Every frequency is divided by `factor`: position interpolation (arXiv:2306.15595)."""
 
     factor: float
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from twinserve.engine.kv_cache import KVCache, bytes_per_block, default_num_blocks
-from twinserve.engine.layers.attention import PagedAttention, SdpaAttention, StepRows, slots_of
+from twinserve.engine.layers import PagedAttention, SdpaAttention, StepRows
+from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig
 from twinserve.traces.errors import InputError
 

@@ -103,8 +103,8 @@ def test_an_empty_batch_ends_in_its_turn(runner):
 
 
 def test_an_unknown_backend_is_refused(llama):
-    with pytest.raises(InputError, match="backend is 'paged', expected one of auto, sdpa"):
-        ModelRunner(llama.model, None, "cpu", backend="paged")
+    with pytest.raises(InputError, match="attention is 'paged', expected one of auto, flash, sdpa"):
+        ModelRunner(llama.model, None, "cpu", attention="paged")
 
 
 def test_launch_copies_what_it_needs(llama, runner):

@@ -1,0 +1,139 @@
+"""Linear layers and embeddings that run from int8 weights and a scale a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FUSED_ROWS = 64
+"""On CUDA, the most rows that are multiplied by weights dequantised on the way; beyond, arithmetic outweighs reading."""
+
+CACHED_NUMBERS = 1 << 19
+"""On a CPU, the most numbers of an intermediate result, so that it stays in a core's cache."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with the weights scale * int8.
+
+    Args:
+        weight: [out, in], int8.
+        scale: [out, 1], float32.
+        bias: [out], or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out] of `x` [..., in], in its dtype."""
+        product = int8_product(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+
+class Int8Embedding(nn.Module):
+    """A table of token vectors in int8, each with a scale, that a tied output projection multiplies by as well.
+
+    Args:
+        weight: [vocabulary, hidden], int8.
+        scale: [vocabulary, 1], float32.
+        dtype: of the vectors that are looked up.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """The vectors [..., hidden] of `token_ids` [...]."""
+        return (self.weight[token_ids] * self.scale[token_ids]).to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [rows, hidden] times every token's vector, [rows, vocabulary]."""
+        return int8_product(hidden, self.weight, self.scale)
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ (weight * scale).T.
+
+    Args:
+        x: [rows, in], floating point.
+        weight: [out, in], int8, contiguous.
+        scale: [out, 1].
+
+    Returns:
+        [rows, out], of the dtype of `x`.
+    """
+    if x.device.type == "cpu":
+        multiply = _product_of_digits if sums_int8_exactly() else _product_by_blocks
+        return multiply(x.float(), weight, scale).to(x.dtype)
+    if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and _has_triton():
+        from twinserve.engine.kernels.int8_matmul import int8_matmul
+
+        return int8_matmul(x.contiguous(), weight, scale)
+    # Scaled after the product: int8 is exact in every dtype, a scaled weight is not.
+    return F.linear(x, weight.to(x.dtype)).mul_(scale.T)
+
+
+@cache
+def sums_int8_exactly() -> bool:
+    """Whether this processor's products of int8 are exact.
+
+    Those without instructions for them (x86 before VNNI) add pairs of products in 16 bits, where large ones do not fit.
+    """
+    largest = torch.full((2, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127 * 127).all())
+
+
+def _product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product in integers, each number of `x` in two int8 digits.
+
+    A number is step * (high + low / 254), its row's step being max(|row|) / 127: 16 bits, and an error of at most 1/64,516
+    of the largest, so that the weights' int8 is all that shows in the result. The sums are exact, and a row's result does
+    not depend on the rows beside it.
+    """
+    step = x.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(127)
+    exact = x / step
+    high = exact.round()
+    digits = torch.empty((2, *x.shape), dtype=torch.int8)
+    digits[0] = high
+    digits[1] = exact.sub_(high).mul_(254).round_()
+    out = x.new_empty(len(x), len(weight))
+    for part in _blocks(len(weight), 2 * len(x)):
+        high_sums, low_sums = torch._int_mm(digits.flatten(0, 1), weight[part].T).chunk(2)
+        torch.mul(high_sums.float().add_(low_sums, alpha=1 / 254), step, out=out[:, part])
+    return out.mul_(scale.T)
+
+
+def _product_by_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product in float32, the weights converted some rows at a time."""
+    out = x.new_empty(len(x), len(weight))
+    for part in _blocks(len(weight), weight.shape[1]):
+        torch.mm(x, weight[part].to(x.dtype).T, out=out[:, part])
+    return out.mul_(scale.T)
+
+
+def _blocks(count: int, numbers: int) -> Iterator[slice]:
+    """Slices of `count` rows, of which each takes `numbers` numbers of an intermediate result."""
+    size = max(1, CACHED_NUMBERS // numbers)
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

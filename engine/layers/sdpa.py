@@ -1,0 +1,185 @@
+"""Attention by torch alone: any device, any block size, any head size."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from twinserve.engine.device_queue import to_device
+from twinserve.engine.layers.attention import StepRows, padded_tables, slots_of
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class SdpaAttention:
+    """Attention by torch's scaled_dot_product_attention over gathered keys and values; any device, any block size.
+
+    Rows of one token are gathered together, padded to the longest of their group. A padded place repeats the row's own
+    last token, so a row never reads what is not its own, and what a pool held before does not matter.
+    """
+
+    # A group's call costs as much as some hundred padded tokens, so rows join while a row pads at most this much.
+    PADDED_TOKENS = 64
+    PADDED_SHARE = 0.25
+    # What is gathered at once should stay in the cache of a core; a GPU wants few and large calls.
+    GATHERED_TOKENS_CPU = 4096
+    GATHERED_TOKENS_CUDA = 65536
+
+    default_block_size = 16
+
+    def __init__(self) -> None:
+        self._gathered: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def check(cls, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int) -> None:
+        """There is nothing that it cannot do."""
+
+    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> list[_Singles | _Prompt]:
+        plans: list[_Singles | _Prompt] = []
+        first = 0
+        while first < rows.num_single:
+            last = self._group_end(rows, first, device)
+            plans.append(_plan_singles(rows, first, last, dtype, device))
+            first = last
+        for row in range(rows.num_single, len(rows.query_lens)):
+            plans.append(_plan_prompt(rows, row, first, dtype, device))
+            first += rows.query_lens[row]
+        return plans
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: list[_Singles | _Prompt]) -> Tensor:
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        # Contexts grow at every step, and cuDNN would compile a plan for each new length: 45 ms, seen on an H100.
+        with sdpa_kernel(_KERNELS) if query.is_cuda else nullcontext():
+            outputs = [
+                part.attend(query[part.first : part.last], *self._gather(keys, values, part.slots)) for part in plan
+            ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def prefill_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        """As `FlashAttention.prefill_attention`; the lengths are read back from the device."""
+        if block_table is None:
+            # Keys one after another are a pool of blocks of one token each.
+            k, v = k[:, None], v[:, None]
+            tables = [np.arange(*ends) for ends in pairwise(cu_seqlens_k.tolist())]
+        else:
+            tables = list(block_table.cpu().numpy().astype(np.int64))
+        queries, contexts = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        rows = StepRows(0, queries, contexts, tables, block_size=k.shape[1])
+        return self.attend(q, k, v, self.plan(rows, q.dtype, q.device))
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_table: Tensor
+    ) -> Tensor:
+        """As `FlashAttention.decode_attention`; the lengths are read back from the device."""
+        order = context_lens.argsort(descending=True)
+        tables = list(block_table[order].cpu().numpy().astype(np.int64))
+        rows = StepRows(len(q), [1] * len(q), context_lens[order].tolist(), tables, block_size=k_cache.shape[1])
+        output = torch.empty_like(q)
+        output[order] = self.attend(q[order], k_cache, v_cache, self.plan(rows, q.dtype, q.device))
+        return output
+
+    def _group_end(self, rows: StepRows, first: int, device: torch.device) -> int:
+        """One past the last row of one token that attends together with row `first`."""
+        longest = rows.context_lens[first]
+        most = self.GATHERED_TOKENS_CPU if device.type == "cpu" else self.GATHERED_TOKENS_CUDA
+        end = min(rows.num_single, first + max(1, most // longest))
+        shortest = longest - max(self.PADDED_TOKENS, int(longest * self.PADDED_SHARE))
+        last = first + 1
+        while last < end and rows.context_lens[last] >= shortest:
+            last += 1
+        return last
+
+    def _gather(self, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of `slots`, valid until the next call.
+
+        The buffer is kept: new memory for megabytes at every layer costs more (page faults) than the copy itself.
+        """
+        if self._gathered is None or len(self._gathered[0]) < len(slots) or self._gathered[0].dtype != keys.dtype:
+            shape = (len(slots), *keys.shape[1:])
+            self._gathered = keys.new_empty(shape), values.new_empty(shape)
+        key, value = (buffer[: len(slots)] for buffer in self._gathered)
+        torch.index_select(keys, 0, slots, out=key)
+        torch.index_select(values, 0, slots, out=value)
+        return key, value
+
+
+@dataclass(frozen=True)
+class _Singles:
+    """Rows of one token each, `first` to `last` of the flat batch.
+
+    `slots` [rows * width] are those of each row's context, padded to the longest; `mask` [rows, 1, 1, width] is 0 in
+    the context and -inf beyond, or None where all contexts are as long.
+    """
+
+    first: int
+    last: int
+    slots: Tensor
+    mask: Tensor | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, head_dim = query.shape
+        key, value = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (key, value))
+        # The query heads that share a key-value head take the place of query tokens: its keys are read once for all.
+        grouped = query.reshape(rows, key.shape[1], -1, head_dim)
+        return F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask).reshape(rows, heads, head_dim)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One row of several tokens, `first` to `last` of the flat batch.
+
+    `slots` [context] are those of its context; `mask` [tokens, context] is 0 where a token attends and -inf elsewhere,
+    or None where the row begins its sequence.
+    """
+
+    first: int
+    last: int
+    slots: Tensor
+    mask: Tensor | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tokens, heads, head_dim = query.shape
+        kv_heads = key.shape[1]
+        grouped = query.reshape(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        key, value = (x.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for x in (key, value))
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, is_causal=self.mask is None)
+        return output.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
+
+
+def _plan_singles(rows: StepRows, first: int, last: int, dtype: torch.dtype, device: torch.device) -> _Singles:
+    contexts = np.asarray(rows.context_lens[first:last])[:, None]
+    tables = padded_tables(rows.block_tables[first:last], np.int64)
+    places = np.arange(contexts.max())
+    slots = slots_of(tables, np.minimum(places, contexts - 1), rows.block_size)
+    mask = None
+    if contexts.min() < contexts.max():
+        beyond = torch.from_numpy(places >= contexts)[:, None, None]
+        mask = to_device(torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf), device)
+    return _Singles(first, last, to_device(slots.reshape(-1), device), mask)
+
+
+def _plan_prompt(rows: StepRows, row: int, first: int, dtype: torch.dtype, device: torch.device) -> _Prompt:
+    num_tokens, context = rows.query_lens[row], rows.context_lens[row]
+    slots = slots_of(rows.block_tables[row], np.arange(context), rows.block_size)
+    mask = None
+    if context > num_tokens:
+        mask = torch.full((num_tokens, context), -torch.inf, dtype=dtype, device=device)
+        mask.triu_(context - num_tokens + 1)
+    return _Prompt(first, first + num_tokens, to_device(slots, device), mask)

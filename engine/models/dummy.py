@@ -1,0 +1,38 @@
+"""Models of a real shape with random weights: what a step costs hangs on the shape, not on what the weights say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.loader import random_model
+from twinserve.traces.errors import InputError
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def shape_names() -> list[str]:
+    """The shapes that ship: Hugging Face folders without weights."""
+    return sorted(folder.name for folder in SHAPES.iterdir())
+
+
+def dummy_model(
+    model: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """A Decoder of a shape with random weights.
+
+    Args:
+        model: a shape that ships, or a folder with config.json.
+
+    Raises:
+        InputError: it is neither, or its config asks for something that is not honoured.
+    """
+    shipped = str(model) in shape_names()
+    folder = SHAPES / str(model) if shipped else Path(model)
+    if not shipped and not folder.is_dir():
+        problem = f"expected {', '.join(shape_names())}, or a folder with config.json, for random weights"
+        raise InputError(problem, field="model", value=str(model))
+    return random_model(ModelConfig.load(folder), seed=seed, dtype=dtype, device=device)

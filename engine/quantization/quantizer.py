@@ -1,0 +1,70 @@
+"""Weights in int8 with a scale a row, and the memory that a model takes."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+LARGEST = 127
+"""Of the int8 values in use: as many below zero as above it, so that zero stays zero."""
+
+
+class AbsMaxQuantizer:
+    """Quantization by the largest magnitude (arXiv:2208.07339, section 2.1), with a scale for each row.
+
+    A row is the last dimension; in a linear layer, the weights of one output. Its scale is max(|row|) / 127, and each
+    weight becomes the nearest multiple of it, so none moves by more than half a step: |weight - int8 * scale| <= scale / 2.
+    """
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 values and their scales.
+
+        Args:
+            weight: [..., row], finite floating point numbers.
+
+        Returns:
+            quantized: int8 of the shape of `weight`, from -127 to 127.
+            scale: [..., 1], positive; float32 (float64 for float64 weights), as a scale that is rounded to 16 bits would
+                not keep to half a step.
+        """
+        exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        # A row of zeros has no step of its own; the smallest one there is divides and keeps the zeros.
+        smallest = torch.finfo(exact.dtype).tiny
+        scale = exact.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=smallest)
+        quantized = (exact / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        return quantized, scale
+
+    @staticmethod
+    def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
+        """The weights [..., row] that `quantized` [..., row] and `scale` [..., 1] stand for, of the dtype of `scale`."""
+        return quantized.to(scale.dtype) * scale
+
+
+def quantize_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight of every Linear layer in int8, by the layer's name: quantized [out, in] and scale [out, 1].
+
+    Any module will do, a transformers model and a Decoder alike; it is left as it is. To have a Decoder run from int8 is
+    what `twinserve.engine.models.int8` is for; a tied embedding, which is no Linear layer, included.
+    """
+    return {
+        name: AbsMaxQuantizer.quantize(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def measure_memory(model: nn.Module) -> float:
+    """Megabytes (10**6 bytes) of the memory behind a model's parameters and buffers.
+
+    What several of them share, as a tied embedding and views do, counts once; a view counts as all that it keeps alive.
+    """
+    storages = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        storage = tensor.untyped_storage()
+        # An address would not do: tensors without data, on the meta device, all have the same.
+        storages[StorageWeakRef(storage)] = storage.nbytes()
+    return sum(storages.values()) / 1e6

@@ -8,6 +8,7 @@ import pytest
 import twinserve.demo as demo
 from twinserve.traces.record import load_record
 from twinserve.traces.replay import replay
+from twinserve.workload import load_workload
 
 torch = pytest.importorskip("torch")
 
@@ -41,6 +42,8 @@ def tiny_model(monkeypatch):
     )
     model = LlamaForCausalLM(config).eval()
     monkeypatch.setattr(demo, "load_llm", lambda name, settings, **_: LLM(model, name=name, settings=settings))
+    # The tiny model is some twenty times as fast as the real one, so its arrivals may be as well.
+    monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, {"rate_scale": 20.0}))
 
 
 def test_the_demo_runs_both_worlds_replays_exactly_and_writes_its_page(tiny_model, monkeypatch, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
     python benchmarks/windows.py [--requests 60] [--traces FOLDER] [--out benchmarks/results/windows.json]
 
-For each trace: its first requests, lengths capped (counted), at a rate that this machine can serve; served in real time by
-SmolLM2-135M on the CPU, replayed from the facts of the record, and simulated with a latency model measured just before. FOLDER
-defaults to $TWINSERVE_TRACES.
+For each trace: its first requests, lengths capped (counted), at a rate that this machine can serve; served in real
+time by SmolLM2-135M on the CPU, replayed from the facts of the record, and simulated with a latency model measured
+just before. FOLDER defaults to $TWINSERVE_TRACES.
 """
 
 from __future__ import annotations

@@ -11,6 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twinserve.traces.errors import InputError
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: it is neither a CPU nor a CUDA device that is there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError("expected cpu or cuda", field="device", value=name) from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError("expected cpu or cuda", field="device", value=name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        problem = f"but torch finds {torch.cuda.device_count()} CUDA devices"
+        raise InputError(problem, field="device", value=name)
+    return device
+
 
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """`values`, which nobody changes any more, on `device`.

@@ -12,11 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from twinserve.engine.device_queue import usable_device
 from twinserve.engine.kv_cache import CUDA_BUDGET_SHARE, default_num_blocks
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, adopt_model, load_model
+from twinserve.engine.models.decoder import QUANTIZATIONS, Quantization
 from twinserve.engine.models.dummy import dummy_model
+from twinserve.engine.models.int8 import quantize_decoder
 from twinserve.engine.models.loader import DTYPES
 from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
 from twinserve.policies import CoreListener, SamplingParams, Sequence
@@ -63,6 +66,9 @@ class LLM:
         attention: the attention backend; "auto" takes flash where it can serve, else sdpa.
         load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
             config.json, or a shape that ships (`twinserve.engine.models.dummy`); "auto" loads what there is.
+        quantization: "int8" keeps the weights of linear layers and of the embedding in int8 and runs from them, while
+            the layers give each other `dtype`; "none" keeps all in `dtype`. None is "none", but leaves a Decoder as it
+            is.
         kv_memory_share: the share of a CUDA device's free memory, the weights being loaded, that the KV pool takes.
         seed: of the draws for requests without a seed of their own.
         threads: CPU threads of torch, in the whole process; None leaves them.
@@ -75,7 +81,7 @@ class LLM:
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
 
     Raises:
-        InputError: the model, the settings, the attention backend or the token maker cannot be used.
+        InputError: the device, the model, the settings, the attention backend or the token maker cannot be used.
     """
 
     def __init__(
@@ -89,18 +95,23 @@ class LLM:
         settings: Settings | None = None,
         attention: Literal["auto", "flash", "sdpa"] = "auto",
         load_format: Literal["auto", "dummy"] = "auto",
+        quantization: Quantization | None = None,
         kv_memory_share: float = CUDA_BUDGET_SHARE,
         seed: int = 0,
         threads: int | None = None,
         token_maker: TokenMaker | None = None,
     ):
+        usable_device(device)
         if dtype not in DTYPES:
             raise InputError(f"expected one of {', '.join(DTYPES)}", field="dtype", value=dtype)
+        if quantization not in (None, *QUANTIZATIONS):
+            expected = f"expected one of {', '.join(QUANTIZATIONS)}"
+            raise InputError(expected, field="quantization", value=quantization)
         if threads is not None:
             torch.set_num_threads(threads)
-        decoder = _decoder(model, DTYPES[dtype], device, load_format, seed)
+        decoder = _decoder(model, DTYPES[dtype], device, load_format, seed, quantization)
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
-        self.tokenizer = tokenizer if isinstance(model, nn.Module) else _load_tokenizer(Path(model))
+        self.tokenizer = tokenizer if isinstance(model, nn.Module) else load_tokenizer(Path(model))
         self.config = decoder.config
         own = getattr(self.tokenizer, "eos_token_id", None)
         ids = (own, *self.config.eos_token_ids)
@@ -140,6 +151,7 @@ class LLM:
             "model": {"name": self.name, **asdict(self.config)},
             "load_format": self.load_format,
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
+            "quantization": self.runner.model.quantization,
             "attention": self.attention.name,
             "attention_reason": self.attention.reason,
             "seed": self.seed,
@@ -150,6 +162,17 @@ class LLM:
     def close(self) -> None:
         """End the runner's thread."""
         self.runner.close()
+
+    def warm_up(self) -> None:
+        """Serve a few requests that nobody asked for: a full step, and decodes of up to 32 sequences.
+
+        On CUDA a kernel is loaded when it is first used, which takes a hundred times as long as to run it.
+        """
+        settings, token = self.settings, self.token_maker.first_id
+        longest = min(settings.max_num_batched_tokens, (settings.max_model_len or 2) - 1)
+        counts = range(1, min(settings.max_num_seqs, 32) + 1)
+        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (1, *counts)]
+        self.generate([[token] * longest, *([token] for _ in counts)], params)
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]
@@ -302,21 +325,33 @@ class _Feeder(TraceFeeder):
             self.error = error
 
 
-def _decoder(model: str | Path | nn.Module, dtype: torch.dtype, device: str, load_format: str, seed: int) -> Decoder:
+def _decoder(
+    model: str | Path | nn.Module,
+    dtype: torch.dtype,
+    device: str,
+    load_format: str,
+    seed: int,
+    quantization: Quantization | None,
+) -> Decoder:
     if load_format not in ("auto", "dummy"):
         raise InputError("expected auto or dummy", field="load_format", value=load_format)
     if load_format == "dummy":
         if isinstance(model, nn.Module):
             raise InputError("expected auto: the model has its weights", field="load_format", value=load_format)
-        return dummy_model(model, seed=seed, dtype=dtype, device=device)
+        dummy = dummy_model(model, seed=seed, dtype=dtype, device=device)
+        return quantize_decoder(dummy) if quantization == "int8" else dummy
     if isinstance(model, Decoder):
+        if quantization not in (None, model.quantization):
+            problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
+            raise InputError(problem, field="quantization", value=quantization)
         return model.to(device)
+    quantization = quantization or "none"
     if isinstance(model, nn.Module):
-        return adopt_model(model, dtype=dtype, device=device)
-    return load_model(Path(model), dtype=dtype, device=device)
+        return adopt_model(model, dtype=dtype, device=device, quantization=quantization)
+    return load_model(Path(model), dtype=dtype, device=device, quantization=quantization)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer; None if it has none."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None

@@ -97,7 +97,7 @@ def measure(
     for shape in shapes:
         if shape.longest > (settings.max_model_len or shape.longest):
             raise InputError(f"expected contexts below {settings.max_model_len}", field="shape", value=shape)
-        if shape.kv_tokens + (shape.decodes + 2) * settings.block_size > pool:
+        if shape.kv_tokens + 2 * (shape.decodes + 2) * settings.block_size > pool:
             raise InputError(f"expected at most the {pool} tokens of the KV pool", field="shape", value=shape)
     order = [shape for shape in shapes for _ in range(repeats)]
     random.Random(seed).shuffle(order)
@@ -145,6 +145,8 @@ def _core_for(llm: LLM, shape: StepShape) -> Core:
         "composition": "mixed",
         "max_num_seqs": shape.decodes + 2,
         "max_num_batched_tokens": shape.kv_tokens + shape.decodes + 2,
+        # No more blocks than the shape needs: making the policies' pool would cost more than the step.
+        "num_gpu_blocks": shape.kv_tokens // llm.settings.block_size + 2 * (shape.decodes + 2),
         "long_prefill_token_threshold": 0,
         "enable_prefix_caching": True,
         "pipeline_depth": 0,

@@ -61,14 +61,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, head_dim=64),
     "qwen3-tied": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, tie_word_embeddings=True, num_key_value_heads=4, seed=1),
     "mistral": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=None),
-    "llama-biases": lambda: tiny(LlamaForCausalLM, LlamaConfig, attention_bias=True, mlp_bias=True),
+    "llama-biases": lambda: tiny(LlamaForCausalLM, LlamaConfig, attention_bias=True, mlp_bias=True, seed=4),
     "llama-llama3": lambda: tiny(LlamaForCausalLM, LlamaConfig, rope_scaling=dict(LLAMA3), rope_theta=500.0),
     "llama-linear": lambda: tiny(LlamaForCausalLM, LlamaConfig, rope_scaling=dict(LINEAR), tie_word_embeddings=True),
     "qwen3-bias": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, attention_bias=True, rope_scaling=dict(LINEAR)),
     "qwen3-llama3": lambda: tiny(Qwen3ForCausalLM, Qwen3Config, rope_scaling=dict(LLAMA3), tie_word_embeddings=True),
     "mistral-tied": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=1024, tie_word_embeddings=True),
     "mistral-llama3": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=None, rope_scaling=dict(LLAMA3)),
-    "mistral-linear": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=None, rope_scaling=dict(LINEAR)),
+    "mistral-linear": lambda: tiny(
+        MistralForCausalLM, MistralConfig, sliding_window=None, rope_scaling=dict(LINEAR), seed=2
+    ),
 }
 
 

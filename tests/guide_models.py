@@ -1,4 +1,4 @@
-"""What the guide's tests generate with: a tiny random Llama with a tokenizer of words, and SmolLM2 where it is cached."""
+"""What the guide's tests generate with: a tiny random Llama and its tokenizer of words, and SmolLM2 if it is cached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Subject:
     """A model, its tokenizer and prompts for them.
 
     Attributes:
-        prompts: their greedy completions go on for 50 tokens and more.
+        prompts: their greedy completions have 50 tokens and more (SmolLM2's: 12).
         ending_prompt: its greedy completion ends with the tokenizer's end-of-sequence token before that.
     """
 
@@ -87,7 +87,7 @@ def _smollm2() -> Subject:
     return Subject(
         model=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False),
         tokenizer=tokenizer,
-        prompts=("The capital of France is", "def add(a, b):\n"),
+        prompts=("The capital of France is",),
         ending_prompt=tokenizer.decode(chat_prompt(tokenizer, "What is the capital of France?")),
     )
 
@@ -111,7 +111,7 @@ def word_tokenizer(eos_token_id: int) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a model: tokens given, tokens in the KV cache before and after it (None without a cache)."""
+    """A call of a model: tokens given, tokens in the KV cache before and after it (None without a cache), the cache."""
 
     num_tokens: int
     cached_before: int | None
@@ -129,12 +129,11 @@ def calls_of(model: nn.Module) -> Iterator[list[Call]]:
         return None if cache is None else cache.get_seq_length()
 
     def called(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        before.append(length(kwargs.get("past_key_values")))
+        before.append(length(kwargs.get("cache", kwargs.get("past_key_values"))))
 
     def returned(module: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
-        input_ids = args[0] if args else kwargs["input_ids"]
-        cache = outputs.past_key_values
-        calls.append(Call(input_ids.shape[-1], before.pop(), length(cache), cache))
+        cache = outputs.cache if hasattr(outputs, "cache") else outputs.past_key_values
+        calls.append(Call(args[0].shape[-1], before.pop(), length(cache), cache))
 
     hooks = [
         model.register_forward_pre_hook(called, with_kwargs=True),

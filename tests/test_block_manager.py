@@ -56,6 +56,7 @@ def test_block_manager_allocate():
     # Up to here the guide's own test; from here on what its section says beside.
     assert seq.block_table == []
     check_who_holds_what()
+    check_a_block_made_blank()
     check_the_limits_of_a_pool()
     check_a_block_shared_by_two()
 
@@ -78,6 +79,15 @@ def check_who_holds_what() -> None:
     assert [block.ref_count for block in bm.blocks] == [int(block.block_id in taken) for block in bm.blocks]
     assert sorted(bm.free_block_ids) == sorted({0, 1, 2, 3} - taken)
     bm.check_integrity()
+
+
+def check_a_block_made_blank() -> None:
+    """A new block and one that was reset are held by nobody."""
+    block = Block(3)
+    assert (block.block_id, block.ref_count) == (3, 0)
+    block.ref_count = 2
+    block.reset()
+    assert (block.block_id, block.ref_count) == (3, 0)
 
 
 def check_the_limits_of_a_pool() -> None:
@@ -114,11 +124,3 @@ def check_a_block_shared_by_two() -> None:
     assert shared.block_id in bm.used_block_ids and len(bm.free_block_ids) == 2
     bm.deallocate(two)
     assert shared.ref_count == 0 and len(bm.free_block_ids) == 4
-
-
-def test_a_reset_block_is_held_by_nobody():
-    block = Block(3)
-    assert (block.block_id, block.ref_count) == (3, 0)
-    block.ref_count = 2
-    block.reset()
-    assert (block.block_id, block.ref_count) == (3, 0)

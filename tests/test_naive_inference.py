@@ -17,9 +17,10 @@ def test_naive_inference(name):
     prompt = of.prompts[0]
     num_prompt = len(of.tokenizer.encode(prompt))
     with calls_of(of.model) as calls:
-        text = generate_naive(of.model, of.tokenizer, prompt, max_new_tokens=10, temperature=0.0)
-    assert of.num_new(prompt, text) == 10
-    assert [call.num_tokens for call in calls] == list(range(num_prompt, num_prompt + 10)), "the whole text, every time"
+        text = generate_naive(of.model, of.tokenizer, prompt, max_new_tokens=6, temperature=0.0)
+    assert of.num_new(prompt, text) == 6
+    assert text != generate_naive(of.model, of.tokenizer, prompt, max_new_tokens=6, temperature=20.0), "drawn"
+    assert [call.num_tokens for call in calls] == list(range(num_prompt, num_prompt + 6)), "the whole text, every time"
     assert all(call.past_key_values is None for call in calls), "nothing is cached"
 
     expected = of.greedy(of.ending_prompt, 50)
@@ -40,8 +41,8 @@ def test_compare_with_hf_generate(name):
     """At a temperature near 0, every token is the one of transformers' own greedy `generate`."""
     of = subject(name)
     for prompt in (*of.prompts, of.ending_prompt):
-        text = generate_naive(of.model, of.tokenizer, prompt, max_new_tokens=20, temperature=1e-6)
-        assert text == of.tokenizer.decode(of.greedy(prompt, 20))
+        text = generate_naive(of.model, of.tokenizer, prompt, max_new_tokens=12, temperature=1e-6)
+        assert text == of.tokenizer.decode(of.greedy(prompt, 12))
 
 
 @pytest.mark.parametrize("generate", [generate_naive, generate_with_kv_cache])

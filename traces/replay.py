@@ -65,6 +65,8 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
             facts = {name: row[name] for name in ("seen", "committed", "aborted")}
             difference = Difference(row["decision"], "facts", facts, f"not possible ({error or 'no such request'})")
             return ReplayResult(equal, len(record.steps), difference)
+        if (unfollowed := _unfollowed_fact(batch, row)) is not None:
+            return ReplayResult(equal, len(record.steps), unfollowed)
         if f"{batch.digest:016x}" != row["digest"]:
             return ReplayResult(equal, len(record.steps), _first_difference(batch, row))
         equal += 1
@@ -102,6 +104,15 @@ def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None
         else:
             raise _Impossible(f"tokens of request {seq.seq_id}", f"{len(recorded)} of them", f"one more at {position}")
     return tokens
+
+
+def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
+    """The first fact of a decision that could not be followed, such as fewer requests seen than before."""
+    followed = {"seen": batch.seen, "aborted": [seq.seq_id for seq in batch.aborted], "committed": batch.committed}
+    for field, value in followed.items():
+        if row[field] != value:
+            return Difference(batch.decision, field, row[field], value)
+    return None
 
 
 def _first_difference(batch: Batch, row: dict) -> Difference:

@@ -23,9 +23,7 @@ class Settings(BaseModel):
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = Field(default=0, ge=0)
     max_model_len: int | None = Field(default=None, ge=1)
-    block_size: int = Field(
-        default=16, ge=1, description="tokens in a KV block; 256 where flash serves and none is given"
-    )
+    block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
     enable_prefix_caching: bool = True
     prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"

@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 trace_app = typer.Typer(help="Look at a trace, make a synthetic one, change its format.", no_args_is_help=True)
-model_app = typer.Typer(help="Bring a model.", no_args_is_help=True)
+model_app = typer.Typer(help="Bring a model, or hold one against transformers.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 app.add_typer(model_app, name="model")
 
@@ -39,6 +39,7 @@ LoadFormat = Annotated[
     str,
     typer.Option(help="auto, or dummy: random weights; --model is a folder with config.json or a shape that ships."),
 ]
+Quantization = Annotated[str, typer.Option(help="none, or int8: weights of a byte, and a scale a row.")]
 KvMemoryShare = Annotated[
     float, typer.Option(help="Share of a CUDA device's free memory that KV takes, unless --num-gpu-blocks is given.")
 ]
@@ -121,6 +122,7 @@ def run(
     dtype: Dtype = "float32",
     attention: Attention = "auto",
     load_format: LoadFormat = "auto",
+    quantization: Quantization = "none",
     kv_memory_share: KvMemoryShare = 0.8,
     time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
     stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
@@ -147,6 +149,7 @@ def run(
         seed=seed,
         attention=attention,
         load_format=load_format,
+        quantization=quantization,
         kv_memory_share=kv_memory_share,
     )
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
@@ -228,6 +231,7 @@ def profile(
     dtype: Dtype = "float32",
     attention: Attention = "auto",
     load_format: LoadFormat = "auto",
+    quantization: Quantization = "none",
     max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
     max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
     max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
@@ -238,7 +242,16 @@ def profile(
     from twinserve.worlds import fit_steps, load_llm, measure_steps
 
     refuse_existing(out)
-    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=0, attention=attention, load_format=load_format)
+    llm = load_llm(
+        model,
+        Settings(),
+        device=device,
+        dtype=dtype,
+        seed=0,
+        attention=attention,
+        load_format=load_format,
+        quantization=quantization,
+    )
     samples = measure_steps(
         llm,
         max_seqs=max_seqs,
@@ -264,6 +277,7 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     attention: Attention = "auto",
+    quantization: Quantization = "none",
     max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
@@ -282,7 +296,9 @@ def generate(
         params = SamplingParams(temperature, max_tokens, top_k, top_p, seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    llm = load_llm(model, Settings(), device=device, dtype=dtype, seed=seed, attention=attention)
+    llm = load_llm(
+        model, Settings(), device=device, dtype=dtype, seed=seed, attention=attention, quantization=quantization
+    )
     from twinserve.engine.hub import chat_prompt
 
     (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
@@ -310,6 +326,33 @@ def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
     from twinserve.engine.hub import fetch
 
     print(fetch(name, progress=say))
+
+
+@model_app.command("verify")
+def model_verify(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, smollm2-135m, or a hub id.")],
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    max_tokens: Annotated[int, typer.Option(help="Generated after each prompt.", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Hold a model on this engine against transformers; exit status 1 if more than rounding differs in float32."""
+    from twinserve.worlds import require_engine
+
+    require_engine(device)
+    from twinserve.engine.hub import resolve_model
+    from twinserve.engine.verify import verify
+
+    folder = resolve_model(model, progress=say)
+    report = verify(folder, device=device, dtype=dtype, max_tokens=max_tokens, progress=say)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        from twinserve.tables import verify_table
+
+        verify_table(report.as_dict())
+    if report.agrees is False:
+        raise typer.Exit(1)
 
 
 def refuse_existing(out: Path | None) -> None:

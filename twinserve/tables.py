@@ -62,5 +62,31 @@ def trace_table(statistics: dict[str, Any]) -> None:
         console.print(f"{entry['transform']} {entry['parameters']}: {entry['changed']}")
 
 
+def verify_table(report: dict[str, Any]) -> None:
+    """Print how a model as the engine runs it compares with transformers, and whether that is rounding."""
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(
+        f"{report['model']}: {report['dtype']} on {report['device']}, attention {report['attention']}, "
+        f"against transformers {report['transformers']}"
+    )
+    first = report["first_difference"]
+    where = first and (
+        f"prompt {first['prompt']}, token {first['position']}: {first['ours']}, "
+        f"transformers has {first['theirs']}, {_number(first['margin'])} above it"
+    )
+    table = Table("what", "found")
+    table.add_row("greedy sequences equal", f"{report['equal']} of {report['sequences']}, {report['tokens']} tokens")
+    table.add_row("first difference", where or "none")
+    table.add_row("near ties", str(report["near_ties"]))
+    table.add_row("prompts in chunks", str(report["chunked_prompts"]))
+    table.add_row("prompt tokens cached", str(report["cached_tokens"]))
+    table.add_row("largest log-probability difference", _number(report["log_prob_difference"]))
+    perplexities = f"{report['perplexity']:.6g}, transformers {report['reference_perplexity']:.6g}"
+    table.add_row(f"perplexity of {report['text_tokens']} tokens", perplexities)
+    console.print(table)
+    verdicts = {True: "agrees: rounding explains what differs", False: "differs by more than rounding explains"}
+    console.print(verdicts.get(report["agrees"], f"no verdict: in {report['dtype']} rounding alone changes tokens"))
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

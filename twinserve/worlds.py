@@ -49,27 +49,35 @@ def choose_latency(path: Path | None, record: Path | None) -> tuple[LatencyModel
     return model, {"name": name, "identity": model.identity, "about": about}
 
 
+def require_engine(device: str) -> None:
+    """Refuse to begin where the engine is not installed, or has no such device.
+
+    Raises:
+        InputError: it is not, or has none.
+    """
+    try:
+        from twinserve.engine.device_queue import usable_device
+    except ImportError as error:
+        raise InputError("the engine needs torch and transformers: pip install 'twinserve[engine]'") from error
+    usable_device(device)
+
+
 def load_llm(
     model: str, settings: Settings, *, device: str, dtype: str, seed: int, load_format: str = "auto", **options: Any
 ) -> LLM:
     """The model that a name, a folder or a hub id stands for, ready to serve.
 
     Args:
-        load_format: with "dummy", `model` is a folder with config.json or a shape that ships, and its weights are random.
+        load_format: with "dummy", `model` is a folder with config.json or a shape that ships, the weights random.
         options: further arguments of LLM.
 
     Raises:
-        InputError: the engine is not installed, or the model or the settings cannot be used.
+        InputError: the engine is not installed, or the device, the model or the settings cannot be used.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError("the engine needs torch and transformers: pip install 'twinserve[engine]'") from error
+    require_engine(device)
     from twinserve.engine.hub import resolve_model
     from twinserve.engine.llm import LLM
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("expected cpu: torch finds no CUDA device", field="device", value=device)
     source = model if load_format == "dummy" else resolve_model(model, progress=say)
     options |= {"name": model, "load_format": load_format}
     llm = LLM(source, device=device, dtype=dtype, settings=settings, seed=seed, **options)
@@ -91,6 +99,7 @@ def engine_facts(llm: LLM) -> dict[str, Any]:
     return {
         "model": llm.name,
         "dtype": str(llm.runner.model.dtype).removeprefix("torch."),
+        "quantization": llm.runner.model.quantization,
         "attention": llm.attention.name,
         "attention_reason": llm.attention.reason,
         "load_format": llm.load_format,
@@ -193,6 +202,8 @@ def run_real(
     """
     params = params or SamplingParams(temperature=0.0, ignore_eos=True)
     facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **engine_facts(llm)}
+    if llm.runner.device.type == "cuda":
+        llm.warm_up()
     with recording(out, "real", llm.settings, facts, device_name(llm)) as recorder:
         begun = time.perf_counter()
         llm.run_trace(workload.requests, params=params, recorder=recorder, time_scale=time_scale, progress=progress)

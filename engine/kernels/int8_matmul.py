@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -71,6 +72,7 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
     return out
 
 
+@lru_cache(maxsize=1024)
 def choose_tiling(rows: int, num_out: int, num_in: int) -> Tiling:
     """A tiling that keeps a device of MULTIPROCESSORS reading.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FUSED_ROWS = 64
-"""On CUDA, the most rows that are multiplied by weights dequantised on the way; beyond, arithmetic outweighs reading."""
+"""On CUDA, the most rows of a product that dequantises on the way; with more, arithmetic outweighs reading weights."""
 
 CACHED_NUMBERS = 1 << 19
 """On a CPU, the most numbers of an intermediate result, so that it stays in a core's cache."""
@@ -72,13 +72,16 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x @ (weight * scale).T.
 
     Args:
-        x: [rows, in], floating point.
+        x: [rows, in], floating point; none or more rows.
         weight: [out, in], int8, contiguous.
         scale: [out, 1].
 
     Returns:
         [rows, out], of the dtype of `x`.
     """
+    # A step in which nothing samples asks for the logits of no rows, and no kernel can be launched for none.
+    if not len(x):
+        return x.new_empty(0, len(weight))
     if x.device.type == "cpu":
         multiply = _product_of_digits if sums_int8_exactly() else _product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
@@ -103,9 +106,9 @@ def sums_int8_exactly() -> bool:
 def _product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The product in integers, each number of `x` in two int8 digits.
 
-    A number is step * (high + low / 254), its row's step being max(|row|) / 127: 16 bits, and an error of at most 1/64,516
-    of the largest, so that the weights' int8 is all that shows in the result. The sums are exact, and a row's result does
-    not depend on the rows beside it.
+    A number is step * (high + low / 254), where its row's step is max(|row|) / 127. That is 16 bits: an error of at
+    most 1 / 64,516 of the row's largest, far below that of the weights. The sums are exact, so a row's result does not
+    depend on the rows beside it.
     """
     step = x.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(127)
     exact = x / step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from twinserve.engine.models.rope import rotary_frequencies
 
 Quantization = Literal["none", "int8"]
 """What a Decoder's linear layers and its embedding are kept in: its dtype, or int8."""
+
+QUANTIZATIONS = get_args(Quantization)
 
 
 class Attention(Protocol):

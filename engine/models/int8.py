@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from twinserve.engine.layers.int8_linear import Int8Embedding, Int8Linear
@@ -16,9 +18,8 @@ def quantize_decoder(decoder: Decoder) -> Decoder:
     """
     # By name: a list of the layers would keep the weights of all of them until the last is replaced.
     for name in [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]:
-        linear = decoder.get_submodule(name)
-        quantized = Int8Linear(*AbsMaxQuantizer.quantize(linear.weight), linear.bias)
-        decoder.set_submodule(name, quantized)
+        linear = cast(nn.Linear, decoder.get_submodule(name))
+        decoder.set_submodule(name, Int8Linear(*AbsMaxQuantizer.quantize(linear.weight), linear.bias))
     if decoder.quantization == "none":
         decoder.embedding = Int8Embedding(*AbsMaxQuantizer.quantize(decoder.embedding.weight), decoder.dtype)
         decoder.quantization = "int8"

@@ -15,8 +15,8 @@ LARGEST = 127
 class AbsMaxQuantizer:
     """Quantization by the largest magnitude (arXiv:2208.07339, section 2.1), with a scale for each row.
 
-    A row is the last dimension; in a linear layer, the weights of one output. Its scale is max(|row|) / 127, and each
-    weight becomes the nearest multiple of it, so none moves by more than half a step: |weight - int8 * scale| <= scale / 2.
+    A row is the last dimension; in a linear layer, the weights of one output. Its scale is max(|row|) / 127, and a
+    weight becomes the nearest multiple of it, so it moves by half a step at most: |weight - int8 * scale| <= scale / 2.
     """
 
     @staticmethod
@@ -28,8 +28,8 @@ class AbsMaxQuantizer:
 
         Returns:
             quantized: int8 of the shape of `weight`, from -127 to 127.
-            scale: [..., 1], positive; float32 (float64 for float64 weights), as a scale that is rounded to 16 bits would
-                not keep to half a step.
+            scale: [..., 1], positive; float32, and float64 for float64 weights. Rounded to 16 bits, it and what it
+                scales would be off by more than half a step.
         """
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         # A row of zeros has no step of its own; the smallest one there is divides and keeps the zeros.
@@ -40,15 +40,18 @@ class AbsMaxQuantizer:
 
     @staticmethod
     def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
-        """The weights [..., row] that `quantized` [..., row] and `scale` [..., 1] stand for, of the dtype of `scale`."""
+        """The weights [..., row] that `quantized` [..., row] and `scale` [..., 1] stand for, in the dtype of `scale`.
+
+        What quantize gave for 16-bit weights comes back as float32: rounded again, it would leave half a step.
+        """
         return quantized.to(scale.dtype) * scale
 
 
 def quantize_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """The weight of every Linear layer in int8, by the layer's name: quantized [out, in] and scale [out, 1].
 
-    Any module will do, a transformers model and a Decoder alike; it is left as it is. To have a Decoder run from int8 is
-    what `twinserve.engine.models.int8` is for; a tied embedding, which is no Linear layer, included.
+    Any module will do, a transformers model and a Decoder alike; it is left as it is. `quantize_decoder` has a Decoder
+    run from int8, with its embedding, which is no Linear layer.
     """
     return {
         name: AbsMaxQuantizer.quantize(module.weight)

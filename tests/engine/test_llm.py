@@ -174,3 +174,14 @@ def test_a_decoder_is_taken_as_it_is(llama):
     assert llm.facts()["eos_token_id"] == 2
     assert len(llm.generate([[5, 6, 7]], GREEDY)[0].token_ids) == 64
     llm.close()
+
+
+def test_warming_up_changes_no_token(llama, serving):
+    llm = serving(llama, max_num_batched_tokens=64, max_num_seqs=8)
+    steps = []
+    launch = llm.runner.launch
+    llm.runner.launch = lambda batch: (steps.append((len(batch.rows), batch.num_tokens)), launch(batch))[1]
+    llm.warm_up()
+    assert max(tokens for _, tokens in steps) == 64
+    assert {rows for rows, tokens in steps if tokens == rows} >= set(range(1, 9))
+    llama.check([5, 6, 7], llm.generate([[5, 6, 7]], GREEDY)[0].token_ids)

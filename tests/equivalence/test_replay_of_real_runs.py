@@ -309,3 +309,15 @@ def test_an_abort_left_out_is_noticed(record):
     step = next(step for step in record.steps if step["aborted"])
     step["aborted"].pop()
     assert first_difference(record).decision == step["decision"]
+
+
+def test_an_abort_of_a_request_that_is_not_being_served_is_noticed(record):
+    step = record.steps[len(record.steps) // 2]
+    step["aborted"].append(10_000)
+    assert (first_difference(record).decision, first_difference(record).field) == (step["decision"], "aborted")
+
+
+def test_a_decision_that_saw_fewer_requests_than_the_one_before_is_noticed(record):
+    step = record.steps[len(record.steps) // 2]
+    step["seen"] = 0
+    assert (first_difference(record).decision, first_difference(record).field) == (step["decision"], "seen")

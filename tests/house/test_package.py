@@ -47,6 +47,7 @@ def test_site_packages_gets_one_name(wheel):
         "reports/page.css",
         "data/demo.jsonl",
         "data/demo.toml",
+        "engine/data/verify.txt",
     ],
 )
 def test_code_and_data_are_inside(wheel, name):

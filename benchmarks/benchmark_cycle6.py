@@ -1,0 +1,161 @@
+"""Cycle 6: flash-attn against torch's attention on CUDA; torch's attention against its definition on a CPU.
+
+python benchmarks/benchmark_cycle6.py [--device cuda] [--model NAME | --shape NAME]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from common import (
+    ENGINE_TIMING,
+    Subject,
+    case,
+    engine_row,
+    expectation,
+    figure,
+    main,
+    random_jobs,
+    repeat,
+    result,
+    serve,
+)
+from torch import Tensor
+
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.layers import AttentionChoice, SdpaAttention, StepRows, choose_attention
+from twinserve.engine.layers.attention import slots_of
+from twinserve.engine.models.loader import DTYPES
+
+BLOCK_SIZE = 16
+EXPECTED = "1.5 to 2 times as fast"
+LAYER_TIMING = (
+    "Beside it: attention of one step in every layer, the keys and values being in their blocks already; nothing else "
+    "of the model"
+)
+
+
+def benchmark_flash_attention(subject: Subject | None = None, *, repeats: int = 3) -> dict[str, Any]:
+    """What flash-attn changes in throughput and in GPU memory; without CUDA, what torch's attention changes."""
+    subject = subject or Subject.of()
+    backend = best_attention(subject)
+    what, timing = f"Attention by {backend.name}", ENGINE_TIMING
+    if backend.name == "flash":
+        cases, figures, expectations = _flash_against_sdpa(subject, repeats)
+    else:
+        cases, figures = _sdpa_against_definition(subject, repeats)
+        expectations = [expectation(EXPECTED, f"not measured: {backend.reason}", None)]
+        what += ", as in the cycle before (no flash-attn here)"
+        timing = f"{ENGINE_TIMING}. {LAYER_TIMING}"
+    return result(
+        subject,
+        6,
+        "benchmark_flash_attention",
+        what,
+        row=engine_row(subject, repeats, attention=backend.name),
+        timing=timing,
+        figures=figures,
+        expectations=expectations,
+        cases=cases,
+    )
+
+
+def best_attention(subject: Subject) -> AttentionChoice:
+    """flash where it can serve, else sdpa, and why."""
+    return choose_attention("auto", subject.config.head_dim, DTYPES[subject.dtype], torch.device(subject.device))
+
+
+def _flash_against_sdpa(subject: Subject, repeats: int) -> tuple[list, list, list]:
+    """Throughput and memory of the engine with each backend on long prompts: cases, figures, expectations."""
+    sizes = subject.sizes
+    output = (sizes.attention_output, sizes.attention_output)
+    jobs = random_jobs(subject, sizes.attention_requests, sizes.attention_prompts, output)
+    tokens = sum(len(job.prompt) + job.max_tokens for job in jobs)
+    cases, memory = [], {}
+    for name in ("sdpa", "flash"):
+        with subject.engine(jobs, attention=name, enable_prefix_caching=False) as llm:
+            serve(llm, jobs)
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            seconds = repeat(lambda llm=llm: serve(llm, jobs), repeats, subject.device)
+            cases.append(case(f"{len(jobs)} requests, {name}", seconds, tokens))
+            memory[name] = torch.cuda.max_memory_allocated() - held
+    speed_up = cases[0]["median_s"] / cases[1]["median_s"]
+    lengths = f"prompts of {sizes.attention_prompts[0]} to {sizes.attention_prompts[1]} tokens"
+    figures = [figure(f"{len(jobs)} requests, {lengths}: tokens of prompts and outputs", tokens)]
+    figures += [figure(f"{name}: most GPU memory beside weights and KV", memory[name] / 1e6, "MB") for name in memory]
+    figures.append(figure("speed-up of flash over sdpa", speed_up, "x"))
+    return cases, figures, [expectation(EXPECTED, f"{speed_up:.2g}x", speed_up >= 1.5)]
+
+
+def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list]:
+    """Time of a step's attention by the paged backend and by the definition, sequence by sequence: cases, figures."""
+    config = replace(subject.config, num_layers=1)
+    dtype, device = DTYPES[subject.dtype], torch.device(subject.device)
+    rows = _rows(subject)
+    cache = KVCache(config, 1 + max(max(table) for table in rows.block_tables), BLOCK_SIZE, dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    keys, values = (pool[0].normal_(generator=generator) for pool in (cache.keys, cache.values))
+    shape = (sum(rows.query_lens), config.num_heads, config.head_dim)
+    query = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    backend = SdpaAttention()
+    plan = backend.plan(rows, dtype, device)
+    ways = {
+        "attention by its definition, a sequence at a time": lambda: attention_by_definition(query, keys, values, rows),
+        "attention by the paged SDPA backend": lambda: backend.attend(query, keys, values, plan),
+    }
+    expected, found = (way() for way in ways.values())
+    difference = (expected - found).abs().max().item()
+    layers = range(subject.config.num_layers)
+    cases = []
+    for name, way in ways.items():
+        seconds = repeat(lambda way=way: [way() for _ in layers], repeats, subject.device)
+        cases.append(case(name, seconds))
+    step = f"{rows.num_single} decodes, {min(rows.context_lens)} to {max(rows.context_lens)} tokens of context, and a "
+    figures = [
+        figure("the step", f"{step}prompt of {rows.query_lens[-1]}, {len(layers)} layers"),
+        figure("largest difference of the two", difference),
+        figure("speed-up of the attention alone", cases[0]["median_s"] / cases[1]["median_s"], "x"),
+    ]
+    return cases, figures
+
+
+def _rows(subject: Subject) -> StepRows:
+    """A step of decodes behind contexts of various lengths, longest first, and of one prompt."""
+    sizes = subject.sizes
+    shortest, longest = sizes.attention_prompts
+    contexts = np.linspace(longest, shortest, sizes.attention_requests).round().astype(int).tolist()
+    prompt = (shortest + longest) // 2
+    tables, first = [], 0
+    for context in (*contexts, prompt):
+        blocks = -(-context // BLOCK_SIZE)
+        tables.append(np.arange(first, first + blocks))
+        first += blocks
+    return StepRows(len(contexts), [1] * len(contexts) + [prompt], [*contexts, prompt], tables, BLOCK_SIZE)
+
+
+def attention_by_definition(query: Tensor, keys: Tensor, values: Tensor, rows: StepRows) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, every score of a sequence being in memory at once.
+
+    Arguments and result are those of `AttentionBackend.attend`.
+    """
+    outputs, first = [], 0
+    for num_tokens, context, table in zip(rows.query_lens, rows.context_lens, rows.block_tables, strict=True):
+        slots = torch.from_numpy(slots_of(table, np.arange(context), rows.block_size)).to(query.device)
+        row_query = query[first : first + num_tokens]
+        groups = query.shape[1] // keys.shape[2]
+        row_keys, row_values = (pool.flatten(0, 1)[slots].repeat_interleave(groups, dim=1) for pool in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", row_query, row_keys) * query.shape[-1] ** -0.5
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(context - num_tokens + 1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, row_values))
+        first += num_tokens
+    return torch.cat(outputs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(benchmark_flash_attention))

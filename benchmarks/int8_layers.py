@@ -1,0 +1,231 @@
+"""Int8 layers against those of the device's own dtype: float32 on a CPU, bfloat16 on CUDA.
+
+    python benchmarks/int8_layers.py [--device cuda] [--tune] [--out benchmarks/results/DEVICE/int8-layers.json]
+
+Times every kind of layer of two models by the rows that it is given. Other weights push a layer's out of the
+caches before it is measured again, as in a model. On CUDA, calls are replayed from a graph, so that what is timed is
+the device's work alone; how long the host takes to launch one is given beside it. --tune tries other tilings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, commit, device_folder, say, versions
+from torch import Tensor
+from torch.nn import functional as F
+
+from twinserve.engine.layers import int8_linear
+from twinserve.engine.layers.int8_linear import int8_product
+from twinserve.engine.models import ModelConfig
+from twinserve.engine.models.dummy import SHAPES
+from twinserve.engine.quantization import AbsMaxQuantizer
+
+MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
+ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}
+COLD_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+MOST_COPIES = 256
+TILES = [
+    (16, 128, 2),
+    (16, 256, 2),
+    (16, 256, 4),
+    (32, 128, 4),
+    (32, 256, 4),
+    (64, 128, 4),
+    (128, 64, 4),
+    (128, 128, 8),
+]
+
+
+def layer_shapes(model: str) -> dict[str, tuple[int, int]]:
+    """(out, in) of each kind of linear layer of a shape that ships."""
+    config = ModelConfig.load(SHAPES / model)
+    heads = config.num_heads * config.head_dim
+    return {
+        "qkv": (heads + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
+        "output": (config.hidden_size, heads),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+        "head": (config.vocab_size, config.hidden_size),
+    }
+
+
+def benchmark_int8_layers(
+    device: str, models: Seq[str] = MODELS, *, rows: Seq[int] = (), tune: bool = False
+) -> list[dict[str, Any]]:
+    """Microseconds of every kind of layer, by rows: in the device's dtype, in int8, and the first over the second.
+
+    Args:
+        rows: none are the device's ROWS.
+        tune: on CUDA, also the fastest of other tilings.
+    """
+    measured = []
+    for model in models:
+        for layer, (num_out, num_in) in layer_shapes(model).items():
+            weights = _Weights(num_out, num_in, device)
+            for count in rows or ROWS[device]:
+                figures = {"model": model, "layer": layer, "out": num_out, "in": num_in, "rows": count}
+                figures |= _on_cuda(weights, count, tune) if device == "cuda" else _on_cpu(weights, count)
+                figures["ratio"] = figures["plain_us"] / figures["int8_us"]
+                say(_line(figures))
+                measured.append(figures)
+    return measured
+
+
+def _line(figures: dict[str, Any]) -> str:
+    """Figures for a person."""
+    values = (f"{value:.2f}" if isinstance(value, float) else value for value in figures.values())
+    return "  ".join(f"{name} {value}" for name, value in zip(figures, values, strict=True))
+
+
+class _Weights:
+    """Enough copies of a layer's weights that none is still in a cache when its turn comes again."""
+
+    def __init__(self, num_out: int, num_in: int, device: str):
+        self.device, self.num_in = device, num_in
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        generator = torch.Generator(device).manual_seed(0)
+        copies = max(2, min(MOST_COPIES, COLD_BYTES[device] // (num_out * num_in)))
+        floats = [
+            torch.empty(num_out, num_in, device=device).normal_(0, 0.05, generator=generator) for _ in range(copies)
+        ]
+        self.int8 = [AbsMaxQuantizer.quantize(weight) for weight in floats]
+        self.plain = [weight.to(self.dtype) for weight in floats]
+
+    def x(self, rows: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1)
+        return torch.randn(rows, self.num_in, device=self.device, generator=generator).to(self.dtype)
+
+
+@torch.inference_mode()
+def _on_cpu(weights: _Weights, rows: int) -> dict[str, float]:
+    """Both kinds by turns, so that what else the machine does meets both; the lower quartile, as that only adds."""
+    x, plain, int8 = weights.x(rows), cycle(weights.plain), cycle(weights.int8)
+    calls: dict[str, Callable[[], object]] = {
+        "plain_us": lambda: F.linear(x, next(plain)),
+        "int8_us": lambda: int8_product(x, *next(int8)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    until = time.perf_counter() + 1.0
+    while time.perf_counter() < until or len(seconds["int8_us"]) < 8:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.quantiles(values, n=4)[0] * 1e6 for name, values in seconds.items()}
+
+
+@torch.inference_mode()
+def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
+    from twinserve.engine.kernels.int8_matmul import choose_tiling
+
+    x = weights.x(rows)
+
+    def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype)).mul_(scale.T)
+
+    figures: dict[str, Any] = {
+        "plain_us": _graph_us([lambda w=w: F.linear(x, w) for w in weights.plain]),
+        "int8_us": _graph_us([lambda pair=pair: int8_product(x, *pair) for pair in weights.int8]),
+        "dequantised_us": _graph_us([lambda pair=pair: dequantised(*pair) for pair in weights.int8]),
+        "plain_launch_us": _launch_us(lambda: F.linear(x, weights.plain[0])),
+        "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
+        "fused": rows <= int8_linear.FUSED_ROWS,
+    }
+    if tune and rows <= 64:
+        figures |= _best_tiling(weights, x) | {
+            "tiling": str(choose_tiling(rows, len(weights.plain[0]), weights.num_in))
+        }
+    return figures
+
+
+def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
+    """The fastest of the tilings that fit a multiprocessor, and its time."""
+    from twinserve.engine.kernels.int8_matmul import SMALLEST_DOT, Tiling, int8_matmul
+
+    row_block = max(SMALLEST_DOT, 1 << (len(x) - 1).bit_length())
+    times: dict[Tiling, float] = {}
+    for outputs, inputs, warps in TILES:
+        tiles = -(-weights.num_in // inputs)
+        for stages in sorted({min(4, tiles), min(8, tiles)}):
+            if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
+                continue
+            tiling = Tiling(row_block, outputs, inputs, warps, stages)
+            times[tiling] = _graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
+    best = min(times, key=lambda tiling: times[tiling])
+    return {"best_us": times[best], "best_tiling": str(best)}
+
+
+def _graph_us(calls: Seq[Callable[[], object]], repeats: int = 20) -> float:
+    """Microseconds of a call, on the device alone: the median over replays of a graph of all of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [call() for call in calls]
+    seconds = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    del kept
+    return statistics.median(seconds) / len(calls) * 1e6
+
+
+def _launch_us(call: Callable[[], object], count: int = 200) -> float:
+    """Microseconds that the host takes to launch a call, the device being given time to keep up."""
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(count):
+            call()
+        seconds.append((time.perf_counter() - begun) / count)
+    torch.cuda.synchronize()
+    return min(seconds) * 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=sorted(ROWS), default="cpu")
+    parser.add_argument("--model", action="append", choices=MODELS, help="of this shape alone; repeatable")
+    parser.add_argument("--rows", type=int, action="append", help="for so many rows alone; repeatable")
+    parser.add_argument("--tune", action="store_true", help="on CUDA, try other tilings of the kernel")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    arguments = parser.parse_args()
+    device = arguments.device
+    layers = benchmark_int8_layers(device, arguments.model or MODELS, rows=arguments.rows or (), tune=arguments.tune)
+    values = {
+        "command": " ".join(["python benchmarks/int8_layers.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "load": os.getloadavg(),
+        "versions": versions(),
+        "commit": commit(),
+        "layers": layers,
+    }
+    out = arguments.out or RESULTS / device_folder(device) / "int8-layers.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""The pictures of the seven cycles, drawn by this script alone.
+
+    python docs/cycles/pictures.py [--check]
+
+Writes cycle1.svg ... cycle7.svg into the folder beside it. With --check nothing is written, and the exit status is 1
+where a picture is another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("pictures")
+INK, MUTED, LINE, PAPER = "#1f2937", "#6b7280", "#9ca3af", "#ffffff"
+NOW, KEPT, AGAIN = "#93c5fd", "#e5e7eb", "#fcd34d"
+OF_SEQUENCE = {"A": "#93c5fd", "B": "#86efac", "C": "#fca5a5", "D": "#fcd34d", "E": "#d8b4fe", "F": "#fdba74"}
+WORDS = ["Hello", ",", "I", "am", "a", "model"]
+
+
+class Drawing:
+    """Shapes one after another, in pixels from the top left."""
+
+    def __init__(self, width: int, height: int, title: str):
+        self._size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        self._title = title
+        self._shapes = [f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>']
+
+    def box(self, x: int, y: int, width: int, height: int, fill: str, label: str = "", *, dashed: bool = False) -> None:
+        """A rectangle with a label in its middle."""
+        dashes = ' stroke-dasharray="3 3"' if dashed else ""
+        rectangle = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="3"'
+        self._shapes.append(f'{rectangle} fill="{fill}" stroke="{LINE}"{dashes}/>')
+        if label:
+            self.text(x + width // 2, y + height // 2 + 4, label, anchor="middle")
+
+    def text(self, x: int, y: int, words: str, *, anchor: str = "start", color: str = INK, bold: bool = False) -> None:
+        weight = ' font-weight="600"' if bold else ""
+        place = f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}"{weight}>'
+        self._shapes.append(f"{place}{escape(words, quote=False)}</text>")
+
+    def arrow(self, x1: int, y1: int, x2: int, y2: int) -> None:
+        line = f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
+        self._shapes.append(f'{line} stroke="{MUTED}" stroke-width="1.5" marker-end="url(#head)"/>')
+
+    def svg(self) -> str:
+        """The picture as a file's text."""
+        head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" {self._size} font-family="sans-serif" font-size="12">',
+                f"<title>{escape(self._title, quote=False)}</title>",
+                f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker></defs>',
+                *self._shapes,
+                "</svg>\n",
+            ]
+        )
+
+
+def cycle1() -> Drawing:
+    """Every step computes every token."""
+    drawing = Drawing(640, 210, "Without a cache, every step computes the whole text again")
+    _steps(drawing, before=AGAIN, computed=lambda known: known)
+    _legend(drawing, 190, [(NOW, "computed for the first time"), (AGAIN, "computed again")])
+    return drawing
+
+
+def cycle2() -> Drawing:
+    """Every step computes what no step has computed."""
+    drawing = Drawing(640, 210, "With a KV cache, every token is computed once")
+    _steps(drawing, before=KEPT, computed=lambda known: known if known == 3 else 1)
+    _legend(drawing, 190, [(NOW, "computed for the first time"), (KEPT, "its keys and values are kept")])
+    return drawing
+
+
+def _steps(drawing: Drawing, *, before: str, computed: Callable[[int], int]) -> None:
+    """A prompt of three words and three more steps; words of earlier steps have the colour `before`."""
+    for step in range(4):
+        known, y = 3 + step, 20 + 40 * step
+        drawing.text(20, y + 18, "prefill" if step == 0 else f"decode {step}", color=MUTED)
+        for place in range(known):
+            is_new = step == 0 or place == known - 1
+            drawing.box(90 + 68 * place, y, 60, 28, NOW if is_new else before, WORDS[place])
+        count = computed(known)
+        drawing.text(620, y + 18, f"{count} token{'s' * (count > 1)}", anchor="end", bold=True)
+
+
+def _legend(drawing: Drawing, y: int, entries: list[tuple[str, str]]) -> None:
+    """What the colours mean."""
+    x = 90
+    for color, meaning in entries:
+        drawing.box(x, y - 10, 12, 12, color)
+        drawing.text(x + 18, y, meaning, color=MUTED)
+        x += 40 + 7 * len(meaning)
+
+
+def cycle3() -> Drawing:
+    """The longest length in one piece for each sequence; blocks that are taken when they are needed."""
+    drawing = Drawing(640, 300, "KV memory reserved in one piece for each sequence, and in blocks of a pool")
+    lengths, longest, block = {"A": 9, "B": 3, "C": 6}, 16, 4
+    drawing.text(20, 26, "In one piece: the longest length for each, before anything is known of it", bold=True)
+    for row, (name, length) in enumerate(lengths.items()):
+        drawing.text(20, 57 + 26 * row, name, bold=True)
+        for place in range(longest):
+            is_used = place < length
+            fill = OF_SEQUENCE[name] if is_used else PAPER
+            drawing.box(40 + 24 * place, 40 + 26 * row, 22, 22, fill, dashed=not is_used)
+    used = sum(lengths.values())
+    drawing.text(620, 84, f"{used} of {len(lengths) * longest} places used", anchor="end", color=MUTED)
+    drawing.text(20, 148, "In blocks: a block of the pool when the one before it is full", bold=True)
+    tables = {"A": [0, 3, 5], "B": [1], "C": [2, 6]}
+    for row, (name, table) in enumerate(tables.items()):
+        drawing.text(20, 176 + 22 * row, f"{name}: block table {table}", color=INK)
+    owners = {number: (name, index) for name, table in tables.items() for index, number in enumerate(table)}
+    for number in range(8):
+        x = 20 + 76 * number
+        drawing.text(x + 34, 286, f"block {number}", anchor="middle", color=MUTED)
+        name, index = owners.get(number, ("", 0))
+        for place in range(block):
+            is_used = bool(name) and index * block + place < lengths[name]
+            drawing.box(x + 17 * place, 246, 16, 24, OF_SEQUENCE[name] if is_used else PAPER, dashed=not is_used)
+    taken = block * len(owners)
+    drawing.text(620, 198, f"{used} of {taken} places used, 2 blocks free", anchor="end", color=MUTED)
+    return drawing
+
+
+def cycle4() -> Drawing:
+    """Three seats, six requests: a batch that waits for its longest, and one that changes at every step."""
+    drawing = Drawing(640, 290, "A batch that waits for its longest request, and a continuous one")
+    lengths = {"A": 3, "B": 8, "C": 5, "D": 6, "E": 3, "F": 4}
+    names = list(lengths)
+    drawing.text(20, 26, "Batch after batch", bold=True)
+    static = {name: (index % 3, 0 if index < 3 else 8) for index, name in enumerate(names)}
+    _seats(drawing, 40, lengths, static)
+    drawing.text(20, 156, "Continuous", bold=True)
+    free_at, continuous = [0, 0, 0], {}
+    for name in names:
+        seat = free_at.index(min(free_at))
+        continuous[name] = (seat, free_at[seat])
+        free_at[seat] += lengths[name]
+    _seats(drawing, 170, lengths, continuous)
+    drawing.arrow(20, 268, 560, 268)
+    drawing.text(570, 272, "steps", color=MUTED)
+    return drawing
+
+
+def _seats(drawing: Drawing, y: int, lengths: dict[str, int], places: dict[str, tuple[int, int]]) -> None:
+    """Requests as bars, each in its seat from its first step on."""
+    last = max(start + lengths[name] for name, (_, start) in places.items())
+    for seat in range(3):
+        drawing.box(20, y + 28 * seat, 34 * last, 24, PAPER, dashed=True)
+    for name, (seat, start) in places.items():
+        drawing.box(20 + 34 * start, y + 28 * seat, 34 * lengths[name], 24, OF_SEQUENCE[name], name)
+    drawing.text(34 * last + 34, y + 44, f"{last} steps", bold=True)
+
+
+def cycle5() -> Drawing:
+    """Two requests with one system prompt hold the same blocks."""
+    drawing = Drawing(640, 250, "Two requests whose prompts begin alike hold the same blocks")
+    prompts = {"first": ["system 1/2", "system 2/2", "question A"], "later": ["system 1/2", "system 2/2", "question B"]}
+    colors = {"first": ["#93c5fd", "#93c5fd", "#86efac"], "later": [KEPT, KEPT, "#fcd34d"]}
+    pool_x = {"system 1/2": 90, "system 2/2": 240, "question A": 390, "question B": 510}
+    for y, name in ((40, "first"), (186, "later")):
+        drawing.text(20, y + 18, name, bold=True)
+        for place, part in enumerate(prompts[name]):
+            x = 90 + 150 * place if part != "question B" else pool_x[part]
+            drawing.box(x, y, 110, 28, colors[name][place], part)
+            held = pool_x[part] + 14
+            drawing.arrow(held, y + 28 if y < 100 else y, held, 104 if y < 100 else 144)
+    drawing.text(20, 128, "pool", bold=True)
+    blocks = [
+        ("block 7", "h1 = hash(tokens)"),
+        ("block 2", "h2 = hash(h1, tokens)"),
+        ("block 5", ""),
+        ("block 9", ""),
+    ]
+    for (part, x), (name, chain) in zip(pool_x.items(), blocks, strict=True):
+        drawing.box(x, 108, 110, 32, "#bfdbfe" if part.startswith("system") else PAPER, name)
+        drawing.text(x + 24, 166, chain, color=MUTED)
+    drawing.text(90, 26, "computed by the first request: 3 blocks", color=MUTED)
+    drawing.text(90, 236, "found by hash: 2 blocks, held by both (ref_count 2); computed: 1 block", color=MUTED)
+    return drawing
+
+
+def cycle6() -> Drawing:
+    """All scores in memory, and a tile of them at a time."""
+    drawing = Drawing(640, 270, "Attention with all scores in memory, and a tile at a time")
+    size, cell = 8, 20
+    for left, heading, tiled in ((60, "By the definition", False), (380, "Flash attention", True)):
+        drawing.text(left, 28, heading, bold=True)
+        for row in range(size):
+            for column in range(row + 1):
+                in_tile = row // 2 == 2 and column // 2 == 1
+                is_done = row // 2 < 2 or (row // 2 == 2 and column // 2 < 1)
+                fill = AGAIN if not tiled else NOW if in_tile else PAPER if is_done else KEPT
+                drawing.box(left + cell * column, 50 + cell * row, cell - 1, cell - 1, fill)
+    drawing.text(140, 44, "keys", color=MUTED)
+    drawing.text(50, 130, "queries", anchor="end", color=MUTED)
+    drawing.text(60, 236, "every score is written to memory, read for the", color=MUTED)
+    drawing.text(60, 252, "softmax, written again and read for the sum", color=MUTED)
+    drawing.text(380, 236, "one tile of scores on the chip; of the tiles", color=MUTED)
+    drawing.text(380, 252, "before it, a running maximum and sum", color=MUTED)
+    return drawing
+
+
+def cycle7() -> Drawing:
+    """A row of weights, its scale and its int8 numbers."""
+    drawing = Drawing(640, 230, "A row of weights as int8 numbers and a scale")
+    weights = [0.30, -0.12, 0.05, -0.62, 0.41]
+    scale = max(map(abs, weights)) / 127
+    numbers = [round(weight / scale) for weight in weights]
+    rows = [
+        ("weights, 16 bits each", [f"{weight:.4f}" for weight in weights], KEPT),
+        ("int8, 8 bits each", [str(number) for number in numbers], NOW),
+        ("int8 x scale", [f"{number * scale:.4f}" for number in numbers], KEPT),
+    ]
+    for row, (name, cells, color) in enumerate(rows):
+        y = 26 + 66 * row
+        drawing.text(20, y + 20, name, bold=True)
+        for place, cell in enumerate(cells):
+            drawing.box(180 + 84 * place, y, 76, 30, color, cell)
+    drawing.arrow(218, 58, 218, 88)
+    drawing.text(230, 78, f"divided by scale = max |weight| / 127 = {scale:.5f}, rounded", color=MUTED)
+    drawing.arrow(218, 124, 218, 154)
+    drawing.text(230, 144, "multiplied again where they are used", color=MUTED)
+    worst = max(abs(weight - number * scale) for weight, number in zip(weights, numbers, strict=True))
+    drawing.text(180, 212, f"off by at most {worst:.5f}, less than half a scale", color=MUTED)
+    return drawing
+
+
+PICTURES: dict[str, Callable[[], Drawing]] = {
+    "cycle1.svg": cycle1,
+    "cycle2.svg": cycle2,
+    "cycle3.svg": cycle3,
+    "cycle4.svg": cycle4,
+    "cycle5.svg": cycle5,
+    "cycle6.svg": cycle6,
+    "cycle7.svg": cycle7,
+}
+
+
+def main() -> int:
+    parsing = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a picture is another")
+    check = parsing.parse_args().check
+    changed = []
+    for name, draw in PICTURES.items():
+        path, svg = FOLDER / name, draw().svg()
+        if path.exists() and path.read_text(encoding="utf-8") == svg:
+            continue
+        changed.append(path)
+        if not check:
+            FOLDER.mkdir(exist_ok=True)
+            path.write_text(svg, encoding="utf-8")
+    print(*changed, sep="\n", end="\n" * bool(changed))
+    return 1 if check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

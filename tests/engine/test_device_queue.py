@@ -1,0 +1,83 @@
+"""The times that a CUDA queue tells, on a device whose clock runs wrong."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from twinserve.engine.device_queue import CudaQueue, usable_device
+from twinserve.traces.errors import InputError
+
+
+class World:
+    """A host and a device. The device's clock gains `drift` on the host's; `now_ms` is the host's."""
+
+    def __init__(self, drift: float):
+        self.drift = drift
+        self.now_ms = 1000.0
+
+
+class Event:
+    """An event that happens on the device at a moment of the host's clock."""
+
+    def __init__(self, world: World, at_ms: float):
+        self.world, self.at_ms = world, at_ms
+
+    def record(self, stream: object) -> None: ...
+
+    def query(self) -> bool:
+        return self.at_ms <= self.world.now_ms
+
+    def synchronize(self) -> None:
+        self.world.now_ms = max(self.world.now_ms, self.at_ms)
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at_ms - self.at_ms) * (1.0 + self.world.drift)
+
+
+@pytest.fixture(params=[0.0, 1e-3, -1e-3])
+def world(request, monkeypatch):
+    world = World(request.param)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: round(world.now_ms * 1e6))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(world, world.now_ms))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    return world
+
+
+def steps(
+    world: World, queue: CudaQueue, lengths_ms: list[float], host_ms: float
+) -> list[tuple[float, float, int, int]]:
+    """True start and end in ms, told start and end in ns, of steps launched one ahead, `host_ms` of work for each."""
+    told: list[tuple[float, float, int, int]] = []
+    waiting: list[tuple[int, Event, Event]] = []
+    free_ms = 0.0
+    for length in lengths_ms:
+        launched_ns = time.perf_counter_ns()
+        world.now_ms += host_ms
+        start = max(world.now_ms - host_ms / 2, free_ms)
+        free_ms = start + length
+        waiting.append((launched_ns, Event(world, start), Event(world, free_ms)))
+        if len(waiting) > 1:
+            launched_ns, began, ended = waiting.pop(0)
+            told.append((began.at_ms, ended.at_ms, *queue.wait(launched_ns, began, ended)))
+    return told
+
+
+@pytest.mark.parametrize("host_ms", [1.0, 30.0])
+def test_times_follow_one_another_and_never_run_away(world, host_ms):
+    told = steps(world, CudaQueue(torch.device("cuda")), [5.0, 20.0, 9.0, 7.0] * 500, host_ms)
+    before_ns = 0
+    for true_start, true_end, start_ns, end_ns in told:
+        assert before_ns <= start_ns <= end_ns <= world.now_ms * 1e6
+        assert start_ns == pytest.approx(true_start * 1e6, abs=host_ms * 1e6)
+        assert end_ns == pytest.approx(true_end * 1e6, abs=host_ms * 1e6)
+        before_ns = end_ns
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_refused(name):
+    with pytest.raises(InputError, match=f"device is '{name}', "):
+        usable_device(name)
+    assert usable_device("cpu") == torch.device("cpu")

@@ -1,0 +1,373 @@
+"""The benchmarks of the seven cycles: what each writes, that none takes the others with it, how results are shown."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import benchmark_cycle1
+import benchmark_cycle2
+import benchmark_cycle3
+import benchmark_cycle4
+import benchmark_cycle5
+import benchmark_cycle6
+import benchmark_cycle7
+import common
+import flash_stand_in
+import render
+import run_all
+from common import SIZES, Subject
+
+from twinserve.engine.layers import choice
+from twinserve.traces.errors import InputError
+
+BENCHMARKS = {
+    1: benchmark_cycle1.benchmark_naive,
+    2: benchmark_cycle2.benchmark_kv_cache,
+    3: benchmark_cycle3.benchmark_memory_utilization,
+    4: benchmark_cycle4.benchmark_throughput,
+    5: benchmark_cycle5.benchmark_ttft,
+    6: benchmark_cycle6.benchmark_flash_attention,
+    7: benchmark_cycle7.benchmark_quantization,
+}
+FEW = replace(
+    SIZES["cpu"],
+    requests=2,
+    shared=32,
+    own=4,
+    output=2,
+    outputs=(1, 2),
+    long_prompt=32,
+    decoded=3,
+    system_prompt=32,
+    user_message=4,
+    attention_requests=3,
+    attention_prompts=(5, 40),
+    attention_output=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random Llama without a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=1024,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def subject(folder, monkeypatch) -> Subject:
+    """The tiny model, with little to compute."""
+    monkeypatch.setattr(benchmark_cycle1, "MAX_NEW_TOKENS", (2, 3, 4))
+    monkeypatch.setattr(benchmark_cycle4, "REQUESTS", 5)
+    return replace(Subject.of(str(folder)), sizes=FEW)
+
+
+@pytest.mark.parametrize("cycle", BENCHMARKS)
+def test_a_benchmark_says_what_it_measured_and_on_what(cycle, subject):
+    measured = json.loads(json.dumps(BENCHMARKS[cycle](subject, repeats=1)))
+    assert measured["cycle"] == cycle
+    assert measured["benchmark"] == BENCHMARKS[cycle].__name__
+    assert measured["device"] == "cpu" and measured["model"] == "tiny" and measured["dtype"] == "float32"
+    assert measured["machine"] == f"CPU, {torch.get_num_threads()} threads"
+    assert measured["versions"]["torch"] == torch.__version__
+    assert measured["commit"] == common.commit()
+    assert len(measured["repeats_s"]) == 1
+    assert measured["mean_s"] == measured["median_s"] == measured["repeats_s"][0] > 0
+    assert measured["output_tokens"] == FEW.requests * FEW.output
+    assert measured["tokens_per_s"] == pytest.approx(measured["output_tokens"] / measured["median_s"])
+    assert measured["memory_mb"] > 0
+    assert "not loading the model" in measured["timing"]
+    assert measured["expectations"] and measured["cases"] + measured["figures"]
+    assert all(len(case["repeats_s"]) >= 1 and case["median_s"] > 0 for case in measured["cases"])
+
+
+@pytest.mark.parametrize("cycle", [1, 7])
+def test_random_weights_need_no_more_than_a_shape(cycle, subject):
+    measured = BENCHMARKS[cycle](replace(subject, is_random=True), repeats=1)
+    assert measured["weights"] == "random"
+    if cycle == 7:
+        assert measured["expectations"][1]["met"] is None, "the quality of random weights says nothing"
+
+
+def test_every_cycle_is_measured_with_the_guides_conditions():
+    assert benchmark_cycle1.PROMPT == "Hello, I am a language model"
+    assert benchmark_cycle1.MAX_NEW_TOKENS == (50, 100, 200)
+    assert benchmark_cycle3.SEQUENCES == benchmark_cycle4.REQUESTS == 100
+    for benchmark in BENCHMARKS.values():
+        parameters = inspect.signature(benchmark).parameters
+        assert parameters["repeats"].default >= 3
+        assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+def test_as_many_tokens_are_generated_as_were_asked_for(subject):
+    model, tokenizer = subject.transformers_model(), subject.tokenizer()
+    text = benchmark_cycle1.generate_naive(model, tokenizer, "7 8 word", 20, temperature=0.0)
+    assert len(text.split()) == 23 and text.startswith("7 8 ")
+    ends = common.EndlessTokenizer(tokenizer)
+    assert ends.eos_token_id is None and ends.encode("7 8") == [7, 8]
+
+
+def test_memory_is_counted_to_the_block():
+    assert benchmark_cycle3.allocated_tokens([1, 16, 17, 300], 16) == 16 * (1 + 1 + 2 + 19)
+    assert benchmark_cycle3.allocated_tokens([1, 16, 17, 300], 256) == 256 * 5
+    lengths = benchmark_cycle3.various_lengths(100, 2048)
+    assert len(set(lengths)) > 50 and min(lengths) >= 1 and max(lengths) <= 2048
+    count = benchmark_cycle3.sequences_that_fit(4096, 256)
+    blocks = [-(-length // 16) for length in benchmark_cycle3.various_lengths(4096, 256)]
+    assert sum(blocks[:count]) <= 256 < sum(blocks[: count + 1])
+
+
+def test_every_cycle_serves_the_same_requests(subject):
+    jobs = common.yardstick(subject)
+    assert jobs == common.yardstick(subject)
+    assert {tuple(job.prompt[: FEW.shared]) for job in jobs} == {tuple(jobs[0].prompt[: FEW.shared])}
+    assert len({tuple(job.prompt) for job in jobs}) == FEW.requests
+
+
+def test_the_definition_of_attention_is_what_the_backend_computes(subject):
+    measured = benchmark_cycle6.benchmark_flash_attention(subject, repeats=1)
+    (difference,) = [one["value"] for one in measured["figures"] if one["name"].startswith("largest difference")]
+    assert difference < 1e-5
+    assert measured["expectations"][0]["met"] is None
+    assert "flash-attn runs on NVIDIA GPUs" in measured["expectations"][0]["seen"]
+
+
+def test_where_flash_attn_serves_it_is_held_against_sdpa(subject, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_stand_in.module())
+    monkeypatch.setitem(choice.BACKENDS, "flash", flash_stand_in.AnywhereFlash)
+    for name, value in {
+        "memory_allocated": 1,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 3_000_001,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    measured = benchmark_cycle6.benchmark_flash_attention(subject, repeats=2)
+    assert [case["name"] for case in measured["cases"]] == ["3 requests, sdpa", "3 requests, flash"]
+    memory = {one["name"]: one["value"] for one in measured["figures"] if one["unit"] == "MB"}
+    assert memory == {f"{name}: most GPU memory beside weights and KV": 3.0 for name in ("sdpa", "flash")}
+    assert measured["expectations"][0]["met"] in (True, False)
+    assert measured["what"] == "Attention by flash"
+
+
+def test_perplexity_is_that_of_transformers(subject):
+    token_ids = torch.randint(512, (50,), generator=torch.Generator().manual_seed(0))
+    with subject.engine(common.yardstick(subject)) as llm:
+        found = benchmark_cycle7.perplexity(llm.runner.model, token_ids)
+    loss = subject.transformers_model()(token_ids[None], labels=token_ids[None]).loss
+    assert found == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_a_script_writes_the_json_of_its_cycle(folder, subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "cpu", FEW)
+    options = ["--model", str(folder), "--repeats", "1", "--out", str(tmp_path), "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/benchmark_cycle3.py", *options])
+    assert common.main(benchmark_cycle3.benchmark_memory_utilization) == 0
+    path = tmp_path / "cpu" / "cycle3-tiny.json"
+    assert capsys.readouterr().out == f"{path}\n"
+    measured = json.loads(path.read_text())
+    assert measured["commit"] == "abc"
+    assert measured["command"] == f"python benchmarks/benchmark_cycle3.py --device cpu --model {folder} --repeats 1"
+
+
+def test_a_model_that_is_not_there_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/benchmark_cycle3.py", "--model", "no-such-model"])
+    assert common.main(benchmark_cycle3.benchmark_memory_utilization) == 2
+    assert capsys.readouterr().err.startswith("benchmark_cycle3.py: model is 'no-such-model'")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            Subject.of(str(tmp_path), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], [("smollm2-135m", "auto")]),
+        (["--load-format", "dummy"], [("smollm2-135m-shape", "dummy")]),
+        (["--load-format", "dummy", "--shape", "qwen3-0.6b"], [("qwen3-0.6b", "dummy")]),
+        (["--model", "a", "--shape", "b", "--shape", "c"], [("a", "auto"), ("b", "dummy"), ("c", "dummy")]),
+    ],
+)
+def test_the_command_line_names_the_models(options, expected):
+    assert common.subjects(common.parser("").parse_args(options)) == expected
+
+
+def test_one_benchmark_that_fails_or_hangs_takes_none_with_it(monkeypatch, capsys, tmp_path):
+    started = []
+
+    def stand_in(command, *, timeout, check):
+        started.append(Path(command[1]).name)
+        assert timeout == 7.0 and str(tmp_path) in command
+        if len(started) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 3 if len(started) == 2 else 0)
+
+    monkeypatch.setattr(run_all.subprocess, "run", stand_in)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--cycles", "2,4,7", "--limit", "7", "--out", str(tmp_path)])
+    assert run_all.main() == 1
+    assert started == ["benchmark_cycle2.py", "benchmark_cycle4.py", "benchmark_cycle7.py"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[1] for line in lines] == [
+        "smollm2-135m: stopped at the limit of 7 s",
+        "smollm2-135m: failed with exit status 3",
+        "smollm2-135m: done",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "0", "8", "1,x"])
+def test_cycles_that_are_none_are_refused(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--cycles", text])
+    with pytest.raises(SystemExit):
+        run_all.main()
+    assert "expected numbers from 1 to 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("card", "short"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("Some Card", "some-card"),
+    ],
+)
+def test_a_card_has_a_folder(card, short, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    assert common.device_folder("cuda") == short
+
+
+# --- rendering ---
+
+
+def measured(cycle: int, seconds: float, *, device: str = "cpu", **fields) -> dict:
+    """A result as a benchmark writes it."""
+    return {
+        "cycle": cycle,
+        "what": f"No. {cycle}",
+        "device": device,
+        "model": "m",
+        "weights": "as published",
+        "dtype": "float32",
+        "machine": "CPU, 2 threads",
+        "versions": {"torch": "9"},
+        "commit": "abc",
+        "yardstick": "8 requests",
+        "timing": "everything",
+        "median_s": seconds,
+        "mean_s": seconds * 1.1,
+        "tokens_per_s": 128 / seconds,
+        "memory_mb": 538.2,
+        "memory_is": "counted",
+        "cases": [{"name": "50 new tokens", "median_s": 0.25, "mean_s": 0.5, "tokens_per_s": 200.0}],
+        "figures": [{"name": "speed-up | all", "value": 2.5, "unit": "x"}],
+        "expectations": [{"text": "faster", "seen": "2.5x", "met": True}, {"text": "none", "seen": "", "met": None}],
+    } | fields
+
+
+def written(folder: Path, *results: dict) -> Path:
+    """A folder of results."""
+    for result in results:
+        path = folder / result["device"] / f"cycle{result['cycle']}-{result['model']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    return folder
+
+
+def rendered(monkeypatch, results: Path, folder: Path, *options: str) -> int:
+    """Exit status of render.py on `results`, writing below `folder`."""
+    arguments = ["--results", str(results), "--out", str(folder / "results.md"), "--pages", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["render.py", *arguments, *options])
+    return render.main()
+
+
+def test_the_table_follows_from_the_json_alone(monkeypatch, tmp_path):
+    results = written(tmp_path / "results", measured(2, 4.0), measured(1, 10.0), measured(4, 0.5))
+    assert rendered(monkeypatch, results, tmp_path) == 0
+    text = (tmp_path / "results.md").read_text()
+    lines = text.splitlines()
+    assert lines[lines.index("## m on CPU, 2 threads") + 6 : lines.index("Memory: counted.") - 1] == [
+        "| 1 | No. 1 | 10.0 s (11.0 s) | 12.8 tok/s | 538 MB | – | 1.00x | faster<br>none | 2.5x<br>– | yes<br>– |",
+        "| 2 | No. 2 | 4.00 s (4.40 s) | 32.0 tok/s | 538 MB | 2.50x | 2.50x | faster<br>none | 2.5x<br>– | yes<br>– |",
+        "| 4 | No. 4 | 500 ms (550 ms) | 256 tok/s | 538 MB | – | 20.0x | faster<br>none | 2.5x<br>– | yes<br>– |",
+    ]
+    assert "| 2 | 50 new tokens | 250 ms (500 ms), 200 tok/s |" in lines
+    assert "| 2 | speed-up \\| all | 2.50x |" in lines
+    assert "- Cycle 4: everything." in lines
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0, "the same JSON gives the same bytes"
+    (tmp_path / "results.md").write_text(text + "x")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 1
+    assert (tmp_path / "results.md").read_text() == text + "x", "--check writes nothing"
+
+
+def test_other_requests_are_not_compared(monkeypatch, tmp_path):
+    results = written(tmp_path / "results", measured(1, 10.0), measured(2, 4.0, yardstick="9 requests"))
+    rendered(monkeypatch, results, tmp_path)
+    assert "| 32.0 tok/s | 538 MB | – | – |" in (tmp_path / "results.md").read_text()
+
+
+def test_devices_and_models_are_apart_and_in_a_fixed_order(monkeypatch, tmp_path):
+    other = measured(1, 1.0, device="a100", machine="A100")
+    h100 = [measured(1, 1.0, device="h100", machine="H100", model=name) for name in ("z", "b")]
+    h100.append(measured(1, 1.0, device="h100", machine="H100", model="a", weights="random"))
+    rendered(monkeypatch, written(tmp_path / "results", other, *h100, measured(1, 2.0)), tmp_path)
+    titles = [line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("## ")]
+    assert titles == ["## m on CPU, 2 threads", "## b on H100", "## z on H100", "## a on H100", "## m on A100"]
+
+
+def test_a_page_gets_its_figures_between_its_marks(monkeypatch, tmp_path):
+    page = tmp_path / "cycle2.md"
+    page.write_text("before\n<!-- figures of cycle 2 -->\nold\n<!-- end of figures -->\nafter\n")
+    results = written(tmp_path / "results", measured(1, 10.0), measured(2, 4.0))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- figures of cycle 2 -->\n\n**m on CPU, 2 threads** (float32")
+    assert text.endswith("On an H100: not measured yet.\n\n<!-- end of figures -->\nafter\n")
+    assert "| the requests that every cycle serves | 4.00 s (4.40 s), 32.0 tok/s |" in text
+    assert "| their speed-up over the cycle before | 2.50x |" in text
+    assert "| the guide: faster | 2.5x (yes) |" in text and "old" not in text
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.000123, "0.000123"),
+        (0.5, "0.5"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (99.96, "100.0"),
+        (1234.5, "1,234"),
+        (7, "7"),
+    ],
+)
+def test_numbers_have_three_digits(value, text):
+    assert render.number(value) == text
+
+
+def test_what_is_committed_is_what_render_makes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["render.py", "--check"])
+    assert render.main() == 0, "python benchmarks/render.py, and commit what it changed"

@@ -61,7 +61,8 @@ def test_quantization_reconstruction():
     check_reconstruction(weight[0])
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12))
+# Beyond 2**120 a row's 127 steps may not fit in float32 any more.
+@given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_row_of_numbers_is_reconstructed_to_half_a_step(row):
     check_reconstruction(torch.tensor([row]))

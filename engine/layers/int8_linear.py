@@ -37,7 +37,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] of `x` [..., in], in its dtype."""
-        product = int8_product(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        product = int8_product(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
+        product = product.view(*x.shape[:-1], len(self.weight))
         return product if self.bias is None else product + self.bias
 
 
@@ -83,7 +84,9 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not len(x):
         return x.new_empty(0, len(weight))
     if x.device.type == "cpu":
-        multiply = _product_of_digits if sums_int8_exactly() else _product_by_blocks
+        # With a single input, torch (2.13) takes the transposed weights for another layout and sums nonsense.
+        in_digits = x.shape[1] > 1 and sums_int8_exactly()
+        multiply = _product_of_digits if in_digits else _product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
     if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and _has_triton():
         from twinserve.engine.kernels.int8_matmul import int8_matmul

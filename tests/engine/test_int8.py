@@ -16,6 +16,7 @@ from guide_models import word_tokenizer
 from torch import nn
 from torch.nn import functional as F
 
+from twinserve.cli import main
 from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
 from twinserve.engine.layers import int8_linear
@@ -72,7 +73,7 @@ def test_the_product_is_that_of_the_dequantised_weights(way, num_in, num_out):
         x = some(rows, num_in)
         output = int8_product(x, weight, scale)
         assert output.shape == (rows, num_out) and output.dtype == torch.float32
-        assert error(output, x, weight, scale) < (3e-4 if way == "digits" else 1e-6)
+        assert error(output, x, weight, scale) < (3e-4 if way == "digits" and num_in > 1 else 1e-6)
         rounded = int8_product(x.bfloat16(), weight, scale)
         assert rounded.dtype == torch.bfloat16
         assert error(rounded, x.bfloat16(), weight, scale) < 4e-3
@@ -105,7 +106,7 @@ def test_no_rows_zeros_and_what_is_not_finite(way):
     assert (output[0] == 0).all() and output[1].isnan().all() and output[2].isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
 def test_a_processor_without_exact_sums_is_noticed(isa):
     """oneDNN can be told to leave newer instructions alone; without those for int8, large sums are wrong."""
     code = (
@@ -272,14 +273,16 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def twinserve():
-    """Runs a command; its stdout."""
+def twinserve(monkeypatch, capsys):
+    """Runs a command as a shell would, in this process; its stdout."""
 
     def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "twinserve", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", ["twinserve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        assert not exit_.value.code, captured.err
+        return captured.out
 
     return run
 

@@ -17,7 +17,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/windows.py
+	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/render.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

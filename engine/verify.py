@@ -249,7 +249,7 @@ def _paged_hidden(decoder: Decoder, choice: AttentionChoice, token_ids: Tensor) 
     """Hidden states [tokens, hidden_size] of `token_ids` [tokens], in steps over paged KV, as the engine has them."""
     backend, size, device = choice.make(), choice.block_size, decoder.device
     # Blocks in falling order, so that a slot is not by chance the position.
-    table = np.arange(-(-len(token_ids) // size))[::-1]
+    table = np.arange(-(-len(token_ids) // size) - 1, -1, -1)
     cache = KVCache(decoder.config, len(table), size, decoder.dtype, device)
     parts = []
     for start in range(0, len(token_ids), STEP_TOKENS):

@@ -17,8 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/run_all.py
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/run_all.py; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ from common import ENGINE_TIMING, ROOT, Subject, case, engine_row, expectation, 
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.engine.device_queue import compute_on
 from twinserve.engine.models import Decoder
 from twinserve.engine.quantization import measure_memory
 
@@ -68,7 +69,10 @@ def benchmark_quantization(subject: Subject | None = None, *, repeats: int = 3) 
 def _weights_and_perplexity(subject: Subject, token_ids: Tensor, **options: Any) -> tuple[float, float]:
     """Megabytes of the model's weights, and the perplexity of a text."""
     with subject.engine(yardstick(subject), **options) as llm:
-        return measure_memory(llm.runner.model), perplexity(llm.runner.model, token_ids.to(subject.device))
+        model = llm.runner.model
+        return measure_memory(model), compute_on(
+            subject.device, lambda: perplexity(model, token_ids.to(subject.device))
+        )
 
 
 @torch.inference_mode()

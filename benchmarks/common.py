@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from twinserve.engine.device_queue import device_name
 from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig
@@ -448,7 +449,7 @@ def environment(subject: Subject) -> dict[str, Any]:
         "model": subject.name,
         "weights": "random" if subject.is_random else "as published",
         "dtype": subject.dtype,
-        "machine": torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "machine": device_name(subject.device),
     }
     if on_cuda:
         facts["card"] = torch.cuda.get_device_name()

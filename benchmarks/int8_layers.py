@@ -26,6 +26,7 @@ from common import RESULTS, commit, device_folder, say, versions
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.engine.device_queue import device_name
 from twinserve.engine.layers import int8_linear
 from twinserve.engine.layers.int8_linear import int8_product
 from twinserve.engine.models import ModelConfig
@@ -214,7 +215,7 @@ def main() -> int:
     layers = benchmark_int8_layers(device, arguments.model or MODELS, rows=arguments.rows or (), tune=arguments.tune)
     values = {
         "command": " ".join(["python benchmarks/int8_layers.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "load": os.getloadavg(),
         "versions": versions(),
         "commit": commit(),

@@ -29,7 +29,7 @@ from twinserve.traces.record import load_record
 from twinserve.traces.replay import replay
 from twinserve.traces.settings import Settings
 from twinserve.workload import load_workload
-from twinserve.worlds import device_name, fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.worlds import fit_steps, load_llm, measure_steps, run_real, run_sim
 
 SETTINGS = Settings(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks=192)
 WINDOWS = {
@@ -55,7 +55,7 @@ def main() -> int:
     latency = fit_steps(profiled, samples)
     profiled.close()
     model = profiled.runner.model
-    results = {"command": "python benchmarks/windows.py", "device": device_name(profiled), "versions": versions()}
+    results = {"command": "python benchmarks/windows.py", "device": profiled.device_name, "versions": versions()}
     results |= {
         "commit": commit(),
         "settings": SETTINGS.model_dump(),
@@ -70,7 +70,7 @@ def main() -> int:
             real, sim = Path(folder) / "real", Path(folder) / "sim"
             with Bar(name, len(workload.requests)) as bar:
                 run_real(workload, llm, out=real, progress=bar.ended)
-            facts = {"name": f"SmolLM2-135M on {device_name(llm)}", "identity": latency.identity}
+            facts = {"name": f"SmolLM2-135M on {llm.device_name}", "identity": latency.identity}
             run_sim(workload, SETTINGS, latency, latency_facts=facts, out=sim)
             records = load_record(sim), load_record(real)
         llm.close()

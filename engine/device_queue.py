@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twinserve.traces.errors import InputError
+
+Made = TypeVar("Made")
 
 
 def usable_device(name: str) -> torch.device:
@@ -42,6 +45,13 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def device_name(device: torch.device | str) -> str:
+    """What computes there, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 class Step(Protocol):
     """A step handed to a queue; a `twinserve.engine.online.StepHandle`.
 
@@ -58,20 +68,49 @@ class Step(Protocol):
         """Wait for the step; its tokens."""
 
 
+@cache
+def _cpu_thread() -> ThreadPoolExecutor:
+    """The one thread that computes on a CPU, for all models of the process.
+
+    OpenMP keeps a team of threads for each thread that has run a parallel loop. Two teams are more threads than there
+    are cores, and libgomp then lets a team sleep after every loop: on two cores a step of SmolLM2 takes half as long
+    again, one in int8, which has more loops, up to three times as long.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="cpu")
+
+
+def _submit(work: Callable[[], Made]) -> Future[Made]:
+    """Have `work` done in the thread that computes on a CPU, with as many threads as torch has in this one."""
+    threads = torch.get_num_threads()
+
+    def with_threads() -> Made:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return work()
+
+    return _cpu_thread().submit(with_threads)
+
+
+def compute_on(device: torch.device | str, work: Callable[[], Made]) -> Made:
+    """What `work` gives, done where the steps of a device are computed: on a CPU in a thread that all share."""
+    return _submit(work).result() if torch.device(device).type == "cpu" else work()
+
+
 class CpuQueue:
-    """Runs steps in a thread of its own."""
+    """Runs steps in the thread that computes on a CPU."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model-runner")
+        self._last: Future[list[int]] | None = None
 
     def submit(self, compute: Callable[[], Tensor]) -> CpuStep:
         """Run `compute` after all that was submitted before it."""
         step = CpuStep()
-        step.future = self._pool.submit(step.run, compute)
+        self._last = step.future = _submit(lambda: step.run(compute))
         return step
 
     def close(self) -> None:
-        self._pool.shutdown()
+        if self._last is not None:
+            wait([self._last])
 
 
 class CpuStep:

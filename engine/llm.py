@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from twinserve.engine.device_queue import usable_device
+from twinserve.engine.device_queue import compute_on, device_name, usable_device
 from twinserve.engine.kv_cache import CUDA_BUDGET_SHARE, default_num_blocks
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.model_runner import ModelRunner
@@ -109,7 +109,7 @@ class LLM:
             raise InputError(expected, field="quantization", value=quantization)
         if threads is not None:
             torch.set_num_threads(threads)
-        decoder = _decoder(model, DTYPES[dtype], device, load_format, seed, quantization)
+        decoder = compute_on(device, lambda: _decoder(model, DTYPES[dtype], device, load_format, seed, quantization))
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
         self.tokenizer = tokenizer if isinstance(model, nn.Module) else load_tokenizer(Path(model))
         self.config = decoder.config
@@ -141,14 +141,13 @@ class LLM:
     @property
     def device_name(self) -> str:
         """What executes the steps, in words."""
-        if self.runner.device.type == "cuda":
-            return torch.cuda.get_device_name(self.runner.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        return device_name(self.runner.device)
 
     def facts(self) -> dict[str, Any]:
         """What a replay of a run has to know beside its settings, and what made its tokens, as plain values."""
         return {
-            "model": {"name": self.name, **asdict(self.config)},
+            "model": self.name,
+            "shape": asdict(self.config),
             "load_format": self.load_format,
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
             "quantization": self.runner.model.quantization,
@@ -238,7 +237,7 @@ class LLM:
             if recorder is not None:
                 recorder.expect(request, params)
 
-        feeder = _Feeder(arrivals, inbox, clock, self.token_maker, params, announce)
+        feeder = TraceFeeder(arrivals, inbox, clock, self.token_maker, params, announce)
         served: list[Sequence] = []
 
         def ended(seq: Sequence) -> None:
@@ -255,8 +254,7 @@ class LLM:
         finally:
             feeder.stop()
             feeder.join()
-        if feeder.error is not None:
-            raise feeder.error
+        feeder.check()
         return served
 
     def _serve(
@@ -311,18 +309,6 @@ class LLM:
         if inside:
             raise InputError(f"expected ids without {inside[0]}, which ends a text", field="token_maker", value=maker)
         return maker
-
-
-class _Feeder(TraceFeeder):
-    """A TraceFeeder that keeps what went wrong in it."""
-
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except BaseException as error:
-            self.error = error
 
 
 def _decoder(

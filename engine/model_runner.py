@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, to_device
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
 from twinserve.engine.kv_cache import KVCache, default_num_blocks
 from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
 from twinserve.engine.layers.choice import choose_attention
@@ -78,20 +78,22 @@ class ModelRunner:
         seed: int = 0,
     ):
         self.device = torch.device(device)
-        self.model = model.to(self.device) if isinstance(model, Decoder) else adopt_model(model, device=self.device)
+        self.model = compute_on(self.device, lambda: _decoder(model, self.device))
         self.tokenizer = tokenizer
         config, dtype = self.model.config, self.model.dtype
         self.block_size = block_size or Sequence.block_size
         self.attention = choose_attention(attention, config.head_dim, dtype, self.device, self.block_size)
         self._backend = self.attention.make()
         self.num_blocks = num_blocks or default_num_blocks(config, self.block_size, dtype, self.device)
-        self._cache = KVCache(config, self.num_blocks, self.block_size, dtype, self.device)
+        self._cache = compute_on(
+            self.device, lambda: KVCache(config, self.num_blocks, self.block_size, dtype, self.device)
+        )
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
     def close(self) -> None:
-        """Wait for what was launched and end the runner's thread."""
+        """Wait for what was launched."""
         self._queue.close()
 
     # --- the guide's calls ---
@@ -233,6 +235,10 @@ class ModelRunner:
         attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
         hidden = self.model(token_ids, step.positions, attention)
         return step.sampling.sample(self.model.logits(hidden[step.last]))
+
+
+def _decoder(model: nn.Module, device: torch.device) -> Decoder:
+    return model.to(device) if isinstance(model, Decoder) else adopt_model(model, device=device)
 
 
 def _scheduled_tokens(seq: Sequence) -> list[int]:

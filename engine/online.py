@@ -130,6 +130,7 @@ class TraceFeeder(threading.Thread):
         self._answers: dict[int, list[int]] = {}
         self._changed = threading.Condition()
         self._stopped = False
+        self._error: BaseException | None = None
 
     def ended(self, seq: Sequence) -> None:
         """Tell the feeder that a sequence has ended; requests that wait for its answer can arrive."""
@@ -144,12 +145,19 @@ class TraceFeeder(threading.Thread):
             self._stopped = True
             self._changed.notify()
 
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything did."""
+        if self._error is not None:
+            raise self._error
+
     def run(self) -> None:
         try:
             while request := self._next():
                 token_ids = self._tokens.token_ids(request, self._answers)
                 self._announce(request)
                 self._inbox.put(request.to_sequence(self._params, token_ids))
+        except BaseException as error:
+            self._error = error
         finally:
             self._inbox.close()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 
@@ -15,3 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def public_traces() -> Path:
+    """The folder of the public traces, which do not ship with the project."""
+    folder = os.environ.get("TWINSERVE_TRACES")
+    if folder is None:
+        pytest.skip("TWINSERVE_TRACES is unset: it names the folder of the public traces")
+    return Path(folder)

@@ -85,29 +85,6 @@ def load_llm(
     return llm
 
 
-def device_name(llm: LLM) -> str:
-    """What executes the steps, in words."""
-    import torch
-
-    if llm.runner.device.type == "cuda":
-        return torch.cuda.get_device_name(llm.runner.device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def engine_facts(llm: LLM) -> dict[str, Any]:
-    """What a replay, or a reader, has to know of the engine."""
-    return {
-        "model": llm.name,
-        "dtype": str(llm.runner.model.dtype).removeprefix("torch."),
-        "quantization": llm.runner.model.quantization,
-        "attention": llm.attention.name,
-        "attention_reason": llm.attention.reason,
-        "load_format": llm.load_format,
-        "tokens": asdict(llm.token_maker),
-        "eos_token_id": llm.eos_token_id,
-    }
-
-
 def measure_steps(
     llm: LLM, *, max_seqs: int, max_context: int, max_prompt: int, repeats: int, progress: Callable[[int], Any]
 ) -> list[StepSample]:
@@ -126,8 +103,8 @@ def measure_steps(
 
 def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
     """A latency model of the engine from its measured steps."""
-    about = engine_facts(llm) | {"device": device_name(llm), "block_size": llm.settings.block_size}
-    del about["tokens"], about["eos_token_id"]
+    about = llm.facts() | {"device": llm.device_name, "block_size": llm.settings.block_size}
+    del about["seed"], about["tokens"], about["eos_token_id"]
     return fit(samples, about)
 
 
@@ -201,10 +178,10 @@ def run_real(
         time_scale: arrivals come so many times later than in the trace.
     """
     params = params or SamplingParams(temperature=0.0, ignore_eos=True)
-    facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **engine_facts(llm)}
+    facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **llm.facts()}
     if llm.runner.device.type == "cuda":
         llm.warm_up()
-    with recording(out, "real", llm.settings, facts, device_name(llm)) as recorder:
+    with recording(out, "real", llm.settings, facts, llm.device_name) as recorder:
         begun = time.perf_counter()
         llm.run_trace(workload.requests, params=params, recorder=recorder, time_scale=time_scale, progress=progress)
         return recorder.close(_extra(workload, time.perf_counter() - begun))

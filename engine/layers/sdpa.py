@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -145,14 +146,25 @@ class _Singles:
 class _Prompt:
     """One row of several tokens, `first` to `last` of the flat batch.
 
-    `slots` [context] are those of its context; `mask` [tokens, context] is 0 where a token attends and -inf elsewhere,
-    or None where the row begins its sequence.
+    `slots` [context] are those of its context; `dtype` is the queries'.
     """
 
     first: int
     last: int
     slots: Tensor
-    mask: Tensor | None
+    dtype: torch.dtype
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[tokens, context], 0 where a token attends and -inf elsewhere; None where the row begins its sequence.
+
+        Made by the first layer, as a large one is a parallel loop: on a CPU these belong into the thread of the steps.
+        """
+        tokens, context = self.last - self.first, len(self.slots)
+        if context == tokens:
+            return None
+        mask = torch.full((tokens, context), -torch.inf, dtype=self.dtype, device=self.slots.device)
+        return mask.triu_(context - tokens + 1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, heads, head_dim = query.shape
@@ -178,8 +190,4 @@ def _plan_singles(rows: StepRows, first: int, last: int, dtype: torch.dtype, dev
 def _plan_prompt(rows: StepRows, row: int, first: int, dtype: torch.dtype, device: torch.device) -> _Prompt:
     num_tokens, context = rows.query_lens[row], rows.context_lens[row]
     slots = slots_of(rows.block_tables[row], np.arange(context), rows.block_size)
-    mask = None
-    if context > num_tokens:
-        mask = torch.full((num_tokens, context), -torch.inf, dtype=dtype, device=device)
-        mask.triu_(context - num_tokens + 1)
-    return _Prompt(first, first + num_tokens, to_device(slots, device), mask)
+    return _Prompt(first, first + num_tokens, to_device(slots, device), dtype)

@@ -1,13 +1,14 @@
-"""The times that a CUDA queue tells, on a device whose clock runs wrong."""
+"""The one thread that computes on a CPU; the times that a CUDA queue tells, on a device whose clock runs wrong."""
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 import torch
 
-from twinserve.engine.device_queue import CudaQueue, usable_device
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, compute_on, usable_device
 from twinserve.traces.errors import InputError
 
 
@@ -81,3 +82,41 @@ def test_a_device_that_cannot_be_used_is_refused(name):
     with pytest.raises(InputError, match=f"device is '{name}', "):
         usable_device(name)
     assert usable_device("cpu") == torch.device("cpu")
+
+
+def test_all_that_a_cpu_computes_is_computed_in_one_thread():
+    threads = []
+
+    def compute() -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return torch.tensor([7])
+
+    one, other = CpuQueue(), CpuQueue()
+    results = [queue.submit(compute).result() for queue in (one, other, one)]
+    one.close()
+    assert compute_on("cpu", compute).item() == other.submit(compute).result()[0] == 7
+    assert results == [[7]] * 3
+    assert len(threads) == 5 and len(set(threads)) == 1 and threads[0] != threading.get_ident()
+
+
+def test_what_goes_wrong_there_is_raised_here_and_the_next_step_runs():
+    def wrong() -> torch.Tensor:
+        raise IndexError("no such row")
+
+    queue = CpuQueue()
+    with pytest.raises(IndexError, match="no such row"):
+        queue.submit(wrong).result()
+    with pytest.raises(IndexError, match="no such row"):
+        compute_on("cpu", wrong)
+    assert queue.submit(lambda: torch.tensor([1, 2])).result() == [1, 2]
+    queue.close()
+
+
+def test_the_thread_takes_as_many_threads_as_its_caller_has():
+    before = torch.get_num_threads()
+    try:
+        for count in (1, before):
+            torch.set_num_threads(count)
+            assert compute_on("cpu", torch.get_num_threads) == count
+    finally:
+        torch.set_num_threads(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,6 @@ def assert_replayed(pytestconfig: pytest.Config, composition: str, depth: int) -
         print(lines[-1])
 
     return check
-
-
-@pytest.fixture
-def public_traces() -> Path:
-    """The folder of the public traces, which do not ship with the project."""
-    folder = os.environ.get("TWINSERVE_TRACES")
-    if folder is None:
-        pytest.skip("TWINSERVE_TRACES is unset: it names the folder of the public traces")
-    return Path(folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

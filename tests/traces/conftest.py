@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -144,12 +143,3 @@ def record_run(tmp_path: Path, some_requests: list[Request]) -> Callable[..., Ru
         return Run(path, summary, dict(served.witness.token_ends))
 
     return record
-
-
-@pytest.fixture
-def public_traces() -> Path:
-    """The folder of the public traces, which do not ship with the project."""
-    folder = os.environ.get("TWINSERVE_TRACES")
-    if folder is None:
-        pytest.skip("TWINSERVE_TRACES is unset: it names the folder of the public traces")
-    return Path(folder)

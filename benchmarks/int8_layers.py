@@ -38,14 +38,16 @@ ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 51
 COLD_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 MOST_COPIES = 256
 TILES = [
-    (16, 128, 2),
-    (16, 256, 2),
-    (16, 256, 4),
-    (32, 128, 4),
-    (32, 256, 4),
-    (64, 128, 4),
-    (128, 64, 4),
-    (128, 128, 8),
+    (16, 64, 1, 2),
+    (16, 64, 1, 4),
+    (16, 64, 2, 4),
+    (16, 64, 4, 2),
+    (16, 64, 4, 4),
+    (16, 128, 1, 4),
+    (32, 128, 1, 4),
+    (32, 128, 4, 4),
+    (64, 128, 1, 4),
+    (128, 64, 1, 4),
 ]
 
 
@@ -157,12 +159,12 @@ def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
 
     row_block = max(SMALLEST_DOT, 1 << (len(x) - 1).bit_length())
     times: dict[Tiling, float] = {}
-    for outputs, inputs, warps in TILES:
-        tiles = -(-weights.num_in // inputs)
-        for stages in sorted({min(4, tiles), min(8, tiles)}):
+    for outputs, inputs, splits, warps in TILES:
+        tiles = -(-weights.num_in // (inputs * splits))
+        for stages in sorted({min(4, tiles), min(6, tiles)}):
             if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
                 continue
-            tiling = Tiling(row_block, outputs, inputs, warps, stages)
+            tiling = Tiling(row_block, outputs, inputs, splits, warps, stages)
             times[tiling] = _graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
     best = min(times, key=lambda tiling: times[tiling])
     return {"best_us": times[best], "best_tiling": str(best)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -19,12 +20,16 @@ SHARED_BYTES = 160 << 10
 MULTIPROCESSORS = 132
 """Of an H100; another number costs some time and changes no result."""
 
+SPLITS = 4
+"""Parts of the sum of a layer too narrow to keep every multiprocessor reading; 1, 2 and 4 were measured."""
+
 
 @dataclass(frozen=True)
 class Tiling:
     """How the product is cut: a program computes `rows` x `outputs` of the result, `inputs` of the sum at a time.
 
     Attributes:
+        splits: programs that share a sum; the last of them to finish adds their parts up, always in the same order.
         warps: of a program.
         stages: tiles in flight.
     """
@@ -32,6 +37,7 @@ class Tiling:
     rows: int
     outputs: int
     inputs: int
+    splits: int
     warps: int
     stages: int
 
@@ -54,20 +60,15 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
     num_out = len(weight)
     tiling = tiling or choose_tiling(rows, num_out, num_in)
     out = x.new_empty(rows, num_out)
-    grid = (triton.cdiv(num_out, tiling.outputs), triton.cdiv(rows, tiling.rows))
-    _multiply[grid](
-        x,
-        weight,
-        scale,
-        out,
-        rows,
-        num_out,
-        num_in,
-        tiling.rows,
-        tiling.outputs,
-        tiling.inputs,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+    parts, counts = out, out
+    grid = (triton.cdiv(num_out, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.splits)
+    if tiling.splits > 1:
+        parts = x.new_empty(tiling.splits, rows, num_out, dtype=torch.float32)
+        counts = _counts(x.device)
+        if grid[0] * grid[1] > len(counts):
+            raise ValueError(f"{grid[0] * grid[1]} blocks of a split sum, expected at most {len(counts)}")
+    _kernel(tiling, num_out, num_in, x.device, all(not t.data_ptr() % 16 for t in (x, weight, scale)))(
+        grid, (x, weight, scale, out, parts, counts, rows, num_out)
     )
     return out
 
@@ -76,17 +77,46 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
 def choose_tiling(rows: int, num_out: int, num_in: int) -> Tiling:
     """A tiling that keeps a device of MULTIPROCESSORS reading.
 
-    Narrow layers get the narrowest programs, as there would be too few of them; wide ones get wide programs, which read
-    `x` less often. As many tiles are in flight as a row of them has, or as shared memory holds.
+    Narrow tiles, many in flight, and split sums where even those are too few; a vocabulary's width gets wide tiles,
+    which read `x` less often. Measured by benchmarks/int8_layers.py --tune.
     """
-    outputs = 16
-    while outputs < 64 and num_out >= 2 * MULTIPROCESSORS * outputs:
-        outputs *= 2
-    inputs = 256 if num_in >= 1024 and outputs == 16 else 128
     row_block = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rows)))
-    tile_bytes = inputs * (outputs + row_block * torch.bfloat16.itemsize)
-    stages = max(2, min(triton.cdiv(num_in, inputs), 8, SHARED_BYTES // tile_bytes))
-    return Tiling(row_block, outputs, inputs, warps=2 if outputs == 16 else 4, stages=stages)
+    warps = 2 if row_block == SMALLEST_DOT else 4
+    if num_out >= 2 * MULTIPROCESSORS * 64:
+        tile_bytes = 128 * (64 + row_block * torch.bfloat16.itemsize)
+        stages = max(2, min(triton.cdiv(num_in, 128), 8, SHARED_BYTES // tile_bytes))
+        return Tiling(row_block, 64, 128, 1, warps=4, stages=stages)
+    splits = 1 if triton.cdiv(num_out, 16) >= MULTIPROCESSORS else min(SPLITS, triton.cdiv(num_in, 64))
+    stages = max(2, min(6, triton.cdiv(num_in, 64 * splits)))
+    return Tiling(row_block, 16, 64, splits, warps, stages)
+
+
+@cache
+def _counts(device: torch.device) -> Tensor:
+    """How many programs of a split sum have finished, by block of the result; all 0 between products of a stream."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+@cache
+def _kernel(
+    tiling: Tiling, num_out: int, num_in: int, device: torch.device, aligned: bool
+) -> Callable[[tuple[int, int, int], tuple], None]:
+    """Launches the product of a shape: `launch(grid, arguments)`.
+
+    Triton looks at every argument at every call to choose among what it has compiled, which takes the host longer than
+    torch takes to launch its own product. Here what it looks at is known: the shape and the alignment of the pointers.
+    """
+    constants = (num_in, tiling.rows, tiling.outputs, tiling.inputs, tiling.splits)
+    compiled = None
+
+    def launch(grid: tuple[int, int, int], arguments: tuple) -> None:
+        nonlocal compiled
+        if compiled is None:
+            compiled = _multiply[grid](*arguments, *constants, num_warps=tiling.warps, num_stages=tiling.stages)
+        else:
+            compiled[grid](*arguments, *constants)
+
+    return launch
 
 
 # One program for any number of rows in a block: a new one would be compiled in the middle of serving.
@@ -96,14 +126,17 @@ def _multiply(
     weight_ptr,
     scale_ptr,
     out_ptr,
+    parts_ptr,
+    counts_ptr,
     rows,
     num_out,
     num_in: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """A block of the result, [BLOCK_ROWS, BLOCK_OUT]."""
+    """A block of the result, [BLOCK_ROWS, BLOCK_OUT], or one of SPLITS parts of its sum."""
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     # In 64 bits, as the table of a large vocabulary has more than 2**31 weights.
     out = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -111,13 +144,28 @@ def _multiply(
     is_row, is_out = row[:, None] < rows, out[None, :] < num_out
     x_at = x_ptr + row[:, None] * num_in + inner[None, :]
     weight_at = weight_ptr + out[None, :] * num_in + inner[:, None]
+    part_of_in: tl.constexpr = (num_in + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
+    begin = tl.program_id(2) * part_of_in
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
-    for start in range(0, num_in, BLOCK_IN):
+    for start in range(begin, begin + part_of_in, BLOCK_IN):
         is_inner = inner < num_in - start
         x = tl.load(x_at + start, mask=is_row & is_inner[None, :], other=0.0)
         weight = tl.load(weight_at + start, mask=is_out & is_inner[:, None], other=0)
         # Every int8 is exact in bfloat16, so nothing is lost before the sum.
         total = tl.dot(x, weight.to(x.dtype), total)
     scale = tl.load(scale_ptr + out, mask=out < num_out, other=0.0)
-    out_at = out_ptr + row[:, None] * num_out + out[None, :]
-    tl.store(out_at, (total * scale[None, :]).to(out_ptr.dtype.element_ty), mask=is_row & is_out)
+    at = row[:, None] * num_out + out[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + at, (total * scale[None, :]).to(out_ptr.dtype.element_ty), mask=is_row & is_out)
+    else:
+        size = rows * num_out
+        tl.store(parts_ptr + tl.program_id(2) * size + at, total, mask=is_row & is_out)
+        tl.debug_barrier()
+        count_ptr = counts_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        # Whoever counts last sees what all others have stored.
+        if tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+            for part in range(SPLITS):
+                total += tl.load(parts_ptr + part * size + at, mask=is_row & is_out, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptr + at, (total * scale[None, :]).to(out_ptr.dtype.element_ty), mask=is_row & is_out)
+            tl.store(count_ptr, 0)

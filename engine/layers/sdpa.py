@@ -171,6 +171,9 @@ class _Prompt:
         kv_heads = key.shape[1]
         grouped = query.reshape(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         key, value = (x.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for x in (key, value))
+        if query.is_cuda and self.mask is not None:
+            # With a mask, torch's memory-efficient kernel (2.11) reads beyond expanded heads: wrong rows, or a fault.
+            key, value = key.contiguous(), value.contiguous()
         output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.mask, is_causal=self.mask is None)
         return output.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
 

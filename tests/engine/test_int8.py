@@ -360,11 +360,32 @@ def test_the_kernel_writes_all_of_its_output_and_no_more():
     weight, scale = (tensor.cuda() for tensor in int8_weight(576, 130))
     x = some(19, 576).bfloat16().cuda()
     first = int8_matmul.int8_matmul(x, weight, scale)
-    for tiling in (int8_matmul.Tiling(16, 16, 64, 2, 3), int8_matmul.Tiling(32, 64, 128, 4, 4)):
+    for tiling in (int8_matmul.Tiling(16, 16, 64, 4, 2, 3), int8_matmul.Tiling(32, 64, 128, 1, 4, 4)):
         # The allocator gives the memory of what was just freed: poison there shows what is not written.
         poison = torch.full_like(first, torch.nan)
         del poison
         torch.testing.assert_close(int8_matmul.int8_matmul(x, weight, scale, tiling), first, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_split_sum_is_the_same_every_time():
+    from twinserve.engine.kernels.int8_matmul import choose_tiling, int8_matmul
+
+    weight, scale = (tensor.cuda() for tensor in int8_weight(3072, 1024))
+    for rows in (1, 32):
+        assert choose_tiling(rows, *weight.shape).splits > 1
+        x = some(rows, 3072).bfloat16().cuda()
+        first = int8_matmul(x, weight, scale)
+        assert all(torch.equal(int8_matmul(x, weight, scale), first) for _ in range(50))
+
+
+@pytest.mark.gpu
+def test_inputs_that_begin_anywhere_in_memory_are_read():
+    weight, scale = int8_weight(64, 48)
+    x = some(3, 64).bfloat16()
+    shifted = torch.zeros(3 * 64 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(3, 64).copy_(x)
+    for given in (x.cuda(), shifted, x.cuda()):
+        assert error(int8_product(given, weight.cuda(), scale.cuda()), x, weight, scale) < 4e-3
 
 
 @pytest.mark.gpu

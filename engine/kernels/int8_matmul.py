@@ -58,18 +58,9 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
     """
     rows, num_in = x.shape
     num_out = len(weight)
-    tiling = tiling or choose_tiling(rows, num_out, num_in)
+    aligned = not (x.data_ptr() | weight.data_ptr() | scale.data_ptr()) % 16
     out = x.new_empty(rows, num_out)
-    parts, counts = out, out
-    grid = (triton.cdiv(num_out, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.splits)
-    if tiling.splits > 1:
-        parts = x.new_empty(tiling.splits, rows, num_out, dtype=torch.float32)
-        counts = _counts(x.device)
-        if grid[0] * grid[1] > len(counts):
-            raise ValueError(f"{grid[0] * grid[1]} blocks of a split sum, expected at most {len(counts)}")
-    _kernel(tiling, num_out, num_in, x.device, all(not t.data_ptr() % 16 for t in (x, weight, scale)))(
-        grid, (x, weight, scale, out, parts, counts, rows, num_out)
-    )
+    _launcher(rows, num_out, num_in, x.device, aligned, tiling)(x, weight, scale, out)
     return out
 
 
@@ -98,23 +89,37 @@ def _counts(device: torch.device) -> Tensor:
 
 
 @cache
-def _kernel(
-    tiling: Tiling, num_out: int, num_in: int, device: torch.device, aligned: bool
-) -> Callable[[tuple[int, int, int], tuple], None]:
-    """Launches the product of a shape: `launch(grid, arguments)`.
+def _parts(size: int, device: torch.device) -> Tensor:
+    """Where the parts of split sums are kept, for one product of a stream after another."""
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=4096)
+def _launcher(
+    rows: int, num_out: int, num_in: int, device: torch.device, aligned: bool, tiling: Tiling | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Launches the product of a shape: `launch(x, weight, scale, out)`.
 
     Triton looks at every argument at every call to choose among what it has compiled, which takes the host longer than
-    torch takes to launch its own product. Here what it looks at is known: the shape and the alignment of the pointers.
+    torch takes to launch its own product. Here what it looks at is known: the shape and whether pointers are `aligned`.
     """
-    constants = (num_in, tiling.rows, tiling.outputs, tiling.inputs, tiling.splits)
-    compiled = None
+    tiling = tiling or choose_tiling(rows, num_out, num_in)
+    grid = (triton.cdiv(num_out, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.splits)
+    counts = _counts(device)
+    if tiling.splits > 1 and grid[0] * grid[1] > len(counts):
+        raise ValueError(f"{grid[0] * grid[1]} blocks of a split sum, expected at most {len(counts)}")
+    # As large as any number of rows in the same blocks needs, so that few are kept.
+    parts = _parts(tiling.splits * grid[1] * tiling.rows * num_out if tiling.splits > 1 else 1, device)
+    fixed = (parts, counts, rows, num_out, num_in, tiling.rows, tiling.outputs, tiling.inputs, tiling.splits)
+    run = None
 
-    def launch(grid: tuple[int, int, int], arguments: tuple) -> None:
-        nonlocal compiled
-        if compiled is None:
-            compiled = _multiply[grid](*arguments, *constants, num_warps=tiling.warps, num_stages=tiling.stages)
+    def launch(*tensors: Tensor) -> None:
+        nonlocal run
+        if run is None:
+            compiled = _multiply[grid](*tensors, *fixed, num_warps=tiling.warps, num_stages=tiling.stages)
+            run = compiled[grid]
         else:
-            compiled[grid](*arguments, *constants)
+            run(*tensors, *fixed)
 
     return launch
 

@@ -44,6 +44,7 @@ KvMemoryShare = Annotated[
     float, typer.Option(help="Share of a CUDA device's free memory that KV takes, unless --num-gpu-blocks is given.")
 ]
 DEFAULT_MODEL = "smollm2-135m"
+LATENCY_HELP = "A latency file, or one that ships: smollm2-135m-cpu-2-threads (the default) or qwen3-0.6b-h100."
 
 
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -84,7 +85,7 @@ def sim(
     trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
     trace_options: dict,
     settings: dict,
-    latency: Annotated[Path | None, typer.Option(help="Latency file; default: the one that is shipped.")] = None,
+    latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
     latency_from: Annotated[Path | None, typer.Option(help="A run record whose own step times are used.")] = None,
     config: Config = None,
     out: Out = None,

@@ -25,27 +25,38 @@ if TYPE_CHECKING:
 
 Progress = Callable[[Sequence], None]
 
-SHIPPED_LATENCY = Path(__file__).parent / "sim" / "data" / "smollm2-135m-cpu-2-threads.json"
+DEFAULT_LATENCY = "smollm2-135m-cpu-2-threads"
 
 
-def choose_latency(path: Path | None, record: Path | None) -> tuple[LatencyModel, dict[str, Any]]:
+def shipped_latencies() -> dict[str, Path]:
+    """The latency files that ship, by name."""
+    folder = Path(__file__).parent / "sim" / "data"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyModel, dict[str, Any]]:
     """A latency model and what says in a record which one it was.
 
     Args:
-        path: a latency file; None is the shipped one.
+        source: the name of a latency that ships, or a latency file; None is DEFAULT_LATENCY.
         record: a run record whose own step times are used.
 
     Raises:
         InputError: both are given, or one cannot be used.
     """
     if record is not None:
-        if path is not None:
-            raise InputError("expected only one of latency and latency_from", field="latency", value=str(path))
+        if source is not None:
+            raise InputError("expected only one of latency and latency_from", field="latency", value=source)
         rows = load_record(record).steps
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
-    model = FittedLatency.load(path or SHIPPED_LATENCY)
+    source = source or DEFAULT_LATENCY
+    shipped = shipped_latencies().get(source)
+    if shipped is None and not Path(source).is_file():
+        names = ", ".join(shipped_latencies())
+        raise InputError(f"expected a file, or one that ships: {names}", field="latency", value=source)
+    model = FittedLatency.load(shipped or Path(source))
     about = model.data["about"]
-    name = f"{about['model']} on {about['device']}, {'measured' if path else 'shipped'}"
+    name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
     return model, {"name": name, "identity": model.identity, "about": about}
 
 

@@ -13,8 +13,8 @@ from twinserve.traces.request import Request
 class Arrivals:
     """The requests of a trace by the time they arrive.
 
-    A request with `after` set arrives at its own time or when that request's answer is complete, whichever is later,
-    and its prompt holds what was really answered. Equal instants go by trace row.
+    A request with `after` set arrives at its own time or `think_ns` after that request's answer is complete, whichever
+    is later, and its prompt holds what was really answered. Equal instants go by trace row.
     """
 
     def __init__(self, requests: Iterable[Request]):
@@ -46,5 +46,6 @@ class Arrivals:
         """Request `request_id` has ended with `answer_length` tokens: those that wait for it can arrive."""
         self._answer_lengths[request_id] = answer_length
         for request in self._held.pop(request_id, ()):
-            request = replace(request.resolved(self._answer_lengths), arrival_ns=max(request.arrival_ns, now_ns))
+            arrival_ns = max(request.arrival_ns, now_ns + request.think_ns)
+            request = replace(request.resolved(self._answer_lengths), arrival_ns=arrival_ns)
             heapq.heappush(self._due, (request.arrival_ns, request.id, request))

@@ -7,15 +7,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from twinserve.traces.errors import InputError
+from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
 
 Arrivals = Literal["poisson", "gamma", "burst"]
 
-_LENGTH_FORMS = "fixed:N or lognormal:MEAN:CV[:MIN:MAX], in tokens"
+_LENGTH_FORMS = "fixed:N or lognormal:MEAN:CV[:MIN:MAX], in tokens, or empirical:FILE"
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,51 @@ class LengthSpec:
         return round(min(max(drawn, self.low), self.high))
 
 
+@dataclass(frozen=True)
+class EmpiricalLengths:
+    """Lengths drawn from those of a trace's requests, each as likely as any other.
+
+    Attributes:
+        values: in tokens, by request.
+        sha256: of the trace.
+    """
+
+    values: tuple[int, ...]
+    sha256: str
+
+    def draw(self, rng: random.Random) -> int:
+        """One length."""
+        return self.values[rng.randrange(len(self.values))]
+
+
+Lengths = LengthSpec | EmpiricalLengths
+
+
+def parse_lengths(text: str, field: Literal["prompt_tokens", "output_tokens"]) -> Lengths:
+    """The lengths that `text` says: what `LengthSpec.parse` takes, or "empirical:FILE", those of a trace.
+
+    Args:
+        field: whether they are of prompts or of outputs.
+
+    Raises:
+        InputError: the text is neither, or the trace cannot be read.
+    """
+    kind, _, path = text.partition(":")
+    if kind != "empirical" or not path:
+        return LengthSpec.parse(text, field)
+    trace = read_trace(Path(path))
+    prompts = field == "prompt_tokens"
+    values = (request.prompt_tokens if prompts else request.max_tokens for request in trace.requests)
+    return EmpiricalLengths(tuple(values), trace.sha256)
+
+
 def generate(
     *,
     seed: int,
     num_requests: int,
     rate: float,
-    prompt_tokens: LengthSpec,
-    output_tokens: LengthSpec,
+    prompt_tokens: Lengths,
+    output_tokens: Lengths,
     arrivals: Arrivals = "poisson",
     cv: float = 1.0,
     burst_size: int = 1,
@@ -94,7 +134,8 @@ def generate(
         num_requests: how many, all turns counted.
         rate: requests per second in the long run, all turns counted; conversations begin at `rate / turns`.
         prompt_tokens: new text of a turn; system prompt and earlier turns come on top.
-        output_tokens: what a request asks for.
+        output_tokens: what a request asks for. If both are of the same trace, a request has the two lengths of one of
+            its requests.
         arrivals: "poisson", "gamma" (gaps with coefficient of variation `cv`), or "burst" (`burst_size`
             conversations at the same instant, bursts at exponential gaps).
         cv: standard deviation of the gaps divided by their mean; for "gamma".
@@ -157,10 +198,12 @@ class _Draws(NamedTuple):
 
     @classmethod
     def seeded(
-        cls, seed: int, prompt_tokens: LengthSpec, output_tokens: LengthSpec, num_systems: int, think_time_s: float
+        cls, seed: int, prompt_tokens: Lengths, output_tokens: Lengths, num_systems: int, think_time_s: float
     ) -> _Draws:
+        # Equal streams draw equal numbers of requests, so the lengths stay together.
+        outputs = "prompts" if _are_of_one_trace(prompt_tokens, output_tokens) else "outputs"
         system_rng, prompt_rng, output_rng, think_rng = (
-            random.Random(f"{seed}:{aspect}") for aspect in ("systems", "prompts", "outputs", "thinking")
+            random.Random(f"{seed}:{aspect}") for aspect in ("systems", "prompts", outputs, "thinking")
         )
         return cls(
             systems=(system_rng.randrange(num_systems) for _ in count()),
@@ -169,6 +212,14 @@ class _Draws(NamedTuple):
             max_tokens=(output_tokens.draw(output_rng) for _ in count()),
             think_ns=(round(think_rng.expovariate(1.0) * think_time_s * 1e9) for _ in count()),
         )
+
+
+def _are_of_one_trace(prompt_tokens: Lengths, output_tokens: Lengths) -> bool:
+    return (
+        isinstance(prompt_tokens, EmpiricalLengths)
+        and isinstance(output_tokens, EmpiricalLengths)
+        and prompt_tokens.sha256 == output_tokens.sha256
+    )
 
 
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:

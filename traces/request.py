@@ -42,7 +42,7 @@ class PrefixKeys:
     __slots__ = ("_answer", "_bases", "_ends", "_parts")
 
     def __init__(self, parts: Seq[Part], answer: int):
-        self._parts = _merged(parts)
+        self._parts = merged(parts)
         self._answer = answer
         self._ends: list[int] = []
         end = 0
@@ -66,7 +66,7 @@ class PrefixKeys:
         return xxhash.xxh64_intdigest(b"".join(value.to_bytes(8, "little") for value in values))
 
 
-def _merged(parts: Seq[Part]) -> list[Part]:
+def merged(parts: Seq[Part]) -> list[Part]:
     """The same tokens in as few parts as can be."""
     merged: list[Part] = []
     for part in parts:
@@ -89,6 +89,7 @@ class Request:
         max_tokens: tokens it asks for; a replay generates that many unless told to stop at end-of-sequence.
         session: the conversation it belongs to.
         after: the request whose answer must be complete before this one can arrive.
+        think_ns: how long after that answer, in nanoseconds, it arrives at the earliest.
     """
 
     id: int
@@ -97,6 +98,7 @@ class Request:
     max_tokens: int
     session: int | None = None
     after: int | None = None
+    think_ns: int = 0
 
     @property
     def prompt_tokens(self) -> int:

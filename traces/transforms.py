@@ -91,6 +91,34 @@ def spread(requests: list[Request], seed: int, log: TransformLog, *, last_s: flo
     return _at(requests, times_ns, "spread", {"seed": seed, "last_s": last_s}, log)
 
 
+def start_sessions(requests: list[Request], rate: float, seed: int, log: TransformLog) -> list[Request]:
+    """Sessions that begin at random, with exponential gaps, the first one at 0; within a session nothing moves.
+
+    Some traces do not say when a session began. A request without a session is one of its own.
+
+    Args:
+        rate: sessions per second.
+        seed: another seed, other times.
+
+    Raises:
+        InputError: `rate` is not a number above 0.
+    """
+    require(0 < rate < math.inf, "rate", rate, "sessions per second > 0")
+    rng = random.Random(seed)
+    shifts_ns: dict[tuple[str, int], int] = {}
+    next_s = 0.0
+    moved = []
+    for request in requests:
+        key = ("request", request.id) if request.session is None else ("session", request.session)
+        if key not in shifts_ns:
+            shifts_ns[key] = round(next_s * 1e9) - request.arrival_ns
+            next_s += rng.expovariate(rate)
+        moved.append(replace(request, arrival_ns=request.arrival_ns + shifts_ns[key]))
+    changed = {"arrivals_moved": _count_changed(requests, moved)}
+    _write(log, "start_sessions", {"rate": rate, "seed": seed}, changed)
+    return renumbered(sorted(moved, key=lambda request: request.arrival_ns))
+
+
 def cap_prompt_tokens(requests: list[Request], most: int, log: TransformLog) -> list[Request]:
     """Prompts of at most `most` tokens: longer ones keep their first tokens, and so the prefixes they share.
 
@@ -147,6 +175,7 @@ def renumbered(requests: list[Request]) -> list[Request]:
             id=new_ids[request.id],
             parts=tuple(part._replace(text=texts.get(part.text, part.text)) for part in request.parts),
             after=None if request.after is None else new_ids.get(request.after),
+            think_ns=request.think_ns if request.after in new_ids else 0,
         )
         for request in requests
     ]

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from twinserve.options import options_of
+from twinserve.options import Json, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
+from twinserve.trace_cli import trace_app
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
 from twinserve.workload import TraceOptions
@@ -21,14 +22,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-trace_app = typer.Typer(help="Look at a trace, make a synthetic one, change its format.", no_args_is_help=True)
 model_app = typer.Typer(help="Bring a model, or hold one against transformers.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 app.add_typer(model_app, name="model")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
@@ -82,7 +81,7 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
 def sim(
-    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    trace: TraceFile,
     trace_options: dict,
     settings: dict,
     latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
@@ -115,7 +114,7 @@ def sim(
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
 def run(
-    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
+    trace: TraceFile,
     trace_options: dict,
     settings: dict,
     model: Model = DEFAULT_MODEL,
@@ -354,90 +353,3 @@ def model_verify(
         verify_table(report.as_dict())
     if report.agrees is False:
         raise typer.Exit(1)
-
-
-def refuse_existing(out: Path | None) -> None:
-    """Refuse an output that exists before long work begins."""
-    if out is not None and out.exists():
-        raise InputError("exists already, expected a new name", path=out)
-
-
-@trace_app.command("stat")
-@options_of(TraceOptions, "trace_options")
-def trace_stat(
-    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
-    trace_options: dict,
-    as_json: Json = False,
-) -> None:
-    """Lengths, rates and what was handled."""
-    from twinserve.tables import trace_table
-    from twinserve.traces.statistics import trace_statistics
-    from twinserve.workload import load_workload
-
-    workload = load_workload(trace, trace_options)
-    statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
-    if as_json:
-        print(json.dumps(statistics))
-    else:
-        trace_table(statistics)
-
-
-@trace_app.command("convert")
-@options_of(TraceOptions, "trace_options")
-def trace_convert(
-    trace: Annotated[Path, typer.Argument(help="A trace: ours, Mooncake's or Azure's, gzip or not.")],
-    out: Annotated[Path, typer.Argument(help="The trace to write, in our own format; must not exist.")],
-    trace_options: dict,
-) -> None:
-    """Write a trace, or a changed part of it, in our own format."""
-    from twinserve.traces.readers import write_trace
-    from twinserve.workload import load_workload
-
-    refuse_existing(out)
-    workload = load_workload(trace, trace_options)
-    write_trace(out, workload.requests, {"made_from": workload.facts})
-    say(f"{out}: {len(workload.requests)} requests")
-
-
-@trace_app.command("make")
-def trace_make(
-    out: Annotated[Path, typer.Option("--out", help="The trace file to write; must not exist.")],
-    requests: Annotated[int, typer.Option(help="How many, all turns counted.")] = 100,
-    rate: Annotated[float, typer.Option(help="Requests a second in the long run.")] = 1.0,
-    arrivals: Annotated[str, typer.Option(help="poisson, gamma or burst.")] = "poisson",
-    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, for gamma.")] = 1.0,
-    burst_size: Annotated[int, typer.Option(help="Conversations that arrive at one instant, for burst.")] = 1,
-    prompt_tokens: Annotated[
-        str, typer.Option(help="Text of a turn: fixed:N or lognormal:MEAN:CV.")
-    ] = "lognormal:200:1",
-    output_tokens: Annotated[str, typer.Option(help="Answer: fixed:N or lognormal:MEAN:CV.")] = "lognormal:60:0.7",
-    system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
-    system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,
-    turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
-    think_time_s: Annotated[float, typer.Option(help="Mean time between two turns.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-) -> None:
-    """Make a synthetic trace."""
-    from twinserve.traces.generator import LengthSpec, generate
-    from twinserve.traces.readers import write_trace
-
-    refuse_existing(out)
-    options = {
-        "seed": seed,
-        "num_requests": requests,
-        "rate": rate,
-        "arrivals": arrivals,
-        "cv": cv,
-        "burst_size": burst_size,
-        "num_system_prompts": system_prompts,
-        "system_prompt_tokens": system_prompt_tokens,
-        "turns": turns,
-        "think_time_s": think_time_s,
-    }
-    made = generate(
-        prompt_tokens=LengthSpec.parse(prompt_tokens, "prompt_tokens"),
-        output_tokens=LengthSpec.parse(output_tokens, "output_tokens"),
-        **options,  # type: ignore[arg-type]
-    )
-    write_trace(out, made, {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}})
-    say(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")

@@ -1,14 +1,29 @@
-"""Command-line options made from pydantic models, so that a setting has one name, one default and one description."""
+"""What commands share: options made from pydantic models, so that a setting has one name, one default and one
+description; arguments that several commands take; and the check of what they write."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+
+from twinserve.traces.errors import InputError
+
+TraceFile = Annotated[
+    Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Refuse an output that exists before long work begins."""
+    if out is not None and out.exists():
+        raise InputError("exists already, expected a new name", path=out)
 
 
 def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Callable]:

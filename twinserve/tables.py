@@ -46,20 +46,35 @@ def residual_table(data: dict[str, Any]) -> None:
 
 
 def trace_table(statistics: dict[str, Any]) -> None:
-    """Print what a trace holds."""
+    """Print what a trace holds, and what was handled."""
     console = Console(width=None if Console().is_terminal else 100)
-    console.print(
-        f"{statistics['trace']['format']}: {statistics['requests']} requests over {statistics['span_s']:.1f} s, "
-        f"{_number(statistics['rate'])} a second, gaps' coefficient of variation {_number(statistics['gap_cv'])}"
-    )
-    table = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
+    facts = statistics["trace"]
+    sessions = f" in {statistics['sessions']} sessions" if statistics["sessions"] else ""
+    console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} over {statistics['span_s']:.1f} s")
+    lengths = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
     for name in ("prompt_tokens", "output_tokens"):
-        table.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
-    console.print(table)
-    for name, count in statistics["trace"]["notes"].items():
-        console.print(f"{name}: {count}")
-    for entry in statistics["trace"]["transforms"]:
-        console.print(f"{entry['transform']} {entry['parameters']}: {entry['changed']}")
+        lengths.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
+    console.print(lengths)
+    arrivals = Table("arrivals", "")
+    arrivals.add_row("requests a second", _number(statistics["rate"]))
+    arrivals.add_row("coefficient of variation of gaps", _number(statistics["gap_cv"]))
+    for window, ratio in statistics["peak_to_mean"].items():
+        arrivals.add_row(f"peak to mean, {window} windows", _number(ratio))
+    console.print(arrivals)
+    reuse = Table("cache without end, block of", "prompt tokens hit", "hit ratio")
+    for size, hits in statistics["reuse"].items():
+        reuse.add_row(size, str(hits["hit_tokens"]), f"{hits['hit_ratio']:.2%}")
+    console.print(reuse)
+    handled = Table("what was handled", "", "requests")
+    for what in ("dropped", "clipped", "repaired"):
+        for reason, count in facts["handled"][what].items():
+            handled.add_row(what, reason, str(count))
+    for reason, count in facts["notes"].items():
+        handled.add_row("noted", reason, str(count))
+    for entry in facts["transforms"]:
+        for reason, count in entry["changed"].items():
+            handled.add_row(f"{entry['transform']} {entry['parameters']}", reason, str(count))
+    console.print(handled)
 
 
 def verify_table(report: dict[str, Any]) -> None:

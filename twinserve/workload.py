@@ -20,6 +20,8 @@ class TraceOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
+    session_rate: float | None = Field(default=None, description="sessions begin at random, so many a second")
+    session_seed: int = Field(default=0, description="of session_rate: another seed, other times")
     window_s: str | None = Field(default=None, description="only arrivals from START to END seconds, as START:END")
     limit: int | None = Field(default=None, description="only the first so many requests")
     rate_scale: float | None = Field(default=None, description="so many times the trace's rate")
@@ -34,15 +36,18 @@ class Workload:
 
     Attributes:
         requests: with ids 0, 1, 2...
-        facts: path, format and sha256 of the trace, its notes, and each transform with its counts.
+        facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
+            counts.
         shortened: prompts and outputs cut to a cap.
-        dropped: requests of the trace that are not replayed.
+        dropped: rows of the trace that are not replayed.
+        epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
     """
 
     requests: list[Request]
     facts: dict[str, Any]
     shortened: int
     dropped: int
+    epoch_ns: int | None = None
 
 
 def load_workload(path: Path, options: dict[str, Any]) -> Workload:
@@ -60,8 +65,10 @@ def load_workload(path: Path, options: dict[str, Any]) -> Workload:
     requests, log = _transformed(trace, wanted)
     if not requests:
         raise InputError("no request is left to replay", path=path)
-    facts = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes, "transforms": log}
-    return Workload(requests, facts, transforms.num_shortened(log), len(trace.requests) - len(requests))
+    facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
+    facts |= {"handled": trace.handled, "transforms": log}
+    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests)
+    return Workload(requests, facts, transforms.num_shortened(log), dropped, None if log else trace.epoch_ns)
 
 
 def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], transforms.TransformLog]:
@@ -69,6 +76,8 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
     requests = trace.requests
     if wanted.spread_seed is not None:
         requests = transforms.spread(requests, wanted.spread_seed, log)
+    if wanted.session_rate is not None:
+        requests = transforms.start_sessions(requests, wanted.session_rate, wanted.session_seed, log)
     if wanted.window_s is not None:
         start, end = _window(wanted.window_s)
         requests = transforms.window(requests, start, end, log)

@@ -16,7 +16,7 @@ BAD_TRACES = {
         AZURE + "2023-11-16 18:15:46.6805900,374,44\r\n2023-11-16 18:15:45.0000000,9,9\r\n",
         ":3: TIMESTAMP",
     ),
-    "an unknown format": ("request at noon, please\n", ":1: 'request at noon, please', expected a header"),
+    "an unknown format": ("request at noon, please\n", ":1: 'request at noon, please', expected a trace"),
     "an empty file": ("", "expected a trace"),
     "blocks that do not match the length": (MOONCAKE.replace("600", "1600"), ":1: hash_ids"),
 }

@@ -99,21 +99,6 @@ def test_settings_come_from_a_file_and_options_override_them(twinserve, trace, l
     assert (settings["max_num_seqs"], settings["block_size"]) == (2, 8)
 
 
-def test_trace_make_gives_the_same_bytes_for_the_same_seed(twinserve, tmp_path):
-    options = ("--requests", 30, "--rate", 5, "--arrivals", "gamma", "--cv", 2, "--turns", 3, "--think-time-s", 1)
-    for name in ("a", "b"):
-        assert twinserve("trace", "make", "--out", tmp_path / name, "--seed", 4, *options).code == 0
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    statistics = json.loads(twinserve("trace", "stat", tmp_path / "a", "--json").out)
-    assert (statistics["requests"], statistics["sessions"]) == (30, 10)
-
-
-def test_trace_convert_writes_a_changed_trace_in_our_own_format(twinserve, trace, tmp_path):
-    out = tmp_path / "part.jsonl.gz"
-    assert twinserve("trace", "convert", trace, out, "--limit", 5).code == 0
-    assert json.loads(twinserve("trace", "stat", out, "--json").out)["requests"] == 5
-
-
 def test_report_writes_a_page_from_records(twinserve, trace, latency, tmp_path):
     twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "run")
     result = twinserve("report", tmp_path / "run", "--out", tmp_path / "page.html")

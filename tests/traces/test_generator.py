@@ -8,9 +8,9 @@ from statistics import fmean, pstdev
 import pytest
 
 from twinserve.traces.errors import InputError
-from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.generator import EmpiricalLengths, LengthSpec, generate, parse_lengths
 from twinserve.traces.readers import read_trace, write_trace
-from twinserve.traces.request import Part, answer_text
+from twinserve.traces.request import Part, Request, answer_text
 
 BASE = {
     "seed": 0,
@@ -62,6 +62,46 @@ def test_lengths_stay_within_their_limits():
 def test_a_length_that_says_nothing_usable_is_refused(text):
     with pytest.raises(InputError, match="^prompt_tokens is .*, expected"):
         LengthSpec.parse(text, "prompt_tokens")
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A trace whose output lengths are its prompt lengths and 1000 more."""
+    requests = [Request(n, n, (Part(n, 0, length),), length + 1000) for n, length in enumerate([5, 5, 5, 90])]
+    write_trace(tmp_path / "measured:1.jsonl", requests, {})
+    return f"empirical:{tmp_path / 'measured:1.jsonl'}"
+
+
+def test_empirical_lengths_are_those_of_a_trace_each_as_often_as_there(measured):
+    prompts, outputs = parse_lengths(measured, "prompt_tokens"), parse_lengths(measured, "output_tokens")
+    rng = random.Random(0)
+    drawn = [prompts.draw(rng) for _ in range(10_000)]
+    assert set(drawn) == {5, 90}
+    assert drawn.count(90) == pytest.approx(2500, rel=0.05)
+    assert outputs == EmpiricalLengths((1005, 1005, 1005, 1090), prompts.sha256)
+
+
+def test_lengths_of_one_trace_stay_together(measured):
+    lengths = {name: parse_lengths(measured, name) for name in ("prompt_tokens", "output_tokens")}
+    requests = make(**lengths)
+    assert {(request.prompt_tokens, request.max_tokens) for request in requests} == {(5, 1005), (90, 1090)}
+
+
+def test_lengths_of_two_traces_are_drawn_apart(measured):
+    lengths = {name: parse_lengths(measured, name) for name in ("prompt_tokens", "output_tokens")}
+    lengths["output_tokens"] = EmpiricalLengths(lengths["output_tokens"].values, "another")
+    requests = make(**lengths)
+    assert len({(request.prompt_tokens, request.max_tokens) for request in requests}) == 4
+
+
+def test_a_synthetic_length_is_parsed_as_ever():
+    assert parse_lengths("fixed:7", "prompt_tokens") == LengthSpec(7)
+
+
+@pytest.mark.parametrize("text", ["empirical", "empirical:", "empirical:nowhere/at.all"])
+def test_lengths_of_no_trace_are_refused(text):
+    with pytest.raises(InputError, match="empirical:FILE|nowhere/at.all: cannot be read"):
+        parse_lengths(text, "prompt_tokens")
 
 
 # --- arrivals ---

@@ -143,6 +143,43 @@ def test_spreading_takes_the_artefact_out_of_mooncakes_gaps(public_traces):
     assert 0.97 < cv < 1.05
 
 
+# --- sessions ---
+
+
+@pytest.fixture
+def sessions() -> list[Request]:
+    """Two hundred sessions of two requests that all begin at 0, and one request without a session."""
+    opening = [Request(number, 0, (Part(number, 0, 10),), 5, session=number) for number in range(200)]
+    later = [
+        Request(200 + number, SECOND, (Part(number, 0, 20),), 5, session=number, after=number, think_ns=7)
+        for number in range(200)
+    ]
+    return [*opening, *later, single(400, 2)]
+
+
+def test_sessions_begin_at_the_rate_asked_for_and_stay_whole(sessions):
+    started = transforms.start_sessions(sessions, 4.0, 0, [])
+    times = [request.arrival_ns for request in started]
+    assert (times, [request.id for request in started]) == (sorted(times), list(range(401)))
+    begins = [request for request in started if request.after is None]
+    assert begins[0].arrival_ns == 0
+    assert 200 / (begins[-1].arrival_ns / SECOND) == pytest.approx(4.0, rel=0.15)
+    for request in (request for request in started if request.after is not None):
+        before = started[request.after]
+        assert (request.session, request.arrival_ns) == (before.session, before.arrival_ns + SECOND)
+        assert request.think_ns == 7
+
+
+def test_the_same_seed_starts_sessions_alike(sessions):
+    assert transforms.start_sessions(sessions, 4.0, 5, []) == transforms.start_sessions(sessions, 4.0, 5, [])
+    assert transforms.start_sessions(sessions, 4.0, 5, []) != transforms.start_sessions(sessions, 4.0, 6, [])
+
+
+def test_a_request_cut_from_its_past_has_nobody_to_think_of(sessions):
+    kept = transforms.window(sessions, 1, 2, [])
+    assert {(request.after, request.think_ns) for request in kept} == {(None, 0)}
+
+
 # --- caps ---
 
 
@@ -184,6 +221,7 @@ def test_shortened_prompts_and_outputs_are_counted(conversation):
         ("limit", (0,), "num_requests"),
         ("scale_rate", (0.0,), "factor"),
         ("scale_rate", (float("inf"),), "factor"),
+        ("start_sessions", (0.0, 0), "rate"),
         ("cap_prompt_tokens", (0,), "most"),
         ("cap_output_tokens", (0,), "most"),
     ],

@@ -1,0 +1,109 @@
+"""Azure (github.com/Azure/AzurePublicDataset, 2023 and 2024): CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
+
+Nothing is known of the prompts, so each is a text of its own. Time 0 is the first row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from twinserve.traces.formats import own
+from twinserve.traces.formats.reading import Reading, Rows, count, private_prompt, table_rows
+from twinserve.traces.lines import Line, json_value
+from twinserve.traces.request import Request
+
+NAME = "azure"
+KEYS = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+
+_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_TIME = re.compile("([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.]([0-9]{1,7}))?(?:[+]00:00)?")
+_1970 = datetime(1970, 1, 1)
+_TICK_NS = 100
+
+
+def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+    """The requests of a file."""
+    requests: list[Request] = []
+    epoch_ns = 0
+    for number, line in enumerate(table_rows(lines, path, _COLUMNS)):
+        tick_ns = _time_ns(line)
+        beside = _beside(line)
+        if not number:
+            given_ns = None if beside is None else beside.optional_integer("epoch_ns")
+            epoch_ns = tick_ns if given_ns is None else given_ns
+            if epoch_ns > 0:
+                reading.epoch_ns = epoch_ns
+        parts = private_prompt(number, count(line, "ContextTokens"))
+        request = Request(number, tick_ns - epoch_ns, parts, count(line, "GeneratedTokens"))
+        if beside is not None:
+            request = own.completed(beside, request, requests)
+            if (epoch_ns + request.arrival_ns) // _TICK_NS * _TICK_NS != tick_ns:
+                raise beside.error(f"expected the time of the row, {tick_ns - epoch_ns} from the first", "arrival_ns")
+        requests.append(request)
+        yield line, "TIMESTAMP", request
+
+
+def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file, each with what it holds in the column `twinserve`, which is there if a row needs it.
+
+    Lines end as in Azure's files: in CRLF, the last one in nothing. A trace that does not say when it began begins
+    with 1970.
+    """
+    epoch_ns = epoch_ns or 0
+    told: list[tuple[str, int, int]] = []
+    besides: list[dict[str, Any]] = []
+    for request in requests:
+        tick_ns = (epoch_ns + request.arrival_ns) // _TICK_NS * _TICK_NS
+        parts = private_prompt(request.id, request.prompt_tokens)
+        beside = own.beyond(request, Request(request.id, tick_ns - epoch_ns, parts, request.max_tokens))
+        if not request.id and (request.arrival_ns or epoch_ns % _TICK_NS):
+            beside |= {"arrival_ns": request.arrival_ns, "epoch_ns": epoch_ns}
+        told.append((_time(tick_ns), request.prompt_tokens, request.max_tokens))
+        besides.append(beside)
+    needed = any(besides)
+    yield ",".join((*_COLUMNS, own.BESIDE) if needed else _COLUMNS), {}
+    for row, beside in zip(told, besides, strict=True):
+        text = io.StringIO()
+        said = json.dumps(beside, separators=(",", ":")) if beside else ""
+        csv.writer(text, lineterminator="").writerow((*row, said) if needed else row)
+        yield "\r\n" + text.getvalue(), beside
+
+
+def _beside(line: Line) -> Line | None:
+    text = line.values.get(own.BESIDE)
+    if not text:
+        return None
+    value = json_value(text, line.path, line.number)
+    if type(value) is not dict:
+        raise line.error("expected a JSON object", own.BESIDE)
+    return Line(line.path, line.number, value, f"{own.BESIDE}.")
+
+
+def _time_ns(line: Line) -> int:
+    """Nanoseconds since 1970, exact to the 100 ns that the column can say."""
+    match = _TIME.fullmatch(line.get("TIMESTAMP"))
+    seconds, fraction = match.groups(default="") if match else ("", "")
+    try:
+        return _seconds(seconds) * 1_000_000_000 + int(fraction.ljust(7, "0")) * _TICK_NS
+    except ValueError as error:
+        raise line.error("expected a time like 2023-11-16 18:15:46.6805900", "TIMESTAMP") from error
+
+
+@lru_cache(maxsize=16)
+def _seconds(text: str) -> int:
+    """Seconds since 1970."""
+    since = datetime.fromisoformat(text) - _1970
+    return since.days * 86_400 + since.seconds
+
+
+def _time(tick_ns: int) -> str:
+    seconds, rest_ns = divmod(tick_ns, 1_000_000_000)
+    return f"{_1970 + timedelta(seconds=seconds)}.{rest_ns // _TICK_NS:07}"

@@ -1,0 +1,90 @@
+"""Mooncake (github.com/kvcache-ai/Mooncake): JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`.
+
+Times are milliseconds. There is an id for each 512 tokens begun; equal ids mean equal tokens, so each is a text of its
+own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twinserve.traces.formats import own
+from twinserve.traces.formats.reading import Reading, Rows
+from twinserve.traces.lines import Line, json_lines
+from twinserve.traces.request import Part, PrefixKeys, Request, answer_text
+
+NAME = "mooncake"
+KEYS = {"hash_ids", "input_length", "output_length"}
+
+_BLOCK = 512
+_MS = 1_000_000
+
+
+def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+    """The requests of a file."""
+    requests: list[Request] = []
+    for number, line in enumerate(json_lines(lines, path)):
+        parts = _parts(line.integers("hash_ids"), line.integer("input_length", 1), line)
+        told = Request(number, line.integer("timestamp") * _MS, parts, line.integer("output_length", 1))
+        request = told
+        if own.BESIDE in line.values:
+            if type(line.values[own.BESIDE]) is not dict:
+                raise line.error("expected an object", own.BESIDE)
+            beside = Line(path, line.number, line.values[own.BESIDE], f"{own.BESIDE}.")
+            request = own.completed(beside, told, requests)
+            if request.arrival_ns // _MS * _MS != told.arrival_ns:
+                raise beside.error(f"expected a time within millisecond {told.arrival_ns // _MS}", "arrival_ns")
+            if not number:
+                reading.epoch_ns = beside.optional_integer("epoch_ns")
+        requests.append(request)
+        yield line, "timestamp", request
+
+
+def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file, each with what it holds in the field `twinserve`.
+
+    Where all prompts are made as this reader makes them, their texts are the ids. Otherwise an id stands for the whole
+    prefix that ends with its block, as in Mooncake's own traces, and the prompt itself stands beside it.
+    """
+    numbers: dict[int, int] = {}
+    as_read = all(_is_as_read(request.parts) for request in requests)
+    for request in requests:
+        if as_read:
+            ids = [part.text for part in request.parts]
+        else:
+            keys = PrefixKeys(request.parts, answer_text(request.id))
+            ends = (*range(_BLOCK, request.prompt_tokens, _BLOCK), request.prompt_tokens)
+            ids = [numbers.setdefault(keys(end), len(numbers)) for end in ends]
+        timestamp = request.arrival_ns // _MS
+        told = Request(request.id, timestamp * _MS, _filled(ids, request.prompt_tokens), request.max_tokens)
+        beside = own.beyond(request, told)
+        if epoch_ns is not None and not request.id:
+            beside["epoch_ns"] = epoch_ns
+        row: dict[str, Any] = {"timestamp": timestamp, "input_length": request.prompt_tokens}
+        row |= {"output_length": request.max_tokens, "hash_ids": ids}
+        yield json.dumps(row | ({own.BESIDE: beside} if beside else {})) + "\n", beside
+
+
+def _parts(ids: list[int], length: int, line: Line) -> tuple[Part, ...]:
+    num_blocks = -(-length // _BLOCK)
+    if len(ids) != num_blocks:
+        problem = f"expected {num_blocks} ids, one for each {_BLOCK} of {length} tokens begun"
+        raise line.error(problem, "hash_ids", f"{len(ids)} ids")
+    return _filled(ids, length)
+
+
+def _filled(ids: list[int], length: int) -> tuple[Part, ...]:
+    """Blocks of the texts `ids`, the last one filled as far as `length` tokens go."""
+    whole = [Part(text, 0, _BLOCK) for text in ids[:-1]]
+    return (*whole, Part(ids[-1], 0, length - _BLOCK * len(whole)))
+
+
+def _is_as_read(parts: tuple[Part, ...]) -> bool:
+    return (
+        all(part.text >= 0 and part.start == 0 for part in parts)
+        and all(part.length == _BLOCK for part in parts[:-1])
+        and parts[-1].length <= _BLOCK
+    )

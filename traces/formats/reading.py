@@ -1,0 +1,133 @@
+"""What the readers of all formats share: counts of what was handled, tables, prompts known by their length alone."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from twinserve.traces.errors import InputError
+from twinserve.traces.lines import Line, nanoseconds
+from twinserve.traces.request import Part, Request
+
+FIRST_PRIVATE_TEXT = 1 << 40
+"""Texts from this number on are prompts of which nothing but the length is known."""
+
+Rows = Iterator[tuple[Line, str, Request]]
+"""Of each request its line, the field that says its time, and the request."""
+
+
+@dataclass
+class Reading:
+    """What a reader finds out about a trace besides its requests.
+
+    Attributes:
+        dropped: rows that are no requests to replay, by reason.
+        clipped: lengths that were changed, by reason.
+        repaired: what was put right without a change to what is replayed, by reason.
+        epoch_ns: when time 0 of the trace was, in nanoseconds since 1970, taken as UTC.
+    """
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    clipped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    epoch_ns: int | None = None
+
+    @property
+    def handled(self) -> dict[str, dict[str, int]]:
+        """The counts as plain data; reasons that never occurred are left out."""
+        return {name: dict(getattr(self, name)) for name in ("dropped", "clipped", "repaired")}
+
+    def output_tokens(self, line: Line, name: str) -> int:
+        """A length of an output; 0 becomes 1, as the step that computes a whole prompt always samples."""
+        length = line.integer(name)
+        if not length:
+            self.clipped["zero_output_served_as_one"] += 1
+        return max(length, 1)
+
+    def time_ns(self, line: Line, name: str) -> int:
+        """A time in seconds, as text or as a number, in nanoseconds."""
+        value = line.get(name)
+        try:
+            if type(value) not in (str, int, float):
+                raise ValueError(value)
+            time_ns, rounded = nanoseconds(value)
+        except ValueError as error:
+            raise line.error("expected seconds >= 0", name) from error
+        if rounded:
+            self.repaired["time_rounded_to_ns"] += 1
+        return time_ns
+
+    def in_time_order(self, rows: list[tuple[Line, Request]]) -> list[tuple[Line, Request]]:
+        """The rows by arrival, those of an instant as in the file; counts the rows that a later one precedes."""
+        latest = late = 0
+        for _, request in rows:
+            late += request.arrival_ns < latest
+            latest = max(latest, request.arrival_ns)
+        if late:
+            self.repaired["out_of_time_order"] += late
+        return sorted(rows, key=lambda row: row[1].arrival_ns)
+
+    def sent(self, rows: list[tuple[Line, Request]], time_field: str) -> Rows:
+        """Requests that a client sent, numbered by the time of sending; time 0 is the first, each prompt private."""
+        ordered = self.in_time_order(rows)
+        for number, (line, request) in enumerate(ordered):
+            arrival_ns = request.arrival_ns - ordered[0][1].arrival_ns
+            parts = private_prompt(number, request.prompt_tokens)
+            yield line, time_field, Request(number, arrival_ns, parts, request.max_tokens)
+
+
+def private_prompt(number: int, length: int) -> tuple[Part, ...]:
+    """The prompt of request `number` if nothing but its length is known: it shares nothing."""
+    return (Part(FIRST_PRIVATE_TEXT + number, 0, length),)
+
+
+def with_own_private_prompts(requests: list[Request]) -> list[Request]:
+    """The requests with each private prompt as `private_prompt` makes it for the request's number."""
+    uses = Counter(part.text for request in requests for part in request.parts)
+    return [
+        replace(request, parts=private_prompt(request.id, request.prompt_tokens))
+        if _is_private(request.parts) and uses[request.parts[0].text] == 1
+        else request
+        for request in requests
+    ]
+
+
+def _is_private(parts: tuple[Part, ...]) -> bool:
+    return len(parts) == 1 and parts[0].text >= FIRST_PRIVATE_TEXT and parts[0].start == 0
+
+
+def table_rows(lines: list[str], path: Path, required: tuple[str, ...]) -> Iterator[Line]:
+    """The rows of a CSV file, by the names in its first line.
+
+    Raises:
+        InputError: a required column is missing, or a row has more or fewer columns than the first.
+    """
+    columns = lines[0].split(",")
+    for column in required:
+        if column not in columns:
+            raise InputError("is missing, expected a column of that name", path=path, line=1, field=column)
+    reader = csv.reader(lines, strict=True)
+    next(reader)
+    try:
+        for values in reader:
+            if len(values) != len(columns):
+                text = lines[reader.line_num - 1]
+                raise InputError(f"expected {len(columns)} columns", path=path, line=reader.line_num, value=text)
+            yield Line(path, reader.line_num, dict(zip(columns, values, strict=True)))
+    except csv.Error as error:
+        raise InputError(f"expected CSV: {error}", path=path, line=reader.line_num) from error
+
+
+def count(line: Line, name: str, at_least: int = 1) -> int:
+    """An integer in a column of a CSV file.
+
+    Raises:
+        InputError: it is none of at most 18 digits, or is too small.
+    """
+    text = line.get(name)
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= at_least):
+        raise line.error(f"expected an integer >= {at_least}", name)
+    return int(text)

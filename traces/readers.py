@@ -2,7 +2,7 @@
 
 - twinserve: JSON lines. A header, `{"format": "twinserve-trace/1", ...}`, then one object a request: `arrival_ns`,
   `max_tokens`, its prompt as `prompt` (a list of [text, start, length], see `Part`) or as `prompt_tokens` (that many
-  tokens that nothing else in the trace shares), and if need be `session` and `after`.
+  tokens that nothing else in the trace shares), and if need be `session`, `after`, `priority`, `salt` and `tenant`.
 - Mooncake (github.com/kvcache-ai/Mooncake): JSON lines with `timestamp` (ms), `input_length`, `output_length`, and
   `hash_ids`, one for each 512 tokens begun. Equal ids mean equal tokens, so each is a text of its own.
 - Azure (github.com/Azure/AzurePublicDataset): CSV with TIMESTAMP, ContextTokens, GeneratedTokens. Nothing is known of
@@ -27,7 +27,8 @@ from twinserve.traces.request import Part, Request, answer_text
 
 TRACE_FORMAT = "twinserve-trace/1"
 
-_OWN_FIELDS = ("arrival_ns", "prompt", "prompt_tokens", "max_tokens", "session", "after")
+LABELS = ("priority", "salt", "tenant")
+_OWN_FIELDS = ("arrival_ns", "prompt", "prompt_tokens", "max_tokens", "session", "after", *LABELS)
 _MOONCAKE_BLOCK = 512
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _AZURE_TIME = re.compile("([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.]([0-9]{1,7}))?(?:[+]00:00)?")
@@ -67,6 +68,15 @@ class Line:
     def optional_integer(self, field: str) -> int | None:
         """An integer >= 0, or None where the field is null or missing."""
         return None if self.values.get(field) is None else self.integer(field)
+
+    def labels(self) -> dict[str, Any]:
+        """The priority, an integer, and the salt and the tenant, which are text; those that are there."""
+        for field, kind, words in zip(LABELS, (int, str, str), ("an integer", "text", "text"), strict=True):
+            if field in self.values and (type(self.values[field]) is not kind):
+                raise self.error(f"expected {words}", field)
+        if abs(self.values.get("priority", 0)) > _LARGEST:
+            raise self.error("expected an integer of at most 63 bits", "priority")
+        return {field: self.values[field] for field in LABELS if field in self.values}
 
     def integers(self, field: str) -> list[int]:
         """A list of integers >= 0."""
@@ -237,7 +247,7 @@ def write_trace(path: Path, requests: list[Request], header: dict[str, Any]) -> 
             raise ValueError(f"request {number} has id {request.id}, expected ids 0, 1, 2...")
         row = {"arrival_ns": request.arrival_ns, "prompt": request.parts, "max_tokens": request.max_tokens}
         links = {"session": request.session, "after": request.after}
-        rows.append(row | {name: value for name, value in links.items() if value is not None})
+        rows.append(row | {name: value for name, value in links.items() if value is not None} | request.labels)
     content = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows).encode()
     try:
         with path.open("xb") as file:
@@ -283,6 +293,7 @@ def _own_rows(lines: list[str], path: Path) -> _Rows:
             max_tokens=line.integer("max_tokens", 1),
             session=line.optional_integer("session"),
             after=line.optional_integer("after"),
+            **line.labels(),
         )
         _check_links(line, request, requests)
         requests.append(request)

@@ -89,6 +89,9 @@ class Request:
         max_tokens: tokens it asks for; a replay generates that many unless told to stop at end-of-sequence.
         session: the conversation it belongs to.
         after: the request whose answer must be complete before this one can arrive.
+        priority: smaller is more urgent, for orders that look at it.
+        salt: requests of different salts never share blocks.
+        tenant: whose it is, for orders that look at it.
     """
 
     id: int
@@ -97,6 +100,15 @@ class Request:
     max_tokens: int
     session: int | None = None
     after: int | None = None
+    priority: int = 0
+    salt: str = ""
+    tenant: str = ""
+
+    @property
+    def labels(self) -> dict[str, int | str]:
+        """What of priority, salt and tenant is not the default."""
+        values: dict[str, int | str] = {"priority": self.priority, "salt": self.salt, "tenant": self.tenant}
+        return {name: value for name, value in values.items() if value}
 
     @property
     def prompt_tokens(self) -> int:
@@ -135,6 +147,9 @@ class Request:
             num_prompt_tokens=self.prompt_tokens,
             prefix_key=PrefixKeys(self.parts, answer_text(self.id)) if token_ids is None else None,
             arrival_ns=self.arrival_ns,
+            priority=self.priority,
+            salt=self.salt,
+            tenant=self.tenant,
         )
 
 

@@ -18,8 +18,7 @@ from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms
-from twinserve.policies import Batch, Sequence
-from twinserve.policies.scheduler import Row
+from twinserve.policies import Batch, Row, Sequence
 
 
 @dataclass(frozen=True)

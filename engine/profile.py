@@ -173,7 +173,7 @@ def _pretend(core: Core) -> None:
     """Decide and commit a step that is never run."""
     if core.can_decide:
         batch = core.decide(0)
-        core.commit([0] * len(batch.sampled), 0)
+        core.commit([0] * batch.num_sampled, 0)
 
 
 def _check(batch: Batch, shape: StepShape) -> None:

@@ -4,22 +4,39 @@ Pure Python (standard library and xxhash). Nothing here executes a model, reads 
 number, so the same objects decide in the simulator and in the real engine.
 """
 
+from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import Block, BlockManager
 from twinserve.policies.core import Core, CoreListener
+from twinserve.policies.orders import (
+    CacheAware,
+    FirstCome,
+    LastAdmitted,
+    LeastUrgent,
+    Priority,
+    ShortestJob,
+    VllmAdmission,
+)
 from twinserve.policies.prefix_cache import PrefixCache
-from twinserve.policies.scheduler import Batch, FirstCome, Scheduler
+from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import SamplingParams, Sequence, SequenceStatus
 
 __all__ = [
     "Batch",
     "Block",
     "BlockManager",
+    "CacheAware",
     "Core",
     "CoreListener",
     "FirstCome",
+    "LastAdmitted",
+    "LeastUrgent",
     "PrefixCache",
+    "Priority",
+    "Row",
     "SamplingParams",
     "Scheduler",
     "Sequence",
     "SequenceStatus",
+    "ShortestJob",
+    "VllmAdmission",
 ]

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
-from twinserve.policies.prefix_cache import PrefixCache, token_bytes
-from twinserve.policies.sequence import Sequence
+from twinserve.policies.prefix_cache import PrefixCache
+from twinserve.policies.sequence import Sequence, token_bytes
 
 
 class NoFreeBlocksError(RuntimeError):
@@ -44,9 +44,18 @@ class FreeBlocks:
         self._blank = list(reversed(block_ids))
         self._cached: OrderedDict[int, None] = OrderedDict()
 
-    def popleft(self) -> int:
-        """Take the block to be used next."""
-        return self._blank.pop() if self._blank else self._cached.popitem(last=False)[0]
+    def pop_blank(self, count: int) -> list[int]:
+        """Take the first `count` blocks, or as many of them as are blank."""
+        blank = self._blank
+        count = min(count, len(blank))
+        taken = blank[len(blank) - count :]
+        del blank[len(blank) - count :]
+        taken.reverse()
+        return taken
+
+    def pop_cached(self) -> int:
+        """Take the oldest cached block, once no blank one is left."""
+        return self._cached.popitem(last=False)[0]
 
     def take(self, block_id: int) -> None:
         """Take a cached block from wherever it is, for a hit."""
@@ -59,6 +68,10 @@ class FreeBlocks:
     def push_cached(self, block_id: int) -> None:
         """Put a cached block behind all others."""
         self._cached[block_id] = None
+
+    def add_last_blank(self, block_id: int) -> None:
+        """Put a new block behind the blank ones."""
+        self._blank.insert(0, block_id)
 
     def forget_cached(self) -> None:
         """Make every cached block blank, oldest first behind the blank ones."""
@@ -103,7 +116,7 @@ class BlockManager:
         self.free_block_ids = FreeBlocks(range(num_blocks or 0))
         self.used_block_ids: set[int] = set()
         self.prefix_cache: PrefixCache | None = None
-        self._holders: dict[int, Sequence] = {}
+        self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> float:
@@ -151,28 +164,28 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        cache = self.prefix_cache
+        blocks, used, push_cached = self.blocks, self.used_block_ids, self.free_block_ids.push_cached
+        cached = () if self.prefix_cache is None else self.prefix_cache.block_ids
         blank = []
         for block_id in reversed(seq.block_table):
-            block = self.blocks[block_id]
+            block = blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
-                self.used_block_ids.remove(block_id)
-                if cache is not None and block_id in cache:
-                    self.free_block_ids.push_cached(block_id)
+                used.remove(block_id)
+                if block_id in cached:
+                    push_cached(block_id)
                 else:
                     blank.append(block_id)
         self.free_block_ids.push_blank(blank)
         seq.block_table = []
         seq.num_registered_blocks = 0
-        self._holders.pop(id(seq), None)
+        self._holders.pop(seq, None)
 
     # --- the scheduler's calls: as many tokens as a step computes ---
 
-    def can_extend(self, seq: Sequence, num_tokens: int) -> bool:
-        """Are there free blocks for `num_tokens` tokens beyond those that `seq` has computed?"""
-        missing = self.blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
-        return missing <= 0 or missing <= self.num_free_blocks
+    def num_missing(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks that `seq` lacks for `num_tokens` tokens beyond those it has computed."""
+        return -(-(seq.num_computed_tokens + num_tokens) // self.block_size) - len(seq.block_table)
 
     def extend(self, seq: Sequence, num_tokens: int) -> list[int]:
         """Grow the table of `seq` by the blocks of `num_tokens` more computed tokens; the ids of the new blocks.
@@ -180,29 +193,45 @@ class BlockManager:
         Raises:
             NoFreeBlocksError: too few are free; nothing was changed.
         """
-        missing = self.blocks_for(seq.num_computed_tokens + num_tokens) - len(seq.block_table)
+        missing = self.num_missing(seq, num_tokens)
         if missing <= 0:
             return []
         if missing > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {missing} blocks, {self.num_free_blocks} are free")
-        new_ids = [self._take_free_block() for _ in range(missing)]
-        seq.block_table.extend(new_ids)
+        new_ids = self._take_free_blocks(missing)
+        seq.block_table += new_ids
         return new_ids
+
+    def extend_each(self, seqs: list[Sequence]) -> list[tuple[Sequence, list[int]]]:
+        """Grow the table of each of `seqs`, in order, by one block; each with its new block.
+
+        Raises:
+            NoFreeBlocksError: too few are free; nothing was changed.
+        """
+        if len(seqs) > self.num_free_blocks:
+            raise NoFreeBlocksError(f"{len(seqs)} blocks are needed, {self.num_free_blocks} are free")
+        grown = []
+        for seq, block_id in zip(seqs, self._take_free_blocks(len(seqs)), strict=True):
+            seq.block_table.append(block_id)
+            grown.append((seq, [block_id]))
+        return grown
 
     def find_hits(self, seq: Sequence) -> list[int]:
         """The cached blocks of the longest prefix of `seq`, one known token at least being left to compute."""
-        cache = self.prefix_cache
-        if cache is None:
+        cache, count = self.prefix_cache, (seq.num_tokens - 1) // self.block_size
+        if cache is None or count == 0:
             return []
-        hits: list[int] = []
-        parent = cache.ROOT
-        for index in range((seq.num_tokens - 1) // self.block_size):
-            block_id = cache.find(self._hash_of(seq, index), self._content_of(seq, index), parent)
-            if block_id is None:
-                break
-            hits.append(block_id)
-            parent = cache.prefix_of(block_id)
-        return hits
+        self._identify(seq, count)
+        return cache.match(seq.block_hashes[:count], seq.block_contents[:count], cache.root(seq.salt)[1])
+
+    def hash_at(self, seq: Sequence, index: int) -> int | None:
+        """The hash of a block of `seq`; None if there is none that can be hit, as a token is left to compute."""
+        is_hit = self.prefix_cache is not None and index < (seq.num_tokens - 1) // self.block_size
+        return seq.block_hashes[index] if is_hit else None
+
+    def may_hit(self, block_hash: int | None) -> bool:
+        """Does the cache hold a block with this hash?"""
+        return self.prefix_cache is not None and block_hash in self.prefix_cache.hash_to_block_id
 
     def blocks_to_take(self, hits: list[int], num_tokens: int) -> int:
         """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks.
@@ -233,20 +262,54 @@ class BlockManager:
             block.ref_count += 1
         new_blocks = self.blocks_for(num_hit_tokens + num_tokens) - len(hits)
         seq.block_size = self.block_size
-        seq.block_table = list(hits) + [self._take_free_block() for _ in range(new_blocks)]
+        seq.block_table = list(hits) + self._take_free_blocks(new_blocks)
         seq.num_cached_tokens = num_hit_tokens
         seq.num_registered_blocks = len(hits)
-        self._holders[id(seq)] = seq
+        self._holders[seq] = None
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
         cache, first, end = self.prefix_cache, seq.num_registered_blocks, num_tokens // self.block_size
         if cache is None or first >= end:
             return
+        self._identify(seq, end)
+        table, hashes, contents = seq.block_table, seq.block_hashes, seq.block_contents
+        parent = cache.prefix_of(table[first - 1]) if first else cache.root(seq.salt)[1]
         for index in range(first, end):
-            parent = cache.prefix_of(seq.block_table[index - 1]) if index else cache.ROOT
-            cache.register(seq.block_table[index], self._hash_of(seq, index), self._content_of(seq, index), parent)
+            parent = cache.register(table[index], hashes[index], contents[index], parent)
+        seq.num_registered_blocks = end
+
+    def register_each(self, blocks: list[tuple[Sequence, int, bytes | None]]) -> None:
+        """Let the cache know a block of each of some sequences, in order.
+
+        Args:
+            blocks: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
+                (see `token_bytes`); None for these if the sequence has to be asked for them.
+        """
+        cache = self.prefix_cache
+        if cache is None:
+            return
+        size = self.block_size
+        for seq, end, content in blocks:
+            index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
+            is_next = index == seq.num_registered_blocks == len(hashes) > 0
+            if is_next and content is not None:
+                hashes.append(cache.register_next(table[index], content, table[index - 1]))
+            elif is_next and seq.prefix_key is not None and not seq.salt:
+                hashes.append(seq.prefix_key(end))
+                cache.register(table[index], hashes[index], None, cache.prefix_of(table[index - 1]))
+            else:
+                self.register(seq, end)
+                continue
+            seq.block_contents.append(content)
             seq.num_registered_blocks = index + 1
+
+    def unregister(self, seq: Sequence, num_tokens: int) -> None:
+        """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
+        for index in range(num_tokens // self.block_size, seq.num_registered_blocks):
+            assert self.prefix_cache is not None
+            self.prefix_cache.remove(seq.block_table[index])
+            seq.num_registered_blocks = num_tokens // self.block_size
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; refused (False) while a sequence holds blocks."""
@@ -257,40 +320,46 @@ class BlockManager:
             self.free_block_ids.forget_cached()
         return True
 
-    def _take_free_block(self) -> int:
-        if self.num_blocks is None and not self.free_block_ids.num_blank:
-            block = Block(len(self.blocks))
-            self.blocks.append(block)
-            block_id = block.block_id
-        else:
-            block_id = self.free_block_ids.popleft()
-            block = self.blocks[block_id]
-            block.reset()
-            if self.prefix_cache is not None and block_id in self.prefix_cache:
+    def _take_free_blocks(self, count: int) -> list[int]:
+        """Take so many free blocks, of which there are enough, from the front."""
+        if self.num_blocks is None:
+            for block_id in range(len(self.blocks), len(self.blocks) + count - self.free_block_ids.num_blank):
+                self.blocks.append(Block(block_id))
+                self.free_block_ids.add_last_blank(block_id)
+        taken = self.free_block_ids.pop_blank(count)
+        while len(taken) < count:
+            block_id = self.free_block_ids.pop_cached()
+            if self.prefix_cache is not None:
                 self.prefix_cache.remove(block_id)
-        block.ref_count = 1
-        self.used_block_ids.add(block_id)
-        return block_id
+            taken.append(block_id)
+        blocks = self.blocks
+        for block_id in taken:
+            blocks[block_id].ref_count = 1
+        self.used_block_ids.update(taken)
+        return taken
 
-    def _hash_of(self, seq: Sequence, index: int) -> int:
-        """Hash of the block `index` of `seq`, computed once in the sequence's life."""
-        hashes = seq.block_hashes
-        while len(hashes) <= index:
-            if seq.prefix_key is not None:
-                hashes.append(seq.prefix_key((len(hashes) + 1) * self.block_size))
-            else:
-                assert self.prefix_cache is not None
-                previous = hashes[-1] if hashes else self.prefix_cache.root_hash
-                content = self._content_of(seq, len(hashes))
-                assert content is not None
-                hashes.append(self.prefix_cache.block_hash(content, previous))
-        return hashes[index]
-
-    def _content_of(self, seq: Sequence, index: int) -> bytes | None:
-        """The tokens of the block `index`; None where `prefix_key` already tells every prefix from every other."""
+    def _identify(self, seq: Sequence, num_blocks: int) -> None:
+        """Hash the first `num_blocks` blocks of `seq`, each once in the sequence's life."""
+        hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
+        first = len(hashes)
+        if first >= num_blocks:
+            return
+        assert cache is not None
+        previous = cache.root(seq.salt)[0]
         if seq.prefix_key is not None:
-            return None
-        return token_bytes(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+            # The key of a prefix tells it from every other, so that no content has to be compared.
+            mask = previous if seq.salt else 0
+            hashes += [seq.prefix_key(end) ^ mask for end in range((first + 1) * size, num_blocks * size + 1, size)]
+            contents += [None] * (num_blocks - first)
+            return
+        packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
+        if hashes:
+            previous = hashes[-1]
+        for begin in range(0, len(packed), 4 * size):
+            content = packed[begin : begin + 4 * size]
+            previous = cache.block_hash(content, previous)
+            contents.append(content)
+            hashes.append(previous)
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""
@@ -301,7 +370,7 @@ class BlockManager:
             f"{len(free)} free + {len(self.used_block_ids)} used != {len(self.blocks)} blocks"
         )
         holders = [0] * len(self.blocks)
-        for seq in self._holders.values():
+        for seq in self._holders:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice: {seq.block_table}"
             for block_id in seq.block_table:
                 holders[block_id] += 1
@@ -315,12 +384,15 @@ class BlockManager:
         for block_id in free:
             cached = block_id in cache
             assert cached == self.free_block_ids.is_cached(block_id), f"free block {block_id}: cached is {cached}"
-        for seq in self._holders.values():
-            parent = cache.ROOT
+        for seq in self._holders:
+            parent = cache.root(seq.salt)[1]
             for index in range(seq.num_registered_blocks):
                 entry = cache.get(seq.block_table[index])
                 assert entry is not None, f"{seq}: block {index} is registered, but not in the cache"
-                assert entry.hash == self._hash_of(seq, index), f"{seq}: block {index} has another hash in the cache"
-                assert entry.content == self._content_of(seq, index), f"{seq}: block {index} holds other tokens"
+                assert entry.hash == seq.block_hashes[index], f"{seq}: block {index} has another hash in the cache"
+                content = None
+                if seq.prefix_key is None:
+                    content = token_bytes(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+                assert entry.content == content, f"{seq}: block {index} holds other tokens"
                 assert entry.parent == parent, f"{seq}: block {index} follows prefix {entry.parent}, not {parent}"
                 parent = entry.prefix

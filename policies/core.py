@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
-from twinserve.policies.scheduler import Batch, Scheduler
+from twinserve.policies.batch import Batch, Digest
+from twinserve.policies.horizon import horizon, repeat
+from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
+
+
+class Repeat(NamedTuple):
+    """A decision that repeats the one before it: when it is made, its step's times, and the blocks that grew."""
+
+    decided_ns: int
+    start_ns: int
+    end_ns: int
+    grown: list[tuple[Sequence, list[int]]]
 
 
 class CoreListener:
@@ -17,6 +29,9 @@ class CoreListener:
 
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
+
+    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
+        """The decision heard last, `batch`, was repeated; so many of the steps, `batch` included, have ended."""
 
     def committed(self, batch: Batch) -> None:
         """The step of `batch` has ended and its tokens are known."""
@@ -59,7 +74,7 @@ class Core:
         self.num_decisions = 0
         self.last_committed = -1
         self._aborts: list[tuple[Sequence, int]] = []
-        self._digest = 0
+        self._digest = Digest()
 
     @property
     def can_decide(self) -> bool:
@@ -108,21 +123,15 @@ class Core:
         if len(self.in_flight) > self.pipeline_depth:
             raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
         aborted = self._apply_aborts()
-        batch = self.scheduler.schedule()
-        batch.decision = self.num_decisions
-        batch.seen = self.num_ingested
-        batch.aborted = aborted
-        batch.committed = self.last_committed
-        batch.decided_ns = now_ns
-        if not (batch or self.in_flight or aborted or batch.preempted) and self.sequences:
+        nothing_comes = not self.in_flight
+        batch = self._decide(now_ns, aborted)
+        if nothing_comes and not (batch or aborted or batch.preempted) and self.sequences:
             raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
         for row in batch.admitted:
             if row.seq.first_scheduled_ns is None:
                 row.seq.first_scheduled_ns = now_ns
-        self.num_decisions += 1
-        self.in_flight.append(batch)
         if self.listener is not None:
-            self._digest = batch.digest = batch.compute_digest(self._digest)
+            batch.digest = self._digest.of(batch)
             self.listener.decided(batch)
         return batch
 
@@ -134,6 +143,81 @@ class Core:
         """
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
+        batch, finished = self._commit(token_ids, now_ns)
+        if self.listener is not None:
+            self.listener.committed(batch)
+        for seq in finished:
+            del self.sequences[seq.seq_id]
+            self._finished(seq, now_ns)
+        return finished
+
+    def horizon(self, batch: Batch, cap: int) -> int:
+        """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
+
+        It is 1 where the next decision can be made before anything is committed. See `horizon.horizon`.
+        """
+        if self._aborts or self.can_decide or batch is not self.in_flight[-1]:
+            return 1
+        return horizon(self.scheduler, batch, cap)
+
+    def advance(self, spans: Seq[tuple[int, int, int]]) -> None:
+        """Repeat the latest decision, committing the oldest batch in flight before each, within its horizon.
+
+        What is decided, and all that comes of it, is what as many calls of `commit` and `decide` would have given.
+
+        Args:
+            spans: of each decision, its time, and the start and the end of its step, in nanoseconds. With a horizon of
+                k there may be up to k - 1.
+        """
+        first = self.in_flight[-1]
+        repeats: list[Repeat] = []
+        while len(repeats) < len(spans):
+            latest = self.in_flight[-1]
+            if not repeats or len(latest.explicit) > self.scheduler.num_partial:
+                repeats.append(self._repeat_once(first, spans[len(repeats)]))
+                continue
+            rest = spans[len(repeats) :]
+            grown = repeat(self.scheduler, latest, len(rest))
+            repeats += [Repeat(*span, blocks) for span, blocks in zip(rest, grown, strict=True)]
+            self.in_flight = deque(self.scheduler.in_flight)
+            for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
+                batch.decided_ns, batch.start_ns, batch.end_ns = span
+            self._digest.grow(self.in_flight[-1], [pair for blocks in grown for pair in blocks])
+        self.num_decisions = self.in_flight[-1].decision + 1
+        self.last_committed = self.in_flight[0].decision - 1
+        if self.listener is not None:
+            digest = self.in_flight[-1].digest = self._digest.value
+            self.listener.repeated(first, repeats, max(0, self.in_flight[0].decision - first.decision), digest)
+
+    def _repeat_once(self, first: Batch, span: tuple[int, int, int]) -> Repeat:
+        """Commit the oldest batch, and make the decision that repeats the latest."""
+        committed, finished = self._commit(None, span[0])
+        if self.listener is not None and committed.decision < first.decision:
+            self.listener.committed(committed)
+        batch = self._decide(span[0], [])
+        batch.start_ns, batch.end_ns = span[1:]
+        if finished or batch.admitted or batch.preempted or batch.left or batch.num_tokens != first.num_tokens:
+            raise RuntimeError(
+                f"decision {batch.decision} does not repeat decision {first.decision}: {span} is too far"
+            )
+        if self.listener is not None:
+            self._digest.of(batch)
+        return Repeat(*span, batch.grown)
+
+    def _decide(self, now_ns: int, aborted: list[Sequence]) -> Batch:
+        """Have the scheduler decide, and write down the decision's facts."""
+        batch = self.scheduler.schedule()
+        batch.decision = self.num_decisions
+        batch.seen = self.num_ingested
+        batch.aborted = aborted
+        batch.committed = self.last_committed
+        batch.decided_ns = now_ns
+        self.num_decisions += 1
+        self.in_flight.append(batch)
+        return batch
+
+    def _commit(self, token_ids: Seq[int] | None, now_ns: int) -> tuple[Batch, list[Sequence]]:
+        """Hand over the tokens of the oldest batch; the batch, and the sequences that end."""
         batch = self.in_flight[0]
         finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
         self.in_flight.popleft()
@@ -141,15 +225,10 @@ class Core:
         if batch.end_ns is None:
             batch.end_ns = now_ns
         if batch.is_prefill:
-            for row in batch.rows:
+            for row in batch.explicit:
                 if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
                     row.seq.first_token_ns = now_ns
-        if self.listener is not None:
-            self.listener.committed(batch)
-        for seq in finished:
-            del self.sequences[seq.seq_id]
-            self._finished(seq, now_ns)
-        return finished
+        return batch, finished
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []

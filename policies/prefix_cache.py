@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import xxhash
+
+from twinserve.policies.sequence import token_bytes
 
 HASHES: dict[str, Callable[[bytes, int], int]] = {
     "xxh64": xxhash.xxh64_intdigest,
     "xxh3_128": xxhash.xxh3_128_intdigest,
 }
 _HASH_BYTES = {"xxh64": 8, "xxh3_128": 16}
-
-
-def token_bytes(token_ids: list[int]) -> bytes:
-    """The token ids as 4 little-endian bytes each."""
-    packed = array("I", token_ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 class CachedBlock(NamedTuple):
@@ -48,7 +40,7 @@ class PrefixCache:
     Args:
         hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer.
         seed: seeds the hash, so that hashes cannot be predicted from outside.
-        salt: begins every chain; caches with different salts share nothing.
+        salt: begins every chain; caches with different salts share nothing. A sequence's own salt comes behind it.
     """
 
     ROOT = 0
@@ -59,9 +51,11 @@ class PrefixCache:
         self._digest = HASHES[hash] if isinstance(hash, str) else hash
         self._hash_bytes = _HASH_BYTES.get(hash, 16) if isinstance(hash, str) else 16
         self.seed = seed
+        self._salt = salt
+        self._roots: dict[str, tuple[int, int]] = {}
         self.root_hash = self._digest(salt.encode(), seed) if salt else -1
         self.hash_to_block_id: dict[int, int] = {}
-        self._cached: dict[int, CachedBlock] = {}
+        self._cached: dict[int, tuple[int, bytes | None, int, int]] = {}  # the fields of a CachedBlock
         self._equal_hash: dict[int, OrderedDict[int, None]] = {}
         self._last_prefix = self.ROOT
 
@@ -76,6 +70,35 @@ class PrefixCache:
         prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(self._hash_bytes, "little")
         return self._digest(prefix + content, self.seed)
 
+    def root(self, salt: str) -> tuple[int, int]:
+        """The hash and the prefix number that the chains of sequences with this salt begin with."""
+        if not salt:
+            return self.root_hash, self.ROOT
+        root = self._roots.get(salt)
+        if root is None:
+            self._last_prefix += 1
+            text = f"{len(self._salt)}:{self._salt}{salt}"
+            root = self._roots[salt] = self._digest(text.encode(), self.seed), self._last_prefix
+        return root
+
+    def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
+        """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""
+        block_ids: list[int] = []
+        by_hash, cached = self.hash_to_block_id.get, self._cached
+        for block_hash, content in zip(hashes, contents, strict=True):
+            block_id = by_hash(block_hash)
+            if block_id is None:
+                break
+            entry = cached[block_id]
+            if entry[1] != content or entry[2] != parent:
+                block_id = self.find(block_hash, content, parent)
+                if block_id is None:
+                    break
+                entry = cached[block_id]
+            block_ids.append(block_id)
+            parent = entry[3]
+        return block_ids
+
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
         block_ids: list[int] = []
@@ -87,7 +110,7 @@ class PrefixCache:
             if block_id is None:
                 break
             block_ids.append(block_id)
-            parent = self._cached[block_id].prefix
+            parent = self.prefix_of(block_id)
         return block_ids, len(block_ids) * block_size
 
     def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
@@ -100,7 +123,7 @@ class PrefixCache:
         if prefix_hash == -1:
             prefix_hash = self.root_hash
         elif prefix_hash != self.root_hash:
-            parent = self._cached[self.hash_to_block_id[prefix_hash]].prefix
+            parent = self.prefix_of(self.hash_to_block_id[prefix_hash])
         content = token_bytes(token_ids)
         block_hash = self.block_hash(content, prefix_hash)
         self.register(block_id, block_hash, content, parent)
@@ -111,32 +134,42 @@ class PrefixCache:
         block_id = self.hash_to_block_id.get(block_hash)
         if block_id is None:
             return None
-        cached = self._cached[block_id]
-        if cached.content == content and cached.parent == parent:
-            return block_id
-        for other_id in self._equal_hash.get(block_hash, ()):
-            other = self._cached[other_id]
-            if other.content == content and other.parent == parent:
+        for other_id in (block_id, *self._equal_hash.get(block_hash, ())):
+            if self._cached[other_id][1:3] == (content, parent):
                 return other_id
         return None
 
-    def register(self, block_id: int, block_hash: int, content: bytes | None, parent: int) -> None:
-        """Note that `block_id` holds `content` behind the prefix numbered `parent`, or will once its step has run."""
+    def register(self, block_id: int, block_hash: int, content: bytes | None, parent: int) -> int:
+        """Note that `block_id` holds `content` behind the prefix numbered `parent`, or will once its step has run.
+
+        Returns:
+            The number of the prefix that ends with the block.
+        """
         if block_id in self._cached:
             raise ValueError(f"block {block_id} is stored already, as {self._cached[block_id]}")
-        equal_id = self.find(block_hash, content, parent)
+        first_id = self.hash_to_block_id.setdefault(block_hash, block_id)
+        equal_id = None
+        if first_id != block_id:
+            equal_id = self.find(block_hash, content, parent)
+            self._equal_hash.setdefault(block_hash, OrderedDict())[block_id] = None
         if equal_id is None:
             self._last_prefix += 1
             prefix = self._last_prefix
         else:
-            prefix = self._cached[equal_id].prefix
-        self._cached[block_id] = CachedBlock(block_hash, content, parent, prefix)
-        if self.hash_to_block_id.setdefault(block_hash, block_id) != block_id:
-            self._equal_hash.setdefault(block_hash, OrderedDict())[block_id] = None
+            prefix = self.prefix_of(equal_id)
+        self._cached[block_id] = block_hash, content, parent, prefix
+        return prefix
+
+    def register_next(self, block_id: int, content: bytes, before_id: int) -> int:
+        """Note that `block_id` holds `content` behind what `before_id` holds; the hash of the block."""
+        prefix_hash, _, _, prefix = self._cached[before_id]
+        block_hash = self._digest(prefix_hash.to_bytes(self._hash_bytes, "little") + content, self.seed)
+        self.register(block_id, block_hash, content, prefix)
+        return block_hash
 
     def remove(self, block_id: int) -> None:
         """Forget what `block_id` held; a block of equal hash takes its place in `hash_to_block_id`."""
-        block_hash = self._cached.pop(block_id).hash
+        block_hash = self._cached.pop(block_id)[0]
         others = self._equal_hash.get(block_hash)
         if self.hash_to_block_id[block_hash] == block_id:
             if others:
@@ -153,14 +186,21 @@ class PrefixCache:
         self.hash_to_block_id.clear()
         self._cached.clear()
         self._equal_hash.clear()
+        self._roots.clear()
 
     def prefix_of(self, block_id: int) -> int:
         """The number of the prefix that ends with `block_id`."""
-        return self._cached[block_id].prefix
+        return self._cached[block_id][3]
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""
-        return self._cached.get(block_id)
+        entry = self._cached.get(block_id)
+        return None if entry is None else CachedBlock(*entry)
+
+    @property
+    def block_ids(self) -> Collection[int]:
+        """The blocks that are stored."""
+        return self._cached.keys()
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._cached

@@ -4,145 +4,38 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import insort
 from collections import deque
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-import xxhash
-
+from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
+from twinserve.policies.decode_group import DecodeGroup, Member
+from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
+Ends = dict[Sequence, tuple[int, str]]
+"""Who ends: with its place in the order of admission, and the reason."""
 
-class Row(NamedTuple):
-    """One sequence's part of a step: `num_tokens` tokens from position `start` on.
 
-    `samples`: the step reaches the sequence's last known token, so it samples the next one. `is_prompt`: the sequence
-    has sampled nothing since it was admitted, so its tokens are prompt (or recomputed) tokens, however few.
+class Refusal(NamedTuple):
+    """Why the next sequence was not admitted: what was looked at, and how many hits might change that.
+
+    While the facts are the same, running sequences only take more blocks and cached ones are only evicted, which never
+    makes room; more hits may. `last_hash` is that of the last block of them, None if it can never be hit.
     """
 
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    is_prompt: bool
+    facts: tuple
+    num_hits: int
+    last_hash: int | None
 
-
-class Batch:
-    """One decision: the rows of a step, and what changed since the decision before it.
-
-    Unpacks as the pair `seqs, is_prefill`. `sampled` lists, in order, the sequences that get a token from this step.
-    `is_prefill`: some sequence computes more than one token, or samples for the first time since it was admitted.
-
-    The deltas say the decision in terms of the one before: `admitted` rows (their `start` is the prefix hit),
-    sequences that `left` (finished or aborted) and were `preempted`, `grown` block tables, and `exceptions`: rows of
-    running sequences that are not the usual `usual_tokens` (1, or 0 in a step for prompts alone).
-
-    Totals: `num_tokens` = `num_prompt_tokens` + `num_decode_tokens`; `num_kv_tokens` is the sum of the rows' context
-    lengths; `num_attention_pairs` counts each query against each key it attends.
-    """
-
-    def __init__(self, usual_tokens: int = 1) -> None:
-        self.rows: list[Row] = []
-        self.seqs: list[Sequence] = []
-        self.sampled: list[Sequence] = []
-        self.usual_tokens = usual_tokens
-
-        self.admitted: list[Row] = []
-        self.left: list[Sequence] = []
-        self.preempted: list[Sequence] = []
-        self.grown: list[tuple[Sequence, list[int]]] = []
-        self.exceptions: list[tuple[Sequence, int, bool]] = []
-
-        self.is_prefill = False
-        self.num_tokens = 0
-        self.num_prompt_tokens = 0
-        self.num_kv_tokens = 0
-        self.num_attention_pairs = 0
-        self.num_waiting = 0
-        self.num_running = 0
-        self.num_used_blocks = 0
-
-        # Facts of the decision and of the step, written by Core and by the executor.
-        self.decision = -1
-        self.seen = 0
-        self.aborted: list[Sequence] = []
-        self.committed = -1
-        self.decided_ns = 0
-        self.start_ns: int | None = None
-        self.end_ns: int | None = None
-        self.digest = 0
-
-    @property
-    def num_decode_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
-
-    def add(self, row: Row) -> None:
-        """Append a row and count it."""
-        self.rows.append(row)
-        self.seqs.append(row.seq)
-        self.num_tokens += row.num_tokens
-        context = row.start + row.num_tokens
-        self.num_kv_tokens += context
-        if row.is_prompt:
-            self.num_prompt_tokens += row.num_tokens
-            self.num_attention_pairs += row.start * row.num_tokens + row.num_tokens * (row.num_tokens + 1) // 2
-        else:
-            self.num_attention_pairs += context
-        if row.samples:
-            self.sampled.append(row.seq)
-        if row.num_tokens > 1 or (row.samples and row.is_prompt):
-            self.is_prefill = True
-
-    def compute_digest(self, previous: int) -> int:
-        """xxh64 of the deltas and totals, chained on the digest of the decision before.
-
-        The chain fixes every decision as a whole: ids, new tokens, block tables, hits and preemptions.
-        """
-        values = [self.usual_tokens, self.num_waiting, self.num_running, self.num_used_blocks, len(self.admitted)]
-        for seq, start, num_tokens, samples, _ in self.admitted:
-            values += (seq.seq_id, start, num_tokens, samples, len(seq.block_table), *seq.block_table)
-        values.append(len(self.preempted))
-        values += [seq.seq_id for seq in self.preempted]
-        values.append(len(self.left))
-        values += [seq.seq_id for seq in self.left]
-        values.append(len(self.exceptions))
-        for seq, num_tokens, samples in self.exceptions:
-            values += (seq.seq_id, num_tokens, samples)
-        for seq, block_ids in self.grown:
-            values += (seq.seq_id, len(block_ids), *block_ids)
-        return xxhash.xxh64_intdigest(array("q", values).tobytes(), previous)
-
-    def __iter__(self) -> Iterator:
-        yield self.seqs
-        yield self.is_prefill
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class FirstCome(deque):
-    """The waiting queue in the order of arrival; a preempted sequence goes back to its front."""
-
-    def push(self, seq: Sequence) -> None:
-        """A new sequence arrives."""
-        self.append(seq)
-
-    def push_preempted(self, seq: Sequence) -> None:
-        """A sequence comes back after a preemption."""
-        self.appendleft(seq)
-
-    def peek(self) -> Sequence:
-        """The sequence to be admitted next."""
-        return self[0]
-
-    def pop_next(self) -> Sequence:
-        """Remove and return what `peek` shows."""
-        return self.popleft()
+    def still_holds(self, facts: tuple, manager: BlockManager) -> bool:
+        """Is the sequence still refused?"""
+        return facts == self.facts and not manager.may_hit(self.last_hash)
 
 
 class Scheduler:
@@ -152,6 +45,10 @@ class Scheduler:
     `composition="mixed"`, `enable_chunked_prefill=True` and a budget, it decides what vLLM's V1 scheduler decides:
     running sequences first, in the order they were admitted, then the head of the waiting queue as long as it fits.
 
+    Running sequences are either `alone` (prompts being computed, and for a step or two whoever is out of step) or in
+    the `group`, whose members get one token in every step that decodes. A decision walks over those alone and over the
+    members that need or complete a block; the others cost nothing.
+
     Args:
         block_manager: the KV blocks.
         max_num_seqs: sequences that may run at once.
@@ -159,16 +56,19 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step; None is none.
         enable_chunked_prefill: a prompt larger than what is left of the budget is computed in several steps.
         long_prefill_token_threshold: the most tokens of one sequence in a step; 0 is no limit.
+        max_num_partial_prefills: while so many running sequences have prompt tokens left to compute, nobody is admitted
+            who would be one more of them; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
         prefix_cache: blocks of equal prefixes are shared through it.
-        reserve_full_prompt: admit a sequence only if all tokens it knows fit the free blocks, not just its first chunk.
-        watermark_blocks: blocks that an admission leaves free while anything is running.
-        waiting: the order of the waiting queue, an object with the methods of `FirstCome`.
+        order: the waiting queue; None is first come, first served.
+        admission: whether the next sequence fits; None is vLLM's rule.
+        victim: who is preempted for room; None is the order's own rule.
 
     Attributes:
-        waiting: sequences not yet admitted, or preempted.
-        running: admitted sequences, in the order of their admission.
+        waiting: sequences not yet admitted, or preempted; the `order`.
         in_flight: decided batches that `postprocess` has not seen, oldest first.
+        group: the decodes that go on in step.
+        alone: the other running sequences, in the order of their admission.
     """
 
     def __init__(
@@ -180,33 +80,56 @@ class Scheduler:
         max_num_batched_tokens: int | None = None,
         enable_chunked_prefill: bool = False,
         long_prefill_token_threshold: int = 0,
+        max_num_partial_prefills: int | None = None,
         max_model_len: int | None = None,
         prefix_cache: PrefixCache | None = None,
-        reserve_full_prompt: bool = True,
-        watermark_blocks: int = 0,
-        waiting: FirstCome | None = None,
+        order: Order | None = None,
+        admission: Admission | None = None,
+        victim: Victim | None = None,
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        if max_num_seqs < 1:
-            raise ValueError(f"max_num_seqs is {max_num_seqs}, expected an integer >= 1")
-        if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
-            raise ValueError(f"max_num_batched_tokens is {max_num_batched_tokens}, expected an integer >= 1 or None")
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_num_partial_prefills", max_num_partial_prefills),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected an integer >= 1")
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.composition = composition
         self.max_num_batched_tokens = math.inf if max_num_batched_tokens is None else max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
         self.long_prefill_token_threshold = long_prefill_token_threshold or math.inf
+        self.max_num_partial_prefills = math.inf if max_num_partial_prefills is None else max_num_partial_prefills
         self.max_model_len = math.inf if max_model_len is None else max_model_len
-        self.reserve_full_prompt = reserve_full_prompt
-        self.watermark_blocks = watermark_blocks
-        self.waiting = FirstCome() if waiting is None else waiting
-        self.running: list[Sequence] = []
+        self.waiting: Order = FirstCome() if order is None else order
+        self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
+        self.alone: list[Sequence] = []
+        self._victim = victim
+        self._running: dict[Sequence, None] = {}
+        self._num_added = 0
+        self._num_admitted = 0
+        self._num_released = 0
         self._left: list[Sequence] = []
+        self.refusal: Refusal | None = None
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
+        self.group = DecodeGroup(block_manager.block_size, registers=block_manager.prefix_cache is not None)
+        if hasattr(self.waiting, "bind"):
+            self.waiting.bind(block_manager)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The admitted sequences, in the order of their admission."""
+        return list(self._running)
+
+    @property
+    def num_running(self) -> int:
+        """How many sequences are running."""
+        return len(self._running)
 
     # --- what comes in ---
 
@@ -220,127 +143,229 @@ class Scheduler:
             self._finish(seq, "refused")
             return False
         seq.block_size = self.block_manager.block_size
+        seq.arrival_index = self._num_added
+        self._num_added += 1
         self.waiting.push(seq)
         return True
 
     def abort(self, seq: Sequence) -> None:
         """End a sequence now and free its blocks; tokens of it that are still in flight will be discarded."""
-        if seq.status is SequenceStatus.RUNNING:
-            self.running.remove(seq)
-            self._left.append(seq)
-            self.block_manager.deallocate(seq)
-        elif seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
-        else:
+        if seq.is_finished:
             raise ValueError(f"{seq} cannot be aborted: it has ended with {seq.finish_reason!r}")
-        self._finish(seq, "abort")
+        if seq.status is SequenceStatus.RUNNING and seq.member is None:
+            self.alone.remove(seq)
+        self._end(seq, "abort")
 
     def is_finished(self) -> bool:
         """Has every sequence that was added ended?"""
-        return not self.waiting and not self.running
+        return not self.waiting and not self._running
 
     # --- the decision ---
 
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
         if self.composition == "mixed":
-            batch = Batch(usual_tokens=1)
-            budget = self._schedule_running(batch, self.max_num_batched_tokens)
-            self._schedule_waiting(batch, budget)
+            batch = Batch(self.group)
+            self.schedule_running(batch, prompts=True)
+            self._schedule_waiting(batch)
         else:
-            batch = Batch(usual_tokens=0)
-            budget = self._schedule_running(batch, self.max_num_batched_tokens, decoding=False)
-            self._schedule_waiting(batch, budget)
+            batch = Batch(self.group, usual_tokens=0)
+            self.schedule_running(batch, prompts=True)
+            self._schedule_waiting(batch)
             if not batch:
-                decodes = Batch(usual_tokens=1)
-                decodes.preempted = batch.preempted
-                batch = decodes
-                self._schedule_running(batch, self.max_num_batched_tokens, decoding=True)
+                preempted, batch = batch.preempted, Batch(self.group)
+                batch.preempted = preempted
+                self.schedule_running(batch, prompts=False)
+        if batch.usual_tokens and (self.group or batch):
+            batch.add_members()
+            self.group.plan()
+        self._note_exceptions(batch)
+        batch.count()
         batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
-        batch.num_running = len(self.running)
+        batch.num_running = len(self._running)
         batch.num_used_blocks = len(self.block_manager.used_block_ids)
         if batch:
             self.in_flight.append(batch)
         return batch
 
-    def _schedule_running(self, batch: Batch, budget: float, decoding: bool | None = None) -> float:
-        """Give running sequences their tokens, preempting from the end for room; what is left of the budget.
+    def schedule_running(self, batch: Batch, *, prompts: bool) -> None:
+        """Give running sequences their tokens, in the order of their admission, preempting for room.
 
-        `decoding` True or False takes only sequences that have, or have not, sampled since their admission.
+        Only those alone and the members that begin or complete a block need a look. If a sequence has to make room by
+        going itself, those behind it get nothing in this step.
         """
-        manager = self.block_manager
-        block_size = manager.block_size
-        usual = batch.usual_tokens
-        most = min(self.long_prefill_token_threshold, budget)
-        index = 0
-        while index < len(self.running):
-            seq = self.running[index]
-            num_tokens = 0
-            if decoding is None or seq.has_sampled == decoding:
-                num_tokens = self._wanted_tokens(seq)
-                if num_tokens > most:
-                    num_tokens = int(most)
-            if num_tokens:
-                # Most decodes stay within their last block.
-                if seq.num_computed_tokens + num_tokens > len(seq.block_table) * block_size:
-                    while not manager.can_extend(seq, num_tokens):
-                        victim = self.running[-1]
-                        self._preempt(victim, batch)
-                        if victim is seq:
-                            return budget
-                    batch.grown.append((seq, manager.extend(seq, num_tokens)))
-                row = self._launch(seq, num_tokens, batch)
-                budget -= num_tokens
-                most = min(most, budget)
-                if num_tokens != usual or not row.samples:
-                    batch.exceptions.append((seq, num_tokens, row.samples))
-            elif usual:
-                batch.exceptions.append((seq, 0, False))
-            index += 1
-        return budget
+        decodes = bool(batch.usual_tokens)
+        if decodes and (self.alone or self.in_flight):
+            self._regroup()
+        seqs = [seq for seq in self.alone if (decodes if seq.has_sampled else prompts)]
+        if decodes and not self._budget_suffices(seqs):
+            self._leave_out(self.group.behind(-1))
+            seqs = [seq for seq in self.alone if seq.has_sampled or prompts]
+        if decodes and self.group:
+            seqs = self._serve_members(seqs, batch)
+        for seq in seqs:
+            if seq.status is not SequenceStatus.RUNNING:
+                continue
+            member = seq.member
+            num_tokens = self._tokens_for(seq, batch) if member is None else 1
+            if not num_tokens:
+                continue
+            missing = self.block_manager.num_missing(seq, num_tokens)
+            if not self._make_room(seq, missing, batch):
+                if decodes:
+                    self._leave_out(self.group.behind(seq.admission_index))
+                return
+            if member is not None:
+                self.serve([member] if missing else [], [member] if self.group.completes(member) else [], batch)
+                continue
+            if missing > 0:
+                batch.grown.append((seq, self.block_manager.extend(seq, num_tokens)))
+            self._launch(seq, num_tokens, batch)
 
-    def _schedule_waiting(self, batch: Batch, budget: float) -> None:
+    def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
+        """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
+        group = self.group
+        beginning, completing = group.beginning(), group.completing()
+        comes_first = not seqs or seqs[0].admission_index > group.last_order
+        if comes_first and len(beginning) <= self.block_manager.num_free_blocks:
+            self.serve(beginning, completing, batch)
+            return seqs
+        due = [member.seq for member in dict.fromkeys(beginning + completing)]
+        return sorted(due + seqs, key=_admission_index)
+
+    def serve(self, beginning: list[Member], completing: list[Member], batch: Batch) -> None:
+        """Give members a block each, and let the cache know the blocks that others complete."""
+        if beginning:
+            batch.grown += self.block_manager.extend_each([member.seq for member in beginning])
+        if completing:
+            self.block_manager.register_each(self.group.full_blocks(completing, self.group.next_registered))
+
+    def _regroup(self) -> None:
+        """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
+        group = self.group
+        if self.in_flight:
+            self._leave_out(group.ending_at(group.planned))
+        alone = []
+        for seq in self.alone:
+            if seq.has_sampled and group.fits(seq) and not self._is_complete(seq):
+                group.join(seq, self.final_length(seq))
+            else:
+                alone.append(seq)
+        self.alone = alone
+
+    def _budget_suffices(self, seqs: list[Sequence]) -> bool:
+        """Does every member get its token, whatever the sequences `seqs` beside them take?"""
+        members, budget = len(self.group), self.max_num_batched_tokens
+        if members and seqs and seqs[0].admission_index < self.group.last_order:
+            threshold = self.long_prefill_token_threshold
+            return members + sum(min(self._wanted_tokens(seq), threshold) for seq in seqs) <= budget
+        return members <= budget
+
+    def _leave_out(self, members: list[Member]) -> None:
+        """Take members that get no token in this step as a matter of course out of the group."""
+        for member in members:
+            self._leave_group(member.seq)
+            insort(self.alone, member.seq, key=_admission_index)
+
+    def _leave_group(self, seq: Sequence) -> None:
+        """Take a member that goes on out of the group; what is in flight for it will be handed to it alone."""
+        member = self.group.leave(seq)
+        if seq.num_in_flight:
+            for batch in self.in_flight:
+                if batch.has_members and batch.clock >= member.since:
+                    batch.late.append(member)
+
+    def _make_room(self, seq: Sequence, missing: int, batch: Batch) -> bool:
+        """Preempt until as many blocks are free as `seq` is missing; False if it had to go itself."""
+        while missing > self.block_manager.num_free_blocks:
+            victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
+            if victim not in self._running:
+                raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
+            self._preempt(victim, batch)
+            if victim is seq:
+                return False
+        return True
+
+    def _schedule_waiting(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
         if batch.preempted:
             return
-        manager = self.block_manager
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self._running) < self.max_num_seqs:
+            budget = self._budget_left(batch)
+            if budget <= 0:
+                return
             seq = self.waiting.peek()
-            if seq.num_in_flight:
+            found = None if seq.num_in_flight else self.find_room(seq, budget)
+            if found is None:
                 return
-            hits = manager.find_hits(seq)
-            num_hit_tokens = len(hits) * manager.block_size
-            num_tokens = int(min(seq.num_tokens - num_hit_tokens, self.long_prefill_token_threshold))
-            if num_tokens > budget:
-                if not self.enable_chunked_prefill:
-                    return
-                num_tokens = int(budget)
-            covered = seq.num_tokens if self.reserve_full_prompt else num_hit_tokens + num_tokens
-            margin = self.watermark_blocks if self.running else 0
-            if manager.blocks_to_take(hits, covered) + margin > manager.num_free_blocks:
-                return
+            hits, num_tokens = found
             self.waiting.pop_next()
-            manager.admit(seq, hits, num_tokens)
+            self.block_manager.admit(seq, hits, num_tokens)
             seq.status = SequenceStatus.RUNNING
-            seq.num_computed_tokens = num_hit_tokens
-            self.running.append(seq)
+            seq.num_computed_tokens = seq.num_cached_tokens
+            seq.admission_index = self._num_admitted
+            self._num_admitted += 1
+            self._running[seq] = None
+            self.alone.append(seq)
             batch.admitted.append(self._launch(seq, num_tokens, batch))
-            budget -= num_tokens
+
+    def find_room(self, seq: Sequence, budget: float) -> tuple[list[int], int] | None:
+        """The cached blocks and the number of tokens with which `seq` can be admitted; None if it cannot be.
+
+        Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
+        happened, so that a waiting prompt is not looked up in every step.
+        """
+        manager, is_alone = self.block_manager, not self._running
+        num_partial = 0 if self.max_num_partial_prefills == math.inf else self.num_partial
+        facts = seq, seq.num_tokens, budget, num_partial, self._num_admitted, self._num_released
+        if self.refusal is not None and self.refusal.still_holds(facts, manager):
+            return None
+        hits = manager.find_hits(seq)
+        missing = seq.num_tokens - len(hits) * manager.block_size
+        most = min(self.long_prefill_token_threshold, budget)
+        num_tokens = int(min(missing, most))
+        is_cut = min(missing, self.long_prefill_token_threshold) > budget and not self.enable_chunked_prefill
+        if is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
+            num_hits = len(hits) + math.ceil((missing - most) / manager.block_size)
+        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, is_alone):
+            num_hits = len(hits) + lacking
+        else:
+            return hits, num_tokens
+        self.refusal = Refusal(facts, num_hits, manager.hash_at(seq, num_hits - 1))
+        return None
+
+    @property
+    def num_partial(self) -> int:
+        """Running sequences with prompt tokens left to compute."""
+        return sum(not seq.has_sampled for seq in self.alone)
+
+    def _budget_left(self, batch: Batch) -> float:
+        """Tokens of the step that nobody has been given yet, the members' own ones set aside."""
+        members = len(self.group) if batch.usual_tokens else 0
+        return self.max_num_batched_tokens - members - batch.num_tokens
+
+    def _tokens_for(self, seq: Sequence, batch: Batch) -> int:
+        """Tokens that a running sequence on its own gets in this step."""
+        wanted = self._wanted_tokens(seq)
+        return max(0, int(min(wanted, self.long_prefill_token_threshold, self._budget_left(batch))))
 
     def _wanted_tokens(self, seq: Sequence) -> int:
         """Tokens that a running sequence has yet to compute, the one in flight included; 0 if its last is in flight."""
-        known = seq.num_tokens + seq.num_in_flight
-        if seq.num_in_flight and known >= self._final_length(seq):
+        if self._is_complete(seq):
             return 0
-        return known - seq.num_computed_tokens
+        return seq.num_tokens + seq.num_in_flight - seq.num_computed_tokens
 
-    def _final_length(self, seq: Sequence) -> float:
+    def _is_complete(self, seq: Sequence) -> bool:
+        """Is the last token that a sequence may generate in flight?"""
+        return bool(seq.num_in_flight) and seq.num_tokens + seq.num_in_flight >= self.final_length(seq)
+
+    def final_length(self, seq: Sequence) -> float:
         """Tokens at which generation ends, whatever is generated."""
         return min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len)
 
     def _launch(self, seq: Sequence, num_tokens: int, batch: Batch) -> Row:
-        """Add the row of `seq` to the batch and count its tokens as computed."""
+        """Add the row of a sequence on its own to the batch and count its tokens as computed."""
         start = seq.num_computed_tokens
         computed = start + num_tokens
         samples = computed == seq.num_tokens + seq.num_in_flight
@@ -355,9 +380,22 @@ class Scheduler:
         return row
 
     def _preempt(self, seq: Sequence, batch: Batch) -> None:
-        """Take a running sequence's blocks away; it will compute them again when it is admitted again."""
-        self.running.remove(seq)
+        """Take a running sequence's blocks away; it will compute them again when it is admitted again.
+
+        What it got in this very step is taken back, so nobody can hit a block that no step computes.
+        """
+        if seq.member is not None:
+            self._leave_group(seq)
+        else:
+            self.alone.remove(seq)
+        row = batch.remove(seq)
+        if row is not None:
+            seq.num_computed_tokens = row.start
+            seq.num_in_flight -= row.samples
+        self.block_manager.unregister(seq, seq.num_computed_tokens)
         self.block_manager.deallocate(seq)
+        self._num_released += 1
+        del self._running[seq]
         seq.status = SequenceStatus.WAITING
         seq.num_computed_tokens = 0
         seq.num_scheduled_tokens = 0
@@ -365,6 +403,18 @@ class Scheduler:
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
+
+    def _note_exceptions(self, batch: Batch) -> None:
+        """Note which sequences alone do not get the usual; those admitted now are no news."""
+        first_admitted = batch.admitted[0].seq.admission_index if batch.admitted else self._num_admitted
+        rows = {row.seq: row for row in batch.explicit}
+        for seq in self.alone:
+            if seq.admission_index >= first_admitted:
+                break
+            row = rows.get(seq)
+            num_tokens, samples = (row.num_tokens, row.samples) if row is not None else (0, False)
+            if num_tokens != batch.usual_tokens or (row is not None and not samples):
+                batch.exceptions.append((seq, num_tokens, samples))
 
     # --- the result ---
 
@@ -375,46 +425,87 @@ class Scheduler:
 
         Args:
             seqs: the batch, or the list that it holds.
-            token_ids: a token for each of `batch.sampled`, in order; None in a simulation, which has no tokens.
+            token_ids: a token for each of `batch.sampled`, in order (an `array("I")` costs least); None in a
+                simulation, which has no tokens.
             eos_token_id: ends a sequence, unless its `ignore_eos` is set.
 
         Raises:
             ValueError: `seqs` is not the oldest batch in flight, or `token_ids` has another length.
         """
         batch = self.in_flight[0] if self.in_flight else None
-        if batch is None or not (seqs is batch or seqs is batch.seqs):
+        if batch is None or not batch.is_held_by(seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
-        if token_ids is not None and len(token_ids) != len(batch.sampled):
-            raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(batch.sampled)}")
+        if token_ids is not None and len(token_ids) != batch.num_sampled:
+            raise ValueError(f"{len(token_ids)} tokens for a batch that samples {batch.num_sampled}")
+        if token_ids is None and batch.num_members and self.group.num_with_tokens:
+            raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
+        of_members, own = batch.split(token_ids)
+        packed = _packed(of_members) if batch.num_members else None
         self.in_flight.popleft()
-        finished = []
-        for index, seq in enumerate(batch.sampled):
-            if seq.is_finished:
-                continue
-            token_id = None if token_ids is None else token_ids[index]
+        ends: Ends = {}
+        if batch.has_members:
+            self.group.receive(batch.view, packed)
+            self._find_ends(batch, of_members, eos_token_id, ends)
+        if batch.explicit:
+            rows = [(order, row.seq) for order, row in zip(batch.orders, batch.explicit, strict=True) if row.samples]
+            for (order, seq), token_id in zip(rows, [None] * len(rows) if own is None else own, strict=True):
+                self._take_token(order, seq, token_id, eos_token_id, ends)
+        while caught := self.group.catch_up():
+            self.block_manager.register_each(self.group.full_blocks(caught, self.group.registered))
+        if not ends:
+            return []
+        ended = sorted(ends, key=ends.__getitem__)
+        for seq in ended:
+            self._end(seq, ends[seq][1])
+        if self.alone:
+            self.alone = [seq for seq in self.alone if not seq.is_finished]
+        return ended
+
+    def _find_ends(self, batch: Batch, token_ids: Seq[int] | None, eos_token_id: int | None, ends: Ends) -> None:
+        """Note which members end with these tokens, and hand theirs to those that have left the group since."""
+        group = self.group
+        for member in group.ending_at(group.known):
+            ends[member.seq] = member.order, "length"
+        if token_ids is not None and not (stops := group.stop_set(eos_token_id)).isdisjoint(token_ids):
+            members = batch.members
+            for index, token_id in enumerate(token_ids):
+                if token_id in stops:
+                    member = members[index]
+                    if member.seq.member is member and _stops(member.seq, token_id, eos_token_id):
+                        ends[member.seq] = member.order, "stop"
+        if batch.late:
+            members = batch.members
+            for member in batch.late:
+                late_token = None if token_ids is None else token_ids[members.index(member)]
+                self._take_token(member.order, member.seq, late_token, eos_token_id, ends)
+
+    def _take_token(self, order: int, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
+        """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
+        if seq.is_finished:
+            return
+        stops = token_id is not None and _stops(seq, token_id, eos)
+        if seq.member is not None:
+            # The group has counted the token, and knows when the length is reached.
+            if token_id is not None and seq.has_token_ids:
+                self.group.receive_late(seq.member, token_id)
+        else:
             seq.num_in_flight -= 1
             seq.append_token(token_id)
             if seq.status is SequenceStatus.RUNNING:
                 self.block_manager.register(seq, seq.num_computed_tokens - seq.num_in_flight)
-            reason = self._end_reason(seq, token_id, eos_token_id)
-            if reason is not None:
-                self._end(seq, reason)
-                finished.append(seq)
-        if finished:
-            self.running = [seq for seq in self.running if not seq.is_finished]
-        return finished
-
-    def _end_reason(self, seq: Sequence, token_id: int | None, eos_token_id: int | None) -> str | None:
-        params = seq.sampling_params
-        stops = token_id == eos_token_id or token_id in params.stop_token_ids
-        if stops and token_id is not None and not params.ignore_eos:
-            return "stop"
-        return "length" if seq.num_tokens >= self._final_length(seq) else None
+            if seq.num_tokens >= self.final_length(seq):
+                ends[seq] = order, "length"
+        if stops:
+            ends[seq] = order, "stop"
 
     def _end(self, seq: Sequence, reason: str) -> None:
-        """Finish a sequence that generated its last token; the caller drops it from `running`."""
+        """Finish a sequence; where one that stood alone ends, the caller drops it from `alone`."""
         if seq.status is SequenceStatus.RUNNING:
+            if seq.member is not None:
+                self.group.leave(seq)
             self.block_manager.deallocate(seq)
+            self._num_released += 1
+            del self._running[seq]
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
@@ -430,7 +521,7 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most = int(self._final_length(seq)) - 1
+        most = int(self.final_length(seq)) - 1
         manager = self.block_manager
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
@@ -441,11 +532,17 @@ class Scheduler:
         return None
 
     def check_integrity(self) -> None:
-        """Raise AssertionError, with the values, if an invariant of pool, cache or queues does not hold."""
+        """Raise AssertionError, with the values, if an invariant of pool, cache, group or queues does not hold."""
         manager = self.block_manager
         manager.check_integrity()
-        assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} running > {self.max_num_seqs}"
-        for seq in self.running:
+        self.group.check_integrity()
+        assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
+        orders = [seq.admission_index for seq in self._running]
+        assert orders == sorted(orders), f"not in the order of admission: {orders}"
+        alone = [seq for seq in self._running if seq.member is None]
+        assert alone == self.alone, f"alone: {self.alone}, but running outside the group: {alone}"
+        assert len(alone) + len(self.group) == len(self._running), f"{len(self.group)} members, {len(alone)} alone"
+        for seq in self._running:
             assert seq.status is SequenceStatus.RUNNING, f"running: {seq}"
             known = seq.num_tokens + seq.num_in_flight
             assert 0 < seq.num_computed_tokens <= known, f"computed beyond what is known: {seq}"
@@ -454,5 +551,25 @@ class Scheduler:
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
-        held = sum(len(seq.block_table) for seq in self.running)
+        held = sum(len(seq.block_table) for seq in self._running)
         assert held >= len(manager.used_block_ids), f"{len(manager.used_block_ids)} used blocks, {held} held"
+
+
+def _admission_index(seq: Sequence) -> int:
+    return seq.admission_index
+
+
+def _packed(token_ids: Seq[int] | None) -> array[int] | None:
+    """Token ids in 4 bytes each."""
+    if token_ids is None or isinstance(token_ids, array):
+        return token_ids
+    try:
+        return array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"tokens are {list(token_ids)}, expected integers of 4 bytes") from error
+
+
+def _stops(seq: Sequence, token_id: int, eos_token_id: int | None) -> bool:
+    """Does the token end the sequence, whatever its length?"""
+    params = seq.sampling_params
+    return not params.ignore_eos and (token_id == eos_token_id or token_id in params.stop_token_ids)

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twinserve.policies.decode_group import Member
+
+
+IS_LITTLE_ENDIAN = sys.byteorder == "little"
+
+
+def token_ids_of(packed: bytes) -> array[int]:
+    """The token ids that `token_bytes` packed."""
+    token_ids = array("I", packed)
+    if not IS_LITTLE_ENDIAN:
+        token_ids.byteswap()
+    return token_ids
+
+
+def token_bytes(token_ids: list[int] | array[int]) -> bytes:
+    """The token ids as 4 little-endian bytes each."""
+    packed = array("I", token_ids)
+    if not IS_LITTLE_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()
 
 
 class SequenceStatus(Enum):
@@ -58,15 +83,22 @@ class Sequence:
     `prefix_key` says what its tokens are. `prefix_key(n)` is an integer that two sequences share exactly when their
     first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing.
 
+    While a sequence decodes in step with others its counts and its latest tokens are kept by their `DecodeGroup`; the
+    attributes below read the same either way.
+
+    Args:
+        priority: smaller is more urgent; for orders that look at it.
+        salt: sequences of different salts never share blocks.
+        tenant: whose request this is; for orders that look at it.
+
     Attributes:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        token_ids: prompt and generated tokens; empty for a sequence without token ids.
+        arrival_index: how many sequences the Scheduler had accepted before this one.
         num_prompt_tokens: tokens of the prompt.
         block_table: ids of the KV blocks held, in token order.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
-        num_computed_tokens: tokens whose KV exists or is being computed by a launched step.
-        num_in_flight: tokens that launched steps will sample and that are not known yet.
-        num_scheduled_tokens: tokens the latest decided step computes for it.
+        num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
+        has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
         finish_reason: "stop", "length", "abort" or "refused" once FINISHED.
         arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times in integer nanoseconds, written
             by whoever knows them (Core for all but the first); the policies never read them.
@@ -83,6 +115,9 @@ class Sequence:
         num_prompt_tokens: int | None = None,
         prefix_key: Callable[[int], int] | None = None,
         arrival_ns: int = 0,
+        priority: int = 0,
+        salt: str = "",
+        tenant: str = "",
     ):
         if token_ids is None and (num_prompt_tokens is None or prefix_key is None):
             raise ValueError("a sequence without token_ids needs num_prompt_tokens and prefix_key")
@@ -90,18 +125,18 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
         self.has_token_ids = token_ids is not None
-        self.token_ids: list[int] = list(token_ids) if token_ids is not None else []
-        self.num_prompt_tokens: int = len(self.token_ids) if token_ids is not None else int(num_prompt_tokens or 0)
+        self.num_prompt_tokens: int = int(num_prompt_tokens or 0) if token_ids is None else len(token_ids)
         self.sampling_params = sampling_params or SamplingParams()
         self.prefix_key = prefix_key
-        self._num_tokens = self.num_prompt_tokens
+        self.priority = priority
+        self.salt = salt
+        self.tenant = tenant
+        self.arrival_index = -1
 
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
+        self.block_contents: list[bytes | None] = []
         self.num_cached_tokens = 0
-        self.num_computed_tokens = 0
-        self.num_in_flight = 0
-        self.num_scheduled_tokens = 0
         self.num_registered_blocks = 0
         self.has_sampled = False
         self.num_preemptions = 0
@@ -113,20 +148,70 @@ class Sequence:
         self.first_token_ns: int | None = None
         self.finish_ns: int | None = None
 
+        # Of a member of a decode group, the group's clocks hold what these four would.
+        self.member: Member | None = None
+        self._num_tokens = self.num_prompt_tokens
+        self._num_computed = 0
+        self._num_in_flight = 0
+        self._num_scheduled = 0
+        self._token_ids = [] if token_ids is None else list(token_ids)
+        self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
+        self.admission_index = -1
+
     @property
     def num_tokens(self) -> int:
         """Tokens known: the prompt and the generated tokens received so far."""
-        return self._num_tokens
+        return self._num_tokens if self.member is None else self.member.num_tokens
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV exists or is being computed by a launched step."""
+        return self._num_computed if self.member is None else self.member.num_computed_tokens
+
+    @num_computed_tokens.setter
+    def num_computed_tokens(self, value: int) -> None:
+        assert self.member is None, f"{self} is counted by its group"
+        self._num_computed = value
+
+    @property
+    def num_in_flight(self) -> int:
+        """Tokens that launched steps will sample and that are not known yet."""
+        return self._num_in_flight if self.member is None else self.member.num_in_flight
+
+    @num_in_flight.setter
+    def num_in_flight(self, value: int) -> None:
+        assert self.member is None, f"{self} is counted by its group"
+        self._num_in_flight = value
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens that the latest decided step with a row of this sequence computes for it."""
+        return self._num_scheduled if self.member is None else 1
+
+    @num_scheduled_tokens.setter
+    def num_scheduled_tokens(self, value: int) -> None:
+        self._num_scheduled = value
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and generated tokens; empty for a sequence without token ids."""
+        if self.member is not None:
+            self.member.hand_over()
+        if self.unread:
+            for packed in self.unread:
+                self._token_ids.extend(token_ids_of(packed))
+            self.unread.clear()
+        return self._token_ids
 
     @property
     def num_blocks(self) -> int:
         """Blocks that all known tokens need."""
-        return (self._num_tokens + self.block_size - 1) // self.block_size
+        return (self.num_tokens + self.block_size - 1) // self.block_size
 
     @property
     def num_completion_tokens(self) -> int:
         """Generated tokens received so far."""
-        return self._num_tokens - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def completion_token_ids(self) -> list[int]:
@@ -145,8 +230,17 @@ class Sequence:
             self.token_ids.append(token_id)
         self._num_tokens += 1
 
+    def leave_group(self) -> None:
+        """Count by itself again, from where the group's clocks stand."""
+        member = self.member
+        assert member is not None, f"{self} is in no group"
+        member.hand_over()
+        self._num_tokens, self._num_computed = member.num_tokens, member.num_computed_tokens
+        self._num_in_flight, self._num_scheduled = member.num_in_flight, 1
+        self.member = None
+
     def __repr__(self) -> str:
         return (
-            f"Sequence(seq_id={self.seq_id}, {self.status.name}, known={self._num_tokens}, "
+            f"Sequence(seq_id={self.seq_id}, {self.status.name}, known={self.num_tokens}, "
             f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, blocks={len(self.block_table)})"
         )

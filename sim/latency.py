@@ -40,7 +40,19 @@ class StepFeatures:
             batch.num_decode_tokens,
             batch.num_kv_tokens,
             batch.num_attention_pairs,
-            len(batch.sampled),
+            batch.num_sampled,
+        )
+
+    def repeated(self, number: int, num_new_pairs: int) -> StepFeatures:
+        """The features of the `number`-th repetition of the step, each of which attends so many pairs more."""
+        return StepFeatures(
+            self.decision + number,
+            self.seqs,
+            self.prompt_tokens,
+            self.decode_tokens,
+            self.kv_tokens + number * self.tokens,
+            self.attention_pairs + number * num_new_pairs,
+            self.sampled,
         )
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 import simpy
 from simpy.events import URGENT
 
-from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.sim.latency import LatencyModel, StepFeatures
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
@@ -24,11 +24,25 @@ class Replica:
 
     A step of cost (host, device) that is decided at t has its inputs ready at t + host, starts then or when the
     device is free, and ends after device. The next decision is made when the step is launched (t + host), or, where
-    the pipeline is full, when the oldest step in flight has ended, whichever is later.
+    the pipeline is full, when the oldest step in flight has ended, whichever is later. Decisions that repeat one
+    another until the next event of the simulation are made at once.
+
+    Args:
+        ended: called with each sequence that ends.
+        step_by_step: make every decision by itself; the results are the same.
     """
 
-    def __init__(self, env: simpy.Environment, core: Core, latency: LatencyModel, ended: Callable[[Sequence], None]):
+    def __init__(
+        self,
+        env: simpy.Environment,
+        core: Core,
+        latency: LatencyModel,
+        ended: Callable[[Sequence], None],
+        *,
+        step_by_step: bool = False,
+    ):
         self._env, self._core, self._latency, self._ended = env, core, latency, ended
+        self._most_steps = 1 if step_by_step else 4096
         self._inbox: deque[Sequence] = deque()
         self._awake = env.event()
         self.process = env.process(self._run())
@@ -55,6 +69,8 @@ class Replica:
                 launched += host
                 start = batch.start_ns = max(launched, device_free)
                 batch.end_ns = device_free = start + device
+                if (steps := core.horizon(batch, self._most_steps)) > 1:
+                    launched, device_free = self._repeat(batch, steps, launched)
             if core.must_commit:
                 yield env.timeout(max(launched, core.in_flight[0].end_ns or 0) - now)
                 for seq in core.commit(None, now_ns(env)):
@@ -64,6 +80,30 @@ class Replica:
                 yield self._awake
             else:
                 yield env.timeout(launched - now)
+
+    def _repeat(self, batch: Batch, steps: int, launched: int) -> tuple[int, int]:
+        """Make up to `steps` equal decisions, `batch` among them, at once: those before the next event.
+
+        What happens at the instant of a decision comes first, so that decision is left to be made.
+
+        Returns:
+            When the last step is launched, and when it ends.
+        """
+        core, features, next_event = self._core, StepFeatures.of(batch), self._env.peek()
+        ends = [before.end_ns or 0 for before in core.in_flight]
+        spans: list[tuple[int, int, int]] = []
+        for number in range(1, steps):
+            decided = max(launched, ends[-1 - core.pipeline_depth])
+            if decided >= next_event:
+                break
+            host, device = self._latency.step_cost(features.repeated(number, batch.num_new_pairs))
+            launched = decided + host
+            start = max(launched, ends[-1])
+            ends.append(start + device)
+            spans.append((decided, start, ends[-1]))
+        if spans:
+            core.advance(spans)
+        return launched, ends[-1]
 
 
 class _Alarm(simpy.Event):
@@ -108,6 +148,7 @@ def simulate(
     params: SamplingParams | None = None,
     announce: Callable[[Request], None] | None = None,
     progress: Callable[[Sequence], None] | None = None,
+    step_by_step: bool = False,
 ) -> int:
     """Replay a trace on one simulated replica until every request has ended; the simulated time, in nanoseconds.
 
@@ -116,6 +157,7 @@ def simulate(
         latency: what a step costs.
         announce: called with each request as it arrives, its prompt as it really is.
         progress: called with each sequence that ends.
+        step_by_step: make every decision by itself, which takes longer; the results are the same.
     """
     env = simpy.Environment()
     params = params or SamplingParams(ignore_eos=True)
@@ -131,7 +173,7 @@ def simulate(
         replica.submit(request.to_sequence(params))
 
     arrivals = Arrivals(requests)
-    replica = Replica(env, core, latency, ended)
+    replica = Replica(env, core, latency, ended, step_by_step=step_by_step)
     feeder = Feeder(env, arrivals, submit)
     env.run()
     core.scheduler.check_integrity()

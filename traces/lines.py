@@ -15,6 +15,8 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part
 
 LARGEST = (1 << 63) - 1
+LABELS = ("priority", "salt", "tenant")
+"""Fields of a request that orders and the prefix cache look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,15 @@ class Line:
     def optional_integer(self, field: str) -> int | None:
         """An integer >= 0, or None where the field is null or missing."""
         return None if self.values.get(field) is None else self.integer(field)
+
+    def labels(self) -> dict[str, Any]:
+        """The priority, an integer, and the salt and the tenant, which are text; those that are there."""
+        for field, kind, words in (("priority", int, "an integer"), ("salt", str, "text"), ("tenant", str, "text")):
+            if field in self.values and type(self.values[field]) is not kind:
+                raise self.error(f"expected {words}", field)
+        if abs(self.values.get("priority", 0)) > LARGEST:
+            raise self.error("expected an integer of at most 63 bits", "priority")
+        return {field: self.values[field] for field in LABELS if field in self.values}
 
     def integers(self, field: str) -> list[int]:
         """A list of integers >= 0."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
+from twinserve.policies.core import Repeat
 from twinserve.traces.errors import InputError
 from twinserve.traces.metrics import STEP_FIELDS, summarize
 from twinserve.traces.readers import Line, json_lines, json_value, read_content, text_lines
@@ -85,6 +86,8 @@ class RunRecorder(CoreListener):
         self._request_rows: dict[int, dict[str, Any]] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
         self._decided: deque[dict[str, Any]] = deque()
+        self._num_ended = 0
+        self._num_rows = 0
         self._summarized: list[dict[str, Any]] = []
         self._partial = _make_partial(self._out)
         self._steps_file = (self._partial / "steps.jsonl").open("w", encoding="utf-8", newline="\n")
@@ -112,14 +115,33 @@ class RunRecorder(CoreListener):
                 served.cached_tokens = row.start
         self._decided.append(_step_row(batch))
 
+    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
+        """The latest decision was made again: its row stands for all of them."""
+        row = self._decided[-1]
+        row["count"] = 1 + len(repeats)
+        row["start_ns"], row["end_ns"] = batch.start_ns, batch.end_ns
+        row["repeats"] = [
+            [decided_ns, start_ns, end_ns, [[seq.seq_id, block_ids] for seq, block_ids in grown]]
+            for decided_ns, start_ns, end_ns, grown in repeats
+        ]
+        row["digest"] = f"{digest:016x}"
+        self._num_ended += num_committed
+
     def committed(self, batch: Batch) -> None:
         """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
-        row = self._decided.popleft()
-        row["start_ns"] = batch.decided_ns if batch.start_ns is None else batch.start_ns
-        row["end_ns"] = batch.end_ns
+        row = self._decided[0]
+        self._num_ended += 1
+        if self._num_ended < row["count"]:
+            return
+        self._decided.popleft()
+        self._num_ended = 0
+        if row["count"] == 1:
+            row["start_ns"] = batch.decided_ns if batch.start_ns is None else batch.start_ns
+            row["end_ns"] = batch.end_ns
         self._steps_file.write(_encode(row) + "\n")
+        self._num_rows += 1
         # A whole row is some 2 kB, and a long run has many of them.
-        self._summarized.append({field: row[field] for field in STEP_FIELDS})
+        self._summarized += [{field: step[field] for field in STEP_FIELDS} for step in single_steps(row)]
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended."""
@@ -142,7 +164,7 @@ class RunRecorder(CoreListener):
         rows = [row for _, row in sorted(self._request_rows.items())]
         summary = summarize(rows, self._summarized, world=self._world)
         extra = summary_extra or {}
-        summary |= extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+        summary |= {"events": self._num_rows} | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
         self._steps_file.close()
         _write_lines(self._partial / "requests.jsonl", rows)
         if self._world == "real":
@@ -213,7 +235,7 @@ def decision_fields(batch: Batch) -> dict[str, Any]:
         "decode_tokens": batch.num_decode_tokens,
         "kv_tokens": batch.num_kv_tokens,
         "attention_pairs": batch.num_attention_pairs,
-        "sampled": len(batch.sampled),
+        "sampled": batch.num_sampled,
         "used_blocks": batch.num_used_blocks,
         "waiting": batch.num_waiting,
         "running": batch.num_running,
@@ -234,6 +256,32 @@ def _step_row(batch: Batch) -> dict[str, Any]:
         "count": 1,
         **decision_fields(batch),
     }
+
+
+def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The steps that a step's row stands for, as a row each; but for the last, those of several have no digest.
+
+    A repeated decision computes for each row as many tokens more as before, so every total but blocks follows from the
+    first. A row without decisions stays so.
+    """
+    if row["count"] == 1:
+        yield row
+        return
+    first = {name: value for name, value in row.items() if name != "repeats"} | {"count": 1}
+    digest = first.pop("digest")
+    yield first
+    repeated: dict[str, Any] = {name: [] for name in ("aborted", "admitted", "left", "preempted") if name in row}
+    pairs = row.get("decode_tokens", 0) + sum(num_tokens**2 for _, num_tokens, _ in row.get("rows", ()))
+    used_blocks = row.get("used_blocks", 0)
+    for number, (decided_ns, start_ns, end_ns, grown) in enumerate(row["repeats"], 1):
+        used_blocks += sum(len(block_ids) for _, block_ids in grown)
+        step = first | repeated | {"decision": row["decision"] + number, "committed": row["committed"] + number}
+        step |= {"decided_ns": decided_ns, "start_ns": start_ns, "end_ns": end_ns}
+        if "kv_tokens" in row:
+            step["kv_tokens"] = row["kv_tokens"] + number * row["tokens"]
+            step["attention_pairs"] = row["attention_pairs"] + number * pairs
+            step |= {"grown": grown, "used_blocks": used_blocks}
+        yield step | ({"digest": digest} if number == len(row["repeats"]) else {})
 
 
 def _request_row(served: _Served) -> dict[str, Any]:
@@ -258,6 +306,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
         "prompt": [list(part) for part in request.parts],
         "ignore_eos": served.sampling.ignore_eos,
         "stop_token_ids": list(served.sampling.stop_token_ids),
+        **request.labels,
     }
 
 
@@ -288,7 +337,7 @@ class RunRecord:
         path: the folder.
         run: world, settings, facts, device, versions and summary.
         requests: a row a request, in the order in which they came in.
-        steps: a row a step, in the order of the decisions.
+        steps: a row a step, in the order of the decisions; see `single_steps`.
         outputs: the generated tokens by request id; empty for a simulation.
     """
 
@@ -321,7 +370,7 @@ def load_record(path: Path) -> RunRecord:
     steps: list[dict[str, Any]] = []
     for line in _lines(path / "steps.jsonl"):
         _check_step(line, len(steps))
-        steps.append(line.values)
+        steps += single_steps(line.values)
     outputs: dict[int, list[int]] = {}
     if run["world"] == "real":
         outputs = {line.integer("id"): line.integers("tokens") for line in _lines(path / "outputs.jsonl.gz")}
@@ -372,13 +421,30 @@ def _check_request(line: Line) -> None:
         raise line.error("expected words or null", "refusal")
     line.one_of("ignore_eos", (False, True))
     line.integers("stop_token_ids")
+    line.labels()
+
+
+def _checked_repeats(line: Line) -> list[Any]:
+    """The repeats of a step's row: [decided_ns, start_ns, end_ns, [[id, block ids], ...]] each."""
+    repeats = line.values.get("repeats", [])
+    if type(repeats) is not list or not all(
+        type(item) is list
+        and len(item) == 4
+        and all(type(time_ns) is int and time_ns >= 0 for time_ns in item[:3])
+        and type(item[3]) is list
+        for item in repeats
+    ):
+        raise line.error("expected a list of [decided_ns, start_ns, end_ns, grown]", "repeats")
+    return repeats
 
 
 def _check_step(line: Line, decision: int) -> None:
     """Check the facts and the digest, and those of the other decision fields that are there."""
     line.one_of("decision", (decision,))
     line.integer("committed", -1)
-    line.one_of("count", (1,))
+    repeats = _checked_repeats(line)
+    if line.integer("count", 1) != 1 + len(repeats):
+        raise line.error(f"expected {1 + len(repeats)}, one more than there are repeats", "count")
     for field in ("seen", "decided_ns", "start_ns", "end_ns"):
         line.integer(field)
     line.integers("aborted")

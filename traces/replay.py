@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
+from twinserve.traces.lines import LABELS
 from twinserve.traces.record import RunRecord, decision_fields
 from twinserve.traces.request import Part, Request, TokenMaker
 from twinserve.traces.settings import Settings
@@ -67,8 +68,8 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
             return ReplayResult(equal, len(record.steps), difference)
         if (unfollowed := _unfollowed_fact(batch, row)) is not None:
             return ReplayResult(equal, len(record.steps), unfollowed)
-        if f"{batch.digest:016x}" != row["digest"]:
-            return ReplayResult(equal, len(record.steps), _first_difference(batch, row))
+        if (unequal := _first_difference(batch, row)) is not None:
+            return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
     return ReplayResult(equal, len(record.steps), None)
 
@@ -83,7 +84,10 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
 
     def convert(row: dict) -> Sequence:
         parts = tuple(Part(*part) for part in row["prompt"])
-        request = Request(row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"])
+        labels = {name: row[name] for name in LABELS if name in row}
+        request = Request(
+            row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"], **labels
+        )
         params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=tuple(row["stop_token_ids"]))
         return request.to_sequence(params, maker.token_ids(request, record.outputs) if maker else None)
 
@@ -115,9 +119,9 @@ def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
     return None
 
 
-def _first_difference(batch: Batch, row: dict) -> Difference:
-    """The first field of a decision that differs; its digest where the record keeps nothing else."""
+def _first_difference(batch: Batch, row: dict) -> Difference | None:
+    """The first field of a decision that differs from the record, as far as the record keeps it."""
     for field, value in decision_fields(batch).items():
         if field in row and row[field] != value:
             return Difference(batch.decision, field, row[field], value)
-    return Difference(batch.decision, "digest", row["digest"], f"{batch.digest:016x}")
+    return None

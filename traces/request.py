@@ -90,6 +90,9 @@ class Request:
         session: the conversation it belongs to.
         after: the request whose answer must be complete before this one can arrive.
         think_ns: how long after that answer, in nanoseconds, it arrives at the earliest.
+        priority: smaller is more urgent, for orders that look at it.
+        salt: requests of different salts never share blocks.
+        tenant: whose it is, for orders that look at it.
     """
 
     id: int
@@ -99,6 +102,15 @@ class Request:
     session: int | None = None
     after: int | None = None
     think_ns: int = 0
+    priority: int = 0
+    salt: str = ""
+    tenant: str = ""
+
+    @property
+    def labels(self) -> dict[str, int | str]:
+        """What of priority, salt and tenant is not the default."""
+        values: dict[str, int | str] = {"priority": self.priority, "salt": self.salt, "tenant": self.tenant}
+        return {name: value for name, value in values.items() if value}
 
     @property
     def prompt_tokens(self) -> int:
@@ -137,6 +149,9 @@ class Request:
             num_prompt_tokens=self.prompt_tokens,
             prefix_key=PrefixKeys(self.parts, answer_text(self.id)) if token_ids is None else None,
             arrival_ns=self.arrival_ns,
+            priority=self.priority,
+            salt=self.salt,
+            tenant=self.tenant,
         )
 
 

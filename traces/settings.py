@@ -8,7 +8,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twinserve.policies import BlockManager, Core, CoreListener, PrefixCache, Scheduler
+from twinserve.policies import (
+    BlockManager,
+    CacheAware,
+    Core,
+    CoreListener,
+    FirstCome,
+    PrefixCache,
+    Priority,
+    Scheduler,
+    ShortestJob,
+    VllmAdmission,
+)
+from twinserve.policies.orders import Order, Victim
 from twinserve.traces.errors import InputError
 
 
@@ -22,6 +34,13 @@ class Settings(BaseModel):
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = Field(default=0, ge=0)
+    max_num_partial_prefills: int | None = Field(
+        default=None, ge=1, description="running requests that may have prompt tokens left to compute"
+    )
+    scheduling_policy: Literal["fcfs", "priority", "shortest", "cache-aware"] = "fcfs"
+    scheduling_ageing: int = Field(
+        default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
+    )
     max_model_len: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
@@ -43,6 +62,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_model_len "
                 f"({self.max_model_len}) when enable_chunked_prefill is off"
+            )
+        if self.scheduling_ageing and self.scheduling_policy not in ("priority", "shortest"):
+            raise ValueError(
+                f"scheduling_ageing is {self.scheduling_ageing}, expected 0 unless scheduling_policy is priority or "
+                "shortest"
             )
         if self.watermark and self.num_gpu_blocks is None:
             raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
@@ -75,8 +99,28 @@ class Settings(BaseModel):
                 raise InputError(message, path=source) from error
             raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
 
-    def build_core(self, *, eos_token_id: int | None = None, listener: CoreListener | None = None) -> Core:
-        """A Core with these policies and nothing in it; the same for every world."""
+    def build_order(self) -> Order:
+        """A waiting queue in the order of `scheduling_policy`."""
+        if self.scheduling_policy == "priority":
+            return Priority(ageing=self.scheduling_ageing)
+        if self.scheduling_policy == "shortest":
+            return ShortestJob(ageing=self.scheduling_ageing)
+        return CacheAware() if self.scheduling_policy == "cache-aware" else FirstCome()
+
+    def build_core(
+        self,
+        *,
+        eos_token_id: int | None = None,
+        listener: CoreListener | None = None,
+        order: Order | None = None,
+        victim: Victim | None = None,
+    ) -> Core:
+        """A Core with these policies and nothing in it; the same for every world.
+
+        Args:
+            order: a waiting queue of one's own, in place of `scheduling_policy`.
+            victim: a rule of one's own who is preempted, in place of the order's.
+        """
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_seqs,
@@ -84,13 +128,18 @@ class Settings(BaseModel):
             max_num_batched_tokens=self.max_num_batched_tokens,
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
+            max_num_partial_prefills=self.max_num_partial_prefills,
             max_model_len=self.max_model_len,
             prefix_cache=(
                 PrefixCache(hash=self.prefix_caching_hash_algo, seed=self.prefix_caching_seed)
                 if self.enable_prefix_caching
                 else None
             ),
-            reserve_full_prompt=self.scheduler_reserve_full_isl,
-            watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+            order=self.build_order() if order is None else order,
+            admission=VllmAdmission(
+                reserve_full_prompt=self.scheduler_reserve_full_isl,
+                watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+            ),
+            victim=victim,
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

@@ -1,9 +1,9 @@
-"""The pictures of the seven cycles, drawn by this script alone.
+"""The pictures of the seven cycles and of the design, drawn by this script alone.
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle7.svg into the folder beside it. With --check nothing is written, and the exit status is 1
-where a picture is another.
+Writes cycle1.svg ... cycle7.svg and group.svg into the folder beside it. With --check nothing is written, and the exit
+status is 1 where a picture is another.
 """
 
 from __future__ import annotations
@@ -231,6 +231,47 @@ def cycle7() -> Drawing:
     return drawing
 
 
+def group() -> Drawing:
+    """Four decodes counted by one clock: lengths, buckets, and the array of tokens."""
+    drawing = Drawing(640, 300, "A group of decodes and its clock: blocks of four tokens, the clock at 6")
+    bases, clock, block = {"A": 5, "B": 9, "C": 14, "D": 8}, 6, 4
+    drawing.text(20, 26, f"One clock counts for all: {clock}", bold=True)
+    for row, (name, base) in enumerate(bases.items()):
+        y = 40 + 26 * row
+        drawing.box(20, y, 22, 22, OF_SEQUENCE[name], name)
+        drawing.text(52, y + 15, f"length {base} + {clock} = {base + clock}")
+    drawing.text(20, 172, "A step adds 1 to the clock", color=MUTED)
+    drawing.text(230, 26, "Buckets: who begins a block when", bold=True)
+    for phase in range(block):
+        y = 40 + 26 * phase
+        is_due = phase == clock % block
+        drawing.box(230, y, 190, 22, NOW if is_due else KEPT)
+        drawing.text(236, y + 15, f"clock % {block} = {phase}", color=INK if is_due else MUTED)
+        members = [name for name, base in bases.items() if -base % block == phase]
+        for place, name in enumerate(members):
+            drawing.box(330 + 26 * place, y + 2, 18, 18, OF_SEQUENCE[name], name)
+    drawing.text(230, 172, "Only the bucket that is due is looked at", color=MUTED)
+    drawing.text(460, 26, "Tokens: a row a step", bold=True)
+    for row in range(block):
+        y = 62 + 26 * row
+        drawing.text(620, y + 15, f"step {clock - block + 1 + row}", anchor="end", color=MUTED)
+        for place, name in enumerate(bases):
+            fill = OF_SEQUENCE[name] if name == "C" else KEPT
+            drawing.box(460 + 26 * place, y, 24, 22, fill, "abcd"[place] + str(clock - block + 1 + row))
+    for place, name in enumerate(bases):
+        drawing.text(472 + 26 * place, 54, name, anchor="middle", color=MUTED)
+    drawing.arrow(524, 170, 524, 196)
+    for place in range(block):
+        number = clock - block + 1 + place
+        drawing.box(460 + 34 * place, 200, 32, 24, OF_SEQUENCE["C"], f"c{number}")
+    drawing.text(452, 216, "C's full block, one strided slice:", anchor="end")
+    drawing.text(
+        20, 262, "Who joins gets base = length - clock, a bucket and a column; who leaves takes its tokens along."
+    )
+    drawing.text(20, 284, "Ends by length are buckets too. A step costs what is due, not what runs.", color=MUTED)
+    return drawing
+
+
 PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle1.svg": cycle1,
     "cycle2.svg": cycle2,
@@ -239,6 +280,7 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle5.svg": cycle5,
     "cycle6.svg": cycle6,
     "cycle7.svg": cycle7,
+    "group.svg": group,
 }
 
 

@@ -94,25 +94,17 @@ def _(right):
     return lambda self, seqs, token_ids, eos_token_id=None: right(self, seqs, token_ids, None)
 
 
-@planted(f"{SCHEDULER}.postprocess", "lets a sequence go one token beyond max_tokens", SHORT)
+@planted(f"{SCHEDULER}.final_length", "lets a sequence go one token beyond max_tokens", SHORT)
 def _(right):
-    def wrong(self, seqs, token_ids, eos_token_id=None):
-        final_length = self._final_length
-        self._final_length = lambda seq: final_length(seq) + 1
-        try:
-            return right(self, seqs, token_ids, eos_token_id)
-        finally:
-            del self._final_length
-
-    return wrong
+    return lambda self, seq: right(self, seq) + 1
 
 
 @planted(f"{SCHEDULER}.postprocess", "leaves ended sequences among those that run", SHORT)
 def _(right):
     def wrong(self, seqs, token_ids, eos_token_id=None):
-        running = list(self.running)
+        running = dict(self._running)
         finished = right(self, seqs, token_ids, eos_token_id)
-        self.running = running
+        self._running = running
         return finished
 
     return wrong

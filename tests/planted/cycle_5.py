@@ -22,7 +22,7 @@ def _(right):
 @planted(f"{CACHE}.lookup", "ignores the prefix", PARTIAL)
 def _(right):
     def wrong(self, token_ids, block_size):
-        from twinserve.policies.prefix_cache import token_bytes
+        from twinserve.policies.sequence import token_bytes
 
         by_content = {self.get(block_id).content: block_id for block_id in list(self.hash_to_block_id.values())[::-1]}
         block_ids = []

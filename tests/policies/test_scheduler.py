@@ -2,7 +2,15 @@
 
 import pytest
 
-from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence, SequenceStatus
+from twinserve.policies import (
+    BlockManager,
+    PrefixCache,
+    SamplingParams,
+    Scheduler,
+    Sequence,
+    SequenceStatus,
+    VllmAdmission,
+)
 
 
 def sequence(prompt: int, max_tokens: int = 4, *, seq_id: int | None = None, first: int = 0) -> Sequence:
@@ -195,7 +203,7 @@ def test_postprocess_takes_the_oldest_batch_once_and_only_that():
 
 
 def test_the_watermark_keeps_blocks_free_while_something_runs():
-    scheduler = mixed(num_blocks=8, watermark_blocks=4)
+    scheduler = mixed(num_blocks=8, admission=VllmAdmission(watermark_blocks=4))
     scheduler.add(sequence(17, 3, seq_id=0))
     scheduler.add(sequence(4, 3, seq_id=1, first=50))
     first, second = step(scheduler), step(scheduler)

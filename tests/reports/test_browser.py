@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from twinserve.reports.page import write_report
+from twinserve.traces.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -114,7 +115,7 @@ def test_settings_are_folded_until_they_are_asked_for(open_page, sim):
     page = open_page(1280, sim).page
     setting = page.get_by_text("max_num_batched_tokens")
     assert not setting.is_visible()
-    page.get_by_text("14 settings").click()
+    page.get_by_text(f"{len(Settings.model_fields)} settings").click()
     assert setting.is_visible()
 
 

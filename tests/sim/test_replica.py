@@ -25,7 +25,7 @@ class Journal(CoreListener):
     """Keeps what a run did."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, int, int]] = []
+        self.times: dict[int, tuple[int, int, int]] = {}
         self.seen: list[int] = []
         self.batches: list = []
         self.ended: dict = {}
@@ -37,8 +37,19 @@ class Journal(CoreListener):
         self.seen.append(batch.seen)
         self.batches.append(batch)
 
+    def repeated(self, batch, repeats, num_committed, digest):
+        self.committed(batch)
+        for number, repeat in enumerate(repeats, batch.decision + 1):
+            self.seen.append(batch.seen)
+            self.times[number] = (repeat.decided_ns, repeat.start_ns, repeat.end_ns)
+
     def committed(self, batch):
-        self.steps.append(tuple(ns // MS for ns in (batch.decided_ns, batch.start_ns, batch.end_ns)))
+        self.times[batch.decision] = (batch.decided_ns, batch.start_ns, batch.end_ns)
+
+    @property
+    def steps(self) -> list[tuple[int, ...]]:
+        """When each step was decided, started and ended, in milliseconds."""
+        return [tuple(ns // MS for ns in times) for _, times in sorted(self.times.items())]
 
     def finished(self, seq):
         self.ended[seq.seq_id] = seq

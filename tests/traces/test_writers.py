@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,17 +40,16 @@ def traces(draw) -> list[Request]:
             session=draw(st.none() | st.integers(0, LARGE)),
             after=after,
             think_ns=0 if after is None else draw(st.integers(0, 10**10)),
+            priority=draw(st.integers(-2, 2)),
+            salt=draw(st.sampled_from(["", "ä"])),
+            tenant=draw(st.sampled_from(["", "a,b", '"'])),
         )
         if after is not None and draw(st.booleans()):
             before = requests[after]
             answer = Part(answer_text(after), 0, draw(st.integers(1, before.max_tokens)))
-            request = Request(number, arrival_ns, (*before.parts, answer, *request.parts), *_rest(request))
+            request = replace(request, parts=(*before.parts, answer, *request.parts))
         requests.append(request)
     return requests
-
-
-def _rest(request):
-    return request.max_tokens, request.session, request.after, request.think_ns
 
 
 def prompts(number):

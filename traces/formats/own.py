@@ -2,10 +2,11 @@
 
 JSON lines. A header, `{"format": "twinserve-trace/1", ...}`, then one object a request: `arrival_ns`, `max_tokens`, its
 prompt as `prompt` (a list of [text, start, length], see `Part`) or as `prompt_tokens` (that many tokens that nothing
-else in the trace shares), and if need be `session`, `after` and `think_ns`.
+else in the trace shares), and if need be `session`, `after`, `think_ns`, `priority`, `salt` and `tenant`.
 
 A row of another format may have a field or column `twinserve`: an object with those of `arrival_ns`, `prompt`,
-`session`, `after` and `think_ns` that the row itself cannot say, in the first row also `epoch_ns`.
+`session`, `after`, `think_ns`, `priority`, `salt` and `tenant` that the row itself cannot say, in the first row also
+`epoch_ns`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from twinserve.traces.errors import InputError
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
-from twinserve.traces.lines import Line, json_lines
+from twinserve.traces.lines import LABELS, Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
 NAME = "twinserve"
@@ -25,9 +26,9 @@ TRACE_FORMAT = "twinserve-trace/1"
 BESIDE = "twinserve"
 """The field of another format's row that holds what the row cannot say."""
 
-_FIELDS = ("arrival_ns", "prompt", "prompt_tokens", "max_tokens", "session", "after", "think_ns")
-_LINKS = {"session", "after", "think_ns"}
-_BESIDE_FIELDS = ("arrival_ns", "prompt", "session", "after", "think_ns", "epoch_ns")
+_LINKS = ("session", "after", "think_ns", *LABELS)
+_FIELDS = ("arrival_ns", "prompt", "prompt_tokens", "max_tokens", *_LINKS)
+_BESIDE_FIELDS = ("arrival_ns", "prompt", *_LINKS, "epoch_ns")
 
 
 def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
@@ -45,7 +46,7 @@ def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
             raise InputError("expected either prompt or prompt_tokens", path=path, line=line.number)
         if "prompt_tokens" in line.values:
             parts = (Part(first_private + number, 0, line.integer("prompt_tokens", 1)),)
-        request = Request(number, line.integer("arrival_ns"), parts, line.integer("max_tokens", 1), *_links(line))
+        request = Request(number, line.integer("arrival_ns"), parts, line.integer("max_tokens", 1), **_links(line))
         _check_links(line, request, requests)
         requests.append(request)
         yield line, "arrival_ns", request
@@ -78,7 +79,7 @@ def completed(beside: Line, told: Request, earlier: list[Request]) -> Request:
     _refuse_unknown(beside, _BESIDE_FIELDS)
     arrival_ns = beside.integer("arrival_ns") if "arrival_ns" in beside.values else told.arrival_ns
     parts = beside.parts("prompt") if "prompt" in beside.values else told.parts
-    request = Request(told.id, arrival_ns, parts, told.max_tokens, *_links(beside))
+    request = Request(told.id, arrival_ns, parts, told.max_tokens, **_links(beside))
     if request.prompt_tokens != told.prompt_tokens:
         problem = f"expected a prompt of {told.prompt_tokens} tokens, as the row has it"
         raise beside.error(problem, "prompt", f"{request.prompt_tokens} tokens")
@@ -91,20 +92,21 @@ def _refuse_unknown(line: Line, known: tuple[str, ...]) -> None:
         raise line.error(f"expected only {', '.join(known)}", unknown[0])
 
 
-def _links(line: Line) -> tuple[int | None, int | None, int]:
-    """Session, the request that is waited for, and how long after its answer."""
-    if not line.values.keys() & _LINKS:
-        return None, None, 0
+def _links(line: Line) -> dict[str, Any]:
+    """Session, the request that is waited for, how long after its answer, and what orders look at."""
+    if line.values.keys().isdisjoint(_LINKS):
+        return {}
     after = line.optional_integer("after")
     think_ns = line.optional_integer("think_ns")
     if think_ns is not None and after is None:
         raise line.error("expected `after` beside it", "think_ns")
-    return line.optional_integer("session"), after, think_ns or 0
+    links = {"session": line.optional_integer("session"), "after": after, "think_ns": think_ns or 0}
+    return links | line.labels()
 
 
-def _said_links(request: Request) -> dict[str, int]:
+def _said_links(request: Request) -> dict[str, Any]:
     said = {"session": request.session, "after": request.after, "think_ns": request.think_ns or None}
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in said.items() if value is not None} | request.labels
 
 
 def _check_links(line: Line, request: Request, earlier: list[Request]) -> None:

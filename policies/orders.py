@@ -1,0 +1,252 @@
+"""Orders: which waiting sequence is next, which running one gives way, and whether the next one fits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from heapq import heappop, heappush
+from typing import Protocol
+
+from twinserve.policies.block_manager import BlockManager
+from twinserve.policies.sequence import Sequence
+
+
+class Victim(Protocol):
+    """Says which running sequence is preempted when another one needs a block and none is free."""
+
+    def choose(self, running: Collection[Sequence], seq: Sequence) -> Sequence:
+        """One of `running`, which is in the order of admission (and can be reversed); it may be `seq` itself."""
+
+
+class Order(Protocol):
+    """The waiting queue: which sequence is admitted next. Only what `peek` shows is ever admitted.
+
+    `starvation_free`: a sequence is admitted after a bounded number of others. `victim`: the rule that goes with the
+    order. `is_steady` (False where it is missing): who is next changes only when a sequence comes or goes. An order
+    with a method `bind` is given the BlockManager by it, before anything else is called.
+    """
+
+    starvation_free: bool
+    victim: Victim
+
+    def push(self, seq: Sequence) -> None: ...  # a new one
+    def push_preempted(self, seq: Sequence) -> None: ...  # one that comes back after a preemption
+    def peek(self) -> Sequence: ...  # the next one; asking changes nothing
+    def pop_next(self) -> Sequence: ...  # removed
+    def remove(self, seq: Sequence) -> None: ...  # one that was aborted, or ended while it waited
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Sequence]: ...
+
+
+class Admission(Protocol):
+    """Says whether the next sequence may be admitted now."""
+
+    def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
+        """Free blocks that lack for `seq` to get `num_tokens` tokens behind the cached blocks `hits`; 0: it may.
+
+        The answer depends on the arguments alone. It is never less because fewer blocks are free, and at most one less
+        for each hit more; so a sequence that was refused is not asked about again before that can have changed.
+
+        Args:
+            is_alone: nothing is running.
+        """
+
+
+class VllmAdmission:
+    """vLLM's rule: what is needed must be free, and something left over while anything runs.
+
+    Args:
+        reserve_full_prompt: all tokens that the sequence knows must fit, not just those of its first step.
+        watermark_blocks: blocks that an admission leaves free while anything is running.
+    """
+
+    def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
+        if watermark_blocks < 0:
+            raise ValueError(f"watermark_blocks is {watermark_blocks}, expected an integer >= 0")
+        self.reserve_full_prompt = reserve_full_prompt
+        self.watermark_blocks = watermark_blocks
+
+    def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
+        covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
+        margin = 0 if is_alone else self.watermark_blocks
+        return max(0, int(manager.blocks_to_take(hits, covered) + margin - min(manager.num_free_blocks, 1 << 62)))
+
+
+class LastAdmitted:
+    """The sequence that was admitted last."""
+
+    def choose(self, running: Collection[Sequence], seq: Sequence) -> Sequence:
+        return next(reversed(running))  # type: ignore[call-overload]
+
+
+class LeastUrgent:
+    """The sequence that its order would admit last, wherever it is among those that run."""
+
+    def __init__(self, order: _Ranked):
+        self._order = order
+
+    def choose(self, running: Collection[Sequence], seq: Sequence) -> Sequence:
+        return max(running, key=self._order.rank)
+
+
+class FirstCome(deque):
+    """In the order of arrival; a preempted sequence goes back to the front."""
+
+    starvation_free = True
+    is_steady = True
+    victim: Victim = LastAdmitted()
+
+    def push(self, seq: Sequence) -> None:
+        self.append(seq)
+
+    def push_preempted(self, seq: Sequence) -> None:
+        self.appendleft(seq)
+
+    def peek(self) -> Sequence:
+        return self[0]
+
+    def pop_next(self) -> Sequence:
+        return self.popleft()
+
+
+class _Ranked:
+    """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival.
+
+    Args:
+        ageing: so many later arrivals outweigh one unit of the order's own measure, which bounds how often a sequence
+            is passed over; 0 is without bound.
+    """
+
+    is_steady = True
+
+    def __init__(self, *, ageing: int = 0):
+        if ageing < 0:
+            raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
+        self.ageing = ageing
+        self.starvation_free = ageing > 0
+        self._heap: list[tuple[tuple[int, int], int, Sequence]] = []
+        self._number = 0
+        self._live: dict[Sequence, int] = {}
+
+    def measure(self, seq: Sequence) -> int:
+        """What the order goes by."""
+        raise NotImplementedError
+
+    def rank(self, seq: Sequence) -> tuple[int, int]:
+        """Smaller is sooner."""
+        measure = self.measure(seq)
+        return measure * self.ageing + seq.arrival_index if self.ageing else measure, seq.arrival_index
+
+    def push(self, seq: Sequence) -> None:
+        self._number += 1
+        self._live[seq] = self._number
+        heappush(self._heap, (self.rank(seq), self._number, seq))
+
+    push_preempted = push
+
+    def peek(self) -> Sequence:
+        # Those that were removed are dropped when they come to the top.
+        while self._live.get(self._heap[0][2]) != self._heap[0][1]:
+            heappop(self._heap)
+        return self._heap[0][2]
+
+    def pop_next(self) -> Sequence:
+        seq = self.peek()
+        self.remove(seq)
+        return seq
+
+    def remove(self, seq: Sequence) -> None:
+        del self._live[seq]
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (seq for _, number, seq in sorted(self._heap) if self._live.get(seq) == number)
+
+
+class Priority(_Ranked):
+    """The smallest `priority` first; the largest gives way, wherever it is among those that run, as in vLLM."""
+
+    def __init__(self, *, ageing: int = 0):
+        super().__init__(ageing=ageing)
+        self.victim: Victim = LeastUrgent(self)
+
+    def measure(self, seq: Sequence) -> int:
+        return seq.priority
+
+
+class ShortestJob(_Ranked):
+    """The fewest known tokens first, as of when the sequence came in or came back."""
+
+    victim: Victim = LastAdmitted()
+
+    def measure(self, seq: Sequence) -> int:
+        return seq.num_tokens
+
+
+class CacheAware:
+    """The longest prefix hit first, among those in front; a preempted sequence goes back to the front.
+
+    Args:
+        window: sequences in front of the queue that are looked at.
+        patience: so often a sequence is passed over by one behind it, and no more.
+    """
+
+    starvation_free = True
+    victim: Victim = LastAdmitted()
+
+    def __init__(self, *, window: int = 8, patience: int = 8):
+        for name, value in (("window", window), ("patience", patience)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected an integer >= 1")
+        self.window = window
+        self.patience = patience
+        self._queue: deque[Sequence] = deque()
+        self._passed: dict[Sequence, int] = {}
+        self._manager: BlockManager | None = None
+
+    def bind(self, manager: BlockManager) -> None:
+        """Look for hits in this manager's cache."""
+        self._manager = manager
+
+    def push(self, seq: Sequence) -> None:
+        self._queue.append(seq)
+
+    def push_preempted(self, seq: Sequence) -> None:
+        self._queue.appendleft(seq)
+
+    def peek(self) -> Sequence:
+        return self._queue[self._choose()]
+
+    def pop_next(self) -> Sequence:
+        index = self._choose()
+        seq = self._queue[index]
+        for number in range(index):
+            passed = self._queue[number]
+            self._passed[passed] = self._passed.get(passed, 0) + 1
+        del self._queue[index]
+        self._passed.pop(seq, None)
+        return seq
+
+    def remove(self, seq: Sequence) -> None:
+        self._queue.remove(seq)
+        self._passed.pop(seq, None)
+
+    def _choose(self) -> int:
+        assert self._manager is not None, "CacheAware is bound to no BlockManager"
+        best = most = 0
+        for index in range(min(self.window, len(self._queue))):
+            seq = self._queue[index]
+            if self._passed.get(seq, 0) >= self.patience:
+                return index
+            hits = len(self._manager.find_hits(seq))
+            if hits > most:
+                best, most = index, hits
+        return best
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._queue)

@@ -1,0 +1,120 @@
+"""The group of decodes: its members' tokens and rows are theirs, whoever joins, leaves or is moved meanwhile."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import defaultdict
+
+import pytest
+
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+
+EOS = 0
+
+
+def build_core(rng: random.Random, depth: int) -> Core:
+    scheduler = Scheduler(
+        BlockManager(rng.choice([40, 400]), rng.choice([1, 2, 4, 8])),
+        rng.choice([4, 100]),
+        composition=rng.choice(["mixed", "prefill-first"]),
+        max_num_batched_tokens=rng.choice([8, 200]),
+        enable_chunked_prefill=True,
+        long_prefill_token_threshold=rng.choice([0, 3]),
+        prefix_cache=PrefixCache() if rng.random() < 0.8 else None,
+    )
+    return Core(scheduler, pipeline_depth=depth, eos_token_id=EOS)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("reads", [0.0, 0.2], ids=["unread", "read"])
+def test_every_sequence_has_the_tokens_that_were_sampled_for_it(depth, reads):
+    """What is read in between changes nothing; `unread` sequences are first asked for their tokens at their end."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        core = build_core(rng, depth)
+        expected: dict[Sequence, list[int]] = {}
+        number = 0
+        left = rng.randint(10, 150)
+        while left or not core.is_idle:
+            while left and rng.random() < 0.6:
+                left, number = left - 1, number + 1
+                params = SamplingParams(
+                    max_tokens=rng.randint(1, 40),
+                    ignore_eos=rng.random() < 0.5,
+                    stop_token_ids=(5,) * (number % 3 == 0),
+                )
+                seq = Sequence([1000 * number + k for k in range(rng.randint(1, 12))], params, seq_id=number)
+                expected[seq] = list(seq.token_ids)
+                core.ingest(seq, 0)
+            if core.sequences and rng.random() < 0.05:
+                core.abort(rng.choice(sorted(core.sequences)), 0)
+            if core.can_decide:
+                core.decide(0)
+            if core.must_commit:
+                sampled = core.in_flight[0].sampled
+                tokens = [rng.choice([EOS, 5, *range(100, 200)]) for _ in sampled]
+                for seq, token_id in zip(sampled, tokens, strict=True):
+                    if not seq.is_finished:
+                        expected[seq].append(token_id)
+                core.commit(array("I", tokens) if rng.random() < 0.5 else tokens, 0)
+                core.scheduler.check_integrity()
+            for seq in core.scheduler.running:
+                if rng.random() < reads:
+                    assert seq.token_ids == expected[seq], f"seed {seed}: {seq}"
+        for seq, tokens in expected.items():
+            assert seq.token_ids == tokens and seq.num_tokens == len(tokens), f"seed {seed}: {seq}"
+
+
+def test_rows_read_late_are_those_of_the_decision():
+    """After members left, joined and were preempted, a batch still says who was in it, and from which position on."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        once, late = build_core(random.Random(seed), 1), build_core(random.Random(seed), 1)
+        rows: dict[int, list] = defaultdict(list)
+        kept: list = []
+        number = 0
+        while number < 60 or not once.is_idle:
+            for core in (once, late) if number < 60 else ():
+                params = SamplingParams(max_tokens=1 + number % 17)
+                core.ingest(Sequence([number] * (1 + number % 7), params, seq_id=number), 0)
+            number += 1
+            if once.can_decide:
+                batch = once.decide(0)
+                rows[batch.decision] = [(row.seq.seq_id, *row[1:]) for row in batch.rows]
+                kept.append(late.decide(0))
+            if once.must_commit:
+                tokens = [rng.randrange(30) for _ in range(once.in_flight[0].num_sampled)]
+                once.commit(tokens, 0)
+                late.commit(tokens, 0)
+        for batch in kept:
+            assert [(row.seq.seq_id, *row[1:]) for row in batch.rows] == rows[batch.decision], f"seed {seed}"
+            assert batch.seqs is batch.seqs and len(batch.sampled) == batch.num_sampled
+
+
+def test_tokens_that_do_not_fit_are_refused_before_anything_changes():
+    core = build_core(random.Random(1), 0)
+    core.ingest(Sequence([1, 2], SamplingParams(max_tokens=9), seq_id=0), 0)
+    for tokens in ([7], [8]):
+        core.decide(0)
+        core.commit(tokens, 0)
+    batch = core.decide(0)
+    for wrong, words in (([-1], "expected integers of 4 bytes"), ([1, 2], "2 tokens for"), (None, "token_ids is None")):
+        with pytest.raises(ValueError, match=words):
+            core.commit(wrong, 0)
+        assert core.in_flight[0] is batch
+    core.commit([9], 0)
+    assert core.sequences[0].completion_token_ids == [7, 8, 9]
+
+
+def test_a_step_looks_at_members_whose_block_begins_or_is_full_and_at_no_others():
+    scheduler = Scheduler(BlockManager(4000, 16), prefix_cache=PrefixCache())
+    for number in range(64):
+        scheduler.add(Sequence([number] * (1 + number % 16), SamplingParams(max_tokens=200, ignore_eos=True)))
+    served = []
+    serve = scheduler.serve
+    scheduler.serve = lambda *args: (served.append(len(args[0]) + len(args[1])), serve(*args))[1]  # type: ignore
+    for _ in range(100):
+        batch = scheduler.schedule()
+        scheduler.postprocess(batch, [5] * batch.num_sampled)
+    assert set(served[20:]) == {8}, "of 64 members, 4 begin a block and 4 fill one in each step"

@@ -1,0 +1,310 @@
+"""Horizon: decisions that repeat one another, made at once, are those made one by one, and there could not be more."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from twinserve.policies import (
+    Batch,
+    BlockManager,
+    CacheAware,
+    Core,
+    CoreListener,
+    FirstCome,
+    PrefixCache,
+    Priority,
+    SamplingParams,
+    Scheduler,
+    Sequence,
+    ShortestJob,
+    VllmAdmission,
+)
+
+STEP_NS = 10
+ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
+
+
+def settings_of(rng: random.Random) -> dict[str, Any]:
+    """Settings under which much happens."""
+    size = rng.choice([1, 2, 3, 4, 8])
+    return {
+        "block_size": size,
+        "num_blocks": rng.choice([None, 6, 12, 40, 40]),
+        "max_num_seqs": rng.choice([2, 8, 16]),
+        "composition": rng.choice(["mixed", "prefill-first"]),
+        "max_num_batched_tokens": rng.choice([3, 8, 20, 64]),
+        "long_prefill_token_threshold": rng.choice([0, 0, 2, 6]),
+        "max_num_partial_prefills": rng.choice([None, None, 1, 2]),
+        "max_model_len": rng.choice([None, 30]),
+        "caches": rng.random() < 0.8,
+        "order": rng.choice(ORDERS),
+        "reserve": rng.random() < 0.6,
+        "watermark": rng.choice([0, 0, 2]),
+        "depth": rng.choice([0, 1]),
+    }
+
+
+def build_core(values: dict[str, Any], listener: CoreListener) -> Core:
+    scheduler = Scheduler(
+        BlockManager(values["num_blocks"], values["block_size"]),
+        values["max_num_seqs"],
+        composition=values["composition"],
+        max_num_batched_tokens=values["max_num_batched_tokens"],
+        enable_chunked_prefill=True,
+        long_prefill_token_threshold=values["long_prefill_token_threshold"],
+        max_num_partial_prefills=values["max_num_partial_prefills"],
+        max_model_len=values["max_model_len"],
+        prefix_cache=PrefixCache() if values["caches"] else None,
+        order=values["order"](),
+        admission=VllmAdmission(reserve_full_prompt=values["reserve"], watermark_blocks=values["watermark"]),
+    )
+    return Core(scheduler, pipeline_depth=values["depth"], listener=listener)
+
+
+@dataclass
+class Arrival:
+    """A request without tokens; those with the same text have prompts that begin alike."""
+
+    at_ns: int
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+    text: int
+    priority: int
+    salt: str
+
+    def sequence(self) -> Sequence:
+        def key(num_tokens: int) -> int:
+            own = num_tokens > self.prompt_tokens
+            return (1 << 40) * (1 + self.number) + num_tokens if own else 1000 * self.text + num_tokens
+
+        return Sequence(
+            None,
+            SamplingParams(max_tokens=self.max_tokens, ignore_eos=True),
+            seq_id=self.number,
+            num_prompt_tokens=self.prompt_tokens,
+            prefix_key=key,
+            priority=self.priority,
+            salt=self.salt,
+        )
+
+
+def arrivals_of(rng: random.Random) -> list[Arrival]:
+    gap = rng.choice([5, 40, 400])
+    now, arrivals = 0, []
+    for number in range(rng.randint(3, 25)):
+        now += rng.randrange(gap)
+        text = rng.choice([0, 0, 1, 100 + number])
+        lengths = rng.randint(1, 40), rng.choice([1, 2, rng.randint(1, 15), rng.randint(1, 60)])
+        arrivals.append(Arrival(now, number, *lengths, text, rng.randrange(3), rng.choice(["", "", "other"])))
+    return arrivals
+
+
+def fields(batch: Batch) -> tuple:
+    """What a decision is, but for the lengths that grow."""
+    rows = tuple((row.seq.seq_id, row.num_tokens, row.samples, row.is_prompt) for row in batch.rows)
+    return rows, batch.usual_tokens, batch.num_waiting, batch.num_running, len(batch.exceptions)
+
+
+def totals(batch: Batch) -> tuple:
+    return (
+        batch.decision,
+        batch.seen,
+        batch.committed,
+        batch.num_tokens,
+        batch.num_prompt_tokens,
+        batch.num_kv_tokens,
+        batch.num_attention_pairs,
+        batch.num_sampled,
+        batch.num_used_blocks,
+        batch.is_prefill,
+        [(row.seq.seq_id, row.start) for row in batch.rows],
+        [seq.seq_id for seq in batch.sampled],
+    )
+
+
+def state(core: Core) -> tuple:
+    """All that later decisions depend on, and the batches in flight."""
+    scheduler = core.scheduler
+    manager = scheduler.block_manager
+    cache = manager.prefix_cache
+    running = [
+        (seq.seq_id, seq.num_tokens, seq.num_computed_tokens, seq.num_in_flight, seq.block_table, seq.block_hashes)
+        for seq in scheduler.running
+    ]
+    cached = None
+    if cache is not None:
+        ids = range(len(manager.blocks))
+        cached = [cache.get(i) and (cache.get(i).hash, cache.get(i).content) for i in ids], cache.hash_to_block_id
+    return (
+        running,
+        [(seq.seq_id, seq.num_tokens, seq.num_in_flight) for seq in scheduler.waiting],
+        list(manager.free_block_ids),
+        cached,
+        [totals(batch) for batch in core.in_flight],
+    )
+
+
+class Log(CoreListener):
+    """Keeps each decision's digest and growth; of repeated ones, the last digest and each one's growth."""
+
+    def __init__(self) -> None:
+        self.digests: dict[int, int] = {}
+        self.grown: dict[int, list] = {}
+        self.committed_batches = 0
+        self.longest = 0
+
+    def decided(self, batch):
+        self.digests[batch.decision] = batch.digest
+        self.grown[batch.decision] = [(seq.seq_id, list(ids)) for seq, ids in batch.grown]
+
+    def repeated(self, batch, repeats, num_committed, digest):
+        self.digests[batch.decision + len(repeats)] = digest
+        for number, repeat in enumerate(repeats, 1):
+            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in repeat.grown]
+        self.committed_batches += num_committed
+        self.longest = max(self.longest, len(repeats) + 1)
+
+    def committed(self, batch):
+        self.committed_batches += 1
+
+
+@dataclass
+class Run:
+    """Serves arrivals on a clock of equal steps; with `leaps`, repeated decisions are made at once."""
+
+    arrivals: list[Arrival]
+    values: dict[str, Any]
+    leaps: bool
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
+
+    def __post_init__(self) -> None:
+        self.log = Log()
+        self.core = build_core(self.values, self.log)
+        self.states: dict[int, tuple] = {}
+        self.times: dict[int, tuple] = {}
+        self.fields: dict[int, tuple] = {}
+        self.changes: set[int] = set()
+        self.admitting: set[int] = set()
+        self.seen: dict[int, int] = {}
+        self.is_exact: dict[int, bool] = {}
+        self.horizons: dict[int, int] = {}
+        self.seqs: list[Sequence] = []
+
+    def _may_be_short(self, batch: Batch) -> bool:
+        """Is it a decision whose horizon need not be the most, by the words of its docstring?"""
+        scheduler = self.core.scheduler
+        if batch.usual_tokens and len(batch) < batch.num_running:
+            return True
+        if not scheduler.waiting:
+            return False
+        text = self.arrivals[scheduler.waiting.peek().seq_id].text
+        shares = any(self.arrivals[seq.seq_id].text == text for seq in scheduler.running if not seq.has_sampled)
+        return shares or self.values["order"] is CacheAware
+
+    def serve(self) -> Run:
+        core, coming, now = self.core, list(self.arrivals), 0
+        while coming or not core.is_idle:
+            if core.is_idle:
+                now = max(now, coming[0].at_ns)
+            while coming and coming[0].at_ns <= now:
+                seq = coming.pop(0).sequence()
+                self.seqs.append(seq)
+                core.ingest(seq, now)
+            if core.can_decide:
+                self._decide(now, coming)
+            if core.must_commit:
+                now = max(now, core.in_flight[0].end_ns or 0)
+                core.commit(None, now)
+                core.scheduler.check_integrity()
+        self.times = {
+            seq.seq_id: (seq.first_scheduled_ns, seq.first_token_ns, seq.finish_ns, seq.finish_reason)
+            for seq in self.seqs
+        }
+        return self
+
+    def _decide(self, now: int, coming: list[Arrival]) -> None:
+        core = self.core
+        ends = [batch.end_ns or 0 for batch in core.in_flight]
+        batch = core.decide(now)
+        batch.start_ns = max([now, *ends])
+        batch.end_ns = batch.start_ns + STEP_NS
+        if batch.admitted or batch.left or batch.preempted:
+            self.changes.add(batch.decision)
+        if batch.admitted:
+            self.admitting.add(batch.decision)
+        self.seen[batch.decision] = batch.seen
+        self.is_exact[batch.decision] = not (core.can_decide or batch.preempted or self._may_be_short(batch))
+        self.fields[batch.decision] = fields(batch)
+        horizon = self.horizons[batch.decision] = core.horizon(batch, 1000)
+        assert horizon >= 1
+        if self.leaps and horizon > 1:
+            ends.append(batch.end_ns)
+            spans = []
+            for _ in range(1, self.rng.choice([horizon, horizon, self.rng.randint(1, horizon)])):
+                decided = max(now, ends[-1 - core.pipeline_depth])
+                if coming and decided >= coming[0].at_ns:
+                    break
+                spans.append((decided, max(decided, ends[-1]), max(decided, ends[-1]) + STEP_NS))
+                ends.append(spans[-1][2])
+            if spans:
+                core.advance(spans)
+        core.scheduler.check_integrity()
+        self.states[core.in_flight[-1].decision] = state(core)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_repeated_decisions_made_at_once_are_those_made_one_by_one(block):
+    """Blocks, hashes, the order of eviction, digests, times: at the end of each leap all is as step by step."""
+    leapt = 0
+    for seed in range(40 * block, 40 * block + 40):
+        rng = random.Random(seed)
+        arrivals, values = arrivals_of(rng), settings_of(rng)
+        single = Run(arrivals, values, leaps=False).serve()
+        leaping = Run(arrivals, values, leaps=True).serve()
+        leapt = max(leapt, leaping.log.longest)
+        assert leaping.times == single.times, f"seed {seed}: {values}"
+        for decision, found in leaping.states.items():
+            assert found == single.states[decision], f"seed {seed}, decision {decision}: {values}"
+        assert leaping.log.grown == single.log.grown, f"seed {seed}: {values}"
+        assert leaping.log.digests.items() <= single.log.digests.items(), f"seed {seed}: {values}"
+        assert leaping.log.committed_batches == single.log.committed_batches
+    assert leapt > 10, "some leaps were long"
+
+
+def repetitions(run: Run, decision: int) -> int | None:
+    """How many decisions from this one on were the same; None if something came from outside before that shows."""
+    count = 1
+    if decision in run.admitting:
+        return 1
+    while True:
+        later = decision + count
+        if run.seen.get(later) != run.seen[decision]:
+            return None
+        if later in run.changes or run.fields[later] != run.fields[decision]:
+            return count
+        count += 1
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_the_horizon_is_as_far_as_decisions_are_the_same_and_no_farther(block):
+    """Step by step, decisions are compared; a horizon that is always 1, or one too short or too long, fails."""
+    exact = long = 0
+    for seed in range(1000 + 40 * block, 1040 + 40 * block):
+        rng = random.Random(seed)
+        arrivals, values = arrivals_of(rng), settings_of(rng)
+        run = Run(arrivals, values, leaps=False).serve()
+        for decision, horizon in run.horizons.items():
+            count = repetitions(run, decision)
+            if count is None:
+                continue
+            assert horizon <= count, f"seed {seed}, decision {decision}: {horizon} > {count}: {values}"
+            if run.is_exact[decision]:
+                exact += 1
+                long += count > 5
+                assert horizon == count, f"seed {seed}, decision {decision}: {horizon} < {count}: {values}"
+    assert exact > 1000 and long > 100, (exact, long)

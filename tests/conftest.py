@@ -6,6 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
+
+# HYPOTHESIS_PROFILE=deep, or --hypothesis-profile deep, searches far and differently each time; `mutants` tells only
+# whether something is found.
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
+settings.register_profile("deep", max_examples=10_000, deadline=None)
+settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

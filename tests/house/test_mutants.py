@@ -1,0 +1,99 @@
+"""The runner of the mutants: what it applies, what it calls caught, and what it tells."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "tests" / "mutants"
+TESTS = ["tests/policies/test_block_manager.py"]
+RIGHT = "        return -(-num_tokens // self.block_size)\n"
+
+
+@pytest.fixture(scope="module")
+def runner():
+    spec = importlib.util.spec_from_file_location("mutants_run", FOLDER / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a patch that replaces the line of `blocks_for` by another."""
+    lines = (ROOT / "policies" / "block_manager.py").read_text().splitlines(keepends=True)
+    number = lines.index(RIGHT) + 1
+    before, after = lines[number - 2], lines[number]
+
+    def patch(name: str, line: str, *, prefixes=("a/", "b/"), found: str = RIGHT) -> Path:
+        old, new = (f"{prefix}policies/block_manager.py" for prefix in prefixes)
+        text = f"# {name} in words\n\n--- {old}\n+++ {new}\n"
+        text += f"@@ -{number - 1},3 +{number - 1},3 @@\n {before}-{found}+{line} {after}"
+        path = tmp_path / f"{name}.patch"
+        path.write_text(text)
+        return path
+
+    return patch
+
+
+def test_there_are_many_and_each_says_in_its_first_line_what_is_wrong(runner):
+    patches = sorted(FOLDER.glob("*.patch"))
+    bugs = {runner.bug_of(patch) for patch in patches}
+    assert len(bugs) == len(patches) >= 30
+    assert not [bug for bug in bugs if bug.startswith(("---", "+++", "diff"))]
+
+
+def test_each_applies_and_changes_policies_alone(runner):
+    with runner.a_copy() as copy:
+        right = {path: path.read_bytes() for path in copy.rglob("*.py")}
+        for patch in sorted(FOLDER.glob("*.patch")):
+            assert runner.apply(patch, copy) == "", patch.name
+            changed = [path for path, content in right.items() if path.read_bytes() != content]
+            assert changed and {path.parent for path in changed} == {copy / "policies"}, patch.name
+            for path in changed:
+                path.write_bytes(right[path])
+
+
+@pytest.mark.parametrize("prefixes", [("a/", "b/"), ("", "")])
+def test_a_bug_is_caught_and_the_test_is_named(runner, write, prefixes):
+    row = runner.examine(write("wrong", "        return num_tokens // self.block_size\n", prefixes=prefixes), TESTS)
+    assert row.bug == "wrong in words"
+    assert row.caught_by.startswith(f"{TESTS[0]}::test_") and row.why_not == ""
+
+
+def test_what_changes_nothing_survives(runner, write):
+    row = runner.examine(write("right", "        return -(-num_tokens // self.block_size)  # again\n"), TESTS)
+    assert (row.caught_by, row.why_not) == ("", "survived")
+
+
+def test_what_does_not_apply_is_not_caught(runner, write):
+    row = runner.examine(write("elsewhere", "        pass\n", found="        return 7\n"), TESTS)
+    assert row.caught_by == "" and row.why_not.startswith("does not apply: ")
+
+
+def test_the_exit_status_is_1_if_one_survives(runner, write, tmp_path, monkeypatch, capsys):
+    write("wrong", "        return num_tokens // self.block_size\n")
+    monkeypatch.setattr(runner, "policy_tests", lambda: TESTS)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--json"])
+    assert runner.main() == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["caught"] == len(told["rows"]) == 1
+    write("right", "        return -(-num_tokens // self.block_size)  # again\n")
+    assert runner.main() == 1
+    assert {row["why_not"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"", "survived"}
+
+
+def test_every_file_of_policy_tests_is_run_and_the_slow_ones_last(runner):
+    tests = runner.policy_tests()
+    assert sorted(tests) == sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "policies").glob("test_*.py")
+    )
+    slow = [Path(test).name for test in tests if Path(test).name in runner.SLOW]
+    assert tuple(slow) == runner.SLOW and [Path(test).name for test in tests[-len(slow) :]] == slow

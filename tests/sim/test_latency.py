@@ -1,0 +1,73 @@
+"""What a step is said to cost depends on what it computes, and is asked for when the step is decided."""
+
+import pytest
+
+from twinserve.policies import BlockManager, SamplingParams, Scheduler, Sequence
+from twinserve.sim.fit import FittedLatency, StepSample, fit
+from twinserve.sim.latency import StepFeatures
+from twinserve.sim.replica import simulate
+from twinserve.traces.request import Part, Request
+from twinserve.traces.settings import Settings
+
+
+def prompts(*lengths: int) -> StepFeatures:
+    """The features of a step that computes prompts of these lengths."""
+    scheduler = Scheduler(BlockManager(1000, 16))
+    for number, length in enumerate(lengths):
+        scheduler.add(Sequence([number * 10_000 + k for k in range(length)], SamplingParams()))
+    return StepFeatures.of(scheduler.schedule())
+
+
+def decodes(*contexts: int) -> StepFeatures:
+    """The features of a step in which sequences with these contexts decode."""
+    scheduler = Scheduler(BlockManager(1000, 16))
+    for number, context in enumerate(contexts):
+        scheduler.add(Sequence([number * 10_000 + k for k in range(context - 1)], SamplingParams(max_tokens=9)))
+    batch = scheduler.schedule()
+    scheduler.postprocess(batch, [1] * len(batch.sampled))
+    return StepFeatures.of(scheduler.schedule())
+
+
+def test_unequal_contexts_are_added_up_and_not_averaged():
+    even, uneven = prompts(20, 20), prompts(10, 30)
+    assert even.tokens == uneven.tokens == 40
+    assert even.attention_pairs == 2 * 20 * 21 // 2
+    assert uneven.attention_pairs == 10 * 11 // 2 + 30 * 31 // 2
+    assert decodes(100, 1900).kv_tokens == decodes(1000, 1000).kv_tokens == 2000
+
+
+def fitted(ns_per_token: int) -> FittedLatency:
+    shapes = [StepFeatures(0, n, 0, n, n * c, n * c, n) for n in (1, 2, 4, 8) for c in (64, 256)]
+    shapes += [StepFeatures(0, 1, p, 0, p, p * (p + 1) // 2, 1) for p in (8, 16, 32, 64)]
+    return fit([StepSample(shape, 1000, 10_000 + ns_per_token * shape.tokens) for shape in shapes * 4], {})
+
+
+def test_a_file_that_changes_under_its_name_is_read_again(tmp_path):
+    path = tmp_path / "latency.json"
+    fitted(1000).save(path)
+    first = FittedLatency.load(path)
+    path.unlink()
+    fitted(3000).save(path)
+    second = FittedLatency.load(path)
+    assert first.identity != second.identity
+    before, after = (model.step_cost(prompts(50))[1] for model in (first, second))
+    assert after == pytest.approx(before + 2000 * 50, rel=0.02)
+
+
+class Counting:
+    """Counts how often it is asked, and by which decision."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+        self.asked.append(features.decision)
+        return 1000, 1000
+
+
+def test_a_cost_is_asked_for_once_a_step_and_not_before_it():
+    latency = Counting()
+    core = Settings.load({"num_gpu_blocks": 64}).build_core()
+    assert latency.asked == []
+    simulate([Request(i, 0, (Part(i, 0, 20 + i),), 3) for i in range(3)], core, latency)
+    assert latency.asked == [0, 1, 2]

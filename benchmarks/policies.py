@@ -1,6 +1,6 @@
 """What the policies cost: a step's decision and its result, hashing, hits, and many sequences that end at once.
 
-    python benchmarks/policies.py [--json FILE] [--repeats 7] [--quick]
+    python benchmarks/policies.py [--json FILE] [--repeats 25] [--quick]
 
 Microseconds on one core, the minimum and the median of the repeats. A decode-only step is `schedule` + `postprocess`
 (choosing, block tables, hashing full blocks, checking stops, tokens handed over as the list that the engine hands over;
@@ -96,10 +96,10 @@ def steps(scheduler: Scheduler, count: int, tokens: list[int]) -> None:
 
 
 def step_costs(repeats: int, running: tuple[int, ...]) -> dict[str, dict[str, dict]]:
-    """A decode-only step, by block size and sequences running; a multiple of a block's steps is run."""
+    """A decode-only step, by block size and sequences running; whole blocks of steps are run."""
     costs: dict[str, dict[str, dict]] = {}
     for block_size, count in itertools.product(BLOCK_SIZES, running):
-        num_steps = max(256, 2 * block_size)
+        num_steps = max(64, 2 * block_size)
         scheduler = decoding(block_size, count, num_steps=num_steps * (repeats + 1))
         tokens = [100 + number for number in range(count)]
         cost = timed(lambda s=scheduler, n=num_steps, t=tokens: steps(s, n, t), repeats, num_steps)
@@ -207,7 +207,7 @@ def slow_step_us(running: int) -> float | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     repeats, running = (2, RUNNING[:-1]) if arguments.quick else (arguments.repeats, RUNNING)

@@ -179,7 +179,8 @@ class Scheduler:
         if batch.usual_tokens and (self.group or batch):
             batch.add_members()
             self.group.plan()
-        self._note_exceptions(batch)
+        if self.alone:
+            self._note_exceptions(batch)
         batch.count()
         batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)

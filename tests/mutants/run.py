@@ -50,7 +50,7 @@ SLOW = (
 )
 LEAST_LIMIT_S = 60.0
 NUM_WORKERS = os.cpu_count() or 1
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 OLD_FILE = re.compile(r"^--- (\S+)", re.MULTILINE)
 
 

@@ -140,7 +140,7 @@ def bound_among_rivals(depth: int, *, order: str, ageing: int = 0, window: int =
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: " ".join(map(str, order.values())))
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(map(str, order.values())))
 def test_nobody_starves_under_an_order_that_says_so(order, depth):
     assert build_order(Rules(**order)).starvation_free
     bound = bound_among_rivals(depth, **order)

@@ -146,6 +146,7 @@ class Machine(RuleBasedStateMachine):
         """Many calls, so that the pool is short of blocks most of the time."""
         sides = self.sides
         stopping = rng.choice([OUTPUT, OUTPUT[:7]])
+        often = rng.choice([1.0, 0.02])
         for _ in range(calls):
             if rng.random() < 0.25 and len(sides.model.waiting) < 6:
                 self.add_any(rng)
@@ -159,7 +160,8 @@ class Machine(RuleBasedStateMachine):
                 sides.advance(rng.choice([2, 5, 60]), rng.choice([1.0, 1.0, 0.5]))
             elif sides.in_flight:
                 sides.commit([rng.choice(stopping) for _ in sides.in_flight[0][1].sampled])
-            sides.compare()
+            sides.compare(reads_tokens=rng.random() < often)
+        sides.compare()
 
     def add_any(self, rng: random.Random) -> None:
         room = self.room()
@@ -267,7 +269,7 @@ RARE_AHEAD = {"stopped late", "preempted in flight", "ended while waiting"}
 
 
 KINDS = [
-    pytest.param(machine, depth, simulated, id=f"{machine.__name__} at depth {depth}{', simulated' * simulated}")
+    pytest.param(machine, depth, simulated, id=f"{machine.__name__}-{depth}{'-simulated' * simulated}")
     for machine, simulated in ((SchedulerMachine, False), (CoreMachine, False), (CoreMachine, True))
     for depth in (0, 1)
 ]
@@ -278,7 +280,7 @@ def test_storms_of_calls_have_the_effect_they_have_on_the_slow_model(machine, de
     """The same calls on every machine; among them everything rare happens."""
     seen: Counter[str] = Counter()
     kind = type(machine.__name__, (machine,), {"seen": seen, "depth": depth, "simulated": simulated})
-    for seed in range(4 * settings().max_examples):
+    for seed in range(min(4 * settings().max_examples, 10_000)):
         rng = random.Random(seed)
         one = kind()
         rules, weak = any_rules(rng), rng.choice([None, None, 1, 2, 5])

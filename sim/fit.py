@@ -5,32 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twinserve.sim.latency import StepFeatures
+from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.traces.errors import InputError
 
 SCHEMA = "twinserve-latency/1"
-REGIMES = ("decode", "prompt")
-PARTS = ("host", "device")
+REGIMES = ("decode", "prompt", "eager")
+PARTS = ("host", "device", "lead")
 RANGE_FIELDS = ("seqs", "prompt_tokens", "decode_tokens", "kv_tokens")
 FOLDS = 5
+DRIFT_STEPS = 32
+REWEIGHTINGS = 4
 
 
 @dataclass(frozen=True)
 class StepSample:
-    """A measured step: its features and what it cost, in nanoseconds."""
+    """A measured step: its features and what it cost, in nanoseconds; None is what could not be seen.
+
+    Attributes:
+        host_ns, device_ns, lead_ns: as in StepCost.
+        launch_ns: the part of host_ns that the launch takes; the rest is bookkeeping.
+    """
 
     features: StepFeatures
-    host_ns: int
-    device_ns: int
+    host_ns: int | None
+    device_ns: int | None
+    lead_ns: int | None = None
+    launch_ns: int | None = None
 
 
-def regime_of(features: StepFeatures) -> str:
-    """The name of a step's regime: "decode" without prompt tokens, else "prompt"."""
+def regime_of(features: StepFeatures, captured_tokens: int | None = None) -> str:
+    """The name of a step's regime.
+
+    "eager" for a step of more than `captured_tokens` tokens, which is launched kernel by kernel; else "decode" without
+    prompt tokens, and "prompt" with some.
+    """
+    if captured_tokens is not None and features.tokens > captured_tokens:
+        return "eager"
     return "prompt" if features.prompt_tokens else "decode"
 
 
@@ -58,16 +75,20 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
 
 def design_row(features: StepFeatures, part: str, knots: Seq[int]) -> list[float]:
     """The features that a cost is linear in; `coefficient_names` names them."""
+    if part == "lead":
+        return [1.0]
     if part == "host":
-        return [1.0, features.seqs, features.tokens]
+        return [1.0, features.seqs, features.tokens, features.arrived, features.left]
     pairs = features.attention_pairs if features.prompt_tokens else 0
     return [1.0, features.kv_tokens, pairs, features.seqs, features.sampled, *ramps(features.tokens, knots)]
 
 
 def coefficient_names(part: str, knots: Seq[int]) -> list[str]:
     """Names of the coefficients, each in nanoseconds a unit; a ramp's is for the whole way to its knot."""
+    if part == "lead":
+        return ["constant"]
     if part == "host":
-        return ["constant", "seq", "token"]
+        return ["constant", "seq", "token", "arrived", "left"]
     return ["constant", "kv_token", "attention_pair", "seq", "sampled", *(f"tokens_to_{knot}" for knot in knots[1:])]
 
 
@@ -76,7 +97,8 @@ class FittedLatency:
     """Costs from a latency file.
 
     Attributes:
-        data: the file's content (schema "twinserve-latency/1").
+        data: the file's content (schema "twinserve-latency/1"). `captured_tokens`, where it is there, is the most
+            tokens of a step that is launched as a captured graph; a part or a coefficient that is absent costs nothing.
         num_outside: steps asked for beyond the range that was measured.
         worst_excess: the largest ratio of a feature to the end of its range among them.
     """
@@ -87,23 +109,62 @@ class FittedLatency:
     _terms: dict[tuple[str, str], tuple[list[int], list[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for regime in REGIMES:
+        self._captured_tokens: int | None = self.data.get("captured_tokens")
+        self._drift: list[float] = self.data.get("drift", [])
+        for regime in REGIMES[: 2 if self._captured_tokens is None else 3]:
             for part in PARTS:
-                fitted = self.data["regimes"][regime][part]
-                self._terms[regime, part] = (fitted["knots"], list(fitted["ns"].values()))
+                fitted = self.data["regimes"][regime].get(part)
+                if fitted is None and part != "lead":
+                    raise KeyError(part)
+                if fitted is not None:
+                    knots, ns = fitted["knots"], fitted["ns"]
+                    self._terms[regime, part] = knots, [ns.get(name, 0.0) for name in coefficient_names(part, knots)]
 
     @property
     def identity(self) -> str:
         """16 hex digits that only this content has."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        """(host_ns, device_ns) of a step with these features."""
-        regime = regime_of(features)
+    def with_drift(self, samples: list[StepSample]) -> FittedLatency:
+        """The model with the host as uneven as it was measured.
+
+        A shared machine's host is faster and slower for seconds at a time. `samples`, in the order of the steps, give
+        the host's time in each run of DRIFT_STEPS steps as a multiple of what the model says; the simulation goes
+        through these levels in the same order, again and again, by the number of the step. Their mean is 1.
+        """
+        blocks: dict[int, tuple[float, float]] = {}
+        for number, sample in enumerate(samples):
+            if sample.host_ns is not None:
+                measured, modelled = blocks.get(number // DRIFT_STEPS, (0.0, 0.0))
+                cost = self.step_cost(sample.features).host_ns
+                blocks[number // DRIFT_STEPS] = measured + sample.host_ns, modelled + cost
+        mean = sum(measured for measured, _ in blocks.values()) / sum(modelled for _, modelled in blocks.values())
+        levels = [round(measured / modelled / mean, 3) for measured, modelled in blocks.values() if modelled]
+        return FittedLatency(self.data | {"drift": levels})
+
+    def with_captured_tokens(self, captured_tokens: int) -> FittedLatency:
+        """The model of the same engine where its largest captured graph is of so many tokens.
+
+        Raises:
+            ValueError: the model knows no steps beyond captured graphs.
+        """
+        if self._captured_tokens is None:
+            raise ValueError("this latency knows no steps beyond captured graphs, so it cannot have fewer of them")
+        return FittedLatency(self.data | {"captured_tokens": captured_tokens})
+
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        """What a step with these features costs."""
+        regime = regime_of(features, self._captured_tokens)
         self._watch_range(regime, features)
-        return self._cost(regime, "host", features), self._cost(regime, "device", features)
+        host, device, lead = (self._cost(regime, part, features) for part in PARTS)
+        if self._drift:
+            level = self._drift[features.decision // DRIFT_STEPS % len(self._drift)]
+            host, lead = round(host * level), round(lead * level)
+        return StepCost(host, device, lead)
 
     def _cost(self, regime: str, part: str, features: StepFeatures) -> int:
+        if (regime, part) not in self._terms:
+            return 0
         knots, coefficients = self._terms[regime, part]
         row = design_row(features, part, knots)
         return round(sum(x * ns for x, ns in zip(row, coefficients, strict=True)))
@@ -144,90 +205,143 @@ class FittedLatency:
             file.write("\n")
 
 
-def fit(samples: list[StepSample], about: dict[str, Any]) -> FittedLatency:
-    """Fit host and device cost for each regime, non-negative, on relative error.
+def fit(
+    samples: list[StepSample], about: dict[str, Any], captured_tokens: int | None = None, *, holds_out: bool = True
+) -> FittedLatency:
+    """Fit what steps cost in each regime, non-negative, on relative error.
 
-    Coefficients come from non-negative least squares on rows divided by the mean cost of their shape. Residuals are
-    those of shapes held out of the fit (5 folds over shapes) and say how well the model predicts what it has not seen.
+    Coefficients come from non-negative least squares. A row is divided by the cost that the fit before it gave, which
+    makes errors relative and sums right: dividing by the measured cost would pull the fit to the cheap steps.
+    Residuals are those of shapes held out of the fit (5 folds over shapes) and say how well the model predicts what it
+    has not seen.
 
     Args:
-        samples: repeated measurements of each shape.
+        samples: measured steps; None where a part was not seen.
         about: what was measured, where and with what; copied into the file.
+        captured_tokens: the most tokens of a step that is launched as a captured graph; None where none is.
+        holds_out: work out the residuals too.
 
     Raises:
         ValueError: a regime has fewer than 2 shapes.
     """
     data: dict[str, Any] = {"schema": SCHEMA, "about": about, "regimes": {}, "residuals": {}, "range": {}}
-    for regime in REGIMES:
-        mine = [sample for sample in samples if regime_of(sample.features) == regime]
-        shapes = _by_shape(mine)
-        if len(shapes) < 2:
-            raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
+    if captured_tokens is not None:
+        data["captured_tokens"] = captured_tokens
+    bookkeeping = _by_shape(samples, "bookkeeping")
+    for regime in REGIMES[: 2 if captured_tokens is None else 3]:
+        mine = [sample for sample in samples if regime_of(sample.features, captured_tokens) == regime]
         fitted, residuals = {}, {}
         for part in PARTS:
-            knots, coefficients = _solve(shapes, part)
+            shapes = _by_shape(mine, part)
+            if part == "lead" and not shapes:
+                continue
+            if len(shapes) < 2:
+                raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
+            if part == "host" and bookkeeping:
+                solve = partial(_solve_host, bookkeeping, _by_shape(mine, "launch"), regime)
+            else:
+                solve = partial(_solve, part=part)
+            knots, coefficients = solve(shapes)
             names = coefficient_names(part, knots)
             fitted[part] = {"knots": knots, "ns": dict(zip(names, coefficients, strict=True))}
-            residuals[part] = _held_out_errors(shapes, part)
+            if holds_out:
+                residuals[part] = _held_out_errors(shapes, part, solve)
         data["regimes"][regime] = fitted
-        data["residuals"][regime] = residuals | {"shapes": len(shapes), "samples": len(mine)}
+        features = {sample.features for sample in mine}
+        data["residuals"][regime] = residuals | {"shapes": len(features), "samples": len(mine)}
         data["range"][regime] = {
             name: [min(values), max(values)]
             for name in RANGE_FIELDS
-            if (values := [getattr(features, name) for features in shapes])
+            if (values := [getattr(shape, name) for shape in features])
         }
     return FittedLatency(data)
 
 
-Shapes = dict[StepFeatures, list[StepSample]]
+Shapes = dict[StepFeatures, list[int]]
+"""What steps of equal features cost, in one of their parts."""
+
+Solution = tuple[list[int], list[float]]
+"""Knots and coefficients."""
 
 
-def _by_shape(samples: list[StepSample]) -> Shapes:
+def _by_shape(samples: list[StepSample], part: str) -> Shapes:
     shapes: Shapes = defaultdict(list)
     for sample in samples:
-        shapes[sample.features].append(sample)
+        if part == "bookkeeping":
+            known = sample.host_ns is not None and sample.launch_ns is not None
+            cost = sample.host_ns - sample.launch_ns if known else None  # type: ignore[operator]
+        else:
+            cost = getattr(sample, f"{part}_ns")
+        if cost is not None:
+            shapes[replace(sample.features, decision=0)].append(cost)
     return dict(shapes)
 
 
-def _solve(shapes: Shapes, part: str) -> tuple[list[int], list[float]]:
+def _solve(shapes: Shapes, part: str) -> Solution:
     """Knots and coefficients for one part of one regime."""
+    knots = choose_knots([features.tokens for features in shapes])
+    return knots, _least_squares(shapes, lambda features: design_row(features, part, knots))
+
+
+def _solve_host(bookkeeping: Shapes, launches: Shapes, regime: str, shapes: Shapes) -> Solution:
+    """The host's coefficients where launches were measured, from those of `shapes` alone.
+
+    Bookkeeping costs the same whatever the regime. What a launch takes is a constant, and for a captured decode step a
+    constant and a cost a row: a host that happens to be slow lets the queue grow, so that over a run slow launches go
+    with many rows and tokens, though neither makes them slow.
+    """
+    kept = {
+        features: costs for features, costs in bookkeeping.items() if features in shapes or features not in launches
+    }
+    coefficients = _least_squares(kept, lambda features: design_row(features, "host", []))
+    width = 2 if regime == "decode" else 1
+    measured = {features: costs for features, costs in launches.items() if features in shapes}
+    for index, ns in enumerate(_least_squares(measured, lambda features: design_row(features, "host", [])[:width])):
+        coefficients[index] += ns
+    return [], coefficients
+
+
+def _least_squares(shapes: Shapes, row_of: Callable[[StepFeatures], list[float]]) -> list[float]:
+    """Non-negative coefficients by relative error."""
     import numpy as np
     from scipy.optimize import nnls
 
-    knots = choose_knots([features.tokens for features in shapes])
-    rows, targets = [], []
-    for features, repeats in shapes.items():
-        costs = [getattr(sample, f"{part}_ns") for sample in repeats]
-        scale = max(1.0, sum(costs) / len(costs))
-        row = np.array(design_row(features, part, knots)) / scale
-        rows += [row] * len(costs)
-        targets += [cost / scale for cost in costs]
-    matrix = np.array(rows)
-    norms = np.where((size := np.linalg.norm(matrix, axis=0)) > 0, size, 1.0)
-    solution, _ = nnls(matrix / norms, np.array(targets))
-    return knots, [float(f"{value:.6g}") for value in solution / norms]
+    rows = np.array([row_of(features) for features in shapes])
+    counts = np.array([len(costs) for costs in shapes.values()])
+    means = np.array([sum(costs) / len(costs) for costs in shapes.values()])
+    norms = np.where((size := np.linalg.norm(rows, axis=0)) > 0, size, 1.0)
+    floor = max(1.0, float(means.mean()) / 100)
+    scale = np.maximum(means, max(1.0, float(means.mean())))
+    solution = norms
+    for _ in range(REWEIGHTINGS):
+        weight = np.sqrt(counts) / scale
+        solution = nnls(rows / norms * weight[:, None], means * weight)[0] / norms
+        scale = np.maximum(rows @ solution, floor)
+    return [float(f"{value:.6g}") for value in solution]
 
 
-def _held_out_errors(shapes: Shapes, part: str) -> dict[str, float]:
-    """Relative errors on the means of held-out shapes."""
+def _held_out_errors(shapes: Shapes, part: str, solve: Callable[[Shapes], Solution]) -> dict[str, float]:
+    """Relative errors on the means of held-out shapes; `total` is that of their sum."""
     import numpy as np
 
-    order = sorted(shapes, key=lambda f: (f.tokens, f.kv_tokens, f.attention_pairs))
-    errors = []
+    order = sorted(shapes, key=lambda f: (f.tokens, f.kv_tokens, f.attention_pairs, f.seqs, f.arrived, f.left))
+    pairs: list[tuple[float, float]] = []
     for fold in range(FOLDS):
         held_out = order[fold::FOLDS]
-        training = {features: shapes[features] for features in order if features not in held_out}
+        training = {features: shapes[features] for number, features in enumerate(order) if number % FOLDS != fold}
         if not held_out or not training:
             continue
-        knots, coefficients = _solve(training, part)
+        knots, coefficients = solve(training)
         for features in held_out:
-            costs = [getattr(sample, f"{part}_ns") for sample in shapes[features]]
+            costs = shapes[features]
             mean = max(1.0, sum(costs) / len(costs))
-            predicted = float(np.dot(design_row(features, part, knots), coefficients))
-            errors.append(predicted / mean - 1.0)
+            pairs.append((float(np.dot(design_row(features, part, knots), coefficients)), mean))
+    predicted, measured = np.array(pairs).T
+    errors = predicted / measured - 1.0
     size = np.abs(errors)
     return {
         "mean_abs": round(float(size.mean()), 4),
         "p90_abs": round(float(np.percentile(size, 90)), 4),
         "bias": round(float(np.mean(errors)), 4),
+        "total": round(float(predicted.sum() / measured.sum() - 1.0), 4),
     }

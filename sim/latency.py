@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from twinserve.policies import Batch
 
@@ -20,6 +20,8 @@ class StepFeatures:
         kv_tokens: sum over rows of the context length after the step (keys read from the KV pool).
         attention_pairs: query-key pairs: a row of n tokens from position s on has n s + n (n + 1) / 2.
         sampled: rows that sample a token.
+        arrived: requests that came in since the decision before.
+        left: sequences that ended since the decision before.
     """
 
     decision: int
@@ -29,9 +31,11 @@ class StepFeatures:
     kv_tokens: int
     attention_pairs: int
     sampled: int
+    arrived: int = 0
+    left: int = 0
 
     @classmethod
-    def of(cls, batch: Batch) -> StepFeatures:
+    def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
         return cls(
             batch.decision,
@@ -41,6 +45,8 @@ class StepFeatures:
             batch.num_kv_tokens,
             batch.num_attention_pairs,
             batch.num_sampled,
+            arrived,
+            len(batch.left),
         )
 
     def repeated(self, number: int, num_new_pairs: int) -> StepFeatures:
@@ -61,11 +67,43 @@ class StepFeatures:
         return self.prompt_tokens + self.decode_tokens
 
 
+class StepCost(NamedTuple):
+    """What a step costs, in nanoseconds.
+
+    Attributes:
+        host_ns: from the decision, or what held it up, until the step is launched.
+        device_ns: on the device.
+        lead_ns: how long before the end of the launch the device can begin: a step launched kernel by kernel is
+            computed while it is being launched; a captured one is launched at once.
+    """
+
+    host_ns: int
+    device_ns: int
+    lead_ns: int = 0
+
+    def times(self, decided_ns: int, device_free_ns: int) -> tuple[int, int, int]:
+        """When a step is launched, starts and ends; it ends no sooner than it is launched."""
+        launched = decided_ns + self.host_ns
+        start = max(launched - self.lead_ns, device_free_ns)
+        return launched, start, max(start + self.device_ns, launched)
+
+
 class LatencyModel(Protocol):
     """Says what a step costs; the same features always cost the same."""
 
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        """(host_ns, device_ns): from the decision to the launch, and on the device."""
+    def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
+        """The fields of a StepCost; two alone are host_ns and device_ns."""
+
+
+class ScaledLatency:
+    """Another model's costs, all times a factor."""
+
+    def __init__(self, latency: LatencyModel, factor: float):
+        self._latency, self._factor = latency, factor
+
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        """The scaled cost."""
+        return StepCost(*(round(ns * self._factor) for ns in self._latency.step_cost(features)))
 
 
 class RecordedLatency:

@@ -9,7 +9,7 @@ import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.sim.latency import LatencyModel, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
@@ -22,10 +22,11 @@ def now_ns(env: simpy.Environment) -> int:
 class Replica:
     """One engine in simulated time: the real engine's loop, with a latency model in place of the device.
 
-    A step of cost (host, device) that is decided at t has its inputs ready at t + host, starts then or when the
-    device is free, and ends after device. The next decision is made when the step is launched (t + host), or, where
-    the pipeline is full, when the oldest step in flight has ended, whichever is later. Decisions that repeat one
-    another until the next event of the simulation are made at once.
+    A step of cost (host, device) that is decided at t is launched at t + host, starts then or when the device is free,
+    and ends after device; one that the device can begin while it is being launched starts up to lead earlier. The next
+    decision is made when the step is launched, or, where the pipeline is full, when the oldest step in flight has
+    ended, whichever is later. Decisions that repeat one another until the next event of the simulation are made at
+    once.
 
     Args:
         ended: called with each sequence that ends.
@@ -55,9 +56,10 @@ class Replica:
 
     def _run(self) -> Generator[simpy.Event, None, None]:
         env, core = self._env, self._core
-        device_free = 0
+        device_free = arrived = 0
         while True:
             now = now_ns(env)
+            arrived += len(self._inbox)
             while self._inbox:
                 seq = self._inbox.popleft()
                 if not core.ingest(seq, now):
@@ -65,10 +67,13 @@ class Replica:
             launched = now
             if core.can_decide:
                 batch = core.decide(now)
-                host, device = self._latency.step_cost(StepFeatures.of(batch)) if batch else (0, 0)
-                launched += host
-                start = batch.start_ns = max(launched, device_free)
-                batch.end_ns = device_free = start + device
+                if batch:
+                    cost = StepCost(*self._latency.step_cost(StepFeatures.of(batch, arrived)))
+                    launched, batch.start_ns, device_free = cost.times(now, device_free)
+                    arrived = 0
+                else:
+                    batch.start_ns = device_free = max(now, device_free)
+                batch.end_ns = device_free
                 if (steps := core.horizon(batch, self._most_steps)) > 1:
                     launched, device_free = self._repeat(batch, steps, launched)
             if core.must_commit:
@@ -96,11 +101,10 @@ class Replica:
             decided = max(launched, ends[-1 - core.pipeline_depth])
             if decided >= next_event:
                 break
-            host, device = self._latency.step_cost(features.repeated(number, batch.num_new_pairs))
-            launched = decided + host
-            start = max(launched, ends[-1])
-            ends.append(start + device)
-            spans.append((decided, start, ends[-1]))
+            cost = StepCost(*self._latency.step_cost(features.repeated(number, batch.num_new_pairs)))
+            launched, start, end = cost.times(decided, ends[-1])
+            ends.append(end)
+            spans.append((decided, start, end))
         if spans:
             core.advance(spans)
         return launched, ends[-1]

@@ -205,6 +205,28 @@ class RunRecorder(CoreListener):
             self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
 
 
+def write_record(record: RunRecord, out: Path) -> None:
+    """Write a record that is in memory; complete or not there at all.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+    partial = _make_partial(out)
+    try:
+        _write_lines(partial / "requests.jsonl", record.requests)
+        _write_lines(partial / "steps.jsonl", record.steps)
+        if record.has_tokens:
+            rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
+            _write_lines(partial / "outputs.jsonl.gz", rows)
+        text = json.dumps(record.run, indent=2, allow_nan=False) + "\n"
+        (partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _make_partial(out: Path) -> Path:
     """Create the folder in which a record grows."""
     if out.exists() or out.is_symlink():
@@ -347,11 +369,17 @@ class RunRecord:
     steps: list[dict[str, Any]]
     outputs: dict[int, list[int]]
 
+    @property
+    def has_tokens(self) -> bool:
+        """Are its tokens known? Not those of a simulation, nor of an engine whose record says `"tokens": null`."""
+        return _has_tokens(self.run)
+
 
 def load_record(path: Path) -> RunRecord:
     """Read the run record in the folder `path`.
 
-    Decision fields other than `digest` may be missing from steps: a replay needs the facts and the digest.
+    Decision fields other than `digest` may be missing from steps: a replay needs the facts and the digest. The record
+    of another engine, whose facts name its `source`, has the other fields and no digest.
 
     Raises:
         InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
@@ -369,10 +397,10 @@ def load_record(path: Path) -> RunRecord:
                 raise line.error("expected another one than those of the lines before", field)
     steps: list[dict[str, Any]] = []
     for line in _lines(path / "steps.jsonl"):
-        _check_step(line, len(steps))
+        _check_step(line, len(steps), run["facts"].get("source") is None)
         steps += single_steps(line.values)
     outputs: dict[int, list[int]] = {}
-    if run["world"] == "real":
+    if _has_tokens(run):
         outputs = {line.integer("id"): line.integers("tokens") for line in _lines(path / "outputs.jsonl.gz")}
         for number, row in enumerate(requests, 1):
             length = len(outputs.get(row["id"], ()))
@@ -381,6 +409,10 @@ def load_record(path: Path) -> RunRecord:
                 raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
     requests.sort(key=lambda row: row["ingest"])
     return RunRecord(path, run, requests, steps, outputs)
+
+
+def _has_tokens(run: dict[str, Any]) -> bool:
+    return run["world"] == "real" and run["facts"].get("tokens", ...) is not None
 
 
 def _lines(path: Path) -> Iterator[Line]:
@@ -438,7 +470,7 @@ def _checked_repeats(line: Line) -> list[Any]:
     return repeats
 
 
-def _check_step(line: Line, decision: int) -> None:
+def _check_step(line: Line, decision: int, is_digested: bool) -> None:
     """Check the facts and the digest, and those of the other decision fields that are there."""
     line.one_of("decision", (decision,))
     line.integer("committed", -1)
@@ -448,9 +480,10 @@ def _check_step(line: Line, decision: int) -> None:
     for field in ("seen", "decided_ns", "start_ns", "end_ns"):
         line.integer(field)
     line.integers("aborted")
-    digest = line.get("digest")
-    if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
-        raise line.error("expected 16 hexadecimal digits", "digest", digest)
+    if is_digested:
+        digest = line.get("digest")
+        if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
+            raise line.error("expected 16 hexadecimal digits", "digest", digest)
     for field in ("left", "preempted"):
         if field in line.values:
             line.integers(field)

@@ -47,7 +47,8 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
     """
     settings = Settings.load(record.run["settings"])
     build = build_core or settings.build_core
-    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=CoreListener())
+    listener = CoreListener() if any(row.get("digest") for row in record.steps) else None
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener)
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
     to_sequence = _converter(record)
     equal = 0
@@ -79,8 +80,8 @@ class _Impossible(Exception):
 
 
 def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
-    """From a request's row to its Sequence: with tokens for a real run, without for a simulation."""
-    maker = TokenMaker(**record.run["facts"]["tokens"]) if record.run["world"] == "real" else None
+    """From a request's row to its Sequence: with tokens where the run's are known, without for a simulation."""
+    maker = TokenMaker(**record.run["facts"]["tokens"]) if record.has_tokens else None
 
     def convert(row: dict) -> Sequence:
         parts = tuple(Part(*part) for part in row["prompt"])
@@ -96,7 +97,7 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
 
 def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None:
     """The tokens that came out of a step; any token where it was discarded."""
-    if batch is None or record.run["world"] != "real":
+    if batch is None or not record.has_tokens:
         return None
     tokens = []
     for seq in batch.sampled:

@@ -24,10 +24,19 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Bring a model, or hold one against transformers.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+record_app = typer.Typer(help="Bring a recorded run of another engine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(record_app, name="record")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+Traces = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the public traces, for a vLLM step log whose prompts are those of one.",
+        envvar="TWINSERVE_TRACES",
+    ),
+]
 Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
@@ -43,7 +52,10 @@ KvMemoryShare = Annotated[
     float, typer.Option(help="Share of a CUDA device's free memory that KV takes, unless --num-gpu-blocks is given.")
 ]
 DEFAULT_MODEL = "smollm2-135m"
-LATENCY_HELP = "A latency file, or one that ships: smollm2-135m-cpu-2-threads (the default) or qwen3-0.6b-h100."
+LATENCY_HELP = (
+    "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, or qwen3-0.6b-h100), or "
+    "roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b."
+)
 
 
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -93,16 +105,16 @@ def sim(
     """Replay a trace in the simulator."""
     from twinserve.sim.fit import FittedLatency
     from twinserve.workload import load_workload
-    from twinserve.worlds import choose_latency, run_sim
+    from twinserve.worlds import choose_latency, run_sim, with_pool
 
-    chosen = Settings.load(settings, config)
     model, facts = choose_latency(latency, latency_from)
+    chosen, pool = with_pool(Settings.load(settings, config), model)
     workload = load_workload(trace, trace_options)
     say(f"latency: {facts['name']} ({facts['identity']})")
     if chosen.max_model_len is None:
         say("no context limit: max_model_len is not given")
-    if chosen.num_gpu_blocks is None:
-        say("a pool without end: num_gpu_blocks is not given")
+    if pool is not None:
+        say(pool)
     with Bar("sim", len(workload.requests)) as bar:
         summary = run_sim(workload, chosen, model, latency_facts=facts, out=out, progress=bar.ended)
     if isinstance(model, FittedLatency) and model.num_outside:
@@ -160,14 +172,15 @@ def run(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run record.")],
+    run: Annotated[Path, typer.Argument(help="A run record, or a vLLM step log.")],
+    traces: Traces = None,
     as_json: Json = False,
 ) -> None:
     """Decide a recorded run again from its facts; exit status 1 at the first difference."""
-    from twinserve.traces.record import load_record
     from twinserve.traces.replay import replay as decide_again
+    from twinserve.traces.vllm_records import load_run
 
-    result = decide_again(load_record(run))
+    result = decide_again(load_run(run, traces))
     if as_json:
         difference = None if result.difference is None else vars(result.difference)
         print(
@@ -196,10 +209,10 @@ def compare(
     from twinserve.tables import comparison_table
     from twinserve.traces.compare import beyond, parse_limits
     from twinserve.traces.compare import compare as compare_records
-    from twinserve.traces.record import load_record
+    from twinserve.traces.vllm_records import load_run
 
     limits = parse_limits(max_error or [])
-    comparisons = compare_records(load_record(sim), load_record(real))
+    comparisons = compare_records(load_run(sim), load_run(real))
     if as_json:
         print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
     else:
@@ -216,10 +229,10 @@ def report(
 ) -> None:
     """One self-contained HTML page from run records."""
     from twinserve.reports.page import write_report
-    from twinserve.traces.record import load_record
+    from twinserve.traces.vllm_records import load_run
 
     refuse_existing(out)
-    write_report([load_record(run) for run in runs], out)
+    write_report([load_run(run) for run in runs], out)
     print(out)
 
 
@@ -261,6 +274,27 @@ def profile(
         progress=lambda total: Bar("profile", total),
     )
     fitted = fit_steps(llm, samples)
+    fitted.save(out)
+    if as_json:
+        print(json.dumps(fitted.data))
+    else:
+        from twinserve.tables import residual_table
+
+        residual_table(fitted.data)
+
+
+@app.command()
+def fit(
+    runs: Annotated[list[Path], typer.Argument(help="Run records of one engine on one device, or vLLM step logs.")],
+    out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    traces: Traces = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a latency model from the steps of recorded runs and save it."""
+    from twinserve.worlds import fit_runs
+
+    refuse_existing(out)
+    fitted = fit_runs(runs, traces)
     fitted.save(out)
     if as_json:
         print(json.dumps(fitted.data))
@@ -318,6 +352,22 @@ def demo(
 
     if not run_demo(out):
         raise typer.Exit(1)
+
+
+@record_app.command("import")
+def record_import(
+    source: Annotated[Path, typer.Argument(help="A vLLM step log.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run record to write; must not exist.")],
+    traces: Traces = None,
+) -> None:
+    """Write another engine's recorded run as a run record."""
+    from twinserve.traces.record import write_record
+    from twinserve.traces.vllm_records import read_vllm_record
+
+    refuse_existing(out)
+    record = read_vllm_record(source, traces)
+    write_record(record, out)
+    say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")
 
 
 @model_app.command("fetch")

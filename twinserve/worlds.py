@@ -15,9 +15,11 @@ from twinserve.policies import SamplingParams, Sequence
 from twinserve.progress import say
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
+from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecorder, load_record
+from twinserve.traces.record import RunRecorder
 from twinserve.traces.settings import Settings
+from twinserve.traces.vllm_records import load_run
 from twinserve.workload import Workload
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Progress = Callable[[Sequence], None]
 
 DEFAULT_LATENCY = "smollm2-135m-cpu-2-threads"
+ROOFLINE = "roofline:"
 
 
 def shipped_latencies() -> dict[str, Path]:
@@ -38,7 +41,7 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     """A latency model and what says in a record which one it was.
 
     Args:
-        source: the name of a latency that ships, or a latency file; None is DEFAULT_LATENCY.
+        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE"; None is DEFAULT_LATENCY.
         record: a run record whose own step times are used.
 
     Raises:
@@ -47,17 +50,64 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     if record is not None:
         if source is not None:
             raise InputError("expected only one of latency and latency_from", field="latency", value=source)
-        rows = load_record(record).steps
+        rows = load_run(record).steps
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
     source = source or DEFAULT_LATENCY
+    if source.startswith(ROOFLINE):
+        roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
+        return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}
     shipped = shipped_latencies().get(source)
     if shipped is None and not Path(source).is_file():
         names = ", ".join(shipped_latencies())
-        raise InputError(f"expected a file, or one that ships: {names}", field="latency", value=source)
+        raise InputError(
+            f"expected a file, roofline:MODEL@DEVICE, or one that ships: {names}", field="latency", value=source
+        )
     model = FittedLatency.load(shipped or Path(source))
     about = model.data["about"]
     name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
     return model, {"name": name, "identity": model.identity, "about": about}
+
+
+def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str | None]:
+    """The settings with a pool as large as the device's memory allows, where that is known and none is given.
+
+    Returns:
+        The settings, and what was assumed of the pool, in words; None where it is given.
+
+    Raises:
+        InputError: the model does not fit the device.
+    """
+    if settings.num_gpu_blocks is not None:
+        return settings, None
+    if not isinstance(latency, RooflineLatency):
+        return settings, "a pool without end: num_gpu_blocks is not given"
+    try:
+        count = latency.num_blocks(settings.block_size)
+    except ValueError as error:
+        raise InputError(str(error), field="latency", value=latency.name) from error
+    words = (
+        f"num_gpu_blocks {count}: what {MEMORY_SHARE:.0%} of the memory of {latency.device.name} holds beside weights"
+    )
+    return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
+
+
+def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
+    """A latency model from the steps of recorded runs of one engine on one device.
+
+    Raises:
+        InputError: a record cannot be read, or does not show what its steps cost.
+    """
+    from twinserve.sim.recorded_steps import fit_records
+
+    records = [load_run(run, traces) for run in runs]
+    facts = records[0].run["facts"]
+    about = {
+        "model": facts.get("model", "the model"),
+        "device": records[0].run["device"],
+        "block_size": records[0].run["settings"]["block_size"],
+        "runs": [{"name": record.path.name, "trace": record.run["facts"]["trace"]["sha256"]} for record in records],
+    }
+    return fit_records(records, about)
 
 
 def require_engine(device: str) -> None:

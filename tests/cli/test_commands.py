@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from vllm_log import write_log
+
+from twinserve.traces.request import Part, Request
 
 SUMMARY_KEYS = {
     "world", "requests", "finished", "refused", "shortened", "duration_s", "output_tok_s", "total_tok_s", "ttft_s",
@@ -118,3 +121,56 @@ def test_the_module_runs_as_the_command_does(trace, latency):
 def test_every_command_has_help(twinserve, command):
     result = twinserve(command, "--help")
     assert result.code == 0 and "Usage: twinserve" in result.out
+
+
+@pytest.fixture
+def vllm_log(tmp_path):
+    requests = [Request(i, i * 4_000_000, (Part(i, 0, 5 + 37 * (i % 6)),), 6 + i % 9) for i in range(60)]
+    settings = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 512, "num_gpu_blocks": 80}
+    return write_log(tmp_path / "log", requests, settings | {"pipeline_depth": 1}, cost=slow_device)
+
+
+def slow_device(features):
+    return 100_000 + 10_000 * features.seqs, 400_000, 1_500_000 + 9_000 * features.tokens, 300_000
+
+
+def test_a_vllm_log_is_replayed_imported_fitted_and_simulated_with_the_fit(twinserve, vllm_log, trace, tmp_path):
+    replayed = twinserve("replay", vllm_log, "--json")
+    result = json.loads(replayed.out)
+    assert replayed.code == 0 and result["exact"] and result["equal"] == result["recorded"] > 60
+    imported = twinserve("record", "import", vllm_log, tmp_path / "run")
+    assert imported.code == 0 and "60 requests" in imported.err
+    assert twinserve("replay", tmp_path / "run").out == twinserve("replay", vllm_log).out
+    fitted = twinserve("fit", vllm_log, "--out", tmp_path / "fitted.json", "--json")
+    assert fitted.code == 0, fitted.err
+    again = twinserve("fit", tmp_path / "run", "--out", tmp_path / "again.json", "--json")
+    regimes = [json.loads(run.out)["regimes"] for run in (fitted, again)]
+    assert regimes[0] == regimes[1], "the record says what the log said"
+    assert "eager" in twinserve("fit", vllm_log, "--out", tmp_path / "table.json").out
+    simulated = twinserve("sim", trace, "--latency", tmp_path / "fitted.json", "--json")
+    assert simulated.code == 0 and json.loads(simulated.out)["finished"] == 12
+
+
+def test_a_fit_from_a_simulation_or_over_a_file_is_refused(twinserve, trace, latency, vllm_log, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "sim")
+    refused = twinserve("fit", tmp_path / "sim", "--out", tmp_path / "fitted.json")
+    assert refused.code == 2 and "expected the record of a real run" in refused.err
+    taken = twinserve("fit", vllm_log, "--out", latency)
+    assert taken.code == 2 and "exists already" in taken.err
+
+
+def test_a_roofline_says_what_it_is_made_of_and_gives_the_pool(twinserve, trace, tmp_path):
+    result = twinserve("sim", trace, "--latency", "roofline:llama-3-8b@h100:tp=2", "--out", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    assert "latency: roofline of llama-3-8b on 2 x H100, measured" in result.err
+    assert "num_gpu_blocks" in result.err and "a pool without end" not in result.err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["num_gpu_blocks"] > 50_000
+    assert run["facts"]["latency"]["about"]["device"]["basis"] == "measured"
+    datasheet = twinserve("sim", trace, "--latency", "roofline:smollm2-135m@l4", "--num-gpu-blocks", 500)
+    assert "datasheet" in datasheet.err and "num_gpu_blocks" not in datasheet.err
+
+
+def test_a_model_that_its_device_cannot_hold_is_refused(twinserve, trace):
+    result = twinserve("sim", trace, "--latency", "roofline:llama-3-70b@rtx4090")
+    assert result.code == 2 and "leaves no room for KV" in result.err and len(result.err.splitlines()) == 1

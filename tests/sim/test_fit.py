@@ -6,7 +6,7 @@ import random
 import pytest
 
 from twinserve.sim.fit import FittedLatency, StepSample, choose_knots, fit, ramps
-from twinserve.sim.latency import RecordedLatency, StepFeatures
+from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
 from twinserve.traces.errors import InputError
 
 
@@ -35,7 +35,7 @@ def samples(noise: float, repeats: int = 6) -> list[StepSample]:
 def test_costs_without_noise_are_fitted_to_within_a_percent():
     model = fit(samples(0.0), {})
     for shape in (features(6, 300), features(12, 1000), features(3, 64)):
-        host, device = model.step_cost(shape)
+        host, device, _ = model.step_cost(shape)
         assert host == pytest.approx(true_cost(shape)[0], rel=0.01)
         assert device == pytest.approx(true_cost(shape)[1], rel=0.01)
 
@@ -130,3 +130,31 @@ def test_recorded_costs_include_the_host_work_after_a_step_but_no_idling():
 def test_recorded_costs_one_step_ahead_let_the_next_decision_come_before_the_end():
     latency = RecordedLatency([step_row(0, 2, 12), step_row(3, 12, 22), step_row(13, 22, 32)])
     assert [latency.step_cost(StepFeatures(i, 1, 0, 1, 1, 1, 1)) for i in range(2)] == [(2, 10), (9, 10)]
+
+
+def test_the_sum_of_what_is_fitted_is_that_of_what_was_measured_however_uneven_it_is():
+    rng = random.Random(4)
+    uneven = [StepSample(features(n, 50 + n % 7, 40 + n), rng.choice([14, 30]) * 10**6, 10**6) for n in range(1, 200)]
+    steady = [StepSample(features(n, 64), 10**6, 10**6) for n in range(1, 9)]
+    model = fit(uneven + steady, {})
+    measured = sum(sample.host_ns for sample in uneven)
+    assert sum(model.step_cost(sample.features).host_ns for sample in uneven) == pytest.approx(measured, rel=0.02)
+    assert abs(model.data["residuals"]["prompt"]["host"]["total"]) < 0.03
+
+
+def test_steps_beyond_the_captured_graphs_are_a_regime_of_their_own():
+    small = [StepSample(features(n, 64, p), 2 * 10**6, 10**6, 0) for n in (1, 2, 4) for p in (0, 8, 16)]
+    large = [StepSample(features(n, 64, 100), 20 * 10**6, 10**6, 15 * 10**6) for n in (1, 2, 4)]
+    model = fit(small + large, {}, captured_tokens=32)
+    assert model.step_cost(features(3, 64, 16))[0] == pytest.approx(2 * 10**6, rel=0.01)
+    assert model.step_cost(features(3, 64, 28))[0] == pytest.approx(2 * 10**6, rel=0.01)
+    host, _, lead = model.step_cost(features(3, 64, 30))
+    assert (host, lead) == (pytest.approx(20 * 10**6, rel=0.01), pytest.approx(15 * 10**6, rel=0.01))
+    with pytest.raises(ValueError, match="knows no steps beyond captured graphs"):
+        fit(small, {}).with_captured_tokens(16)
+
+
+def test_scaled_costs_are_another_models_times_a_factor():
+    model = fit(samples(0.0), {})
+    host, device, lead = model.step_cost(features(4, 64))
+    assert ScaledLatency(model, 1.5).step_cost(features(4, 64)) == (round(1.5 * host), round(1.5 * device), lead)

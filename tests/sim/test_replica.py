@@ -3,7 +3,7 @@
 import pytest
 
 from twinserve.policies import CoreListener
-from twinserve.sim.latency import StepFeatures
+from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.settings import Settings
@@ -14,10 +14,12 @@ MS = 1_000_000
 class Fixed:
     """Every step costs the same."""
 
-    def __init__(self, host_ms: int, device_ms: int):
-        self.cost = host_ms * MS, device_ms * MS
+    def __init__(self, host_ms: int, device_ms: int, lead_ms: int = 0):
+        self.cost = StepCost(host_ms * MS, device_ms * MS, lead_ms * MS)
+        self.arrived: list[int] = []
 
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        self.arrived.append(features.arrived)
         return self.cost
 
 
@@ -29,6 +31,7 @@ class Journal(CoreListener):
         self.seen: list[int] = []
         self.batches: list = []
         self.ended: dict = {}
+        self.arrived: list[int] = []
 
     def ingested(self, seq, number):
         pass
@@ -59,10 +62,12 @@ def request(number: int, at_ms: int, prompt: int = 8, max_tokens: int = 3, **mor
     return Request(number, at_ms * MS, more.pop("parts", (Part(number, 0, prompt),)), max_tokens, **more)
 
 
-def run(requests: list[Request], host_ms: int, device_ms: int, **settings) -> Journal:
+def run(requests: list[Request], host_ms: int, device_ms: int, *, lead_ms: int = 0, **settings) -> Journal:
     journal = Journal()
     core = Settings.load({"num_gpu_blocks": 64, **settings}).build_core(listener=journal)
-    simulate(requests, core, Fixed(host_ms, device_ms))
+    latency = Fixed(host_ms, device_ms, lead_ms)
+    simulate(requests, core, latency)
+    journal.arrived = latency.arrived
     return journal
 
 
@@ -80,6 +85,18 @@ def test_one_step_ahead_host_work_hides_behind_the_device():
 def test_one_step_ahead_a_host_slower_than_the_device_sets_the_pace():
     journal = run([request(0, 0)], host_ms=10, device_ms=2, pipeline_depth=1)
     assert journal.steps[:3] == [(0, 10, 12), (10, 20, 22), (20, 30, 32)]
+
+
+def test_a_device_that_works_during_the_launch_begins_before_its_end_and_ends_no_sooner():
+    assert run([request(0, 0)], host_ms=10, device_ms=15, lead_ms=8).steps[:2] == [(0, 2, 17), (17, 19, 34)]
+    assert run([request(0, 0)], host_ms=10, device_ms=3, lead_ms=8).steps[:2] == [(0, 2, 10), (10, 12, 20)]
+    ahead = run([request(0, 0)], host_ms=10, device_ms=15, lead_ms=8, pipeline_depth=1)
+    assert ahead.steps[:3] == [(0, 2, 17), (10, 17, 32), (20, 32, 47)]
+
+
+def test_a_steps_features_count_what_came_in_since_the_decision_before():
+    journal = run([request(0, 0), request(1, 5), request(2, 6), request(3, 11)], host_ms=2, device_ms=10)
+    assert journal.arrived[:3] == [1, 3, 0]
 
 
 def test_a_request_that_arrives_during_a_step_is_seen_by_the_next_decision():

@@ -17,7 +17,7 @@ from twinserve.traces.request import Part, Request
 from twinserve.traces.settings import Settings
 
 SCHEMA = json.loads((Path(twinserve.traces.__file__).parent / "record.schema.json").read_text())
-DECISIONS = SCHEMA["$defs"]["step"]["properties"].keys() - set(SCHEMA["$defs"]["step"]["required"])
+DECISIONS = SCHEMA["$defs"]["step"]["properties"].keys() - set(SCHEMA["$defs"]["step"]["required"]) - {"digest"}
 
 
 def recorder(path: Path, world="sim") -> RunRecorder:

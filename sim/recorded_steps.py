@@ -1,0 +1,165 @@
+"""Measured steps from run records: what each cost the host and the device, as far as a record shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from twinserve.sim.fit import FittedLatency, StepSample, fit, regime_of
+from twinserve.sim.latency import RecordedLatency, StepFeatures
+from twinserve.traces.errors import InputError
+from twinserve.traces.record import RunRecord
+
+SEEN_NS = 150_000
+"""A result that is ready so much later than the next launch was waited for; another may have been there before."""
+
+AFTER_LAUNCH_NS = 600_000
+"""A step launched kernel by kernel that ends sooner after its launch may have been held up by the launch."""
+
+LATE = 1.5
+"""A step that took so many times longer than the model says was held up by something else than its work."""
+
+ROUNDS = 5
+
+
+def features_of(row: dict[str, Any], before: dict[str, Any] | None) -> StepFeatures:
+    """The features of a recorded step, `before` being the row of the decision before it."""
+    if row["usual"]:
+        seqs = row["running"] - sum(not entry[1] for entry in row["rows"])
+    else:
+        seqs = len(row["admitted"]) + sum(bool(entry[1]) for entry in row["rows"])
+    return StepFeatures(
+        row["decision"],
+        seqs,
+        row["prompt_tokens"],
+        row["decode_tokens"],
+        row["kv_tokens"],
+        row["attention_pairs"],
+        row["sampled"],
+        row["seen"] - (before["seen"] if before else 0),
+        len(row["left"]),
+    )
+
+
+def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatency:
+    """A latency model from the steps of runs of one engine on one device.
+
+    Raises:
+        InputError: a record is a simulation's, or does not show what its steps cost (see `_Run`).
+    """
+    captured = {record.run["facts"].get("captured_tokens") for record in records}
+    if len(captured) != 1:
+        raise InputError("expected runs of one engine", field="captured_tokens", value=sorted(captured, key=str))
+    captured_tokens = captured.pop()
+    runs = [_Run(record, captured_tokens) for record in records]
+    model: FittedLatency | None = None
+    for rounds_left in reversed(range(ROUNDS if any(run.is_ahead for run in runs) else 1)):
+        tail = 0 if model is None else _captured_lead([ns for run in runs for ns in run.lead_bounds(model)])
+        samples = [sample for run in runs for sample in run.samples(model, tail)]
+        try:
+            model = fit(samples, about, captured_tokens, holds_out=not rounds_left)
+        except ValueError as error:
+            raise InputError(f"{error}; a fit needs runs with more of them") from error
+    assert model is not None
+    return model.with_drift(samples)
+
+
+def _captured_lead(bounds: list[int]) -> int:
+    """Nearly the greatest of the bounds; the very greatest are the errors of single steps."""
+    return max(0, sorted(bounds)[len(bounds) * 95 // 100]) if bounds else 0
+
+
+class _Run:
+    """The steps of one run, and what can be known of each.
+
+    A record of our own engine has a step's start and end on the device, so host and device are known. In the log of
+    an engine that decides one step ahead, the host's work lies between a launch, or the result that it then waited
+    for, and the next launch. A result is seen when it is waited for: where it was ready well after the next launch,
+    the step's end is known, else it is a bound. A step launched kernel by kernel is computed while it is launched, so
+    it starts when the launch has begun or the step before has ended; what a captured launch takes is preparation.
+    """
+
+    def __init__(self, record: RunRecord, captured_tokens: int | None):
+        if record.run["world"] != "real":
+            raise InputError("expected the record of a real run, whose steps were measured", path=record.path)
+        self._captured_tokens = captured_tokens
+        steps = record.steps
+        if not steps or any("running" not in row for row in steps):
+            raise InputError("expected steps with their decisions", path=record.path)
+        self._steps = steps
+        self._features = [features_of(row, before) for row, before in zip(steps, [None, *steps[:-1]], strict=True)]
+        foreign = record.run["facts"].get("source") is not None
+        self.is_ahead = foreign and record.run["settings"]["pipeline_depth"] == 1
+        if self.is_ahead and any(row["launched_ns"] is None for row in steps):
+            raise InputError(
+                "the ends of its launches were not recorded, so host and device cannot be told apart", path=record.path
+            )
+        if foreign and not self.is_ahead:
+            raise InputError("its launches are not recorded, so host and device cannot be told apart", path=record.path)
+
+    def samples(self, model: FittedLatency | None, captured_lead_ns: int) -> Iterable[StepSample]:
+        """What is known of each step; `model`, if there is one, tells how long steps ran whose end was not seen."""
+        if not self.is_ahead:
+            recorded = RecordedLatency(self._steps)
+            return [StepSample(f, *recorded.step_cost(f)) for f in self._features if f.seqs]
+        return self._ahead(model, captured_lead_ns)
+
+    def _ahead(self, model: FittedLatency | None, tail: int) -> Iterable[StepSample]:
+        steps, features = self._steps, self._features
+        captured = [
+            row["launched_ns"] - row["schedule_end_ns"]
+            for row, f in zip(steps, features, strict=True)
+            if f.seqs and regime_of(f, self._captured_tokens) == "decode"
+        ]
+        preparation = max(0, sum(captured) // max(1, len(captured)) - tail)
+        device_free = 0
+        for number, (row, f) in enumerate(zip(steps, features, strict=True)):
+            launched, ready = row["launched_ns"], row["output_ready_ns"]
+            regime = regime_of(f, self._captured_tokens)
+            launch = launched - row["schedule_end_ns"]
+            lead = tail if regime == "decode" else max(0, launch - preparation)
+            following = steps[number + 1]["launched_ns"] if number + 1 < len(steps) else ready
+            is_seen = ready - following > SEEN_NS and (regime == "decode" or ready - launched > AFTER_LAUNCH_NS)
+            start = max(launched - lead, device_free)
+            device: int | None = ready - start
+            modelled = None if model is None or not f.seqs else model.step_cost(f).device_ns
+            if is_seen:
+                device_free = ready
+                if modelled is not None and ready - start > LATE * modelled:
+                    device = None
+            else:
+                expected = launched if modelled is None else max(launched, start + modelled)
+                if modelled is None or expected <= ready:
+                    device = None
+                device_free = min(ready, expected)
+            if f.seqs:
+                yield StepSample(f, self._host_ns(number), device, lead, launch)
+
+    def lead_bounds(self, model: FittedLatency) -> Iterable[int]:
+        """How long before the end of its launch a captured decode step was on the device, at the least.
+
+        Where its result was waited for and that of the step before was not, the step began when its launch let it, or a
+        little later, when the step before had ended.
+        """
+        if not self.is_ahead:
+            return
+        was_seen = True
+        for f, row, following in zip(self._features, self._steps, self._steps[1:], strict=False):
+            is_seen = row["output_ready_ns"] - following["launched_ns"] > SEEN_NS
+            if f.seqs and is_seen and not was_seen and regime_of(f, self._captured_tokens) == "decode":
+                yield model.step_cost(f).device_ns - (row["output_ready_ns"] - row["launched_ns"])
+            was_seen = is_seen
+
+    def _host_ns(self, number: int) -> int | None:
+        """From the launch before, or the result then waited for, to the launch; None if there was nothing to do."""
+        if number < 2:
+            return None
+        row, before, result = (self._steps[number - back] for back in range(3))
+        if not (before["running"] or before["waiting"]) or row["seen"] == 0:
+            return None
+        if before["running"] == len(row["left"]) and not before["waiting"]:
+            return None
+        free = before["launched_ns"]
+        if result["output_ready_ns"] - free > SEEN_NS:
+            free = result["output_ready_ns"]
+        return row["launched_ns"] - free

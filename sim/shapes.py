@@ -1,0 +1,109 @@
+"""Model shapes: what a decoder-only transformer reads, computes and keeps for each token, from its configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from twinserve.traces.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder with grouped-query attention and a gated feed-forward network.
+
+    Attributes:
+        tied: the output projection is the embedding, so it is stored once.
+        bytes_per_value: of a weight and of a key's or value's element; 2 for bfloat16.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool = False
+    bytes_per_value: int = 2
+
+    @property
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a layer's projections: QKV, output, gate and up, down."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return [(hidden, heads + 2 * kv_heads), (heads, hidden), (hidden, 2 * inner), (inner, hidden)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of projections and embeddings; norms are left out."""
+        layer = sum(inputs * outputs for inputs, outputs in self.layer_matrices)
+        return self.num_layers * layer + self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a token's keys and values take in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sizes by name."""
+        return asdict(self)
+
+    @classmethod
+    def load(cls, path: Path) -> ModelShape:
+        """The shape that a Hugging Face config.json, or the folder that holds one, describes.
+
+        Raises:
+            InputError: it cannot be read, or lacks a size.
+        """
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_text())
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", path=path) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"expected JSON: {error}", path=path) from error
+        if not isinstance(config, dict):
+            raise InputError("expected a JSON object", path=path)
+        experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)]
+        if experts:
+            raise InputError("expected none: mixtures of experts are not supported", path=path, field=experts[0])
+        sizes: dict[str, int] = {}
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = config.get(field)
+            if type(value) is not int or value < 1:
+                raise InputError("expected an integer >= 1", path=path, field=field, value=value)
+            sizes[field] = value
+        heads = sizes["num_attention_heads"]
+        return cls(
+            path.parent.name or path.stem,
+            sizes["vocab_size"],
+            sizes["hidden_size"],
+            sizes["intermediate_size"],
+            sizes["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or sizes["hidden_size"] // heads,
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        ModelShape("llama-3-8b", 128256, 4096, 14336, 32, 32, 8, 128),
+        ModelShape("llama-3-70b", 128256, 8192, 28672, 80, 64, 8, 128),
+        ModelShape("qwen3-0.6b", 151936, 1024, 3072, 28, 16, 8, 128, tied=True),
+        ModelShape("qwen3-1.7b", 151936, 2048, 6144, 28, 16, 8, 128, tied=True),
+        ModelShape("qwen3-4b", 151936, 2560, 9728, 36, 32, 8, 128, tied=True),
+        ModelShape("qwen3-8b", 151936, 4096, 12288, 36, 32, 8, 128),
+        ModelShape("qwen3-14b", 151936, 5120, 17408, 40, 40, 8, 128),
+        ModelShape("qwen3-32b", 151936, 5120, 25600, 64, 64, 8, 128),
+        ModelShape("mistral-7b", 32768, 4096, 14336, 32, 32, 8, 128),
+        ModelShape("smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64, tied=True),
+    )
+}
+"""Common shapes, as the config.json of each model on the Hugging Face hub has them (Mistral 7B: v0.3)."""

@@ -1,0 +1,54 @@
+"""The page about vLLM says what its results file says, and the file what was promised."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "fidelity-vllm.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("fidelity_vllm", ROOT / "benchmarks" / "fidelity_vllm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_written_from_the_results(script):
+    assert (ROOT / "docs" / "fidelity-vllm.md").read_text() == script.page(RESULTS)
+
+
+def test_every_decision_of_every_run_was_made_again():
+    assert len(RESULTS["runs"]) == 17
+    assert all(run["replay"]["exact"] for run in RESULTS["runs"].values())
+
+
+def test_a_window_served_five_times_is_predicted_within_their_spread(script):
+    repeats = [RESULTS["runs"][name]["real"] for name in script.REPEATS]
+    sim = RESULTS["runs"][script.REPEATS[0]]["sim"]
+    for latency in script.LATENCIES:
+        for statistic in script.STATISTICS:
+            values = [repeat[latency][statistic] for repeat in repeats]
+            assert min(values) <= sim[latency][statistic] <= max(values), (latency, statistic)
+
+
+def test_the_windows_that_the_fit_is_from_were_not_fitted_on_what_is_predicted(script):
+    assert set(RESULTS["fitted_on"]) == {"profile-launch", "azure-0.80-launch"}
+
+
+@pytest.mark.parametrize(("factor", "bias"), [(1.1, -1 / 11), (1 / 1.1, 0.1)])
+def test_the_equivalent_bias_is_the_factor_that_explains_the_error(script, monkeypatch, factor, bias):
+    monkeypatch.setattr(script, "simulated", lambda record, latency: {"seconds": 5.0 * latency._factor})
+    found = script.equivalent_bias(
+        None, None, {1.0: {"seconds": 5.0}}, lambda values: values["seconds"], {"seconds": 5.0 * factor}
+    )
+    assert found == pytest.approx(bias, abs=0.004)
+
+
+def test_an_error_that_no_factor_in_reach_explains_has_no_bias(script, monkeypatch):
+    monkeypatch.setattr(script, "simulated", lambda record, latency: {"seconds": 5.0 * latency._factor})
+    assert script.equivalent_bias(None, None, {1.0: {"seconds": 5.0}}, lambda v: v["seconds"], {"seconds": 9.0}) is None

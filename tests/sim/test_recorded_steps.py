@@ -1,0 +1,129 @@
+"""Latency models fitted from recorded runs: known costs are found again, and what cannot be known is not guessed."""
+
+import random
+
+import pytest
+from vllm_log import CAPTURED, US, write_log
+
+from twinserve.sim.fit import regime_of
+from twinserve.sim.latency import StepFeatures
+from twinserve.sim.recorded_steps import features_of, fit_records
+from twinserve.traces.errors import InputError
+from twinserve.traces.request import Part, Request
+from twinserve.traces.vllm_records import load_run
+
+MS = 1_000_000
+SETTINGS = {"max_num_seqs": 48, "max_num_batched_tokens": 512, "max_model_len": 512, "num_gpu_blocks": 2000}
+LEAD = 300 * US
+
+
+def requests(count: int = 400) -> list[Request]:
+    rng = random.Random(1)
+    at, made = 0, []
+    for number in range(count):
+        at += round(rng.expovariate(1.0) * 12 * MS)
+        made.append(Request(number, at, (Part(number, 0, rng.choice([6, 20, 40, 150, 400])),), rng.randint(2, 60)))
+    return made
+
+
+def cost(features: StepFeatures) -> tuple[int, int, int, int]:
+    """Bookkeeping, launch, device and lead, in nanoseconds."""
+    bookkeeping = 50 * US + 20 * US * features.seqs + 30 * US * features.arrived + 40 * US * features.left
+    regime = regime_of(features, CAPTURED)
+    launch = {"decode": 800 * US, "prompt": 2000 * US, "eager": 5000 * US}[regime]
+    device = 1200 * US + 600 * features.kv_tokens + 8 * US * features.tokens
+    lead = {"decode": LEAD, "prompt": 1500 * US, "eager": 4500 * US}[regime]
+    return bookkeeping, launch, device, lead
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log") / "run"
+    return load_run(write_log(folder, requests(), SETTINGS | {"pipeline_depth": 1}, cost=cost))
+
+
+@pytest.fixture(scope="module")
+def model(record):
+    return fit_records([record], {})
+
+
+def recorded_features(record, regime: str) -> list[StepFeatures]:
+    rows = zip(record.steps, [None, *record.steps[:-1]], strict=True)
+    features = [features_of(row, before) for row, before in rows]
+    return [f for f in features if f.seqs and regime_of(f, CAPTURED) == regime]
+
+
+@pytest.mark.parametrize("regime", ["decode", "prompt", "eager"])
+def test_host_costs_are_found_again_in_each_regime(record, model, regime):
+    steps = recorded_features(record, regime)
+    assert len(steps) > 30
+    for features in steps[:: len(steps) // 20]:
+        bookkeeping, launch, *_ = cost(features)
+        assert model.step_cost(features).host_ns == pytest.approx(bookkeeping + launch, rel=0.06)
+
+
+def test_device_costs_are_found_again_where_results_were_waited_for(record, model):
+    steps = [f for f in recorded_features(record, "decode") if f.kv_tokens > 1500]
+    assert len(steps) > 100
+    for features in steps[:: len(steps) // 20]:
+        assert model.step_cost(features).device_ns == pytest.approx(cost(features)[2], rel=0.05)
+
+
+def test_the_lead_of_a_captured_step_is_found_again(record, model):
+    (features, *_) = recorded_features(record, "decode")
+    assert model.step_cost(features).lead_ns == pytest.approx(LEAD, rel=0.25)
+
+
+def test_a_host_that_drifts_is_followed_in_its_levels(tmp_path):
+    def drifting(features: StepFeatures) -> tuple[int, int, int, int]:
+        factor = 1.5 if features.decision // 320 % 2 else 1.0
+        bookkeeping, launch, device, lead = cost(features)
+        return round(bookkeeping * factor), round(launch * factor), device, round(lead * factor)
+
+    log = write_log(tmp_path / "log", requests(), SETTINGS | {"pipeline_depth": 1}, cost=drifting)
+    levels = fit_records([load_run(log)], {}).data["drift"]
+    fast, slow = levels[2:9], levels[12:19]
+    assert max(fast) < 0.9 < 1.1 < min(slow)
+
+
+def test_a_run_without_drift_has_levels_of_one(model):
+    assert model.data["drift"]
+    assert all(level == pytest.approx(1.0, abs=0.1) for level in model.data["drift"])
+
+
+def test_the_largest_captured_graph_of_other_settings_moves_the_limit(model, record):
+    features = next(f for f in recorded_features(record, "prompt") if f.tokens > 32)
+    smaller = model.with_captured_tokens(32)
+    assert smaller.step_cost(features).host_ns > model.step_cost(features).host_ns + 2 * MS
+    assert smaller.identity != model.identity
+
+
+def test_the_features_of_a_row_are_those_of_its_batch(tmp_path):
+    seen: list[StepFeatures] = []
+
+    def noting(features: StepFeatures) -> tuple[int, int, int, int]:
+        seen.append(features)
+        return cost(features)
+
+    log = write_log(tmp_path / "log", requests(60), SETTINGS | {"num_gpu_blocks": 60}, cost=noting)
+    rows = load_run(log).steps
+    assert sum(len(row["preempted"]) for row in rows) > 0
+    told = [features_of(row, before) for row, before in zip(rows, [None, *rows[:-1]], strict=True)]
+    assert [features for features in told if features.seqs] == seen
+
+
+def test_launches_that_were_not_recorded_are_not_guessed(tmp_path, record):
+    log = write_log(tmp_path / "log", requests(20), SETTINGS | {"pipeline_depth": 0}, cost=cost)
+    with pytest.raises(InputError, match="host and device cannot be told apart"):
+        fit_records([load_run(log)], {})
+    for row in (steps := [dict(row) for row in record.steps]):
+        row["launched_ns"] = None
+    untold = type(record)(record.path, record.run, record.requests, steps, {})
+    with pytest.raises(InputError, match="host and device cannot be told apart"):
+        fit_records([untold], {})
+
+
+def test_a_simulation_is_no_measurement(record):
+    simulated = type(record)(record.path, record.run | {"world": "sim"}, record.requests, record.steps, {})
+    with pytest.raises(InputError, match="expected the record of a real run"):
+        fit_records([simulated], {})

@@ -154,6 +154,7 @@ def repeat(scheduler: Scheduler, batch: Batch, num_steps: int) -> list[list[tupl
         if decodes:
             group.plan()
         grown.append(again.grown)
+    assert group.known < group.next_end(), f"{num_steps} steps go on past the end at {group.next_end()}: {group.known}"
     ahead = len(scheduler.in_flight) - 1
     used_blocks = len(scheduler.block_manager.used_block_ids)
     scheduler.in_flight.clear()

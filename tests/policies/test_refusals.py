@@ -1,0 +1,93 @@
+"""What the policies refuse, in words that say what came and what was expected; nothing has changed after it."""
+
+from __future__ import annotations
+
+import pytest
+
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.policies.block_manager import NoFreeBlocksError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
+        ({"temperature": float("nan")}, "temperature is nan, expected a number >= 0"),
+        ({"max_tokens": 0}, "max_tokens is 0, expected an integer >= 1"),
+        ({"top_k": -1}, "top_k is -1, expected an integer >= 0"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected a number in"),
+        ({"top_p": 1.5}, "top_p is 1.5, expected a number in"),
+    ],
+)
+def test_sampling_that_means_nothing(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**values)
+
+
+def test_a_sequence_of_which_neither_tokens_nor_prefixes_are_known():
+    with pytest.raises(ValueError, match="needs num_prompt_tokens and prefix_key"):
+        Sequence(None, num_prompt_tokens=3)
+
+
+def test_a_token_without_an_id_where_there_are_ids():
+    seq = Sequence([1, 2], seq_id=7)
+    with pytest.raises(ValueError, match="sequence 7 has token ids"):
+        seq.append_token(None)
+    assert seq.num_tokens == 2 and list(seq.token_ids) == [1, 2]
+
+
+def test_a_pipeline_deeper_than_one_step():
+    with pytest.raises(ValueError, match="pipeline_depth is 2, expected 0 or 1"):
+        Core(Scheduler(BlockManager(4, 4)), pipeline_depth=2)
+
+
+def test_a_block_that_is_stored_already():
+    cache = PrefixCache()
+    cache.store([1, 2], 5)
+    with pytest.raises(ValueError, match="block 5 is stored already"):
+        cache.store([3, 4], 5)
+    assert cache.lookup([1, 2, 3], 2) == ([5], 2)
+
+
+def test_more_blocks_than_are_free():
+    manager = BlockManager(3, 2)
+    seq, other = Sequence([1, 2, 3]), Sequence([1])
+    manager.admit(seq, [], 3)
+    manager.admit(other, [], 1)
+    seq.num_computed_tokens = 3
+    assert manager.extend(seq, 1) == []
+    for extend in (lambda: manager.extend(seq, 2), lambda: manager.extend_each([other])):
+        with pytest.raises(NoFreeBlocksError, match="0 are free"):
+            extend()
+    assert len(seq.block_table) == 2 and len(other.block_table) == 1
+    manager.check_integrity()
+
+
+def test_an_admission_rule_that_lets_nobody_in():
+    class Closed:
+        def lacks(self, *_):
+            return 1
+
+    core = Core(Scheduler(BlockManager(4, 4), admission=Closed()))
+    core.ingest(Sequence([1, 2], SamplingParams(max_tokens=2)), 0)
+    with pytest.raises(RuntimeError, match="nothing can be scheduled: 1 waiting, none running"):
+        core.decide(0)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_more_repetitions_than_there_are(at_once):
+    core = Core(Scheduler(BlockManager(64, 4), composition="mixed"))
+    core.ingest(Sequence(None, SamplingParams(max_tokens=5), num_prompt_tokens=3, prefix_key=lambda end: end), 0)
+    core.decide(0)
+    core.commit(None, 1)
+    steps = core.horizon(core.decide(1), 100)
+    assert steps == 4
+    spans = [(2 + step, 2 + step, 3 + step) for step in range(steps)]
+    if at_once:
+        with pytest.raises(AssertionError, match="3 steps go on past the end"):
+            core.advance(spans)
+    else:
+        for span in spans[:-1]:
+            core.advance([span])
+        with pytest.raises(RuntimeError, match="decision 5 does not repeat decision 4: .* is too far"):
+            core.advance(spans[-1:])

@@ -229,6 +229,15 @@ class BlockManager:
         is_hit = self.prefix_cache is not None and index < (seq.num_tokens - 1) // self.block_size
         return seq.block_hashes[index] if is_hit else None
 
+    def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
+        """The hashes of the blocks that end with so many tokens of a sequence without token ids.
+
+        The key of a prefix tells it from every other, so that no content has to be compared.
+        """
+        assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
+        mask = self.prefix_cache.root(seq.salt)[0] if seq.salt else 0
+        return [seq.prefix_key(end) ^ mask for end in ends]
+
     def may_hit(self, block_hash: int | None) -> bool:
         """Does the cache hold a block with this hash?"""
         return self.prefix_cache is not None and block_hash in self.prefix_cache.hash_to_block_id
@@ -345,16 +354,12 @@ class BlockManager:
         if first >= num_blocks:
             return
         assert cache is not None
-        previous = cache.root(seq.salt)[0]
         if seq.prefix_key is not None:
-            # The key of a prefix tells it from every other, so that no content has to be compared.
-            mask = previous if seq.salt else 0
-            hashes += [seq.prefix_key(end) ^ mask for end in range((first + 1) * size, num_blocks * size + 1, size)]
+            hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return
         packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
-        if hashes:
-            previous = hashes[-1]
+        previous = hashes[-1] if hashes else cache.root(seq.salt)[0]
         for begin in range(0, len(packed), 4 * size):
             content = packed[begin : begin + 4 * size]
             previous = cache.block_hash(content, previous)

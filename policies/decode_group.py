@@ -128,8 +128,7 @@ class DecodeGroup:
         self._members[member] = None
         self._sum_of_bases += member.base
         self._begins.setdefault(-member.base % self._block_size, {})[member] = None
-        if member.end != math.inf:
-            self._ends.setdefault(member.end, {})[member] = None
+        self._ends.setdefault(member.end, {})[member] = None
         if member.order < self.last_order:
             self._sort(member)
         else:
@@ -146,11 +145,10 @@ class DecodeGroup:
         del self._members[member]
         self._sum_of_bases -= member.base
         del self._begins[-member.base % self._block_size][member]
-        ending = self._ends.get(member.end)
-        if ending is not None:
-            ending.pop(member, None)
-            if not ending:
-                del self._ends[member.end]
+        ending = self._ends[member.end]
+        del ending[member]
+        if not ending:
+            del self._ends[member.end]
         self._count(seq, -1)
         if not self._members:
             self.last_order = -1
@@ -352,8 +350,7 @@ class DecodeGroup:
         self._members = dict.fromkeys(sorted(self._members, key=_by_order))
         phase = -member.base % self._block_size
         self._begins[phase] = dict.fromkeys(sorted(self._begins[phase], key=_by_order))
-        if member.end != math.inf:
-            self._ends[member.end] = dict.fromkeys(sorted(self._ends[member.end], key=_by_order))
+        self._ends[member.end] = dict.fromkeys(sorted(self._ends[member.end], key=_by_order))
         self._renumber()
 
     def _give_slot(self, member: Member) -> None:
@@ -394,8 +391,7 @@ class DecodeGroup:
             begins = self._begins.get(-member.base % self._block_size, {})
             assert member in begins, f"{member.seq} is in no bucket of its block's beginning"
             assert member.end > self.known, f"{member.seq} has ended at {member.end}, {self.known} is known"
-            ends = member.end == math.inf or member in self._ends[member.end]
-            assert ends, f"{member.seq} is in no bucket of its end"
+            assert member in self._ends[member.end], f"{member.seq} is in no bucket of its end"
             full = (member.base + self.registered) // self._block_size
             registered = member.seq.num_registered_blocks
             right = full <= registered <= full + 1 if self.registers else not registered

@@ -106,24 +106,18 @@ def _steps_until_admission(scheduler: Scheduler, batch: Batch, steps: int) -> in
     refusal = scheduler.refusal
     if refusal is None or refusal.last_hash is None:
         return steps
-    end = refusal.num_hits * scheduler.block_manager.block_size
+    manager = scheduler.block_manager
+    end = refusal.num_hits * manager.block_size
+    ends = range(end, end + 1)
     advances = {row.seq: row.num_tokens for row in batch.explicit}
     if batch.num_members:
         advances |= dict.fromkeys((member.seq for member in batch.members), 1)
     for seq, num_tokens in advances.items():
-        if seq.num_registered_blocks < refusal.num_hits and _hash_at(scheduler, seq, end) == refusal.last_hash:
+        if seq.num_registered_blocks < refusal.num_hits and manager.prefix_keys(seq, ends) == [refusal.last_hash]:
             # Where a step has room for prompts, the head is looked at once the block is registered, else before.
             until = math.ceil((end - seq.num_computed_tokens) / num_tokens) + bool(decodes_only)
             steps = min(steps, max(1, until))
     return steps
-
-
-def _hash_at(scheduler: Scheduler, seq: Sequence, end: int) -> int | None:
-    """The hash of the block of a sequence without token ids that ends with `end` tokens."""
-    cache = scheduler.block_manager.prefix_cache
-    if cache is None or seq.prefix_key is None:
-        return None
-    return seq.prefix_key(end) ^ (cache.root(seq.salt)[0] if seq.salt else 0)
 
 
 def repeat(scheduler: Scheduler, batch: Batch, num_steps: int) -> list[list[tuple[Sequence, list[int]]]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinserve.traces.errors import InputError
+from twinserve.traces.user_cache import cache_folder
 
 _TIMEOUT_S = 30
 
@@ -67,7 +68,7 @@ def fetch(name: str, mirror: str | None = None) -> Path:
     trace = PUBLIC_TRACES[name]
     if mirror is not None and not mirror.startswith(("http://", "https://")):
         raise InputError("expected a URL that begins with http:// or https://", field="mirror", value=mirror)
-    path = _cache() / trace.file
+    path = cache_folder("traces") / trace.file
     try:
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == trace.sha256:
             return path
@@ -100,12 +101,3 @@ def _download(url: str, sha256: str) -> bytes:
     if found != sha256:
         raise InputError(f"expected sha256 {sha256}, the {len(content)} bytes have {found}", path=url)
     return content
-
-
-def _cache() -> Path:
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # The XDG specification has relative paths ignored.
-        return (named if named.is_absolute() else Path.home() / ".cache") / "twinserve" / "traces"
-    except RuntimeError as error:
-        raise InputError("expected a home folder, or a folder named by XDG_CACHE_HOME") from error

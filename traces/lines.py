@@ -213,3 +213,21 @@ def json_lines(lines: list[str], path: Path, first: int = 1) -> Iterator[Line]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def json_file(path: Path) -> Any:
+    """The value that a file of JSON says, packed with gzip or not.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    return json_value("\n".join(text_lines(read_content(path), path)), path)
+
+
+def json_lines_file(path: Path) -> Iterator[Line]:
+    """Each line of a file as a JSON object, packed with gzip or not.
+
+    Raises:
+        InputError: it cannot be read, or a line is no JSON object.
+    """
+    return json_lines(text_lines(read_content(path), path), path)

@@ -16,10 +16,8 @@ from typing import Any, Literal
 from twinserve.traces.errors import InputError
 from twinserve.traces.formats import azure, burstgpt, guidellm, mooncake, own, sharegpt, vidur, vllm_bench, weka
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
-from twinserve.traces.lines import Line, json_lines, json_value, read_content, text_lines
+from twinserve.traces.lines import Line, json_value, read_content, text_lines
 from twinserve.traces.request import Request
-
-__all__ = ["Line", "Trace", "json_lines", "json_value", "read_content", "read_trace", "text_lines", "write_trace"]
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 

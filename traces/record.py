@@ -19,8 +19,8 @@ from typing import Any, Literal
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Repeat
 from twinserve.traces.errors import InputError
+from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import STEP_FIELDS, summarize
-from twinserve.traces.readers import Line, json_lines, json_value, read_content, text_lines
 from twinserve.traces.request import Request
 
 SCHEMA = "twinserve-run/1"
@@ -388,7 +388,7 @@ def load_record(path: Path) -> RunRecord:
     run = _checked_run(path / "run.json")
     requests: list[dict[str, Any]] = []
     taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
-    for line in _lines(path / "requests.jsonl"):
+    for line in json_lines_file(path / "requests.jsonl"):
         _check_request(line)
         requests.append(line.values)
         for field, values in taken.items():
@@ -396,12 +396,12 @@ def load_record(path: Path) -> RunRecord:
             if len(values) < len(requests):
                 raise line.error("expected another one than those of the lines before", field)
     steps: list[dict[str, Any]] = []
-    for line in _lines(path / "steps.jsonl"):
+    for line in json_lines_file(path / "steps.jsonl"):
         _check_step(line, len(steps), run["facts"].get("source") is None)
         steps += single_steps(line.values)
     outputs: dict[int, list[int]] = {}
     if _has_tokens(run):
-        outputs = {line.integer("id"): line.integers("tokens") for line in _lines(path / "outputs.jsonl.gz")}
+        outputs = {line.integer("id"): line.integers("tokens") for line in json_lines_file(path / "outputs.jsonl.gz")}
         for number, row in enumerate(requests, 1):
             length = len(outputs.get(row["id"], ()))
             if row["output_tokens"] != length:
@@ -415,12 +415,8 @@ def _has_tokens(run: dict[str, Any]) -> bool:
     return run["world"] == "real" and run["facts"].get("tokens", ...) is not None
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    return json_lines(text_lines(read_content(path), path), path)
-
-
 def _checked_run(path: Path) -> dict[str, Any]:
-    value = json_value("\n".join(text_lines(read_content(path), path)), path)
+    value = json_file(path)
     if type(value) is not dict:
         raise InputError("expected a JSON object", path=path, value=value)
     if value.get("schema") != SCHEMA:

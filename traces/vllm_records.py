@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.traces.errors import InputError
+from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
 from twinserve.traces.metrics import summarize
-from twinserve.traces.readers import Line, json_lines, json_value, read_content, read_trace, text_lines
+from twinserve.traces.readers import read_trace
 from twinserve.traces.record import SCHEMA, RunRecord, load_record
 from twinserve.traces.request import Part, Request
 
@@ -61,7 +62,7 @@ def load_run(path: Path, traces: Path | None = None) -> RunRecord:
     Raises:
         InputError: it cannot be read as either.
     """
-    content = json_value("\n".join(text_lines(read_content(path / "run.json"), path / "run.json")), path / "run.json")
+    content = json_file(path / "run.json")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return read_vllm_record(path, traces)
     return load_record(path)
@@ -80,11 +81,11 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
     Raises:
         InputError: a file is missing or broken, or the run used what the policies do not have.
     """
-    run = json_value("\n".join(text_lines(read_content(path / "run.json"), path / "run.json")), path / "run.json")
+    run = json_file(path / "run.json")
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise InputError(f"expected a step log of format {FORMAT!r}", path=path / "run.json")
     try:
-        requests = [line.values for line in _packed_lines(path / "requests.jsonl.gz")]
+        requests = [line.values for line in json_lines_file(path / "requests.jsonl.gz")]
         log = _Log(run, requests, _step_rows(path / "steps.jsonl.gz"), path)
         rows = log.request_rows(_prompts(run, requests, path, traces))
         steps = log.steps
@@ -108,10 +109,6 @@ def requests_of(record: RunRecord) -> list[Request]:
         Request(row["id"], row["arrival_ns"], tuple(Part(*part) for part in row["prompt"]), row["max_tokens"])
         for row in record.requests
     ]
-
-
-def _packed_lines(path: Path) -> Iterator[Line]:
-    return json_lines(text_lines(read_content(path), path), path)
 
 
 def _step_rows(path: Path) -> Iterator[dict[str, Any]]:

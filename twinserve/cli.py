@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from twinserve.trace_cli import trace_app
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
 from twinserve.workload import TraceOptions
+
+if TYPE_CHECKING:
+    from twinserve.sim.fit import FittedLatency
 
 app = typer.Typer(
     help="The same LLM serving policies in a simulator and in a real engine.",
@@ -273,7 +276,11 @@ def profile(
         repeats=repeats,
         progress=lambda total: Bar("profile", total),
     )
-    fitted = fit_steps(llm, samples)
+    _save_latency(fit_steps(llm, samples), out, as_json)
+
+
+def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:
+    """Save a latency model, and print it or how far off it is."""
     fitted.save(out)
     if as_json:
         print(json.dumps(fitted.data))
@@ -294,14 +301,7 @@ def fit(
     from twinserve.worlds import fit_runs
 
     refuse_existing(out)
-    fitted = fit_runs(runs, traces)
-    fitted.save(out)
-    if as_json:
-        print(json.dumps(fitted.data))
-    else:
-        from twinserve.tables import residual_table
-
-        residual_table(fitted.data)
+    _save_latency(fit_runs(runs, traces), out, as_json)
 
 
 @app.command()

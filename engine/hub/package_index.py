@@ -17,6 +17,7 @@ from typing import Any
 
 from twinserve.engine.hub.convert import CONVERSION_VERSION, convert_gguf
 from twinserve.traces.errors import InputError
+from twinserve.traces.user_cache import cache_folder
 
 Progress = Callable[[str], None]
 """Told in a line what begins."""
@@ -92,13 +93,7 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
 
 def cached_folder(name: str) -> Path:
     """Where a known model lies once it was fetched."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # The XDG specification has relative paths ignored.
-        cache = named if named.is_absolute() else Path.home() / ".cache"
-    except RuntimeError as error:
-        raise InputError("expected a home folder, or a folder named by XDG_CACHE_HOME") from error
-    return cache / "twinserve" / "models" / name
+    return cache_folder("models", name)
 
 
 def is_fetched(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import pytest
 
 from twinserve.policies import Batch, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.settings import Settings
@@ -143,3 +146,29 @@ def record_run(tmp_path: Path, some_requests: list[Request]) -> Callable[..., Ru
         return Run(path, summary, dict(served.witness.token_ends))
 
     return record
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[str | bytes], Trace]:
+    """Reads a file with this content."""
+
+    def read(content: str | bytes) -> Trace:
+        path = tmp_path / "trace"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return read_trace(path)
+
+    return read
+
+
+@pytest.fixture
+def refused(read: Callable[[str | bytes], Trace]) -> Callable[[str | bytes, str], None]:
+    """Asserts that a file with this content is refused with a message of one line that goes on like `message`."""
+
+    def refused(content: str | bytes, message: str) -> None:
+        with pytest.raises(InputError) as error:
+            read(content)
+        said = str(error.value)
+        assert re.search(rf"/trace{re.escape(message)}", said), said
+        assert "\n" not in said
+
+    return refused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 
 import pytest
 
@@ -109,28 +108,6 @@ WEKA = {
 
 def json_lines(rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(content: str | bytes):
-        path = tmp_path / "trace"
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return read_trace(path)
-
-    return read
-
-
-@pytest.fixture
-def refused(read):
-    def refused(content: str, message: str) -> None:
-        with pytest.raises(InputError) as error:
-            read(content)
-        said = str(error.value)
-        assert re.search(rf"/trace{re.escape(message)}", said), said
-        assert "\n" not in said
-
-    return refused
 
 
 def lengths(trace):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
 
 import pytest
 
@@ -40,29 +39,6 @@ def changed(rows, index, **values):
     """The rows with some fields of one changed; `...` takes a field away."""
     row = {key: value for key, value in (rows[index] | values).items() if value is not ...}
     return [*rows[:index], row, *rows[index + 1 :]]
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(content: bytes):
-        path = tmp_path / "trace"
-        path.write_bytes(content)
-        return read_trace(path)
-
-    return read
-
-
-@pytest.fixture
-def refused(read):
-    def refused(content: bytes, message: str) -> None:
-        """The file is refused with a one-line message that ends like `message`."""
-        with pytest.raises(InputError) as error:
-            read(content)
-        said = str(error.value)
-        assert re.search(rf"/trace{re.escape(message)}", said), said
-        assert "\n" not in said
-
-    return refused
 
 
 # --- Azure ---

@@ -7,14 +7,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
 from twinserve.engine.device_queue import compute_on, device_name, usable_device
 from twinserve.engine.kv_cache import CUDA_BUDGET_SHARE, default_num_blocks
-from twinserve.engine.layers.choice import choose_attention
+from twinserve.engine.layers.choice import Execution, choose_attention
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, adopt_model, load_model
 from twinserve.engine.models.decoder import QUANTIZATIONS, Quantization
@@ -28,6 +28,9 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.settings import Settings
+
+if TYPE_CHECKING:
+    from twinserve.engine.graphs.graph_runner import GraphRunner
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class LLM:
         settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
             model's, `num_gpu_blocks` what fits 1 GiB (CPU) or `kv_memory_share` of the free memory (CUDA), and
             `block_size`, where it was not given, the attention backend's own: 256 with flash, else 16.
-        attention: the attention backend; "auto" takes flash where it can serve, else sdpa.
+        attention: the attention backend; "auto" takes flash where it can serve, else triton in graphs, else sdpa.
+        execution: of steps: "graphs", CUDA graphs of fused kernels, or "eager", kernel by kernel by torch; "auto" takes
+            graphs on CUDA.
         load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
             config.json, or a shape that ships (`twinserve.engine.models.dummy`); "auto" loads what there is.
         quantization: "int8" keeps the weights of linear layers and of the embedding in int8 and runs from them, while
@@ -93,7 +98,8 @@ class LLM:
         device: str = "cpu",
         dtype: str = "float32",
         settings: Settings | None = None,
-        attention: Literal["auto", "flash", "sdpa"] = "auto",
+        attention: Literal["auto", "flash", "triton", "sdpa"] = "auto",
+        execution: Execution = "auto",
         load_format: Literal["auto", "dummy"] = "auto",
         quantization: Quantization | None = None,
         kv_memory_share: float = CUDA_BUDGET_SHARE,
@@ -121,15 +127,34 @@ class LLM:
         self.token_maker = self._checked(token_maker or self._default_token_maker())
         settings = settings or Settings.load({})
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
-        self.attention = choose_attention(attention, self.config.head_dim, decoder.dtype, decoder.device, asked)
+        head_dim, dtype_in_use = self.config.head_dim, decoder.dtype
+        self.attention = choose_attention(attention, head_dim, dtype_in_use, decoder.device, asked, execution)
         self.settings = _resolve(settings, decoder, self.attention.block_size, kv_memory_share)
-        self.runner = ModelRunner(
+        self.runner = self._make_runner(decoder, seed)
+
+    def _make_runner(self, decoder: Decoder, seed: int) -> ModelRunner | GraphRunner:
+        """What runs the steps."""
+        settings = self.settings
+        assert settings.num_gpu_blocks is not None and settings.max_model_len is not None
+        if self.attention.graphs:
+            from twinserve.engine.graphs.graph_runner import GraphRunner
+
+            return GraphRunner(
+                decoder,
+                num_blocks=settings.num_gpu_blocks,
+                block_size=settings.block_size,
+                attention=cast(Literal["flash", "triton"], self.attention.name),
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=settings.max_model_len,
+                seed=seed,
+            )
+        return ModelRunner(
             decoder,
             self.tokenizer,
-            device,
-            num_blocks=self.settings.num_gpu_blocks,
-            block_size=self.settings.block_size,
-            attention=self.attention.name,
+            decoder.device,
+            num_blocks=settings.num_gpu_blocks,
+            block_size=settings.block_size,
+            attention=cast(Literal["flash", "sdpa"], self.attention.name),
             seed=seed,
         )
 
@@ -153,6 +178,7 @@ class LLM:
             "quantization": self.runner.model.quantization,
             "attention": self.attention.name,
             "attention_reason": self.attention.reason,
+            "execution": "graphs" if self.attention.graphs else "eager",
             "seed": self.seed,
             "eos_token_id": self.eos_token_id,
             "tokens": asdict(self.token_maker),
@@ -163,10 +189,12 @@ class LLM:
         self.runner.close()
 
     def warm_up(self) -> None:
-        """Serve a few requests that nobody asked for: a full step, and decodes of up to 32 sequences.
+        """Capture graphs, and serve a few requests that nobody asked for: a full step, and decodes of up to 32.
 
         On CUDA a kernel is loaded when it is first used, which takes a hundred times as long as to run it.
         """
+        if not isinstance(self.runner, ModelRunner):
+            self.runner.capture()
         settings, token = self.settings, self.token_maker.first_id
         longest = min(settings.max_num_batched_tokens, (settings.max_model_len or 2) - 1)
         counts = range(1, min(settings.max_num_seqs, 32) + 1)

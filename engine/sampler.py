@@ -59,10 +59,11 @@ def sample(
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) from `seed` and `position` alone: two rounds of splitmix64 (doi:10.1145/2660193.2660195)."""
-    return (_mixed(_mixed(seed) + position) >> 11) * 2.0**-53
+    return (mixed(mixed(seed) + position) >> 11) * 2.0**-53
 
 
-def _mixed(x: int) -> int:
+def mixed(x: int) -> int:
+    """64 bits that look random, from the low 64 of `x`: a round of splitmix64."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal, cast
 
 import torch
@@ -13,48 +14,101 @@ from twinserve.traces.errors import InputError
 
 BACKENDS: dict[str, type[AttentionBackend]] = {"flash": FlashAttention, "sdpa": SdpaAttention}
 
+AttentionName = Literal["flash", "triton", "sdpa"]
+Execution = Literal["auto", "graphs", "eager"]
+"""How steps are run: as CUDA graphs of fused kernels, or kernel by kernel by torch; "auto" takes graphs on CUDA."""
+
+TRITON_BLOCK_SIZE = 16
+
 
 @dataclass(frozen=True)
 class AttentionChoice:
     """An attention backend that can serve.
 
     Attributes:
-        name: "flash" or "sdpa".
+        name: "flash", "sdpa", or, in graphs alone, "triton": the project's own kernels.
         block_size: tokens in a block.
         reason: why it was chosen, in words.
+        graphs: steps are run as CUDA graphs.
     """
 
-    name: Literal["flash", "sdpa"]
+    name: AttentionName
     block_size: int
     reason: str
+    graphs: bool = False
 
     def make(self) -> AttentionBackend:
-        """The backend."""
+        """The backend of steps that torch runs kernel by kernel."""
         return BACKENDS[self.name]()
 
 
 def choose_attention(
-    wanted: str, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int | None = None
+    wanted: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int | None = None,
+    execution: Execution = "eager",
 ) -> AttentionChoice:
-    """The attention backend that was asked for; for "auto", flash where it can serve, else sdpa.
+    """The attention backend that was asked for; for "auto", the fastest that can serve.
 
     Args:
-        wanted: "auto", "flash" or "sdpa".
+        wanted: "auto", "flash", "triton" or "sdpa".
         block_size: tokens in a block; None leaves it to the backend.
+        execution: "triton" runs in graphs alone, "sdpa" in none.
 
     Raises:
         InputError: there is no such backend, or it cannot serve this model, device or block size.
     """
+    if wanted not in ("auto", "triton", *BACKENDS):
+        raise InputError(f"expected one of auto, triton, {', '.join(BACKENDS)}", field="attention", value=wanted)
+    if execution == "graphs" or (execution == "auto" and wanted != "sdpa" and device.type == "cuda"):
+        try:
+            return _choose_in_graphs(wanted, head_dim, dtype, device, block_size)
+        except InputError as refusal:
+            if execution == "graphs" or wanted == "triton":
+                raise
+            eager = choose_attention(wanted, head_dim, dtype, device, block_size)
+            return replace(eager, reason=f"{eager.reason}; no graphs: {refusal}")
+    if wanted == "triton":
+        raise InputError("expected graphs: triton runs in no other", field="execution", value=execution)
     if wanted == "auto":
         try:
             flash = choose_attention("flash", head_dim, dtype, device, block_size)
         except InputError as refusal:
             return replace(choose_attention("sdpa", head_dim, dtype, device, block_size), reason=str(refusal))
-        number_format = str(dtype).removeprefix("torch.")
-        return replace(flash, reason=f"the fastest for {number_format}, heads of {head_dim} and this device")
-    if wanted not in BACKENDS:
-        raise InputError(f"expected one of auto, {', '.join(BACKENDS)}", field="attention", value=wanted)
+        return replace(flash, reason=_fastest(head_dim, dtype))
     backend = BACKENDS[wanted]
     block_size = block_size or backend.default_block_size
     backend.check(head_dim, dtype, device, block_size)
-    return AttentionChoice(cast(Literal["flash", "sdpa"], wanted), block_size, "asked for")
+    return AttentionChoice(cast(AttentionName, wanted), block_size, "asked for")
+
+
+def _choose_in_graphs(
+    wanted: str, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int | None
+) -> AttentionChoice:
+    """As `choose_attention`, for steps that are graphs: flash where it can serve, else triton."""
+    if device.type != "cuda":
+        raise InputError("expected cuda: graphs run on NVIDIA GPUs", field="device", value=str(device))
+    if find_spec("triton") is None:
+        raise InputError("triton cannot be imported, expected triton >= 3.2", field="execution", value="graphs")
+    if wanted == "sdpa":
+        raise InputError("expected flash or triton: sdpa does not run in graphs", field="attention", value=wanted)
+    reason = "asked for"
+    if wanted != "triton":
+        try:
+            size = block_size or FlashAttention.default_block_size
+            FlashAttention.check(head_dim, dtype, device, size)
+            return AttentionChoice("flash", size, reason if wanted == "flash" else _fastest(head_dim, dtype), True)
+        except InputError as refusal:
+            if wanted == "flash":
+                raise
+            reason = str(refusal)
+    size = block_size or TRITON_BLOCK_SIZE
+    if size % 16:
+        raise InputError("expected a multiple of 16 for triton", field="block_size", value=size)
+    return AttentionChoice("triton", size, reason, True)
+
+
+def _fastest(head_dim: int, dtype: torch.dtype) -> str:
+    return f"the fastest for {str(dtype).removeprefix('torch.')}, heads of {head_dim} and this device"

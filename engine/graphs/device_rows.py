@@ -1,0 +1,113 @@
+"""DeviceRows: what the device keeps of each running sequence, changed by edits as the policies' deltas come."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twinserve.engine.device_queue import to_device
+from twinserve.engine.kernels.step_rows import apply_edits
+from twinserve.engine.sampler import mixed
+from twinserve.policies import Batch, Sequence
+
+
+class DeviceRows:
+    """A row on the device for each running sequence: its last token, its length, its block table, how it samples.
+
+    Steps write the tokens they sample into the rows themselves, so the host need not know a token to launch the step
+    that computes it. The host writes what a decision changes: one copy and one kernel a step, none if nothing changed.
+
+    Args:
+        num_rows: sequences that may run at once; one row more is scratch, for padding.
+        table_width: blocks of the longest context.
+        generator: draws the seeds of requests without one.
+
+    Attributes:
+        tokens, computed: [num_rows + 1], int32: the token that a row computes next, and how many came before it.
+        temperatures: [num_rows + 1], float32.
+        seeds: [num_rows + 1, 2], int32: the mixed seed's low and high half.
+        tables: [num_rows + 1, table_width], int32.
+    """
+
+    def __init__(
+        self, num_rows: int, table_width: int, num_blocks: int, device: torch.device, generator: random.Random
+    ):
+        self._device, self._generator, self._num_blocks = device, generator, num_blocks
+        rows = num_rows + 1
+        starts = np.cumsum([0, *(_aligned(size) for size in (rows, rows, rows, 2 * rows, rows * table_width))]).tolist()
+        self._state = torch.zeros(starts[-1], dtype=torch.int32, device=device)
+        views = [self._state[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+        self.tokens, self.computed = views[0][:rows], views[1][:rows]
+        self.temperatures = views[2][:rows].view(torch.float32)
+        self.seeds = views[3][: 2 * rows].view(rows, 2)
+        self.tables = views[4][: rows * table_width].view(rows, table_width)
+        self._temperatures, self._seeds, self._tables = starts[2:5]
+        self._width = table_width
+        self.scratch = num_rows
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._rows: dict[Sequence, int] = {}
+
+    def of(self, seqs: Iterable[Sequence]) -> list[int]:
+        """The rows of these sequences."""
+        rows = self._rows
+        return [rows[seq] for seq in seqs]
+
+    def changes(self, batch: Batch) -> Tensor | None:
+        """What a decision changes: who came, who went, whose block tables grew; None if nothing on the device.
+
+        The result is for `apply`, in the order of the decisions.
+
+        Raises:
+            ValueError: a block is not of the pool.
+        """
+        for seq in (*batch.left, *batch.preempted):
+            self._forget(seq)
+        edits: list[tuple[int, list[int]]] = []
+        for admitted in batch.admitted:
+            edits += self._admit(admitted.seq)
+        came = {admitted.seq for admitted in batch.admitted}
+        for seq, block_ids in batch.grown:
+            if seq not in came:
+                first = self._rows[seq] * self._width + len(seq.block_table) - len(block_ids)
+                edits.append((self._tables + first, block_ids))
+        if not edits:
+            return None
+        places = np.concatenate([np.arange(place, place + len(values)) for place, values in edits])
+        values = np.concatenate([values for _, values in edits])
+        return to_device(np.stack((places, values)).astype(np.int32), self._device)
+
+    def apply(self, changes: Tensor) -> None:
+        """Write what `changes` gave, behind the steps launched before."""
+        apply_edits(self._state, changes)
+
+    def _admit(self, seq: Sequence) -> list[tuple[int, list[int]]]:
+        """Give a sequence a row; the edits that describe it."""
+        if not self._free:
+            # A run that ended leaves its last sequences behind: no decision came after it to say that they left.
+            for other in [other for other in self._rows if other.is_finished]:
+                self._forget(other)
+        row = self._rows[seq] = self._free.pop()
+        if seq.block_table and max(seq.block_table) >= self._num_blocks:
+            raise ValueError(f"{seq} holds block {max(seq.block_table)}, but this runner has {self._num_blocks} blocks")
+        params = seq.sampling_params
+        seed = mixed(self._generator.getrandbits(64) if params.seed is None else params.seed)
+        temperature, low, high = np.array([params.temperature], np.float32).view(np.int32).tolist(), seed, seed >> 32
+        return [
+            (self._temperatures + row, temperature),
+            (self._seeds + 2 * row, np.array([low & 0xFFFFFFFF, high], np.uint32).view(np.int32).tolist()),
+            (self._tables + row * self._width, seq.block_table),
+        ]
+
+    def _forget(self, seq: Sequence) -> None:
+        row = self._rows.pop(seq, None)
+        if row is not None:
+            self._free.append(row)
+
+
+def _aligned(size: int) -> int:
+    """`size` int32 numbers, so that what comes behind them begins at 64 bytes."""
+    return -(-size // 16) * 16

@@ -1,0 +1,134 @@
+"""FusedDecoder: a Decoder's forward pass in few kernels over rows that the device describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.kernels.fused import rms_norm, rotate_and_store, silu_and_mul
+from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention
+from twinserve.engine.kernels.sampling import sample_rows
+from twinserve.engine.kernels.step_rows import gather_tables, read_rows
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.models.decoder import Decoder, DecoderLayer
+from twinserve.engine.models.rope import rotary_frequencies
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step, int32 on the device: decoding ones first, then the tokens of prompts.
+
+    Attributes:
+        decode_rows: [decodes], their device rows.
+        prompt_rows, prompt_tokens, prompt_positions: [prompt tokens]; empty in a step of decodes alone.
+        tiles: [tiles, 4], see `prefill_attention`.
+        sample_rows: [sampled], the device row of each one's sequence; scratch where none is to go on.
+        last: [sampled], places in the flat batch of the tokens after which they sample; None where all decodes do.
+    """
+
+    decode_rows: Tensor
+    prompt_rows: Tensor
+    prompt_tokens: Tensor
+    prompt_positions: Tensor
+    tiles: Tensor
+    sample_rows: Tensor
+    last: Tensor | None
+
+
+class FusedDecoder:
+    """Runs steps of a Decoder over a pool of paged KV, from the device's rows to the tokens they sample.
+
+    Args:
+        attention: of decodes: "triton", or "flash" (flash-attn). Prompts attend by Triton's kernel.
+        max_decodes: rows of the largest step.
+        max_positions: tokens of the longest context.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rows: DeviceRows,
+        *,
+        attention: Literal["triton", "flash"],
+        max_decodes: int,
+        max_positions: int,
+    ):
+        self.model, self.cache, self.rows = model, cache, rows
+        config, device = model.config, model.device
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
+        angles = torch.arange(max_positions, device=device)[:, None].float() * frequencies
+        self._rotation = angles.cos(), angles.sin()
+        self._order = torch.arange(max_decodes, dtype=torch.int32, device=device)
+        self._flash: Any = None
+        if attention == "flash":
+            from flash_attn import flash_attn_with_kvcache
+
+            self._flash = flash_attn_with_kvcache
+            self._lengths = torch.zeros(max_decodes, dtype=torch.int32, device=device)
+            self._gathered = torch.zeros(max_decodes, rows.tables.shape[1], dtype=torch.int32, device=device)
+
+    def run(self, step: StepRows, out: Tensor) -> Tensor:
+        """Compute a step and sample; `out` [at least sampled] takes the tokens. The logits [sampled, vocabulary]."""
+        rows, cache = self.rows, self.cache
+        decodes, tokens = len(step.decode_rows), len(step.decode_rows) + len(step.prompt_rows)
+        flat = torch.empty(3, tokens, dtype=torch.int32, device=out.device)
+        token_ids, positions, slots = flat[0], flat[1], flat[2]
+        read_rows(
+            step.decode_rows, rows.tokens, rows.computed, rows.tables, step.prompt_rows, step.prompt_tokens,
+            step.prompt_positions, cache.block_size, (token_ids, positions, slots),
+        )  # fmt: skip
+        if self._flash is not None and decodes:
+            lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
+            gather_tables(step.decode_rows, positions, rows.tables, cache.block_size, lengths, gathered)
+        hidden = self._layers(step, token_ids, positions, slots)
+        if step.last is not None:
+            hidden = hidden[step.last]
+        logits = self.model.logits(hidden)
+        last = self._order[: len(step.sample_rows)] if step.last is None else step.last
+        sample_rows(
+            logits, step.sample_rows, last, positions, rows.temperatures, rows.seeds, rows.tokens, rows.computed, out
+        )
+        return logits
+
+    def _layers(self, step: StepRows, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """The last layer's normalised output [tokens, hidden_size]."""
+        model, eps = self.model, self.model.config.rms_norm_eps
+        residual = model.embedding(token_ids)
+        layers = [cast(DecoderLayer, layer) for layer in model.layers]
+        x = rms_norm(residual, layers[0].attention_norm.weight, eps)
+        for number, layer in enumerate(layers):
+            keys, values = self.cache.keys[number], self.cache.values[number]
+            norm = layer.attention.qk_norm
+            query = rotate_and_store(
+                layer.attention.qkv(x), positions, slots, self._rotation, None if norm is None else norm.weight, eps,
+                keys, values,
+            )  # fmt: skip
+            attended = self._attend(step, query, keys, values, positions)
+            x = rms_norm(layer.attention.output(attended.flatten(1)), layer.mlp_norm.weight, eps, residual)
+            x = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(x)))
+            after = layers[number + 1].attention_norm if number + 1 < len(layers) else model.norm
+            x = rms_norm(x, after.weight, eps, residual)
+        return x
+
+    def _attend(self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Attention of decodes and of prompts over a layer's pool."""
+        tables, decodes = self.rows.tables, len(step.decode_rows)
+        out = torch.empty_like(query)
+        if decodes and self._flash is not None:
+            lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
+            attended = self._flash(
+                query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True
+            )[:, 0]
+            if decodes == len(query):
+                return attended
+            out[:decodes] = attended
+        elif decodes:
+            decode_attention(query[:decodes], keys, values, step.decode_rows, tables, positions, out[:decodes])
+        if len(step.tiles):
+            prefill_attention(query, keys, values, step.tiles, tables, out)
+        return out

@@ -1,0 +1,303 @@
+"""GraphRunner: runs batches on CUDA, each a single graph where its size allows."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, to_device
+from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
+from twinserve.engine.kernels.paged_attention import tile_tokens
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.online import StepHandle
+from twinserve.engine.sampler import GREEDY_BELOW, SamplingPlan, draw_uniforms
+from twinserve.policies import Batch, Row, SamplingParams
+
+CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Prompt tokens of the steps that are captured; a step is padded to the next of them."""
+
+CAPTURED_PROMPTS = 32
+"""Prompts of a captured step at most."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How many rows of each kind a step has, padding included."""
+
+    decodes: int
+    prompt_tokens: int = 0
+    prompts: int = 0
+
+
+@dataclass
+class _Graph:
+    """A captured step: what it reads and leaves."""
+
+    inputs: Tensor
+    replay: Callable[[], None]
+    logits: Tensor
+
+
+class GraphRunner:
+    """Runs steps of a model over a pool of paged KV, in the order in which they are launched.
+
+    What a step needs of its sequences lies on the device (`DeviceRows`), where the step before it has left the tokens
+    it sampled; so a step can be launched before the tokens of the one before are read. A step of decodes alone is one
+    graph launch, and nothing is copied to the device unless the decision changed something. Steps with up to
+    CAPTURED_PROMPT_TOKENS[-1] prompt tokens are graphs too; longer ones, whose kernels outlast their launches, are not.
+
+    Args:
+        num_blocks, block_size: of the pool.
+        attention: of decodes, "triton" or "flash".
+        max_num_seqs, max_model_len: limits of the policies.
+        seed: of the draws for requests without a seed of their own.
+
+    Attributes:
+        model, device, num_blocks, block_size: as in use.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        attention: Literal["triton", "flash"],
+        max_num_seqs: int,
+        max_model_len: int,
+        seed: int = 0,
+    ):
+        self.model, self.device = model, model.device
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._cache = KVCache(model.config, num_blocks, block_size, model.dtype, self.device)
+        self._generator = random.Random(seed)
+        width = -(-max_model_len // block_size)
+        self._rows = DeviceRows(max_num_seqs, width, num_blocks, self.device, self._generator)
+        self._decoder = FusedDecoder(
+            model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
+        )
+        self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
+        self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
+        self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
+        self._decode_sizes = _decode_sizes(max_num_seqs)
+        self._mixed_sizes = [0, *(size for size in (16, 64) if size < max_num_seqs), max_num_seqs]
+        self._graphs: dict[StepSize, _Graph] = {}
+        self._num_resident = 0
+
+    def close(self) -> None:
+        """Wait for what was launched."""
+        self._queue.close()
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture the graphs of all sizes, unless that was done.
+
+        Args:
+            progress: called with how many are captured, and of how many.
+        """
+        if self._graphs:
+            return
+        mixed = [
+            StepSize(decodes, tokens, CAPTURED_PROMPTS)
+            for tokens in CAPTURED_PROMPT_TOKENS
+            for decodes in self._mixed_sizes
+        ]
+        sizes = [*reversed(mixed), *(StepSize(size) for size in reversed(self._decode_sizes))]
+        pool = torch.cuda.graph_pool_handle()
+        for number, size in enumerate(sizes):
+            self._graphs[size] = self._capture(size, pool)
+            if progress is not None:
+                progress(number + 1, len(sizes))
+
+    @torch.inference_mode()
+    def _capture(self, size: StepSize, pool: Any) -> _Graph:
+        """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
+        inputs = to_device(self._inputs(size, [], [], []), self.device)
+        rows = _views(inputs, size, self._tile)
+        self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._decoder.run(rows, self._out)
+        return _Graph(inputs, graph.replay, logits)
+
+    def execute(self, batch: Batch) -> list[int]:
+        """Run a step; a token for each of `batch.sampled`."""
+        return self.launch(batch).result()
+
+    def launch(self, batch: Batch) -> StepHandle:
+        """Start a step.
+
+        Raises:
+            ValueError: a sequence's blocks are not of this runner's pool.
+        """
+        changes = self._rows.changes(batch)
+        if self._is_repeated(batch):
+            count = len(batch)
+            resident = self._graphs[StepSize(self._decode_size(count))]
+            return self._queue.submit(lambda: self._run(changes, resident)[:count])
+        rows = batch.rows
+        decodes = [row for row in rows if not row.is_prompt]
+        prompts = [row for row in rows if row.is_prompt]
+        size = self._size(len(decodes), sum(row.num_tokens for row in prompts), len(prompts))
+        graph, special = self._graphs.get(size), self._special(size, decodes, prompts)
+        self._num_resident = 0 if graph is None or prompts or special else len(decodes)
+        if not rows:
+            return self._queue.submit(lambda: self._out[:0])
+        device_rows = self._rows.of(row.seq for row in decodes), self._rows.of(row.seq for row in prompts)
+        inputs = to_device(self._inputs(size, device_rows[0], prompts, device_rows[1]), self.device)
+        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special))
+        places = {row.seq: place for place, row in enumerate(decodes)}
+        places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
+        return _InOrder(step, [places[row.seq] for row in rows if row.samples])
+
+    def _is_repeated(self, batch: Batch) -> bool:
+        """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
+        changed = batch.admitted or batch.left or batch.preempted or batch.exceptions
+        return not changed and len(batch) == self._num_resident > 0
+
+    def _run(
+        self,
+        changes: Tensor | None,
+        graph: _Graph | None,
+        inputs: Tensor | None = None,
+        size: StepSize | None = None,
+        special: Seq[_Special] = (),
+    ) -> Tensor:
+        """Run a step: a graph, with `inputs` unless it has them already, or without one; the tokens."""
+        if changes is not None:
+            self._rows.apply(changes)
+        if graph is None:
+            assert inputs is not None and size is not None
+            logits = self._decoder.run(_views(inputs, size, self._tile), self._out)
+        else:
+            if inputs is not None:
+                graph.inputs.copy_(inputs)
+            graph.replay()
+            logits = graph.logits
+        if special:
+            places = to_device(np.array([one.place for one in special]), self.device)
+            rows = to_device(np.array([one.device_row for one in special]), self.device)
+            params, draws = [one.params for one in special], [one.draw for one in special]
+            tokens = SamplingPlan.of(params, draws, self.device).sample(logits[places]).int()
+            self._out.index_copy_(0, places, tokens)
+            self._rows.tokens.index_copy_(0, rows, tokens)
+        return self._out
+
+    def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
+        """The sampling rows that keep but a part of the vocabulary, which is sorted for them."""
+        places = [*enumerate(decodes), *((size.decodes + place, row) for place, row in enumerate(prompts))]
+        special = []
+        for place, row in places:
+            params = row.seq.sampling_params
+            if row.samples and params.temperature >= GREEDY_BELOW and (params.top_k or params.top_p < 1.0):
+                draw = draw_uniforms([params], [row.start + row.num_tokens], self._generator)[0]
+                special.append(_Special(place, self._rows.of([row.seq])[0], params, draw))
+        return special
+
+    def _decode_size(self, count: int) -> int:
+        return self._decode_sizes[bisect_left(self._decode_sizes, count)]
+
+    def _size(self, decodes: int, tokens: int, prompts: int) -> StepSize:
+        """The size of the graph that a step fits, or its own."""
+        own = StepSize(decodes, tokens, prompts)
+        if not tokens:
+            size = StepSize(self._decode_size(decodes)) if decodes else own
+        elif tokens <= CAPTURED_PROMPT_TOKENS[-1] and prompts <= CAPTURED_PROMPTS:
+            padded = CAPTURED_PROMPT_TOKENS[bisect_left(CAPTURED_PROMPT_TOKENS, tokens)]
+            mixed = self._mixed_sizes[bisect_left(self._mixed_sizes, decodes)]
+            size = StepSize(mixed, padded, CAPTURED_PROMPTS)
+        else:
+            size = own
+        return size if size in self._graphs else own
+
+    def _inputs(self, size: StepSize, decode_rows: list[int], prompts: list[Row], prompt_rows: list[int]) -> np.ndarray:
+        """The numbers of `StepRows`, one field after another, as `_views` finds them."""
+        fields, scratch = _fields(size, self._tile), self._rows.scratch
+        flat = np.zeros(fields[-1][1], dtype=np.int32)
+        views = [flat[start:end] for start, end in fields]
+        views[0].fill(scratch)
+        views[0][: len(decode_rows)] = decode_rows
+        if not size.prompt_tokens:
+            return flat
+        rows, tokens, positions, tiles, sampled, last = views[1:]
+        rows.fill(scratch)
+        sampled.fill(scratch)
+        sampled[: size.decodes] = views[0][: size.decodes]
+        last[: size.decodes] = np.arange(size.decodes)
+        offset, cut = 0, []
+        for number, (row, device_row) in enumerate(zip(prompts, prompt_rows, strict=True)):
+            end = offset + row.num_tokens
+            rows[offset:end] = device_row
+            tokens[offset:end] = row.seq.token_ids[row.start : row.start + row.num_tokens]
+            positions[offset:end] = np.arange(row.start, row.start + row.num_tokens)
+            for first in range(0, row.num_tokens, self._tile):
+                count = min(self._tile, row.num_tokens - first)
+                cut += [device_row, size.decodes + offset + first, row.start + first, count]
+            if row.samples:
+                sampled[size.decodes + number] = device_row
+            last[size.decodes + number] = size.decodes + end - 1
+            offset = end
+        tiles[: len(cut)] = cut
+        return flat
+
+
+@dataclass(frozen=True)
+class _Special:
+    """A row that samples from a part of the vocabulary: its place among the sampled, and how it samples."""
+
+    place: int
+    device_row: int
+    params: SamplingParams
+    draw: float
+
+
+class _InOrder:
+    """A step whose tokens are asked for in another order."""
+
+    def __init__(self, step: Step, places: list[int]) -> None:
+        self._step, self._places = step, places
+
+        self.start_ns = self.end_ns = 0
+
+    def result(self) -> list[int]:
+        tokens = self._step.result()
+        self.start_ns, self.end_ns = self._step.start_ns, self._step.end_ns
+        return [tokens[place] for place in self._places]
+
+
+def _decode_sizes(most: int) -> list[int]:
+    """Rows of the captured steps of decodes alone, close together, the largest being `most`."""
+    return sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})
+
+
+def _fields(size: StepSize, tile: int) -> list[tuple[int, int]]:
+    """Where each field of `StepRows` begins and ends; each begins at 64 bytes."""
+    lengths = [size.decodes]
+    if size.prompt_tokens:
+        num_tiles = size.prompt_tokens // tile + size.prompts
+        lengths += [size.prompt_tokens] * 3 + [4 * num_tiles] + [size.decodes + size.prompts] * 2
+    fields, start = [], 0
+    for length in lengths:
+        fields.append((start, start + length))
+        start += -(-length // 16) * 16
+    return fields
+
+
+def _views(inputs: Tensor, size: StepSize, tile: int) -> StepRows:
+    """The fields of `inputs`, made by `GraphRunner._inputs`."""
+    views = [inputs[start:end] for start, end in _fields(size, tile)]
+    if not size.prompt_tokens:
+        none = inputs[:0]
+        return StepRows(views[0], none, none, none, none.view(0, 4), views[0], None)
+    rows, tokens, positions, tiles, sampled, last = views[1:]
+    return StepRows(views[0], rows, tokens, positions, tiles.view(-1, 4), sampled, last)

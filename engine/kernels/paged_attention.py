@@ -1,0 +1,227 @@
+"""Attention over paged KV in Triton: any block size, rows described on the device, so that a graph can hold it.
+
+Decode: a program has all query heads that share a KV head, so keys and values are read once, and a span of the context;
+spans are merged by a second kernel. Prompts: a program has a tile of a row's tokens, again with all heads of a KV head.
+Both are flash attention (arXiv:2205.14135): one pass with a running maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import log2, sqrt
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = log2(2.718281828459045)
+SMALLEST_DOT = 16
+"""Rows of the narrowest product that tensor cores make."""
+
+SHORTEST_SPAN = 256
+"""Tokens below which a context is not cut further."""
+
+
+@triton.jit
+def _decode_kernel(
+    query, keys, values, rows, tables, positions, out, parts, sums, scale, table_width,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(positions + row) + 1
+    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    span = tl.maximum(span, SHORTEST)
+    begin = split * span
+    if begin >= length:
+        return
+    end = tl.minimum(begin + span, length)
+    table = tables + tl.load(rows + row).to(tl.int64) * table_width
+
+    group: tl.constexpr = HEADS // KV_HEADS
+    members = tl.arange(0, BLOCK_HEADS)
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < SIZE
+    head = row * HEADS + kv_head * group + members
+    q = tl.load(query + head[:, None] * SIZE + columns[None, :], (members < group)[:, None] & in_head[None, :], other=0)
+    top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_HEADS], tl.float32)
+    summed = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        known = tokens < end
+        block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
+        place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
+        k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
+        v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
+        score = tl.dot(q, k, input_precision=PRECISION) * scale
+        score = tl.where(known[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weight, axis=1)
+        summed = summed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        top = higher
+
+    place = head[:, None] * SIZE + columns[None, :]
+    mask = (members < group)[:, None] & in_head[None, :]
+    if length <= span:
+        tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mask)
+    else:
+        tl.store(parts + (head * SPLITS + split)[:, None] * SIZE + columns[None, :], summed / total[:, None], mask)
+        tl.store(sums + head * SPLITS + split, top + tl.log2(total), members < group)
+
+
+@triton.jit
+def _merge_kernel(
+    parts, sums, positions, out, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, SHORTEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(positions + row) + 1
+    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    span = tl.maximum(span, SHORTEST)
+    if length <= span:
+        return
+    head = row * HEADS + tl.program_id(1)
+    splits, columns = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    used = splits * span < length
+    weight = tl.load(sums + head * SPLITS + splits, used, other=float("-inf"))
+    weight = tl.exp2(weight - tl.max(weight, axis=0))
+    mask = used[:, None] & (columns < SIZE)[None, :]
+    part = tl.load(parts + (head * SPLITS + splits)[:, None] * SIZE + columns[None, :], mask, other=0.0)
+    merged = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    tl.store(out + head * SIZE + columns, merged.to(out.dtype.element_ty), columns < SIZE)
+
+
+@triton.jit
+def _prefill_kernel(
+    query, keys, values, tiles, tables, out, scale, table_width,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A tile: the device row of its sequence, its first token in the batch, that token's position, its tokens.
+    tile, kv_head = tiles + tl.program_id(0) * 4, tl.program_id(1)
+    table = tables + tl.load(tile).to(tl.int64) * table_width
+    offset, start, count = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    if count == 0:
+        return
+    group: tl.constexpr = HEADS // KV_HEADS
+    lines = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    token, member = lines // BLOCK_HEADS, lines % BLOCK_HEADS
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < SIZE
+    mine = (token < count) & (member < group)
+    place = ((offset + token).to(tl.int64) * HEADS + kv_head * group + member)[:, None] * SIZE + columns[None, :]
+    q = tl.load(query + place, mine[:, None] & in_head[None, :], other=0)
+    top = tl.full([BLOCK_TOKENS * BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS], tl.float32)
+    summed = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS, BLOCK_D], tl.float32)
+    last = start + token
+    for first in range(0, start + count, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        known = tokens < start + count
+        block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
+        source = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
+        k = tl.load(keys + source[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
+        v = tl.load(values + source[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
+        score = tl.dot(q, k, input_precision=PRECISION) * scale
+        score = tl.where(tokens[None, :] <= last[:, None], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weight, axis=1)
+        summed = summed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        top = higher
+    tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mine[:, None] & in_head[None, :])
+
+
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, tables: Tensor, positions: Tensor, out: Tensor
+) -> None:
+    """Attention of one token of each row over its whole context, its own KV written already.
+
+    Args:
+        query: [tokens, heads, head_dim]
+        keys, values: a layer's pool [num_blocks, block_size, kv_heads, head_dim].
+        rows: [tokens], int32: the row of `tables` that each token's sequence has.
+        tables: [rows, blocks], int32: ids of the blocks that hold each row's context, in token order.
+        positions: [tokens or more], int32: each token's place in its sequence.
+        out: [tokens, heads, head_dim]; written.
+    """
+    tokens, heads, size = query.shape
+    block_size, kv_heads = keys.shape[1:3]
+    cut = _decode_cut(tokens, kv_heads, query.dtype)
+    parts = query.new_empty(tokens, heads, cut.splits, size, dtype=torch.float32) if cut.splits > 1 else out
+    sums = query.new_empty(tokens, heads, cut.splits, dtype=torch.float32) if cut.splits > 1 else out
+    block_d = triton.next_power_of_2(size)
+    scale = LOG2_E / sqrt(size)
+    _decode_kernel[tokens, kv_heads, cut.splits](
+        query, keys, values, rows, tables, positions, out, parts, sums, scale, tables.shape[1],
+        heads, kv_heads, size, block_size, max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), block_d,
+        cut.block, cut.splits, cut.shortest, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    if cut.splits > 1:
+        _merge_kernel[tokens, heads](
+            parts, sums, positions, out, heads, size, block_d, cut.block, cut.splits, cut.shortest, num_warps=1
+        )
+
+
+def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, tiles: Tensor, tables: Tensor, out: Tensor) -> None:
+    """Causal attention of several tokens of each row, the last of which ends the row's context.
+
+    Args:
+        query: [tokens, heads, head_dim], the rows' tokens one after another.
+        keys, values: a layer's pool [num_blocks, block_size, kv_heads, head_dim], this step's written already.
+        tiles: [tiles, 4], int32: of each tile of at most `tile_tokens` tokens of one row, the row of `tables`, its
+            first token's place in `query`, that token's place in its sequence, and how many tokens; 0 for no tile.
+        tables: as in `decode_attention`.
+        out: [tokens, heads, head_dim]; written where tiles are.
+    """
+    _, heads, size = query.shape
+    block_size, kv_heads = keys.shape[1:3]
+    wide = query.dtype == torch.float32
+    _prefill_kernel[len(tiles), kv_heads](
+        query, keys, values, tiles, tables, out, LOG2_E / sqrt(size), tables.shape[1],
+        heads, kv_heads, size, block_size, tile_tokens(heads // kv_heads, query.dtype),
+        triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(size), 32 if wide else 64,
+        _precision(query.dtype), num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+    )  # fmt: skip
+
+
+def tile_tokens(group: int, dtype: torch.dtype) -> int:
+    """Tokens of a tile of `prefill_attention`, for `group` query heads to a KV head."""
+    lines = 32 if dtype == torch.float32 else 128
+    return max(1, lines // triton.next_power_of_2(group))
+
+
+@dataclass(frozen=True)
+class DecodeCut:
+    """How decode attention is cut: a context in up to `splits` spans of at least `shortest` tokens, read by `block`."""
+
+    splits: int
+    shortest: int
+    block: int
+    warps: int
+    stages: int
+
+
+@cache
+def _decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
+    """Enough programs for the device, whatever the lengths."""
+    if dtype == torch.float32:
+        return DecodeCut(4, 64, 32, warps=4, stages=2)
+    programs = tokens * kv_heads
+    splits = 1
+    while splits < 32 and programs * splits < 2048:
+        splits *= 2
+    return DecodeCut(splits, SHORTEST_SPAN if programs >= 256 else 64, 64, warps=4, stages=3)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 is multiplied as float32, not as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

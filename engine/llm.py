@@ -145,6 +145,7 @@ class LLM:
                 block_size=settings.block_size,
                 attention=cast(Literal["flash", "triton"], self.attention.name),
                 max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_model_len=settings.max_model_len,
                 seed=seed,
             )
@@ -189,17 +190,21 @@ class LLM:
         self.runner.close()
 
     def warm_up(self) -> None:
-        """Capture graphs, and serve a few requests that nobody asked for: a full step, and decodes of up to 32.
+        """Capture the graphs, and serve a few requests that nobody asked for: a full step, and decodes of up to 32.
 
         On CUDA a kernel is loaded when it is first used, which takes a hundred times as long as to run it.
         """
-        if not isinstance(self.runner, ModelRunner):
-            self.runner.capture()
+        self._capture()
         settings, token = self.settings, self.token_maker.first_id
         longest = min(settings.max_num_batched_tokens, (settings.max_model_len or 2) - 1)
         counts = range(1, min(settings.max_num_seqs, 32) + 1)
         params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (1, *counts)]
         self.generate([[token] * longest, *([token] for _ in counts)], params)
+
+    def _capture(self) -> None:
+        """Capture the graphs of the steps, if they are graphs and that was not done."""
+        if not isinstance(self.runner, ModelRunner):
+            self.runner.capture()
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]
@@ -289,6 +294,7 @@ class LLM:
         self, listener: CoreListener | None, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]
     ) -> None:
         """Serve what comes in by fresh policies."""
+        self._capture()
         core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
         serve(core, self.runner, inbox, clock, ended)
         core.scheduler.check_integrity()

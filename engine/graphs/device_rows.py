@@ -12,7 +12,7 @@ from torch import Tensor
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kernels.step_rows import apply_edits
 from twinserve.engine.sampler import mixed
-from twinserve.policies import Batch, Sequence
+from twinserve.policies import Batch, Row, Sequence
 
 
 class DeviceRows:
@@ -45,7 +45,7 @@ class DeviceRows:
         self.temperatures = views[2][:rows].view(torch.float32)
         self.seeds = views[3][: 2 * rows].view(rows, 2)
         self.tables = views[4][: rows * table_width].view(rows, table_width)
-        self._temperatures, self._seeds, self._tables = starts[2:5]
+        self._computed, self._temperatures, self._seeds, self._tables = starts[1:5]
         self._width = table_width
         self.scratch = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
@@ -56,24 +56,34 @@ class DeviceRows:
         rows = self._rows
         return [rows[seq] for seq in seqs]
 
-    def changes(self, batch: Batch) -> Tensor | None:
+    def clear(self) -> None:
+        """Forget every sequence."""
+        for seq in list(self._rows):
+            self._forget(seq)
+
+    def changes(self, batch: Batch, rows: Iterable[Row]) -> Tensor | None:
         """What a decision changes: who came, who went, whose block tables grew; None if nothing on the device.
 
         The result is for `apply`, in the order of the decisions.
 
+        Args:
+            rows: those whose sequences may not be known yet.
+
         Raises:
             ValueError: a block is not of the pool.
+            RuntimeError: a row's token is neither on the device nor known to the host.
         """
         for seq in (*batch.left, *batch.preempted):
             self._forget(seq)
         edits: list[tuple[int, list[int]]] = []
-        for admitted in batch.admitted:
-            edits += self._admit(admitted.seq)
-        came = {admitted.seq for admitted in batch.admitted}
         for seq, block_ids in batch.grown:
-            if seq not in came:
+            if seq in self._rows:
                 first = self._rows[seq] * self._width + len(seq.block_table) - len(block_ids)
                 edits.append((self._tables + first, block_ids))
+                _check_blocks(seq, block_ids, self._num_blocks)
+        for row in rows:
+            if row.seq not in self._rows:
+                edits += self._describe(row)
         if not edits:
             return None
         places = np.concatenate([np.arange(place, place + len(values)) for place, values in edits])
@@ -84,28 +94,33 @@ class DeviceRows:
         """Write what `changes` gave, behind the steps launched before."""
         apply_edits(self._state, changes)
 
-    def _admit(self, seq: Sequence) -> list[tuple[int, list[int]]]:
-        """Give a sequence a row; the edits that describe it."""
-        if not self._free:
-            # A run that ended leaves its last sequences behind: no decision came after it to say that they left.
-            for other in [other for other in self._rows if other.is_finished]:
-                self._forget(other)
-        row = self._rows[seq] = self._free.pop()
-        if seq.block_table and max(seq.block_table) >= self._num_blocks:
-            raise ValueError(f"{seq} holds block {max(seq.block_table)}, but this runner has {self._num_blocks} blocks")
+    def _describe(self, row: Row) -> list[tuple[int, list[int]]]:
+        """Give a sequence a row on the device; the edits that describe it."""
+        seq = row.seq
+        _check_blocks(seq, seq.block_table, self._num_blocks)
+        index = self._rows[seq] = self._free.pop()
         params = seq.sampling_params
         seed = mixed(self._generator.getrandbits(64) if params.seed is None else params.seed)
-        temperature, low, high = np.array([params.temperature], np.float32).view(np.int32).tolist(), seed, seed >> 32
-        return [
-            (self._temperatures + row, temperature),
-            (self._seeds + 2 * row, np.array([low & 0xFFFFFFFF, high], np.uint32).view(np.int32).tolist()),
-            (self._tables + row * self._width, seq.block_table),
+        edits = [
+            (self._temperatures + index, np.array([params.temperature], np.float32).view(np.int32).tolist()),
+            (self._seeds + 2 * index, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32).tolist()),
+            (self._tables + index * self._width, seq.block_table),
         ]
+        if not row.is_prompt:
+            if row.start >= seq.num_tokens:
+                raise RuntimeError(f"the last token of {row} is neither known nor sampled by the step launched before")
+            edits += [(index, [seq.token_ids[row.start]]), (self._computed + index, [row.start])]
+        return edits
 
     def _forget(self, seq: Sequence) -> None:
         row = self._rows.pop(seq, None)
         if row is not None:
             self._free.append(row)
+
+
+def _check_blocks(seq: Sequence, block_ids: list[int], num_blocks: int) -> None:
+    if block_ids and max(block_ids) >= num_blocks:
+        raise ValueError(f"{seq} holds block {max(block_ids)}, but this runner has {num_blocks} blocks")
 
 
 def _aligned(size: int) -> int:

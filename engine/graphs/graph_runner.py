@@ -59,7 +59,7 @@ class GraphRunner:
     Args:
         num_blocks, block_size: of the pool.
         attention: of decodes, "triton" or "flash".
-        max_num_seqs, max_model_len: limits of the policies.
+        max_num_seqs, max_num_batched_tokens, max_model_len: limits of the policies.
         seed: of the draws for requests without a seed of their own.
 
     Attributes:
@@ -74,6 +74,7 @@ class GraphRunner:
         block_size: int,
         attention: Literal["triton", "flash"],
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
         seed: int = 0,
     ):
@@ -90,9 +91,13 @@ class GraphRunner:
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self._decode_sizes = _decode_sizes(max_num_seqs)
+        most = bisect_left(CAPTURED_PROMPT_TOKENS, max_num_batched_tokens)
+        self._prompt_sizes = CAPTURED_PROMPT_TOKENS[: most + 1]
         self._mixed_sizes = [0, *(size for size in (16, 64) if size < max_num_seqs), max_num_seqs]
         self._graphs: dict[StepSize, _Graph] = {}
+        self._decision = -1
         self._num_resident = 0
+        self._places: list[int] = []
 
     def close(self) -> None:
         """Wait for what was launched."""
@@ -108,7 +113,7 @@ class GraphRunner:
             return
         mixed = [
             StepSize(decodes, tokens, CAPTURED_PROMPTS)
-            for tokens in CAPTURED_PROMPT_TOKENS
+            for tokens in self._prompt_sizes
             for decodes in self._mixed_sizes
         ]
         sizes = [*reversed(mixed), *(StepSize(size) for size in reversed(self._decode_sizes))]
@@ -140,13 +145,20 @@ class GraphRunner:
         Raises:
             ValueError: a sequence's blocks are not of this runner's pool.
         """
-        changes = self._rows.changes(batch)
+        if batch.decision != self._decision + 1 or batch.decision <= 0:
+            # Another run, or decisions in between that were not launched: what the device knows is of no use.
+            self._rows.clear()
+            self._num_resident = 0
+        self._decision = batch.decision
         if self._is_repeated(batch):
+            changes = self._rows.changes(batch, ())
             count = len(batch)
             resident = self._graphs[StepSize(self._decode_size(count))]
-            return self._queue.submit(lambda: self._run(changes, resident)[:count])
+            return _InOrder(self._queue.submit(lambda: self._run(changes, resident)[:count]), self._places)
         rows = batch.rows
-        decodes = [row for row in rows if not row.is_prompt]
+        changes = self._rows.changes(batch, rows)
+        # The longest contexts first, so that the last programs to start are short ones.
+        decodes = sorted((row for row in rows if not row.is_prompt), key=lambda row: -row.start)
         prompts = [row for row in rows if row.is_prompt]
         size = self._size(len(decodes), sum(row.num_tokens for row in prompts), len(prompts))
         graph, special = self._graphs.get(size), self._special(size, decodes, prompts)
@@ -158,7 +170,8 @@ class GraphRunner:
         step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special))
         places = {row.seq: place for place, row in enumerate(decodes)}
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
-        return _InOrder(step, [places[row.seq] for row in rows if row.samples])
+        self._places = [places[row.seq] for row in rows if row.samples]
+        return _InOrder(step, self._places)
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
@@ -212,8 +225,8 @@ class GraphRunner:
         own = StepSize(decodes, tokens, prompts)
         if not tokens:
             size = StepSize(self._decode_size(decodes)) if decodes else own
-        elif tokens <= CAPTURED_PROMPT_TOKENS[-1] and prompts <= CAPTURED_PROMPTS:
-            padded = CAPTURED_PROMPT_TOKENS[bisect_left(CAPTURED_PROMPT_TOKENS, tokens)]
+        elif tokens <= self._prompt_sizes[-1] and prompts <= CAPTURED_PROMPTS:
+            padded = self._prompt_sizes[bisect_left(self._prompt_sizes, tokens)]
             mixed = self._mixed_sizes[bisect_left(self._mixed_sizes, decodes)]
             size = StepSize(mixed, padded, CAPTURED_PROMPTS)
         else:

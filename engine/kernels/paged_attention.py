@@ -23,6 +23,9 @@ SMALLEST_DOT = 16
 SHORTEST_SPAN = 256
 """Tokens below which a context is not cut further."""
 
+FULL_DEVICE = 1024
+"""Programs of decode attention that keep an H100 reading."""
+
 
 @triton.jit
 def _decode_kernel(
@@ -155,7 +158,7 @@ def decode_attention(
     """
     tokens, heads, size = query.shape
     block_size, kv_heads = keys.shape[1:3]
-    cut = _decode_cut(tokens, kv_heads, query.dtype)
+    cut = decode_cut(tokens, kv_heads, query.dtype)
     parts = query.new_empty(tokens, heads, cut.splits, size, dtype=torch.float32) if cut.splits > 1 else out
     sums = query.new_empty(tokens, heads, cut.splits, dtype=torch.float32) if cut.splits > 1 else out
     block_d = triton.next_power_of_2(size)
@@ -211,15 +214,20 @@ class DecodeCut:
 
 
 @cache
-def _decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
-    """Enough programs for the device, whatever the lengths."""
+def decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
+    """The cut for so many tokens: one span for each where they fill the device by themselves, shorter ones else.
+
+    Measured on an H100 by benchmarks/kernels.py. The lengths are not known here, so the kernel makes do with fewer
+    spans where a context is short.
+    """
     if dtype == torch.float32:
         return DecodeCut(4, 64, 32, warps=4, stages=2)
     programs = tokens * kv_heads
-    splits = 1
-    while splits < 32 and programs * splits < 2048:
-        splits *= 2
-    return DecodeCut(splits, SHORTEST_SPAN if programs >= 256 else 64, 64, warps=4, stages=3)
+    if programs >= FULL_DEVICE:
+        return DecodeCut(1, SHORTEST_SPAN, 128, warps=4, stages=3)
+    if programs >= FULL_DEVICE // 8:
+        return DecodeCut(8, SHORTEST_SPAN, 128, warps=4, stages=4)
+    return DecodeCut(16, 64, 64, warps=4, stages=4)
 
 
 def _precision(dtype: torch.dtype) -> str:

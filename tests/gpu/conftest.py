@@ -32,16 +32,17 @@ def watcher() -> Watcher:
 
 @pytest.fixture
 def serving() -> Iterator[Callable[..., LLM]]:
-    """Makes LLMs on the device, with an attention backend and some settings, and closes them."""
+    """Makes LLMs on the device and closes them; behind an attention backend's name, ", eager" takes no graphs."""
     made: list[LLM] = []
 
     def make(judge: Judge, attention: str, **settings: Any) -> LLM:
-        if attention == "flash":
+        name, _, execution = attention.partition(", ")
+        if name == "flash":
             pytest.importorskip("flash_attn")
-        defaults = {"block_size": 256, "num_gpu_blocks": 16}
-        dtype = "bfloat16" if attention == "flash" else "float32"
-        chosen = Settings.load(defaults | settings)
-        made.append(LLM(judge.model, device="cuda", dtype=dtype, attention=attention, settings=chosen))  # type: ignore[arg-type]
+        defaults = {"block_size": 256, "num_gpu_blocks": 16, "max_model_len": 2048}
+        options = {"dtype": "bfloat16" if name == "flash" else "float32", "attention": name}
+        options["execution"] = execution or "auto"
+        made.append(LLM(judge.model, device="cuda", settings=Settings.load(defaults | settings), **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make

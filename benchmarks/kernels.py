@@ -1,0 +1,274 @@
+"""The kernels of a step: attention against the bandwidth, each kernel's time, steps by batch, and a timeline.
+
+    python benchmarks/kernels.py [--out FOLDER]
+
+Attention is timed by calls in a row, a step by replays of its graph, a kernel within a step by torch's profiler.
+Results: FOLDER/h100/kernels.json and FOLDER/h100/timeline.json; the folder is called after the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from on_cuda import Work, device_us, facts, make_llm, merge
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from twinserve.engine.graphs.graph_runner import GraphRunner, StepSize
+from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention, tile_tokens
+from twinserve.engine.llm import LLM
+from twinserve.engine.models.decoder import Decoder
+from twinserve.policies import Sequence
+
+HEADS, KV_HEADS, SIZE = 16, 8, 128
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
+    arguments = parser.parse_args()
+    folder = arguments.out / common.device_folder("cuda")
+    about = facts(arguments.commit)
+    with torch.inference_mode():
+        read = bandwidth()
+        values: dict[str, Any] = about | {"read_gb_s": read, "decode_attention": list(decode_table(read))}
+        values["prefill_attention"] = list(prefill_table())
+    for attention in ("flash", "triton"):
+        llm = make_llm(attention=attention, settings={"max_num_seqs": 512})
+        llm.warm_up()
+        with torch.inference_mode():
+            values[f"steps, {attention}"] = [step_row(llm, *shape, read) for shape in STEPS]
+        if attention == "flash":
+            merge(folder / "timeline.json", about | {"events": timeline(llm)})
+        llm.close()
+        del llm.runner
+        torch.cuda.empty_cache()
+    merge(folder / "kernels.json", values)
+    return 0
+
+
+def bandwidth() -> float:
+    """GB/s at which the card reads: a sum over 4 GiB."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return round(4 * len(data) / device_us(lambda: data.sum(), 10) / 1e3, 1)
+
+
+def pool(contexts: list[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer, and block tables that lie about in it."""
+    width = max(contexts) // block_size + 1
+    blocks = len(contexts) * width
+    keys = torch.randn(blocks, block_size, KV_HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
+    tables = torch.randperm(blocks, device="cuda").view(len(contexts), width).int()
+    return keys, torch.randn_like(keys), tables
+
+
+def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
+    """Decode attention by batch and context, ours over blocks of 16 and 256 and flash-attn's over 256."""
+    from flash_attn import flash_attn_with_kvcache
+
+    generator = random.Random(0)
+    shapes = [(rows, context) for rows in (1, 8, 32, 131, 256) for context in (256, 1024, 4096)]
+    cases = [(f"{rows} x {context}", [context] * rows) for rows, context in shapes if rows * context < 600_000]
+    cases.append(("131 of 100 to 1,740", [generator.randint(100, 1740) for _ in range(131)]))
+    for name, contexts in cases:
+        contexts = sorted(contexts, reverse=True)
+        query = torch.randn(len(contexts), HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty_like(query)
+        rows = torch.arange(len(contexts), device="cuda").int()
+        positions = torch.tensor(contexts, device="cuda").int() - 1
+        times = {}
+        for block_size in (16, 256):
+            keys, values, tables = pool(contexts, block_size)
+            times[f"ours, blocks of {block_size}"] = in_graph(
+                lambda k=keys, v=values, t=tables: decode_attention(query, k, v, rows, t, positions, out)  # noqa: B023
+            )
+        lengths = positions + 1
+        times["flash-attn, blocks of 256"] = in_graph(
+            lambda k=keys, v=values, t=tables: flash_attn_with_kvcache(  # noqa: B023
+                query[:, None],  # noqa: B023
+                k,
+                v,
+                cache_seqlens=lengths,  # noqa: B023
+                block_table=t,
+                causal=True,
+            )
+        )
+        least = sum(contexts) * KV_HEADS * SIZE * 4 / read_gb_s / 1e3
+        row = {"batch x context": name, "limit_us": round(least, 2)} | {key: round(us, 2) for key, us in times.items()}
+        print(row, flush=True)
+        yield row
+
+
+def prefill_table() -> Iterator[dict[str, Any]]:
+    """Attention of prompts, ours and flash-attn's, over blocks of 256."""
+    from flash_attn import flash_attn_varlen_func
+
+    for name, spans in {
+        "1 of 1,024": [(0, 1024)],
+        "16 of 512": [(0, 512)] * 16,
+        "8 of 1,024": [(0, 1024)] * 8,
+        "1,024 behind 4,096": [(4096, 1024)],
+        "2,048 behind 30,000": [(30000, 2048)],
+    }.items():
+        contexts = [start + count for start, count in spans]
+        keys, values, tables = pool(contexts, 256)
+        tokens = sum(count for _, count in spans)
+        query = torch.randn(tokens, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty_like(query)
+        tile = tile_tokens(HEADS // KV_HEADS, query.dtype)
+        tiles, offset = [], 0
+        for row, (start, count) in enumerate(spans):
+            tiles += [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
+            offset += count
+        cut = torch.tensor(tiles, device="cuda").int()
+        queries = torch.tensor([0, *(count for _, count in spans)], device="cuda").cumsum(0).int()
+        ends = torch.tensor([0, *contexts], device="cuda").cumsum(0).int()
+        most = max(count for _, count in spans)
+        ours = in_graph(lambda: prefill_attention(query, keys, values, cut, tables, out))  # noqa: B023
+        flash = in_graph(
+            lambda: flash_attn_varlen_func(  # noqa: B023
+                query,  # noqa: B023
+                keys,  # noqa: B023
+                values,  # noqa: B023
+                queries,  # noqa: B023
+                ends,  # noqa: B023
+                most,  # noqa: B023
+                max(contexts),  # noqa: B023
+                causal=True,
+                block_table=tables,  # noqa: B023
+            )
+        )
+        operations = sum(4 * HEADS * SIZE * (start * count + count * count / 2) for start, count in spans)
+        row = {"prompts": name}
+        for key, us in (("ours", ours), ("flash-attn", flash)):
+            row |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
+        print(row, flush=True)
+        yield row
+
+
+def in_graph(call: Any, count: int = 10) -> float:
+    """Microseconds of a call on the device, the host left out: a graph of several, replayed."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    return device_us(graph.replay, 10) / count
+
+
+STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512, 400))
+
+
+def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str, Any]:
+    """A step of decodes: its time, its kernels, and what its bytes alone would take."""
+    runner = llm.runner
+    assert isinstance(runner, GraphRunner)
+    rows, size = runner._rows, StepSize(runner._decode_size(decodes))
+    graph = runner._graphs[size]
+    graph.inputs.fill_(rows.scratch)
+    graph.inputs[:decodes] = torch.arange(decodes, dtype=torch.int32)
+    width = (context + 100) // runner.block_size + 1
+    for row in range(decodes):
+        first = row * width % (runner.num_blocks - width)
+        rows.tables[row, :width] = torch.arange(first, first + width, dtype=torch.int32)
+    rows.computed[:decodes] = context - 20
+    us = device_us(graph.replay, 40)
+    rows.computed[:decodes] = context
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in profiler.key_averages():
+        if event.device_time_total:
+            found = kernels[kernel_name(event.key)]
+            found[0] += event.count / 5
+            found[1] += event.device_time_total / 5
+    kv_bytes = decodes * context * 2 * KV_HEADS * SIZE * 2 * llm.config.num_layers
+    weights = weight_bytes(runner.model)
+    row = {
+        "decodes": decodes,
+        "context": context,
+        "us": round(us, 1),
+        "limit_us": round((kv_bytes + weights) / read_gb_s / 1e3, 1),
+        "kv_bytes": kv_bytes,
+        "weight_bytes": weights,
+        "kernels": [
+            {"kernel": name, "calls": round(count), "us": round(total, 1)}
+            for name, (count, total) in sorted(kernels.items(), key=lambda item: -item[1][1])
+        ],
+    }
+    print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
+    for kernel in row["kernels"][:9]:
+        print("    ", kernel)
+    runner._num_resident = 0
+    return row
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes of the weights that a step reads; of an embedding that is the output projection too, all."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's name without what tells its variants apart."""
+    for known in ("nvjet", "flash_fwd_splitkv_combine", "flash_fwd_splitkv", "splitKreduce"):
+        if known in name:
+            return {"nvjet": "matrix products (cuBLAS)", "splitKreduce": "matrix products (cuBLAS)"}.get(known, known)
+    return name.removeprefix("void ").split("<")[0].strip("_").removesuffix("_kernel")
+
+
+def timeline(llm: LLM, decodes: int = 64) -> list[dict[str, Any]]:
+    """What host and device do over some steps of decodes, one step ahead, in microseconds."""
+    work = Work.of_lengths([(200 + number, 60) for number in range(decodes)])
+    core = llm.settings.build_core()
+    for prompt, params in zip(work.prompts, work.params(), strict=True):
+        core.ingest(Sequence(prompt, params), 0)
+    launched: list[Any] = []
+
+    def step() -> None:
+        with record_function("decide"):
+            batch = core.decide(0)
+        with record_function("launch"):
+            launched.append(llm.runner.launch(batch))
+        if core.must_commit:
+            with record_function("wait"):
+                tokens = launched.pop(0).result()
+            with record_function("commit"):
+                core.commit(tokens, 0)
+
+    for _ in range(20):
+        step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(8):
+            step()
+        torch.cuda.synchronize()
+    names = {"decide", "launch", "wait", "commit"}
+    events = []
+    for event in profiler.events():
+        on_device = "CUDA" in str(event.device_type)
+        if on_device or event.name in names:
+            if on_device and event.name in names:
+                continue
+            events.append(
+                {
+                    "lane": "device" if on_device else "host",
+                    "name": kernel_name(event.name) if on_device else event.name,
+                    "start_us": round(event.time_range.start, 1),
+                    "us": round(event.time_range.elapsed_us(), 1),
+                }
+            )
+    return sorted(events, key=lambda event: event["start_us"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

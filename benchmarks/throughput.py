@@ -1,0 +1,163 @@
+"""Output tokens per second of the CUDA engine: whole workloads, what each optimisation buys, and a peer beside it.
+
+    python benchmarks/throughput.py [--repeats N] [--out FOLDER] [--trace azure.csv] [--no-peer] [--no-ablation]
+
+What is timed: from the first request's coming to the last token's reading, the policies included; the model is loaded
+and warm. Random weights of the Qwen3-0.6B shape in bfloat16, temperature 0.6, no end-of-sequence token. Results:
+FOLDER/h100.json (W256), FOLDER/h100/throughput.json (the rest); the folder is called after the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from on_cuda import MODEL, TEMPERATURE, Work, facts, make_llm, merge, throughput
+
+from twinserve.engine.graphs import graph_runner
+from twinserve.engine.llm import LLM
+from twinserve.traces.readers import read_trace
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--trace", type=Path, help="a trace whose first 512 requests' lengths are served, too")
+    parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
+    parser.add_argument("--no-ablation", action="store_true", help="without switching optimisations off")
+    parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
+    arguments = parser.parse_args()
+    folder = common.device_folder("cuda")
+    about = facts(arguments.commit)
+
+    work = Work.w256()
+    llm = make_llm()
+    llm.warm_up()
+    repeats = [throughput(llm, work) for _ in range(arguments.repeats)]
+    median = statistics.median(one["output_tok_s"] for one in repeats)
+    show("W256", repeats)
+    merge(arguments.out / f"{folder}.json", about | {"w256_output_tok_s": median, "repeats": {"w256": repeats}})
+
+    values: dict[str, Any] = about | {"w256": repeats, "attention": vars(llm.attention)}
+    others = {"long": Work.of_lengths([(12_000 + 500 * number, 256) for number in range(16)])}
+    if arguments.trace is not None:
+        lengths = [(request.num_prompt_tokens, request.max_output_tokens) for request in read_trace(arguments.trace)]
+        others["trace"] = Work.of_lengths([(prompt, output) for prompt, output in lengths[:512]])
+    close(llm)
+    llm = make_llm(settings={"max_model_len": 24_576})
+    llm.warm_up()
+    for name, other in others.items():
+        values[name] = [throughput(llm, other) for _ in range(arguments.repeats)]
+        show(name, values[name])
+    close(llm)
+    if not arguments.no_ablation:
+        values["ablation"] = ablation(work, arguments.repeats)
+    if not arguments.no_peer:
+        values["transformers"] = transformers_continuous_batching(work)
+        print("transformers", values["transformers"], flush=True)
+    merge(arguments.out / folder / "throughput.json", values)
+    return 0
+
+
+def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """W256 with one thing switched off at a time."""
+
+    def without_graphs(llm: LLM) -> None:
+        llm._capture = lambda: None  # type: ignore[method-assign]
+
+    def without_prompt_graphs(llm: LLM) -> None:
+        llm.runner._prompt_sizes = ()  # type: ignore[union-attr]
+
+    def in_running_order(llm: LLM) -> None:
+        graph_runner.sorted = lambda rows, key: list(rows)  # type: ignore[attr-defined]
+
+    variants: dict[str, tuple[dict[str, Any], Callable[[LLM], None]]] = {
+        "as it is": ({}, lambda llm: None),
+        "a step's tokens read before the next is decided (depth 0)": (
+            {"settings": {"pipeline_depth": 0}},
+            lambda llm: None,
+        ),
+        "kernels launched one by one, none captured": ({}, without_graphs),
+        "steps with prompts not captured": ({}, without_prompt_graphs),
+        "decodes in running order, not longest first": ({}, in_running_order),
+        "the project's own decode attention in place of flash-attn": ({"attention": "triton"}, lambda llm: None),
+        "own decode attention over blocks of 256 tokens": (
+            {"attention": "triton", "settings": {"block_size": 256}},
+            lambda llm: None,
+        ),
+        "no fused kernels: torch's own, launched one by one": ({"execution": "eager"}, lambda llm: None),
+    }
+    found = {}
+    for name, (options, change) in variants.items():
+        llm = make_llm(**options)
+        change(llm)
+        llm.warm_up()
+        found[name] = [throughput(llm, work) for _ in range(1 if "no fused" in name else repeats)]
+        vars(graph_runner).pop("sorted", None)
+        show(name, found[name])
+        close(llm)
+    return found
+
+
+def transformers_continuous_batching(work: Work) -> dict[str, Any]:
+    """The same work by transformers' continuous batching, its settings left to it but for the sampling."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from twinserve.engine.models.dummy import SHAPES
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(SHAPES / MODEL)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    generation = GenerationConfig(do_sample=True, temperature=TEMPERATURE, eos_token_id=-1, pad_token_id=0)
+
+    def once() -> float:
+        manager = model.init_continuous_batching(generation_config=generation)
+        manager.start()
+        begun = time.perf_counter()
+        for number, (prompt, output) in enumerate(zip(work.prompts, work.outputs, strict=True)):
+            manager.add_request(prompt, request_id=str(number), max_new_tokens=output)
+        tokens, waiting = 0, len(work.prompts)
+        for result in manager:
+            if result.is_finished():
+                tokens += len(result.generated_tokens)
+                waiting -= 1
+                if not waiting:
+                    break
+        seconds = time.perf_counter() - begun
+        manager.stop(block=True)
+        assert tokens == sum(work.outputs), f"{tokens} tokens came, {sum(work.outputs)} were asked for"
+        return seconds
+
+    repeats = [once() for _ in range(2)]
+    tokens = sum(work.outputs)
+    return {
+        "attention": model.config._attn_implementation,
+        "repeats": [{"seconds": round(one, 3), "output_tok_s": round(tokens / one, 1)} for one in repeats],
+    }
+
+
+def close(llm: LLM) -> None:
+    """Give the device's memory back."""
+    llm.close()
+    del llm.runner
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def show(name: str, repeats: list[dict[str, Any]]) -> None:
+    rates = [one["output_tok_s"] for one in repeats]
+    print(f"{name:60} {statistics.median(rates):8,.0f} tok/s  {repeats[-1]} {rates}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

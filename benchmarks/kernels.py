@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 import torch
-from on_cuda import Work, device_us, facts, make_llm, merge
+from on_cuda import Work, close, device_us, facts, make_llm, merge
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from twinserve.engine.graphs.graph_runner import GraphRunner, StepSize
@@ -41,16 +41,14 @@ def main() -> int:
         read = bandwidth()
         values: dict[str, Any] = about | {"read_gb_s": read, "decode_attention": list(decode_table(read))}
         values["prefill_attention"] = list(prefill_table())
-    for attention in ("flash", "triton"):
+    for attention in ("triton", "flash"):
         llm = make_llm(attention=attention, settings={"max_num_seqs": 512})
         llm.warm_up()
         with torch.inference_mode():
             values[f"steps, {attention}"] = [step_row(llm, *shape, read) for shape in STEPS]
-        if attention == "flash":
+        if attention == "triton":
             merge(folder / "timeline.json", about | {"events": timeline(llm)})
-        llm.close()
-        del llm.runner
-        torch.cuda.empty_cache()
+        close(llm)
     merge(folder / "kernels.json", values)
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from on_cuda import MODEL, TEMPERATURE, facts, make_llm, merge
+from on_cuda import MODEL, TEMPERATURE, close, facts, make_llm, merge
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve
@@ -63,6 +63,7 @@ def main() -> int:
     llm.warm_up()
     tokens = [per_token_ms(llm) for _ in range(arguments.repeats)]
     firsts = first_token_ms(llm, 1 + 5 * arguments.repeats)[1:]
+    close(llm)
     ready = [ready_s() for _ in range(1 + arguments.repeats)][1:]
     values: dict[str, Any] = {
         "batch1_ms_per_token": statistics.median(tokens),

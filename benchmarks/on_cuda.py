@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shlex
@@ -107,6 +108,14 @@ def throughput(llm: LLM, work: Work) -> dict[str, Any]:
         "device_share": round(listener.device_ns / 1e9 / seconds, 4),
         "preemptions": sum(seq.num_preemptions for seq in sequences),
     }
+
+
+def close(llm: LLM) -> None:
+    """Give the device's memory back."""
+    llm.close()
+    del llm.runner
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def device_us(call: Callable[[], object], repeats: int = 30) -> float:

@@ -10,7 +10,6 @@ FOLDER/h100.json (W256), FOLDER/h100/throughput.json (the rest); the folder is c
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import common
 import torch
-from on_cuda import MODEL, TEMPERATURE, Work, facts, make_llm, merge, throughput
+from on_cuda import MODEL, TEMPERATURE, Work, close, facts, make_llm, merge, throughput
 
 from twinserve.engine.graphs import graph_runner
 from twinserve.engine.llm import LLM
@@ -89,11 +88,9 @@ def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
         "kernels launched one by one, none captured": ({}, without_graphs),
         "steps with prompts not captured": ({}, without_prompt_graphs),
         "decodes in running order, not longest first": ({}, in_running_order),
-        "the project's own decode attention in place of flash-attn": ({"attention": "triton"}, lambda llm: None),
-        "own decode attention over blocks of 256 tokens": (
-            {"attention": "triton", "settings": {"block_size": 256}},
-            lambda llm: None,
-        ),
+        "flash-attn for decodes, over blocks of 256 tokens": ({"attention": "flash"}, lambda llm: None),
+        "blocks of 256 tokens": ({"settings": {"block_size": 256}}, lambda llm: None),
+        "keys and values in float8": ({"kv_cache_dtype": "fp8"}, lambda llm: None),
         "no fused kernels: torch's own, launched one by one": ({"execution": "eager"}, lambda llm: None),
     }
     found = {}
@@ -144,14 +141,6 @@ def transformers_continuous_batching(work: Work) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "repeats": [{"seconds": round(one, 3), "output_tok_s": round(tokens / one, 1)} for one in repeats],
     }
-
-
-def close(llm: LLM) -> None:
-    """Give the device's memory back."""
-    llm.close()
-    del llm.runner
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def show(name: str, repeats: list[dict[str, Any]]) -> None:

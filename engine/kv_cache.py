@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twinserve.engine.models.config import ModelConfig
 
 CPU_BUDGET_BYTES = 1 << 30
-CUDA_BUDGET_SHARE = 0.8
+GPU_MEMORY_UTILIZATION = 0.9
 
 
 class KVCache:
@@ -59,17 +59,30 @@ def default_num_blocks(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    memory_share: float = CUDA_BUDGET_SHARE,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    step_bytes: int | None = None,
 ) -> int:
-    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or `memory_share` of what a CUDA device has free.
+    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or what a CUDA device has left.
 
-    The weights are on the device by then; the rest is left for what steps need for a while.
+    That is `gpu_memory_utilization` of all its memory, less what is taken already, the weights among it, and less what
+    the largest step needs for a while.
+
+    Args:
+        step_bytes: of the largest step, where it was measured; None takes a tenth of what is left.
 
     Raises:
-        InputError: `memory_share` is not between 0 and 1.
+        InputError: `gpu_memory_utilization` is not between 0 and 1, or leaves nothing.
     """
-    if not 0 < memory_share < 1:
-        raise InputError("expected a number between 0 and 1", field="kv_memory_share", value=memory_share)
-    device = torch.device(device)
-    budget = memory_share * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_BUDGET_BYTES
-    return max(1, int(budget) // bytes_per_block(config, block_size, dtype))
+    if not 0 < gpu_memory_utilization < 1:
+        problem = "expected a number between 0 and 1"
+        raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
+    device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype)
+    if device.type != "cuda":
+        return max(1, CPU_BUDGET_BYTES // block_bytes)
+    free, total = torch.cuda.mem_get_info(device)
+    budget = gpu_memory_utilization * total - (total - free)
+    num_blocks = int(budget - (budget / 10 if step_bytes is None else step_bytes)) // block_bytes
+    if num_blocks < 1:
+        problem = f"expected more: of {total:,} bytes {total - free:,} are taken, and nothing is left for KV"
+        raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
+    return num_blocks

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from twinserve.engine.device_queue import compute_on, device_name, usable_device
-from twinserve.engine.kv_cache import CUDA_BUDGET_SHARE, default_num_blocks
+from twinserve.engine.kv_cache import GPU_MEMORY_UTILIZATION, default_num_blocks
 from twinserve.engine.layers.choice import Execution, choose_attention
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, adopt_model, load_model
@@ -31,6 +31,8 @@ from twinserve.traces.settings import Settings
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner
+
+KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class LLM:
         device: "cpu", "cuda", ...
         dtype: "float32" or "bfloat16"; of the weights of a folder or a transformers model, once loaded.
         settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
-            model's, `num_gpu_blocks` what fits 1 GiB (CPU) or `kv_memory_share` of the free memory (CUDA), and
+            model's, `num_gpu_blocks` what fits 1 GiB (CPU) or all that is left (CUDA), and
             `block_size`, where it was not given, the attention backend's own: 256 with flash, else 16.
-        attention: the attention backend; "auto" takes flash where it can serve, else triton in graphs, else sdpa.
+        attention: the attention backend; "auto" takes triton in graphs, else flash where it can serve, else sdpa.
         execution: of steps: "graphs", CUDA graphs of fused kernels, or "eager", kernel by kernel by torch; "auto" takes
             graphs on CUDA.
         load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
@@ -74,7 +76,9 @@ class LLM:
         quantization: "int8" keeps the weights of linear layers and of the embedding in int8 and runs from them, while
             the layers give each other `dtype`; "none" keeps all in `dtype`. None is "none", but leaves a Decoder as it
             is.
-        kv_memory_share: the share of a CUDA device's free memory, the weights being loaded, that the KV pool takes.
+        gpu_memory_utilization: the share of a CUDA device's memory that weights, KV pool and steps take together. What
+            the largest step needs is measured where steps are graphs.
+        kv_cache_dtype: "auto" is `dtype`; "fp8" keeps keys and values as float8 (e4m3, unscaled), with triton alone.
         seed: of the draws for requests without a seed of their own.
         threads: CPU threads of torch, in the whole process; None leaves them.
         token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
@@ -102,7 +106,8 @@ class LLM:
         execution: Execution = "auto",
         load_format: Literal["auto", "dummy"] = "auto",
         quantization: Quantization | None = None,
-        kv_memory_share: float = CUDA_BUDGET_SHARE,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
         seed: int = 0,
         threads: int | None = None,
         token_maker: TokenMaker | None = None,
@@ -129,12 +134,36 @@ class LLM:
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
         head_dim, dtype_in_use = self.config.head_dim, decoder.dtype
         self.attention = choose_attention(attention, head_dim, dtype_in_use, decoder.device, asked, execution)
-        self.settings = _resolve(settings, decoder, self.attention.block_size, kv_memory_share)
-        self.runner = self._make_runner(decoder, seed)
+        if kv_cache_dtype not in KV_DTYPES or (kv_cache_dtype == "fp8" and self.attention.name != "triton"):
+            problem = f"expected auto with {self.attention.name}" if kv_cache_dtype == "fp8" else "expected auto or fp8"
+            raise InputError(problem, field="kv_cache_dtype", value=kv_cache_dtype)
+        self.kv_cache_dtype = KV_DTYPES[kv_cache_dtype] or decoder.dtype
+        self.settings = self._resolve(settings, decoder, gpu_memory_utilization)
+        self.runner = self._make_runner(decoder, self.settings, seed)
 
-    def _make_runner(self, decoder: Decoder, seed: int) -> ModelRunner | GraphRunner:
+    def _resolve(self, settings: Settings, decoder: Decoder, gpu_memory_utilization: float) -> Settings:
+        """`settings` with nothing left open."""
+        limit = decoder.config.max_position_embeddings
+        max_model_len = settings.max_model_len or limit
+        if max_model_len > limit:
+            problem = f"expected at most {limit}, the model's max_position_embeddings"
+            raise InputError(problem, field="max_model_len", value=max_model_len)
+        decided = {"max_model_len": max_model_len, "block_size": self.attention.block_size}
+        settings = Settings.load(settings.model_dump() | decided)
+        if settings.num_gpu_blocks is None:
+            step_bytes = None
+            if self.attention.graphs:
+                smallest = settings.model_copy(update={"num_gpu_blocks": 1})
+                step_bytes = cast("GraphRunner", self._make_runner(decoder, smallest, self.seed)).step_bytes()
+            num_blocks = default_num_blocks(
+                decoder.config, settings.block_size, self.kv_cache_dtype, decoder.device, gpu_memory_utilization,
+                step_bytes,
+            )  # fmt: skip
+            settings = settings.model_copy(update={"num_gpu_blocks": num_blocks})
+        return settings
+
+    def _make_runner(self, decoder: Decoder, settings: Settings, seed: int) -> ModelRunner | GraphRunner:
         """What runs the steps."""
-        settings = self.settings
         assert settings.num_gpu_blocks is not None and settings.max_model_len is not None
         if self.attention.graphs:
             from twinserve.engine.graphs.graph_runner import GraphRunner
@@ -147,6 +176,7 @@ class LLM:
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_model_len=settings.max_model_len,
+                kv_cache_dtype=self.kv_cache_dtype,
                 seed=seed,
             )
         return ModelRunner(
@@ -177,6 +207,7 @@ class LLM:
             "load_format": self.load_format,
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
             "quantization": self.runner.model.quantization,
+            "kv_cache_dtype": str(self.kv_cache_dtype).removeprefix("torch."),
             "attention": self.attention.name,
             "attention_reason": self.attention.reason,
             "execution": "graphs" if self.attention.graphs else "eager",
@@ -378,17 +409,3 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _resolve(settings: Settings, decoder: Decoder, block_size: int, kv_memory_share: float) -> Settings:
-    """`settings` with nothing left open."""
-    limit = decoder.config.max_position_embeddings
-    max_model_len = settings.max_model_len or limit
-    if max_model_len > limit:
-        problem = f"expected at most {limit}, the model's max_position_embeddings"
-        raise InputError(problem, field="max_model_len", value=max_model_len)
-    num_blocks = settings.num_gpu_blocks
-    if num_blocks is None:
-        num_blocks = default_num_blocks(decoder.config, block_size, decoder.dtype, decoder.device, kv_memory_share)
-    decided = {"max_model_len": max_model_len, "num_gpu_blocks": num_blocks, "block_size": block_size}
-    return Settings.load(settings.model_dump() | decided)

@@ -44,15 +44,22 @@ Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, o
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Attention = Annotated[
-    str, typer.Option(help="flash (flash-attn), sdpa (torch alone), or auto: flash where it can serve, else sdpa.")
+    str,
+    typer.Option(
+        help="triton (in graphs), flash (flash-attn), sdpa (torch alone), or auto: what can serve, in that order."
+    ),
 ]
 LoadFormat = Annotated[
     str,
     typer.Option(help="auto, or dummy: random weights; --model is a folder with config.json or a shape that ships."),
 ]
 Quantization = Annotated[str, typer.Option(help="none, or int8: weights of a byte, and a scale a row.")]
-KvMemoryShare = Annotated[
-    float, typer.Option(help="Share of a CUDA device's free memory that KV takes, unless --num-gpu-blocks is given.")
+GpuMemoryUtilization = Annotated[
+    float, typer.Option(help="Share of a CUDA device's memory that weights, steps and KV take together.")
+]
+KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: keys and values of a byte a number, on CUDA.")]
+Execution = Annotated[
+    str, typer.Option(help="graphs (CUDA graphs of fused kernels), eager (by torch), or auto: graphs on CUDA.")
 ]
 DEFAULT_MODEL = "smollm2-135m"
 LATENCY_HELP = (
@@ -138,7 +145,9 @@ def run(
     attention: Attention = "auto",
     load_format: LoadFormat = "auto",
     quantization: Quantization = "none",
-    kv_memory_share: KvMemoryShare = 0.8,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    execution: Execution = "auto",
     time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
     stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -165,7 +174,9 @@ def run(
         attention=attention,
         load_format=load_format,
         quantization=quantization,
-        kv_memory_share=kv_memory_share,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_dtype=kv_cache_dtype,
+        execution=execution,
     )
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     with Bar("run", len(workload.requests)) as bar:

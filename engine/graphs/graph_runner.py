@@ -26,6 +26,9 @@ from twinserve.policies import Batch, Row, SamplingParams
 CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of the steps that are captured; a step is padded to the next of them."""
 
+GRAPH_BYTES = 1 << 30
+"""Memory that is left for the captured graphs and for what kernels take when they are loaded."""
+
 CAPTURED_PROMPTS = 32
 """Prompts of a captured step at most."""
 
@@ -58,6 +61,7 @@ class GraphRunner:
 
     Args:
         num_blocks, block_size: of the pool.
+        kv_cache_dtype: of the pool; None is the model's.
         attention: of decodes, "triton" or "flash".
         max_num_seqs, max_num_batched_tokens, max_model_len: limits of the policies.
         seed: of the draws for requests without a seed of their own.
@@ -76,17 +80,19 @@ class GraphRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        kv_cache_dtype: torch.dtype | None = None,
         seed: int = 0,
     ):
         self.model, self.device = model, model.device
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._cache = KVCache(model.config, num_blocks, block_size, model.dtype, self.device)
+        self._cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype or model.dtype, self.device)
         self._generator = random.Random(seed)
         width = -(-max_model_len // block_size)
         self._rows = DeviceRows(max_num_seqs, width, num_blocks, self.device, self._generator)
         self._decoder = FusedDecoder(
             model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
         )
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
@@ -98,6 +104,24 @@ class GraphRunner:
         self._decision = -1
         self._num_resident = 0
         self._places: list[int] = []
+
+    @torch.inference_mode()
+    def step_bytes(self) -> int:
+        """Bytes that the largest step takes for a while: all its rows sample, from a sorted vocabulary; and graphs."""
+        seqs, tokens = self._rows.scratch, self._max_num_batched_tokens
+        size = StepSize(0, tokens, seqs)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        logits = self._decoder.run(
+            _views(to_device(self._inputs(size, [], [], []), self.device), size, self._tile), self._out
+        )
+        params = [SamplingParams(temperature=1.0, top_p=0.5)] * seqs
+        SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits)
+        torch.cuda.synchronize(self.device)
+        taken = torch.cuda.max_memory_allocated(self.device) - before
+        del logits
+        torch.cuda.empty_cache()
+        return taken + GRAPH_BYTES
 
     def close(self) -> None:
         """Wait for what was launched."""

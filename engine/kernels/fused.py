@@ -69,6 +69,7 @@ def _rotate_and_store_kernel(
     sine = tl.load(sines + angle, columns < HALF, other=0.0)
     low = (x * cosine - y * sine).to(query.dtype.element_ty)
     high = (y * cosine + x * sine).to(query.dtype.element_ty)
+    kept = keys.dtype.element_ty
 
     is_query = inside & (heads < HEADS)
     target = query + token * HEADS * size + heads * size + columns
@@ -77,12 +78,12 @@ def _rotate_and_store_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     is_key = turned & (heads >= HEADS) & (slot >= 0)
     target = keys + slot * KV_HEADS * size + (heads - HEADS) * size + columns
-    tl.store(target, low, is_key)
-    tl.store(target + HALF, high, is_key)
+    tl.store(target, low.to(kept), is_key)
+    tl.store(target + HALF, high.to(kept), is_key)
     is_value = inside & (heads >= HEADS + KV_HEADS) & (slot >= 0)
     target = values + slot * KV_HEADS * size + (heads - HEADS - KV_HEADS) * size + columns
-    tl.store(target, first, is_value)
-    tl.store(target + HALF, second, is_value)
+    tl.store(target, first.to(kept), is_value)
+    tl.store(target + HALF, second.to(kept), is_value)
 
 
 def rotate_and_store(

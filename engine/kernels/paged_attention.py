@@ -60,13 +60,13 @@ def _decode_kernel(
         place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
         k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
         v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
-        score = tl.dot(q, k, input_precision=PRECISION) * scale
+        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
         score = tl.where(known[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weight, axis=1)
-        summed = summed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
         top = higher
 
     place = head[:, None] * SIZE + columns[None, :]
@@ -132,13 +132,13 @@ def _prefill_kernel(
         source = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
         k = tl.load(keys + source[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
         v = tl.load(values + source[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
-        score = tl.dot(q, k, input_precision=PRECISION) * scale
+        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
         score = tl.where(tokens[None, :] <= last[:, None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weight, axis=1)
-        summed = summed * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
         top = higher
     tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mine[:, None] & in_head[None, :])
 

@@ -36,9 +36,9 @@ def test_a_run_says_which_attention_serves_and_notes_it(twinserve, trace, shape,
     ("option", "value", "message"),
     [
         ("--attention", "flash", "device is 'cpu', expected cuda: flash-attn runs on NVIDIA GPUs"),
-        ("--attention", "fast", "attention is 'fast', expected one of auto, flash, sdpa"),
+        ("--attention", "fast", "attention is 'fast', expected one of auto, triton, flash, sdpa"),
         ("--load-format", "empty", "load_format is 'empty', expected auto or dummy"),
-        ("--kv-memory-share", "1.5", "kv_memory_share is 1.5, expected a number between 0 and 1"),
+        ("--gpu-memory-utilization", "1.5", "gpu_memory_utilization is 1.5, expected a number between 0 and 1"),
         ("--device", "gpu", "device is 'gpu', expected cpu or cuda"),
     ],
 )

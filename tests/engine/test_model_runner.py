@@ -103,7 +103,7 @@ def test_an_empty_batch_ends_in_its_turn(runner):
 
 
 def test_an_unknown_backend_is_refused(llama):
-    with pytest.raises(InputError, match="attention is 'paged', expected one of auto, flash, sdpa"):
+    with pytest.raises(InputError, match="attention is 'paged', expected one of auto, triton, flash, sdpa"):
         ModelRunner(llama.model, None, "cpu", attention="paged")
 
 

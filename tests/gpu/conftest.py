@@ -39,7 +39,7 @@ def serving() -> Iterator[Callable[..., LLM]]:
         name, _, execution = attention.partition(", ")
         if name == "flash":
             pytest.importorskip("flash_attn")
-        defaults = {"block_size": 256, "num_gpu_blocks": 16, "max_model_len": 2048}
+        defaults = {"block_size": 256, "num_gpu_blocks": 16}
         options = {"dtype": "bfloat16" if name == "flash" else "float32", "attention": name}
         options["execution"] = execution or "auto"
         made.append(LLM(judge.model, device="cuda", settings=Settings.load(defaults | settings), **options))  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_fifty_decode_steps_are_fifty_graph_launches_and_wait_for_nothing_but_to
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             for _ in range(50):
                 step()
-            counted = Counter()
+            counted: Counter[str] = Counter()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     counted.update({event.key: event.count for event in profiler.key_averages()})
@@ -77,7 +78,7 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
         num_key_value_heads=8, head_dim=128, max_position_embeddings=2048, tie_word_embeddings=True,
         initializer_range=0.05,
     )  # fmt: skip
-    theirs = Qwen3ForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    theirs: Any = Qwen3ForCausalLM(config).to(torch.bfloat16).cuda().eval()
     settings = Settings(max_num_seqs=8, max_num_batched_tokens=2048, max_model_len=1024)
     llm = LLM(adopt_model(theirs, device="cuda"), device="cuda", settings=settings, attention=attention)
     prompts = [torch.randint(0, 4096, (length,)).tolist() for length in (3, 17, 200, 311, 640, 33)]
@@ -87,7 +88,7 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
     decoder.run = lambda step, out: seen.append(run(step, out).clone()) or seen[-1]  # type: ignore[func-returns-value, method-assign]
     completions = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
     assert len(seen) == 24
-    exact = Qwen3ForCausalLM(config).to("cuda", torch.float32).eval()
+    exact: Any = Qwen3ForCausalLM(config).float().cuda().eval()
     exact.load_state_dict({name: weight.float() for name, weight in theirs.state_dict().items()})
     ours, own = [], []
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

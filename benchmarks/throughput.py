@@ -74,7 +74,10 @@ def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
         llm._capture = lambda: None  # type: ignore[method-assign]
 
     def without_prompt_graphs(llm: LLM) -> None:
-        llm.runner._prompt_sizes = ()  # type: ignore[union-attr]
+        llm.warm_up()
+        graphs = llm.runner._graphs  # type: ignore[union-attr]
+        for size in [size for size in graphs if size.prompt_tokens]:
+            del graphs[size]
 
     def in_running_order(llm: LLM) -> None:
         graph_runner.sorted = lambda rows, key: list(rows)  # type: ignore[attr-defined]

@@ -67,14 +67,14 @@ def _rotate_and_store_kernel(
     angle = tl.load(positions + token).to(tl.int64) * HALF + columns
     cosine = tl.load(cosines + angle, columns < HALF, other=0.0)
     sine = tl.load(sines + angle, columns < HALF, other=0.0)
-    low = (x * cosine - y * sine).to(query.dtype.element_ty)
-    high = (y * cosine + x * sine).to(query.dtype.element_ty)
+    low = x * cosine - y * sine
+    high = y * cosine + x * sine
     kept = keys.dtype.element_ty
 
     is_query = inside & (heads < HEADS)
     target = query + token * HEADS * size + heads * size + columns
-    tl.store(target, low, is_query)
-    tl.store(target + HALF, high, is_query)
+    tl.store(target, low.to(query.dtype.element_ty), is_query)
+    tl.store(target + HALF, high.to(query.dtype.element_ty), is_query)
     slot = tl.load(slots + token).to(tl.int64)
     is_key = turned & (heads >= HEADS) & (slot >= 0)
     target = keys + slot * KV_HEADS * size + (heads - HEADS) * size + columns
@@ -82,8 +82,8 @@ def _rotate_and_store_kernel(
     tl.store(target + HALF, high.to(kept), is_key)
     is_value = inside & (heads >= HEADS + KV_HEADS) & (slot >= 0)
     target = values + slot * KV_HEADS * size + (heads - HEADS - KV_HEADS) * size + columns
-    tl.store(target, first.to(kept), is_value)
-    tl.store(target + HALF, second.to(kept), is_value)
+    tl.store(target, first.to(tl.float32).to(kept), is_value)
+    tl.store(target + HALF, second.to(tl.float32).to(kept), is_value)
 
 
 def rotate_and_store(

@@ -49,7 +49,9 @@ def _decode_kernel(
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < SIZE
     head = row * HEADS + kv_head * group + members
-    q = tl.load(query + head[:, None] * SIZE + columns[None, :], (members < group)[:, None] & in_head[None, :], other=0)
+    q = tl.load(
+        query + head[:, None] * SIZE + columns[None, :], (members < group)[:, None] & in_head[None, :], other=0.0
+    )
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     summed = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
@@ -58,8 +60,8 @@ def _decode_kernel(
         known = tokens < end
         block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
         place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
-        k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
-        v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
+        k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
         score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
         score = tl.where(known[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
@@ -120,7 +122,7 @@ def _prefill_kernel(
     in_head = columns < SIZE
     mine = (token < count) & (member < group)
     place = ((offset + token).to(tl.int64) * HEADS + kv_head * group + member)[:, None] * SIZE + columns[None, :]
-    q = tl.load(query + place, mine[:, None] & in_head[None, :], other=0)
+    q = tl.load(query + place, mine[:, None] & in_head[None, :], other=0.0)
     top = tl.full([BLOCK_TOKENS * BLOCK_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS], tl.float32)
     summed = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS, BLOCK_D], tl.float32)
@@ -130,8 +132,8 @@ def _prefill_kernel(
         known = tokens < start + count
         block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
         source = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
-        k = tl.load(keys + source[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0)
-        v = tl.load(values + source[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0)
+        k = tl.load(keys + source[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(values + source[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
         score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
         score = tl.where(tokens[None, :] <= last[:, None], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))

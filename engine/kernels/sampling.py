@@ -71,6 +71,7 @@ def _draw_kernel(
         # Rounding can leave the number beyond the block's sum: then it is the block's last token that can be drawn.
         beyond = tl.max(tl.where(inner > 0.0, columns, 0), axis=0)
         token = tl.min(tl.where((tl.cumsum(inner, axis=0) > rest) & (inner > 0.0), columns, beyond), axis=0)
+    token = tl.minimum(token, size - 1)  # logits that are no numbers have no largest
     tl.store(out + index, token)
     tl.store(tokens + row, token)
     tl.store(computed + row, position)

@@ -35,6 +35,7 @@ def _read_rows_kernel(
     position = tl.load(computed + row, decode, other=0)
     position = tl.where(prompt, tl.load(prompt_positions + number, prompt, other=0), position)
     real = row != scratch
+    token = tl.where(real, token, 0)
     position = tl.where(real, position, 0)
     block = tl.load(tables + row.to(tl.int64) * table_width + position // BLOCK_SIZE, real & (index < count), other=0)
     tl.store(token_ids + index, token, index < count)
@@ -55,7 +56,7 @@ def read_rows(
 ) -> None:
     """The token, position and KV slot of each token of a step: one for each decoding row, then those of prompts.
 
-    The last device row is scratch: its tokens are at position 0 and are not stored (slot -1).
+    The last device row is scratch: it stands for token 0 at position 0, which is not stored (slot -1).
 
     Args:
         rows: [decodes], int32: the device row of each decoding sequence.

@@ -112,7 +112,7 @@ def rotate_and_store(
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     query = qkv.new_empty(tokens, heads, head_dim)
     # One head a program keeps a small step's latency down; eight make a large one's programs worth their start.
-    block_heads = 1 if tokens <= 256 else 8
+    block_heads = 1 if tokens <= 32 else 8
     grid = tokens, triton.cdiv(heads + 2 * kv_heads, block_heads)
     _rotate_and_store_kernel[grid](
         qkv, positions, slots, *rotation, qkv if norm is None else norm, query, keys, values, eps,

@@ -79,7 +79,7 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
         initializer_range=0.05,
     )  # fmt: skip
     theirs: Any = Qwen3ForCausalLM(config).to(torch.bfloat16).cuda().eval()
-    settings = Settings(max_num_seqs=8, max_num_batched_tokens=2048, max_model_len=1024)
+    settings = Settings(max_num_seqs=8, max_num_batched_tokens=2048, max_model_len=1024, num_gpu_blocks=256)
     llm = LLM(adopt_model(theirs, device="cuda"), device="cuda", settings=settings, attention=attention)
     prompts = [torch.randint(0, 4096, (length,)).tolist() for length in (3, 17, 200, 311, 640, 33)]
     seen: list[torch.Tensor] = []

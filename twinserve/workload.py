@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,6 +13,8 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class TraceOptions(BaseModel):
     """How a trace is changed before it is replayed; applied in this order."""
@@ -20,6 +22,7 @@ class TraceOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
+    shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
     session_rate: float | None = Field(default=None, description="sessions begin at random, so many a second")
     session_seed: int = Field(default=0, description="of session_rate: another seed, other times")
     window_s: str | None = Field(default=None, description="only arrivals from START to END seconds, as START:END")
@@ -56,13 +59,29 @@ def load_workload(path: Path, options: dict[str, Any]) -> Workload:
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    trace = read_trace(path)
+    return make_workload(read_trace(path), path, checked(TraceOptions, options))
+
+
+def checked(model: type[Model], values: dict[str, Any]) -> Model:
+    """An instance of a pydantic model from `values`.
+
+    Raises:
+        InputError: a value is unknown, of the wrong kind or out of range.
+    """
     try:
-        wanted = TraceOptions(**options)
+        return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"expected: {first['msg']}", field=str(first["loc"][0]), value=first["input"]) from error
-    requests, log = _transformed(trace, wanted)
+
+
+def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:
+    """A trace that was read from `path`, with `options` applied to it.
+
+    Raises:
+        InputError: an option cannot be used, or no request is left.
+    """
+    requests, log = _transformed(trace, options)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
@@ -76,6 +95,8 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
     requests = trace.requests
     if wanted.spread_seed is not None:
         requests = transforms.spread(requests, wanted.spread_seed, log)
+    if wanted.shuffle_seed is not None:
+        requests = transforms.shuffle(requests, wanted.shuffle_seed, log)
     if wanted.session_rate is not None:
         requests = transforms.start_sessions(requests, wanted.session_rate, wanted.session_seed, log)
     if wanted.window_s is not None:

@@ -1,0 +1,222 @@
+"""A point of a sweep: one simulation with all that decides its result, and an identity made of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from twinserve.sim.fit import FittedLatency
+from twinserve.sim.roofline import RooflineLatency
+from twinserve.traces.errors import InputError
+from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.request import Request
+from twinserve.traces.settings import Settings
+from twinserve.workload import TraceOptions, Workload, checked, make_workload
+from twinserve.worlds import DEFAULT_LATENCY, choose_latency, run_sim, with_pool
+
+Result = dict[str, Any]
+
+
+class PointOptions(BaseModel):
+    """What a point has beside settings and trace options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    trace: str = Field(description="a trace file or folder")
+    latency: str = Field(default=DEFAULT_LATENCY, description="a latency, as `twinserve sim --latency` takes it")
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
+    arrivals: Literal["trace", "poisson"] = Field(
+        default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
+    )
+    seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
+
+
+class Point(PointOptions):
+    """One simulation.
+
+    With `rate`, the trace's own arrivals are scaled to so many requests a second (requests - 1 over the time from the
+    first to the last), or, with `arrivals` "poisson", sessions begin at random so often that requests come at that
+    rate in the long run.
+    """
+
+    settings: Settings = Settings()
+    trace_options: TraceOptions = TraceOptions()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Point:
+        if self.arrivals == "poisson" and self.rate is None:
+            raise ValueError("arrivals is 'poisson', expected a rate beside it")
+        if self.rate is not None:
+            for name in ("rate_scale", "session_rate", "all_at_zero"):
+                if (value := getattr(self.trace_options, name)) is not None:
+                    raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
+        return self
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Point:
+        """A point from its fields, settings and trace options under their own names.
+
+        Raises:
+            InputError: a name is unknown, `trace` is missing, or a value cannot be used.
+        """
+        parts = (PointOptions, Settings, TraceOptions)
+        own, settings, options = ({n: v for n, v in values.items() if n in part.model_fields} for part in parts)
+        for name in values:
+            if not any(name in part.model_fields for part in parts):
+                raise InputError(
+                    f"expected {', '.join(PointOptions.model_fields)}, a setting or a trace option",
+                    field=name,
+                    value=values[name],
+                )
+        if "trace" not in own:
+            raise InputError("is missing, expected a trace", field="trace")
+        nested = {"settings": Settings.load(settings), "trace_options": checked(TraceOptions, options)}
+        return checked(cls, own | nested)
+
+    def with_(self, **changes: Any) -> Point:
+        """The point with other values of its own fields."""
+        return self.model_copy(update=changes)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field that is not None, settings and trace options under their own names."""
+        own = {name: getattr(self, name) for name in PointOptions.model_fields}
+        fields = own | self.settings.model_dump() | self.trace_options.model_dump()
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def is_random(self) -> bool:
+        """Whether another seed gives another simulation."""
+        options = self.trace_options
+        drawn = (options.spread_seed, options.shuffle_seed, options.session_rate)
+        return self.arrivals == "poisson" or any(value is not None for value in drawn)
+
+    def resolved(self) -> Point:
+        """The point with the pool that its latency's device has, where none is given.
+
+        Raises:
+            InputError: the latency cannot be used, or the model does not fit the device.
+        """
+        settings, _ = with_pool(self.settings, choose_latency(self.latency, None)[0])
+        return self.with_(settings=settings)
+
+    def num_gpus(self) -> int:
+        """Devices that serve it."""
+        model, _ = choose_latency(self.latency, None)
+        return model.tensor_parallel if isinstance(model, RooflineLatency) else 1
+
+    def own_rate(self) -> float | None:
+        """Requests a second as they arrive in the trace; None where all arrive at once."""
+        requests = self._changed({}).requests
+        span_s = arrivals_span_s(requests)
+        return (len(requests) - 1) / span_s if span_s else None
+
+    def workload(self) -> Workload:
+        """The requests to replay.
+
+        Raises:
+            InputError: the trace or a trace option cannot be used, or `rate` is given and all requests arrive at once.
+        """
+        if self.rate is None:
+            return self._changed({})
+        if self.arrivals == "poisson":
+            requests = trace_at(self.trace).requests
+            sessions = {("s", r.session) if r.session is not None else ("r", r.id) for r in requests}
+            return self._changed({"session_rate": self.rate * len(sessions) / len(requests)})
+        own = self.own_rate()
+        if own is None:
+            raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=self.rate)
+        return self._changed({"rate_scale": self.rate / own})
+
+    def _changed(self, changes: dict[str, float]) -> Workload:
+        options = self.trace_options.model_dump() | changes
+        for name in ("spread_seed", "shuffle_seed", "session_seed"):
+            if options[name] is not None:
+                options[name] += self.seed
+        return make_workload(trace_at(self.trace), Path(self.trace), TraceOptions(**options))
+
+
+def arrivals_span_s(requests: list[Request]) -> float:
+    """Seconds from the first arrival to the last."""
+    return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
+
+
+@lru_cache(maxsize=2)
+def trace_at(path: str) -> Trace:
+    """The trace of that path, kept while other points replay it."""
+    return read_trace(Path(path))
+
+
+@cache
+def code_identity() -> str:
+    """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
+    digest = hashlib.sha256(version("simpy").encode())
+    root = Path(__file__).parent
+    modules = [root / name for name in ("point.py", "workload.py", "worlds.py")]
+    for package in ("policies", "sim", "traces"):
+        modules += sorted((root / package).glob("**/*.py"))
+    for path in modules:
+        digest.update(f"\0{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Job(NamedTuple):
+    """A point to compute, wherever that is.
+
+    Attributes:
+        inputs: all that decides the result: the fields of the point with the trace's sha256 and the latency's identity
+            in place of their names, and the identity of the code.
+    """
+
+    point: Point
+    inputs: dict[str, Any]
+
+    @classmethod
+    def of(cls, point: Point) -> Job:
+        """The job that computes a resolved point.
+
+        Raises:
+            InputError: its trace or its latency cannot be used.
+        """
+        identities = {
+            "trace": trace_at(point.trace).sha256,
+            "latency": choose_latency(point.latency, None)[1]["identity"],
+            "code": code_identity(),
+        }
+        return cls(point, point.flat() | identities)
+
+    @property
+    def key(self) -> str:
+        """32 hex digits that only these inputs have."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def compute(job: Job) -> Result:
+    """Simulate a point: its inputs, its workload, and the run's summary, which holds nothing of this machine.
+
+    Raises:
+        InputError: the trace, the latency or the code is no longer, or on this machine not, what was planned.
+    """
+    point = job.point
+    found = Job.of(point).inputs
+    for name in ("trace", "latency", "code"):
+        if found[name] != job.inputs[name]:
+            raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
+    latency, facts = choose_latency(point.latency, None)
+    workload = point.workload()
+    summary = run_sim(workload, point.settings, latency, latency_facts=facts)
+    del summary["wall_s"]
+    result = {
+        "inputs": job.inputs,
+        "latency": facts["name"],
+        "span_s": arrivals_span_s(workload.requests),
+        "transforms": workload.facts["transforms"],
+        "summary": summary,
+    }
+    if isinstance(latency, FittedLatency) and latency.num_outside:
+        result["beyond_fit"] = {"steps": latency.num_outside, "times": latency.worst_excess}
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -30,11 +30,13 @@ class PageCase:
         varied: the fields in which cases differ.
         values: what was found, by column.
         keeps: whether it keeps the objective in every seed; None without one.
+        words: what else there is to say, by column.
     """
 
     varied: Mapping[str, Any]
     values: Mapping[str, Estimate]
     keeps: bool | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -93,29 +95,38 @@ def _content(
 
 
 def _case_table(cases: Sequence[PageCase]) -> str:
-    varied = list(dict.fromkeys(name for case in cases for name in case.varied))
-    columns = list(dict.fromkeys(name for case in cases for name in case.values))
-    judged = any(case.keeps is not None for case in cases)
-    heads = [*varied, *columns, *(["keeps the objective"] if judged else [])]
+    heads, rows = case_columns(cases)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    rows = []
-    for case in cases:
-        cells = [escape(plain(case.varied[name])) if name in case.varied else "–" for name in varied]
-        cells += [_estimated(case.values.get(name, Estimate(None))) for name in columns]
-        cells += [{True: "yes", False: "<mark>no</mark>", None: "–"}[case.keeps]] if judged else []
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    body = "".join(rows)
-    caption = '<p class="caption">Means over seeds, with the 95% interval of the mean where there are several.</p>\n'
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    caption = "Means over seeds, with the 95% interval of the mean where there are several."
     return (
-        f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
-        + caption
+        f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>\n"
+        f'<p class="caption">{caption}</p>\n'
     )
+
+
+def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the rows of a table of cases: varied fields, what was found, what else there is to say."""
+    varied, values, words = (
+        list(dict.fromkeys(name for case in cases for name in getattr(case, part)))
+        for part in ("varied", "values", "words")
+    )
+    rows = [
+        [
+            *(plain(case.varied[name]) if name in case.varied else "–" for name in varied),
+            *(_estimated(case.values.get(name, Estimate(None))) for name in values),
+            *(case.words.get(name, "–") for name in words),
+        ]
+        for case in cases
+    ]
+    return [*varied, *values, *words], rows
 
 
 def _estimated(value: Estimate) -> str:
     if value.interval is None:
         return number(value.mean)
-    return f'{number(value.mean)} <span class="note">± {number(value.interval[1] - (value.mean or 0))}</span>'
+    return f"{number(value.mean)} ± {number(value.interval[1] - (value.mean or 0))}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

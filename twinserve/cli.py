@@ -11,6 +11,7 @@ import typer
 
 from twinserve.options import Json, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
+from twinserve.sweep_cli import capacity, sweep
 from twinserve.trace_cli import trace_app
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
@@ -30,6 +31,8 @@ app.add_typer(trace_app, name="trace")
 record_app = typer.Typer(help="Bring a recorded run of another engine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(record_app, name="record")
+app.command()(sweep)
+app.command()(capacity)
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]

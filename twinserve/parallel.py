@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ def computed(
     Raises:
         InputError: the cluster cannot be reached.
     """
+    if not things:
+        return
     if workers.ray is not None:
         yield from _by_ray(function, things, workers.ray)
     elif workers.jobs == 1 or len(things) == 1:
@@ -57,8 +61,9 @@ def _by_ray(
         import ray
     except ImportError as error:
         raise InputError("expected ray beside it: pip install 'twinserve[ray]'", field="ray", value=address) from error
+    _reach(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         message = " ".join(str(error).split())
         raise InputError(f"expected the address of a Ray cluster: {message}", field="ray", value=address) from error
@@ -70,3 +75,16 @@ def _by_ray(
             yield ray.get(done)
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Look whether somebody listens there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"expected auto, or HOST:PORT of a Ray cluster that is up ({error})", field="ray", value=address
+        ) from error

@@ -7,9 +7,9 @@ import json
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.roofline import RooflineLatency
@@ -17,24 +17,10 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.settings import Settings
-from twinserve.workload import TraceOptions, Workload, checked, make_workload
-from twinserve.worlds import DEFAULT_LATENCY, choose_latency, run_sim, with_pool
+from twinserve.workload import PointOptions, TraceOptions, Workload, checked, make_workload
+from twinserve.worlds import choose_latency, run_sim, with_pool
 
 Result = dict[str, Any]
-
-
-class PointOptions(BaseModel):
-    """What a point has beside settings and trace options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    trace: str = Field(description="a trace file or folder")
-    latency: str = Field(default=DEFAULT_LATENCY, description="a latency, as `twinserve sim --latency` takes it")
-    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
-    arrivals: Literal["trace", "poisson"] = Field(
-        default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
-    )
-    seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
 
 
 class Point(PointOptions):
@@ -45,6 +31,7 @@ class Point(PointOptions):
     rate in the long run.
     """
 
+    trace: str
     settings: Settings = Settings()
     trace_options: TraceOptions = TraceOptions()
 
@@ -68,16 +55,20 @@ class Point(PointOptions):
         parts = (PointOptions, Settings, TraceOptions)
         own, settings, options = ({n: v for n, v in values.items() if n in part.model_fields} for part in parts)
         for name in values:
-            if not any(name in part.model_fields for part in parts):
+            if name != "trace" and not any(name in part.model_fields for part in parts):
                 raise InputError(
-                    f"expected {', '.join(PointOptions.model_fields)}, a setting or a trace option",
+                    f"expected trace, {', '.join(PointOptions.model_fields)}, a setting or a trace option",
                     field=name,
                     value=values[name],
                 )
-        if "trace" not in own:
-            raise InputError("is missing, expected a trace", field="trace")
-        nested = {"settings": Settings.load(settings), "trace_options": checked(TraceOptions, options)}
-        return checked(cls, own | nested)
+        if "trace" not in values:
+            raise InputError("is missing, expected a trace file or folder", field="trace")
+        return checked(
+            cls,
+            own
+            | {"trace": values["trace"]}
+            | {"settings": Settings.load(settings), "trace_options": checked(TraceOptions, options)},
+        )
 
     def with_(self, **changes: Any) -> Point:
         """The point with other values of its own fields."""
@@ -85,7 +76,7 @@ class Point(PointOptions):
 
     def flat(self) -> dict[str, Any]:
         """Every field that is not None, settings and trace options under their own names."""
-        own = {name: getattr(self, name) for name in PointOptions.model_fields}
+        own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields)}
         fields = own | self.settings.model_dump() | self.trace_options.model_dump()
         return {name: value for name, value in fields.items() if value is not None}
 

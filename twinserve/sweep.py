@@ -243,8 +243,8 @@ def num_missing(points: Iterable[Point], store: Store) -> int:
 def rows_of(plan: Plan, results: list[Result]) -> list[Result]:
     """A row a point, in the order of the plan: its fields, which of them vary, identities, and its result.
 
-    With an objective, `missed` says what of it is missed; with a price, `cost` is that of a million tokens, of output and
-    in all.
+    With an objective, `missed` says what of it is missed; with a price, `cost` is that of a million tokens, of output
+    and in all.
     """
     rows = []
     cases = [case for case in plan.cases for _ in case.points]

@@ -1,10 +1,10 @@
-"""A trace as a run replays it: read, changed as asked for, every change counted."""
+"""A trace as a run replays it: read, changed as asked for, every change counted; and what a point of a sweep adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,19 @@ class TraceOptions(BaseModel):
     all_at_zero: bool | None = Field(default=None, description="every request arrives at the start")
     max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
     max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
+
+
+class PointOptions(BaseModel):
+    """What a point of a sweep has beside its trace, settings and trace options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    latency: str | None = Field(default=None, description="a latency, as twinserve sim takes it")
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
+    arrivals: Literal["trace", "poisson"] = Field(
+        default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
+    )
+    seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ class Outage:
     from_ns: int
     to_ns: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.replica}:{self.from_ns / 1e9:g}:{'' if self.to_ns is None else f'{self.to_ns / 1e9:g}'}"
+
 
 class FleetListener:
     """Builds the replicas' policies, and hears where requests go. This one wants to know nothing.
@@ -54,15 +57,15 @@ def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
     per_replica: dict[int, list[Outage]] = {}
     for outage in outages:
         if not 0 <= outage.replica < num_replicas:
-            raise ValueError(f"{outage}, expected a replica from 0 to {num_replicas - 1}")
+            raise ValueError(f"outage {outage}, expected a replica from 0 to {num_replicas - 1}")
         if outage.from_ns < 0 or (outage.to_ns is not None and outage.to_ns <= outage.from_ns):
-            raise ValueError(f"{outage}, expected 0 <= from_ns < to_ns")
+            raise ValueError(f"outage {outage}, expected 0 <= from < to")
         per_replica.setdefault(outage.replica, []).append(outage)
     for own in per_replica.values():
         own.sort(key=lambda outage: outage.from_ns)
         for one, following in zip(own, own[1:], strict=False):
             if one.to_ns is None or one.to_ns >= following.from_ns:
-                raise ValueError(f"{following} expected after the end of {one}")
+                raise ValueError(f"outage {following}, expected one that begins after {one} has ended")
     if len(per_replica) == num_replicas and all(own[-1].to_ns is None for own in per_replica.values()):
         raise ValueError("every replica dies and none comes back, expected one that does")
 

@@ -100,7 +100,7 @@ class Replica:
             self._make(made)
             for decided in commits:
                 self.core.commit(None, decided)
-        self._event.callbacks.clear()  # type: ignore[union-attr]
+        self._event.callbacks.clear()
         return [*self.core.sequences.values(), *self._inbox]
 
     def _run(self) -> Generator[simpy.Event, None, None]:

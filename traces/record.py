@@ -89,7 +89,7 @@ class RunRecorder(CoreListener):
         self._num_ended = 0
         self._num_rows = 0
         self._summarized: list[dict[str, Any]] = []
-        self._partial = _make_partial(self._out)
+        self._partial = make_partial(self._out)
         self._steps_file = (self._partial / "steps.jsonl").open("w", encoding="utf-8", newline="\n")
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
@@ -176,7 +176,7 @@ class RunRecorder(CoreListener):
             "settings": self._settings,
             "facts": self._facts,
             "device": self._device,
-            "versions": _versions(),
+            "versions": versions(),
             "summary": summary,
         }
         text = json.dumps(run, indent=2, allow_nan=False) + "\n"
@@ -211,7 +211,7 @@ def write_record(record: RunRecord, out: Path) -> None:
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
-    partial = _make_partial(out)
+    partial = make_partial(out)
     try:
         _write_lines(partial / "requests.jsonl", record.requests)
         _write_lines(partial / "steps.jsonl", record.steps)
@@ -227,7 +227,7 @@ def write_record(record: RunRecord, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _make_partial(out: Path) -> Path:
+def make_partial(out: Path) -> Path:
     """Create the folder in which a record grows."""
     if out.exists() or out.is_symlink():
         raise InputError("exists already, expected a new folder", path=out)
@@ -338,7 +338,7 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what took part; torch only where something else has imported it."""
     versions = {"python": platform.python_version()}
     with suppress(PackageNotFoundError):

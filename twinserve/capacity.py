@@ -7,15 +7,13 @@ import statistics
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from twinserve.objectives import Objective, interval
 from twinserve.parallel import Workers
-from twinserve.point import Job, Point, Result, compute
+from twinserve.point import Job, Point, Result, Sought, compute
 from twinserve.sweep import Case, Plan, Store, cost_of, run_points
 from twinserve.traces.errors import InputError
-
-Sought = Literal["rate", "replicas"]
 
 _MOST_REPLICAS = 1024
 _WIDEST = 1024.0
@@ -71,10 +69,8 @@ class Scale:
     def __init__(self, sought: Sought, tolerance: float):
         self.sought, self._ratio = sought, 1 + tolerance
 
-    def value(self, number: int | None) -> float | int | None:
-        """What stands at a number; None at none."""
-        if number is None:
-            return None
+    def value(self, number: int) -> float | int:
+        """What stands at a number."""
         return -number if self.sought == "replicas" else float(f"{self._ratio**number:.6g}")
 
     def search(self, point: Point) -> Generator[int, bool, Found]:
@@ -87,7 +83,7 @@ class Scale:
 
     def at(self, point: Point, number: int) -> Point:
         """The point with what stands at a number."""
-        return point.with_(**{self.sought: self.value(number)})
+        return point.with_sought(self.sought, self.value(number))
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def find_capacities(
     plan: Plan,
     sought: Sought,
     store: Store,
-    workers: Workers | None = None,
+    workers: Workers,
     *,
     tolerance: float = 0.02,
     advance: Callable[[], None] | None = None,
@@ -208,10 +204,10 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     return Capacity(
         case,
         scale.sought,
-        scale.value(number),
-        scale.value(failed),
+        None if number is None else scale.value(number),
+        None if failed is None else scale.value(failed),
         list(reasons),
-        [scale.value(one) for one in kept],
+        [None if one is None else scale.value(one) for one in kept],
         results,
         num_runs,
     )
@@ -238,7 +234,7 @@ def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
             "results": [{name: value for name, value in r.items() if name != "inputs"} for r in capacity.results],
         }
         if plan.price_per_gpu_hour is not None and capacity.value is not None:
-            found = first.with_(**{capacity.sought: capacity.value})
+            found = first.with_sought(capacity.sought, capacity.value)
             row["cost"] = cost_of(capacity.results, found.num_gpus(), plan.price_per_gpu_hour)
         rows.append(row)
     return rows

@@ -6,21 +6,24 @@ import hashlib
 import json
 from functools import cache, lru_cache
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import model_validator
+from pydantic import BaseModel, model_validator
 
+from twinserve.fleets import FleetOptions
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
-from twinserve.workload import PointOptions, TraceOptions, Workload, checked, make_workload
-from twinserve.worlds import choose_latency, run_sim, with_pool
+from twinserve.traces.settings import Settings, validated
+from twinserve.workload import PointOptions, TraceOptions, Workload, make_workload
+from twinserve.worlds import ReplicaSpec, run_fleet, run_sim
 
 Result = dict[str, Any]
+Sought = Literal["rate", "replicas"]
 
 
 class Point(PointOptions):
@@ -34,6 +37,7 @@ class Point(PointOptions):
     trace: str
     settings: Settings = Settings()
     trace_options: TraceOptions = TraceOptions()
+    fleet: FleetOptions = FleetOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> Point:
@@ -47,58 +51,67 @@ class Point(PointOptions):
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Point:
-        """A point from its fields, settings and trace options under their own names.
+        """A point from its fields; settings, trace options and those of a fleet stand beside them.
 
         Raises:
             InputError: a name is unknown, `trace` is missing, or a value cannot be used.
         """
-        parts = (PointOptions, Settings, TraceOptions)
-        own, settings, options = ({n: v for n, v in values.items() if n in part.model_fields} for part in parts)
+        parts: dict[str, type[BaseModel]] = {}
+        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions}
+        known = {"trace", *PointOptions.model_fields, *(name for part in parts.values() for name in part.model_fields)}
         for name in values:
-            if name != "trace" and not any(name in part.model_fields for part in parts):
+            if name not in known:
+                own = ", ".join(PointOptions.model_fields)
                 raise InputError(
-                    f"expected trace, {', '.join(PointOptions.model_fields)}, a setting or a trace option",
+                    f"expected trace, {own}, a setting, a trace option or one of a fleet",
                     field=name,
                     value=values[name],
                 )
         if "trace" not in values:
             raise InputError("is missing, expected a trace file or folder", field="trace")
-        return checked(
-            cls,
-            own
-            | {"trace": values["trace"]}
-            | {"settings": Settings.load(settings), "trace_options": checked(TraceOptions, options)},
-        )
+        of_part = {
+            part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
+        }
+        nested = {
+            "settings": Settings.load(of_part["settings"]),
+            "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
+            "fleet": FleetOptions.load(of_part["fleet"]),
+        }
+        own_values = {name: values[name] for name in ("trace", *PointOptions.model_fields) if name in values}
+        return validated(cls, nested, own_values, None)
 
-    def with_(self, **changes: Any) -> Point:
-        """The point with other values of its own fields."""
-        return self.model_copy(update=changes)
+    def with_sought(self, sought: Sought, value: float | int) -> Point:
+        """The point with another rate or with other replicas."""
+        if sought == "rate":
+            return self.model_copy(update={"rate": value})
+        fleet = self.fleet.model_dump(exclude_unset=True) | {"replicas": value}
+        return self.model_copy(update={"fleet": FleetOptions.load(fleet)})
 
     def flat(self) -> dict[str, Any]:
-        """Every field that is not None, settings and trace options under their own names."""
+        """Every field that is not None, settings and options under their own names."""
         own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields)}
         fields = own | self.settings.model_dump() | self.trace_options.model_dump()
+        fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
         return {name: value for name, value in fields.items() if value is not None}
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
         options = self.trace_options
         drawn = (options.spread_seed, options.shuffle_seed, options.session_rate)
-        return self.arrivals == "poisson" or any(value is not None for value in drawn)
+        return self.arrivals == "poisson" or self.fleet.router == "random" or any(value is not None for value in drawn)
 
-    def resolved(self) -> Point:
-        """The point with the pool that its latency's device has, where none is given.
+    def replicas(self) -> list[ReplicaSpec]:
+        """The replicas that serve it, each with its settings and its latency.
 
         Raises:
-            InputError: the latency cannot be used, or the model does not fit the device.
+            InputError: a setting or a latency cannot be used, or the model does not fit the device.
         """
-        settings, _ = with_pool(self.settings, choose_latency(self.latency, None)[0])
-        return self.with_(settings=settings)
+        return self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency)[0]
 
     def num_gpus(self) -> int:
         """Devices that serve it."""
-        model, _ = choose_latency(self.latency, None)
-        return model.tensor_parallel if isinstance(model, RooflineLatency) else 1
+        models = [spec.latency for spec in self.replicas()]
+        return sum(model.tensor_parallel if isinstance(model, RooflineLatency) else 1 for model in models)
 
     def own_rate(self) -> float | None:
         """Requests a second as they arrive in the trace; None where all arrive at once."""
@@ -147,7 +160,7 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(__file__).parent
-    modules = [root / name for name in ("point.py", "workload.py", "worlds.py")]
+    modules = [root / name for name in ("fleets.py", "point.py", "workload.py", "worlds.py")]
     for package in ("policies", "sim", "traces"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -159,8 +172,8 @@ class Job(NamedTuple):
     """A point to compute, wherever that is.
 
     Attributes:
-        inputs: all that decides the result: the fields of the point with the trace's sha256 and the latency's identity
-            in place of their names, and the identity of the code.
+        inputs: all that decides the result: the fields of the point, the trace's sha256 in place of its name, the
+            replicas with the identities of their latencies, and the identity of the code.
     """
 
     point: Point
@@ -168,17 +181,20 @@ class Job(NamedTuple):
 
     @classmethod
     def of(cls, point: Point) -> Job:
-        """The job that computes a resolved point.
+        """The job that computes a point.
 
         Raises:
             InputError: its trace or its latency cannot be used.
         """
-        identities = {
-            "trace": trace_at(point.trace).sha256,
-            "latency": choose_latency(point.latency, None)[1]["identity"],
-            "code": code_identity(),
-        }
-        return cls(point, point.flat() | identities)
+        replicas = [
+            {"count": len(list(alike)), "latency": identity, "num_gpu_blocks": blocks}
+            for (identity, blocks), alike in groupby(
+                (spec.latency_facts["identity"], spec.settings.num_gpu_blocks) for spec in point.replicas()
+            )
+        ]
+        identities = {"trace": trace_at(point.trace).sha256, "replicas": replicas, "code": code_identity()}
+        fields = {name: value for name, value in point.flat().items() if name != "latency"}
+        return cls(point, fields | identities)
 
     @property
     def key(self) -> str:
@@ -194,20 +210,27 @@ def compute(job: Job) -> Result:
     """
     point = job.point
     found = Job.of(point).inputs
-    for name in ("trace", "latency", "code"):
+    for name in ("trace", "replicas", "code"):
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
-    latency, facts = choose_latency(point.latency, None)
-    workload = point.workload()
-    summary = run_sim(workload, point.settings, latency, latency_facts=facts)
+    specs, workload = point.replicas(), point.workload()
+    if point.fleet.is_fleet:
+        seeded = point.fleet.model_copy(update={"router_seed": point.fleet.router_seed + point.seed})
+        summary = run_fleet(
+            workload, specs, seeded.build_router(), router_facts=seeded.router_facts, outages=seeded.die
+        )
+    else:
+        (alone,) = specs
+        summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts)
     del summary["wall_s"]
     result = {
         "inputs": job.inputs,
-        "latency": facts["name"],
+        "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),
         "span_s": arrivals_span_s(workload.requests),
         "transforms": workload.facts["transforms"],
         "summary": summary,
     }
-    if isinstance(latency, FittedLatency) and latency.num_outside:
-        result["beyond_fit"] = {"steps": latency.num_outside, "times": latency.worst_excess}
+    beyond = [spec.latency for spec in specs if isinstance(spec.latency, FittedLatency) and spec.latency.num_outside]
+    if beyond:
+        result["beyond_fit"] = max(latency.worst_excess for latency in beyond)
     return result

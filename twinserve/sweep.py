@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import statistics
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.objectives import Objective, cost_per_million_tokens
-from twinserve.parallel import Workers, computed
+from twinserve.parallel import Workers
 from twinserve.point import Job, Point, Result, compute
 from twinserve.traces.errors import InputError
+from twinserve.traces.settings import read_toml
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")
@@ -65,22 +65,11 @@ def load_plan(path: Path | None, overrides: dict[str, Any] | None = None) -> Pla
         InputError: the file cannot be read, or says something that cannot be used.
     """
     try:
-        return _plan(_toml(path) | (overrides or {}))
+        return _plan(({} if path is None else read_toml(path)) | (overrides or {}))
     except InputError as error:
         if path is None or str(error).startswith(f"{path}: "):
             raise
         raise InputError(str(error), path=path) from error
-
-
-def _toml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"expected TOML: {error}", path=path) from error
 
 
 def _plan(values: dict[str, Any]) -> Plan:
@@ -96,14 +85,14 @@ def _plan(values: dict[str, Any]) -> Plan:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
     cases = []
     for varied in _variations(values):
-        first = Point.of(shared | varied).resolved()
+        first = Point.of(shared | varied)
         if seeds > 1 and not first.is_random():
             raise InputError(
-                "expected 1, as nothing here is random; arrivals = 'poisson', shuffle_seed or spread_seed make it so",
+                "expected 1, as nothing here is random; arrivals = 'poisson', shuffle_seed or spread_seed would be",
                 field="seeds",
                 value=seeds,
             )
-        cases.append(Case(varied, [first.with_(seed=first.seed + number) for number in range(seeds)]))
+        cases.append(Case(varied, [first.model_copy(update={"seed": first.seed + number}) for number in range(seeds)]))
     return Plan(cases, None if text is None else Objective.parse(text), price)
 
 
@@ -206,7 +195,7 @@ def write_whole(path: Path, text: str) -> None:
 def run_points(
     points: Iterable[Point],
     store: Store,
-    workers: Workers | None = None,
+    workers: Workers,
     *,
     advance: Callable[[], None] | None = None,
     compute: Callable[[Job], Result] = compute,
@@ -222,7 +211,7 @@ def run_points(
     jobs = [Job.of(point) for point in points]
     missing = list({job.key: job for job in jobs if store.get(job) is None}.values())
     failure = None
-    for number, result in computed(compute, missing, workers or Workers()):
+    for number, result in workers.computed(compute, missing):
         if isinstance(result, InputError):
             failure = failure or result
         else:
@@ -249,7 +238,7 @@ def rows_of(plan: Plan, results: list[Result]) -> list[Result]:
     rows = []
     cases = [case for case in plan.cases for _ in case.points]
     for case, point, result in zip(cases, plan.points, results, strict=True):
-        identities = {name: result["inputs"][name] for name in ("trace", "latency", "code")}
+        identities = {name: result["inputs"][name] for name in ("trace", "replicas", "code")}
         row: Result = {"varied": case.varied, "point": point.flat(), "identities": identities}
         row |= {name: value for name, value in result.items() if name != "inputs"}
         if plan.objective is not None:

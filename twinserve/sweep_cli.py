@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from twinserve.fleets import FleetOptions
 from twinserve.options import Json, options_of
 from twinserve.progress import Bar, say
 from twinserve.traces.settings import Settings
@@ -31,11 +32,11 @@ def sweep(
     from twinserve.sweep_views import page_of, remarks_of, sweep_cases
 
     chosen = load_plan(plan)
-    with opened(out) as store:
+    with opened(out) as store, Workers(jobs, ray) as workers:
         missing = num_missing(chosen.points, store)
         say(f"{len(chosen.points)} points, {missing} to compute")
         with Bar("sweep", missing) as bar:
-            results = run_points(chosen.points, store, Workers(jobs, ray), advance=bar.advance)
+            results = run_points(chosen.points, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, results)), sweep_cases(chosen, results)
         remarks = remarks_of(chosen, results)
         write_whole(out / "results.jsonl", lines)
@@ -45,11 +46,13 @@ def sweep(
 
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
+@options_of(FleetOptions, "fleet", but=("group",))
 @options_of(PointOptions, "point")
 def capacity(
     point: dict,
     trace_options: dict,
     settings: dict,
+    fleet: dict,
     trace: Annotated[str | None, typer.Argument(help="A trace, unless the plan has one.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A TOML file, see docs/capacity.md; options override it.")] = None,
     find: Annotated[
@@ -73,10 +76,10 @@ def capacity(
     from twinserve.sweep_views import capacity_cases, page_of, remarks_of
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
-    given |= point | settings | trace_options
+    given |= point | settings | trace_options | fleet
     chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
-    with opened(out) as store, Bar("capacity", None) as bar:
-        capacities = find_capacities(chosen, find, store, Workers(jobs, ray), tolerance=tolerance, advance=bar.advance)
+    with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:
+        capacities = find_capacities(chosen, find, store, workers, tolerance=tolerance, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
         if out is not None:

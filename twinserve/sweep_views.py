@@ -43,7 +43,7 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         values = {unit: Estimate(capacity.value), "mean over seeds": Estimate(capacity.mean, capacity.interval)}
         values["misses at"] = Estimate(capacity.failed)
         if capacity.value is not None:
-            found = capacity.case.points[0].with_(**{capacity.sought: capacity.value})
+            found = capacity.case.points[0].with_sought(capacity.sought, capacity.value)
             values |= _values(plan, capacity.results, found.num_gpus())
         cases.append(
             PageCase(
@@ -76,7 +76,7 @@ def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
         remarks.append(f"Objective: {plan.objective}.")
     if plan.price_per_gpu_hour is not None:
         remarks.append(f"Price: {plan.price_per_gpu_hour:g} a GPU-hour.")
-    beyond = [r["beyond_fit"]["times"] for r in results if "beyond_fit" in r]
+    beyond = [r["beyond_fit"] for r in results if "beyond_fit" in r]
     if beyond:
         remarks.append(f"{len(beyond)} runs leave what the latency was fitted on, by up to {max(beyond):.1f} times.")
     short = [r for r in results if (e2e := r["summary"]["e2e_s"]["p99"]) is not None and r["span_s"] < 10 * e2e]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.traces import transforms
 from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
-
-Model = TypeVar("Model", bound=BaseModel)
+from twinserve.traces.settings import validated
 
 
 class TraceOptions(BaseModel):
@@ -72,20 +71,7 @@ def load_workload(path: Path, options: dict[str, Any]) -> Workload:
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    return make_workload(read_trace(path), path, checked(TraceOptions, options))
-
-
-def checked(model: type[Model], values: dict[str, Any]) -> Model:
-    """An instance of a pydantic model from `values`.
-
-    Raises:
-        InputError: a value is unknown, of the wrong kind or out of range.
-    """
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"expected: {first['msg']}", field=str(first["loc"][0]), value=first["input"]) from error
+    return make_workload(read_trace(path), path, validated(TraceOptions, {}, options, None))
 
 
 def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:

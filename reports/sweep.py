@@ -9,7 +9,7 @@ from typing import Any
 
 from twinserve.reports.drawing import INK, MUTED, Figure, base_axis, base_layout
 from twinserve.reports.html import html_page, section, side_by_side
-from twinserve.reports.text import number, plain
+from twinserve.reports.text import count, number, plain
 
 _KEPT, _MISSED = "#1f5fa8", "#c4560b"
 
@@ -90,7 +90,7 @@ def _content(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>' for name, value in shared.items()
     )
     table = f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
-    folded = f"<details><summary>{len(shared)} fields that all cases share</summary>\n{table}\n</details>\n"
+    folded = f"<details><summary>{count(len(shared), 'field')} that all cases share</summary>\n{table}\n</details>\n"
     yield section("Shared", folded)
 
 

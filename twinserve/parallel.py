@@ -49,7 +49,8 @@ class Workers:
             from joblib import Parallel, cpu_count, delayed
 
             processes = min(self._jobs or cpu_count(), len(things))
-            parallel = Parallel(n_jobs=processes, return_as="generator_unordered", batch_size=1)
+            # Workers of a parent that was killed end by themselves once they have been idle for a while.
+            parallel = Parallel(processes, return_as="generator_unordered", batch_size=1, idle_worker_timeout=30)
             yield from parallel(delayed(_attempt)(function, number, thing) for number, thing in enumerate(things))
 
 

@@ -234,9 +234,11 @@ def test_a_damaged_point_is_refused_by_its_name(twinserve, plan, tmp_path):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_goes_on_where_it_was(twinserve, plan, tmp_path, jobs):
-    """A slow trace keeps the process busy until it is killed; what it had finished then is not touched again."""
+    """A longer trace keeps the process busy until it is killed; what it had finished then is not touched again."""
+    longer = tmp_path / "longer.jsonl"
+    assert twinserve("trace", "make", "--out", longer, "--requests", 80).code == 0
     text = plan.read_text().replace("[1, 2, 8]", "[1, 2, 3, 4, 5, 6, 7, 8]")
-    plan.write_text(text)
+    plan.write_text(text.replace("trace.jsonl", longer.name))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "twinserve", "sweep", plan, "--out", out, "--jobs", str(jobs)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -246,7 +248,7 @@ def test_a_killed_sweep_goes_on_where_it_was(twinserve, plan, tmp_path, jobs):
     process.wait()
     before = {path.name: path.stat() for path in out.glob("points/*.json")}
     assert 3 <= len(before) < 32, "it was killed on the way"
-    result = twinserve("sweep", plan, "--out", out, "--jobs", 1)
+    result = twinserve("sweep", plan, "--out", out, "--jobs", jobs)
     assert result.code == 0, result.err
     assert f"32 points, {32 - len(before)} to compute" in result.err
     after = {path.name: path.stat() for path in out.glob("points/*.json")}
@@ -254,5 +256,5 @@ def test_a_killed_sweep_goes_on_where_it_was(twinserve, plan, tmp_path, jobs):
     for name, stat in before.items():
         assert (after[name].st_ino, after[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
     whole = tmp_path / "whole"
-    twinserve("sweep", plan, "--out", whole, "--jobs", 1)
+    twinserve("sweep", plan, "--out", whole, "--jobs", 2)
     assert (whole / "results.jsonl").read_bytes() == (out / "results.jsonl").read_bytes()

@@ -70,6 +70,9 @@ class Replica:
         self.outstanding_requests = self.outstanding_tokens = 0
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
+        self._repeated_costs = None
+        if core.pipeline_depth == 0 and isinstance(latency, RepeatedCosts):
+            self._repeated_costs = latency.repeated_costs
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
@@ -165,8 +168,8 @@ class Replica:
         """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
         core, latency, features = self.core, self._latency, StepFeatures.of(batch)
         ends = [before.end_ns or 0 for before in core.in_flight]
-        if core.pipeline_depth == 0 and isinstance(latency, RepeatedCosts):
-            host, devices = latency.repeated_costs(features, batch.num_new_pairs, steps - 1)
+        if self._repeated_costs is not None:
+            host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
             self._decided = list(accumulate([host + device for device in devices], initial=ends[0]))
             starts = [decided + host for decided in self._decided]
             self._planned = list(zip(self._decided, starts, self._decided[1:], strict=False))

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from operator import mul, sub
+from operator import mul
 from typing import Any
 
 Row = dict[str, Any]
@@ -341,17 +341,22 @@ class TokenGaps:
         if usual:
             sampling += self._loose
             self._loose.clear()
-            self._sample_group((end_ns,))
+            self._sample_group([end_ns - self._group_last_ns], end_ns)
         for seq_id in sampling:
             self._sample(seq_id, end_ns, joins=usual)
         for seq_id in idle:
             if seq_id in self._answers:
                 self._loose[seq_id] = None
 
-    def repeat(self, ends_ns: Seq[int], usual: bool) -> None:
-        """Take in steps that repeat the one before: nobody ends, is admitted or preempted between them."""
+    def repeat(self, periods_ns: list[int], end_ns: int, usual: bool) -> None:
+        """Take in steps that repeat the one before: nobody ends, is admitted or preempted between them.
+
+        Args:
+            periods_ns: of each, the time from the end of the one before to its own.
+            end_ns: of the last.
+        """
         if usual:
-            self._sample_group(ends_ns)
+            self._sample_group(periods_ns, end_ns)
 
     def _take_out(self, seq_id: int) -> None:
         """Take a request out of the group, or from among the loose ones."""
@@ -368,13 +373,13 @@ class TokenGaps:
             answer.shared.append((answer.joined, len(self._group_gaps)))
             self._group_size -= 1
 
-    def _sample_group(self, ends_ns: Seq[int]) -> None:
-        """Each request of the group gets a token at each of these times; those that got their last one leave."""
+    def _sample_group(self, gaps_ns: list[int], end_ns: int) -> None:
+        """Each request of the group gets a token after each of these gaps; those that got their last one leave."""
         if self._group_size:
-            self._group_gaps.extend(map(sub, ends_ns, (self._group_last_ns, *ends_ns[:-1])))
-            self._group_sizes.extend([self._group_size] * len(ends_ns))
-        self._group_last_ns = ends_ns[-1]
-        self._tick += len(ends_ns)
+            self._group_gaps.extend(gaps_ns)
+            self._group_sizes.extend(array("i", (self._group_size,)) * len(gaps_ns))
+        self._group_last_ns = end_ns
+        self._tick += len(gaps_ns)
         for seq_id in self._group_ends.pop(self._tick, ()):
             answer = self._answers.get(seq_id)
             if answer is not None and answer.last_tick == self._tick:

@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -231,8 +230,17 @@ class RunRecorder(CoreListener):
         repeats = ""
         if decided.repeats:
             decided_ns, start_ns, end_ns, grown = zip(*decided.repeats, strict=True)
-            metrics.gaps.repeat(end_ns, usual)
-            repeats = _repeats_text(batch, decided_ns, start_ns, end_ns, grown)
+            ends = (batch.end_ns or 0, *end_ns[:-1])
+            periods = list(map(sub, end_ns, ends))
+            metrics.gaps.repeat(periods, end_ns[-1], usual)
+            lags = set(map(sub, start_ns, ends)) if decided_ns == ends else set()
+            if len(lags) == 1:
+                times = [("end_ns", periods), ("start_ns", list(lags))]
+            else:
+                times = [("decided_ns", list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))))]
+                times += [("end_ns", periods)]
+                times += [("start_ns", list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))))]
+            repeats = _repeats_text(times, grown)
         metrics.steps += 1 + len(decided.repeats)
         metrics.events += 1
         self._steps_file.write(_step_text(batch, 1 + len(decided.repeats), repeats, decided.digest))
@@ -345,21 +353,11 @@ def _step_text(batch: Batch, count: int, repeats: str, digest: int) -> str:
     )
 
 
-def _repeats_text(
-    batch: Batch, decided_ns: Seq[int], start_ns: Seq[int], end_ns: Seq[int], grown: Seq[list[tuple[Sequence, Any]]]
-) -> str:
-    """What the steps that repeat `batch` add to its row; see `single_steps`."""
-    ends = (batch.end_ns or 0, *end_ns[:-1])
-    times = {"end_ns": [*map(sub, end_ns, ends)]}
-    lags = set(map(sub, start_ns, decided_ns))
-    if decided_ns == ends and len(lags) == 1:
-        times["start_ns"] = [lags.pop()]
-    else:
-        times["decided_ns"] = [*map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))]
-        times["start_ns"] = [*map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))]
-    more = [[number, seq.seq_id, list(ids)] for number, own in enumerate(grown, 1) if own for seq, ids in own]
-    fields = "".join(f'"{name}":{_list(values)},' for name, values in sorted(times.items()))
-    return f',"repeats":{{{fields}"grown":{_list(more)}}}'
+def _repeats_text(times: list[tuple[str, list[int]]], grown: Iterable[list[tuple[Sequence, Any]]]) -> str:
+    """What the steps that repeat another add to its row; see `single_steps`."""
+    blocks = [[number, seq.seq_id, list(ids)] for number, own in enumerate(grown, 1) if own for seq, ids in own]
+    fields = "".join(f'"{name}":{_list(values)},' for name, values in times)
+    return f',"repeats":{{{fields}"grown":{_list(blocks)}}}'
 
 
 def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,8 @@
 
 - (a) 10,000 requests with the lengths of the Azure conversation trace (cut to 4,096 tokens, prompt and output together;
   shuffled with seed 42), Poisson arrivals at 7.0 requests/s, one replica: a budget of 512 tokens, 512 sequences, blocks
-  of 16, Llama-3-8B on an A100 whose shares of the peaks and host times are set so that it saturates at 7.6 requests/s.
+  of 16, no prefix cache (the trace does not say what prompts share), Llama-3-8B on an A100 whose shares of the peaks
+  and host times are set so that it saturates at 7.6 requests/s.
 - (b) The Mooncake conversation trace, all 12,031 requests as they arrive, 8 replicas round robin: prefix cache, 8,192
   blocks of 64 each, a budget of 8,192 tokens, Llama-3-8B on an H100.
 
@@ -121,7 +122,11 @@ def run_a(traces: Path, num_requests: int, out: Path) -> None:
     host = {name: round(getattr(a100, name) * SLOWER) for name in ("host_ns", "host_seq_ns")}
     latency = RooflineLatency(SHAPES["llama-3-8b"], replace(a100, **shares, **host))
     settings = Settings(
-        max_num_batched_tokens=512, max_num_seqs=512, block_size=16, num_gpu_blocks=latency.num_blocks(16)
+        max_num_batched_tokens=512,
+        max_num_seqs=512,
+        block_size=16,
+        num_gpu_blocks=latency.num_blocks(16),
+        enable_prefix_caching=False,
     )
     facts = {"path": AZURE, "seed": SEED, "rate": RATE, "requests": num_requests}
     workload = Workload(azure_requests(traces, num_requests), facts, 0, 0)  # type: ignore[arg-type]

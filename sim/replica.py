@@ -9,12 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from itertools import accumulate
 
 import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
@@ -69,6 +70,9 @@ class Replica:
         self.outstanding_requests = self.outstanding_tokens = 0
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
+        self._repeated_costs = None
+        if core.pipeline_depth == 0 and isinstance(latency, RepeatedCosts):
+            self._repeated_costs = latency.repeated_costs
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
@@ -162,11 +166,17 @@ class Replica:
 
     def _plan(self, batch: Batch, steps: int, launched: int) -> None:
         """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
-        core, features = self.core, StepFeatures.of(batch)
+        core, latency, features = self.core, self._latency, StepFeatures.of(batch)
         ends = [before.end_ns or 0 for before in core.in_flight]
+        if self._repeated_costs is not None:
+            host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
+            self._decided = list(accumulate([host + device for device in devices], initial=ends[0]))
+            starts = [decided + host for decided in self._decided]
+            self._planned = list(zip(self._decided, starts, self._decided[1:], strict=False))
+            return
         decided = max(launched, ends[-1 - core.pipeline_depth])
         for number in range(1, steps):
-            cost = StepCost(*self._latency.step_cost(features.repeated(number, batch.num_new_pairs)))
+            cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs)))
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
             self._decided.append(decided)

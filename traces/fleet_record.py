@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.metrics import summarize
-from twinserve.traces.record import SCHEMA, RunRecorder, make_partial, versions
+from twinserve.traces.metrics import summary_of
+from twinserve.traces.record import SCHEMA, RunRecorder, finish_record, make_partial, versions, with_extra
 from twinserve.traces.request import Request
 
 REPLICAS = "replicas"
@@ -63,15 +61,13 @@ class FleetRecorder:
 
     def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary; see `RunRecorder.close`."""
-        rows, steps = [], []
         for recorder in self._lives:
             recorder.close()
-            rows += [row for row in recorder._request_rows.values() if row["finish_reason"] is not None]
-            steps += recorder._summarized
-        summary = summarize(rows, steps, world="sim")
-        extra = summary_extra or {}
-        summary |= {"retried": len(self._retries), "retries": sum(self._retries.values())}
-        summary |= extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+        summary = summary_of([recorder.metrics for recorder in self._lives], world="sim")
+        lost = sum(self._retries.values())
+        summary["requests"] -= lost
+        summary |= {"retried": len(self._retries), "retries": lost}
+        summary = with_extra(summary, summary_extra)
         run = {
             "schema": SCHEMA,
             "world": "sim",
@@ -81,12 +77,7 @@ class FleetRecorder:
             "versions": versions(),
             "summary": summary,
         }
-        text = json.dumps(run, indent=2, allow_nan=False) + "\n"
-        (self._partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
-        try:
-            self._partial.rename(self._out)
-        except OSError as error:
-            raise InputError(f"cannot be created: {error.strerror}", path=self._out) from error
+        finish_record(self._partial, self._out, run)
         return summary
 
     def __enter__(self) -> FleetRecorder:

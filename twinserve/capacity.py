@@ -76,7 +76,7 @@ class Scale:
     def search(self, point: Point) -> Generator[int, bool, Found]:
         """A search that begins at the point's own value; at a trace's own rate where it has none."""
         if self.sought == "replicas":
-            return largest(-1, -_MOST_REPLICAS, -1)
+            return largest(-point.fleet.num_replicas, -_MOST_REPLICAS, -1)
         rate = point.rate or point.own_rate() or 1.0
         start, reach = (round(math.log(x) / math.log(self._ratio)) for x in (rate, _WIDEST))
         return largest(start, start - reach, start + reach, max(1, round(math.log(1.5) / math.log(self._ratio))))

@@ -122,8 +122,11 @@ def test_the_fewest_replicas_are_found(trace, latency):
     assert (capacity.value, capacity.failed, capacity.by_seed) == (13, 12, [11, 13])
     (row,) = rows_of(plan_of(trace, latency, seeds=2, price_per_gpu_hour=2.0), [capacity])
     assert row["cost"] == {"output": pytest.approx(13 * 2 / 3600 / 10 * 1e6), "total": pytest.approx(13 * 2 / 0.36)}
-    (alone,) = found_by(Oracle([1], "replicas"), plan_of(trace, latency), "replicas")
+    (alone,) = found_by(Oracle([1], "replicas"), plan_of(trace, latency, replicas=6), "replicas")
     assert (alone.value, alone.failed) == (1, None)
+    near = Oracle([11], "replicas")
+    found_by(near, plan_of(trace, latency, replicas=12), "replicas")
+    assert [value for _, value in near.asked] == [12, 11, 9, 10], "the search begins where the plan says"
 
 
 def test_what_no_rate_or_every_rate_keeps_is_said(trace, latency):

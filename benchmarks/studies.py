@@ -1,10 +1,11 @@
 """A study for whoever buys GPUs: what keeps which objective on the Azure and Mooncake traces, and what it costs.
 
-    python benchmarks/studies.py [--traces FOLDER] [--work FOLDER] [--jobs N] [--page]
+    python benchmarks/studies.py [--traces FOLDER] [--work FOLDER] [--jobs N] [--page | --check]
 
 Runs the plans of docs/studies, writes benchmarks/results/studies.json, and from that docs/studies/azure-and-mooncake.md
 and the pictures beside it. FOLDER of the public traces defaults to $TWINSERVE_TRACES; --work keeps finished points, so
-that the next run goes on from there. --page writes page and pictures from the JSON alone.
+that the next run goes on from there. --page writes page and pictures from the JSON alone; with --check nothing is
+written, and the exit status is 1 where one of them is another.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.page:
+    if not (arguments.page or arguments.check):
         if arguments.traces is None:
             print("studies.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
             return 2
@@ -66,7 +68,13 @@ def main() -> int:
             with opened(folder) as store, Workers(arguments.jobs) as workers:
                 results = computed(arguments.traces, store, workers)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    for path, text in written(json.loads(RESULTS.read_text())).items():
+    files = written(json.loads(RESULTS.read_text()))
+    if arguments.check:
+        others = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+        for path in others:
+            say(f"{path.relative_to(ROOT)} is another")
+        return 1 if others else 0
+    for path, text in files.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         say(str(path.relative_to(ROOT)))

@@ -115,6 +115,20 @@ def test_what_a_plan_names_has_to_be_there(twinserve, plan, tmp_path, trace, lat
     assert_refused(twinserve("sweep", plan, "--out", tmp_path / "out"), f"latency is '{latency}', expected a file")
 
 
+def test_a_plan_has_fleets_of_unlike_replicas_that_die(twinserve, tmp_path, trace, latency):
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        f'trace = "{trace}"\nlatency = "{latency}"\nall_at_zero = true\ndie = ["0:0.005:0.2"]\n'
+        '[[group]]\nreplicas = 2\n[[group]]\nlatency = "roofline:llama-3-8b@h100:tp=2"\nmax_num_seqs = 4\n'
+    )
+    result = twinserve("sweep", path, "--out", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    row = json.loads(result.out)
+    assert [group["count"] for group in row["identities"]["replicas"]] == [2, 1]
+    assert row["summary"]["finished"] == 12 and row["summary"]["retried"] > 0
+    assert load_plan(path).points[0].num_gpus() == 4
+
+
 # --- results ---
 
 

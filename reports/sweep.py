@@ -23,6 +23,15 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A column that a figure draws: its title, which names the unit, and a limit that it should stay under."""
+
+    column: str
+    title: str
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
 class PageCase:
     """One case as the page shows it.
 
@@ -43,14 +52,9 @@ class PageCase:
         """The varied fields in words."""
         return ", ".join(f"{name} {plain(value)}" for name, value in self.varied.items()) or "the only case"
 
-
-@dataclass(frozen=True)
-class Axis:
-    """A column that a figure draws: its title, which names the unit, and a limit that it should stay under."""
-
-    column: str
-    title: str
-    limit: float | None = None
+    def value(self, axis: Axis) -> float | None:
+        """What was found for an axis; None where nothing was."""
+        return self.values.get(axis.column, Estimate(None)).mean
 
 
 def sweep_page(
@@ -144,9 +148,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def _pareto_figure(name: str, cases: Sequence[PageCase], across: Axis, axis: Axis) -> Figure | None:
     """Every case as a dot, and a line through those that nothing else beats in both."""
     known = [
-        (case, x, y)
-        for case in cases
-        if (x := case.values[across.column].mean) is not None and (y := case.values[axis.column].mean) is not None
+        (case, x, y) for case in cases if (x := case.value(across)) is not None and (y := case.value(axis)) is not None
     ]
     if not known:
         return None

@@ -16,6 +16,8 @@ from twinserve.sweep import Case, Plan, Store, cost_of, run_points
 from twinserve.traces.errors import InputError
 
 _MOST_REPLICAS = 1024
+_MOST_RETREATS = 100
+"""So many lower loads are tried where what each seed keeps alone is not kept by all."""
 _WIDEST = 1024.0
 """Rates are tried up to so many times the one that the search begins with, and down to its so many-th part."""
 
@@ -191,15 +193,18 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     kept = [found[seed].kept for seed in range(len(searches))]
     failed = min((end for _, end in found.values() if end is not None), default=None)
     known = [number for number in kept if number is not None]
-    number, results = (min(known) if len(known) == len(kept) else None), []
-    while number is not None:
+    number, results = None, []
+    for tried in range(min(known), min(known) - _MOST_RETREATS, -1) if len(known) == len(kept) else ():
         num_runs += len(case.points)
-        results = yield [scale.at(point, number) for point in case.points]
+        results = yield [scale.at(point, tried) for point in case.points]
         for seed, result in enumerate(results):
-            missed[seed, number] = objective.missed(result["summary"])
-        if not any(missed[seed, number] for seed in range(len(results))):
+            missed[seed, tried] = objective.missed(result["summary"])
+        if not any(missed[seed, tried] for seed in range(len(results))):
+            number = tried
             break
-        number, failed = number - 1, number
+        failed = tried
+    if number is None:
+        results = []
     reasons = dict.fromkeys(what for (_, at), words in missed.items() if at == failed for what in words)
     return Capacity(
         case,

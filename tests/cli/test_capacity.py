@@ -157,6 +157,17 @@ def test_the_rate_found_on_a_real_trace_keeps_the_objective_and_the_next_one_doe
         assert (summary["ttft_s"]["p99"] <= 0.015) is keeps
 
 
+def test_a_page_is_written_though_nothing_keeps_the_objective(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "out"
+    options = ("--latency", latency, "--objective", "p99 TTFT <= 1 ms", "--price", 2, "--tolerance", 0.5, "--out", out)
+    result = twinserve("capacity", trace, *options, "--jobs", 1)
+    assert result.code == 0, result.err
+    assert json.loads((out / "results.jsonl").read_text())["value"] is None
+    assert "p99 TTFT <= 1 ms" in result.out and "Nothing to draw" in (out / "page.html").read_text()
+    again = twinserve("capacity", trace, *options, "--jobs", 1)
+    assert again.out == result.out
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [({"objective": None}, "objective, is missing"), ({}, "tolerance is 0.0, expected a share")],

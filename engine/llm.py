@@ -294,7 +294,7 @@ class LLM:
             AssertionError: an invariant of the policies does not hold at the end.
         """
         params = self._with_stops(params)
-        scaled = (replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests)
+        scaled = [replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests]
         arrivals, inbox, clock = Arrivals(scaled), Inbox(), Clock()
 
         def announce(request: Request) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
-from twinserve.reports.drawing import Figure
 from twinserve.reports.gantt import request_figure
+from twinserve.reports.html import drawn, html_page, section, side_by_side
 from twinserve.reports.runs import Run, runs_of, same_trace
 from twinserve.reports.tables import (
     Errors,
@@ -25,22 +24,6 @@ from twinserve.reports.text import count, percent
 from twinserve.reports.timelines import batch_figure, kv_figure
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecord
-
-# Nothing is fetched: a reader's browser is told so, and holds the page to it.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
-_DRAW = """
-const touched = matchMedia("(pointer: coarse)").matches;
-for (const json of document.querySelectorAll("script[data-plot]")) {
-  const figure = JSON.parse(json.textContent);
-  if (touched) figure.layout.dragmode = false;
-  Plotly.newPlot(json.dataset.plot, figure.data, figure.layout, {
-    responsive: true,
-    displaylogo: false,
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
-  });
-}
-"""
 
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 
@@ -89,46 +72,24 @@ def write_report(records: list[RunRecord], out: Path) -> None:
 
 
 def _page(runs: list[Run]) -> str:
-    from plotly.offline import get_plotlyjs
-
-    names = escape(", ".join(run.name for run in runs))
-    return "".join(
-        (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-            f"<title>{names} – twinserve report</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n",
-            *_sections(runs),
-            "</main>\n<script>",
-            get_plotlyjs(),
-            f"</script>\n<script>{_DRAW}</script>\n</body>\n</html>\n",
-        )
-    )
-
-
-def _style() -> str:
-    return (files("twinserve.reports") / "page.css").read_text(encoding="utf-8")
+    return html_page(", ".join(run.name for run in runs), _sections(runs))
 
 
 def _sections(runs: list[Run]) -> Iterable[str]:
     """The page from its first line to its last."""
     errors = errors_of(runs)
     yield f"<header>\n<h1>{''.join(_headline(run) for run in runs)}</h1>\n{_remarks(runs, errors)}</header>\n"
-    yield _section("Summary", _summary(runs, errors))
+    yield section("Summary", _summary(runs, errors))
     latencies = (latency_figure(runs, metric) for metric in LATENCIES)
-    yield _section("Latency distributions", f"{_handling()}{_side_by_side(latencies)}")
-    yield _section("Batch over time", _drawn(batch_figure(runs)))
-    yield _section("KV blocks and preemptions", _drawn(kv_figure(runs)))
+    yield section("Latency distributions", f"{_handling()}{side_by_side(latencies)}")
+    yield section("Batch over time", drawn(batch_figure(runs)))
+    yield section("KV blocks and preemptions", drawn(kv_figure(runs)))
     groups = same_trace(runs)
     for number, group in enumerate(groups):
         whose = "" if len(groups) == 1 else f": {', '.join(run.label for run in group)}"
-        yield _section(f"Requests over time{whose}", _drawn(request_figure(group, number)))
-    yield _section("Step durations", _side_by_side(step_figures(runs)))
-    yield _section("Settings and facts", _folded(runs))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{content}</section>\n"
+        yield section(f"Requests over time{whose}", drawn(request_figure(group, number)))
+    yield section("Step durations", side_by_side(step_figures(runs)))
+    yield section("Settings and facts", _folded(runs))
 
 
 # --- what was run ---
@@ -222,25 +183,6 @@ def _largest(errors: Errors) -> str:
 def _handling() -> str:
     text = "Drag across a figure to zoom in, double-click to zoom out; a click on a name in a legend hides it."
     return f'<p class="handling note">{text}</p>\n'
-
-
-def _side_by_side(figures: Iterable[Figure | None]) -> str:
-    drawn = [_drawn(figure) for figure in figures if figure is not None]
-    return f'<div class="grid">\n{"".join(drawn)}</div>\n' if drawn else _drawn(None)
-
-
-def _drawn(figure: Figure | None) -> str:
-    """A figure's place on the page, its data, and what is said of it."""
-    if figure is None:
-        return '<p class="caption">Nothing to draw: no record here holds what this figure shows.</p>\n'
-    title = f"<h3>{figure.title}</h3>\n" if figure.title else ""
-    notes = f' <span class="note">{" ".join(figure.notes)}</span>' if figure.notes else ""
-    return (
-        f'<figure id="figure-{figure.id}">\n{title}<div class="plot" id="{figure.id}" '
-        f'style="height: {figure.layout["height"]}px"></div>\n'
-        f'<script type="application/json" data-plot="{figure.id}">{figure.json()}</script>\n'
-        f'<figcaption class="caption">{figure.caption}{notes}</figcaption>\n</figure>\n'
-    )
 
 
 def _folded(runs: list[Run]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from twinserve.policies import Batch
 
@@ -89,10 +89,25 @@ class StepCost(NamedTuple):
 
 
 class LatencyModel(Protocol):
-    """Says what a step costs; the same features always cost the same."""
+    """Says what a step costs; the same features always cost the same.
+
+    A model may also have the method of RepeatedCosts, for speed.
+    """
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
         """The fields of a StepCost; two alone are host_ns and device_ns."""
+
+
+@runtime_checkable
+class RepeatedCosts(Protocol):
+    """A latency model that says at once what steps cost that repeat one another."""
+
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, list[int]]:
+        """host_ns, the same for all, and device_ns of the `count` steps that repeat one with these features.
+
+        They are those of `step_cost`, with no lead. Of each step, `num_new_pairs` is how many query-key pairs it has
+        more than the one before.
+        """
 
 
 class ScaledLatency:

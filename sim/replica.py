@@ -1,22 +1,40 @@
-"""A simulated replica: one simpy process around Core, and the arrivals that feed it."""
+"""A simulated replica: one simpy process around Core, and the arrivals that feed it.
+
+What happens at one instant has an order of its own: requests arrive; steps end, by the replica's number; the next turns
+of what was answered arrive; replicas decide, by number.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from itertools import accumulate
 
 import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
+
+_ARRIVES = URGENT
+_ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
 
 
 def now_ns(env: simpy.Environment) -> int:
     """The simulated time in nanoseconds; all delays are integers, so it is one."""
     return int(env.now)
+
+
+def alarm(env: simpy.Environment, at_ns: int, priority: int, *callbacks: Callable[[simpy.Event], None]) -> simpy.Event:
+    """An event at a given time; of those at the same time, smaller priorities come first."""
+    event = simpy.Event(env)
+    event._ok, event._value = True, None
+    event.callbacks.extend(callbacks)
+    env.schedule(event, priority, at_ns - now_ns(env))  # type: ignore[arg-type]
+    return event
 
 
 class Replica:
@@ -25,12 +43,17 @@ class Replica:
     A step of cost (host, device) that is decided at t is launched at t + host, starts then or when the device is free,
     and ends after device; one that the device can begin while it is being launched starts up to lead earlier. The next
     decision is made when the step is launched, or, where the pipeline is full, when the oldest step in flight has
-    ended, whichever is later. Decisions that repeat one another until the next event of the simulation are made at
-    once.
+    ended, whichever is later. Decisions that repeat one another are planned, and made together when the last of them
+    is due or a request comes in.
 
     Args:
         ended: called with each sequence that ends.
+        index: the number of the replica among those that share `env`.
         step_by_step: make every decision by itself; the results are the same.
+
+    Attributes:
+        outstanding_requests: requests sent here that have not ended.
+        outstanding_tokens: their prompt tokens and the tokens that they ask for.
     """
 
     def __init__(
@@ -40,85 +63,137 @@ class Replica:
         latency: LatencyModel,
         ended: Callable[[Sequence], None],
         *,
+        index: int = 0,
         step_by_step: bool = False,
     ):
-        self._env, self._core, self._latency, self._ended = env, core, latency, ended
+        self.index, self.core = index, core
+        self.outstanding_requests = self.outstanding_tokens = 0
+        self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
+        self._repeated_costs = None
+        if core.pipeline_depth == 0 and isinstance(latency, RepeatedCosts):
+            self._repeated_costs = latency.repeated_costs
         self._inbox: deque[Sequence] = deque()
-        self._awake = env.event()
-        self.process = env.process(self._run())
+        self._is_idle = False
+        self._device_free = 0
+        self._planned: list[tuple[int, int, int]] = []
+        self._decided: list[int] = []
+        self._event = env.event()
+        env.process(self._run())
 
     def submit(self, seq: Sequence) -> None:
         """Let a sequence in; the next decision sees it."""
+        self.outstanding_requests += 1
+        self.outstanding_tokens += _tokens_of(seq)
         self._inbox.append(seq)
-        if not self._awake.triggered:
-            self._awake.succeed()
+        if self._is_idle:
+            self._is_idle = False
+            self._resume_at(now_ns(self._env), _DECIDES)
+        elif self._planned:
+            made = bisect_left(self._decided, now_ns(self._env))
+            until = self._decided[made]
+            self._make(made)
+            self._resume_at(until, _ENDS)
+
+    def stop(self) -> list[Sequence]:
+        """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came."""
+        if self._planned:
+            ended = bisect_left(self._decided, now_ns(self._env))
+            made = max(0, ended - len(self.core.in_flight))
+            commits = self._decided[made:ended]
+            self._make(made)
+            for decided in commits:
+                self.core.commit(None, decided)
+        self._event.callbacks.clear()
+        return [*self.core.sequences.values(), *self._inbox]
 
     def _run(self) -> Generator[simpy.Event, None, None]:
-        env, core = self._env, self._core
-        device_free = arrived = 0
+        core = self.core
+        arrived = 0
+        yield self._wait(now_ns(self._env), _DECIDES)
         while True:
-            now = now_ns(env)
+            now = now_ns(self._env)
             arrived += len(self._inbox)
             while self._inbox:
                 seq = self._inbox.popleft()
                 if not core.ingest(seq, now):
                     self._ended(seq)
+                    yield from self._let_others()
             launched = now
             if core.can_decide:
                 batch = core.decide(now)
                 if batch:
                     cost = StepCost(*self._latency.step_cost(StepFeatures.of(batch, arrived)))
-                    launched, batch.start_ns, device_free = cost.times(now, device_free)
+                    launched, batch.start_ns, self._device_free = cost.times(now, self._device_free)
                     arrived = 0
                 else:
-                    batch.start_ns = device_free = max(now, device_free)
-                batch.end_ns = device_free
+                    batch.start_ns = self._device_free = max(now, self._device_free)
+                batch.end_ns = self._device_free
                 if (steps := core.horizon(batch, self._most_steps)) > 1:
-                    launched, device_free = self._repeat(batch, steps, launched)
+                    self._plan(batch, steps, launched)
             if core.must_commit:
-                yield env.timeout(max(launched, core.in_flight[0].end_ns or 0) - now)
-                for seq in core.commit(None, now_ns(env)):
+                until = self._decided[-1] if self._planned else max(launched, core.in_flight[0].end_ns or 0)
+                yield self._wait(until, _ENDS)
+                self._make(len(self._planned))
+                for seq in core.commit(None, now_ns(self._env)):
                     self._ended(seq)
+                yield from self._let_others()
             elif core.is_idle:
-                self._awake = env.event()
-                yield self._awake
+                self._is_idle = True
+                self._event = self._env.event()
+                yield self._event
             else:
-                yield env.timeout(launched - now)
+                yield self._wait(launched, _DECIDES)
 
-    def _repeat(self, batch: Batch, steps: int, launched: int) -> tuple[int, int]:
-        """Make up to `steps` equal decisions, `batch` among them, at once: those before the next event.
+    def _let_others(self) -> Generator[simpy.Event, None, None]:
+        """Let everything else come first that happens now."""
+        if self._env.peek() == self._env.now:
+            yield self._wait(now_ns(self._env), _DECIDES)
 
-        What happens at the instant of a decision comes first, so that decision is left to be made.
+    def _wait(self, until_ns: int, priority: int) -> simpy.Event:
+        self._event = alarm(self._env, until_ns, priority + self.index)
+        return self._event
 
-        Returns:
-            When the last step is launched, and when it ends.
-        """
-        core, features, next_event = self._core, StepFeatures.of(batch), self._env.peek()
+    def _resume_at(self, at_ns: int, priority: int) -> None:
+        """Go on at another time than at that of the event waited for."""
+        waiting, self._event.callbacks = self._event.callbacks or (), []
+        self._event = alarm(self._env, at_ns, priority + self.index, *waiting)
+
+    def _ended(self, seq: Sequence) -> None:
+        self.outstanding_requests -= 1
+        self.outstanding_tokens -= _tokens_of(seq)
+        self._on_end(seq)
+
+    def _plan(self, batch: Batch, steps: int, launched: int) -> None:
+        """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
+        core, latency, features = self.core, self._latency, StepFeatures.of(batch)
         ends = [before.end_ns or 0 for before in core.in_flight]
-        spans: list[tuple[int, int, int]] = []
+        if self._repeated_costs is not None:
+            host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
+            self._decided = list(accumulate([host + device for device in devices], initial=ends[0]))
+            starts = [decided + host for decided in self._decided]
+            self._planned = list(zip(self._decided, starts, self._decided[1:], strict=False))
+            return
+        decided = max(launched, ends[-1 - core.pipeline_depth])
         for number in range(1, steps):
-            decided = max(launched, ends[-1 - core.pipeline_depth])
-            if decided >= next_event:
-                break
-            cost = StepCost(*self._latency.step_cost(features.repeated(number, batch.num_new_pairs)))
+            cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs)))
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
-            spans.append((decided, start, end))
-        if spans:
-            core.advance(spans)
-        return launched, ends[-1]
+            self._decided.append(decided)
+            self._planned.append((decided, start, end))
+            decided = max(launched, ends[-1 - core.pipeline_depth])
+        self._decided.append(decided)
+
+    def _make(self, steps: int) -> None:
+        """Make so many of the planned decisions, and drop the others."""
+        if steps:
+            self.core.advance(self._planned[:steps])
+            self._device_free = self._planned[steps - 1][2]
+        self._planned, self._decided = [], []
 
 
-class _Alarm(simpy.Event):
-    """An event at a given time that comes before everything else at that time."""
-
-    def __init__(self, env: simpy.Environment, delay: int, callback: Callable[[simpy.Event], None]):
-        super().__init__(env)
-        self._ok = True
-        self._value = None
-        self.callbacks = [callback]
-        env.schedule(self, priority=URGENT, delay=delay)
+def _tokens_of(seq: Sequence) -> int:
+    return seq.num_prompt_tokens + seq.sampling_params.max_tokens
 
 
 class Feeder:
@@ -127,25 +202,32 @@ class Feeder:
     def __init__(self, env: simpy.Environment, arrivals: Arrivals, submit: Callable[[Request], None]):
         self._env, self._arrivals, self._submit = env, arrivals, submit
         self._alarm_ns: int | None = None
-        self._release()
+        self._set_alarm()
 
     def answered(self, seq: Sequence) -> None:
         """A sequence has ended: requests that wait for its answer can arrive."""
         self._arrivals.answered(seq.seq_id, seq.num_completion_tokens, now_ns(self._env))
-        self._release()
+        self._set_alarm()
 
-    def _release(self, _: simpy.Event | None = None) -> None:
-        """Submit what is due and set an alarm for what comes next."""
+    def _release(self, _: simpy.Event) -> None:
+        """Submit what is due."""
         now = now_ns(self._env)
         while (due := self._arrivals.next_ns) is not None and due <= now:
             self._submit(self._arrivals.pop())
-        if due is not None and (self._alarm_ns is None or due < self._alarm_ns or self._alarm_ns <= now):
+        if self._alarm_ns is not None and self._alarm_ns <= now:
+            self._alarm_ns = None
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """Be there when the next request arrives."""
+        due = self._arrivals.next_ns
+        if due is not None and (self._alarm_ns is None or due < self._alarm_ns):
             self._alarm_ns = due
-            _Alarm(self._env, due - now, self._release)
+            alarm(self._env, due, _ANSWERED if due == self._env.now else _ARRIVES, self._release)
 
 
 def simulate(
-    requests: list[Request],
+    requests: Iterable[Request],
     core: Core,
     latency: LatencyModel,
     *,
@@ -153,8 +235,8 @@ def simulate(
     announce: Callable[[Request], None] | None = None,
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
-) -> int:
-    """Replay a trace on one simulated replica until every request has ended; the simulated time, in nanoseconds.
+) -> None:
+    """Replay a trace on one simulated replica until every request has ended.
 
     Args:
         core: fresh; its listener, if any, hears the run.
@@ -183,4 +265,3 @@ def simulate(
     core.scheduler.check_integrity()
     if not (arrivals.is_empty and core.is_idle):
         raise RuntimeError(f"the simulation stopped with {len(core.sequences)} requests unfinished")
-    return now_ns(env)

@@ -118,6 +118,10 @@ class RooflineLatency:
         self._flops = device.flops * device.flops_share / 1e9
         held_heads = max(1.0, shape.num_kv_heads / tensor_parallel)
         self._kv_bytes = shape.kv_bytes_per_token * held_heads / shape.num_kv_heads
+        heads = shape.num_heads * shape.head_dim / tensor_parallel
+        self._pair_ns = 4.0 * shape.num_layers * heads / self._flops
+        self._kv_token_ns = self._kv_bytes / self._bandwidth
+        self._matrices_ns: dict[tuple[int, int], float] = {}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -158,18 +162,41 @@ class RooflineLatency:
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int]:
         """(host_ns, device_ns) of a step with these features."""
-        shape, share = self.shape, self.tensor_parallel
-        layer = sum(self._projection(features.tokens, n, m) for n, m in shape.layer_matrices)
-        layer += max(
-            4.0 * features.attention_pairs * shape.num_heads * shape.head_dim / share / self._flops,
-            features.kv_tokens * self._kv_bytes / shape.num_layers / self._bandwidth,
-        )
-        if share > 1:
-            moved = 2 * (share - 1) / share * features.tokens * shape.hidden_size * shape.bytes_per_value
-            layer += 2 * (ALL_REDUCE_NS + moved / (self.device.link / 1e9))
-        output = self._projection(features.sampled, shape.hidden_size, shape.vocab_size)
-        host = self.device.host_ns + self.device.host_seq_ns * features.seqs
-        return host, round(shape.num_layers * layer + output)
+        attention = max(features.attention_pairs * self._pair_ns, features.kv_tokens * self._kv_token_ns)
+        return self._host(features), round(self._matrices(features.tokens, features.sampled) + attention)
+
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, list[int]]:
+        """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
+        matrices = self._matrices(features.tokens, features.sampled)
+        pair_ns, kv_ns = self._pair_ns, self._kv_token_ns
+        first = features.kv_tokens + features.tokens
+        kv_tokens = range(first, first + count * features.tokens, features.tokens)
+        if features.prompt_tokens == 0:
+            each_ns = max(pair_ns, kv_ns)
+            devices = [round(matrices + kv * each_ns) for kv in kv_tokens]
+        else:
+            first = features.attention_pairs + num_new_pairs
+            pairs = range(first, first + count * num_new_pairs, num_new_pairs)
+            devices = [
+                round(matrices + max(pair * pair_ns, kv * kv_ns)) for pair, kv in zip(pairs, kv_tokens, strict=True)
+            ]
+        return self._host(features), devices
+
+    def _host(self, features: StepFeatures) -> int:
+        return self.device.host_ns + self.device.host_seq_ns * features.seqs
+
+    def _matrices(self, tokens: int, sampled: int) -> float:
+        """Nanoseconds of all projections of a step, and of the all-reduces between them."""
+        known = self._matrices_ns.get((tokens, sampled))
+        if known is None:
+            shape, share = self.shape, self.tensor_parallel
+            layer = sum(self._projection(tokens, n, m) for n, m in shape.layer_matrices)
+            if share > 1:
+                moved = 2 * (share - 1) / share * tokens * shape.hidden_size * shape.bytes_per_value
+                layer += 2 * (ALL_REDUCE_NS + moved / (self.device.link / 1e9))
+            known = shape.num_layers * layer + self._projection(sampled, shape.hidden_size, shape.vocab_size)
+            self._matrices_ns[tokens, sampled] = known
+        return known
 
     def _projection(self, tokens: int, inputs: int, outputs: int) -> float:
         """Nanoseconds of a matrix product."""

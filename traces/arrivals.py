@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from twinserve.traces.request import Request
@@ -15,37 +16,70 @@ class Arrivals:
 
     A request with `after` set arrives at its own time or `think_ns` after that request's answer is complete, whichever
     is later, and its prompt holds what was really answered. Equal instants go by trace row.
+
+    Args:
+        requests: a list, or an iterator that gives them in the order of their arrival and is read as they arrive, so
+            that a long trace need not be held; none of those may wait for an answer.
     """
 
     def __init__(self, requests: Iterable[Request]):
-        self._due: list[tuple[int, int, Request]] = []
         self._held: dict[int, list[Request]] = defaultdict(list)
         self._answer_lengths: dict[int, int] = {}
-        for request in requests:
-            if request.after is None:
-                self._due.append((request.arrival_ns, request.id, request))
-            else:
-                self._held[request.after].append(request)
-        heapq.heapify(self._due)
+        self._answered: list[tuple[int, int, Request]] = []
+        if isinstance(requests, Seq):
+            free = [request for request in requests if request.after is None]
+            for request in requests:
+                if request.after is not None:
+                    self._held[request.after].append(request)
+            self._coming = iter(sorted(free, key=_place))
+        else:
+            self._coming = _checked(requests)
+        self._next = next(self._coming, None)
 
     @property
     def next_ns(self) -> int | None:
         """When the next request arrives; None if that depends on an answer, or nothing is left."""
-        return self._due[0][0] if self._due else None
+        if self._answered and (self._next is None or self._answered[0][0] < self._next.arrival_ns):
+            return self._answered[0][0]
+        return None if self._next is None else self._next.arrival_ns
 
     @property
     def is_empty(self) -> bool:
         """Have all requests arrived?"""
-        return not self._due and not self._held
+        return self._next is None and not self._answered and not self._held
 
     def pop(self) -> Request:
         """The next request to arrive; its time is `next_ns`."""
-        return heapq.heappop(self._due)[2]
+        request = self._next
+        if request is None or (self._answered and self._answered[0][:2] < _place(request)):
+            return heapq.heappop(self._answered)[2]
+        self._next = next(self._coming, None)
+        return request
 
     def answered(self, request_id: int, answer_length: int, now_ns: int) -> None:
         """Request `request_id` has ended with `answer_length` tokens: those that wait for it can arrive."""
+        if not self._held:
+            return
         self._answer_lengths[request_id] = answer_length
         for request in self._held.pop(request_id, ()):
             arrival_ns = max(request.arrival_ns, now_ns + request.think_ns)
             request = replace(request.resolved(self._answer_lengths), arrival_ns=arrival_ns)
-            heapq.heappush(self._due, (request.arrival_ns, request.id, request))
+            heapq.heappush(self._answered, (*_place(request), request))
+
+
+def _place(request: Request) -> tuple[int, int]:
+    return request.arrival_ns, request.id
+
+
+def _checked(requests: Iterable[Request]) -> Iterator[Request]:
+    """Requests in the order of their arrival.
+
+    Raises:
+        ValueError: one comes after a later one, or waits for an answer.
+    """
+    latest = (0, -1)
+    for request in requests:
+        if request.after is not None or _place(request) < latest:
+            raise ValueError(f"{request} after {latest}, expected requests in the order of arrival that wait for none")
+        latest = _place(request)
+        yield request

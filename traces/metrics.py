@@ -7,24 +7,120 @@ of one-token answers, a percentile of nothing) is None, never 0.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 Row = dict[str, Any]
 
 _DELTAS = ("preempted", "admitted", "rows", "usual")
-
-STEP_FIELDS = ("end_ns", "count", *_DELTAS)
-"""What `summarize` reads of a step's row."""
+_SERVED = ("stop", "length")
+_BINS = 1 << 16
+_CHUNK = 1 << 17
 
 
 def summarize(
-    requests: list[Row], steps: list[Row], *, world: str | None = None, wall_s: float | None = None
+    requests: Iterable[Row], steps: list[Row], *, world: str | None = None, wall_s: float | None = None
 ) -> dict[str, Any]:
-    """Every metric of a run.
+    """Every metric of a run, from its rows; see `RunMetrics.summary`.
+
+    Args:
+        requests: rows of requests.jsonl.
+        steps: rows of steps.jsonl, in the order of the decisions.
+        world: "sim" or "real", handed through.
+        wall_s: seconds that the run took on a wall clock, handed through.
+    """
+    metrics = RunMetrics()
+    for row in requests:
+        metrics.request(row)
+        if row["finish_reason"] in _SERVED:
+            metrics.gaps.begin(row["id"], row["output_tokens"])
+    metrics.steps = sum(row["count"] for row in steps)
+    metrics.events = len(steps)
+    _add_steps(metrics.gaps, steps)
+    return summary_of([metrics], world=world, wall_s=wall_s)
+
+
+def token_gaps(output_tokens: Mapping[int, int], steps: list[Row]) -> dict[int, int]:
+    """How often each gap, in nanoseconds, lies between successive tokens of a request.
+
+    Args:
+        output_tokens: tokens that came out, by id of the request; others are left out. A token that a request samples
+            beyond them was discarded (its end was found one step late) and does not count.
+        steps: rows of steps.jsonl; where one lacks decisions nothing can be said, and the result is empty.
+    """
+    gaps = TokenGaps()
+    for seq_id, count in output_tokens.items():
+        gaps.begin(seq_id, count)
+    _add_steps(gaps, steps)
+    return gaps.counts()
+
+
+def _add_steps(gaps: TokenGaps, steps: list[Row]) -> None:
+    """Take in steps, unless one of them lacks decisions."""
+    if all(name in row for row in steps for name in _DELTAS):
+        for row in steps:
+            sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
+            gaps.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
+
+
+@dataclass
+class RunMetrics:
+    """The metrics of a run, taken in as it goes on, in a few bytes a request and a step.
+
+    Attributes:
+        steps: steps executed.
+        events: rows that say them.
+        gaps: between tokens; told of requests and steps by itself.
+    """
+
+    requests: int = 0
+    reasons: Counter[str | None] = field(default_factory=Counter)
+    shortened: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    events: int = 0
+    first_arrival_ns: int | None = None
+    last_finish_ns: int | None = None
+    ttft: array[int] = field(default_factory=lambda: array("q"))
+    tpot: array[float] = field(default_factory=lambda: array("d"))
+    e2e: array[int] = field(default_factory=lambda: array("q"))
+
+    def __post_init__(self) -> None:
+        self.gaps = TokenGaps()
+
+    def request(self, row: Row) -> None:
+        """Take in a request that has ended, or that was left unanswered."""
+        self.requests += 1
+        self.reasons[row["finish_reason"]] += 1
+        self.preemptions += row["preemptions"]
+        arrival_ns = row["arrival_ns"]
+        if self.first_arrival_ns is None or arrival_ns < self.first_arrival_ns:
+            self.first_arrival_ns = arrival_ns
+        if row["finish_reason"] not in _SERVED:
+            return
+        first_ns, finish_ns, output_tokens = row["first_token_ns"], row["finish_ns"], row["output_tokens"]
+        self.prompt_tokens += row["prompt_tokens"]
+        self.output_tokens += output_tokens
+        self.cached_tokens += row["cached_tokens"]
+        self.shortened += row["finish_reason"] == "length" and output_tokens < row["max_tokens"]
+        if self.last_finish_ns is None or finish_ns > self.last_finish_ns:
+            self.last_finish_ns = finish_ns
+        self.ttft.append(first_ns - arrival_ns)
+        self.e2e.append(finish_ns - arrival_ns)
+        if output_tokens > 1:
+            self.tpot.append((finish_ns - first_ns) / (output_tokens - 1))
+
+
+def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: float | None = None) -> dict[str, Any]:
+    """Every metric of a run, or of the replicas of a fleet together.
 
     Latencies, token sums and throughputs are those of the finished requests: the ones that ended by "stop" or "length".
 
@@ -35,175 +131,278 @@ def summarize(
     - `ttft_s`, time to first token = first token - arrival.
     - `tpot_s`, time per output token = (finish - first token) / (output tokens - 1), of answers longer than one token.
     - `itl_s`, inter-token latency: the gaps between successive tokens, each token counted at the end of the step that
-      sampled it (see `token_gaps`); undefined where `steps` lacks decisions.
+      sampled it (see `token_gaps`); undefined where the steps lack decisions.
     - `e2e_s`, end to end = finish - arrival.
     - `cached_tokens`: prompt tokens found in the prefix cache at the first admission. `preemptions`: of all requests.
-    - `steps`: steps executed; `events`: rows of `steps`.
+    - `steps`: steps executed; `events`: rows that say them.
 
     Args:
-        requests: rows of requests.jsonl.
-        steps: rows of steps.jsonl, in the order of the decisions.
+        parts: whose requests and steps are counted as one run's.
         world: "sim" or "real", handed through.
         wall_s: seconds that the run took on a wall clock, handed through.
     """
-    finished = [row for row in requests if row["finish_reason"] in ("stop", "length")]
-    reasons = Counter(row["finish_reason"] for row in requests)
-    prompt_tokens = sum(row["prompt_tokens"] for row in finished)
-    output_tokens = sum(row["output_tokens"] for row in finished)
+
+    def total(name: str) -> int:
+        return sum(getattr(part, name) for part in parts)
+
+    reasons = sum((part.reasons for part in parts), Counter[str | None]())
+    prompt_tokens, output_tokens = total("prompt_tokens"), total("output_tokens")
+    finishes = [part.last_finish_ns for part in parts if part.last_finish_ns is not None]
     duration_s = None
-    if finished:
-        first_ns = min(row["arrival_ns"] for row in requests)
-        duration_s = (max(row["finish_ns"] for row in finished) - first_ns) / 1e9
+    if finishes:
+        duration_s = (max(finishes) - min(p.first_arrival_ns for p in parts if p.first_arrival_ns is not None)) / 1e9
     return {
         "world": world,
-        "requests": len(requests),
-        "finished": len(finished),
+        "requests": total("requests"),
+        "finished": sum(reasons[reason] for reason in _SERVED),
         "refused": reasons["refused"],
         "aborted": reasons["abort"],
-        "shortened": sum(
-            row["finish_reason"] == "length" and row["output_tokens"] < row["max_tokens"] for row in finished
-        ),
+        "shortened": total("shortened"),
         "duration_s": duration_s,
         "output_tok_s": output_tokens / duration_s if duration_s else None,
         "total_tok_s": (prompt_tokens + output_tokens) / duration_s if duration_s else None,
-        **_latencies(finished, steps),
-        "cached_tokens": sum(row["cached_tokens"] for row in finished),
+        "ttft_s": distribution(*(part.ttft for part in parts)),
+        "tpot_s": distribution(*(part.tpot for part in parts)),
+        "itl_s": distribution(*(values for part in parts for values in part.gaps.values())),
+        "e2e_s": distribution(*(part.e2e for part in parts)),
+        "cached_tokens": total("cached_tokens"),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "preemptions": sum(row["preemptions"] for row in requests),
-        "steps": sum(row["count"] for row in steps),
-        "events": len(steps),
+        "preemptions": total("preemptions"),
+        "steps": total("steps"),
+        "events": total("events"),
         "wall_s": wall_s,
     }
 
 
-def _latencies(finished: list[Row], steps: list[Row]) -> dict[str, dict[str, float | None]]:
-    return {
-        "ttft_s": distribution(row["first_token_ns"] - row["arrival_ns"] for row in finished),
-        "tpot_s": distribution(
-            (row["finish_ns"] - row["first_token_ns"]) / (row["output_tokens"] - 1)
-            for row in finished
-            if row["output_tokens"] > 1
-        ),
-        "itl_s": distribution(token_gaps({row["id"]: row["output_tokens"] for row in finished}, steps)),
-        "e2e_s": distribution(row["finish_ns"] - row["arrival_ns"] for row in finished),
-    }
+Values = array | tuple[array, array]
+"""Values in nanoseconds; or values, and how often each occurs."""
 
 
-def distribution(values_ns: Iterable[float] | Mapping[int, int]) -> dict[str, float | None]:
-    """Mean and percentiles, in seconds, of values in nanoseconds, or of a mapping from values to how often they occur.
+def distribution(*parts: Values) -> dict[str, float | None]:
+    """Mean and percentiles, in seconds, of all values together.
 
     With n values x[0] <= x[1] <= ..., the percentile p is x[i] + (x[i + 1] - x[i]) * f, where i and f are the whole
     and the fractional part of p / 100 * (n - 1): linear interpolation, numpy's default.
     """
-    counts = Counter(values_ns)
     result: dict[str, float | None] = dict.fromkeys(("mean", "p50", "p90", "p99"))
-    if not counts:
+    pairs: list[tuple[array, array | None]] = []
+    for part in parts:
+        values, counts = part if isinstance(part, tuple) else (part, None)
+        if values:
+            pairs.append((values, counts))
+    size = sum(len(values) if counts is None else sum(counts) for values, counts in pairs)
+    if not size:
         return result
-    values = sorted(counts)
-    ends = list(accumulate(counts[value] for value in values))
-    result["mean"] = math.fsum(value * count for value, count in counts.items()) / ends[-1] / 1e9
-    for p in (50, 90, 99):
-        result[f"p{p}"] = _percentile(values, ends, p) / 1e9
+    weighted = (values if counts is None else map(mul, values, counts) for values, counts in pairs)
+    is_exact = all(values.typecode == "q" for values, _ in pairs)
+    sums = [sum(products) if is_exact else math.fsum(products) for products in weighted]
+    result["mean"] = (float(sum(sums)) if is_exact else math.fsum(sums)) / size / 1e9
+    ranks = {p: p / 100 * (size - 1) for p in (50, 90, 99)}
+    wanted = {math.floor(rank) for rank in ranks.values()}
+    found = _values_at(pairs, sorted(wanted | {min(below + 1, size - 1) for below in wanted}))
+    for p, rank in ranks.items():
+        below = math.floor(rank)
+        low, high = found[below], found[min(below + 1, size - 1)]
+        fraction = rank - below
+        # Measured from the nearer end, as numpy does, so that the two agree to the last bit.
+        value = high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
+        result[f"p{p}"] = value / 1e9
     return result
 
 
-def _percentile(values: list[float], ends: list[int], p: int) -> float:
-    """Percentile p of sorted values; value k stands at the ranks below ends[k] that the value before it leaves."""
-    rank = p / 100 * (ends[-1] - 1)
-    below = math.floor(rank)
-    low = values[bisect_right(ends, below)]
-    high = values[bisect_right(ends, min(below + 1, ends[-1] - 1))]
-    fraction = rank - below
-    # Measured from the nearer end, as numpy does, so that the two agree to the last bit.
-    return high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
+def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dict[int, float]:
+    """The values at some ranks of all values, sorted.
 
-
-def token_gaps(output_tokens: Mapping[int, int], steps: list[Row]) -> dict[int, int]:
-    """How often each gap, in nanoseconds, lies between successive tokens of a request.
-
-    Costs what changed from step to step, not what runs.
-
-    Args:
-        output_tokens: tokens that came out, by id of the request; others are left out. A token that a request samples
-            beyond them was discarded (its end was found one step late) and does not count.
-        steps: rows of steps.jsonl; where one lacks decisions nothing can be said, and the result is empty.
+    Values are counted in bins that rise with them; only the bins in which a rank falls are sorted, so that millions of
+    values take no more memory than they lie in.
     """
-    gaps = _TokenGaps(output_tokens)
-    for row in steps:
-        if any(field not in row for field in _DELTAS):
-            return {}
-        gaps.step(row)
-    return gaps.counts
+    import numpy as np
+
+    columns = []
+    for values, counts in pairs:
+        held = np.frombuffer(values, np.int64 if values.typecode == "q" else np.float64)
+        weights = None if counts is None else np.frombuffer(counts, np.int32)
+        for begin in range(0, len(held), _CHUNK):
+            columns.append((held[begin : begin + _CHUNK], None if weights is None else weights[begin : begin + _CHUNK]))
+    least = min(column.min() for column, _ in columns)
+    width = float(max(column.max() for column, _ in columns) - least)
+    scale = (_BINS - 1) / width if width else 0.0
+    totals = np.zeros(_BINS)
+    for column, weights in columns:
+        totals += np.bincount(((column - least) * scale).astype(np.int64), weights, _BINS)
+    ends = np.cumsum(totals)
+    found: dict[int, float] = {}
+    for bin_number in sorted({int(np.searchsorted(ends, rank, "right")) for rank in ranks}):
+        chosen, repeated = [], []
+        for column, weights in columns:
+            inside = ((column - least) * scale).astype(np.int64) == bin_number
+            chosen.append(column[inside])
+            repeated.append(np.ones(len(chosen[-1]), np.int32) if weights is None else weights[inside])
+        inner = np.concatenate(chosen)
+        order = np.argsort(inner, kind="stable")
+        before = ends[bin_number - 1] if bin_number else 0
+        own_ends = np.cumsum(np.concatenate(repeated)[order]) + before
+        for rank in ranks:
+            if before <= rank < ends[bin_number]:
+                found[rank] = inner[order[np.searchsorted(own_ends, rank, "right")]].item()
+    return found
 
 
-class _TokenGaps:
-    """Follows who samples when, from a run's deltas.
+@dataclass(slots=True)
+class _Answer:
+    """A request whose gaps are being counted.
+
+    Attributes:
+        missing: tokens that it may still get; not kept up while it is in the group.
+        last_ns: when it got its last one; not kept up while it is in the group.
+        last_tick: of the group, the one that brings its last token; None while it is not in the group.
+        joined: the group's gaps that there were when it joined.
+        shared: of the group's gaps, those that it had, from and to.
+        own: the numbers of the gaps that it had by itself.
+    """
+
+    missing: int
+    last_ns: int | None = None
+    last_tick: int | None = None
+    joined: int = 0
+    shared: list[tuple[int, int]] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
+
+
+class TokenGaps:
+    """The gaps between successive tokens of each request, as steps say them. Costs what changes from step to step.
 
     Requests whose last token came at the same step form a group: one entry counts the next gap of all of them. The
-    others are `loose` while they run; a request's last token is in `_last_ns` while it is not in the group.
+    others are `loose` while they run.
     """
 
-    def __init__(self, output_tokens: Mapping[int, int]):
-        self.counts: Counter[int] = Counter()
-        self._missing = {seq_id: count for seq_id, count in output_tokens.items() if count}
-        self._last_ns: dict[int, int] = {}
+    def __init__(self) -> None:
+        self._answers: dict[int, _Answer] = {}
         self._loose: dict[int, None] = {}
-        self._group: dict[int, int] = {}  # to the tick that brings the request's last token
+        self._group_size = 0
         self._group_ends: dict[int, list[int]] = defaultdict(list)
         self._group_last_ns = 0
         self._tick = 0
+        self._group_gaps, self._group_sizes = array("q"), array("i")
+        self._own_gaps, self._own_counts = array("q"), array("i")
 
-    def step(self, row: Row) -> None:
-        """Take in the next step."""
-        end_ns = row["end_ns"]
-        for seq_id in row["preempted"]:
+    def values(self) -> list[tuple[array, array]]:
+        """All gaps, in nanoseconds, and how often each occurs."""
+        passed = [
+            seq_id for seq_id, a in self._answers.items() if a.last_tick is not None and a.last_tick <= self._tick
+        ]
+        assert not passed, f"requests {passed} got their last token within repeated steps, before {self._tick}"
+        return [(self._group_gaps, self._group_sizes), (self._own_gaps, self._own_counts)]
+
+    def counts(self) -> dict[int, int]:
+        """How often each gap occurs."""
+        counts: Counter[int] = Counter()
+        for gaps, occurrences in self.values():
+            for gap, occurs in zip(gaps, occurrences, strict=True):
+                counts[gap] += occurs
+        return +counts
+
+    def begin(self, seq_id: int, most_tokens: int) -> None:
+        """A request comes that gets at most so many tokens; the gaps of others are not counted."""
+        if most_tokens:
+            self._answers[seq_id] = _Answer(most_tokens)
+
+    def end(self, seq_id: int, *, counts: bool) -> None:
+        """A request has its last token; unless it `counts`, its gaps are taken back."""
+        answer = self._answers.get(seq_id)
+        if answer is None:
+            return
+        self._leave(answer)
+        del self._answers[seq_id]
+        self._loose.pop(seq_id, None)
+        if not counts:
+            for begin, stop in answer.shared:
+                for number in range(begin, stop):
+                    self._group_sizes[number] -= 1
+            for number in answer.own:
+                self._own_counts[number] = 0
+
+    def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, Any]]) -> None:
+        """Take in the next step.
+
+        Args:
+            usual: do those that run and are not named sample a token?
+            preempted: requests that no longer run.
+            rows: requests that are named, and whether they sample one.
+        """
+        for seq_id in preempted:
             self._take_out(seq_id)
         sampling: list[int] = []
         idle: list[int] = []
-        for seq_id, *_, samples in (*row["admitted"], *row["rows"]):
+        for seq_id, samples in rows:
             self._take_out(seq_id)
             (sampling if samples else idle).append(seq_id)
-        if row["usual"]:
+        if usual:
             sampling += self._loose
             self._loose.clear()
-            self._sample_group(end_ns)
+            self._sample_group([end_ns - self._group_last_ns], end_ns)
         for seq_id in sampling:
-            self._sample(seq_id, end_ns, joins=bool(row["usual"]))
-        self._loose.update((seq_id, None) for seq_id in idle if seq_id in self._missing)
+            self._sample(seq_id, end_ns, joins=usual)
+        for seq_id in idle:
+            if seq_id in self._answers:
+                self._loose[seq_id] = None
+
+    def repeat(self, periods_ns: list[int], end_ns: int, usual: bool) -> None:
+        """Take in steps that repeat the one before: nobody ends, is admitted or preempted between them.
+
+        Args:
+            periods_ns: of each, the time from the end of the one before to its own.
+            end_ns: of the last.
+        """
+        if usual:
+            self._sample_group(periods_ns, end_ns)
 
     def _take_out(self, seq_id: int) -> None:
         """Take a request out of the group, or from among the loose ones."""
         self._loose.pop(seq_id, None)
-        last_tick = self._group.pop(seq_id, None)
-        if last_tick is not None:
-            self._missing[seq_id] = last_tick - self._tick
-            self._last_ns[seq_id] = self._group_last_ns
+        answer = self._answers.get(seq_id)
+        if answer is not None:
+            self._leave(answer)
 
-    def _sample_group(self, end_ns: int) -> None:
-        """Each request of the group gets a token; those that got their last one leave."""
-        if self._group:
-            self.counts[end_ns - self._group_last_ns] += len(self._group)
+    def _leave(self, answer: _Answer) -> None:
+        if answer.last_tick is not None:
+            answer.missing = answer.last_tick - self._tick
+            answer.last_ns = self._group_last_ns
+            answer.last_tick = None
+            answer.shared.append((answer.joined, len(self._group_gaps)))
+            self._group_size -= 1
+
+    def _sample_group(self, gaps_ns: list[int], end_ns: int) -> None:
+        """Each request of the group gets a token after each of these gaps; those that got their last one leave."""
+        if self._group_size:
+            self._group_gaps.extend(gaps_ns)
+            self._group_sizes.extend(array("i", (self._group_size,)) * len(gaps_ns))
         self._group_last_ns = end_ns
-        self._tick += 1
+        self._tick += len(gaps_ns)
         for seq_id in self._group_ends.pop(self._tick, ()):
-            if self._group.get(seq_id) == self._tick:
-                del self._group[seq_id]
+            answer = self._answers.get(seq_id)
+            if answer is not None and answer.last_tick == self._tick:
+                self._leave(answer)
+                del self._answers[seq_id]
 
-    def _sample(self, seq_id: int, end_ns: int, joins: bool) -> None:
+    def _sample(self, seq_id: int, end_ns: int, *, joins: bool) -> None:
         """A request outside the group gets a token; it `joins` the group if the group got one too."""
-        if seq_id not in self._missing:
+        answer = self._answers.get(seq_id)
+        if answer is None:
             return
-        last_ns = self._last_ns.pop(seq_id, None)
-        if last_ns is not None:
-            self.counts[end_ns - last_ns] += 1
-        missing = self._missing.pop(seq_id) - 1
-        if not missing:
-            return
-        if joins:
-            self._group[seq_id] = self._tick + missing
-            self._group_ends[self._tick + missing].append(seq_id)
+        if answer.last_ns is not None:
+            answer.own.append(len(self._own_gaps))
+            self._own_gaps.append(end_ns - answer.last_ns)
+            self._own_counts.append(1)
+        answer.missing -= 1
+        if not answer.missing:
+            del self._answers[seq_id]
+        elif joins:
+            answer.last_tick = self._tick + answer.missing
+            answer.joined = len(self._group_gaps)
+            self._group_size += 1
+            self._group_ends[answer.last_tick].append(seq_id)
         else:
-            self._missing[seq_id] = missing
-            self._last_ns[seq_id] = end_ns
+            answer.last_ns = end_ns
             self._loose[seq_id] = None

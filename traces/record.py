@@ -8,19 +8,21 @@ import platform
 import re
 import shutil
 import sys
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from operator import sub
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Repeat
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
-from twinserve.traces.metrics import STEP_FIELDS, summarize
+from twinserve.traces.metrics import RunMetrics, summary_of
 from twinserve.traces.request import Request
 
 SCHEMA = "twinserve-run/1"
@@ -53,11 +55,22 @@ class _Served:
     cached_tokens: int | None = None
 
 
+@dataclass(slots=True)
+class _Decided:
+    """A decision whose row is not written yet, and those that repeat it."""
+
+    batch: Batch
+    repeats: list[Repeat]
+    digest: int
+    num_ended: int = 0
+
+
 class RunRecorder(CoreListener):
-    """Listens to a Core and writes its run record; the folder appears, complete, at `close`.
+    """Listens to a Core and writes its run record as the run goes on; the folder appears, complete, at `close`.
 
     Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
-    manager it discards what was not closed.
+    manager it discards what was not closed. What it holds in memory is what is being served, a few bytes a request and
+    a step for the metrics, and of a real run the generated tokens.
 
     Args:
         out: the folder to write.
@@ -65,6 +78,9 @@ class RunRecorder(CoreListener):
         settings: every setting of the run.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
         device: what executed the steps, in words.
+
+    Attributes:
+        metrics: of the run up to now.
 
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
@@ -79,18 +95,21 @@ class RunRecorder(CoreListener):
         facts: dict[str, Any],
         device: str | None = None,
     ):
+        self.metrics = RunMetrics()
         self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
         self._served: dict[int, _Served] = {}
-        self._request_rows: dict[int, dict[str, Any]] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
-        self._decided: deque[dict[str, Any]] = deque()
-        self._num_ended = 0
-        self._num_rows = 0
-        self._summarized: list[dict[str, Any]] = []
-        self._partial = _make_partial(self._out)
-        self._steps_file = (self._partial / "steps.jsonl").open("w", encoding="utf-8", newline="\n")
+        self._decided: deque[_Decided] = deque()
+        self._partial = make_partial(self._out)
+        self._steps_file = self._open("steps.jsonl")
+        self._requests_file = self._open("requests.jsonl")
+        self._next_number = 0
+        self._texts: dict[int, str] = {}
+
+    def _open(self, name: str) -> IO[str]:
+        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 18)
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
@@ -104,44 +123,38 @@ class RunRecorder(CoreListener):
     def ingested(self, seq: Sequence, number: int) -> None:
         """A sequence came in."""
         expected = self._expected.pop(seq.seq_id, None)
-        if expected is not None:
+        if expected is None:
+            self._write_request(number, "")
+        else:
             self._served[seq.seq_id] = _Served(number, *expected, seq)
+            self.metrics.gaps.begin(seq.seq_id, seq.sampling_params.max_tokens)
 
     def decided(self, batch: Batch) -> None:
-        """A decision was made; what later steps would change is copied now."""
+        """A decision was made."""
         for row in batch.admitted:
             served = self._served.get(row.seq.seq_id)
             if served is not None and served.cached_tokens is None:
                 served.cached_tokens = row.start
-        self._decided.append(_step_row(batch))
+        self._decided.append(_Decided(batch, [], batch.digest))
 
     def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
         """The latest decision was made again: its row stands for all of them."""
-        row = self._decided[-1]
-        row["count"] = 1 + len(repeats)
-        row["start_ns"], row["end_ns"] = batch.start_ns, batch.end_ns
-        row["repeats"] = [
-            [decided_ns, start_ns, end_ns, [[seq.seq_id, block_ids] for seq, block_ids in grown]]
-            for decided_ns, start_ns, end_ns, grown in repeats
-        ]
-        row["digest"] = f"{digest:016x}"
-        self._num_ended += num_committed
+        latest = self._decided[-1]
+        latest.repeats, latest.digest = repeats, digest
+        latest.num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:
         """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
-        row = self._decided[0]
-        self._num_ended += 1
-        if self._num_ended < row["count"]:
+        oldest = self._decided[0]
+        oldest.num_ended += 1
+        if oldest.num_ended <= len(oldest.repeats):
             return
         self._decided.popleft()
-        self._num_ended = 0
-        if row["count"] == 1:
-            row["start_ns"] = batch.decided_ns if batch.start_ns is None else batch.start_ns
-            row["end_ns"] = batch.end_ns
-        self._steps_file.write(_encode(row) + "\n")
-        self._num_rows += 1
-        # A whole row is some 2 kB, and a long run has many of them.
-        self._summarized += [{field: step[field] for field in STEP_FIELDS} for step in single_steps(row)]
+        if not oldest.repeats:
+            first = oldest.batch
+            first.start_ns = batch.decided_ns if batch.start_ns is None else batch.start_ns
+            first.end_ns = batch.end_ns
+        self._write_step(oldest)
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended."""
@@ -155,18 +168,15 @@ class RunRecorder(CoreListener):
         """Write what is left, give the folder its name, and return the summary.
 
         Args:
-            summary_extra: joins the summary. Its `shortened` is added to the requests that `summarize` counts as
-                shortened; any other value goes in as it is.
+            summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
+                other value goes in as it is.
         """
         for served in self._served.values():
             self._keep(served)
         self._served.clear()
-        rows = [row for _, row in sorted(self._request_rows.items())]
-        summary = summarize(rows, self._summarized, world=self._world)
-        extra = summary_extra or {}
-        summary |= {"events": self._num_rows} | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
         self._steps_file.close()
-        _write_lines(self._partial / "requests.jsonl", rows)
+        self._requests_file.close()
+        summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
         if self._world == "real":
             outputs = [row for _, row in sorted(self._outputs.items())]
             _write_lines(self._partial / "outputs.jsonl.gz", outputs)
@@ -176,20 +186,16 @@ class RunRecorder(CoreListener):
             "settings": self._settings,
             "facts": self._facts,
             "device": self._device,
-            "versions": _versions(),
+            "versions": versions(),
             "summary": summary,
         }
-        text = json.dumps(run, indent=2, allow_nan=False) + "\n"
-        (self._partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
-        try:
-            self._partial.rename(self._out)
-        except OSError as error:
-            raise InputError(f"cannot be created: {error.strerror}", path=self._out) from error
+        finish_record(self._partial, self._out, run)
         return summary
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""
         self._steps_file.close()
+        self._requests_file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def __enter__(self) -> RunRecorder:
@@ -200,9 +206,64 @@ class RunRecorder(CoreListener):
 
     def _keep(self, served: _Served) -> None:
         """Turn what is known of a request into its row."""
-        self._request_rows[served.number] = _request_row(served)
+        row = _request_row(served)
+        self.metrics.request(row)
+        self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
+        self._write_request(served.number, _encode(row) + "\n")
         if self._world == "real":
             self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
+
+    def _write_request(self, number: int, text: str) -> None:
+        """Write a request's row as soon as those of all that came in before it are there."""
+        self._texts[number] = text
+        while (ready := self._texts.pop(self._next_number, None)) is not None:
+            self._requests_file.write(ready)
+            self._next_number += 1
+
+    def _write_step(self, decided: _Decided) -> None:
+        """Write a step's row, and count it."""
+        batch, metrics = decided.batch, self.metrics
+        usual = bool(batch.usual_tokens)
+        rows = [(row.seq.seq_id, row.samples) for row in batch.admitted]
+        rows += [(seq.seq_id, samples) for seq, _, samples in batch.exceptions]
+        metrics.gaps.step(batch.end_ns or 0, usual, _ids(batch.preempted), rows)
+        repeats = ""
+        if decided.repeats:
+            decided_ns, start_ns, end_ns, grown = zip(*decided.repeats, strict=True)
+            ends = (batch.end_ns or 0, *end_ns[:-1])
+            periods = list(map(sub, end_ns, ends))
+            metrics.gaps.repeat(periods, end_ns[-1], usual)
+            lags = set(map(sub, start_ns, ends)) if decided_ns == ends else set()
+            if len(lags) == 1:
+                times = [("end_ns", periods), ("start_ns", list(lags))]
+            else:
+                times = [("decided_ns", list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))))]
+                times += [("end_ns", periods)]
+                times += [("start_ns", list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))))]
+            repeats = _repeats_text(times, grown)
+        metrics.steps += 1 + len(decided.repeats)
+        metrics.events += 1
+        self._steps_file.write(_step_text(batch, 1 + len(decided.repeats), repeats, decided.digest))
+
+
+def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
+    """A summary with what only the caller knows; `shortened` is added to that of the summary."""
+    extra = extra or {}
+    return summary | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+
+
+def finish_record(partial: Path, out: Path, run: dict[str, Any]) -> None:
+    """Write run.json, and give a folder its name.
+
+    Raises:
+        InputError: `out` cannot be created.
+    """
+    text = json.dumps(run, indent=2, allow_nan=False) + "\n"
+    (partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
 
 
 def write_record(record: RunRecord, out: Path) -> None:
@@ -211,7 +272,7 @@ def write_record(record: RunRecord, out: Path) -> None:
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
-    partial = _make_partial(out)
+    partial = make_partial(out)
     try:
         _write_lines(partial / "requests.jsonl", record.requests)
         _write_lines(partial / "steps.jsonl", record.steps)
@@ -227,7 +288,7 @@ def write_record(record: RunRecord, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _make_partial(out: Path) -> Path:
+def make_partial(out: Path) -> Path:
     """Create the folder in which a record grows."""
     if out.exists() or out.is_symlink():
         raise InputError("exists already, expected a new folder", path=out)
@@ -244,11 +305,11 @@ def _make_partial(out: Path) -> Path:
 
 
 def decision_fields(batch: Batch) -> dict[str, Any]:
-    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
+    """The decisions of a step's row, as plain values; the digest comes last."""
     return {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
-        "left": [seq.seq_id for seq in batch.left],
-        "preempted": [seq.seq_id for seq in batch.preempted],
+        "left": _ids(batch.left),
+        "preempted": _ids(batch.preempted),
         "usual": batch.usual_tokens,
         "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions],
         "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
@@ -265,23 +326,46 @@ def decision_fields(batch: Batch) -> dict[str, Any]:
     }
 
 
-def _step_row(batch: Batch) -> dict[str, Any]:
-    """A step's row; its start and end are not known yet."""
-    return {
-        "decision": batch.decision,
-        "seen": batch.seen,
-        "aborted": [seq.seq_id for seq in batch.aborted],
-        "committed": batch.committed,
-        "decided_ns": batch.decided_ns,
-        "start_ns": None,
-        "end_ns": None,
-        "count": 1,
-        **decision_fields(batch),
-    }
+def _ids(seqs: Iterable[Sequence]) -> list[int]:
+    return [seq.seq_id for seq in seqs]
+
+
+def _list(values: list[Any]) -> str:
+    """A list of integers, or of lists of them, as JSON."""
+    return str(values).replace(" ", "") if values else "[]"
+
+
+def _step_text(batch: Batch, count: int, repeats: str, digest: int) -> str:
+    """The line of a step's row: its facts, `decision_fields`, and the steps that repeat it."""
+    admitted = [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted]
+    rows = [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions]
+    grown = [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown]
+    return (
+        f'{{"decision":{batch.decision},"seen":{batch.seen},"aborted":{_list(_ids(batch.aborted))},'
+        f'"committed":{batch.committed},"decided_ns":{batch.decided_ns},"start_ns":{batch.start_ns},'
+        f'"end_ns":{batch.end_ns},"count":{count},"admitted":{_list(admitted)},"left":{_list(_ids(batch.left))},'
+        f'"preempted":{_list(_ids(batch.preempted))},"usual":{batch.usual_tokens},"rows":{_list(rows)},'
+        f'"grown":{_list(grown)},"tokens":{batch.num_tokens},"prompt_tokens":{batch.num_prompt_tokens},'
+        f'"decode_tokens":{batch.num_decode_tokens},"kv_tokens":{batch.num_kv_tokens},'
+        f'"attention_pairs":{batch.num_attention_pairs},"sampled":{batch.num_sampled},'
+        f'"used_blocks":{batch.num_used_blocks},"waiting":{batch.num_waiting},"running":{batch.num_running},'
+        f'"digest":"{digest:016x}"{repeats}}}\n'
+    )
+
+
+def _repeats_text(times: list[tuple[str, list[int]]], grown: Iterable[list[tuple[Sequence, Any]]]) -> str:
+    """What the steps that repeat another add to its row; see `single_steps`."""
+    blocks = [[number, seq.seq_id, list(ids)] for number, own in enumerate(grown, 1) if own for seq, ids in own]
+    fields = "".join(f'"{name}":{_list(values)},' for name, values in times)
+    return f',"repeats":{{{fields}"grown":{_list(blocks)}}}'
 
 
 def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The steps that a step's row stands for, as a row each; but for the last, those of several have no digest.
+
+    `repeats` has the times of the steps that repeat the first, as differences from the step before, and the blocks that
+    they took: [number of the step from 1, request, block ids]. Without `decided_ns`, each was decided when the one
+    before ended, and started `start_ns[0]` after that.
 
     A repeated decision computes for each row as many tokens more as before, so every total but blocks follows from the
     first. A row without decisions stays so.
@@ -295,15 +379,31 @@ def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     repeated: dict[str, Any] = {name: [] for name in ("aborted", "admitted", "left", "preempted") if name in row}
     pairs = row.get("decode_tokens", 0) + sum(num_tokens**2 for _, num_tokens, _ in row.get("rows", ()))
     used_blocks = row.get("used_blocks", 0)
-    for number, (decided_ns, start_ns, end_ns, grown) in enumerate(row["repeats"], 1):
-        used_blocks += sum(len(block_ids) for _, block_ids in grown)
+    grown: dict[int, list[Any]] = defaultdict(list)
+    for number, seq_id, block_ids in row["repeats"]["grown"]:
+        grown[number].append([seq_id, block_ids])
+    for number, (decided_ns, start_ns, end_ns) in enumerate(_repeated_times(row), 1):
+        used_blocks += sum(len(block_ids) for _, block_ids in grown[number])
         step = first | repeated | {"decision": row["decision"] + number, "committed": row["committed"] + number}
         step |= {"decided_ns": decided_ns, "start_ns": start_ns, "end_ns": end_ns}
         if "kv_tokens" in row:
             step["kv_tokens"] = row["kv_tokens"] + number * row["tokens"]
             step["attention_pairs"] = row["attention_pairs"] + number * pairs
-            step |= {"grown": grown, "used_blocks": used_blocks}
-        yield step | ({"digest": digest} if number == len(row["repeats"]) else {})
+            step |= {"grown": grown[number], "used_blocks": used_blocks}
+        yield step | ({"digest": digest} if number == row["count"] - 1 else {})
+
+
+def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """When the steps that repeat the first were decided, started and ended."""
+    times = row["repeats"]
+    ends = list(accumulate(times["end_ns"], initial=row["end_ns"]))
+    if "decided_ns" not in times:
+        (lag,) = times["start_ns"]
+        yield from zip(ends[:-1], [end + lag for end in ends[:-1]], ends[1:], strict=True)
+        return
+    decided, starts = (accumulate(times[name], initial=row[name]) for name in ("decided_ns", "start_ns"))
+    next(decided), next(starts)
+    yield from zip(decided, starts, ends[1:], strict=True)
 
 
 def _request_row(served: _Served) -> dict[str, Any]:
@@ -325,9 +425,9 @@ def _request_row(served: _Served) -> dict[str, Any]:
         "preemptions": seq.num_preemptions,
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
-        "prompt": [list(part) for part in request.parts],
+        "prompt": request.parts,
         "ignore_eos": served.sampling.ignore_eos,
-        "stop_token_ids": list(served.sampling.stop_token_ids),
+        "stop_token_ids": served.sampling.stop_token_ids,
         **request.labels,
     }
 
@@ -338,7 +438,7 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what took part; torch only where something else has imported it."""
     versions = {"python": platform.python_version()}
     with suppress(PackageNotFoundError):
@@ -452,27 +552,30 @@ def _check_request(line: Line) -> None:
     line.labels()
 
 
-def _checked_repeats(line: Line) -> list[Any]:
-    """The repeats of a step's row: [decided_ns, start_ns, end_ns, [[id, block ids], ...]] each."""
-    repeats = line.values.get("repeats", [])
-    if type(repeats) is not list or not all(
-        type(item) is list
-        and len(item) == 4
-        and all(type(time_ns) is int and time_ns >= 0 for time_ns in item[:3])
-        and type(item[3]) is list
-        for item in repeats
+def _check_repeats(line: Line, count: int) -> None:
+    """Check what the row of several steps says of those that repeat the first."""
+    times = line.child("repeats")
+    names = ["end_ns"]
+    if "decided_ns" in times.values:
+        names += ["decided_ns", "start_ns"]
+    elif len(times.integers("start_ns")) != 1:
+        raise times.error("expected one number, as there is no decided_ns", "start_ns")
+    for name in names:
+        if len(times.integers(name)) != count - 1:
+            raise times.error(f"expected {count - 1} numbers, one less than count", name)
+    grown = times.get("grown")
+    if type(grown) is not list or not all(
+        type(entry) is list and len(entry) == 3 and type(entry[2]) is list and 1 <= entry[0] < count for entry in grown
     ):
-        raise line.error("expected a list of [decided_ns, start_ns, end_ns, grown]", "repeats")
-    return repeats
+        raise times.error("expected a list of [number of the step, request, block ids]", "grown")
 
 
 def _check_step(line: Line, decision: int, is_digested: bool) -> None:
     """Check the facts and the digest, and those of the other decision fields that are there."""
     line.one_of("decision", (decision,))
     line.integer("committed", -1)
-    repeats = _checked_repeats(line)
-    if line.integer("count", 1) != 1 + len(repeats):
-        raise line.error(f"expected {1 + len(repeats)}, one more than there are repeats", "count")
+    if (count := line.integer("count", 1)) > 1:
+        _check_repeats(line, count)
     for field in ("seen", "decided_ns", "start_ns", "end_ns"):
         line.integer(field)
     line.integers("aborted")

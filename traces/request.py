@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from struct import Struct
 from typing import NamedTuple
 
 import xxhash
@@ -14,6 +16,7 @@ from twinserve.policies import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_PACKED = Struct("<4Q").pack
 
 
 def answer_text(request_id: int) -> int:
@@ -39,31 +42,31 @@ class PrefixKeys:
     token n lies in with the offset in that part, so it costs nothing per token.
     """
 
-    __slots__ = ("_answer", "_bases", "_ends", "_parts")
+    __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_parts", "_shifted")
 
     def __init__(self, parts: Seq[Part], answer: int):
         self._parts = merged(parts)
         self._answer = answer
-        self._ends: list[int] = []
-        end = 0
-        for part in self._parts:
-            end += part.length
-            self._ends.append(end)
+        self._ends = list(accumulate(part.length for part in self._parts))
         self._bases: list[int] = []
+        # Of the part that was asked about last: it lies behind token _begin, up to _end.
+        self._begin = self._end = self._shifted = 0
 
     def __call__(self, num_tokens: int) -> int:
-        index = bisect_left(self._ends, num_tokens)
-        while len(self._bases) <= index:
-            self._bases.append(self._base(len(self._bases)))
-        begin = self._ends[index - 1] if index else 0
-        return (self._bases[index] + (num_tokens - begin) * _GOLDEN) & _MASK
+        if not self._begin < num_tokens <= self._end:
+            index = bisect_left(self._ends, num_tokens)
+            while len(self._bases) <= index:
+                self._bases.append(self._base(len(self._bases)))
+            self._begin = self._ends[index - 1] if index else 0
+            self._end = self._ends[index] if index < len(self._ends) else 1 << 62
+            self._shifted = self._bases[index] - self._begin * _GOLDEN
+        return (self._shifted + num_tokens * _GOLDEN) & _MASK
 
     def _base(self, index: int) -> int:
         """Hash of the parts before `index` and of the text that begins there."""
         before, length = (self._bases[index - 1], self._parts[index - 1].length) if index else (0, 0)
         text, start = self._parts[index][:2] if index < len(self._parts) else (self._answer, 0)
-        values = (before, length, text & _MASK, start)
-        return xxhash.xxh64_intdigest(b"".join(value.to_bytes(8, "little") for value in values))
+        return xxhash.xxh64_intdigest(_PACKED(before, length, text & _MASK, start))
 
 
 def merged(parts: Seq[Part]) -> list[Part]:

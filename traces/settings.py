@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +23,48 @@ from twinserve.policies import (
 )
 from twinserve.policies.orders import Order, Victim
 from twinserve.traces.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"expected TOML: {error}", path=path) from error
+
+
+def validated(
+    model: type[Model], table: dict[str, Any], values: dict[str, Any], path: Path | None, *, within: str = ""
+) -> Model:
+    """A pydantic model from `values` over those of `table`, which the file `path` holds.
+
+    Args:
+        within: the place of the table in the file, such as "fleet."; stands before a field.
+
+    Raises:
+        InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return model(**(table | given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        is_given = first["loc"][:1] and first["loc"][0] in given
+        source = None if is_given else path
+        message = first["msg"].removeprefix("Value error, ")
+        if field is None:
+            raise InputError(message, path=source) from error
+        field = field if source is None else within + field
+        raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
 
 
 class Settings(BaseModel):
@@ -73,31 +116,17 @@ class Settings(BaseModel):
         return self
 
     @classmethod
-    def load(cls, values: dict[str, Any], path: Path | None = None) -> Settings:
+    def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
         """Settings from `values`, over those of the TOML file `path`.
+
+        Args:
+            beside: tables of the file that are no settings.
 
         Raises:
             InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
         """
-        merged: dict[str, Any] = {}
-        if path is not None:
-            try:
-                merged = tomllib.loads(path.read_text())
-            except OSError as error:
-                raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise InputError(f"expected TOML: {error}", path=path) from error
-        merged |= {name: value for name, value in values.items() if value is not None}
-        try:
-            return cls(**merged)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or None
-            source = path if path is not None and (field is None or field not in values) else None
-            message = first["msg"].removeprefix("Value error, ")
-            if field is None:
-                raise InputError(message, path=source) from error
-            raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
+        table = {} if path is None else read_toml(path)
+        return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
 
     def build_order(self) -> Order:
         """A waiting queue in the order of `scheduling_policy`."""

@@ -91,6 +91,27 @@ def spread(requests: list[Request], seed: int, log: TransformLog, *, last_s: flo
     return _at(requests, times_ns, "spread", {"seed": seed, "last_s": last_s}, log)
 
 
+def shuffle(requests: list[Request], seed: int, log: TransformLog) -> list[Request]:
+    """The same arrival times and the same requests, dealt to each other at random: bursts and lengths stay.
+
+    Args:
+        seed: another seed, another order.
+
+    Raises:
+        InputError: a request waits for another's answer, so that their order means something.
+    """
+    waiting = sum(request.after is not None for request in requests)
+    require(not waiting, "shuffle_seed", seed, f"a trace without turns; {waiting} requests wait for an answer")
+    order = random.Random(seed).sample(range(len(requests)), len(requests))
+    moved = [
+        replace(requests[number], arrival_ns=request.arrival_ns)
+        for number, request in zip(order, requests, strict=True)
+    ]
+    changed = {"arrivals_moved": sum(number != place for place, number in enumerate(order))}
+    _write(log, "shuffle", {"seed": seed}, changed)
+    return renumbered(moved)
+
+
 def start_sessions(requests: list[Request], rate: float, seed: int, log: TransformLog) -> list[Request]:
     """Sessions that begin at random, with exponential gaps, the first one at 0; within a session nothing moves.
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinserve.fleets import FleetOptions
 from twinserve.options import Json, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
+from twinserve.sweep_cli import capacity, sweep
 from twinserve.trace_cli import trace_app
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
@@ -30,6 +32,8 @@ app.add_typer(trace_app, name="trace")
 record_app = typer.Typer(help="Bring a recorded run of another engine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(record_app, name="record")
+app.command()(sweep)
+app.command()(capacity)
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
@@ -101,34 +105,46 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 
 @app.command()
 @options_of(TraceOptions, "trace_options")
+@options_of(FleetOptions, "fleet", but=("group",))
 @options_of(Settings, "settings")
 def sim(
     trace: TraceFile,
     trace_options: dict,
+    fleet: dict,
     settings: dict,
     latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
     latency_from: Annotated[Path | None, typer.Option(help="A run record whose own step times are used.")] = None,
+    step_by_step: Annotated[
+        bool, typer.Option("--step-by-step", help="Simulate repeated steps one by one: slower, with the same results.")
+    ] = False,
     config: Config = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Replay a trace in the simulator."""
+    """Replay a trace in the simulator, on a replica or on a fleet."""
     from twinserve.sim.fit import FittedLatency
     from twinserve.workload import load_workload
-    from twinserve.worlds import choose_latency, run_sim, with_pool
+    from twinserve.worlds import run_fleet, run_sim
 
-    model, facts = choose_latency(latency, latency_from)
-    chosen, pool = with_pool(Settings.load(settings, config), model)
+    chosen = FleetOptions.load(fleet, config)
+    replicas, words = chosen.build_replicas(settings, config, latency, latency_from)
     workload = load_workload(trace, trace_options)
-    say(f"latency: {facts['name']} ({facts['identity']})")
-    if chosen.max_model_len is None:
-        say("no context limit: max_model_len is not given")
-    if pool is not None:
-        say(pool)
+    for line in words:
+        say(line)
     with Bar("sim", len(workload.requests)) as bar:
-        summary = run_sim(workload, chosen, model, latency_facts=facts, out=out, progress=bar.ended)
-    if isinstance(model, FittedLatency) and model.num_outside:
-        say(f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to {model.worst_excess:.1f}x")
+        how: dict[str, Any] = {"out": out, "progress": bar.ended, "step_by_step": step_by_step}
+        if chosen.is_fleet:
+            router, facts = chosen.build_router(), chosen.router_facts
+            summary = run_fleet(workload, replicas, router, router_facts=facts, outages=chosen.die, **how)
+        else:
+            (alone,) = replicas
+            summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **how)
+    for model in {id(replica.latency): replica.latency for replica in replicas}.values():
+        if isinstance(model, FittedLatency) and model.num_outside:
+            say(
+                f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to "
+                f"{model.worst_excess:.1f}x"
+            )
     print_summary(summary, as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -26,7 +26,7 @@ def refuse_existing(out: Path | None) -> None:
         raise InputError("exists already, expected a new name", path=out)
 
 
-def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Callable]:
+def options_of(model: type[BaseModel], panel: str, *, but: Collection[str] = ()) -> Callable[[Callable], Callable]:
     """Give a command one option a field of `model`; those given reach the command as the dict `panel`.
 
     An option that is not given is absent from the dict, so that a configuration file can set it. Pydantic itself
@@ -34,7 +34,9 @@ def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Calla
 
     Args:
         panel: the keyword argument of the command that takes the dict, and the heading in the help.
+        but: fields that are no options.
     """
+    fields = {name: info for name, info in model.model_fields.items() if name not in but}
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)
@@ -43,12 +45,12 @@ def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Calla
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel)
             )
-            for name, info in model.model_fields.items()
+            for name, info in fields.items()
         ]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> Any:
-            given = {name: values.pop(name) for name in model.model_fields}
+            given = {name: values.pop(name) for name in fields}
             return command(**values, **{panel: {name: value for name, value in given.items() if value is not None}})
 
         kept = [parameter for parameter in own.parameters.values() if parameter.name != panel]
@@ -61,9 +63,11 @@ def options_of(model: type[BaseModel], panel: str) -> Callable[[Callable], Calla
 
 def _annotation(name: str, info: Any, panel: str) -> Any:
     kind, flag = info.annotation, name.replace("_", "-")
-    if get_origin(kind) not in (None, Literal):
+    if get_origin(kind) is list:
+        kind = list[str]
+    elif get_origin(kind) not in (None, Literal):
         kind = next(arm for arm in get_args(kind) if arm is not type(None))
-    default = "none" if info.default is None else str(info.default)
+    default = "none" if info.default in (None, []) else str(info.default)
     option = typer.Option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         help=f"{info.description or ''} (default: {default})".strip(),

@@ -19,11 +19,11 @@ class Bar:
 
     Args:
         label: what is going on.
-        total: units of work.
+        total: units of work; None where nobody knows.
         seconds_between_lines: how often a line comes where there is no terminal.
     """
 
-    def __init__(self, label: str, total: int, *, seconds_between_lines: float = 10.0):
+    def __init__(self, label: str, total: int | None, *, seconds_between_lines: float = 10.0):
         self._label, self._total, self._done = label, total, 0
         self._between, self._last = seconds_between_lines, time.monotonic()
         self._bar = None
@@ -46,7 +46,8 @@ class Bar:
             self._bar.advance(self._task)
         elif (now := time.monotonic()) - self._last >= self._between:
             self._last = now
-            print(f"{self._label}: {self._done} of {self._total}", file=sys.stderr, flush=True)
+            of_all = "" if self._total is None else f" of {self._total}"
+            print(f"{self._label}: {self._done}{of_all}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Bar:
         if self._bar is not None:

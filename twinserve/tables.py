@@ -35,6 +35,14 @@ def comparison_table(comparisons: list[Comparison]) -> None:
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
+def case_table(heads: list[str], rows: list[list[str]]) -> None:
+    """Print the cases of a sweep, or their capacities."""
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
 def residual_table(data: dict[str, Any]) -> None:
     """Print how well a latency model predicts shapes that were held out of its fit."""
     table = Table("steps", "part", "mean |error|", "p90 |error|", "bias", "shapes", "samples")

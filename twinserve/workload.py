@@ -1,17 +1,18 @@
-"""A trace as a run replays it: read, changed as asked for, every change counted."""
+"""A trace as a run replays it: read, changed as asked for, every change counted; and what a point of a sweep adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.traces import transforms
 from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
+from twinserve.traces.settings import validated
 
 
 class TraceOptions(BaseModel):
@@ -20,6 +21,7 @@ class TraceOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
+    shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
     session_rate: float | None = Field(default=None, description="sessions begin at random, so many a second")
     session_seed: int = Field(default=0, description="of session_rate: another seed, other times")
     window_s: str | None = Field(default=None, description="only arrivals from START to END seconds, as START:END")
@@ -28,6 +30,19 @@ class TraceOptions(BaseModel):
     all_at_zero: bool | None = Field(default=None, description="every request arrives at the start")
     max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
     max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
+
+
+class PointOptions(BaseModel):
+    """What a point of a sweep has beside its trace, settings and trace options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    latency: str | None = Field(default=None, description="a latency, as twinserve sim takes it")
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
+    arrivals: Literal["trace", "poisson"] = Field(
+        default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
+    )
+    seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
 
 
 @dataclass(frozen=True)
@@ -56,13 +71,16 @@ def load_workload(path: Path, options: dict[str, Any]) -> Workload:
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    trace = read_trace(path)
-    try:
-        wanted = TraceOptions(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"expected: {first['msg']}", field=str(first["loc"][0]), value=first["input"]) from error
-    requests, log = _transformed(trace, wanted)
+    return make_workload(read_trace(path), path, validated(TraceOptions, {}, options, None))
+
+
+def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:
+    """A trace that was read from `path`, with `options` applied to it.
+
+    Raises:
+        InputError: an option cannot be used, or no request is left.
+    """
+    requests, log = _transformed(trace, options)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
@@ -76,6 +94,8 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
     requests = trace.requests
     if wanted.spread_seed is not None:
         requests = transforms.spread(requests, wanted.spread_seed, log)
+    if wanted.shuffle_seed is not None:
+        requests = transforms.shuffle(requests, wanted.shuffle_seed, log)
     if wanted.session_rate is not None:
         requests = transforms.start_sessions(requests, wanted.session_rate, wanted.session_seed, log)
     if wanted.window_s is not None:

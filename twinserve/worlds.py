@@ -5,19 +5,23 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from twinserve.policies import SamplingParams, Sequence
+from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.progress import say
 from twinserve.sim.fit import FittedLatency, StepSample, fit
+from twinserve.sim.fleet import FleetListener, Outage
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
+from twinserve.sim.routers import Router
 from twinserve.traces.errors import InputError
+from twinserve.traces.fleet_record import FleetRecorder
 from twinserve.traces.record import RunRecorder
+from twinserve.traces.request import Request
 from twinserve.traces.settings import Settings
 from twinserve.traces.vllm_records import load_run
 from twinserve.workload import Workload
@@ -178,15 +182,29 @@ def recording(
     device: str | None = None,
 ) -> Iterator[RunRecorder]:
     """A recorder that writes `out`, or nothing that stays where `out` is None."""
-    scratch = Path(tempfile.mkdtemp()) if out is None else None
-    folder = scratch / "run" if scratch is not None else out
-    assert folder is not None
+    with (
+        scratch_folder(out) as folder,
+        RunRecorder(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
+    ):
+        yield recorder
+
+
+@contextmanager
+def scratch_folder(out: Path | None) -> Iterator[Path]:
+    """The folder to write: `out`, or where that is None one that is removed at the end."""
+    if out is not None:
+        yield out
+        return
+    scratch = Path(tempfile.mkdtemp())
     try:
-        with RunRecorder(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder:
-            yield recorder
+        yield scratch / "run"
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch)
+        shutil.rmtree(scratch)
+
+
+def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str, Any]:
+    """What the record of a simulated replica says beside its settings."""
+    return {"trace": facts["trace"], "latency": latency_facts, "sampling": facts["sampling"]}
 
 
 def run_sim(
@@ -198,6 +216,7 @@ def run_sim(
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
+    step_by_step: bool = False,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -208,7 +227,7 @@ def run_sim(
     from twinserve.sim.replica import simulate
 
     params = params or SamplingParams(ignore_eos=True)
-    facts = {"trace": workload.facts, "latency": latency_facts, "sampling": asdict(params)}
+    facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
     device = f"simulated: {latency_facts['name']}"
     with recording(out, "sim", settings, facts, device) as recorder:
         begun = time.perf_counter()
@@ -219,8 +238,92 @@ def run_sim(
             params=params,
             announce=lambda request: recorder.expect(request, params),
             progress=progress,
+            step_by_step=step_by_step,
         )
         return recorder.close(_extra(workload, time.perf_counter() - begun))
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """A replica of a fleet: its settings, its latency model, and what says in a record which model that was."""
+
+    settings: Settings
+    latency: LatencyModel
+    latency_facts: dict[str, Any]
+
+
+def run_fleet(
+    workload: Workload,
+    replicas: list[ReplicaSpec],
+    router: Router,
+    *,
+    router_facts: dict[str, Any],
+    outages: Iterable[Outage] = (),
+    out: Path | None = None,
+    params: SamplingParams | None = None,
+    progress: Progress | None = None,
+    step_by_step: bool = False,
+) -> dict[str, Any]:
+    """Replay a workload on a simulated fleet; its summary.
+
+    Args:
+        router_facts: says in the record which router it was.
+        outages: when replicas are down.
+        out: the fleet record to write; None keeps none.
+    """
+    from twinserve.sim.fleet import simulate_fleet
+
+    params = params or SamplingParams(ignore_eos=True)
+    outages = list(outages)
+    facts = {"trace": workload.facts, "sampling": asdict(params)}
+    fleet = {
+        "router": router_facts,
+        "replicas": [{"settings": spec.settings.model_dump(), "latency": spec.latency_facts} for spec in replicas],
+        "outages": [asdict(outage) for outage in outages],
+    }
+    device = f"simulated: {len(replicas)} replicas"
+    with (
+        scratch_folder(out) as folder,
+        FleetRecorder(folder, facts=facts | {"fleet": fleet}, device=device) as recorder,
+    ):
+        begun = time.perf_counter()
+        simulate_fleet(
+            workload.requests,
+            [spec.latency for spec in replicas],
+            router,
+            _RecordedFleet(recorder, replicas, facts, params),
+            params=params,
+            outages=outages,
+            progress=progress,
+            step_by_step=step_by_step,
+        )
+        return recorder.close(_extra(workload, time.perf_counter() - begun))
+
+
+class _RecordedFleet(FleetListener):
+    """Has each replica's run recorded."""
+
+    def __init__(
+        self, recorder: FleetRecorder, replicas: list[ReplicaSpec], facts: dict[str, Any], params: SamplingParams
+    ):
+        self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
+
+    def begun(self, replica: int, life: int) -> Core:
+        spec = self._replicas[replica]
+        listener = self._recorder.begin(
+            replica,
+            life,
+            settings=spec.settings.model_dump(),
+            facts=sim_facts(self._facts, spec.latency_facts),
+            device=f"simulated: {spec.latency_facts['name']}",
+        )
+        return spec.settings.build_core(listener=listener)
+
+    def sent(self, request: Request, replica: int) -> None:
+        self._recorder.expect(request, self._params, replica)
+
+    def died(self, replica: int, lost: list[Sequence]) -> None:
+        self._recorder.died(replica, lost)
 
 
 def run_real(

@@ -91,7 +91,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys\n"
         "import twinserve.cli, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.record\n"
-        "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray'}\n"
+        "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray', 'joblib'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert in_fresh_python(code) == "[]\n"

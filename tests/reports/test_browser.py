@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from twinserve.reports.page import write_report
+from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
 from twinserve.traces.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -60,13 +61,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser, tmp_path):
-    """Write a report and open it from its file, without a network: `open_page(width, record, ...)`."""
+def open_file(browser):
+    """Open a page from its file, without a network: `open_file(width, path)`."""
     contexts = []
 
-    def open_it(width: int, *records) -> Opened:
-        out: Path = tmp_path / f"{width}.html"
-        write_report(list(records), out)
+    def open_it(width: int, out: Path) -> Opened:
         context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
         contexts.append(context)
         opened = Opened(context.new_page())
@@ -80,6 +79,18 @@ def open_page(browser, tmp_path):
     yield open_it
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def open_page(open_file, tmp_path):
+    """Write a report and open it: `open_page(width, record, ...)`."""
+
+    def open_it(width: int, *records) -> Opened:
+        out = tmp_path / f"{width}.html"
+        write_report(list(records), out)
+        return open_file(width, out)
+
+    return open_it
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -138,3 +149,24 @@ def test_hovering_tells_the_value(open_page, sim):
             break
     assert re.search(r"\d% within \d+\S* ms", label.text_content())
     assert opened.said == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_a_sweep_is_drawn_and_fits_and_nothing_is_fetched(open_file, tmp_path, width):
+    cost, ttft = Axis("cost of 1M tokens", "cost of 1M tokens"), Axis("p99 TTFT, s", "p99 TTFT, s", 1.0)
+    values = [(0.1, 3.0), (0.2, 0.5), (0.3, 0.9)]
+    cases = [
+        PageCase(
+            {"max_num_seqs": number},
+            {"cost of 1M tokens": Estimate(x), "p99 TTFT, s": Estimate(y, (y - 0.1, y + 0.1))},
+            y <= 1,
+        )
+        for number, (x, y) in enumerate(values)
+    ]
+    out = tmp_path / "sweep.html"
+    out.write_text(sweep_page("Sweep", ["Price: 2.5 a GPU-hour."], cases, {"block_size": 16}, cost, [ttft]))
+    opened = open_file(width, out)
+    (drawn,) = opened.page.evaluate(DRAWN).values()
+    assert drawn["traces"] == 3 and drawn["marks"] >= 4 and drawn["right"] <= width
+    assert opened.said == [] and opened.asked == [opened.page.url]
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width

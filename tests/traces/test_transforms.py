@@ -229,3 +229,25 @@ def test_shortened_prompts_and_outputs_are_counted(conversation):
 def test_a_parameter_out_of_range_is_named(conversation, name, arguments, field):
     with pytest.raises(InputError, match=f"^{field} is .*, expected"):
         getattr(transforms, name)(conversation, *arguments, [])
+
+
+# --- shuffle ---
+
+
+def test_shuffled_requests_trade_their_arrival_times():
+    requests = [single(number, number**2, length=10 + number, max_tokens=20 + number) for number in range(30)]
+    log: transforms.TransformLog = []
+    shuffled = transforms.shuffle(requests, 7, log)
+    assert [request.arrival_ns for request in shuffled] == [request.arrival_ns for request in requests]
+    assert [request.id for request in shuffled] == list(range(30))
+    bodies = [(request.parts, request.max_tokens) for request in shuffled]
+    assert sorted(bodies) == [(request.parts, request.max_tokens) for request in requests]
+    moved = sum(body != (request.parts, request.max_tokens) for body, request in zip(bodies, requests, strict=True))
+    assert moved > 20
+    assert log == [{"transform": "shuffle", "parameters": {"seed": 7}, "changed": {"arrivals_moved": moved}}]
+    assert transforms.shuffle(requests, 7, []) == shuffled != transforms.shuffle(requests, 8, [])
+
+
+def test_turns_are_not_shuffled(conversation):
+    with pytest.raises(InputError, match="shuffle_seed is 0, expected a trace without turns; 2 requests wait"):
+        transforms.shuffle(conversation, 0, [])

@@ -1,0 +1,112 @@
+"""Routers: which replica of a fleet serves a request."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from twinserve.sim.replica import Replica
+from twinserve.traces.request import PrefixKeys, Request, answer_text
+
+
+class Router(Protocol):
+    """Chooses a replica for each request, once, when it arrives; and again if that replica dies.
+
+    What it may read of a replica costs nothing: `index`, `outstanding_requests`, `outstanding_tokens`.
+    """
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        """The place in `replicas`, which are those that are up, by their number; there is always one."""
+
+
+class RoundRobin:
+    """One after the other; who is down is passed over."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        place = next((place for place, replica in enumerate(replicas) if replica.index >= self._next), 0)
+        self._next = replicas[place].index + 1
+        return place
+
+
+class RandomChoice:
+    """Any, evenly; the same seed chooses the same."""
+
+    def __init__(self, seed: int = 0):
+        self._draws = random.Random(seed)
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        return self._draws.randrange(len(replicas))
+
+
+class LeastOutstanding:
+    """The one with the fewest outstanding tokens; of equal ones the first."""
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        return min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+
+
+class PrefixAffine:
+    """The replica that was sent the longest prefix of the prompt before, unless it has too much to do.
+
+    The router remembers to which replica each prefix, in whole blocks, went last; it does not know what the replicas'
+    caches still hold. Where no prefix is known, or the replica is down or has more than `max_lead_tokens` outstanding
+    tokens more than the least loaded one, the request goes to the least loaded one, and its prefixes with it.
+
+    Args:
+        max_lead_tokens: outstanding tokens that a cached prefix is worth waiting for.
+        block_tokens: prefixes are looked at in steps of so many tokens.
+        most_prefixes: so many are remembered; the least recently used is forgotten first.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    def __init__(self, max_lead_tokens: int = 32_768, block_tokens: int = 512, most_prefixes: int = 65_536):
+        for name, value, least in (
+            ("max_lead_tokens", max_lead_tokens, 0),
+            ("block_tokens", block_tokens, 1),
+            ("most_prefixes", most_prefixes, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected an integer >= {least}")
+        self._max_lead_tokens, self._block_tokens, self._most_prefixes = max_lead_tokens, block_tokens, most_prefixes
+        self._sent: OrderedDict[tuple[str, int], int] = OrderedDict()
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        key_of = PrefixKeys(request.parts, answer_text(request.id))
+        ends = range(self._block_tokens, request.prompt_tokens + 1, self._block_tokens)
+        keys = [(request.salt, key_of(end)) for end in ends]
+        least = min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        place = self._known(keys, replicas)
+        if place is None or self._leads(replicas[place], replicas[least]):
+            place = least
+        for key in keys:
+            self._sent[key] = replicas[place].index
+            self._sent.move_to_end(key)
+        while len(self._sent) > self._most_prefixes:
+            self._sent.popitem(last=False)
+        return place
+
+    def _known(self, keys: list[tuple[str, int]], replicas: Seq[Replica]) -> int | None:
+        """The place of the replica that has the longest of these prefixes, if it is up."""
+        for key in reversed(keys):
+            if (index := self._sent.get(key)) is not None:
+                return next((place for place, replica in enumerate(replicas) if replica.index == index), None)
+        return None
+
+    def _leads(self, replica: Replica, least: Replica) -> bool:
+        return replica.outstanding_tokens - least.outstanding_tokens > self._max_lead_tokens
+
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "random": RandomChoice,
+    "least-outstanding": LeastOutstanding,
+    "prefix-affine": PrefixAffine,
+}

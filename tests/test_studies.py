@@ -1,0 +1,13 @@
+"""The study's page and pictures are what its script makes of its results."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_page_and_pictures_are_what_the_results_say():
+    command = [sys.executable, "benchmarks/studies.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"python benchmarks/studies.py --page, and commit what it changed: {done.stderr}"

@@ -485,7 +485,7 @@ def load_record(path: Path) -> RunRecord:
         InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
     """
     path = Path(path)
-    run = _checked_run(path / "run.json")
+    run = checked_run(path / "run.json")
     requests: list[dict[str, Any]] = []
     taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
     for line in json_lines_file(path / "requests.jsonl"):
@@ -515,7 +515,12 @@ def _has_tokens(run: dict[str, Any]) -> bool:
     return run["world"] == "real" and run["facts"].get("tokens", ...) is not None
 
 
-def _checked_run(path: Path) -> dict[str, Any]:
+def checked_run(path: Path) -> dict[str, Any]:
+    """The content of a run.json.
+
+    Raises:
+        InputError: it cannot be read, or a field is missing or wrong.
+    """
     value = json_file(path)
     if type(value) is not dict:
         raise InputError("expected a JSON object", path=path, value=value)

@@ -167,6 +167,8 @@ class RunRecorder(CoreListener):
     def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary.
 
+        Steps that have not ended, as their replica died, are written if it is known when they would have.
+
         Args:
             summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
                 other value goes in as it is.
@@ -174,6 +176,9 @@ class RunRecorder(CoreListener):
         for served in self._served.values():
             self._keep(served)
         self._served.clear()
+        for decided in self._decided:
+            if decided.batch.end_ns is not None:
+                self._write_step(decided)
         self._steps_file.close()
         self._requests_file.close()
         summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)

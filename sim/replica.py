@@ -97,13 +97,7 @@ class Replica:
 
     def stop(self) -> list[Sequence]:
         """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came."""
-        if self._planned:
-            ended = bisect_left(self._decided, now_ns(self._env))
-            made = max(0, ended - len(self.core.in_flight))
-            commits = self._decided[made:ended]
-            self._make(made)
-            for decided in commits:
-                self.core.commit(None, decided)
+        self._make(bisect_left(self._decided, now_ns(self._env)))
         self._event.callbacks.clear()
         return [*self.core.sequences.values(), *self._inbox]
 

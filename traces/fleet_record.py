@@ -7,11 +7,64 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.policies import SamplingParams, Sequence
+from twinserve.traces.errors import InputError
 from twinserve.traces.metrics import summary_of
-from twinserve.traces.record import SCHEMA, RunRecorder, finish_record, make_partial, versions, with_extra
+from twinserve.traces.record import (
+    SCHEMA,
+    RunRecord,
+    RunRecorder,
+    checked_run,
+    finish_record,
+    load_record,
+    make_partial,
+    versions,
+    with_extra,
+)
 from twinserve.traces.request import Request
 
 REPLICAS = "replicas"
+
+
+def is_fleet(path: Path) -> bool:
+    """Is there a fleet's record in the folder?"""
+    return (Path(path) / REPLICAS).is_dir()
+
+
+def load_replicas(path: Path) -> list[RunRecord]:
+    """The records of a fleet's replicas, by number and life.
+
+    Raises:
+        InputError: one of them cannot be read, or there is none.
+    """
+    folders = [folder for folder in (Path(path) / REPLICAS).iterdir() if _place(folder) is not None]
+    if not folders:
+        raise InputError("has no replicas, expected folders named 0, 1, 2...", path=Path(path) / REPLICAS)
+    return [load_record(folder) for folder in sorted(folders, key=lambda folder: _place(folder) or (0, 0))]
+
+
+def load_fleet(path: Path) -> RunRecord:
+    """A fleet's record as that of one run: every request once, in the order in which they came in.
+
+    A request's row is that of the replica which served it; beside what other rows have, it has `replica`. There are no
+    steps, as those of different replicas go on side by side: see `load_replicas`.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    path = Path(path)
+    run = checked_run(path / "run.json")
+    rows = []
+    for record in load_replicas(path):
+        (replica, _) = _place(record.path) or (0, 0)
+        rows += [row | {"replica": replica} for row in record.requests if row["finish_reason"] is not None]
+    rows.sort(key=lambda row: (row["ingested_ns"], row["replica"], row["ingest"]))
+    return RunRecord(path, run, [row | {"ingest": number} for number, row in enumerate(rows)], [], {})
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Number and life of a replica, from its folder's name."""
+    number, _, life = folder.name.partition(".")
+    return (int(number), int(life or 0)) if number.isdecimal() and (not life or life.isdecimal()) else None
 
 
 class FleetRecorder:
@@ -25,14 +78,16 @@ class FleetRecorder:
 
     Args:
         out: the folder to write.
+        settings: those that all replicas have in common.
         facts: what says which trace, router and replicas it was.
 
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
 
-    def __init__(self, out: Path, *, facts: dict[str, Any], device: str):
-        self._out, self._facts, self._device = Path(out), facts, device
+    def __init__(self, out: Path, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
+        self._out = Path(out)
+        self._settings, self._facts, self._device = settings, facts, device
         self._partial = make_partial(self._out)
         (self._partial / REPLICAS).mkdir()
         self._lives: list[RunRecorder] = []
@@ -71,7 +126,7 @@ class FleetRecorder:
         run = {
             "schema": SCHEMA,
             "world": "sim",
-            "settings": {},
+            "settings": self._settings,
             "facts": self._facts,
             "device": self._device,
             "versions": versions(),

@@ -167,6 +167,8 @@ class RunRecorder(CoreListener):
     def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary.
 
+        Steps that have not ended, as their replica died, are written if it is known when they would have.
+
         Args:
             summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
                 other value goes in as it is.
@@ -174,6 +176,9 @@ class RunRecorder(CoreListener):
         for served in self._served.values():
             self._keep(served)
         self._served.clear()
+        for decided in self._decided:
+            if decided.batch.end_ns is not None:
+                self._write_step(decided)
         self._steps_file.close()
         self._requests_file.close()
         summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
@@ -485,7 +490,7 @@ def load_record(path: Path) -> RunRecord:
         InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
     """
     path = Path(path)
-    run = _checked_run(path / "run.json")
+    run = checked_run(path / "run.json")
     requests: list[dict[str, Any]] = []
     taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
     for line in json_lines_file(path / "requests.jsonl"):
@@ -515,7 +520,12 @@ def _has_tokens(run: dict[str, Any]) -> bool:
     return run["world"] == "real" and run["facts"].get("tokens", ...) is not None
 
 
-def _checked_run(path: Path) -> dict[str, Any]:
+def checked_run(path: Path) -> dict[str, Any]:
+    """The content of a run.json.
+
+    Raises:
+        InputError: it cannot be read, or a field is missing or wrong.
+    """
     value = json_file(path)
     if type(value) is not dict:
         raise InputError("expected a JSON object", path=path, value=value)

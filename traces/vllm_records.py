@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.traces.errors import InputError
+from twinserve.traces.fleet_record import is_fleet, load_fleet
 from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
 from twinserve.traces.metrics import summarize
 from twinserve.traces.readers import read_trace
@@ -54,7 +55,7 @@ _STEPS_OF_A_PROFILE = 13
 
 
 def load_run(path: Path, traces: Path | None = None) -> RunRecord:
-    """Read the run record in the folder `path`, ours or a vLLM step log.
+    """Read the run record in the folder `path`: ours, a fleet's, or a vLLM step log.
 
     Args:
         traces: folder of the public traces, for a log whose prompts are those of one (see `read_vllm_record`).
@@ -65,7 +66,7 @@ def load_run(path: Path, traces: Path | None = None) -> RunRecord:
     content = json_file(path / "run.json")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return read_vllm_record(path, traces)
-    return load_record(path)
+    return load_fleet(path) if is_fleet(path) else load_record(path)
 
 
 def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:

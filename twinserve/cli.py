@@ -206,22 +206,31 @@ def replay(
     traces: Traces = None,
     as_json: Json = False,
 ) -> None:
-    """Decide a recorded run again from its facts; exit status 1 at the first difference."""
+    """Decide a recorded run again from its facts; exit status 1 at the first difference.
+
+    Of a fleet, each replica's in turn.
+    """
+    from twinserve.traces.fleet_record import is_fleet, load_replicas
+    from twinserve.traces.replay import ReplayResult
     from twinserve.traces.replay import replay as decide_again
     from twinserve.traces.vllm_records import load_run
 
-    result = decide_again(load_run(run, traces))
+    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
+    for record in records:
+        part = decide_again(record)
+        equal += part.equal
+        if part.difference is not None:
+            difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
+            break
+    result = ReplayResult(equal, recorded, difference)
     if as_json:
-        difference = None if result.difference is None else vars(result.difference)
-        print(
-            json.dumps(
-                {"exact": result.is_exact, "equal": result.equal, "recorded": result.recorded, "difference": difference}
-            )
-        )
+        values = None if difference is None else vars(difference)
+        print(json.dumps({"exact": result.is_exact, "equal": equal, "recorded": recorded, "difference": values}))
     elif result.is_exact:
-        print(f"exact: {result.equal} of {result.recorded} decisions made again")
+        print(f"exact: {equal} of {recorded} decisions made again")
     else:
-        print(f"differs after {result.equal} of {result.recorded} decisions: {result.difference}")
+        print(f"differs after {equal} of {recorded} decisions: {where}{difference}")
     if not result.is_exact:
         raise typer.Exit(1)
 

@@ -281,10 +281,12 @@ def run_fleet(
         "replicas": [{"settings": spec.settings.model_dump(), "latency": spec.latency_facts} for spec in replicas],
         "outages": [asdict(outage) for outage in outages],
     }
+    every = [spec.settings.model_dump() for spec in replicas]
+    common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
     device = f"simulated: {len(replicas)} replicas"
     with (
         scratch_folder(out) as folder,
-        FleetRecorder(folder, facts=facts | {"fleet": fleet}, device=device) as recorder,
+        FleetRecorder(folder, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
     ):
         begun = time.perf_counter()
         simulate_fleet(

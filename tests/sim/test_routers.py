@@ -1,0 +1,122 @@
+"""Routers choose as they say, from what a replica counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.traces.request import Part, Request
+
+
+@dataclass
+class Counts:
+    """What a router reads of a replica."""
+
+    index: int
+    outstanding_tokens: int = 0
+    outstanding_requests: int = 0
+
+
+def up(*tokens: int) -> list[Counts]:
+    return [Counts(index, count) for index, count in enumerate(tokens)]
+
+
+def request(number: int, *texts: int, salt: str = "") -> Request:
+    """A prompt of 512 tokens of each text, and 100 of its own."""
+    parts = [Part(text, 0, 512) for text in texts] + [Part(1000 + number, 0, 100)]
+    return Request(number, 0, tuple(parts), 10, salt=salt)
+
+
+def test_round_robin_gives_each_as_many():
+    router, replicas = RoundRobin(), up(9, 0, 5)
+    assert [router.choose(request(number), replicas) for number in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_round_robin_passes_over_who_is_down_and_goes_on_behind_it():
+    router, replicas = RoundRobin(), up(0, 0, 0, 0)
+    assert router.choose(request(0), replicas) == 0
+    without = [replicas[0], replicas[2], replicas[3]]
+    assert [without[router.choose(request(1), without)].index for _ in range(4)] == [2, 3, 0, 2]
+    assert replicas[router.choose(request(2), replicas)].index == 3
+
+
+def test_random_is_even_and_its_seed_decides():
+    replicas = up(0, 0, 0, 0)
+
+    def choices(seed: int) -> list[int]:
+        router = RandomChoice(seed)
+        return [router.choose(request(number), replicas) for number in range(4000)]
+
+    assert choices(1) == choices(1) != choices(2)
+    assert all(850 < count < 1150 for count in Counter(choices(1)).values())
+
+
+def test_least_outstanding_takes_the_least_and_of_equal_ones_the_first():
+    router = LeastOutstanding()
+    assert router.choose(request(0), up(30, 10, 20)) == 1
+    assert router.choose(request(0), up(30, 10, 10)) == 1
+
+
+def test_equal_prefixes_go_to_one_replica():
+    router, replicas = PrefixAffine(), up(0, 5, 0)
+    assert router.choose(request(0, 7, 8), replicas) == 0
+    replicas[0].outstanding_tokens = 1000
+    assert router.choose(request(1, 7, 8), replicas) == 0, "the whole prefix is known"
+    assert router.choose(request(2, 7, 9), replicas) == 0, "a part of it is"
+    assert router.choose(request(3, 6), replicas) == 2, "nothing is: the least loaded"
+    assert router.choose(request(4, 9, 7), replicas) == 2, "a prefix begins at the beginning"
+
+
+def test_the_longest_known_prefix_decides():
+    router, replicas = PrefixAffine(), up(0, 1)
+    assert router.choose(request(0, 7), replicas) == 0
+    replicas[0].outstanding_tokens = 40_000
+    assert router.choose(request(1, 7, 8), replicas) == 1, "spilled"
+    replicas[0].outstanding_tokens = 0
+    assert router.choose(request(2, 7, 8, 9), replicas) == 1
+
+
+def test_a_prefix_of_another_salt_is_another():
+    router, replicas = PrefixAffine(), up(0, 0)
+    router.choose(request(0, 7), replicas)
+    replicas[0].outstanding_tokens = 10
+    assert router.choose(request(1, 7, salt="other"), replicas) == 1
+
+
+@pytest.mark.parametrize(("lead", "place"), [(1000, 0), (1001, 1)])
+def test_the_guard_lets_a_loaded_replicas_requests_spill(lead, place):
+    router, replicas = PrefixAffine(max_lead_tokens=1000), up(0, 0)
+    router.choose(request(0, 7), replicas)
+    replicas[0].outstanding_tokens, replicas[1].outstanding_tokens = 500 + lead, 500
+    assert router.choose(request(1, 7), replicas) == place
+    replicas[0].outstanding_tokens = 0
+    assert router.choose(request(2, 7), replicas) == place, "the prefix is now where its last request went"
+
+
+def test_a_prefix_whose_replica_is_down_goes_to_the_least_loaded():
+    router, replicas = PrefixAffine(), up(0, 9, 5)
+    router.choose(request(0, 7), replicas)
+    assert router.choose(request(1, 7), replicas[1:]) == 1
+
+
+def test_only_so_many_prefixes_are_remembered_the_latest_used():
+    router, replicas = PrefixAffine(most_prefixes=2), up(0, 1)
+    for number, text in enumerate((7, 8, 7, 9)):
+        router.choose(request(number, text), replicas)
+    replicas[0].outstanding_tokens = 2
+    assert router.choose(request(5, 7), replicas) == 0, "used again"
+    assert router.choose(request(6, 8), replicas) == 1, "forgotten"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_lead_tokens": -1}, {"block_tokens": 0}, {"most_prefixes": 0}],
+    ids=lambda values: next(iter(values)),
+)
+def test_what_cannot_be_is_refused(values):
+    [(name, value)] = values.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        PrefixAffine(**values)

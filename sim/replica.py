@@ -101,7 +101,7 @@ class Replica:
             decided = max(launched, ends[-1 - core.pipeline_depth])
             if decided >= next_event:
                 break
-            cost = StepCost(*self._latency.step_cost(features.repeated(number, batch.num_new_pairs)))
+            cost = StepCost(*self._latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
             spans.append((decided, start, end))

@@ -316,7 +316,7 @@ def ranking(runs: dict[str, Result]) -> Result:
     repeats = [runs[name] for name in REPEATS if name in runs]
     orders: Result = {}
     for measure, (value_of, which, more_is_better) in measures.items():
-        named = {setting: names[which] for setting, names in SETTINGS.items() if names[which] in runs}
+        named = {setting: name for setting, names in SETTINGS.items() if (name := names[which] or "") in runs}
         found: Result = {
             world: sorted(
                 ([setting, value_of(runs[name][world])] for setting, name in named.items()),

@@ -20,7 +20,7 @@ REGIMES = ("decode", "prompt", "eager")
 PARTS = ("host", "device", "lead")
 RANGE_FIELDS = ("seqs", "prompt_tokens", "decode_tokens", "kv_tokens")
 FOLDS = 5
-DRIFT_STEPS = 32
+DRIFT_NS = 250_000_000
 REWEIGHTINGS = 4
 
 
@@ -125,22 +125,21 @@ class FittedLatency:
         """16 hex digits that only this content has."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
-    def with_drift(self, samples: list[StepSample]) -> FittedLatency:
-        """The model with the host as uneven as it was measured.
+    def with_drift(self, levels: Seq[float]) -> FittedLatency:
+        """The model whose host is slower and faster by these levels, each for DRIFT_NS; none is an even host.
 
-        A shared machine's host is faster and slower for seconds at a time. `samples`, in the order of the steps, give
-        the host's time in each run of DRIFT_STEPS steps as a multiple of what the model says; the simulation goes
-        through these levels in the same order, again and again, by the number of the step. Their mean is 1.
+        A shared machine's host is faster and slower for seconds at a time. A simulation goes through the levels in
+        their order, again and again, by the time at which a step is decided.
         """
-        blocks: dict[int, tuple[float, float]] = {}
-        for number, sample in enumerate(samples):
-            if sample.host_ns is not None:
-                measured, modelled = blocks.get(number // DRIFT_STEPS, (0.0, 0.0))
-                cost = self.step_cost(sample.features).host_ns
-                blocks[number // DRIFT_STEPS] = measured + sample.host_ns, modelled + cost
-        mean = sum(measured for measured, _ in blocks.values()) / sum(modelled for _, modelled in blocks.values())
-        levels = [round(measured / modelled / mean, 3) for measured, modelled in blocks.values() if modelled]
-        return FittedLatency(self.data | {"drift": levels})
+        return FittedLatency(self.data | {"drift": [round(level, 3) for level in levels]})
+
+    def phases(self, count: int) -> list[FittedLatency]:
+        """The same model, begun at so many places of its drift, evenly spaced.
+
+        When another run's host will be slow is not known; the mean over phases is what is to be expected of it.
+        """
+        starts = [len(self._drift) * number // count for number in range(count)]
+        return [self.with_drift(self._drift[start:] + self._drift[:start]) for start in starts]
 
     def with_captured_tokens(self, captured_tokens: int) -> FittedLatency:
         """The model of the same engine where its largest captured graph is of so many tokens.
@@ -158,7 +157,7 @@ class FittedLatency:
         self._watch_range(regime, features)
         host, device, lead = (self._cost(regime, part, features) for part in PARTS)
         if self._drift:
-            level = self._drift[features.decision // DRIFT_STEPS % len(self._drift)]
+            level = self._drift[features.decided_ns // DRIFT_NS % len(self._drift)]
             host, lead = round(host * level), round(lead * level)
         return StepCost(host, device, lead)
 
@@ -273,7 +272,7 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
         else:
             cost = getattr(sample, f"{part}_ns")
         if cost is not None:
-            shapes[replace(sample.features, decision=0)].append(cost)
+            shapes[replace(sample.features, decision=0, decided_ns=0)].append(cost)
     return dict(shapes)
 
 

@@ -22,6 +22,7 @@ class StepFeatures:
         sampled: rows that sample a token.
         arrived: requests that came in since the decision before.
         left: sequences that ended since the decision before.
+        decided_ns: when the step was decided.
     """
 
     decision: int
@@ -33,6 +34,7 @@ class StepFeatures:
     sampled: int
     arrived: int = 0
     left: int = 0
+    decided_ns: int = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
@@ -47,9 +49,10 @@ class StepFeatures:
             batch.num_sampled,
             arrived,
             len(batch.left),
+            batch.decided_ns,
         )
 
-    def repeated(self, number: int, num_new_pairs: int) -> StepFeatures:
+    def repeated(self, number: int, num_new_pairs: int, decided_ns: int) -> StepFeatures:
         """The features of the `number`-th repetition of the step, each of which attends so many pairs more."""
         return StepFeatures(
             self.decision + number,
@@ -59,6 +62,7 @@ class StepFeatures:
             self.kv_tokens + number * self.tokens,
             self.attention_pairs + number * num_new_pairs,
             self.sampled,
+            decided_ns=decided_ns,
         )
 
     @property
@@ -135,7 +139,7 @@ class RecordedLatency:
         self._costs: list[tuple[int, int]] = []
         for row, following in zip(steps, [*steps[1:], None], strict=True):
             host = row["start_ns"] - row["decided_ns"]
-            if following is not None and _stayed_busy(row, following):
+            if following is not None and stayed_busy(row, following):
                 gap = following["decided_ns"] - row["end_ns"]
                 host = host + gap if gap >= 0 else min(host, following["decided_ns"] - row["decided_ns"])
             self._costs.append((max(0, host), row["end_ns"] - row["start_ns"]))
@@ -151,6 +155,6 @@ class RecordedLatency:
         return self._costs[features.decision]
 
 
-def _stayed_busy(row: dict, following: dict) -> bool:
+def stayed_busy(row: dict, following: dict) -> bool:
     """Was something left to do between these two decisions, so that the second did not wait for an arrival?"""
     return row["waiting"] > 0 or row["running"] > len(following["left"])

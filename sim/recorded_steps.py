@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from twinserve.sim.fit import FittedLatency, StepSample, fit, regime_of
-from twinserve.sim.latency import RecordedLatency, StepFeatures
+from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
+from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures, stayed_busy
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecord
 
@@ -20,6 +22,12 @@ LATE = 1.5
 """A step that took so many times longer than the model says was held up by something else than its work."""
 
 ROUNDS = 5
+
+LEVELS = tuple(1.03**power for power in range(-20, 31))
+"""How fast or slow a host may have been."""
+
+STEADINESS = 0.01
+"""What a change of the host's level costs, beside a relative error of the steps' time; both are squared."""
 
 
 def features_of(row: dict[str, Any], before: dict[str, Any] | None) -> StepFeatures:
@@ -38,6 +46,7 @@ def features_of(row: dict[str, Any], before: dict[str, Any] | None) -> StepFeatu
         row["sampled"],
         row["seen"] - (before["seen"] if before else 0),
         len(row["left"]),
+        row["decided_ns"],
     )
 
 
@@ -61,7 +70,8 @@ def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatenc
         except ValueError as error:
             raise InputError(f"{error}; a fit needs runs with more of them") from error
     assert model is not None
-    return model.with_drift(samples)
+    served = [record for record in records if not _is_profile(record)]
+    return model.with_drift([level for record in served for level in host_levels(record, model)])
 
 
 def _captured_lead(bounds: list[int]) -> int:
@@ -163,3 +173,74 @@ class _Run:
         if result["output_ready_ns"] - free > SEEN_NS:
             free = result["output_ready_ns"]
         return row["launched_ns"] - free
+
+
+def host_levels(record: RunRecord, model: FittedLatency) -> list[float]:
+    """How slow a run's host was, as multiples of the model's host time, each for DRIFT_NS of the run.
+
+    It needs no launch times: the level is that at which the model's steps, one step at a time and given what was
+    scheduled, take as long as they took. Where the device alone decides how long that is, the level before goes on.
+    """
+    even = model.with_drift([])
+    bins: dict[int, list[tuple[StepCost, int, int]]] = defaultdict(list)
+    for features, free, following in step_spans(record):
+        bins[features.decided_ns // DRIFT_NS].append((even.step_cost(features), free, following))
+    levels: list[float] = []
+    timeline, level = Timeline(record), 1.0
+    for number in range(max(bins, default=-1) + 1):
+        steps = bins[number]
+        if steps:
+            taken = sum(following - free for _, free, following in steps)
+            misfits: dict[float, float] = {}
+            for tried in LEVELS:
+                trial = Timeline(record, timeline.ends)
+                error = sum(trial.step(_at_level(cost, tried), free, following) for cost, free, following in steps)
+                misfits[tried] = (error / taken) ** 2 + STEADINESS * math.log(tried / level) ** 2
+            level = min(misfits, key=misfits.__getitem__)
+            for cost, free, following in steps:
+                timeline.step(_at_level(cost, level), free, following)
+        levels.append(level)
+    return levels
+
+
+def step_spans(record: RunRecord) -> Iterator[tuple[StepFeatures, int, int]]:
+    """The steps that followed another without a rest: features, and when the host was free before and after.
+
+    The host is free when it has launched a step and has the result that it then waits for. Our engine decides the next
+    step at that instant; a vLLM step log has it as the time at which the result of the oldest step was ready.
+    """
+    steps, depth = record.steps, record.run["settings"]["pipeline_depth"]
+    is_log = "output_ready_ns" in steps[0]
+    freed = [row["output_ready_ns"] for row in steps] if is_log else [row["decided_ns"] for row in steps[depth + 1 :]]
+    for number in range(depth + 1, min(len(steps), depth + len(freed))):
+        before, row = steps[number - 1 : number + 1]
+        features = features_of(row, before)
+        if features.seqs and stayed_busy(before, row):
+            yield features, freed[number - depth - 1], freed[number - depth]
+
+
+class Timeline:
+    """Where the model has the ends of the latest steps, set right by the record after each.
+
+    Args:
+        ends: of the latest two steps, in nanoseconds.
+    """
+
+    def __init__(self, record: RunRecord, ends: tuple[int, int] = (0, 0)):
+        self._depth, self.ends = record.run["settings"]["pipeline_depth"], ends
+
+    def step(self, cost: StepCost, free_ns: int, following_ns: int) -> int:
+        """By how much the model has the host free too late after a step, in nanoseconds."""
+        launched, _, end = cost.times(free_ns, self.ends[1])
+        late = max(launched, self.ends[1] if self._depth else end) - following_ns
+        self.ends = self.ends[1] - late, end - late
+        return late
+
+
+def _at_level(cost: StepCost, level: float) -> StepCost:
+    return StepCost(round(cost.host_ns * level), cost.device_ns, round(cost.lead_ns * level))
+
+
+def _is_profile(record: RunRecord) -> bool:
+    """Were its steps made to measure them, not to serve what arrives?"""
+    return (record.run["facts"].get("source") or {}).get("kind") == "profile"

@@ -170,7 +170,7 @@ class Replica:
             return
         decided = max(launched, ends[-1 - core.pipeline_depth])
         for number in range(1, steps):
-            cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs)))
+            cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
             self._decided.append(decided)

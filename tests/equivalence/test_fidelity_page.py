@@ -44,11 +44,28 @@ def test_the_windows_that_the_fit_is_from_were_not_fitted_on_what_is_predicted(s
 def test_the_equivalent_bias_is_the_factor_that_explains_the_error(script, monkeypatch, factor, bias):
     monkeypatch.setattr(script, "simulated", lambda record, latency: {"seconds": 5.0 * latency._factor})
     found = script.equivalent_bias(
-        None, None, {1.0: {"seconds": 5.0}}, lambda values: values["seconds"], {"seconds": 5.0 * factor}
+        None, [None], {1.0: {"seconds": 5.0}}, lambda values: values["seconds"], {"seconds": 5.0 * factor}
     )
     assert found == pytest.approx(bias, abs=0.004)
 
 
 def test_an_error_that_no_factor_in_reach_explains_has_no_bias(script, monkeypatch):
     monkeypatch.setattr(script, "simulated", lambda record, latency: {"seconds": 5.0 * latency._factor})
-    assert script.equivalent_bias(None, None, {1.0: {"seconds": 5.0}}, lambda v: v["seconds"], {"seconds": 9.0}) is None
+    assert (
+        script.equivalent_bias(None, [None], {1.0: {"seconds": 5.0}}, lambda v: v["seconds"], {"seconds": 9.0}) is None
+    )
+
+
+def test_with_the_hosts_own_speed_every_window_is_simulated_to_a_few_percent():
+    for name, run in RESULTS["runs"].items():
+        if "real" in run and not run["is_overload"]:
+            measured = run["real"]["e2e_s"]["mean"]
+            assert run["own_host"]["e2e_s"]["mean"] == pytest.approx(measured, rel=0.04), name
+
+
+def test_an_order_is_judged_by_the_pairs_that_the_repeats_can_tell_apart(script):
+    real = [["a", 10.0], ["b", 10.2], ["c", 15.0]]
+    assert script.verdict(real, [["a", 1.0], ["b", 2.0], ["c", 3.0]], 0.0) == "the same order"
+    assert script.verdict(real, [["b", 1.0], ["a", 2.0], ["c", 3.0]], 0.03).startswith("the same order but for")
+    assert script.verdict(real, [["b", 1.0], ["a", 2.0], ["c", 3.0]], 0.01) == "another order"
+    assert script.verdict(real, [["c", 1.0], ["a", 2.0], ["b", 3.0]], 0.03) == "another order"

@@ -2,10 +2,11 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
-from twinserve.sim.fit import FittedLatency, StepSample, choose_knots, fit, ramps
+from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, choose_knots, fit, ramps
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
 from twinserve.traces.errors import InputError
 
@@ -158,3 +159,16 @@ def test_scaled_costs_are_another_models_times_a_factor():
     model = fit(samples(0.0), {})
     host, device, lead = model.step_cost(features(4, 64))
     assert ScaledLatency(model, 1.5).step_cost(features(4, 64)) == (round(1.5 * host), round(1.5 * device), lead)
+
+
+def test_the_host_drifts_by_the_time_of_the_decision_and_phases_begin_elsewhere():
+    model = fit(samples(0.0), {}).with_drift([1.0, 2.0, 3.0, 4.0])
+    host = fit(samples(0.0), {}).step_cost(features(4, 64)).host_ns
+
+    def levels(latency: FittedLatency) -> list[float]:
+        times = [number * DRIFT_NS + 1 for number in range(5)]
+        return [latency.step_cost(replace(features(4, 64), decided_ns=ns)).host_ns / host for ns in times]
+
+    assert levels(model) == pytest.approx([1, 2, 3, 4, 1], rel=1e-3)
+    assert [levels(phase)[0] for phase in model.phases(2)] == pytest.approx([1, 3], rel=1e-3)
+    assert levels(model.with_drift([])) == pytest.approx([1] * 5)

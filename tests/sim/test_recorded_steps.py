@@ -5,9 +5,9 @@ import random
 import pytest
 from vllm_log import CAPTURED, US, write_log
 
-from twinserve.sim.fit import regime_of
-from twinserve.sim.latency import StepFeatures
-from twinserve.sim.recorded_steps import features_of, fit_records
+from twinserve.sim.fit import DRIFT_NS, FittedLatency, regime_of
+from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.recorded_steps import Timeline, features_of, fit_records, host_levels, step_spans
 from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part, Request
 from twinserve.traces.vllm_records import load_run
@@ -74,16 +74,68 @@ def test_the_lead_of_a_captured_step_is_found_again(record, model):
     assert model.step_cost(features).lead_ns == pytest.approx(LEAD, rel=0.25)
 
 
-def test_a_host_that_drifts_is_followed_in_its_levels(tmp_path):
-    def drifting(features: StepFeatures) -> tuple[int, int, int, int]:
-        factor = 1.5 if features.decision // 320 % 2 else 1.0
-        bookkeeping, launch, device, lead = cost(features)
-        return round(bookkeeping * factor), round(launch * factor), device, round(lead * factor)
+def drifting(features: StepFeatures) -> tuple[int, int, int, int]:
+    """A host that is half as slow again in every second stretch of ten levels."""
+    factor = 1.5 if features.decided_ns // (10 * DRIFT_NS) % 2 else 1.0
+    bookkeeping, launch, device, lead = cost(features)
+    return round(bookkeeping * factor), round(launch * factor), device, round(lead * factor)
 
+
+def test_a_host_that_drifts_is_followed_in_its_levels(tmp_path):
     log = write_log(tmp_path / "log", requests(), SETTINGS | {"pipeline_depth": 1}, cost=drifting)
-    levels = fit_records([load_run(log)], {}).data["drift"]
-    fast, slow = levels[2:9], levels[12:19]
+    record = load_run(log)
+    model = fit_records([record], {})
+    fast, slow = model.data["drift"][2:9], model.data["drift"][12:19]
     assert max(fast) < 0.9 < 1.1 < min(slow)
+    steps = list(step_spans(record))
+    timeline = Timeline(record)
+    late = sum(timeline.step(model.step_cost(features), free, following) for features, free, following in steps)
+    assert late / sum(following - free for _, free, following in steps) == pytest.approx(0.0, abs=0.01)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_levels_of_a_host_are_found_without_launch_times(tmp_path, model, depth):
+    log = write_log(tmp_path / "log", requests(), SETTINGS | {"pipeline_depth": depth}, cost=drifting)
+    record = load_run(log)
+    for row in record.steps:
+        row["launched_ns"] = None
+    levels = host_levels(record, model)
+    assert len(levels) == record.steps[-1]["decided_ns"] // DRIFT_NS + 1
+    for number, level in enumerate(levels[:-1]):
+        if number % 10:
+            assert level == pytest.approx(1.5 if number // 10 % 2 else 1.0, rel=0.12), number
+
+
+def test_where_only_the_device_decides_the_level_before_goes_on(tmp_path):
+    def slow_device(features: StepFeatures) -> tuple[int, int, int, int]:
+        bookkeeping, launch, device, lead = cost(features)
+        return bookkeeping, launch, device + 20 * MS, lead
+
+    log = write_log(tmp_path / "log", requests(60), SETTINGS | {"pipeline_depth": 1}, cost=slow_device)
+
+    class Exact(FittedLatency):
+        def step_cost(self, features: StepFeatures) -> StepCost:
+            bookkeeping, launch, device, lead = slow_device(features)
+            return StepCost(bookkeeping + launch, device, lead)
+
+        def with_drift(self, levels):
+            return self
+
+    levels = host_levels(load_run(log), object.__new__(Exact))
+    assert len(set(levels)) == 1 and levels[0] == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_profile_shows_no_drift(record):
+    facts = record.run["facts"]
+    profile = type(record)(
+        record.path,
+        record.run | {"facts": facts | {"source": facts["source"] | {"kind": "profile"}}},
+        record.requests,
+        record.steps,
+        {},
+    )
+    num_levels = record.steps[-1]["decided_ns"] // DRIFT_NS + 1
+    assert len(fit_records([profile, record], {}).data["drift"]) == num_levels
 
 
 def test_a_run_without_drift_has_levels_of_one(model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -33,64 +32,25 @@ class Block:
 
 
 class FreeBlocks:
-    """The free blocks in the order in which they are used next: blank ones first, then cached ones, oldest first.
+    """The free blocks; iteration goes in the order in which they are used next.
 
-    A stack of blank blocks (nothing can be hit in them) and a queue of cached ones. Iteration goes in order of use.
+    Attributes:
+        blank: those in which nothing can be hit, a stack: the last one is used first.
+        cached: the others, used once no blank one is left, the least recently used first.
     """
 
-    __slots__ = ("_blank", "_cached")
+    __slots__ = ("blank", "cached")
 
-    def __init__(self, block_ids: Seq[int] = ()):
-        self._blank = list(reversed(block_ids))
-        self._cached: OrderedDict[int, None] = OrderedDict()
-
-    def pop_blank(self, count: int) -> list[int]:
-        """Take the first `count` blocks, or as many of them as are blank."""
-        blank = self._blank
-        count = min(count, len(blank))
-        taken = blank[len(blank) - count :]
-        del blank[len(blank) - count :]
-        taken.reverse()
-        return taken
-
-    def pop_cached(self) -> int:
-        """Take the oldest cached block, once no blank one is left."""
-        return self._cached.popitem(last=False)[0]
-
-    def take(self, block_id: int) -> None:
-        """Take a cached block from wherever it is, for a hit."""
-        del self._cached[block_id]
-
-    def push_blank(self, block_ids: list[int]) -> None:
-        """Put blank blocks in front, the first of them foremost."""
-        self._blank.extend(reversed(block_ids))
-
-    def push_cached(self, block_id: int) -> None:
-        """Put a cached block behind all others."""
-        self._cached[block_id] = None
-
-    def add_last_blank(self, block_id: int) -> None:
-        """Put a new block behind the blank ones."""
-        self._blank.insert(0, block_id)
-
-    def forget_cached(self) -> None:
-        """Make every cached block blank, oldest first behind the blank ones."""
-        self._blank = list(reversed(self._cached)) + self._blank
-        self._cached.clear()
-
-    @property
-    def num_blank(self) -> int:
-        return len(self._blank)
-
-    def is_cached(self, block_id: int) -> bool:
-        return block_id in self._cached
+    def __init__(self, num_blocks: int):
+        self.blank = list(reversed(range(num_blocks)))
+        self.cached: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._blank) + len(self._cached)
+        return len(self.blank) + len(self.cached)
 
     def __iter__(self) -> Iterator[int]:
-        yield from reversed(self._blank)
-        yield from self._cached
+        yield from reversed(self.blank)
+        yield from self.cached
 
 
 class BlockManager:
@@ -113,7 +73,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
-        self.free_block_ids = FreeBlocks(range(num_blocks or 0))
+        self.free_block_ids = FreeBlocks(num_blocks or 0)
         self.used_block_ids: set[int] = set()
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
@@ -164,19 +124,20 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        blocks, used, push_cached = self.blocks, self.used_block_ids, self.free_block_ids.push_cached
-        cached = () if self.prefix_cache is None else self.prefix_cache.block_ids
-        blank = []
+        blocks, freed = self.blocks, []
         for block_id in reversed(seq.block_table):
             block = blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
-                used.remove(block_id)
-                if block_id in cached:
-                    push_cached(block_id)
-                else:
-                    blank.append(block_id)
-        self.free_block_ids.push_blank(blank)
+                freed.append(block_id)
+        self.used_block_ids.difference_update(freed)
+        # Only a block that the cache knows is held by others, so the blank ones are the first of those freed.
+        num_blank = len(seq.block_table) - seq.num_registered_blocks
+        free = self.free_block_ids
+        free.blank += reversed(freed[:num_blank])
+        cached = free.cached
+        for block_id in freed[num_blank:]:
+            cached[block_id] = None
         seq.block_table = []
         seq.num_registered_blocks = 0
         self._holders.pop(seq, None)
@@ -194,11 +155,7 @@ class BlockManager:
             NoFreeBlocksError: too few are free; nothing was changed.
         """
         missing = self.num_missing(seq, num_tokens)
-        if missing <= 0:
-            return []
-        if missing > self.num_free_blocks:
-            raise NoFreeBlocksError(f"{seq} needs {missing} blocks, {self.num_free_blocks} are free")
-        new_ids = self._take_free_blocks(missing)
+        new_ids = self._take(missing) if missing > 0 else []
         seq.block_table += new_ids
         return new_ids
 
@@ -208,10 +165,8 @@ class BlockManager:
         Raises:
             NoFreeBlocksError: too few are free; nothing was changed.
         """
-        if len(seqs) > self.num_free_blocks:
-            raise NoFreeBlocksError(f"{len(seqs)} blocks are needed, {self.num_free_blocks} are free")
         grown = []
-        for seq, block_id in zip(seqs, self._take_free_blocks(len(seqs)), strict=True):
+        for seq, block_id in zip(seqs, self._take(len(seqs)), strict=True):
             seq.block_table.append(block_id)
             grown.append((seq, [block_id]))
         return grown
@@ -222,7 +177,7 @@ class BlockManager:
         if cache is None or count == 0:
             return []
         self._identify(seq, count)
-        return cache.match(seq.block_hashes[:count], seq.block_contents[:count], cache.root(seq.salt)[1])
+        return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
 
     def hash_at(self, seq: Sequence, index: int) -> int | None:
         """The hash of a block of `seq`; None if there is none that can be hit, as a token is left to compute."""
@@ -235,7 +190,9 @@ class BlockManager:
         The key of a prefix tells it from every other, so that no content has to be compared.
         """
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
-        mask = self.prefix_cache.root(seq.salt)[0] if seq.salt else 0
+        if not seq.salt:
+            return list(map(seq.prefix_key, ends))
+        mask = self.prefix_cache.root(seq.salt)[0]
         return [seq.prefix_key(end) ^ mask for end in ends]
 
     def may_hit(self, block_hash: int | None) -> bool:
@@ -247,8 +204,8 @@ class BlockManager:
 
         A hit block that nobody holds is free until then, so it counts.
         """
-        free_hits = sum(1 for block_id in hits if self.blocks[block_id].ref_count == 0)
-        return self.blocks_for(num_tokens) - len(hits) + free_hits
+        num_live = len(self.used_block_ids.intersection(hits)) if hits else 0
+        return self.blocks_for(num_tokens) - num_live
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
         """Give `seq` the cached blocks `hits` and new ones for `num_tokens` tokens behind them.
@@ -263,15 +220,15 @@ class BlockManager:
         needed = self.blocks_to_take(hits, num_hit_tokens + num_tokens)
         if needed > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {needed} blocks, {self.num_free_blocks} are free")
+        blocks, cached = self.blocks, self.free_block_ids.cached
         for block_id in hits:
-            block = self.blocks[block_id]
+            block = blocks[block_id]
             if block.ref_count == 0:
-                self.free_block_ids.take(block_id)
-                self.used_block_ids.add(block_id)
+                del cached[block_id]
             block.ref_count += 1
-        new_blocks = self.blocks_for(num_hit_tokens + num_tokens) - len(hits)
+        self.used_block_ids.update(hits)
         seq.block_size = self.block_size
-        seq.block_table = list(hits) + self._take_free_blocks(new_blocks)
+        seq.block_table = hits + self._take(self.blocks_for(num_tokens))
         seq.num_cached_tokens = num_hit_tokens
         seq.num_registered_blocks = len(hits)
         self._holders[seq] = None
@@ -282,10 +239,9 @@ class BlockManager:
         if cache is None or first >= end:
             return
         self._identify(seq, end)
-        table, hashes, contents = seq.block_table, seq.block_hashes, seq.block_contents
+        table = seq.block_table
         parent = cache.prefix_of(table[first - 1]) if first else cache.root(seq.salt)[1]
-        for index in range(first, end):
-            parent = cache.register(table[index], hashes[index], contents[index], parent)
+        cache.register(table[first:end], seq.block_hashes[first:end], seq.block_contents[first:end], parent)
         seq.num_registered_blocks = end
 
     def register_each(self, blocks: list[tuple[Sequence, int, bytes | None]]) -> None:
@@ -301,15 +257,11 @@ class BlockManager:
         size = self.block_size
         for seq, end, content in blocks:
             index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
-            is_next = index == seq.num_registered_blocks == len(hashes) > 0
-            if is_next and content is not None:
-                hashes.append(cache.register_next(table[index], content, table[index - 1]))
-            elif is_next and seq.prefix_key is not None and not seq.salt:
-                hashes.append(seq.prefix_key(end))
-                cache.register(table[index], hashes[index], None, cache.prefix_of(table[index - 1]))
-            else:
+            key = None if seq.prefix_key is None or seq.salt else seq.prefix_key(end)
+            if (key is None and content is None) or not index == seq.num_registered_blocks == len(hashes) > 0:
                 self.register(seq, end)
                 continue
+            hashes.append(cache.register_next(table[index], table[index - 1], key, content))
             seq.block_contents.append(content)
             seq.num_registered_blocks = index + 1
 
@@ -326,22 +278,29 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self.free_block_ids.forget_cached()
+            free = self.free_block_ids
+            free.blank[:0] = reversed(free.cached)
+            free.cached.clear()
         return True
 
-    def _take_free_blocks(self, count: int) -> list[int]:
-        """Take so many free blocks, of which there are enough, from the front."""
-        if self.num_blocks is None:
-            for block_id in range(len(self.blocks), len(self.blocks) + count - self.free_block_ids.num_blank):
-                self.blocks.append(Block(block_id))
-                self.free_block_ids.add_last_blank(block_id)
-        taken = self.free_block_ids.pop_blank(count)
-        while len(taken) < count:
-            block_id = self.free_block_ids.pop_cached()
-            if self.prefix_cache is not None:
+    def _take(self, count: int) -> list[int]:
+        """Take `count` free blocks from the front, or none at all."""
+        if count > self.num_free_blocks:
+            raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
+        blocks, free = self.blocks, self.free_block_ids
+        taken = free.blank[: -count - 1 : -1]
+        del free.blank[len(free.blank) - len(taken) :]
+        lacking = count - len(taken)
+        if lacking and self.num_blocks is None:
+            new_ids = range(len(blocks), len(blocks) + lacking)
+            blocks += map(Block, new_ids)
+            taken += new_ids
+        elif lacking:
+            assert self.prefix_cache is not None
+            for _ in range(lacking):
+                block_id = free.cached.popitem(last=False)[0]
                 self.prefix_cache.remove(block_id)
-            taken.append(block_id)
-        blocks = self.blocks
+                taken.append(block_id)
         for block_id in taken:
             blocks[block_id].ref_count = 1
         self.used_block_ids.update(taken)
@@ -353,11 +312,11 @@ class BlockManager:
         first = len(hashes)
         if first >= num_blocks:
             return
-        assert cache is not None
         if seq.prefix_key is not None:
             hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return
+        assert cache is not None
         packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
         previous = hashes[-1] if hashes else cache.root(seq.salt)[0]
         for begin in range(0, len(packed), 4 * size):
@@ -368,36 +327,27 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""
-        free = list(self.free_block_ids)
-        assert len(free) == len(set(free)), f"a block is free twice: {free}"
-        assert not self.used_block_ids & set(free), f"free and used: {self.used_block_ids & set(free)}"
-        assert len(free) + len(self.used_block_ids) == len(self.blocks), (
-            f"{len(free)} free + {len(self.used_block_ids)} used != {len(self.blocks)} blocks"
-        )
+        free, used, cache = list(self.free_block_ids), self.used_block_ids, self.prefix_cache
+        assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
         holders = [0] * len(self.blocks)
         for seq in self._holders:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice: {seq.block_table}"
             for block_id in seq.block_table:
                 holders[block_id] += 1
-        for block in self.blocks:
-            held = holders[block.block_id]
+        for block, held in zip(self.blocks, holders, strict=True):
             assert block.ref_count == held, f"{block} is in {held} block tables"
-            assert (held > 0) == (block.block_id in self.used_block_ids), f"{block} held {held} times, used wrongly"
-        cache = self.prefix_cache
+            assert (held > 0) == (block.block_id in used), f"{block} held {held} times, used wrongly"
         if cache is None:
             return
         for block_id in free:
-            cached = block_id in cache
-            assert cached == self.free_block_ids.is_cached(block_id), f"free block {block_id}: cached is {cached}"
+            cached = block_id in self.free_block_ids.cached
+            assert cached == (block_id in cache), f"free block {block_id}: cached is {cached}"
         for seq in self._holders:
-            parent = cache.root(seq.salt)[1]
+            parent, size = cache.root(seq.salt)[1], self.block_size
             for index in range(seq.num_registered_blocks):
-                entry = cache.get(seq.block_table[index])
-                assert entry is not None, f"{seq}: block {index} is registered, but not in the cache"
-                assert entry.hash == seq.block_hashes[index], f"{seq}: block {index} has another hash in the cache"
-                content = None
+                entry, content = cache.get(seq.block_table[index]), None
                 if seq.prefix_key is None:
-                    content = token_bytes(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
-                assert entry.content == content, f"{seq}: block {index} holds other tokens"
-                assert entry.parent == parent, f"{seq}: block {index} follows prefix {entry.parent}, not {parent}"
+                    content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
+                expected = seq.block_hashes[index], content, parent
+                assert entry is not None and entry[:3] == expected, f"{seq}: block {index} is {entry}, not {expected}"
                 parent = entry.prefix

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from twinserve.policies.batch import Batch, Digest
+from twinserve.policies.batch import Batch
 from twinserve.policies.horizon import horizon, repeat
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
@@ -30,8 +30,8 @@ class CoreListener:
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
 
-    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
-        """The decision heard last, `batch`, was repeated; so many of the steps, `batch` included, have ended."""
+    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, latest: Batch) -> None:
+        """The decision heard last, `batch`, was repeated up to `latest`; so many of the steps from it on have ended."""
 
     def committed(self, batch: Batch) -> None:
         """The step of `batch` has ended and its tokens are known."""
@@ -51,7 +51,7 @@ class Core:
         scheduler: the policies.
         pipeline_depth: 0 or 1.
         eos_token_id: the token that ends a sequence.
-        listener: hears facts and decisions; decisions are digested only for it.
+        listener: hears facts and decisions.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Core:
         self.num_decisions = 0
         self.last_committed = -1
         self._aborts: list[tuple[Sequence, int]] = []
-        self._digest = Digest()
 
     @property
     def can_decide(self) -> bool:
@@ -124,14 +123,20 @@ class Core:
             raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
         aborted = self._apply_aborts()
         nothing_comes = not self.in_flight
-        batch = self._decide(now_ns, aborted)
+        batch = self.scheduler.schedule()
+        batch.decision = self.num_decisions
+        batch.seen = self.num_ingested
+        batch.aborted = aborted
+        batch.committed = self.last_committed
+        batch.decided_ns = now_ns
+        self.num_decisions += 1
+        self.in_flight.append(batch)
         if nothing_comes and not (batch or aborted or batch.preempted) and self.sequences:
             raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
         for row in batch.admitted:
             if row.seq.first_scheduled_ns is None:
                 row.seq.first_scheduled_ns = now_ns
         if self.listener is not None:
-            batch.digest = self._digest.of(batch)
             self.listener.decided(batch)
         return batch
 
@@ -143,7 +148,16 @@ class Core:
         """
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
-        batch, finished = self._commit(token_ids, now_ns)
+        batch = self.in_flight[0]
+        finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
+        self.in_flight.popleft()
+        self.last_committed = batch.decision
+        if batch.end_ns is None:
+            batch.end_ns = now_ns
+        if batch.is_prefill:
+            for row in batch.explicit:
+                if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
+                    row.seq.first_token_ns = now_ns
         if self.listener is not None:
             self.listener.committed(batch)
         for seq in finished:
@@ -156,7 +170,8 @@ class Core:
 
         It is 1 where the next decision can be made before anything is committed. See `horizon.horizon`.
         """
-        if self._aborts or self.can_decide or batch is not self.in_flight[-1]:
+        in_flight = self.in_flight
+        if self._aborts or self.can_decide or len(self.scheduler.in_flight) < len(in_flight) or batch is not in_flight[-1]:
             return 1
         return horizon(self.scheduler, batch, cap)
 
@@ -169,66 +184,20 @@ class Core:
             spans: of each decision, its time, and the start and the end of its step, in nanoseconds. With a horizon of
                 k there may be up to k - 1.
         """
-        first = self.in_flight[-1]
-        repeats: list[Repeat] = []
-        while len(repeats) < len(spans):
-            latest = self.in_flight[-1]
-            if not repeats or len(latest.explicit) > self.scheduler.num_partial:
-                repeats.append(self._repeat_once(first, spans[len(repeats)]))
-                continue
-            rest = spans[len(repeats) :]
-            grown = repeat(self.scheduler, latest, len(rest))
-            repeats += [Repeat(*span, blocks) for span, blocks in zip(rest, grown, strict=True)]
-            self.in_flight = deque(self.scheduler.in_flight)
-            for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
-                batch.decided_ns, batch.start_ns, batch.end_ns = span
-            self._digest.grow(self.in_flight[-1], [pair for blocks in grown for pair in blocks])
+        first, before = self.in_flight[-1], list(self.in_flight)[:-1]
+        grown = repeat(self.scheduler, len(spans))
+        self.in_flight = deque(self.scheduler.in_flight)
+        for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
+            batch.decided_ns, batch.start_ns, batch.end_ns = span
         self.num_decisions = self.in_flight[-1].decision + 1
         self.last_committed = self.in_flight[0].decision - 1
         if self.listener is not None:
-            digest = self.in_flight[-1].digest = self._digest.value
-            self.listener.repeated(first, repeats, max(0, self.in_flight[0].decision - first.decision), digest)
-
-    def _repeat_once(self, first: Batch, span: tuple[int, int, int]) -> Repeat:
-        """Commit the oldest batch, and make the decision that repeats the latest."""
-        committed, finished = self._commit(None, span[0])
-        if self.listener is not None and committed.decision < first.decision:
-            self.listener.committed(committed)
-        batch = self._decide(span[0], [])
-        batch.start_ns, batch.end_ns = span[1:]
-        if finished or batch.admitted or batch.preempted or batch.left or batch.num_tokens != first.num_tokens:
-            raise RuntimeError(
-                f"decision {batch.decision} does not repeat decision {first.decision}: {span} is too far"
-            )
-        if self.listener is not None:
-            self._digest.of(batch)
-        return Repeat(*span, batch.grown)
-
-    def _decide(self, now_ns: int, aborted: list[Sequence]) -> Batch:
-        """Have the scheduler decide, and write down the decision's facts."""
-        batch = self.scheduler.schedule()
-        batch.decision = self.num_decisions
-        batch.seen = self.num_ingested
-        batch.aborted = aborted
-        batch.committed = self.last_committed
-        batch.decided_ns = now_ns
-        self.num_decisions += 1
-        self.in_flight.append(batch)
-        return batch
-
-    def _commit(self, token_ids: Seq[int] | None, now_ns: int) -> tuple[Batch, list[Sequence]]:
-        """Hand over the tokens of the oldest batch; the batch, and the sequences that end."""
-        batch = self.in_flight[0]
-        finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
-        self.in_flight.popleft()
-        self.last_committed = batch.decision
-        if batch.end_ns is None:
-            batch.end_ns = now_ns
-        if batch.is_prefill:
-            for row in batch.explicit:
-                if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
-                    row.seq.first_token_ns = now_ns
-        return batch, finished
+            for batch in before:
+                if batch.decision <= self.last_committed:
+                    self.listener.committed(batch)
+            repeats = [Repeat(*span, blocks) for span, blocks in zip(spans, grown, strict=True)]
+            num_committed = max(0, self.last_committed - first.decision + 1)
+            self.listener.repeated(first, repeats, num_committed, self.in_flight[-1])
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
-from heapq import heappop, heappush
 from typing import Protocol
 
 from twinserve.policies.block_manager import BlockManager
@@ -124,45 +124,36 @@ class _Ranked:
             raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
         self.ageing = ageing
         self.starvation_free = ageing > 0
-        self._heap: list[tuple[tuple[int, int], int, Sequence]] = []
-        self._number = 0
-        self._live: dict[Sequence, int] = {}
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []
 
     def measure(self, seq: Sequence) -> int:
         """What the order goes by."""
         raise NotImplementedError
 
     def rank(self, seq: Sequence) -> tuple[int, int]:
-        """Smaller is sooner."""
+        """Smaller is sooner; no two sequences have the same."""
         measure = self.measure(seq)
         return measure * self.ageing + seq.arrival_index if self.ageing else measure, seq.arrival_index
 
     def push(self, seq: Sequence) -> None:
-        self._number += 1
-        self._live[seq] = self._number
-        heappush(self._heap, (self.rank(seq), self._number, seq))
+        insort(self._queue, (self.rank(seq), seq))
 
     push_preempted = push
 
     def peek(self) -> Sequence:
-        # Those that were removed are dropped when they come to the top.
-        while self._live.get(self._heap[0][2]) != self._heap[0][1]:
-            heappop(self._heap)
-        return self._heap[0][2]
+        return self._queue[0][1]
 
     def pop_next(self) -> Sequence:
-        seq = self.peek()
-        self.remove(seq)
-        return seq
+        return self._queue.pop(0)[1]
 
     def remove(self, seq: Sequence) -> None:
-        del self._live[seq]
+        del self._queue[list(self).index(seq)]
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._queue)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (seq for _, number, seq in sorted(self._heap) if self._live.get(seq) == number)
+        return (seq for _, seq in self._queue)
 
 
 class Priority(_Ranked):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import xxhash
@@ -56,7 +55,7 @@ class PrefixCache:
         self.root_hash = self._digest(salt.encode(), seed) if salt else -1
         self.hash_to_block_id: dict[int, int] = {}
         self._cached: dict[int, tuple[int, bytes | None, int, int]] = {}  # the fields of a CachedBlock
-        self._equal_hash: dict[int, OrderedDict[int, None]] = {}
+        self._equal_hash: dict[int, list[int]] = {}  # blocks of a hash beside the one that serves it
         self._last_prefix = self.ROOT
 
     @staticmethod
@@ -82,10 +81,13 @@ class PrefixCache:
         return root
 
     def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
-        """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""
+        """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`.
+
+        There may be more contents than hashes.
+        """
         block_ids: list[int] = []
         by_hash, cached = self.hash_to_block_id.get, self._cached
-        for block_hash, content in zip(hashes, contents, strict=True):
+        for block_hash, content in zip(hashes, contents):  # noqa: B905  contents may go on
             block_id = by_hash(block_hash)
             if block_id is None:
                 break
@@ -126,7 +128,7 @@ class PrefixCache:
             parent = self.prefix_of(self.hash_to_block_id[prefix_hash])
         content = token_bytes(token_ids)
         block_hash = self.block_hash(content, prefix_hash)
-        self.register(block_id, block_hash, content, parent)
+        self.register([block_id], [block_hash], [content], parent)
         return block_hash
 
     def find(self, block_hash: int, content: bytes | None, parent: int) -> int | None:
@@ -139,61 +141,59 @@ class PrefixCache:
                 return other_id
         return None
 
-    def register(self, block_id: int, block_hash: int, content: bytes | None, parent: int) -> int:
-        """Note that `block_id` holds `content` behind the prefix numbered `parent`, or will once its step has run.
+    def register(self, block_ids: list[int], hashes: list[int], contents: list[bytes | None], parent: int) -> None:
+        """Note that blocks hold, or will once their step has run, a chain of contents behind the prefix `parent`."""
+        cached, by_hash = self._cached, self.hash_to_block_id
+        for block_id, block_hash, content in zip(block_ids, hashes, contents, strict=True):
+            if block_id in cached:
+                raise ValueError(f"block {block_id} is stored already, as {cached[block_id]}")
+            equal_id = None
+            if by_hash.setdefault(block_hash, block_id) != block_id:
+                equal_id = self.find(block_hash, content, parent)
+                self._equal_hash.setdefault(block_hash, []).append(block_id)
+            if equal_id is None:
+                self._last_prefix = prefix = self._last_prefix + 1
+            else:
+                prefix = cached[equal_id][3]
+            cached[block_id] = block_hash, content, parent, prefix
+            parent = prefix
 
-        Returns:
-            The number of the prefix that ends with the block.
+    def register_next(self, block_id: int, before_id: int, block_hash: int | None, content: bytes | None) -> int:
+        """Note that `block_id` holds `content` behind what `before_id` holds; the block's hash, made if it is None.
+
+        It is what `register` does; the walk over one block would cost a tenth of a step at 256 running.
         """
-        if block_id in self._cached:
-            raise ValueError(f"block {block_id} is stored already, as {self._cached[block_id]}")
-        first_id = self.hash_to_block_id.setdefault(block_hash, block_id)
-        equal_id = None
-        if first_id != block_id:
-            equal_id = self.find(block_hash, content, parent)
-            self._equal_hash.setdefault(block_hash, OrderedDict())[block_id] = None
-        if equal_id is None:
-            self._last_prefix += 1
-            prefix = self._last_prefix
-        else:
-            prefix = self.prefix_of(equal_id)
-        self._cached[block_id] = block_hash, content, parent, prefix
-        return prefix
-
-    def register_next(self, block_id: int, content: bytes, before_id: int) -> int:
-        """Note that `block_id` holds `content` behind what `before_id` holds; the hash of the block."""
         cached, by_hash = self._cached, self.hash_to_block_id
         prefix_hash, _, _, parent = cached[before_id]
-        block_hash = self._digest(prefix_hash.to_bytes(self._hash_bytes, "little") + content, self.seed)
+        if block_hash is None:
+            assert content is not None
+            block_hash = self._digest(prefix_hash.to_bytes(self._hash_bytes, "little") + content, self.seed)
         if block_hash in by_hash or block_id in cached:
-            self.register(block_id, block_hash, content, parent)
+            self.register([block_id], [block_hash], [content], parent)
         else:
-            # As `register` does; its call alone would cost a tenth of a step at 256 running.
             by_hash[block_hash] = block_id
-            self._last_prefix = number = self._last_prefix + 1
-            cached[block_id] = block_hash, content, parent, number
+            self._last_prefix = prefix = self._last_prefix + 1
+            cached[block_id] = block_hash, content, parent, prefix
         return block_hash
 
     def remove(self, block_id: int) -> None:
         """Forget what `block_id` held; a block of equal hash takes its place in `hash_to_block_id`."""
         block_hash = self._cached.pop(block_id)[0]
         others = self._equal_hash.get(block_hash)
+        if others is None:
+            del self.hash_to_block_id[block_hash]
+            return
         if self.hash_to_block_id[block_hash] == block_id:
-            if others:
-                self.hash_to_block_id[block_hash] = others.popitem(last=False)[0]
-            else:
-                del self.hash_to_block_id[block_hash]
-        elif others is not None:
-            del others[block_id]
-        if others is not None and not others:
+            self.hash_to_block_id[block_hash] = others.pop(0)
+        else:
+            others.remove(block_id)
+        if not others:
             del self._equal_hash[block_hash]
 
     def clear(self) -> None:
         """Forget every block."""
-        self.hash_to_block_id.clear()
-        self._cached.clear()
-        self._equal_hash.clear()
-        self._roots.clear()
+        for kept in (self.hash_to_block_id, self._cached, self._equal_hash, self._roots):
+            kept.clear()
 
     def prefix_of(self, block_id: int) -> int:
         """The number of the prefix that ends with `block_id`."""
@@ -203,11 +203,6 @@ class PrefixCache:
         """What is known of a block; None if it is not stored."""
         entry = self._cached.get(block_id)
         return None if entry is None else CachedBlock(*entry)
-
-    @property
-    def block_ids(self) -> Collection[int]:
-        """The blocks that are stored."""
-        return self._cached.keys()
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._cached

@@ -7,11 +7,12 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
+from itertools import repeat
 from typing import NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
-from twinserve.policies.decode_group import DecodeGroup, Member
+from twinserve.policies.decode_group import DecodeGroup
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
@@ -32,10 +33,6 @@ class Refusal(NamedTuple):
     facts: tuple
     num_hits: int
     last_hash: int | None
-
-    def still_holds(self, facts: tuple, manager: BlockManager) -> bool:
-        """Is the sequence still refused?"""
-        return facts == self.facts and not manager.may_hit(self.last_hash)
 
 
 class Scheduler:
@@ -138,9 +135,11 @@ class Scheduler:
 
         A refused sequence is FINISHED with `finish_reason` "refused" and `refusal` in words; the result is then False.
         """
+        most = seq.num_prompt_tokens + seq.sampling_params.max_tokens
+        seq.final_length = int(min(most, self.max_model_len))
         seq.refusal = self._refusal(seq)
         if seq.refusal is not None:
-            self._finish(seq, "refused")
+            seq.status, seq.finish_reason = SequenceStatus.FINISHED, "refused"
             return False
         seq.block_size = self.block_manager.block_size
         seq.arrival_index = self._num_added
@@ -152,7 +151,7 @@ class Scheduler:
         """End a sequence now and free its blocks; tokens of it that are still in flight will be discarded."""
         if seq.is_finished:
             raise ValueError(f"{seq} cannot be aborted: it has ended with {seq.finish_reason!r}")
-        if seq.status is SequenceStatus.RUNNING and seq.member is None:
+        if seq.status is SequenceStatus.RUNNING and seq.group is None:
             self.alone.remove(seq)
         self._end(seq, "abort")
 
@@ -164,147 +163,147 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
-        if self.composition == "mixed":
-            batch = Batch(self.group)
-            self.schedule_running(batch, prompts=True)
-            self._schedule_waiting(batch)
-        else:
-            batch = Batch(self.group, usual_tokens=0)
-            self.schedule_running(batch, prompts=True)
-            self._schedule_waiting(batch)
-            if not batch:
-                preempted, batch = batch.preempted, Batch(self.group)
-                batch.preempted = preempted
-                self.schedule_running(batch, prompts=False)
-        if batch.usual_tokens and (self.group or batch):
-            batch.add_members()
-            self.group.plan()
-        if self.alone:
-            self._note_exceptions(batch)
+        batch = Batch(1 if self.composition == "mixed" else 0)
+        self.serve_running(batch, prompts=True)
+        self._admit(batch)
+        if not (batch.usual_tokens or batch.explicit):
+            preempted, batch = batch.preempted, Batch(1)
+            batch.preempted = preempted
+            self.serve_running(batch, prompts=False)
+        group, manager = self.group, self.block_manager
+        if len(self.alone) > len(batch.explicit) and batch.usual_tokens:
+            has_row = {row.seq for row in batch.explicit}
+            batch.without_row = [(seq.admission_index, seq) for seq in self.alone if seq not in has_row]
+        if batch.usual_tokens and (batch.explicit or group.view.seqs):
+            clock = group.planned
+            view = group.plan()
+            batch.add_members(view, clock, group.num_kv_tokens)
         batch.count()
-        batch.left, self._left = self._left, []
+        if self._left:
+            batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
         batch.num_running = len(self._running)
-        batch.num_used_blocks = len(self.block_manager.used_block_ids)
+        batch.num_used_blocks = len(manager.used_block_ids)
         if batch:
             self.in_flight.append(batch)
         return batch
 
-    def schedule_running(self, batch: Batch, *, prompts: bool) -> None:
+    def serve_running(self, batch: Batch, *, prompts: bool) -> None:
         """Give running sequences their tokens, in the order of their admission, preempting for room.
 
         Only those alone and the members that begin or complete a block need a look. If a sequence has to make room by
         going itself, those behind it get nothing in this step.
         """
-        decodes = bool(batch.usual_tokens)
-        if decodes and (self.alone or self.in_flight):
+        decodes, seqs = bool(batch.usual_tokens), self.alone
+        if decodes and (seqs or self.in_flight):
             self._regroup()
-        seqs = [seq for seq in self.alone if (decodes if seq.has_sampled else prompts)]
-        if decodes and not self._budget_suffices(seqs):
-            self._leave_out(self.group.behind(-1))
-            seqs = [seq for seq in self.alone if seq.has_sampled or prompts]
-        if decodes and self.group:
-            seqs = self._serve_members(seqs, batch)
+        if seqs:
+            seqs = [seq for seq in self.alone if (decodes if seq.has_sampled else prompts)]
+        if decodes and self.group.view.seqs:
+            if self._budget_suffices(seqs):
+                seqs = self._serve_members(seqs, batch)
+            else:
+                self._leave_out(self.group.behind(-1))
+                seqs = [seq for seq in self.alone if seq.has_sampled or prompts]
         for seq in seqs:
-            if seq.status is not SequenceStatus.RUNNING:
-                continue
-            member = seq.member
-            num_tokens = self._tokens_for(seq, batch) if member is None else 1
-            if not num_tokens:
-                continue
-            missing = self.block_manager.num_missing(seq, num_tokens)
-            if not self._make_room(seq, missing, batch):
+            if seq.status is SequenceStatus.RUNNING and not self._serve(seq, batch):
                 if decodes:
                     self._leave_out(self.group.behind(seq.admission_index))
                 return
-            if member is not None:
-                self.serve([member] if missing else [], [member] if self.group.completes(member) else [], batch)
-                continue
-            if missing > 0:
-                batch.grown.append((seq, self.block_manager.extend(seq, num_tokens)))
-            self._launch(seq, num_tokens, batch)
 
-    def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
-        """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
-        group = self.group
-        beginning, completing = group.beginning(), group.completing()
-        comes_first = not seqs or seqs[0].admission_index > group.last_order
-        if comes_first and len(beginning) <= self.block_manager.num_free_blocks:
-            self.serve(beginning, completing, batch)
-            return seqs
-        due = [member.seq for member in dict.fromkeys(beginning + completing)]
-        return sorted(due + seqs, key=_admission_index)
-
-    def serve(self, beginning: list[Member], completing: list[Member], batch: Batch) -> None:
-        """Give members a block each, and let the cache know the blocks that others complete."""
-        if beginning:
-            batch.grown += self.block_manager.extend_each([member.seq for member in beginning])
-        if completing:
-            self.block_manager.register_each(self.group.full_blocks(completing, self.group.next_registered))
-
-    def _regroup(self) -> None:
-        """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
-        group = self.group
-        if self.in_flight:
-            self._leave_out(group.ending_at(group.planned))
-        alone = []
-        for seq in self.alone:
-            if seq.has_sampled and group.fits(seq) and not self._is_complete(seq):
-                group.join(seq, self.final_length(seq))
-            else:
-                alone.append(seq)
-        self.alone = alone
-
-    def _budget_suffices(self, seqs: list[Sequence]) -> bool:
-        """Does every member get its token, whatever the sequences `seqs` beside them take?"""
-        members, budget = len(self.group), self.max_num_batched_tokens
-        if members and seqs and seqs[0].admission_index < self.group.last_order:
-            threshold = self.long_prefill_token_threshold
-            return members + sum(min(self._wanted_tokens(seq), threshold) for seq in seqs) <= budget
-        return members <= budget
-
-    def _leave_out(self, members: list[Member]) -> None:
-        """Take members that get no token in this step as a matter of course out of the group."""
-        for member in members:
-            self._leave_group(member.seq)
-            insort(self.alone, member.seq, key=_admission_index)
-
-    def _leave_group(self, seq: Sequence) -> None:
-        """Take a member that goes on out of the group; what is in flight for it will be handed to it alone."""
-        member = self.group.leave(seq)
-        if seq.num_in_flight:
-            for batch in self.in_flight:
-                if batch.has_members and batch.clock >= member.since:
-                    batch.late.append(member)
-
-    def _make_room(self, seq: Sequence, missing: int, batch: Batch) -> bool:
-        """Preempt until as many blocks are free as `seq` is missing; False if it had to go itself."""
-        while missing > self.block_manager.num_free_blocks:
+    def _serve(self, seq: Sequence, batch: Batch) -> bool:
+        """Give a running sequence its tokens; False if it had to go for want of room."""
+        num_tokens = 1 if seq.group is not None else self._tokens_for(seq, batch)
+        if not num_tokens:
+            return True
+        manager = self.block_manager
+        missing = manager.num_missing(seq, num_tokens)
+        while missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             self._preempt(victim, batch)
             if victim is seq:
                 return False
+        if missing > 0:
+            batch.grown.append((seq, manager.extend(seq, num_tokens)))
+        if seq.group is None:
+            self._launch(seq, num_tokens, batch)
+        else:
+            self.group.hand_over(seq, seq.num_tokens)
+            manager.register(seq, seq.base + self.group.next_registered)
         return True
 
-    def _schedule_waiting(self, batch: Batch) -> None:
-        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
-        if batch.preempted:
+    def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
+        """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
+        group, manager = self.group, self.block_manager
+        beginning, completing = group.beginning(), group.completing()
+        if not (beginning or completing):
+            return seqs
+        comes_first = not seqs or seqs[0].admission_index > group.view.orders[-1]
+        if not comes_first or len(beginning) > manager.num_free_blocks:
+            return sorted(dict.fromkeys(beginning + completing + seqs), key=_admission_index)
+        if beginning:
+            batch.grown += manager.extend_each(beginning)
+        if completing:
+            manager.register_each(group.full_blocks(completing, group.next_registered))
+        return seqs
+
+    def _regroup(self) -> None:
+        """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
+        group = self.group
+        if ending := group.ending_at(group.planned):
+            self._leave_out(list(ending))
+        for seq in self.alone:
+            if seq.has_sampled:
+                break
+        else:
             return
-        while self.waiting and len(self._running) < self.max_num_seqs:
+        alone = []
+        for seq in self.alone:
+            if seq.has_sampled and group.fits(seq) and seq.known + seq.in_flight < seq.final_length:
+                group.join(seq)
+            else:
+                alone.append(seq)
+        self.alone = alone
+
+    def _budget_suffices(self, seqs: list[Sequence]) -> bool:
+        """Does every member get its token, whatever the sequences `seqs` beside them take?"""
+        orders, budget = self.group.view.orders, self.max_num_batched_tokens
+        if seqs and seqs[0].admission_index < orders[-1]:
+            threshold = self.long_prefill_token_threshold
+            return len(orders) + sum(min(self._wanted_tokens(seq), threshold) for seq in seqs) <= budget
+        return len(orders) <= budget
+
+    def _leave_out(self, seqs: list[Sequence]) -> None:
+        """Take members that get no token in this step as a matter of course out of the group."""
+        for seq in seqs:
+            self._leave_group(seq)
+            insort(self.alone, seq, key=_admission_index)
+
+    def _leave_group(self, seq: Sequence) -> None:
+        """Take a member that goes on out of the group; what is in flight for it will be handed to it alone."""
+        self.group.leave(seq)
+        if seq.in_flight:
+            for batch in self.in_flight:
+                if batch.view is not None and batch.view.holds(seq) and seq not in batch.late:
+                    batch.late.append(seq)
+
+    def _admit(self, batch: Batch) -> None:
+        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
+        while self.waiting and len(self._running) < self.max_num_seqs and not batch.preempted:
             budget = self._budget_left(batch)
             if budget <= 0:
                 return
             seq = self.waiting.peek()
-            found = None if seq.num_in_flight else self.find_room(seq, budget)
+            found = None if seq.in_flight else self.find_room(seq, budget)
             if found is None:
                 return
             hits, num_tokens = found
             self.waiting.pop_next()
             self.block_manager.admit(seq, hits, num_tokens)
             seq.status = SequenceStatus.RUNNING
-            seq.num_computed_tokens = seq.num_cached_tokens
+            seq.computed = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
@@ -317,19 +316,19 @@ class Scheduler:
         Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
         happened, so that a waiting prompt is not looked up in every step.
         """
-        manager, is_alone = self.block_manager, not self._running
+        manager, refusal = self.block_manager, self.refusal
         num_partial = 0 if self.max_num_partial_prefills == math.inf else self.num_partial
-        facts = seq, seq.num_tokens, budget, num_partial, self._num_admitted, self._num_released
-        if self.refusal is not None and self.refusal.still_holds(facts, manager):
+        facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
+        if refusal is not None and facts == refusal.facts and not manager.may_hit(refusal.last_hash):
             return None
         hits = manager.find_hits(seq)
-        missing = seq.num_tokens - len(hits) * manager.block_size
+        missing = seq.known - len(hits) * manager.block_size
         most = min(self.long_prefill_token_threshold, budget)
         num_tokens = int(min(missing, most))
         is_cut = min(missing, self.long_prefill_token_threshold) > budget and not self.enable_chunked_prefill
         if is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
             num_hits = len(hits) + math.ceil((missing - most) / manager.block_size)
-        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, is_alone):
+        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, not self._running):
             num_hits = len(hits) + lacking
         else:
             return hits, num_tokens
@@ -343,7 +342,7 @@ class Scheduler:
 
     def _budget_left(self, batch: Batch) -> float:
         """Tokens of the step that nobody has been given yet, the members' own ones set aside."""
-        members = len(self.group) if batch.usual_tokens else 0
+        members = len(self.group.view.seqs) if batch.usual_tokens else 0
         return self.max_num_batched_tokens - members - batch.num_tokens
 
     def _tokens_for(self, seq: Sequence, batch: Batch) -> int:
@@ -352,32 +351,22 @@ class Scheduler:
         return max(0, int(min(wanted, self.long_prefill_token_threshold, self._budget_left(batch))))
 
     def _wanted_tokens(self, seq: Sequence) -> int:
-        """Tokens that a running sequence has yet to compute, the one in flight included; 0 if its last is in flight."""
-        if self._is_complete(seq):
-            return 0
-        return seq.num_tokens + seq.num_in_flight - seq.num_computed_tokens
-
-    def _is_complete(self, seq: Sequence) -> bool:
-        """Is the last token that a sequence may generate in flight?"""
-        return bool(seq.num_in_flight) and seq.num_tokens + seq.num_in_flight >= self.final_length(seq)
-
-    def final_length(self, seq: Sequence) -> float:
-        """Tokens at which generation ends, whatever is generated."""
-        return min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len)
+        """Tokens that a sequence on its own has yet to compute, the one in flight included; 0 if that is its last."""
+        known = seq.known + seq.in_flight
+        return 0 if seq.in_flight and known >= seq.final_length else known - seq.computed
 
     def _launch(self, seq: Sequence, num_tokens: int, batch: Batch) -> Row:
         """Add the row of a sequence on its own to the batch and count its tokens as computed."""
-        start = seq.num_computed_tokens
+        start = seq.computed
         computed = start + num_tokens
-        samples = computed == seq.num_tokens + seq.num_in_flight
+        samples = computed == seq.known + seq.in_flight
         row = Row(seq, start, num_tokens, samples, not seq.has_sampled)
         batch.add(row)
-        seq.num_computed_tokens = computed
-        seq.num_scheduled_tokens = num_tokens
+        seq.computed, seq.scheduled = computed, num_tokens
         if samples:
-            seq.num_in_flight += 1
+            seq.in_flight += 1
             seq.has_sampled = True
-        self.block_manager.register(seq, min(computed, seq.num_tokens))
+        self.block_manager.register(seq, min(computed, seq.known))
         return row
 
     def _preempt(self, seq: Sequence, batch: Batch) -> None:
@@ -385,37 +374,22 @@ class Scheduler:
 
         What it got in this very step is taken back, so nobody can hit a block that no step computes.
         """
-        if seq.member is not None:
+        row = batch.remove(seq)
+        if seq.group is not None:
             self._leave_group(seq)
         else:
             self.alone.remove(seq)
-        row = batch.remove(seq)
         if row is not None:
-            seq.num_computed_tokens = row.start
-            seq.num_in_flight -= row.samples
-        self.block_manager.unregister(seq, seq.num_computed_tokens)
-        self.block_manager.deallocate(seq)
-        self._num_released += 1
-        del self._running[seq]
+            seq.computed = row.start
+            seq.in_flight -= row.samples
+        self.block_manager.unregister(seq, seq.computed)
+        self._release(seq)
         seq.status = SequenceStatus.WAITING
-        seq.num_computed_tokens = 0
-        seq.num_scheduled_tokens = 0
+        seq.computed = seq.scheduled = 0
         seq.has_sampled = False
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
-
-    def _note_exceptions(self, batch: Batch) -> None:
-        """Note which sequences alone do not get the usual; those admitted now are no news."""
-        first_admitted = batch.admitted[0].seq.admission_index if batch.admitted else self._num_admitted
-        rows = {row.seq: row for row in batch.explicit}
-        for seq in self.alone:
-            if seq.admission_index >= first_admitted:
-                break
-            row = rows.get(seq)
-            num_tokens, samples = (row.num_tokens, row.samples) if row is not None else (0, False)
-            if num_tokens != batch.usual_tokens or (row is not None and not samples):
-                batch.exceptions.append((seq, num_tokens, samples))
 
     # --- the result ---
 
@@ -426,33 +400,33 @@ class Scheduler:
 
         Args:
             seqs: the batch, or the list that it holds.
-            token_ids: a token for each of `batch.sampled`, in order (an `array("I")` costs least); None in a
-                simulation, which has no tokens.
+            token_ids: a token for each of `batch.sampled`, in order; None in a simulation, which has no tokens.
             eos_token_id: ends a sequence, unless its `ignore_eos` is set.
 
         Raises:
             ValueError: `seqs` is not the oldest batch in flight, or `token_ids` has another length.
         """
-        batch = self.in_flight[0] if self.in_flight else None
+        group, batch = self.group, self.in_flight[0] if self.in_flight else None
         if batch is None or not batch.is_held_by(seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
         if token_ids is not None and len(token_ids) != batch.num_sampled:
             raise ValueError(f"{len(token_ids)} tokens for a batch that samples {batch.num_sampled}")
-        if token_ids is None and batch.num_members and self.group.num_with_tokens:
+        if token_ids is None and batch.num_members and group.num_with_tokens:
             raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         of_members, own = batch.split(token_ids)
         packed = _packed(of_members) if batch.num_members else None
         self.in_flight.popleft()
         ends: Ends = {}
-        if batch.has_members:
-            self.group.receive(batch.view, packed)
+        if batch.view is not None:
+            group.receive(batch.view, packed)
             self._find_ends(batch, of_members, eos_token_id, ends)
         if batch.explicit:
-            rows = [(order, row.seq) for order, row in zip(batch.orders, batch.explicit, strict=True) if row.samples]
-            for (order, seq), token_id in zip(rows, [None] * len(rows) if own is None else own, strict=True):
-                self._take_token(order, seq, token_id, eos_token_id, ends)
-        while caught := self.group.catch_up():
-            self.block_manager.register_each(self.group.full_blocks(caught, self.group.registered))
+            tokens = repeat(None) if own is None else iter(own)
+            for order, row in zip(batch.orders, batch.explicit, strict=True):
+                if row.samples:
+                    self._take_token(order, row.seq, next(tokens), eos_token_id, ends)
+        while caught := group.catch_up():
+            self.block_manager.register_each(group.full_blocks(caught, group.registered))
         if not ends:
             return []
         ended = sorted(ends, key=ends.__getitem__)
@@ -462,59 +436,54 @@ class Scheduler:
             self.alone = [seq for seq in self.alone if not seq.is_finished]
         return ended
 
-    def _find_ends(self, batch: Batch, token_ids: Seq[int] | None, eos_token_id: int | None, ends: Ends) -> None:
+    def _find_ends(self, batch: Batch, token_ids: Seq[int] | None, eos: int | None, ends: Ends) -> None:
         """Note which members end with these tokens, and hand theirs to those that have left the group since."""
-        group = self.group
-        for member in group.ending_at(group.known):
-            ends[member.seq] = member.order, "length"
-        if token_ids is not None and not (stops := group.stop_set(eos_token_id)).isdisjoint(token_ids):
-            members = batch.members
-            for index, token_id in enumerate(token_ids):
-                if token_id in stops:
-                    member = members[index]
-                    if member.seq.member is member and _stops(member.seq, token_id, eos_token_id):
-                        ends[member.seq] = member.order, "stop"
-        if batch.late:
-            members = batch.members
-            for member in batch.late:
-                late_token = None if token_ids is None else token_ids[members.index(member)]
-                self._take_token(member.order, member.seq, late_token, eos_token_id, ends)
+        group, view = self.group, batch.view
+        assert view is not None
+        for seq in group.ending_at(group.known):
+            ends[seq] = seq.admission_index, "length"
+        if token_ids is not None and (group.stops or group.heeds_eos):
+            stops = group.stops if eos is None or not group.heeds_eos else group.stops | {eos}
+            if not stops.isdisjoint(token_ids):
+                for seq, order, token_id in zip(view.seqs, view.orders, token_ids, strict=True):
+                    if token_id in stops and seq.group is group and _stops(seq, token_id, eos):
+                        ends[seq] = order, "stop"
+        for seq in batch.late:
+            place = view.seqs.index(seq)
+            token_id = None if token_ids is None else token_ids[place]
+            self._take_token(view.orders[place], seq, token_id, eos, ends)
 
     def _take_token(self, order: int, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
         """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
         if seq.is_finished:
             return
-        stops = token_id is not None and _stops(seq, token_id, eos)
-        if seq.member is not None:
-            # The group has counted the token, and knows when the length is reached.
-            if token_id is not None and seq.has_token_ids:
-                self.group.receive_late(seq.member, token_id)
-        else:
-            seq.num_in_flight -= 1
-            seq.append_token(token_id)
+        seq.append_token(token_id)
+        if seq.group is None:
+            seq.in_flight -= 1
             if seq.status is SequenceStatus.RUNNING:
-                self.block_manager.register(seq, seq.num_computed_tokens - seq.num_in_flight)
-            if seq.num_tokens >= self.final_length(seq):
+                self.block_manager.register(seq, seq.computed - seq.in_flight)
+            if seq.known >= seq.final_length:
                 ends[seq] = order, "length"
-        if stops:
+        if token_id is not None and _stops(seq, token_id, eos):
             ends[seq] = order, "stop"
 
     def _end(self, seq: Sequence, reason: str) -> None:
         """Finish a sequence; where one that stood alone ends, the caller drops it from `alone`."""
         if seq.status is SequenceStatus.RUNNING:
-            if seq.member is not None:
+            if seq.group is not None:
                 self.group.leave(seq)
-            self.block_manager.deallocate(seq)
-            self._num_released += 1
-            del self._running[seq]
+            self._release(seq)
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
-        self._finish(seq, reason)
-
-    def _finish(self, seq: Sequence, reason: str) -> None:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
+
+    def _release(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks and its place."""
+        self.block_manager.deallocate(seq)
+        self._num_released += 1
+        del self._running[seq]
 
     def _refusal(self, seq: Sequence) -> str | None:
         """Why `seq` can never be served; None if it can. Its last generated token needs no KV."""
@@ -522,7 +491,7 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most = int(self.final_length(seq)) - 1
+        most = seq.final_length - 1
         manager = self.block_manager
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
@@ -540,7 +509,7 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
-        alone = [seq for seq in self._running if seq.member is None]
+        alone = [seq for seq in self._running if seq.group is None]
         assert alone == self.alone, f"alone: {self.alone}, but running outside the group: {alone}"
         assert len(alone) + len(self.group) == len(self._running), f"{len(self.group)} members, {len(alone)} alone"
         for seq in self._running:

@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twinserve.policies.decode_group import Member
+    from twinserve.policies.decode_group import DecodeGroup
 
 
 IS_LITTLE_ENDIAN = sys.byteorder == "little"
@@ -83,8 +83,8 @@ class Sequence:
     `prefix_key` says what its tokens are. `prefix_key(n)` is an integer that two sequences share exactly when their
     first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing.
 
-    While a sequence decodes in step with others its counts and its latest tokens are kept by their `DecodeGroup`; the
-    attributes below read the same either way.
+    While a sequence decodes in step with others, the clocks of their `group` count for it: the properties add them to
+    its `base`, and `known`, `computed` and `in_flight` say only what it counted by itself.
 
     Args:
         priority: smaller is more urgent; for orders that look at it.
@@ -94,7 +94,8 @@ class Sequence:
     Attributes:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
         arrival_index: how many sequences the Scheduler had accepted before this one.
-        num_prompt_tokens: tokens of the prompt.
+        admission_index: how many admissions there had been before its latest one; the running order.
+        final_length: tokens at which generation ends, whatever is generated; set by the Scheduler.
         block_table: ids of the KV blocks held, in token order.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
         num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
@@ -124,14 +125,17 @@ class Sequence:
         self.seq_id = next(_next_seq_id) if seq_id is None else seq_id
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
+        self.refusal: str | None = None
         self.has_token_ids = token_ids is not None
         self.num_prompt_tokens: int = int(num_prompt_tokens or 0) if token_ids is None else len(token_ids)
         self.sampling_params = sampling_params or SamplingParams()
+        self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.prefix_key = prefix_key
         self.priority = priority
         self.salt = salt
         self.tenant = tenant
         self.arrival_index = -1
+        self.admission_index = -1
 
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
@@ -140,7 +144,6 @@ class Sequence:
         self.num_registered_blocks = 0
         self.has_sampled = False
         self.num_preemptions = 0
-        self.refusal: str | None = None
 
         self.arrival_ns = arrival_ns
         self.ingested_ns: int | None = None
@@ -148,59 +151,46 @@ class Sequence:
         self.first_token_ns: int | None = None
         self.finish_ns: int | None = None
 
-        # Of a member of a decode group, the group's clocks hold what these four would.
-        self.member: Member | None = None
-        self._num_tokens = self.num_prompt_tokens
-        self._num_computed = 0
-        self._num_in_flight = 0
-        self._num_scheduled = 0
+        self.known = self.num_prompt_tokens
+        self.computed = 0
+        self.in_flight = 0
+        self.scheduled = 0
+        self.group: DecodeGroup | None = None
+        self.base = 0
         self._token_ids = [] if token_ids is None else list(token_ids)
         self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
-        self.admission_index = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens known: the prompt and the generated tokens received so far."""
-        return self._num_tokens if self.member is None else self.member.num_tokens
+        return self.known if self.group is None else self.base + self.group.known + 1
 
     @property
     def num_computed_tokens(self) -> int:
         """Tokens whose KV exists or is being computed by a launched step."""
-        return self._num_computed if self.member is None else self.member.num_computed_tokens
-
-    @num_computed_tokens.setter
-    def num_computed_tokens(self, value: int) -> None:
-        assert self.member is None, f"{self} is counted by its group"
-        self._num_computed = value
+        return self.computed if self.group is None else self.base + self.group.planned
 
     @property
     def num_in_flight(self) -> int:
         """Tokens that launched steps will sample and that are not known yet."""
-        return self._num_in_flight if self.member is None else self.member.num_in_flight
-
-    @num_in_flight.setter
-    def num_in_flight(self, value: int) -> None:
-        assert self.member is None, f"{self} is counted by its group"
-        self._num_in_flight = value
+        return self.in_flight if self.group is None else self.group.planned - self.group.known
 
     @property
     def num_scheduled_tokens(self) -> int:
         """Tokens that the latest decided step with a row of this sequence computes for it."""
-        return self._num_scheduled if self.member is None else 1
-
-    @num_scheduled_tokens.setter
-    def num_scheduled_tokens(self, value: int) -> None:
-        self._num_scheduled = value
+        return self.scheduled if self.group is None else 1
 
     @property
     def token_ids(self) -> list[int]:
         """Prompt and generated tokens; empty for a sequence without token ids."""
-        if self.member is not None:
-            self.member.hand_over()
-        if self.unread:
-            for packed in self.unread:
-                self._token_ids.extend(token_ids_of(packed))
-            self.unread.clear()
+        if self.group is not None:
+            self.group.hand_over(self, self.num_tokens)
+        return self._own_token_ids()
+
+    def _own_token_ids(self) -> list[int]:
+        for packed in self.unread:
+            self._token_ids.extend(token_ids_of(packed))
+        self.unread.clear()
         return self._token_ids
 
     @property
@@ -227,17 +217,8 @@ class Sequence:
         if self.has_token_ids:
             if token_id is None:
                 raise ValueError(f"sequence {self.seq_id} has token ids, but was given a token without an id")
-            self.token_ids.append(token_id)
-        self._num_tokens += 1
-
-    def leave_group(self) -> None:
-        """Count by itself again, from where the group's clocks stand."""
-        member = self.member
-        assert member is not None, f"{self} is in no group"
-        member.hand_over()
-        self._num_tokens, self._num_computed = member.num_tokens, member.num_computed_tokens
-        self._num_in_flight, self._num_scheduled = member.num_in_flight, 1
-        self.member = None
+            self._own_token_ids().append(token_id)
+        self.known += 1
 
     def __repr__(self) -> str:
         return (

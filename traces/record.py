@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Repeat
+from twinserve.traces.digest import Digest
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import STEP_FIELDS, summarize
@@ -85,6 +86,7 @@ class RunRecorder(CoreListener):
         self._served: dict[int, _Served] = {}
         self._request_rows: dict[int, dict[str, Any]] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
+        self._digest = Digest()
         self._decided: deque[dict[str, Any]] = deque()
         self._num_ended = 0
         self._num_rows = 0
@@ -113,9 +115,9 @@ class RunRecorder(CoreListener):
             served = self._served.get(row.seq.seq_id)
             if served is not None and served.cached_tokens is None:
                 served.cached_tokens = row.start
-        self._decided.append(_step_row(batch))
+        self._decided.append(_step_row(batch, self._digest.of(batch)))
 
-    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
+    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
         row = self._decided[-1]
         row["count"] = 1 + len(repeats)
@@ -124,7 +126,8 @@ class RunRecorder(CoreListener):
             [decided_ns, start_ns, end_ns, [[seq.seq_id, block_ids] for seq, block_ids in grown]]
             for decided_ns, start_ns, end_ns, grown in repeats
         ]
-        row["digest"] = f"{digest:016x}"
+        grown = [pair for repeat in repeats for pair in repeat.grown]
+        row["digest"] = f"{self._digest.grow(latest, grown):016x}"
         self._num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:
@@ -243,7 +246,7 @@ def _make_partial(out: Path) -> Path:
     return partial
 
 
-def decision_fields(batch: Batch) -> dict[str, Any]:
+def decision_fields(batch: Batch, digest: int) -> dict[str, Any]:
     """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
     return {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
@@ -261,11 +264,11 @@ def decision_fields(batch: Batch) -> dict[str, Any]:
         "used_blocks": batch.num_used_blocks,
         "waiting": batch.num_waiting,
         "running": batch.num_running,
-        "digest": f"{batch.digest:016x}",
+        "digest": f"{digest:016x}",
     }
 
 
-def _step_row(batch: Batch) -> dict[str, Any]:
+def _step_row(batch: Batch, digest: int) -> dict[str, Any]:
     """A step's row; its start and end are not known yet."""
     return {
         "decision": batch.decision,
@@ -276,7 +279,7 @@ def _step_row(batch: Batch) -> dict[str, Any]:
         "start_ns": None,
         "end_ns": None,
         "count": 1,
-        **decision_fields(batch),
+        **decision_fields(batch, digest),
     }
 
 

@@ -184,6 +184,8 @@ class Core:
             spans: of each decision, its time, and the start and the end of its step, in nanoseconds. With a horizon of
                 k there may be up to k - 1.
         """
+        if not spans:
+            return
         first, before = self.in_flight[-1], list(self.in_flight)[:-1]
         grown = repeat(self.scheduler, len(spans))
         self.in_flight = deque(self.scheduler.in_flight)

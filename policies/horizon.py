@@ -49,7 +49,8 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
 def _is_like(before: Batch, batch: Batch) -> bool:
     """Have two batches the same rows, but for their lengths?"""
     rows = [[(row.seq, *row[2:]) for row in one.explicit] for one in (before, batch)]
-    return before.view is batch.view and rows[0] == rows[1]
+    members = [one.view.seqs if one.view is not None else None for one in (before, batch)]
+    return members[0] == members[1] and rows[0] == rows[1] and not before.late
 
 
 def _steps_of(scheduler: Scheduler, batch: Batch, row: Row) -> int:

@@ -108,13 +108,17 @@ def test_tokens_that_do_not_fit_are_refused_before_anything_changes():
 
 
 def test_a_step_looks_at_members_whose_block_begins_or_is_full_and_at_no_others():
-    scheduler = Scheduler(BlockManager(4000, 16), prefix_cache=PrefixCache())
+    manager = BlockManager(4000, 16)
+    scheduler = Scheduler(manager, prefix_cache=PrefixCache())
     for number in range(64):
         scheduler.add(Sequence([number] * (1 + number % 16), SamplingParams(max_tokens=200, ignore_eos=True)))
-    served = []
-    serve = scheduler.serve
-    scheduler.serve = lambda *args: (served.append(len(args[0]) + len(args[1])), serve(*args))[1]  # type: ignore
-    for _ in range(100):
+    served: list[int] = []
+    extend_each, register_each = manager.extend_each, manager.register_each
+    manager.extend_each = lambda seqs: (served.append(len(seqs)), extend_each(seqs))[1]  # type: ignore
+    manager.register_each = lambda blocks: (served.append(len(blocks)), register_each(blocks))[1]  # type: ignore
+    for number in range(100):
+        if number == 20:
+            manager.extend = manager.register = None  # type: ignore
         batch = scheduler.schedule()
         scheduler.postprocess(batch, [5] * batch.num_sampled)
-    assert set(served[20:]) == {8}, "of 64 members, 4 begin a block and 4 fill one in each step"
+    assert set(served[40:]) == {4}, "of 64 members, 4 begin a block and 4 fill one in each step"

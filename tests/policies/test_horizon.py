@@ -23,6 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.traces.digest import Digest
 
 STEP_NS = 10
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
@@ -153,17 +154,19 @@ class Log(CoreListener):
     """Keeps each decision's digest and growth; of repeated ones, the last digest and each one's growth."""
 
     def __init__(self) -> None:
+        self.digest = Digest()
         self.digests: dict[int, int] = {}
         self.grown: dict[int, list] = {}
         self.committed_batches = 0
         self.longest = 0
 
     def decided(self, batch):
-        self.digests[batch.decision] = batch.digest
+        self.digests[batch.decision] = self.digest.of(batch)
         self.grown[batch.decision] = [(seq.seq_id, list(ids)) for seq, ids in batch.grown]
 
-    def repeated(self, batch, repeats, num_committed, digest):
-        self.digests[batch.decision + len(repeats)] = digest
+    def repeated(self, batch, repeats, num_committed, latest):
+        grown = [pair for repeat in repeats for pair in repeat.grown]
+        self.digests[latest.decision] = self.digest.grow(latest, grown)
         for number, repeat in enumerate(repeats, 1):
             self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in repeat.grown]
         self.committed_batches += num_committed
@@ -198,6 +201,10 @@ class Run:
     def _may_be_short(self, batch: Batch) -> bool:
         """Is it a decision whose horizon need not be the most, by the words of its docstring?"""
         scheduler = self.core.scheduler
+        rows = [[(row.seq, *row[2:]) for row in one.rows] for one in self.core.in_flight]
+        own_rows = [row for one in self.core.in_flight for row in one.explicit]
+        if any(rows[0] != others for others in rows) or not all(row.is_prompt for row in own_rows):
+            return True
         if batch.usual_tokens and len(batch) < batch.num_running:
             return True
         if not scheduler.waiting:

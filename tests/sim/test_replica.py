@@ -40,7 +40,7 @@ class Journal(CoreListener):
         self.seen.append(batch.seen)
         self.batches.append(batch)
 
-    def repeated(self, batch, repeats, num_committed, digest):
+    def repeated(self, batch, repeats, num_committed, latest):
         self.committed(batch)
         for number, repeat in enumerate(repeats, batch.decision + 1):
             self.seen.append(batch.seen)

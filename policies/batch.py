@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from copy import copy
+from itertools import repeat
 from typing import NamedTuple
 
 from twinserve.policies.decode_group import View
@@ -33,8 +33,8 @@ class Batch:
     first time since it was admitted.
 
     The deltas say the decision in terms of the one before: `admitted` rows (their `start` is the prefix hit),
-    sequences that `left` (finished or aborted) and were `preempted`, `grown` block tables, and `exceptions`: rows of
-    running sequences that are not the usual `usual_tokens` (1, or 0 in a step for prompts alone).
+    sequences that `left` (finished or aborted) and were `preempted`, and `grown` block tables. A running sequence gets
+    `usual_tokens` (1, or 0 in a step for prompts alone), unless it has a row in `explicit` or is in `without_row`.
 
     Totals: `num_tokens` = `num_prompt_tokens` + `num_decode_tokens`; `num_kv_tokens` is the sum of the rows' context
     lengths; `num_attention_pairs` counts each query against each key it attends.
@@ -62,7 +62,6 @@ class Batch:
         self.explicit: list[Row] = []
         self.orders: list[int] = []
         self.without_row: list[tuple[int, Sequence]] = []
-        self.late: list[Sequence] = []
         self.admitted: list[Row] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -96,15 +95,12 @@ class Batch:
                 return row
         return None
 
-    def add_members(self, view: View, clock: int, num_kv_tokens: int) -> None:
-        """Add a row for each member of the group: its token number `base` + `clock`; their contexts, summed up."""
-        self.view, self.clock = view, clock
-        self.num_members = self.num_sampled = len(view.seqs)
-        self.num_kv_tokens = self.num_attention_pairs = num_kv_tokens
-
-    def count(self) -> None:
-        """Work out the totals, once every row is there."""
-        self.num_tokens += self.num_members
+    def count(self, num_kv_tokens: int) -> None:
+        """Work out the totals, once every row is there; the members' contexts are `num_kv_tokens` in all."""
+        if self.view is not None:
+            self.num_members = self.num_sampled = len(self.view.seqs)
+            self.num_tokens += self.num_members
+            self.num_kv_tokens = self.num_attention_pairs = num_kv_tokens
         for _, start, num_tokens, samples, is_prompt in self.explicit:
             end = start + num_tokens
             self.num_kv_tokens += end
@@ -121,7 +117,7 @@ class Batch:
         batch = copy(self)
         batch.explicit = [row._replace(start=row.start + num_steps * row.num_tokens) for row in self.explicit]
         batch._rows = batch._seqs = None
-        batch.late, batch.left, batch.preempted, batch.grown, batch.aborted = [], [], [], [], []
+        batch.left, batch.preempted, batch.grown, batch.aborted = [], [], [], []
         batch.clock += num_steps
         batch.decision += num_steps
         batch.committed += num_steps
@@ -157,34 +153,15 @@ class Batch:
         """The sequences that get a token, in order."""
         return [row.seq for row in self.rows if row.samples]
 
-    @property
-    def exceptions(self) -> list[tuple[Sequence, int, bool]]:
-        """(sequence, tokens, does it sample?) of those running before that do not get the usual."""
-        running = zip(self.orders, self.explicit[: len(self.explicit) - len(self.admitted)])
-        found = [
-            (order, row.seq, row.num_tokens, row.samples)
-            for order, row in running
-            if row.num_tokens != self.usual_tokens or not row.samples
-        ]
-        found += [(order, seq, 0, False) for order, seq in self.without_row]
-        return [entry[1:] for entry in sorted(found, key=lambda entry: entry[0])]
-
-    def is_held_by(self, seqs: Batch | list[Sequence]) -> bool:
-        """Is `seqs` this batch, or the list that it holds?"""
-        return seqs is self or (seqs is self._seqs and seqs is not None)
-
-    def split(self, token_ids: Seq[int] | None) -> tuple[Seq[int] | None, Seq[int] | None]:
+    def split(self, token_ids: Seq[int] | None) -> tuple[Seq[int] | None, Iterator[int | None]]:
         """Of the tokens for `sampled`: those of the members, and those of the sequences on their own."""
-        if token_ids is None or not self.explicit:
-            return token_ids, None
-        orders = [order for order, row in zip(self.orders, self.explicit) if row.samples]
-        if self.view is None or not orders or not self.view.orders or self.view.orders[-1] < orders[0]:
-            return token_ids[: self.num_members], token_ids[self.num_members :]
-        places = [number + bisect_left(self.view.orders, order) for number, order in enumerate(orders)]
-        taken = list(token_ids)
-        for place in reversed(places):
-            del taken[place]
-        return taken, [token_ids[place] for place in places]
+        members = self.num_members
+        if token_ids is None:
+            return None, repeat(None)
+        if not self.explicit or self.view is None or not members or self.view.orders[-1] < self.orders[0]:
+            return token_ids[:members] if self.explicit else token_ids, iter(token_ids[members:])
+        of = dict(zip(self.sampled, token_ids, strict=True))
+        return [of[seq] for seq in self.view.seqs], iter([of[row.seq] for row in self.explicit if row.samples])
 
     def __iter__(self) -> Iterator:
         yield self.seqs

@@ -244,12 +244,12 @@ class BlockManager:
         cache.register(table[first:end], seq.block_hashes[first:end], seq.block_contents[first:end], parent)
         seq.num_registered_blocks = end
 
-    def register_each(self, blocks: list[tuple[Sequence, int, bytes | None]]) -> None:
+    def register_each(self, blocks: list[tuple[Sequence, int, bytes]]) -> None:
         """Let the cache know a block of each of some sequences, in order.
 
         Args:
             blocks: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
-                (see `token_bytes`); None for these if the sequence has to be asked for them.
+                (see `token_bytes`); nothing if the sequence has to be asked for them.
         """
         cache = self.prefix_cache
         if cache is None:
@@ -258,11 +258,11 @@ class BlockManager:
         for seq, end, content in blocks:
             index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
             key = None if seq.prefix_key is None or seq.salt else seq.prefix_key(end)
-            if (key is None and content is None) or not index == seq.num_registered_blocks == len(hashes) > 0:
+            if (key is None and not content) or not index == seq.num_registered_blocks == len(hashes) > 0:
                 self.register(seq, end)
                 continue
-            hashes.append(cache.register_next(table[index], table[index - 1], key, content))
-            seq.block_contents.append(content)
+            hashes.append(cache.register_next(table[index], table[index - 1], key, content or None))
+            seq.block_contents.append(content or None)
             seq.num_registered_blocks = index + 1
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:

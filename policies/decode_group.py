@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
-from twinserve.policies.sequence import IS_LITTLE_ENDIAN, Sequence, token_bytes
+from twinserve.policies.sequence import Sequence, token_bytes
 
 _MOST_TOKENS = 1 << 20
 
@@ -29,14 +28,6 @@ class View:
         self.first = 0
         self.is_taken = False
 
-    def place(self, seq: Sequence) -> int:
-        """Where a member stands, or would."""
-        return bisect_left(self.orders, seq.admission_index)
-
-    def holds(self, seq: Sequence) -> bool:
-        """Was a running sequence a member then?"""
-        return seq in self.seqs[self.place(seq) : self.place(seq) + 1]
-
 
 class DecodeGroup:
     """Decodes that go on in step: a step costs what happens to them, not how many they are.
@@ -49,49 +40,35 @@ class DecodeGroup:
     changes its bucket), and by the clock at which they end. Tokens lie where they came in, a row a step, until they
     fill a block or somebody reads them; a member's are one strided slice.
 
-    Args:
-        registers: full blocks are shown to a prefix cache.
-
     Attributes:
         view: the members now.
+        ends: members by the value of `known` at which they end, in running order.
         num_with_tokens: members that have token ids.
         stops: tokens that may end a member (and some that might have ended one that has gone).
-        heeds_eos: may the end-of-sequence token end one?
     """
 
-    def __init__(self, block_size: int, *, registers: bool):
-        self.registers = registers
-        self.planned = 0
-        self.known = 0
-        self.registered = 0
+    def __init__(self, block_size: int) -> None:
+        self.planned = self.known = self.registered = 0
         self.view = View([], [], [])
+        self.ends: dict[int, list[Sequence]] = {}
         self.num_with_tokens = 0
         self.stops: set[int] = set()
-        self.heeds_eos = False
         self._block_size = block_size
-        self._sum_of_bases = 0
         self._begins: dict[int, list[Sequence]] = {}
-        self._ends: dict[int, list[Sequence]] = {}
+        self._sum_of_bases = 0
         self._views: deque[View] = deque()
 
-    def __len__(self) -> int:
-        return len(self.view.seqs)
-
-    # --- who is in it ---
-
-    def fits(self, seq: Sequence) -> bool:
-        """Is `seq` as far ahead of its tokens as the members are of theirs, and registered as far as they are?"""
-        if seq.in_flight != self.planned - self.known:
-            return False
-        full = (seq.computed - self.planned + self.registered) // self._block_size
-        return not self.registers or seq.num_registered_blocks >= full
+    @property
+    def num_kv_tokens(self) -> int:
+        """Sum of the members' computed tokens."""
+        return self._sum_of_bases + len(self.view.seqs) * self.planned
 
     def join(self, seq: Sequence) -> None:
-        """Let in a sequence that `fits` and has all but its latest token computed."""
-        seq.group = self
+        """Let in a sequence that has all but its latest token computed, and as many in flight as the members."""
+        seq.group, seq.since = self, self.planned
         seq.base = seq.computed - self.planned
         view = self._changed()
-        place = view.place(seq)
+        place = bisect_left(view.orders, seq.admission_index)
         view.seqs.insert(place, seq)
         view.orders.insert(place, seq.admission_index)
         view.bases.insert(place, seq.base)
@@ -100,7 +77,6 @@ class DecodeGroup:
         self._sum_of_bases += seq.base
         self.num_with_tokens += seq.has_token_ids
         if not seq.sampling_params.ignore_eos:
-            self.heeds_eos = True
             self.stops.update(seq.sampling_params.stop_token_ids)
 
     def leave(self, seq: Sequence) -> None:
@@ -109,80 +85,24 @@ class DecodeGroup:
         seq.computed, seq.in_flight, seq.scheduled = seq.num_computed_tokens, seq.num_in_flight, 1
         seq.group = None
         view = self._changed()
-        place = view.place(seq)
+        place = bisect_left(view.orders, seq.admission_index)
         del view.seqs[place], view.orders[place], view.bases[place]
         for bucket in self._buckets(seq):
             bucket.remove(seq)
-        if not self._ends[end := _end(seq)]:
-            del self._ends[end]
+        if not self.ends[seq.end]:
+            del self.ends[seq.end]
         self._sum_of_bases -= seq.base
         self.num_with_tokens -= seq.has_token_ids
         if not view.seqs:
             self.stops.clear()
-            self.heeds_eos = False
 
     def behind(self, order: int) -> list[Sequence]:
         """The members that were admitted after the sequence with this admission index."""
         return self.view.seqs[bisect_right(self.view.orders, order) :]
 
-    def _buckets(self, seq: Sequence) -> tuple[list[Sequence], list[Sequence]]:
-        """The buckets that a member lies in."""
-        begins = self._begins.setdefault(-seq.base % self._block_size, [])
-        return begins, self._ends.setdefault(_end(seq), [])
-
-    def _changed(self) -> View:
-        """The members now, in a view that can be changed."""
-        view = self.view
-        if view.is_taken:
-            self.view = view = View(view.seqs.copy(), view.orders.copy(), view.bases.copy())
-        return view
-
-    # --- what is due ---
-
-    def beginning(self) -> list[Sequence]:
-        """Members whose next token begins a block, in running order."""
-        return self._begins.get(self.planned % self._block_size, [])
-
-    def completing(self) -> list[Sequence]:
-        """Members with a block that is full of known tokens once the next step has run, in running order."""
-        clock = self.next_registered
-        if clock == self.registered or not (self.registers or self.num_with_tokens):
-            return []
+    def beginning(self, clock: int) -> list[Sequence]:
+        """Members whose token at that clock begins a block, all blocks before being full; in running order."""
         return self._begins.get(clock % self._block_size, [])
-
-    @property
-    def next_registered(self) -> int:
-        """What `registered` is once the next step is decided."""
-        return min(self.planned, self.known) + 1
-
-    def plan(self) -> View:
-        """A step is decided in which each member gets a token; who they are. Full blocks have been registered."""
-        self.registered = self.next_registered
-        self.planned += 1
-        self.view.is_taken = True
-        return self.view
-
-    def catch_up(self) -> list[Sequence]:
-        """Members with a block that the steps ended so far have filled and nobody has registered; call until empty."""
-        while self.registered < self.known:
-            self.registered += 1
-            if seqs := self._begins.get(self.registered % self._block_size):
-                return seqs
-        return []
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Sum of the members' computed tokens."""
-        return self._sum_of_bases + len(self.view.seqs) * self.planned
-
-    @property
-    def next_end(self) -> float:
-        """The value of `known` at which the next member ends."""
-        return min(self._ends, default=math.inf)
-
-    def ending_at(self, clock: int) -> list[Sequence]:
-        """Members that end when `known` has this value, in running order."""
-        return self._ends.get(clock, [])
 
     def num_beginning(self, num_steps: int) -> int:
         """Blocks that the next `num_steps` steps begin."""
@@ -193,7 +113,12 @@ class DecodeGroup:
                 begun += len(seqs)
         return begun
 
-    # --- tokens ---
+    def plan(self) -> View:
+        """A step is decided in which each member gets a token; who they are. Full blocks have been registered."""
+        self.registered = min(self.planned, self.known) + 1
+        self.planned += 1
+        self.view.is_taken = True
+        return self.view
 
     def receive(self, view: View, tokens: array[int] | None) -> None:
         """Take the tokens of a step, one for each member of `view` in running order; None in a simulation."""
@@ -209,12 +134,15 @@ class DecodeGroup:
             if len(view.tokens) > _MOST_TOKENS and view is self.view:
                 self._changed()
 
-    def hand_over(self, seq: Sequence, num_tokens: int) -> None:
-        """Give a member its first `num_tokens` tokens, as far as it has not got them."""
+    def hand_over(self, seq: Sequence, num_tokens: int) -> bytes:
+        """Give a member its first `num_tokens` tokens, as far as it has not got them; those, packed."""
+        packed = b""
         if seq.known < num_tokens:
             if seq.has_token_ids:
-                seq.unread.append(token_bytes(self._tokens(seq, seq.known - seq.base, num_tokens - seq.base)))
+                packed = token_bytes(self._tokens(seq, seq.known - seq.base, num_tokens - seq.base))
+                seq.unread.append(packed)
             seq.known = num_tokens
+        return packed
 
     def _tokens(self, seq: Sequence, first: int, end: int) -> array[int]:
         """The tokens that a member got when `known` became `first`, ..., `end - 1`."""
@@ -223,33 +151,35 @@ class DecodeGroup:
             width = len(view.seqs)
             begin, stop = first - view.first, min(end - view.first, len(view.tokens) // width)
             if begin < stop:
-                place = view.place(seq)
+                place = bisect_left(view.orders, seq.admission_index)
                 tokens += view.tokens[begin * width + place : stop * width : width]
                 first += stop - begin
         assert first == end, f"{seq}: no tokens from {first} to {end}"
         return tokens
 
-    def full_blocks(self, seqs: list[Sequence], clock: int) -> list[tuple[Sequence, int, bytes | None]]:
-        """For each member, the block that it has filled when `clock` says how many tokens there are.
-
-        Returns:
-            The sequence, the number of tokens with which the block ends, and its tokens, packed; None for these if the
-            sequence has to be asked for them.
+    def full_blocks(self, clock: int) -> list[tuple[Sequence, int, bytes]]:
+        """The blocks that are full when the members know `base + clock` tokens: the sequence, the number of its tokens
+        with which the block ends, and the block's tokens, packed; nothing where the sequence has to be asked for them.
         """
         size = self._block_size
-        blocks: list[tuple[Sequence, int, bytes | None]] = []
-        for seq in seqs:
+        blocks = []
+        for seq in self.beginning(clock):
             end = seq.base + clock
-            content = None
-            if seq.has_token_ids and seq.known == end - size:
-                tokens = self._tokens(seq, clock - size, clock)
-                content = tokens.tobytes() if IS_LITTLE_ENDIAN else token_bytes(tokens)
-                seq.unread.append(content)
-                seq.known = end
-            else:
-                self.hand_over(seq, end)
-            blocks.append((seq, end, content))
+            packed = self.hand_over(seq, end)
+            blocks.append((seq, end, packed if len(packed) == 4 * size else b""))
         return blocks
+
+    def _changed(self) -> View:
+        """The members now, in a view that can be changed."""
+        view = self.view
+        if view.is_taken:
+            self.view = view = View(view.seqs.copy(), view.orders.copy(), view.bases.copy())
+        return view
+
+    def _buckets(self, seq: Sequence) -> tuple[list[Sequence], list[Sequence]]:
+        """The buckets that a member lies in."""
+        begins = self._begins.setdefault(-seq.base % self._block_size, [])
+        return begins, self.ends.setdefault(seq.end, [])
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if the group's sums, buckets or clocks are not its members'."""
@@ -260,19 +190,11 @@ class DecodeGroup:
         for seq, order, base in zip(view.seqs, view.orders, view.bases, strict=True):
             assert seq.group is self and (seq.admission_index, seq.base) == (order, base), f"in the group: {seq}"
             assert all(seq in bucket for bucket in self._buckets(seq)), f"not in its buckets: {seq}"
-            assert _end(seq) > self.known, f"{seq} has ended at {_end(seq)}, {self.known} is known"
-            full, registered = (seq.base + self.registered) // self._block_size, seq.num_registered_blocks
-            right = full <= registered <= full + 1 if self.registers else not registered
-            assert right, f"{seq} has {registered} blocks registered, not {full}"
-        for buckets in (self._begins, self._ends):
+            assert seq.end > self.known, f"{seq} has ended at {seq.end}, {self.known} is known"
+        for buckets in (self._begins, self.ends):
             held = sum(map(len, buckets.values()))
             assert held == len(view.seqs), f"{held} in buckets, {len(view.seqs)} in the group"
 
 
 def _order(seq: Sequence) -> int:
     return seq.admission_index
-
-
-def _end(seq: Sequence) -> int:
-    """The clock at which a member ends."""
-    return seq.final_length - seq.base - 1

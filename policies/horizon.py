@@ -34,7 +34,7 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
         return 1
     steps = cap
     if batch.num_members:
-        steps = int(min(steps, group.next_end - group.planned + 1))
+        steps = min(steps, min(group.ends) - group.planned + 1)
     for row in batch.explicit:
         steps = min(steps, _steps_of(scheduler, batch, row))
     has_row = {row.seq for row in batch.explicit}
@@ -49,8 +49,7 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
 def _is_like(before: Batch, batch: Batch) -> bool:
     """Have two batches the same rows, but for their lengths?"""
     rows = [[(row.seq, *row[2:]) for row in one.explicit] for one in (before, batch)]
-    members = [one.view.seqs if one.view is not None else None for one in (before, batch)]
-    return members[0] == members[1] and rows[0] == rows[1] and not before.late
+    return before.view is batch.view and rows[0] == rows[1]
 
 
 def _steps_of(scheduler: Scheduler, batch: Batch, row: Row) -> int:
@@ -114,7 +113,7 @@ def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
     for _ in range(num_steps):
         if decodes:
             group.known += 1
-        if scheduler.alone or group.beginning() or group.completing():
+        if scheduler.alone or group.beginning(group.planned) or group.beginning(min(group.planned, group.known) + 1):
             again = Batch(batch.usual_tokens)
             scheduler.serve_running(again, prompts=prompts)
             grown.append(again.grown)
@@ -122,7 +121,8 @@ def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
             grown.append(nothing)
         if decodes:
             group.plan()
-    assert group.known < group.next_end, f"{num_steps} steps go on past the end at {group.next_end}: {group.known}"
+    end = min(group.ends, default=group.planned + 1)
+    assert group.known < end, f"{num_steps} steps go on past the end at {end}: {group.known}"
     used_blocks = len(scheduler.block_manager.used_block_ids)
     for behind in range(len(scheduler.in_flight)):
         now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch

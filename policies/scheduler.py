@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
-from twinserve.policies.decode_group import DecodeGroup
+from twinserve.policies.decode_group import DecodeGroup, View
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
@@ -114,7 +114,7 @@ class Scheduler:
         self.refusal: Refusal | None = None
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
-        self.group = DecodeGroup(block_manager.block_size, registers=block_manager.prefix_cache is not None)
+        self.group = DecodeGroup(block_manager.block_size)
         if hasattr(self.waiting, "bind"):
             self.waiting.bind(block_manager)
 
@@ -170,20 +170,18 @@ class Scheduler:
             preempted, batch = batch.preempted, Batch(1)
             batch.preempted = preempted
             self.serve_running(batch, prompts=False)
-        group, manager = self.group, self.block_manager
+        group = self.group
         if len(self.alone) > len(batch.explicit) and batch.usual_tokens:
             has_row = {row.seq for row in batch.explicit}
             batch.without_row = [(seq.admission_index, seq) for seq in self.alone if seq not in has_row]
         if batch.usual_tokens and (batch.explicit or group.view.seqs):
-            clock = group.planned
-            view = group.plan()
-            batch.add_members(view, clock, group.num_kv_tokens)
-        batch.count()
+            batch.clock, batch.view = group.planned, group.plan()
+        batch.count(group.num_kv_tokens)
         if self._left:
             batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
         batch.num_running = len(self._running)
-        batch.num_used_blocks = len(manager.used_block_ids)
+        batch.num_used_blocks = len(self.block_manager.used_block_ids)
         if batch:
             self.in_flight.append(batch)
         return batch
@@ -231,41 +229,42 @@ class Scheduler:
             self._launch(seq, num_tokens, batch)
         else:
             self.group.hand_over(seq, seq.num_tokens)
-            manager.register(seq, seq.base + self.group.next_registered)
+            manager.register(seq, seq.base + min(self.group.planned, self.group.known) + 1)
         return True
 
     def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
         """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
         group, manager = self.group, self.block_manager
-        beginning, completing = group.beginning(), group.completing()
-        if not (beginning or completing):
-            return seqs
+        beginning, clock = group.beginning(group.planned), min(group.planned, group.known) + 1
         comes_first = not seqs or seqs[0].admission_index > group.view.orders[-1]
-        if not comes_first or len(beginning) > manager.num_free_blocks:
-            return sorted(dict.fromkeys(beginning + completing + seqs), key=_admission_index)
-        if beginning:
-            batch.grown += manager.extend_each(beginning)
-        if completing:
-            manager.register_each(group.full_blocks(completing, group.next_registered))
-        return seqs
+        if comes_first and len(beginning) <= manager.num_free_blocks:
+            if beginning:
+                batch.grown += manager.extend_each(beginning)
+            self._register_members(clock)
+            return seqs
+        completing = group.beginning(clock) if clock > group.registered else []
+        return sorted(dict.fromkeys(beginning + completing + seqs), key=_admission_index)
+
+    def _register_members(self, clock: int) -> None:
+        """Let the cache know the members' blocks that are full of known tokens at `clock`."""
+        group = self.group
+        while group.registered < clock:
+            group.registered += 1
+            if group.num_with_tokens or self.block_manager.prefix_cache is not None:
+                self.block_manager.register_each(group.full_blocks(group.registered))
 
     def _regroup(self) -> None:
         """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
         group = self.group
-        if ending := group.ending_at(group.planned):
-            self._leave_out(list(ending))
+        self._leave_out(list(group.ends.get(group.planned, ())))
+        ahead, num_members, manager = group.planned - group.known, len(group.view.seqs), self.block_manager
         for seq in self.alone:
-            if seq.has_sampled:
-                break
-        else:
-            return
-        alone = []
-        for seq in self.alone:
-            if seq.has_sampled and group.fits(seq) and seq.known + seq.in_flight < seq.final_length:
-                group.join(seq)
-            else:
-                alone.append(seq)
-        self.alone = alone
+            if seq.has_sampled and seq.in_flight == ahead and seq.known + ahead < seq.final_length:
+                full = (seq.computed - group.planned + group.registered) // manager.block_size
+                if manager.prefix_cache is None or seq.num_registered_blocks >= full:
+                    group.join(seq)
+        if len(group.view.seqs) > num_members:
+            self.alone = [seq for seq in self.alone if seq.group is None]
 
     def _budget_suffices(self, seqs: list[Sequence]) -> bool:
         """Does every member get its token, whatever the sequences `seqs` beside them take?"""
@@ -278,16 +277,8 @@ class Scheduler:
     def _leave_out(self, seqs: list[Sequence]) -> None:
         """Take members that get no token in this step as a matter of course out of the group."""
         for seq in seqs:
-            self._leave_group(seq)
+            self.group.leave(seq)
             insort(self.alone, seq, key=_admission_index)
-
-    def _leave_group(self, seq: Sequence) -> None:
-        """Take a member that goes on out of the group; what is in flight for it will be handed to it alone."""
-        self.group.leave(seq)
-        if seq.in_flight:
-            for batch in self.in_flight:
-                if batch.view is not None and batch.view.holds(seq) and seq not in batch.late:
-                    batch.late.append(seq)
 
     def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
@@ -376,7 +367,7 @@ class Scheduler:
         """
         row = batch.remove(seq)
         if seq.group is not None:
-            self._leave_group(seq)
+            self.group.leave(seq)
         else:
             self.alone.remove(seq)
         if row is not None:
@@ -407,7 +398,7 @@ class Scheduler:
             ValueError: `seqs` is not the oldest batch in flight, or `token_ids` has another length.
         """
         group, batch = self.group, self.in_flight[0] if self.in_flight else None
-        if batch is None or not batch.is_held_by(seqs):
+        if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
         if token_ids is not None and len(token_ids) != batch.num_sampled:
             raise ValueError(f"{len(token_ids)} tokens for a batch that samples {batch.num_sampled}")
@@ -419,14 +410,11 @@ class Scheduler:
         ends: Ends = {}
         if batch.view is not None:
             group.receive(batch.view, packed)
-            self._find_ends(batch, of_members, eos_token_id, ends)
-        if batch.explicit:
-            tokens = repeat(None) if own is None else iter(own)
-            for order, row in zip(batch.orders, batch.explicit, strict=True):
-                if row.samples:
-                    self._take_token(order, row.seq, next(tokens), eos_token_id, ends)
-        while caught := group.catch_up():
-            self.block_manager.register_each(group.full_blocks(caught, group.registered))
+            self._find_ends(batch, batch.view, of_members, eos_token_id, ends)
+        for order, row in zip(batch.orders, batch.explicit, strict=True):
+            if row.samples:
+                self._take_token(order, row.seq, next(own), eos_token_id, ends)
+        self._register_members(group.known)
         if not ends:
             return []
         ended = sorted(ends, key=ends.__getitem__)
@@ -436,22 +424,21 @@ class Scheduler:
             self.alone = [seq for seq in self.alone if not seq.is_finished]
         return ended
 
-    def _find_ends(self, batch: Batch, token_ids: Seq[int] | None, eos: int | None, ends: Ends) -> None:
+    def _find_ends(self, batch: Batch, view: View, tokens: Seq[int] | None, eos: int | None, ends: Ends) -> None:
         """Note which members end with these tokens, and hand theirs to those that have left the group since."""
-        group, view = self.group, batch.view
-        assert view is not None
-        for seq in group.ending_at(group.known):
+        group = self.group
+        for seq in group.ends.get(group.known, ()):
             ends[seq] = seq.admission_index, "length"
-        if token_ids is not None and (group.stops or group.heeds_eos):
-            stops = group.stops if eos is None or not group.heeds_eos else group.stops | {eos}
-            if not stops.isdisjoint(token_ids):
-                for seq, order, token_id in zip(view.seqs, view.orders, token_ids, strict=True):
-                    if token_id in stops and seq.group is group and _stops(seq, token_id, eos):
-                        ends[seq] = order, "stop"
-        for seq in batch.late:
-            place = view.seqs.index(seq)
-            token_id = None if token_ids is None else token_ids[place]
-            self._take_token(view.orders[place], seq, token_id, eos, ends)
+        if isinstance(tokens, array):
+            tokens = tokens.tolist()
+        stops = {eos, *group.stops}
+        if view is group.view and (tokens is None or stops.isdisjoint(tokens)):
+            return
+        for seq, order, token_id in zip(view.seqs, view.orders, repeat(None) if tokens is None else tokens):
+            if seq.group is None or seq.since > batch.clock:
+                self._take_token(order, seq, token_id, eos, ends)
+            elif token_id in stops and _stops(seq, token_id, eos):
+                ends[seq] = order, "stop"
 
     def _take_token(self, order: int, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
         """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
@@ -464,7 +451,7 @@ class Scheduler:
                 self.block_manager.register(seq, seq.computed - seq.in_flight)
             if seq.known >= seq.final_length:
                 ends[seq] = order, "length"
-        if token_id is not None and _stops(seq, token_id, eos):
+        if _stops(seq, token_id, eos):
             ends[seq] = order, "stop"
 
     def _end(self, seq: Sequence, reason: str) -> None:
@@ -511,7 +498,7 @@ class Scheduler:
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
         alone = [seq for seq in self._running if seq.group is None]
         assert alone == self.alone, f"alone: {self.alone}, but running outside the group: {alone}"
-        assert len(alone) + len(self.group) == len(self._running), f"{len(self.group)} members, {len(alone)} alone"
+        assert len(alone) + len(self.group.view.seqs) == len(self._running), f"{len(self.group.view.seqs)} members, {len(alone)} alone"
         for seq in self._running:
             assert seq.status is SequenceStatus.RUNNING, f"running: {seq}"
             known = seq.num_tokens + seq.num_in_flight
@@ -539,7 +526,7 @@ def _packed(token_ids: Seq[int] | None) -> array[int] | None:
         raise ValueError(f"tokens are {list(token_ids)}, expected integers of 4 bytes") from error
 
 
-def _stops(seq: Sequence, token_id: int, eos_token_id: int | None) -> bool:
+def _stops(seq: Sequence, token_id: int | None, eos_token_id: int | None) -> bool:
     """Does the token end the sequence, whatever its length?"""
     params = seq.sampling_params
-    return not params.ignore_eos and (token_id == eos_token_id or token_id in params.stop_token_ids)
+    return not params.ignore_eos and token_id is not None and token_id in (eos_token_id, *params.stop_token_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,23 +13,9 @@ if TYPE_CHECKING:
     from twinserve.policies.decode_group import DecodeGroup
 
 
-IS_LITTLE_ENDIAN = sys.byteorder == "little"
-
-
-def token_ids_of(packed: bytes) -> array[int]:
-    """The token ids that `token_bytes` packed."""
-    token_ids = array("I", packed)
-    if not IS_LITTLE_ENDIAN:
-        token_ids.byteswap()
-    return token_ids
-
-
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
-    """The token ids as 4 little-endian bytes each."""
-    packed = array("I", token_ids)
-    if not IS_LITTLE_ENDIAN:
-        packed.byteswap()
-    return packed.tobytes()
+    """The token ids as 4 bytes each, in the machine's order: little-endian."""
+    return array("I", token_ids).tobytes()
 
 
 class SequenceStatus(Enum):
@@ -156,7 +141,7 @@ class Sequence:
         self.in_flight = 0
         self.scheduled = 0
         self.group: DecodeGroup | None = None
-        self.base = 0
+        self.base = self.since = 0
         self._token_ids = [] if token_ids is None else list(token_ids)
         self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
 
@@ -181,6 +166,11 @@ class Sequence:
         return self.scheduled if self.group is None else 1
 
     @property
+    def end(self) -> int:
+        """The value of its group's clock `known` at which a member ends, whatever is generated."""
+        return self.final_length - self.base - 1
+
+    @property
     def token_ids(self) -> list[int]:
         """Prompt and generated tokens; empty for a sequence without token ids."""
         if self.group is not None:
@@ -189,7 +179,7 @@ class Sequence:
 
     def _own_token_ids(self) -> list[int]:
         for packed in self.unread:
-            self._token_ids.extend(token_ids_of(packed))
+            self._token_ids.extend(array("I", packed))
         self.unread.clear()
         return self._token_ids
 

@@ -11,6 +11,18 @@ from twinserve.policies import Batch, Sequence
 _MASK = (1 << 64) - 1
 
 
+def exceptions_of(batch: Batch) -> list[tuple[Sequence, int, bool]]:
+    """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
+    running = zip(batch.orders, batch.explicit[: len(batch.explicit) - len(batch.admitted)], strict=False)
+    found = [
+        (order, row.seq, row.num_tokens, row.samples)
+        for order, row in running
+        if row.num_tokens != batch.usual_tokens or not row.samples
+    ]
+    found += [(order, seq, 0, False) for order, seq in batch.without_row]
+    return [entry[1:] for entry in sorted(found, key=lambda entry: entry[0])]
+
+
 class Digest:
     """A 64-bit chain over decisions, equal exactly when all decisions so far were (but for collisions).
 
@@ -25,7 +37,7 @@ class Digest:
 
     def of(self, batch: Batch) -> int:
         """The digest up to `batch`, which follows the batch of the call before."""
-        exceptions = batch.exceptions
+        exceptions = exceptions_of(batch)
         steady = (batch.usual_tokens, *((seq.seq_id, n, samples) for seq, n, samples in exceptions))
         if steady != self._steady or batch.admitted or batch.left or batch.preempted:
             values = [batch.decision, batch.usual_tokens, len(batch.admitted)]

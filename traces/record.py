@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Repeat
-from twinserve.traces.digest import Digest
+from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import STEP_FIELDS, summarize
@@ -253,7 +253,7 @@ def decision_fields(batch: Batch, digest: int) -> dict[str, Any]:
         "left": [seq.seq_id for seq in batch.left],
         "preempted": [seq.seq_id for seq in batch.preempted],
         "usual": batch.usual_tokens,
-        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions],
+        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions_of(batch)],
         "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
         "tokens": batch.num_tokens,
         "prompt_tokens": batch.num_prompt_tokens,

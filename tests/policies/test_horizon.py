@@ -23,7 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
-from twinserve.traces.digest import Digest
+from twinserve.traces.digest import Digest, exceptions_of
 
 STEP_NS = 10
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
@@ -108,7 +108,7 @@ def arrivals_of(rng: random.Random) -> list[Arrival]:
 def fields(batch: Batch) -> tuple:
     """What a decision is, but for the lengths that grow."""
     rows = tuple((row.seq.seq_id, row.num_tokens, row.samples, row.is_prompt) for row in batch.rows)
-    return rows, batch.usual_tokens, batch.num_waiting, batch.num_running, len(batch.exceptions)
+    return rows, batch.usual_tokens, batch.num_waiting, batch.num_running, len(exceptions_of(batch))
 
 
 def totals(batch: Batch) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from twinserve.policies.prefix_cache import PrefixCache
@@ -128,16 +128,14 @@ class BlockManager:
         for block_id in reversed(seq.block_table):
             block = blocks[block_id]
             block.ref_count -= 1
-            if block.ref_count == 0:
+            if not block.ref_count:
                 freed.append(block_id)
         self.used_block_ids.difference_update(freed)
         # Only a block that the cache knows is held by others, so the blank ones are the first of those freed.
-        num_blank = len(seq.block_table) - seq.num_registered_blocks
-        free = self.free_block_ids
+        num_blank, free = len(seq.block_table) - seq.num_registered_blocks, self.free_block_ids
         free.blank += reversed(freed[:num_blank])
-        cached = free.cached
         for block_id in freed[num_blank:]:
-            cached[block_id] = None
+            free.cached[block_id] = None
         seq.block_table = []
         seq.num_registered_blocks = 0
         self._holders.pop(seq, None)
@@ -223,7 +221,7 @@ class BlockManager:
         blocks, cached = self.blocks, self.free_block_ids.cached
         for block_id in hits:
             block = blocks[block_id]
-            if block.ref_count == 0:
+            if not block.ref_count:
                 del cached[block_id]
             block.ref_count += 1
         self.used_block_ids.update(hits)
@@ -257,20 +255,25 @@ class BlockManager:
         size = self.block_size
         for seq, end, content in blocks:
             index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
-            key = None if seq.prefix_key is None or seq.salt else seq.prefix_key(end)
-            if (key is None and not content) or not index == seq.num_registered_blocks == len(hashes) > 0:
+            if not 0 < index == seq.num_registered_blocks == len(hashes):
                 self.register(seq, end)
-                continue
-            hashes.append(cache.register_next(table[index], table[index - 1], key, content or None))
-            seq.block_contents.append(content or None)
-            seq.num_registered_blocks = index + 1
+            elif content:
+                hashes.append(cache.register_next(table[index], table[index - 1], None, content))
+                seq.block_contents.append(content)
+                seq.num_registered_blocks = index + 1
+            elif seq.prefix_key is not None and not seq.salt:
+                hashes.append(cache.register_next(table[index], table[index - 1], seq.prefix_key(end), None))
+                seq.block_contents.append(None)
+                seq.num_registered_blocks = index + 1
+            else:
+                self.register(seq, end)
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
-        for index in range(num_tokens // self.block_size, seq.num_registered_blocks):
-            assert self.prefix_cache is not None
-            self.prefix_cache.remove(seq.block_table[index])
-            seq.num_registered_blocks = num_tokens // self.block_size
+        num_full = num_tokens // self.block_size
+        if self.prefix_cache is not None and num_full < seq.num_registered_blocks:
+            self.prefix_cache.remove(seq.block_table[num_full : seq.num_registered_blocks])
+            seq.num_registered_blocks = num_full
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; refused (False) while a sequence holds blocks."""
@@ -297,10 +300,9 @@ class BlockManager:
             taken += new_ids
         elif lacking:
             assert self.prefix_cache is not None
-            for _ in range(lacking):
-                block_id = free.cached.popitem(last=False)[0]
-                self.prefix_cache.remove(block_id)
-                taken.append(block_id)
+            evicted = [free.cached.popitem(last=False)[0] for _ in range(lacking)]
+            self.prefix_cache.remove(evicted)
+            taken += evicted
         for block_id in taken:
             blocks[block_id].ref_count = 1
         self.used_block_ids.update(taken)
@@ -329,14 +331,9 @@ class BlockManager:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""
         free, used, cache = list(self.free_block_ids), self.used_block_ids, self.prefix_cache
         assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
-        holders = [0] * len(self.blocks)
-        for seq in self._holders:
-            assert len(set(seq.block_table)) == len(seq.block_table), f"{seq} holds a block twice: {seq.block_table}"
-            for block_id in seq.block_table:
-                holders[block_id] += 1
-        for block, held in zip(self.blocks, holders, strict=True):
-            assert block.ref_count == held, f"{block} is in {held} block tables"
-            assert (held > 0) == (block.block_id in used), f"{block} held {held} times, used wrongly"
+        holders = Counter(block_id for seq in self._holders for block_id in seq.block_table)
+        for block in self.blocks:
+            assert block.ref_count == holders[block.block_id], f"{block} is in {holders[block.block_id]} block tables"
         if cache is None:
             return
         for block_id in free:

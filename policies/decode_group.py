@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
-from twinserve.policies.sequence import Sequence, token_bytes
+from twinserve.policies.sequence import Sequence
 
 _MOST_TOKENS = 1 << 20
 
@@ -134,39 +134,39 @@ class DecodeGroup:
             if len(view.tokens) > _MOST_TOKENS and view is self.view:
                 self._changed()
 
-    def hand_over(self, seq: Sequence, num_tokens: int) -> bytes:
-        """Give a member its first `num_tokens` tokens, as far as it has not got them; those, packed."""
-        packed = b""
-        if seq.known < num_tokens:
-            if seq.has_token_ids:
-                packed = token_bytes(self._tokens(seq, seq.known - seq.base, num_tokens - seq.base))
-                seq.unread.append(packed)
-            seq.known = num_tokens
-        return packed
-
-    def _tokens(self, seq: Sequence, first: int, end: int) -> array[int]:
-        """The tokens that a member got when `known` became `first`, ..., `end - 1`."""
-        tokens = array("I")
-        for view in self._views:
-            width = len(view.seqs)
-            begin, stop = first - view.first, min(end - view.first, len(view.tokens) // width)
-            if begin < stop:
-                place = bisect_left(view.orders, seq.admission_index)
-                tokens += view.tokens[begin * width + place : stop * width : width]
-                first += stop - begin
-        assert first == end, f"{seq}: no tokens from {first} to {end}"
-        return tokens
+    def hand_over(self, seq: Sequence, num_tokens: int) -> None:
+        """Give a member its first `num_tokens` tokens, as far as it has not got them."""
+        if seq.has_token_ids:
+            for view in self._views:
+                width, first = len(view.seqs), seq.base + view.first
+                begin, stop = seq.known - first, min(num_tokens - first, len(view.tokens) // width)
+                if begin < stop:
+                    place = bisect_left(view.orders, seq.admission_index)
+                    seq.unread.append(view.tokens[begin * width + place : stop * width : width].tobytes())
+                    seq.known += stop - begin
+            assert seq.known >= num_tokens, f"{seq} has {seq.known} tokens, expected {num_tokens}"
+        else:
+            seq.known = max(seq.known, num_tokens)
 
     def full_blocks(self, clock: int) -> list[tuple[Sequence, int, bytes]]:
         """The blocks that are full when the members know `base + clock` tokens: the sequence, the number of its tokens
         with which the block ends, and the block's tokens, packed; nothing where the sequence has to be asked for them.
         """
-        size = self._block_size
-        blocks = []
+        size, blocks = self._block_size, []
+        view = self._views[-1] if self._views else self.view
+        width, orders, tokens = len(view.seqs), view.orders, view.tokens
+        begin, stop = (clock - size - view.first) * width, (clock - view.first) * width
+        is_whole = 0 <= begin and stop <= len(tokens)
         for seq in self.beginning(clock):
             end = seq.base + clock
-            packed = self.hand_over(seq, end)
-            blocks.append((seq, end, packed if len(packed) == 4 * size else b""))
+            if is_whole and seq.known == end - size and seq.has_token_ids:
+                packed = tokens[begin + bisect_left(orders, seq.admission_index) : stop : width].tobytes()
+                seq.unread.append(packed)
+                seq.known = end
+            else:
+                self.hand_over(seq, end)
+                packed = b""
+            blocks.append((seq, end, packed))
         return blocks
 
     def _changed(self) -> View:

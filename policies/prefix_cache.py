@@ -176,19 +176,21 @@ class PrefixCache:
             cached[block_id] = block_hash, content, parent, prefix
         return block_hash
 
-    def remove(self, block_id: int) -> None:
-        """Forget what `block_id` held; a block of equal hash takes its place in `hash_to_block_id`."""
-        block_hash = self._cached.pop(block_id)[0]
-        others = self._equal_hash.get(block_hash)
-        if others is None:
-            del self.hash_to_block_id[block_hash]
-            return
-        if self.hash_to_block_id[block_hash] == block_id:
-            self.hash_to_block_id[block_hash] = others.pop(0)
-        else:
-            others.remove(block_id)
-        if not others:
-            del self._equal_hash[block_hash]
+    def remove(self, block_ids: list[int]) -> None:
+        """Forget what blocks held; another block of equal hash takes one's place in `hash_to_block_id`."""
+        by_hash, cached, equal_hash = self.hash_to_block_id, self._cached, self._equal_hash
+        for block_id in block_ids:
+            block_hash = cached.pop(block_id)[0]
+            if block_hash not in equal_hash:
+                del by_hash[block_hash]
+                continue
+            others = equal_hash[block_hash]
+            if by_hash[block_hash] == block_id:
+                by_hash[block_hash] = others.pop(0)
+            else:
+                others.remove(block_id)
+            if not others:
+                del equal_hash[block_hash]
 
     def clear(self) -> None:
         """Forget every block."""

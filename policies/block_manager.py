@@ -188,10 +188,12 @@ class BlockManager:
         The key of a prefix tells it from every other, so that no content has to be compared.
         """
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
+        each = getattr(seq.prefix_key, "each", None)
+        keys = list(map(seq.prefix_key, ends)) if each is None else each(ends)
         if not seq.salt:
-            return list(map(seq.prefix_key, ends))
+            return keys
         mask = self.prefix_cache.root(seq.salt)[0]
-        return [seq.prefix_key(end) ^ mask for end in ends]
+        return [key ^ mask for key in keys]
 
     def may_hit(self, block_hash: int | None) -> bool:
         """Does the cache hold a block with this hash?"""

@@ -7,6 +7,7 @@ one that has them.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 
 from twinserve.policies.batch import Batch, Row
@@ -121,8 +122,8 @@ def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
             grown.append(nothing)
         if decodes:
             group.plan()
-    end = min(group.ends, default=group.planned + 1)
-    assert group.known < end, f"{num_steps} steps go on past the end at {end}: {group.known}"
+    is_within = batch.view in (None, group.view) and group.known < min(group.ends, default=math.inf)
+    assert is_within, f"{num_steps} steps go on past the end of a member, {group.known} are known"
     used_blocks = len(scheduler.block_manager.used_block_ids)
     for behind in range(len(scheduler.in_flight)):
         now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch

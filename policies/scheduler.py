@@ -19,15 +19,14 @@ from twinserve.policies.sequence import Sequence, SequenceStatus
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
-Ends = dict[Sequence, tuple[int, str]]
-"""Who ends: with its place in the order of admission, and the reason."""
+Ends = dict[Sequence, tuple[int, str]]  # who ends: its place in the order of admission, and the reason
 
 
 class Refusal(NamedTuple):
     """Why the next sequence was not admitted: what was looked at, and how many hits might change that.
 
-    While the facts are the same, running sequences only take more blocks and cached ones are only evicted, which never
-    makes room; more hits may. `last_hash` is that of the last block of them, None if it can never be hit.
+    While the facts are the same, blocks only become fewer; `last_hash` is that of the last hit needed, None if it can
+    never be one.
     """
 
     facts: tuple
@@ -39,12 +38,11 @@ class Scheduler:
     """Continuous batching over paged KV: admission, composition, chunking, preemption by recomputation.
 
     The first two parameters alone give prefill-first batches without budget, chunks or cache. With
-    `composition="mixed"`, `enable_chunked_prefill=True` and a budget, it decides what vLLM's V1 scheduler decides:
-    running sequences first, in the order they were admitted, then the head of the waiting queue as long as it fits.
+    `composition="mixed"`, `enable_chunked_prefill=True` and a budget, it decides what vLLM's V1 scheduler decides.
 
     Running sequences are either `alone` (prompts being computed, and for a step or two whoever is out of step) or in
     the `group`, whose members get one token in every step that decodes. A decision walks over those alone and over the
-    members that need or complete a block; the others cost nothing.
+    members that begin or complete a block; the others cost nothing.
 
     Args:
         block_manager: the KV blocks.
@@ -86,35 +84,26 @@ class Scheduler:
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("max_num_partial_prefills", max_num_partial_prefills),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected an integer >= 1")
         self.block_manager = block_manager
-        self.max_num_seqs = max_num_seqs
         self.composition = composition
-        self.max_num_batched_tokens = math.inf if max_num_batched_tokens is None else max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.long_prefill_token_threshold = long_prefill_token_threshold or math.inf
-        self.max_num_partial_prefills = math.inf if max_num_partial_prefills is None else max_num_partial_prefills
-        self.max_model_len = math.inf if max_model_len is None else max_model_len
+        self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
+        self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
+        self.max_num_partial_prefills = _limit("max_num_partial_prefills", max_num_partial_prefills)
+        self.long_prefill_token_threshold = _limit("", long_prefill_token_threshold or None)
+        self.max_model_len = _limit("max_model_len", max_model_len)
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
         self.alone: list[Sequence] = []
+        self.refusal: Refusal | None = None
+        self.group = DecodeGroup(block_manager.block_size)
         self._victim = victim
         self._running: dict[Sequence, None] = {}
-        self._num_added = 0
-        self._num_admitted = 0
-        self._num_released = 0
         self._left: list[Sequence] = []
-        self.refusal: Refusal | None = None
+        self._num_added = self._num_admitted = self._num_released = 0
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
-        self.group = DecodeGroup(block_manager.block_size)
         if hasattr(self.waiting, "bind"):
             self.waiting.bind(block_manager)
 
@@ -211,9 +200,11 @@ class Scheduler:
 
     def _serve(self, seq: Sequence, batch: Batch) -> bool:
         """Give a running sequence its tokens; False if it had to go for want of room."""
-        num_tokens = 1 if seq.group is not None else self._tokens_for(seq, batch)
-        if not num_tokens:
-            return True
+        num_tokens = 1
+        if seq.group is None:
+            num_tokens = int(min(self._wanted_tokens(seq), self._budget_left(batch)))
+            if num_tokens <= 0:
+                return True
         manager = self.block_manager
         missing = manager.num_missing(seq, num_tokens)
         while missing > manager.num_free_blocks:
@@ -270,8 +261,7 @@ class Scheduler:
         """Does every member get its token, whatever the sequences `seqs` beside them take?"""
         orders, budget = self.group.view.orders, self.max_num_batched_tokens
         if seqs and seqs[0].admission_index < orders[-1]:
-            threshold = self.long_prefill_token_threshold
-            return len(orders) + sum(min(self._wanted_tokens(seq), threshold) for seq in seqs) <= budget
+            return len(orders) + sum(map(self._wanted_tokens, seqs)) <= budget
         return len(orders) <= budget
 
     def _leave_out(self, seqs: list[Sequence]) -> None:
@@ -308,7 +298,7 @@ class Scheduler:
         happened, so that a waiting prompt is not looked up in every step.
         """
         manager, refusal = self.block_manager, self.refusal
-        num_partial = 0 if self.max_num_partial_prefills == math.inf else self.num_partial
+        num_partial = sum(not other.has_sampled for other in self.alone) if self.max_num_partial_prefills < math.inf else 0
         facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
         if refusal is not None and facts == refusal.facts and not manager.may_hit(refusal.last_hash):
             return None
@@ -326,25 +316,17 @@ class Scheduler:
         self.refusal = Refusal(facts, num_hits, manager.hash_at(seq, num_hits - 1))
         return None
 
-    @property
-    def num_partial(self) -> int:
-        """Running sequences with prompt tokens left to compute."""
-        return sum(not seq.has_sampled for seq in self.alone)
-
     def _budget_left(self, batch: Batch) -> float:
         """Tokens of the step that nobody has been given yet, the members' own ones set aside."""
         members = len(self.group.view.seqs) if batch.usual_tokens else 0
         return self.max_num_batched_tokens - members - batch.num_tokens
 
-    def _tokens_for(self, seq: Sequence, batch: Batch) -> int:
-        """Tokens that a running sequence on its own gets in this step."""
-        wanted = self._wanted_tokens(seq)
-        return max(0, int(min(wanted, self.long_prefill_token_threshold, self._budget_left(batch))))
-
     def _wanted_tokens(self, seq: Sequence) -> int:
-        """Tokens that a sequence on its own has yet to compute, the one in flight included; 0 if that is its last."""
+        """Tokens that a sequence on its own may compute, the one in flight included; none if that is its last."""
         known = seq.known + seq.in_flight
-        return 0 if seq.in_flight and known >= seq.final_length else known - seq.computed
+        if seq.in_flight and known >= seq.final_length:
+            return 0
+        return min(known - seq.computed, self.long_prefill_token_threshold)  # type: ignore[return-value]
 
     def _launch(self, seq: Sequence, num_tokens: int, batch: Batch) -> Row:
         """Add the row of a sequence on its own to the batch and count its tokens as computed."""
@@ -405,7 +387,7 @@ class Scheduler:
         if token_ids is None and batch.num_members and group.num_with_tokens:
             raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         of_members, own = batch.split(token_ids)
-        packed = _packed(of_members) if batch.num_members else None
+        packed = _packed(of_members) if of_members else None
         self.in_flight.popleft()
         ends: Ends = {}
         if batch.view is not None:
@@ -498,28 +480,32 @@ class Scheduler:
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
         alone = [seq for seq in self._running if seq.group is None]
         assert alone == self.alone, f"alone: {self.alone}, but running outside the group: {alone}"
-        assert len(alone) + len(self.group.view.seqs) == len(self._running), f"{len(self.group.view.seqs)} members, {len(alone)} alone"
+        assert len(alone) + len(self.group.view.seqs) == len(orders), f"{self.group.view.seqs} is not all that runs"
         for seq in self._running:
-            assert seq.status is SequenceStatus.RUNNING, f"running: {seq}"
-            known = seq.num_tokens + seq.num_in_flight
-            assert 0 < seq.num_computed_tokens <= known, f"computed beyond what is known: {seq}"
-            needed = manager.blocks_for(seq.num_computed_tokens)
+            known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
+            assert seq.status is SequenceStatus.RUNNING and 0 < computed <= known, f"running, or computed wrongly: {seq}"
+            needed = manager.blocks_for(computed)
             assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
+            if manager.prefix_cache is not None:
+                least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
+                right = least // manager.block_size <= seq.num_registered_blocks <= most // manager.block_size
+                assert right, f"{seq} has {seq.num_registered_blocks} blocks registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
-        held = sum(len(seq.block_table) for seq in self._running)
-        assert held >= len(manager.used_block_ids), f"{len(manager.used_block_ids)} used blocks, {held} held"
 
 
 def _admission_index(seq: Sequence) -> int:
     return seq.admission_index
 
 
-def _packed(token_ids: Seq[int] | None) -> array[int] | None:
-    """Token ids in 4 bytes each."""
-    if token_ids is None or isinstance(token_ids, array):
-        return token_ids
+def _limit(name: str, value: int | None) -> float:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}, expected an integer >= 1")
+    return math.inf if value is None else value
+
+
+def _packed(token_ids: Seq[int]) -> array[int]:
     try:
         return array("I", token_ids)
     except (OverflowError, TypeError) as error:

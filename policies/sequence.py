@@ -66,7 +66,8 @@ class Sequence:
 
     A sequence of the simulator has no token ids: it is made with `token_ids=None` and `num_prompt_tokens`, and
     `prefix_key` says what its tokens are. `prefix_key(n)` is an integer that two sequences share exactly when their
-    first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing.
+    first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing. It may have
+    a method `each(ends)` that gives the keys of a range of lengths.
 
     While a sequence decodes in step with others, the clocks of their `group` count for it: the properties add them to
     its `base`, and `known`, `computed` and `in_flight` say only what it counted by itself.

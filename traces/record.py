@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
-from twinserve.policies.core import Repeat
+from twinserve.policies.core import Span
+from twinserve.policies.horizon import Grown
 from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
@@ -117,17 +119,16 @@ class RunRecorder(CoreListener):
                 served.cached_tokens = row.start
         self._decided.append(_step_row(batch, self._digest.of(batch)))
 
-    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, latest: Batch) -> None:
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
         row = self._decided[-1]
-        row["count"] = 1 + len(repeats)
+        row["count"] = 1 + len(spans)
         row["start_ns"], row["end_ns"] = batch.start_ns, batch.end_ns
         row["repeats"] = [
-            [decided_ns, start_ns, end_ns, [[seq.seq_id, block_ids] for seq, block_ids in grown]]
-            for decided_ns, start_ns, end_ns, grown in repeats
+            [*span, [[seq.seq_id, block_ids] for seq, block_ids in blocks]]
+            for span, blocks in zip(spans, grown, strict=True)
         ]
-        grown = [pair for repeat in repeats for pair in repeat.grown]
-        row["digest"] = f"{self._digest.grow(latest, grown):016x}"
+        row["digest"] = f"{self._digest.grow(latest, [pair for blocks in grown for pair in blocks]):016x}"
         self._num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:

@@ -323,8 +323,8 @@ class Repeats(CoreListener):
     def __init__(self) -> None:
         self.grown: list[list[tuple[int, list[int]]]] = []
 
-    def repeated(self, batch, repeats, num_committed, latest):
-        self.grown = [[(seq.seq_id, list(ids)) for seq, ids in repeat.grown] for repeat in repeats]
+    def repeated(self, batch, spans, grown, num_committed, latest):
+        self.grown = [[(seq.seq_id, list(ids)) for seq, ids in blocks] for blocks in grown]
 
 
 def repeats(step: Step, before: Step) -> bool:

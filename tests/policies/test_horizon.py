@@ -164,13 +164,12 @@ class Log(CoreListener):
         self.digests[batch.decision] = self.digest.of(batch)
         self.grown[batch.decision] = [(seq.seq_id, list(ids)) for seq, ids in batch.grown]
 
-    def repeated(self, batch, repeats, num_committed, latest):
-        grown = [pair for repeat in repeats for pair in repeat.grown]
-        self.digests[latest.decision] = self.digest.grow(latest, grown)
-        for number, repeat in enumerate(repeats, 1):
-            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in repeat.grown]
+    def repeated(self, batch, spans, grown, num_committed, latest):
+        self.digests[latest.decision] = self.digest.grow(latest, [pair for blocks in grown for pair in blocks])
+        for number, blocks in enumerate(grown, 1):
+            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in blocks]
         self.committed_batches += num_committed
-        self.longest = max(self.longest, len(repeats) + 1)
+        self.longest = max(self.longest, len(spans) + 1)
 
     def committed(self, batch):
         self.committed_batches += 1

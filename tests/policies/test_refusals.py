@@ -87,5 +87,5 @@ def test_more_repetitions_than_there_are(at_once):
         for span in spans[:-1]:
             core.advance([span])
         spans = spans[-1:]
-    with pytest.raises(AssertionError, match="steps go on past the end"):
+    with pytest.raises(AssertionError, match="steps go on past the end of a member"):
         core.advance(spans)

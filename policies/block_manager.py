@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -34,12 +34,9 @@ class Block:
 class FreeBlocks:
     """The free blocks; iteration goes in the order in which they are used next.
 
-    Attributes:
-        blank: those in which nothing can be hit, a stack: the last one is used first.
-        cached: the others, used once no blank one is left, the least recently used first.
+    `blank` is a stack of those in which nothing can be hit: the last one is used first. `cached` are the others, used
+    once no blank one is left, the least recently used first.
     """
-
-    __slots__ = ("blank", "cached")
 
     def __init__(self, num_blocks: int):
         self.blank = list(reversed(range(num_blocks)))
@@ -56,13 +53,10 @@ class FreeBlocks:
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
 
+    There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
     Blocks are handed out from the front of `free_block_ids`. A sequence's blocks are given up from its last to its
-    first: blocks that the prefix cache knows go behind all free ones (so the least recently used is evicted first, a
+    first: those that the prefix cache knows go behind all free ones (so the least recently used is evicted first, a
     chain's tail before its head), the others in front.
-
-    Args:
-        num_blocks: blocks in the pool; None is a pool without end, in which nothing is ever evicted.
-        block_size: tokens in a block.
     """
 
     def __init__(self, num_blocks: int | None, block_size: int):
@@ -100,11 +94,7 @@ class BlockManager:
         return self.blocks_for(seq.num_tokens) <= self.num_free_blocks
 
     def allocate(self, seq: Sequence) -> None:
-        """Give `seq` blocks for all tokens it knows.
-
-        Raises:
-            NoFreeBlocksError: too few are free; nothing was changed.
-        """
+        """Give `seq` blocks for all tokens it knows, or raise NoFreeBlocksError."""
         self.admit(seq, [], seq.num_tokens)
 
     def allocate_with_cache(self, seq: Sequence, prefix_cache: PrefixCache) -> None:
@@ -149,20 +139,14 @@ class BlockManager:
     def extend(self, seq: Sequence, num_tokens: int) -> list[int]:
         """Grow the table of `seq` by the blocks of `num_tokens` more computed tokens; the ids of the new blocks.
 
-        Raises:
-            NoFreeBlocksError: too few are free; nothing was changed.
+        Like every call that takes blocks, it raises NoFreeBlocksError and changes nothing if too few are free.
         """
-        missing = self.num_missing(seq, num_tokens)
-        new_ids = self._take(missing) if missing > 0 else []
+        new_ids = self._take(max(0, self.num_missing(seq, num_tokens)))
         seq.block_table += new_ids
         return new_ids
 
     def extend_each(self, seqs: list[Sequence]) -> list[tuple[Sequence, list[int]]]:
-        """Grow the table of each of `seqs`, in order, by one block; each with its new block.
-
-        Raises:
-            NoFreeBlocksError: too few are free; nothing was changed.
-        """
+        """Grow the table of each of `seqs`, in order, by one block; each with its new block."""
         grown = []
         for seq, block_id in zip(seqs, self._take(len(seqs)), strict=True):
             seq.block_table.append(block_id)
@@ -176,6 +160,11 @@ class BlockManager:
             return []
         self._identify(seq, count)
         return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
+
+    @property
+    def known_hashes(self) -> Collection[int]:
+        """The hashes of all blocks that can be hit."""
+        return () if self.prefix_cache is None else self.prefix_cache.hash_to_block_id
 
     def hash_at(self, seq: Sequence, index: int) -> int | None:
         """The hash of a block of `seq`; None if there is none that can be hit, as a token is left to compute."""
@@ -195,10 +184,6 @@ class BlockManager:
         mask = self.prefix_cache.root(seq.salt)[0]
         return [key ^ mask for key in keys]
 
-    def may_hit(self, block_hash: int | None) -> bool:
-        """Does the cache hold a block with this hash?"""
-        return self.prefix_cache is not None and block_hash in self.prefix_cache.hash_to_block_id
-
     def blocks_to_take(self, hits: list[int], num_tokens: int) -> int:
         """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks.
 
@@ -208,12 +193,7 @@ class BlockManager:
         return self.blocks_for(num_tokens) - num_live
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
-        """Give `seq` the cached blocks `hits` and new ones for `num_tokens` tokens behind them.
-
-        Raises:
-            ValueError: `seq` holds blocks already.
-            NoFreeBlocksError: too few are free; nothing was changed.
-        """
+        """Give `seq`, which holds none, the cached blocks `hits` and new ones for `num_tokens` tokens behind them."""
         if seq.block_table:
             raise ValueError(f"{seq} holds blocks already")
         num_hit_tokens = len(hits) * self.block_size
@@ -247,25 +227,19 @@ class BlockManager:
     def register_each(self, blocks: list[tuple[Sequence, int, bytes]]) -> None:
         """Let the cache know a block of each of some sequences, in order.
 
-        Args:
-            blocks: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
-                (see `token_bytes`); nothing if the sequence has to be asked for them.
+        `blocks`: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
+        (see `token_bytes`); nothing if the sequence has to be asked for them.
         """
-        cache = self.prefix_cache
+        cache, size = self.prefix_cache, self.block_size
         if cache is None:
             return
-        size = self.block_size
-        for seq, end, content in blocks:
+        for seq, end, packed in blocks:
             index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
-            if not 0 < index == seq.num_registered_blocks == len(hashes):
-                self.register(seq, end)
-            elif content:
-                hashes.append(cache.register_next(table[index], table[index - 1], None, content))
+            is_keyed = seq.prefix_key is not None and not seq.salt
+            if (packed or is_keyed) and 0 < index == seq.num_registered_blocks == len(hashes):
+                key, content = (None, packed) if packed else (seq.prefix_key(end), None)  # type: ignore[misc]
+                hashes.append(cache.register_next(table[index], table[index - 1], key, content))
                 seq.block_contents.append(content)
-                seq.num_registered_blocks = index + 1
-            elif seq.prefix_key is not None and not seq.salt:
-                hashes.append(cache.register_next(table[index], table[index - 1], seq.prefix_key(end), None))
-                seq.block_contents.append(None)
                 seq.num_registered_blocks = index + 1
             else:
                 self.register(seq, end)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import xxhash
 
 from twinserve.policies.sequence import token_bytes
 
-HASHES: dict[str, Callable[[bytes, int], int]] = {
-    "xxh64": xxhash.xxh64_intdigest,
-    "xxh3_128": xxhash.xxh3_128_intdigest,
+HASHES: dict[str, tuple[Callable[[bytes, int], int], int]] = {
+    "xxh64": (xxhash.xxh64_intdigest, 8),
+    "xxh3_128": (xxhash.xxh3_128_intdigest, 16),
 }
-_HASH_BYTES = {"xxh64": 8, "xxh3_128": 16}
+"""By name: the hash of (bytes, seed), and its length in bytes."""
 
 
 class CachedBlock(NamedTuple):
@@ -37,7 +38,7 @@ class PrefixCache:
     over when it goes.
 
     Args:
-        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer.
+        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer of 16 bytes.
         seed: seeds the hash, so that hashes cannot be predicted from outside.
         salt: begins every chain; caches with different salts share nothing. A sequence's own salt comes behind it.
     """
@@ -47,15 +48,14 @@ class PrefixCache:
     def __init__(self, *, hash: str | Callable[[bytes, int], int] = "xxh64", seed: int = 0, salt: str = ""):
         if isinstance(hash, str) and hash not in HASHES:
             raise ValueError(f"hash is {hash!r}, expected one of {', '.join(HASHES)}")
-        self._digest = HASHES[hash] if isinstance(hash, str) else hash
-        self._hash_bytes = _HASH_BYTES.get(hash, 16) if isinstance(hash, str) else 16
+        self._digest, self._hash_bytes = HASHES[hash] if isinstance(hash, str) else (hash, 16)
         self.seed = seed
         self._salt = salt
         self._roots: dict[str, tuple[int, int]] = {}
         self.root_hash = self._digest(salt.encode(), seed) if salt else -1
         self.hash_to_block_id: dict[int, int] = {}
         self._cached: dict[int, tuple[int, bytes | None, int, int]] = {}  # the fields of a CachedBlock
-        self._equal_hash: dict[int, list[int]] = {}  # blocks of a hash beside the one that serves it
+        self._equal_hash: dict[int, list[int]] = {}  # the blocks with a hash beside the one that serves it
         self._last_prefix = self.ROOT
 
     @staticmethod
@@ -73,46 +73,19 @@ class PrefixCache:
         """The hash and the prefix number that the chains of sequences with this salt begin with."""
         if not salt:
             return self.root_hash, self.ROOT
-        root = self._roots.get(salt)
-        if root is None:
+        if salt not in self._roots:
             self._last_prefix += 1
             text = f"{len(self._salt)}:{self._salt}{salt}"
-            root = self._roots[salt] = self._digest(text.encode(), self.seed), self._last_prefix
-        return root
-
-    def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
-        """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`.
-
-        There may be more contents than hashes.
-        """
-        block_ids: list[int] = []
-        by_hash, cached = self.hash_to_block_id.get, self._cached
-        for block_hash, content in zip(hashes, contents):  # noqa: B905  contents may go on
-            block_id = by_hash(block_hash)
-            if block_id is None:
-                break
-            entry = cached[block_id]
-            if entry[1] != content or entry[2] != parent:
-                block_id = self.find(block_hash, content, parent)
-                if block_id is None:
-                    break
-                entry = cached[block_id]
-            block_ids.append(block_id)
-            parent = entry[3]
-        return block_ids
+            self._roots[salt] = self._digest(text.encode(), self.seed), self._last_prefix
+        return self._roots[salt]
 
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
-        block_ids: list[int] = []
-        prefix_hash, parent = self.root_hash, self.ROOT
+        hashes, contents = [self.root_hash], []
         for end in range(block_size, len(token_ids) + 1, block_size):
-            content = token_bytes(token_ids[end - block_size : end])
-            prefix_hash = self.block_hash(content, prefix_hash)
-            block_id = self.find(prefix_hash, content, parent)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-            parent = self.prefix_of(block_id)
+            contents.append(token_bytes(token_ids[end - block_size : end]))
+            hashes.append(self.block_hash(contents[-1], hashes[-1]))
+        block_ids = self.match(hashes[1:], contents, self.ROOT)
         return block_ids, len(block_ids) * block_size
 
     def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
@@ -121,24 +94,36 @@ class PrefixCache:
         Raises:
             KeyError: no block with `prefix_hash` is stored.
         """
-        parent = self.ROOT
-        if prefix_hash == -1:
-            prefix_hash = self.root_hash
-        elif prefix_hash != self.root_hash:
-            parent = self.prefix_of(self.hash_to_block_id[prefix_hash])
+        is_first = prefix_hash in (-1, self.root_hash)
+        parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
         content = token_bytes(token_ids)
-        block_hash = self.block_hash(content, prefix_hash)
+        block_hash = self.block_hash(content, self.root_hash if is_first else prefix_hash)
         self.register([block_id], [block_hash], [content], parent)
         return block_hash
 
-    def find(self, block_hash: int, content: bytes | None, parent: int) -> int | None:
+    def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
+        """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""
+        block_ids: list[int] = []
+        by_hash, cached = self.hash_to_block_id.get, self._cached
+        for block_hash, content in zip(hashes, islice(contents, len(hashes)), strict=True):
+            block_id = by_hash(block_hash)
+            if block_id is None:
+                break
+            entry = cached[block_id]
+            if entry[1] != content or entry[2] != parent:
+                block_id = self._find(block_hash, content, parent)
+                if block_id is None:
+                    break
+                entry = cached[block_id]
+            block_ids.append(block_id)
+            parent = entry[3]
+        return block_ids
+
+    def _find(self, block_hash: int, content: bytes | None, parent: int) -> int | None:
         """The block stored first among those with this hash, content and prefix before it; None if there is none."""
-        block_id = self.hash_to_block_id.get(block_hash)
-        if block_id is None:
-            return None
-        for other_id in (block_id, *self._equal_hash.get(block_hash, ())):
-            if self._cached[other_id][1:3] == (content, parent):
-                return other_id
+        for block_id in (self.hash_to_block_id[block_hash], *self._equal_hash.get(block_hash, ())):
+            if self._cached[block_id][1:3] == (content, parent):
+                return block_id
         return None
 
     def register(self, block_ids: list[int], hashes: list[int], contents: list[bytes | None], parent: int) -> None:
@@ -149,7 +134,7 @@ class PrefixCache:
                 raise ValueError(f"block {block_id} is stored already, as {cached[block_id]}")
             equal_id = None
             if by_hash.setdefault(block_hash, block_id) != block_id:
-                equal_id = self.find(block_hash, content, parent)
+                equal_id = self._find(block_hash, content, parent)
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
             if equal_id is None:
                 self._last_prefix = prefix = self._last_prefix + 1
@@ -166,8 +151,7 @@ class PrefixCache:
         cached, by_hash = self._cached, self.hash_to_block_id
         prefix_hash, _, _, parent = cached[before_id]
         if block_hash is None:
-            assert content is not None
-            block_hash = self._digest(prefix_hash.to_bytes(self._hash_bytes, "little") + content, self.seed)
+            block_hash = self._digest(prefix_hash.to_bytes(self._hash_bytes, "little") + (content or b""), self.seed)
         if block_hash in by_hash or block_id in cached:
             self.register([block_id], [block_hash], [content], parent)
         else:
@@ -203,8 +187,7 @@ class PrefixCache:
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""
-        entry = self._cached.get(block_id)
-        return None if entry is None else CachedBlock(*entry)
+        return CachedBlock(*self._cached[block_id]) if block_id in self._cached else None
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._cached

@@ -300,7 +300,7 @@ class Scheduler:
         manager, refusal = self.block_manager, self.refusal
         num_partial = sum(not other.has_sampled for other in self.alone) if self.max_num_partial_prefills < math.inf else 0
         facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
-        if refusal is not None and facts == refusal.facts and not manager.may_hit(refusal.last_hash):
+        if refusal is not None and facts == refusal.facts and refusal.last_hash not in manager.known_hashes:
             return None
         hits = manager.find_hits(seq)
         missing = seq.known - len(hits) * manager.block_size

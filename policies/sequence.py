@@ -44,14 +44,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature is {self.temperature}, expected a number >= 0")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, expected an integer >= 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, expected an integer >= 0 (0 keeps every token)")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+        for name, is_right, expected in (
+            ("temperature", self.temperature >= 0.0, "a number >= 0"),
+            ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
+            ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
 
 _next_seq_id = itertools.count()

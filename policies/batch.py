@@ -34,7 +34,7 @@ class Batch:
 
     The deltas say the decision in terms of the one before: `admitted` rows (their `start` is the prefix hit),
     sequences that `left` (finished or aborted) and were `preempted`, and `grown` block tables. A running sequence gets
-    `usual_tokens` (1, or 0 in a step for prompts alone), unless it has a row in `explicit` or is in `without_row`.
+    `usual_tokens` (1, or 0 in a step for prompts alone), unless it is in `alone`, the sequences on their own.
 
     Totals: `num_tokens` = `num_prompt_tokens` + `num_decode_tokens`; `num_kv_tokens` is the sum of the rows' context
     lengths; `num_attention_pairs` counts each query against each key it attends.
@@ -61,7 +61,7 @@ class Batch:
         self.num_tokens = 0
         self.explicit: list[Row] = []
         self.orders: list[int] = []
-        self.without_row: list[tuple[int, Sequence]] = []
+        self.alone: list[Sequence] = []
         self.admitted: list[Row] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []

@@ -19,7 +19,7 @@ from twinserve.policies.sequence import Sequence, SequenceStatus
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
-Ends = dict[Sequence, tuple[int, str]]  # who ends: its place in the order of admission, and the reason
+Ends = dict[Sequence, str]  # who ends, and why
 
 
 class Refusal(NamedTuple):
@@ -45,8 +45,6 @@ class Scheduler:
     members that begin or complete a block; the others cost nothing.
 
     Args:
-        block_manager: the KV blocks.
-        max_num_seqs: sequences that may run at once.
         composition: "prefill-first" (a step computes prompts or decodes, prompts first) or "mixed" (both at once).
         max_num_batched_tokens: token budget of a step; None is none.
         enable_chunked_prefill: a prompt larger than what is left of the budget is computed in several steps.
@@ -54,16 +52,12 @@ class Scheduler:
         max_num_partial_prefills: while so many running sequences have prompt tokens left to compute, nobody is admitted
             who would be one more of them; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
-        prefix_cache: blocks of equal prefixes are shared through it.
-        order: the waiting queue; None is first come, first served.
-        admission: whether the next sequence fits; None is vLLM's rule.
-        victim: who is preempted for room; None is the order's own rule.
+        order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
+            come, vLLM's rule, and the order's own rule.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
         in_flight: decided batches that `postprocess` has not seen, oldest first.
-        group: the decodes that go on in step.
-        alone: the other running sequences, in the order of their admission.
     """
 
     def __init__(
@@ -90,7 +84,7 @@ class Scheduler:
         self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
         self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
         self.max_num_partial_prefills = _limit("max_num_partial_prefills", max_num_partial_prefills)
-        self.long_prefill_token_threshold = _limit("", long_prefill_token_threshold or None)
+        self.long_prefill_token_threshold = _limit("long_prefill_token_threshold", long_prefill_token_threshold or None)
         self.max_model_len = _limit("max_model_len", max_model_len)
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
@@ -140,8 +134,6 @@ class Scheduler:
         """End a sequence now and free its blocks; tokens of it that are still in flight will be discarded."""
         if seq.is_finished:
             raise ValueError(f"{seq} cannot be aborted: it has ended with {seq.finish_reason!r}")
-        if seq.status is SequenceStatus.RUNNING and seq.group is None:
-            self.alone.remove(seq)
         self._end(seq, "abort")
 
     def is_finished(self) -> bool:
@@ -160,14 +152,11 @@ class Scheduler:
             batch.preempted = preempted
             self.serve_running(batch, prompts=False)
         group = self.group
-        if len(self.alone) > len(batch.explicit) and batch.usual_tokens:
-            has_row = {row.seq for row in batch.explicit}
-            batch.without_row = [(seq.admission_index, seq) for seq in self.alone if seq not in has_row]
+        batch.alone = self.alone.copy()
         if batch.usual_tokens and (batch.explicit or group.view.seqs):
             batch.clock, batch.view = group.planned, group.plan()
         batch.count(group.num_kv_tokens)
-        if self._left:
-            batch.left, self._left = self._left, []
+        batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
         batch.num_running = len(self._running)
         batch.num_used_blocks = len(self.block_manager.used_block_ids)
@@ -298,7 +287,8 @@ class Scheduler:
         happened, so that a waiting prompt is not looked up in every step.
         """
         manager, refusal = self.block_manager, self.refusal
-        num_partial = sum(not other.has_sampled for other in self.alone) if self.max_num_partial_prefills < math.inf else 0
+        is_limited = self.max_num_partial_prefills < math.inf
+        num_partial = sum(not other.has_sampled for other in self.alone) if is_limited else 0
         facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
         if refusal is not None and facts == refusal.facts and refusal.last_hash not in manager.known_hashes:
             return None
@@ -348,15 +338,10 @@ class Scheduler:
         What it got in this very step is taken back, so nobody can hit a block that no step computes.
         """
         row = batch.remove(seq)
-        if seq.group is not None:
-            self.group.leave(seq)
-        else:
-            self.alone.remove(seq)
-        if row is not None:
-            seq.computed = row.start
-            seq.in_flight -= row.samples
-        self.block_manager.unregister(seq, seq.computed)
+        self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
+        if row is not None:
+            seq.in_flight -= row.samples
         seq.status = SequenceStatus.WAITING
         seq.computed = seq.scheduled = 0
         seq.has_sampled = False
@@ -372,12 +357,9 @@ class Scheduler:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         Args:
-            seqs: the batch, or the list that it holds.
+            seqs: the batch, or the list that it holds; anything else raises ValueError.
             token_ids: a token for each of `batch.sampled`, in order; None in a simulation, which has no tokens.
             eos_token_id: ends a sequence, unless its `ignore_eos` is set.
-
-        Raises:
-            ValueError: `seqs` is not the oldest batch in flight, or `token_ids` has another length.
         """
         group, batch = self.group, self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
@@ -393,36 +375,32 @@ class Scheduler:
         if batch.view is not None:
             group.receive(batch.view, packed)
             self._find_ends(batch, batch.view, of_members, eos_token_id, ends)
-        for order, row in zip(batch.orders, batch.explicit, strict=True):
+        for row in batch.explicit:
             if row.samples:
-                self._take_token(order, row.seq, next(own), eos_token_id, ends)
+                self._take_token(row.seq, next(own), eos_token_id, ends)
         self._register_members(group.known)
-        if not ends:
-            return []
-        ended = sorted(ends, key=ends.__getitem__)
+        ended = sorted(ends, key=_admission_index)
         for seq in ended:
-            self._end(seq, ends[seq][1])
-        if self.alone:
-            self.alone = [seq for seq in self.alone if not seq.is_finished]
+            self._end(seq, ends[seq])
         return ended
 
     def _find_ends(self, batch: Batch, view: View, tokens: Seq[int] | None, eos: int | None, ends: Ends) -> None:
         """Note which members end with these tokens, and hand theirs to those that have left the group since."""
         group = self.group
         for seq in group.ends.get(group.known, ()):
-            ends[seq] = seq.admission_index, "length"
+            ends[seq] = "length"
         if isinstance(tokens, array):
             tokens = tokens.tolist()
         stops = {eos, *group.stops}
         if view is group.view and (tokens is None or stops.isdisjoint(tokens)):
             return
-        for seq, order, token_id in zip(view.seqs, view.orders, repeat(None) if tokens is None else tokens):
+        for seq, token_id in zip(view.seqs, repeat(None) if tokens is None else tokens):
             if seq.group is None or seq.since > batch.clock:
-                self._take_token(order, seq, token_id, eos, ends)
+                self._take_token(seq, token_id, eos, ends)
             elif token_id in stops and _stops(seq, token_id, eos):
-                ends[seq] = order, "stop"
+                ends[seq] = "stop"
 
-    def _take_token(self, order: int, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
+    def _take_token(self, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
         """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
         if seq.is_finished:
             return
@@ -432,24 +410,24 @@ class Scheduler:
             if seq.status is SequenceStatus.RUNNING:
                 self.block_manager.register(seq, seq.computed - seq.in_flight)
             if seq.known >= seq.final_length:
-                ends[seq] = order, "length"
+                ends[seq] = "length"
         if _stops(seq, token_id, eos):
-            ends[seq] = order, "stop"
+            ends[seq] = "stop"
 
     def _end(self, seq: Sequence, reason: str) -> None:
-        """Finish a sequence; where one that stood alone ends, the caller drops it from `alone`."""
         if seq.status is SequenceStatus.RUNNING:
-            if seq.group is not None:
-                self.group.leave(seq)
             self._release(seq)
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
 
     def _release(self, seq: Sequence) -> None:
-        """Take a running sequence's blocks and its place."""
+        """Take a running sequence's place and its blocks."""
+        if seq.group is None:
+            self.alone.remove(seq)
+        else:
+            self.group.leave(seq)
         self.block_manager.deallocate(seq)
         self._num_released += 1
         del self._running[seq]

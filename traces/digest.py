@@ -13,14 +13,10 @@ _MASK = (1 << 64) - 1
 
 def exceptions_of(batch: Batch) -> list[tuple[Sequence, int, bool]]:
     """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
-    running = zip(batch.orders, batch.explicit[: len(batch.explicit) - len(batch.admitted)], strict=False)
-    found = [
-        (order, row.seq, row.num_tokens, row.samples)
-        for order, row in running
-        if row.num_tokens != batch.usual_tokens or not row.samples
-    ]
-    found += [(order, seq, 0, False) for order, seq in batch.without_row]
-    return [entry[1:] for entry in sorted(found, key=lambda entry: entry[0])]
+    rows = {row.seq: (row.num_tokens, row.samples) for row in batch.explicit}
+    before = batch.alone[: len(batch.alone) - len(batch.admitted)]
+    found = ((seq, *rows.get(seq, (0, batch.usual_tokens == 0))) for seq in before)
+    return [entry for entry in found if entry[1] != batch.usual_tokens or not entry[2]]
 
 
 class Digest:

@@ -30,43 +30,39 @@ class Batch:
     """One decision: the rows of a step, and what changed since the decision before it.
 
     Unpacks as the pair `seqs, is_prefill`. `is_prefill`: some sequence computes more than one token, or samples for the
-    first time since it was admitted.
+    first time since it was admitted. `rows`, `seqs` and `sampled`, in running order, are made when they are read: from
+    `explicit`, the rows of sequences on their own, and from the group's `view`, whose rows are all alike.
 
     The deltas say the decision in terms of the one before: `admitted` rows (their `start` is the prefix hit),
     sequences that `left` (finished or aborted) and were `preempted`, and `grown` block tables. A running sequence gets
     `usual_tokens` (1, or 0 in a step for prompts alone), unless it is in `alone`, the sequences on their own.
 
     Totals: `num_tokens` = `num_prompt_tokens` + `num_decode_tokens`; `num_kv_tokens` is the sum of the rows' context
-    lengths; `num_attention_pairs` counts each query against each key it attends.
-
-    Deltas and totals are there at once. `rows`, `seqs` and `sampled`, in running order, are made when they are read:
-    from `explicit`, the rows of sequences on their own, and from the group's `view`, whose rows are all alike.
+    lengths; `num_attention_pairs` counts each query against each key it attends. From `decision` on, the facts are
+    written by Core and by the executor.
     """
 
-    is_prefill = False
-    num_prompt_tokens = num_kv_tokens = num_attention_pairs = num_sampled = num_members = clock = 0
-    num_waiting = num_running = num_used_blocks = 0
     view: View | None = None
-    _rows: list[Row] | None = None
-    _seqs: list[Sequence] | None = None
-
-    # Facts of the decision and of the step, written by Core and by the executor.
+    is_prefill = False
+    num_tokens = num_prompt_tokens = num_kv_tokens = num_attention_pairs = num_sampled = num_members = clock = 0
+    num_waiting = num_running = num_used_blocks = 0
     decision = committed = -1
     seen = decided_ns = 0
     start_ns: int | None = None
     end_ns: int | None = None
+    _rows: list[Row] | None = None
+    _seqs: list[Sequence] | None = None
 
     def __init__(self, usual_tokens: int) -> None:
         self.usual_tokens = usual_tokens
-        self.num_tokens = 0
         self.explicit: list[Row] = []
         self.orders: list[int] = []
-        self.alone: list[Sequence] = []
         self.admitted: list[Row] = []
+        self.alone: list[Sequence] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        self.grown: list[tuple[Sequence, list[int]]] = []
         self.aborted: list[Sequence] = []
+        self.grown: list[tuple[Sequence, list[int]]] = []
 
     @property
     def num_decode_tokens(self) -> int:
@@ -76,8 +72,6 @@ class Batch:
     def num_new_pairs(self) -> int:
         """By how much `num_attention_pairs` is larger when the decision is repeated."""
         return self.num_decode_tokens + sum(row.num_tokens**2 for row in self.explicit if row.is_prompt)
-
-    # --- written by the Scheduler ---
 
     def add(self, row: Row) -> None:
         """Add the row of a sequence on its own; rows come in running order."""
@@ -102,22 +96,19 @@ class Batch:
             self.num_tokens += self.num_members
             self.num_kv_tokens = self.num_attention_pairs = num_kv_tokens
         for _, start, num_tokens, samples, is_prompt in self.explicit:
-            end = start + num_tokens
-            self.num_kv_tokens += end
+            self.num_kv_tokens += start + num_tokens
+            self.num_attention_pairs += start * num_tokens + num_tokens * (num_tokens + 1) // 2
             self.num_sampled += samples
             if is_prompt:
                 self.num_prompt_tokens += num_tokens
-                self.num_attention_pairs += start * num_tokens + num_tokens * (num_tokens + 1) // 2
                 self.is_prefill = self.is_prefill or samples or num_tokens > 1
-            else:
-                self.num_attention_pairs += end
 
     def repeated(self, num_steps: int) -> Batch:
         """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
         batch = copy(self)
         batch.explicit = [row._replace(start=row.start + num_steps * row.num_tokens) for row in self.explicit]
+        batch.left, batch.preempted, batch.aborted, batch.grown = [], [], [], []
         batch._rows = batch._seqs = None
-        batch.left, batch.preempted, batch.grown, batch.aborted = [], [], [], []
         batch.clock += num_steps
         batch.decision += num_steps
         batch.committed += num_steps
@@ -125,16 +116,14 @@ class Batch:
         batch.num_attention_pairs += num_steps * self.num_new_pairs
         return batch
 
-    # --- read by executors ---
-
     @property
     def rows(self) -> list[Row]:
         """The rows, in running order."""
         if self._rows is None:
             rows, view = list(self.explicit), self.view
             if view is not None and view.seqs:
-                own = [Row(seq, base + self.clock, 1, True, False) for seq, base in zip(view.seqs, view.bases)]
-                rows = own + rows
+                members = zip(view.seqs, view.bases, strict=True)
+                rows = [Row(seq, base + self.clock, 1, True, False) for seq, base in members] + rows
                 if self.orders and self.orders[0] < view.orders[-1]:
                     orders = view.orders + self.orders
                     rows = [rows[index] for index in sorted(range(len(rows)), key=orders.__getitem__)]
@@ -156,10 +145,10 @@ class Batch:
     def split(self, token_ids: Seq[int] | None) -> tuple[Seq[int] | None, Iterator[int | None]]:
         """Of the tokens for `sampled`: those of the members, and those of the sequences on their own."""
         members = self.num_members
-        if token_ids is None:
-            return None, repeat(None)
-        if not self.explicit or self.view is None or not members or self.view.orders[-1] < self.orders[0]:
-            return token_ids[:members] if self.explicit else token_ids, iter(token_ids[members:])
+        if token_ids is None or not self.explicit:
+            return token_ids, repeat(None)
+        if self.view is None or not members or self.view.orders[-1] < self.orders[0]:
+            return token_ids[:members], iter(token_ids[members:])
         of = dict(zip(self.sampled, token_ids, strict=True))
         return [of[seq] for seq in self.view.seqs], iter([of[row.seq] for row in self.explicit if row.samples])
 

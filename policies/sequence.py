@@ -79,16 +79,16 @@ class Sequence:
 
     Attributes:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        arrival_index: how many sequences the Scheduler had accepted before this one.
-        admission_index: how many admissions there had been before its latest one; the running order.
-        final_length: tokens at which generation ends, whatever is generated; set by the Scheduler.
+        arrival_index, admission_index: how many others were accepted before it, and admitted; the latter orders those
+            that run.
+        final_length: tokens at which generation ends, whatever is generated.
         block_table: ids of the KV blocks held, in token order.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
         num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
-        finish_reason: "stop", "length", "abort" or "refused" once FINISHED.
+        finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.
         arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times in integer nanoseconds, written
-            by whoever knows them (Core for all but the first); the policies never read them.
+            by whoever knows them; the policies never read them.
     """
 
     block_size: int = 256
@@ -117,19 +117,14 @@ class Sequence:
         self.sampling_params = sampling_params or SamplingParams()
         self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.prefix_key = prefix_key
-        self.priority = priority
-        self.salt = salt
-        self.tenant = tenant
-        self.arrival_index = -1
-        self.admission_index = -1
+        self.priority, self.salt, self.tenant = priority, salt, tenant
+        self.arrival_index = self.admission_index = -1
 
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.num_cached_tokens = 0
-        self.num_registered_blocks = 0
+        self.num_cached_tokens = self.num_registered_blocks = self.num_preemptions = 0
         self.has_sampled = False
-        self.num_preemptions = 0
 
         self.arrival_ns = arrival_ns
         self.ingested_ns: int | None = None
@@ -138,9 +133,7 @@ class Sequence:
         self.finish_ns: int | None = None
 
         self.known = self.num_prompt_tokens
-        self.computed = 0
-        self.in_flight = 0
-        self.scheduled = 0
+        self.computed = self.in_flight = self.scheduled = 0
         self.group: DecodeGroup | None = None
         self.base = self.since = 0
         self._token_ids = [] if token_ids is None else list(token_ids)

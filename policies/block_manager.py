@@ -235,14 +235,15 @@ class BlockManager:
             return
         for seq, end, packed in blocks:
             index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
-            is_keyed = seq.prefix_key is not None and not seq.salt
-            if (packed or is_keyed) and 0 < index == seq.num_registered_blocks == len(hashes):
-                key, content = (None, packed) if packed else (seq.prefix_key(end), None)  # type: ignore[misc]
-                hashes.append(cache.register_next(table[index], table[index - 1], key, content))
-                seq.block_contents.append(content)
-                seq.num_registered_blocks = index + 1
-            else:
+            if not 0 < index == seq.num_registered_blocks or (index >= len(hashes) and not packed):
                 self.register(seq, end)
+                continue
+            if index < len(hashes):
+                cache.register_next(table[index], table[index - 1], hashes[index], seq.block_contents[index])
+            else:
+                hashes.append(cache.register_next(table[index], table[index - 1], None, packed))
+                seq.block_contents.append(packed)
+            seq.num_registered_blocks = index + 1
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
@@ -285,12 +286,14 @@ class BlockManager:
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
-        """Hash the first `num_blocks` blocks of `seq`, each once in the sequence's life."""
+        """Hash the first `num_blocks` blocks of `seq` at least, each once in the sequence's life."""
         hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
         first = len(hashes)
         if first >= num_blocks:
             return
         if seq.prefix_key is not None:
+            # All that it will ever have, as many keys at once cost least.
+            num_blocks = max(num_blocks, seq.final_length // size)
             hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return

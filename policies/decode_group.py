@@ -81,15 +81,16 @@ class DecodeGroup:
 
     def leave(self, seq: Sequence) -> None:
         """Let a member go; it counts by itself again."""
-        self.hand_over(seq, seq.num_tokens)
-        seq.computed, seq.in_flight, seq.scheduled = seq.num_computed_tokens, seq.num_in_flight, 1
+        self.hand_over(seq, seq.base + self.known + 1)
+        seq.computed, seq.in_flight, seq.scheduled = seq.base + self.planned, self.planned - self.known, 1
         seq.group = None
         view = self._changed()
         place = bisect_left(view.orders, seq.admission_index)
         del view.seqs[place], view.orders[place], view.bases[place]
-        for bucket in self._buckets(seq):
-            bucket.remove(seq)
-        if not self.ends[seq.end]:
+        begins, ends = self._buckets(seq)
+        begins.remove(seq)
+        ends.remove(seq)
+        if not ends:
             del self.ends[seq.end]
         self._sum_of_bases -= seq.base
         self.num_with_tokens -= seq.has_token_ids

@@ -157,7 +157,7 @@ class DecodeGroup:
         view = self._views[-1] if self._views else self.view
         width, orders, tokens = len(view.seqs), view.orders, view.tokens
         begin, stop = (clock - size - view.first) * width, (clock - view.first) * width
-        is_whole = 0 <= begin and stop <= len(tokens)
+        is_whole = begin >= 0 and stop <= len(tokens)
         for seq in self.beginning(clock):
             end = seq.base + clock
             if is_whole and seq.known == end - size and seq.has_token_ids:

@@ -81,10 +81,12 @@ class PrefixCache:
 
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
-        hashes, contents = [self.root_hash], []
+        hashes = [self.root_hash]
+        contents: list[bytes | None] = []
         for end in range(block_size, len(token_ids) + 1, block_size):
-            contents.append(token_bytes(token_ids[end - block_size : end]))
-            hashes.append(self.block_hash(contents[-1], hashes[-1]))
+            content = token_bytes(token_ids[end - block_size : end])
+            contents.append(content)
+            hashes.append(self.block_hash(content, hashes[-1]))
         block_ids = self.match(hashes[1:], contents, self.ROOT)
         return block_ids, len(block_ids) * block_size
 

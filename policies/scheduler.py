@@ -394,7 +394,7 @@ class Scheduler:
         stops = {eos, *group.stops}
         if view is group.view and (tokens is None or stops.isdisjoint(tokens)):
             return
-        for seq, token_id in zip(view.seqs, repeat(None) if tokens is None else tokens):
+        for seq, token_id in zip(view.seqs, repeat(None) if tokens is None else tokens, strict=False):
             if seq.group is None or seq.since > batch.clock:
                 self._take_token(seq, token_id, eos, ends)
             elif token_id in stops and _stops(seq, token_id, eos):
@@ -461,7 +461,7 @@ class Scheduler:
         assert len(alone) + len(self.group.view.seqs) == len(orders), f"{self.group.view.seqs} is not all that runs"
         for seq in self._running:
             known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
-            assert seq.status is SequenceStatus.RUNNING and 0 < computed <= known, f"running, or computed wrongly: {seq}"
+            assert seq.status is SequenceStatus.RUNNING and 0 < computed <= known, f"running: {seq}"
             needed = manager.blocks_for(computed)
             assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"

@@ -401,9 +401,9 @@ class CoreSideBySide(SideBySide):
             self.in_flight = deque(zip(self.core.in_flight, steps_of_model, strict=True))
             for batch, step in self.in_flight:
                 self._compare_totals(batch, step)
-        # It may be shorter where the steps in flight differ, a decode has a row of its own, nothing is computed or decodes
-        # are left out for the budget, and where the head of the queue may be looked at with another answer: its token
-        # comes, a hit is computed for it, it is new, or its order may change its mind.
+        # It may be shorter where the steps in flight differ, a decode has a row of its own, nothing is computed or
+        # decodes are left out for the budget, and where the head of the queue may be looked at with another answer: its
+        # token comes, a hit is computed for it, it is new, or its order may change its mind.
         is_clear &= bool(latest.rows) and not latest.preempted and not self._is_disturbed
         is_clear &= self.rules.order != "cache-aware"
         is_clear &= not (self.model.waiting and self.rules.caching)

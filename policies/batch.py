@@ -73,12 +73,6 @@ class Batch:
         """By how much `num_attention_pairs` is larger when the decision is repeated."""
         return self.num_decode_tokens + sum(row.num_tokens**2 for row in self.explicit if row.is_prompt)
 
-    def add(self, row: Row) -> None:
-        """Add the row of a sequence on its own; rows come in running order."""
-        self.explicit.append(row)
-        self.orders.append(row.seq.admission_index)
-        self.num_tokens += row.num_tokens
-
     def remove(self, seq: Sequence) -> Row | None:
         """Take back what was decided for a sequence; its row, if it had one on its own."""
         self.grown = [(other, block_ids) for other, block_ids in self.grown if other is not seq]

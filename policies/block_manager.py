@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -160,16 +160,6 @@ class BlockManager:
             return []
         self._identify(seq, count)
         return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
-
-    @property
-    def known_hashes(self) -> Collection[int]:
-        """The hashes of all blocks that can be hit."""
-        return () if self.prefix_cache is None else self.prefix_cache.hash_to_block_id
-
-    def hash_at(self, seq: Sequence, index: int) -> int | None:
-        """The hash of a block of `seq`; None if there is none that can be hit, as a token is left to compute."""
-        is_hit = self.prefix_cache is not None and index < (seq.num_tokens - 1) // self.block_size
-        return seq.block_hashes[index] if is_hit else None
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
         """The hashes of the blocks that end with so many tokens of a sequence without token ids.

@@ -107,12 +107,9 @@ class DecodeGroup:
 
     def num_beginning(self, num_steps: int) -> int:
         """Blocks that the next `num_steps` steps begin."""
-        cycles, rest = divmod(num_steps, self._block_size)
-        begun = cycles * len(self.view.seqs)
-        for phase, seqs in self._begins.items():
-            if (phase - self.planned) % self._block_size < rest:
-                begun += len(seqs)
-        return begun
+        size, last = self._block_size, num_steps - 1
+        buckets = self._begins.items()
+        return sum(len(seqs) * ((last - (phase - self.planned) % size) // size + 1) for phase, seqs in buckets)
 
     def plan(self) -> View:
         """A step is decided in which each member gets a token; who they are. Full blocks have been registered."""

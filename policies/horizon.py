@@ -38,10 +38,9 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
         steps = min(steps, min(group.ends) - group.planned + 1)
     for row in batch.explicit:
         steps = min(steps, _steps_of(scheduler, batch, row))
-    has_row = {row.seq for row in batch.explicit}
-    for seq in scheduler.alone:
-        if seq not in has_row and (batch.usual_tokens or not seq.has_sampled):
-            return 1
+    with_row = {row.seq for row in batch.explicit}
+    if any(seq not in with_row and (batch.usual_tokens or not seq.has_sampled) for seq in scheduler.alone):
+        return 1
     if steps > 1 and scheduler.block_manager.num_blocks is not None:
         steps = _steps_with_room(scheduler, batch, steps)
     return steps if steps == 1 or _is_head_kept_out(scheduler, batch) else 1
@@ -110,16 +109,14 @@ def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
     group, decodes = scheduler.group, bool(batch.usual_tokens)
     prompts = scheduler.composition == "mixed" or not decodes
     grown: list[Grown] = []
-    nothing: Grown = []
     for _ in range(num_steps):
         if decodes:
             group.known += 1
+        grown.append([])
         if scheduler.alone or group.beginning(group.planned) or group.beginning(min(group.planned, group.known) + 1):
             again = Batch(batch.usual_tokens)
             scheduler.serve_running(again, prompts=prompts)
-            grown.append(again.grown)
-        else:
-            grown.append(nothing)
+            grown[-1] = again.grown
         if decodes:
             group.plan()
     is_within = batch.view in (None, group.view) and group.known < min(group.ends, default=math.inf)

@@ -286,11 +286,12 @@ class Scheduler:
         Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
         happened, so that a waiting prompt is not looked up in every step.
         """
-        manager, refusal = self.block_manager, self.refusal
+        manager, cache, refusal = self.block_manager, self.block_manager.prefix_cache, self.refusal
         is_limited = self.max_num_partial_prefills < math.inf
         num_partial = sum(not other.has_sampled for other in self.alone) if is_limited else 0
         facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
-        if refusal is not None and facts == refusal.facts and refusal.last_hash not in manager.known_hashes:
+        known_hashes = {} if cache is None else cache.hash_to_block_id
+        if refusal is not None and facts == refusal.facts and refusal.last_hash not in known_hashes:
             return None
         hits = manager.find_hits(seq)
         missing = seq.known - len(hits) * manager.block_size
@@ -303,7 +304,8 @@ class Scheduler:
             num_hits = len(hits) + lacking
         else:
             return hits, num_tokens
-        self.refusal = Refusal(facts, num_hits, manager.hash_at(seq, num_hits - 1))
+        may_hit = cache is not None and num_hits <= (seq.known - 1) // manager.block_size
+        self.refusal = Refusal(facts, num_hits, seq.block_hashes[num_hits - 1] if may_hit else None)
         return None
 
     def _budget_left(self, batch: Batch) -> float:
@@ -324,7 +326,9 @@ class Scheduler:
         computed = start + num_tokens
         samples = computed == seq.known + seq.in_flight
         row = Row(seq, start, num_tokens, samples, not seq.has_sampled)
-        batch.add(row)
+        batch.explicit.append(row)
+        batch.orders.append(seq.admission_index)
+        batch.num_tokens += num_tokens
         seq.computed, seq.scheduled = computed, num_tokens
         if samples:
             seq.in_flight += 1

@@ -75,7 +75,8 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> float:
         """Free blocks, cached ones included; infinite in a pool without end."""
-        return math.inf if self.num_blocks is None else len(self.free_block_ids)
+        free = self.free_block_ids
+        return math.inf if self.num_blocks is None else len(free.blank) + len(free.cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -114,18 +115,21 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        blocks, freed = self.blocks, []
-        for block_id in reversed(seq.block_table):
+        table, num_cached = seq.block_table, seq.num_registered_blocks
+        blocks, free, kept = self.blocks, self.free_block_ids, []
+        free.blank += table[num_cached:]
+        for block_id in table[num_cached:]:
+            blocks[block_id].ref_count = 0
+        # Only a block that the cache knows may be held by others too.
+        for block_id in reversed(table[:num_cached]):
             block = blocks[block_id]
             block.ref_count -= 1
-            if not block.ref_count:
-                freed.append(block_id)
-        self.used_block_ids.difference_update(freed)
-        # Only a block that the cache knows is held by others, so the blank ones are the first of those freed.
-        num_blank, free = len(seq.block_table) - seq.num_registered_blocks, self.free_block_ids
-        free.blank += reversed(freed[:num_blank])
-        for block_id in freed[num_blank:]:
-            free.cached[block_id] = None
+            if block.ref_count:
+                kept.append(block_id)
+            else:
+                free.cached[block_id] = None
+        self.used_block_ids.difference_update(table)
+        self.used_block_ids.update(kept)
         seq.block_table = []
         seq.num_registered_blocks = 0
         self._holders.pop(seq, None)

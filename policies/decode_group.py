@@ -111,9 +111,14 @@ class DecodeGroup:
         buckets = self._begins.items()
         return sum(len(seqs) * ((last - (phase - self.planned) % size) // size + 1) for phase, seqs in buckets)
 
+    @property
+    def next_registered(self) -> int:
+        """What `registered` is once the next step is decided: the lesser of what is planned and known by then."""
+        return min(self.planned, self.known) + 1
+
     def plan(self) -> View:
         """A step is decided in which each member gets a token; who they are. Full blocks have been registered."""
-        self.registered = min(self.planned, self.known) + 1
+        self.registered = self.next_registered
         self.planned += 1
         self.view.is_taken = True
         return self.view

@@ -113,7 +113,7 @@ def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
         if decodes:
             group.known += 1
         grown.append([])
-        if scheduler.alone or group.beginning(group.planned) or group.beginning(min(group.planned, group.known) + 1):
+        if scheduler.alone or group.beginning(group.planned) or group.beginning(group.next_registered):
             again = Batch(batch.usual_tokens)
             scheduler.serve_running(again, prompts=prompts)
             grown[-1] = again.grown

@@ -209,13 +209,13 @@ class Scheduler:
             self._launch(seq, num_tokens, batch)
         else:
             self.group.hand_over(seq, seq.num_tokens)
-            manager.register(seq, seq.base + min(self.group.planned, self.group.known) + 1)
+            manager.register(seq, seq.base + self.group.next_registered)
         return True
 
     def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
         """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
         group, manager = self.group, self.block_manager
-        beginning, clock = group.beginning(group.planned), min(group.planned, group.known) + 1
+        beginning, clock = group.beginning(group.planned), group.next_registered
         comes_first = not seqs or seqs[0].admission_index > group.view.orders[-1]
         if comes_first and len(beginning) <= manager.num_free_blocks:
             if beginning:

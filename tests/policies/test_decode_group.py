@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 
-from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence, decode_group
 
 EOS = 0
 
@@ -28,10 +28,14 @@ def build_core(rng: random.Random, depth: int) -> Core:
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("reads", [0.0, 0.2], ids=["unread", "read"])
-def test_every_sequence_has_the_tokens_that_were_sampled_for_it(depth, reads):
-    """What is read in between changes nothing; `unread` sequences are first asked for their tokens at their end."""
+def test_every_sequence_has_the_tokens_that_were_sampled_for_it(depth, reads, monkeypatch):
+    """What is read in between changes nothing; `unread` sequences are first asked for their tokens at their end.
+
+    In half of the runs, the tokens of a few steps are as many as are kept in one place.
+    """
     for seed in range(40):
         rng = random.Random(seed)
+        monkeypatch.setattr(decode_group, "_MOST_TOKENS", (1 << 20) if seed % 2 else 16)
         core = build_core(rng, depth)
         expected: dict[Sequence, list[int]] = {}
         number = 0

@@ -293,12 +293,9 @@ class BlockManager:
             return
         assert cache is not None
         packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
-        previous = hashes[-1] if hashes else cache.root(seq.salt)[0]
-        for begin in range(0, len(packed), 4 * size):
-            content = packed[begin : begin + 4 * size]
-            previous = cache.block_hash(content, previous)
-            contents.append(content)
-            hashes.append(previous)
+        new_hashes, new_contents = cache.hash_chain(packed, 4 * size, hashes[-1] if hashes else cache.root(seq.salt)[0])
+        hashes += new_hashes
+        contents += new_contents
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""

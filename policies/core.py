@@ -99,11 +99,7 @@ class Core:
         return True
 
     def decide(self, now_ns: int) -> Batch:
-        """Decide the next step.
-
-        Raises:
-            RuntimeError: more than `pipeline_depth` batches are in flight, or nothing can ever be scheduled.
-        """
+        """Decide the next step. RuntimeError if more than `pipeline_depth` are in flight, or nothing can ever run."""
         if len(self.in_flight) > self.pipeline_depth:
             raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
         aborted = self._apply_aborts() if self._aborts else []
@@ -121,11 +117,7 @@ class Core:
         return batch
 
     def commit(self, token_ids: Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end.
-
-        Raises:
-            RuntimeError: nothing is in flight.
-        """
+        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
         batch = self.in_flight[0]

@@ -98,12 +98,9 @@ def _is_head_kept_out(scheduler: Scheduler, batch: Batch) -> bool:
 
 
 def repeat(scheduler: Scheduler, num_steps: int) -> list[Grown]:
-    """Commit the oldest batch and decide again what the latest one is, so many times; within its horizon.
+    """Commit the oldest batch and decide again what the latest one is, so many times; the blocks that each took.
 
     The batches in flight are replaced by those that are in flight then.
-
-    Returns:
-        The blocks that each decision took.
     """
     batch = scheduler.in_flight[-1]
     group, decodes = scheduler.group, bool(batch.usual_tokens)

@@ -64,10 +64,19 @@ class PrefixCache:
         prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(8, "little")
         return xxhash.xxh64_intdigest(prefix + token_bytes(token_ids))
 
-    def block_hash(self, content: bytes, prefix_hash: int) -> int:
-        """This cache's hash of a block with `content` (see `token_bytes`) behind a prefix with `prefix_hash`."""
-        prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(self._hash_bytes, "little")
-        return self._digest(prefix + content, self.seed)
+    def hash_chain(self, packed: bytes, block_bytes: int, prefix_hash: int) -> tuple[list[int], list[bytes | None]]:
+        """The hashes of the blocks that tokens (see `token_bytes`) fill behind a prefix, and their contents."""
+        hashes: list[int] = []
+        contents: list[bytes | None] = []
+        digest, length, seed = self._digest, self._hash_bytes, self.seed
+        prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(length, "little")
+        for begin in range(0, len(packed), block_bytes):
+            content = packed[begin : begin + block_bytes]
+            block_hash = digest(prefix + content, seed)
+            prefix = block_hash.to_bytes(length, "little")
+            hashes.append(block_hash)
+            contents.append(content)
+        return hashes, contents
 
     def root(self, salt: str) -> tuple[int, int]:
         """The hash and the prefix number that the chains of sequences with this salt begin with."""
@@ -81,27 +90,20 @@ class PrefixCache:
 
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
-        hashes = [self.root_hash]
-        contents: list[bytes | None] = []
-        for end in range(block_size, len(token_ids) + 1, block_size):
-            content = token_bytes(token_ids[end - block_size : end])
-            contents.append(content)
-            hashes.append(self.block_hash(content, hashes[-1]))
-        block_ids = self.match(hashes[1:], contents, self.ROOT)
+        whole = token_ids[: len(token_ids) // block_size * block_size]
+        hashes, contents = self.hash_chain(token_bytes(whole), 4 * block_size, self.root_hash)
+        block_ids = self.match(hashes, contents, self.ROOT)
         return block_ids, len(block_ids) * block_size
 
     def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
-        """Store a full block of tokens that follows the stored prefix with `prefix_hash` (-1: none); its hash.
-
-        Raises:
-            KeyError: no block with `prefix_hash` is stored.
-        """
+        """Store a full block of tokens behind the stored prefix with `prefix_hash` (-1: none, else a KeyError if no
+        block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
         parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
-        content = token_bytes(token_ids)
-        block_hash = self.block_hash(content, self.root_hash if is_first else prefix_hash)
-        self.register([block_id], [block_hash], [content], parent)
-        return block_hash
+        packed = token_bytes(token_ids)
+        hashes, contents = self.hash_chain(packed, len(packed), self.root_hash if is_first else prefix_hash)
+        self.register([block_id], hashes, contents, parent)
+        return hashes[0]
 
     def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
         """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""

@@ -360,9 +360,9 @@ class Scheduler:
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
-        `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order, or
-        is None in a simulation, which has no tokens. Anything else raises ValueError. `eos_token_id` ends a sequence,
-        unless its `ignore_eos` is set.
+        `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
+        or is None in a simulation, which has no tokens. Anything else raises ValueError. `eos_token_id` ends a
+        sequence, unless its `ignore_eos` is set.
         """
         group, batch = self.group, self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):

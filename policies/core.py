@@ -161,8 +161,7 @@ class Core:
         self.num_decisions = self.in_flight[-1].decision + 1
         self.last_committed = self.in_flight[0].decision - 1
         for batch in before:
-            if batch.decision <= self.last_committed:
-                self.listener.committed(batch)
+            self.listener.committed(batch)
         num_committed = max(0, self.last_committed - first.decision + 1)
         self.listener.repeated(first, spans, grown, num_committed, self.in_flight[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence as Seq
 
 import pytest
 
@@ -13,11 +14,11 @@ from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, 
 EOS = 0
 
 
-def build_core(rng: random.Random, depth: int) -> Core:
+def build_core(rng: random.Random, depth: int, compositions: Seq[str] = ("mixed", "prefill-first")) -> Core:
     scheduler = Scheduler(
         BlockManager(rng.choice([40, 400]), rng.choice([1, 2, 4, 8])),
         rng.choice([4, 100]),
-        composition=rng.choice(["mixed", "prefill-first"]),
+        composition=rng.choice(compositions),
         max_num_batched_tokens=rng.choice([8, 200]),
         enable_chunked_prefill=True,
         long_prefill_token_threshold=rng.choice([0, 3]),
@@ -126,3 +127,32 @@ def test_a_step_looks_at_members_whose_block_begins_or_is_full_and_at_no_others(
         batch = scheduler.schedule()
         scheduler.postprocess(batch, [5] * batch.num_sampled)
     assert set(served[40:]) == {4}, "of 64 members, 4 begin a block and 4 fill one in each step"
+
+
+@pytest.mark.parametrize("ahead", [2, 4])
+def test_tokens_find_their_sequences_however_many_batches_are_in_flight(ahead):
+    """Decodes that the budget does not always reach leave the group and join it again with batches in flight."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        scheduler = build_core(rng, 1, ["mixed"]).scheduler
+        expected: dict[Sequence, list[int]] = {}
+        for number in range(25):
+            params = SamplingParams(max_tokens=rng.randint(5, 60), ignore_eos=True)
+            seq = Sequence([1000 * number + k for k in range(rng.randint(1, 12))], params, seq_id=number)
+            expected[seq] = list(seq.token_ids)
+            assert scheduler.add(seq) or seq.refusal
+        idle = 0
+        while not scheduler.is_finished():
+            if len(scheduler.in_flight) <= ahead and rng.random() < 0.6:
+                idle = 0 if scheduler.schedule() else idle + 1
+                assert idle < 100, f"seed {seed}: nothing is scheduled"
+            elif scheduler.in_flight:
+                batch = scheduler.in_flight[0]
+                tokens = [rng.randrange(100, 1 << 20) for _ in batch.sampled]
+                for seq, token_id in zip(batch.sampled, tokens, strict=True):
+                    if not seq.is_finished:
+                        expected[seq].append(token_id)
+                scheduler.postprocess(batch, tokens, EOS)
+            scheduler.check_integrity()
+        for seq, tokens in expected.items():
+            assert seq.is_finished and seq.token_ids == tokens, f"seed {seed}: {seq}"

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
-from twinserve.policies.batch import Batch, Digest
-from twinserve.policies.horizon import horizon, repeat
+from twinserve.policies.batch import Batch
+from twinserve.policies.horizon import Grown, horizon, repeat
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
-
-class Repeat(NamedTuple):
-    """A decision that repeats the one before it: when it is made, its step's times, and the blocks that grew."""
-
-    decided_ns: int
-    start_ns: int
-    end_ns: int
-    grown: list[tuple[Sequence, list[int]]]
+Span = tuple[int, int, int]
+"""When a decision is made, and when its step starts and ends, in nanoseconds."""
 
 
 class CoreListener:
@@ -30,8 +23,9 @@ class CoreListener:
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
 
-    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
-        """The decision heard last, `batch`, was repeated; so many of the steps, `batch` included, have ended."""
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
+        """The decision heard last, `batch`, was repeated up to `latest`, each time with these blocks more; of the steps
+        from `batch` on, so many have ended."""
 
     def committed(self, batch: Batch) -> None:
         """The step of `batch` has ended and its tokens are known."""
@@ -46,12 +40,6 @@ class Core:
     It reads no clock and never waits: `now_ns` is handed in. Decisions may run ahead of results by `pipeline_depth`
     steps: at 0 a step's tokens are known before the next is decided, at 1 the next is decided while they are in flight.
     An abort takes effect at the next decision, so that the facts between two decisions need no order among themselves.
-
-    Args:
-        scheduler: the policies.
-        pipeline_depth: 0 or 1.
-        eos_token_id: the token that ends a sequence.
-        listener: hears facts and decisions; decisions are digested only for it.
     """
 
     def __init__(
@@ -67,14 +55,12 @@ class Core:
         self.scheduler = scheduler
         self.pipeline_depth = pipeline_depth
         self.eos_token_id = eos_token_id
-        self.listener = listener
+        self.listener = CoreListener() if listener is None else listener
         self.in_flight: deque[Batch] = deque()
         self.sequences: dict[int, Sequence] = {}
-        self.num_ingested = 0
-        self.num_decisions = 0
+        self.num_ingested = self.num_decisions = 0
         self.last_committed = -1
         self._aborts: list[tuple[Sequence, int]] = []
-        self._digest = Digest()
 
     @property
     def can_decide(self) -> bool:
@@ -97,13 +83,11 @@ class Core:
             raise ValueError(f"a sequence with id {seq.seq_id} is being served already")
         seq.ingested_ns = now_ns
         accepted = self.scheduler.add(seq)
-        if accepted:
-            self.sequences[seq.seq_id] = seq
-        if self.listener is not None:
-            self.listener.ingested(seq, self.num_ingested)
+        self.listener.ingested(seq, self.num_ingested)
         self.num_ingested += 1
+        self.sequences[seq.seq_id] = seq
         if not accepted:
-            self._finished(seq, now_ns)
+            self._finish(seq, now_ns)
         return accepted
 
     def abort(self, seq_id: int, now_ns: int) -> bool:
@@ -115,109 +99,27 @@ class Core:
         return True
 
     def decide(self, now_ns: int) -> Batch:
-        """Decide the next step.
-
-        Raises:
-            RuntimeError: more than `pipeline_depth` batches are in flight, or nothing can ever be scheduled.
-        """
+        """Decide the next step. RuntimeError if more than `pipeline_depth` are in flight, or nothing can ever run."""
         if len(self.in_flight) > self.pipeline_depth:
             raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
-        aborted = self._apply_aborts()
-        nothing_comes = not self.in_flight
-        batch = self._decide(now_ns, aborted)
-        if nothing_comes and not (batch or aborted or batch.preempted) and self.sequences:
+        aborted = self._apply_aborts() if self._aborts else []
+        batch = self.scheduler.schedule()
+        batch.decision, batch.seen, batch.committed = self.num_decisions, self.num_ingested, self.last_committed
+        batch.aborted, batch.decided_ns = aborted, now_ns
+        self.num_decisions += 1
+        self.in_flight.append(batch)
+        if not (batch or aborted or batch.preempted) and len(self.in_flight) == 1 and self.sequences:
             raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
         for row in batch.admitted:
             if row.seq.first_scheduled_ns is None:
                 row.seq.first_scheduled_ns = now_ns
-        if self.listener is not None:
-            batch.digest = self._digest.of(batch)
-            self.listener.decided(batch)
+        self.listener.decided(batch)
         return batch
 
     def commit(self, token_ids: Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end.
-
-        Raises:
-            RuntimeError: nothing is in flight.
-        """
+        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
-        batch, finished = self._commit(token_ids, now_ns)
-        if self.listener is not None:
-            self.listener.committed(batch)
-        for seq in finished:
-            del self.sequences[seq.seq_id]
-            self._finished(seq, now_ns)
-        return finished
-
-    def horizon(self, batch: Batch, cap: int) -> int:
-        """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
-
-        It is 1 where the next decision can be made before anything is committed. See `horizon.horizon`.
-        """
-        if self._aborts or self.can_decide or batch is not self.in_flight[-1]:
-            return 1
-        return horizon(self.scheduler, batch, cap)
-
-    def advance(self, spans: Seq[tuple[int, int, int]]) -> None:
-        """Repeat the latest decision, committing the oldest batch in flight before each, within its horizon.
-
-        What is decided, and all that comes of it, is what as many calls of `commit` and `decide` would have given.
-
-        Args:
-            spans: of each decision, its time, and the start and the end of its step, in nanoseconds. With a horizon of
-                k there may be up to k - 1.
-        """
-        first = self.in_flight[-1]
-        repeats: list[Repeat] = []
-        while len(repeats) < len(spans):
-            latest = self.in_flight[-1]
-            if not repeats or len(latest.explicit) > self.scheduler.num_partial:
-                repeats.append(self._repeat_once(first, spans[len(repeats)]))
-                continue
-            rest = spans[len(repeats) :]
-            grown = repeat(self.scheduler, latest, len(rest))
-            repeats += [Repeat(*span, blocks) for span, blocks in zip(rest, grown, strict=True)]
-            self.in_flight = deque(self.scheduler.in_flight)
-            for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
-                batch.decided_ns, batch.start_ns, batch.end_ns = span
-            self._digest.grow(self.in_flight[-1], [pair for blocks in grown for pair in blocks])
-        self.num_decisions = self.in_flight[-1].decision + 1
-        self.last_committed = self.in_flight[0].decision - 1
-        if self.listener is not None:
-            digest = self.in_flight[-1].digest = self._digest.value
-            self.listener.repeated(first, repeats, max(0, self.in_flight[0].decision - first.decision), digest)
-
-    def _repeat_once(self, first: Batch, span: tuple[int, int, int]) -> Repeat:
-        """Commit the oldest batch, and make the decision that repeats the latest."""
-        committed, finished = self._commit(None, span[0])
-        if self.listener is not None and committed.decision < first.decision:
-            self.listener.committed(committed)
-        batch = self._decide(span[0], [])
-        batch.start_ns, batch.end_ns = span[1:]
-        if finished or batch.admitted or batch.preempted or batch.left or batch.num_tokens != first.num_tokens:
-            raise RuntimeError(
-                f"decision {batch.decision} does not repeat decision {first.decision}: {span} is too far"
-            )
-        if self.listener is not None:
-            self._digest.of(batch)
-        return Repeat(*span, batch.grown)
-
-    def _decide(self, now_ns: int, aborted: list[Sequence]) -> Batch:
-        """Have the scheduler decide, and write down the decision's facts."""
-        batch = self.scheduler.schedule()
-        batch.decision = self.num_decisions
-        batch.seen = self.num_ingested
-        batch.aborted = aborted
-        batch.committed = self.last_committed
-        batch.decided_ns = now_ns
-        self.num_decisions += 1
-        self.in_flight.append(batch)
-        return batch
-
-    def _commit(self, token_ids: Seq[int] | None, now_ns: int) -> tuple[Batch, list[Sequence]]:
-        """Hand over the tokens of the oldest batch; the batch, and the sequences that end."""
         batch = self.in_flight[0]
         finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
         self.in_flight.popleft()
@@ -228,20 +130,52 @@ class Core:
             for row in batch.explicit:
                 if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
                     row.seq.first_token_ns = now_ns
-        return batch, finished
+        self.listener.committed(batch)
+        for seq in finished:
+            self._finish(seq, now_ns)
+        return finished
+
+    def horizon(self, batch: Batch, cap: int) -> int:
+        """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
+
+        It is 1 where the next decision can be made before anything is committed. See `horizon.horizon`.
+        """
+        in_flight = self.in_flight
+        if self._aborts or self.can_decide or batch is not in_flight[-1] or not all(in_flight):
+            return 1
+        return horizon(self.scheduler, batch, cap)
+
+    def advance(self, spans: Seq[Span]) -> None:
+        """Repeat the latest decision, committing the oldest batch in flight before each, within its horizon.
+
+        What is decided, and all that comes of it, is what as many calls of `commit` and `decide` would have given. With
+        a horizon of k there may be up to k - 1.
+        """
+        if not spans:
+            return
+        first, before = self.in_flight[-1], list(self.in_flight)[:-1]
+        grown = repeat(self.scheduler, len(spans))
+        self.in_flight = deque(self.scheduler.in_flight)
+        for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
+            batch.decided_ns, batch.start_ns, batch.end_ns = span
+        self.num_decisions = self.in_flight[-1].decision + 1
+        self.last_committed = self.in_flight[0].decision - 1
+        for batch in before:
+            self.listener.committed(batch)
+        num_committed = max(0, self.last_committed - first.decision + 1)
+        self.listener.repeated(first, spans, grown, num_committed, self.in_flight[-1])
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []
         for seq, now_ns in self._aborts:
             if not seq.is_finished:
-                del self.sequences[seq.seq_id]
                 self.scheduler.abort(seq)
-                self._finished(seq, now_ns)
+                self._finish(seq, now_ns)
                 aborted.append(seq)
         self._aborts.clear()
         return aborted
 
-    def _finished(self, seq: Sequence, now_ns: int) -> None:
+    def _finish(self, seq: Sequence, now_ns: int) -> None:
+        del self.sequences[seq.seq_id]
         seq.finish_ns = now_ns
-        if self.listener is not None:
-            self.listener.finished(seq)
+        self.listener.finished(seq)

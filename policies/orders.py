@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
-from heapq import heappop, heappush
 from typing import Protocol
 
 from twinserve.policies.block_manager import BlockManager
@@ -44,11 +44,8 @@ class Admission(Protocol):
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
         """Free blocks that lack for `seq` to get `num_tokens` tokens behind the cached blocks `hits`; 0: it may.
 
-        The answer depends on the arguments alone. It is never less because fewer blocks are free, and at most one less
-        for each hit more; so a sequence that was refused is not asked about again before that can have changed.
-
-        Args:
-            is_alone: nothing is running.
+        `is_alone`: nothing is running. The answer depends on the arguments alone. It is never less because fewer blocks
+        are free, and at most one less for each hit more, so nobody is asked again before that can have changed.
         """
 
 
@@ -95,18 +92,63 @@ class FirstCome(deque):
     starvation_free = True
     is_steady = True
     victim: Victim = LastAdmitted()
-
-    def push(self, seq: Sequence) -> None:
-        self.append(seq)
-
-    def push_preempted(self, seq: Sequence) -> None:
-        self.appendleft(seq)
+    push = deque.append
+    push_preempted = deque.appendleft
+    pop_next = deque.popleft
 
     def peek(self) -> Sequence:
         return self[0]
 
+
+class CacheAware(FirstCome):
+    """The longest prefix hit first, among those in front; a preempted sequence goes back to the front.
+
+    Args:
+        window: sequences in front of the queue that are looked at.
+        patience: so often a sequence is passed over by one behind it, and no more.
+    """
+
+    is_steady = False
+
+    def __init__(self, *, window: int = 8, patience: int = 8):
+        super().__init__()
+        for name, value in (("window", window), ("patience", patience)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected an integer >= 1")
+        self.window = window
+        self.patience = patience
+        self._passed: dict[Sequence, int] = {}
+        self._manager: BlockManager | None = None
+
+    def bind(self, manager: BlockManager) -> None:
+        """Look for hits in this manager's cache."""
+        self._manager = manager
+
+    def peek(self) -> Sequence:
+        return self[self._choose()]
+
     def pop_next(self) -> Sequence:
-        return self.popleft()
+        index = self._choose()
+        seq = self[index]
+        for number in range(index):
+            self._passed[self[number]] = self._passed.get(self[number], 0) + 1
+        self.remove(seq)
+        return seq
+
+    def remove(self, seq: Sequence) -> None:
+        super().remove(seq)
+        self._passed.pop(seq, None)
+
+    def _choose(self) -> int:
+        assert self._manager is not None, "CacheAware is bound to no BlockManager"
+        best = most = 0
+        for index in range(min(self.window, len(self))):
+            if self._passed.get(self[index], 0) >= self.patience:
+                return index
+            hits = len(self._manager.find_hits(self[index]))
+            if hits > most:
+                best, most = index, hits
+        return best
 
 
 class _Ranked:
@@ -124,45 +166,36 @@ class _Ranked:
             raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
         self.ageing = ageing
         self.starvation_free = ageing > 0
-        self._heap: list[tuple[tuple[int, int], int, Sequence]] = []
-        self._number = 0
-        self._live: dict[Sequence, int] = {}
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []
 
     def measure(self, seq: Sequence) -> int:
         """What the order goes by."""
         raise NotImplementedError
 
     def rank(self, seq: Sequence) -> tuple[int, int]:
-        """Smaller is sooner."""
+        """Smaller is sooner; no two sequences have the same."""
         measure = self.measure(seq)
         return measure * self.ageing + seq.arrival_index if self.ageing else measure, seq.arrival_index
 
     def push(self, seq: Sequence) -> None:
-        self._number += 1
-        self._live[seq] = self._number
-        heappush(self._heap, (self.rank(seq), self._number, seq))
+        insort(self._queue, (self.rank(seq), seq))
 
     push_preempted = push
 
     def peek(self) -> Sequence:
-        # Those that were removed are dropped when they come to the top.
-        while self._live.get(self._heap[0][2]) != self._heap[0][1]:
-            heappop(self._heap)
-        return self._heap[0][2]
+        return self._queue[0][1]
 
     def pop_next(self) -> Sequence:
-        seq = self.peek()
-        self.remove(seq)
-        return seq
+        return self._queue.pop(0)[1]
 
     def remove(self, seq: Sequence) -> None:
-        del self._live[seq]
+        del self._queue[list(self).index(seq)]
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._queue)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (seq for _, number, seq in sorted(self._heap) if self._live.get(seq) == number)
+        return (seq for _, seq in self._queue)
 
 
 class Priority(_Ranked):
@@ -183,70 +216,3 @@ class ShortestJob(_Ranked):
 
     def measure(self, seq: Sequence) -> int:
         return seq.num_tokens
-
-
-class CacheAware:
-    """The longest prefix hit first, among those in front; a preempted sequence goes back to the front.
-
-    Args:
-        window: sequences in front of the queue that are looked at.
-        patience: so often a sequence is passed over by one behind it, and no more.
-    """
-
-    starvation_free = True
-    victim: Victim = LastAdmitted()
-
-    def __init__(self, *, window: int = 8, patience: int = 8):
-        for name, value in (("window", window), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected an integer >= 1")
-        self.window = window
-        self.patience = patience
-        self._queue: deque[Sequence] = deque()
-        self._passed: dict[Sequence, int] = {}
-        self._manager: BlockManager | None = None
-
-    def bind(self, manager: BlockManager) -> None:
-        """Look for hits in this manager's cache."""
-        self._manager = manager
-
-    def push(self, seq: Sequence) -> None:
-        self._queue.append(seq)
-
-    def push_preempted(self, seq: Sequence) -> None:
-        self._queue.appendleft(seq)
-
-    def peek(self) -> Sequence:
-        return self._queue[self._choose()]
-
-    def pop_next(self) -> Sequence:
-        index = self._choose()
-        seq = self._queue[index]
-        for number in range(index):
-            passed = self._queue[number]
-            self._passed[passed] = self._passed.get(passed, 0) + 1
-        del self._queue[index]
-        self._passed.pop(seq, None)
-        return seq
-
-    def remove(self, seq: Sequence) -> None:
-        self._queue.remove(seq)
-        self._passed.pop(seq, None)
-
-    def _choose(self) -> int:
-        assert self._manager is not None, "CacheAware is bound to no BlockManager"
-        best = most = 0
-        for index in range(min(self.window, len(self._queue))):
-            seq = self._queue[index]
-            if self._passed.get(seq, 0) >= self.patience:
-                return index
-            hits = len(self._manager.find_hits(seq))
-            if hits > most:
-                best, most = index, hits
-        return best
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._queue)

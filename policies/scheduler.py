@@ -7,51 +7,44 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
+from itertools import repeat
 from typing import NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
-from twinserve.policies.decode_group import DecodeGroup, Member
+from twinserve.policies.decode_group import DecodeGroup, View
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
-Ends = dict[Sequence, tuple[int, str]]
-"""Who ends: with its place in the order of admission, and the reason."""
+Ends = dict[Sequence, str]  # who ends, and why
 
 
 class Refusal(NamedTuple):
     """Why the next sequence was not admitted: what was looked at, and how many hits might change that.
 
-    While the facts are the same, running sequences only take more blocks and cached ones are only evicted, which never
-    makes room; more hits may. `last_hash` is that of the last block of them, None if it can never be hit.
+    While the facts are the same, blocks only become fewer; `last_hash` is that of the last hit needed, None if it can
+    never be one.
     """
 
     facts: tuple
     num_hits: int
     last_hash: int | None
 
-    def still_holds(self, facts: tuple, manager: BlockManager) -> bool:
-        """Is the sequence still refused?"""
-        return facts == self.facts and not manager.may_hit(self.last_hash)
-
 
 class Scheduler:
     """Continuous batching over paged KV: admission, composition, chunking, preemption by recomputation.
 
     The first two parameters alone give prefill-first batches without budget, chunks or cache. With
-    `composition="mixed"`, `enable_chunked_prefill=True` and a budget, it decides what vLLM's V1 scheduler decides:
-    running sequences first, in the order they were admitted, then the head of the waiting queue as long as it fits.
+    `composition="mixed"`, `enable_chunked_prefill=True` and a budget, it decides what vLLM's V1 scheduler decides.
 
     Running sequences are either `alone` (prompts being computed, and for a step or two whoever is out of step) or in
     the `group`, whose members get one token in every step that decodes. A decision walks over those alone and over the
-    members that need or complete a block; the others cost nothing.
+    members that begin or complete a block; the others cost nothing.
 
     Args:
-        block_manager: the KV blocks.
-        max_num_seqs: sequences that may run at once.
         composition: "prefill-first" (a step computes prompts or decodes, prompts first) or "mixed" (both at once).
         max_num_batched_tokens: token budget of a step; None is none.
         enable_chunked_prefill: a prompt larger than what is left of the budget is computed in several steps.
@@ -59,16 +52,13 @@ class Scheduler:
         max_num_partial_prefills: while so many running sequences have prompt tokens left to compute, nobody is admitted
             who would be one more of them; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
-        prefix_cache: blocks of equal prefixes are shared through it.
-        order: the waiting queue; None is first come, first served.
-        admission: whether the next sequence fits; None is vLLM's rule.
-        victim: who is preempted for room; None is the order's own rule.
+        order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
+            come, vLLM's rule, and the order's own rule.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
-        in_flight: decided batches that `postprocess` has not seen, oldest first.
-        group: the decodes that go on in step.
-        alone: the other running sequences, in the order of their admission.
+        in_flight: decided batches that `postprocess` has not seen, oldest first. Under prefill-first, one at most when the
+            next is decided.
     """
 
     def __init__(
@@ -89,35 +79,26 @@ class Scheduler:
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("max_num_partial_prefills", max_num_partial_prefills),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected an integer >= 1")
         self.block_manager = block_manager
-        self.max_num_seqs = max_num_seqs
         self.composition = composition
-        self.max_num_batched_tokens = math.inf if max_num_batched_tokens is None else max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.long_prefill_token_threshold = long_prefill_token_threshold or math.inf
-        self.max_num_partial_prefills = math.inf if max_num_partial_prefills is None else max_num_partial_prefills
-        self.max_model_len = math.inf if max_model_len is None else max_model_len
+        self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
+        self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
+        self.max_num_partial_prefills = _limit("max_num_partial_prefills", max_num_partial_prefills)
+        self.long_prefill_token_threshold = _limit("long_prefill_token_threshold", long_prefill_token_threshold or None)
+        self.max_model_len = _limit("max_model_len", max_model_len)
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
         self.alone: list[Sequence] = []
+        self.refusal: Refusal | None = None
+        self.group = DecodeGroup(block_manager.block_size)
         self._victim = victim
         self._running: dict[Sequence, None] = {}
-        self._num_added = 0
-        self._num_admitted = 0
-        self._num_released = 0
         self._left: list[Sequence] = []
-        self.refusal: Refusal | None = None
+        self._num_added = self._num_admitted = self._num_released = 0
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
-        self.group = DecodeGroup(block_manager.block_size, registers=block_manager.prefix_cache is not None)
         if hasattr(self.waiting, "bind"):
             self.waiting.bind(block_manager)
 
@@ -138,9 +119,11 @@ class Scheduler:
 
         A refused sequence is FINISHED with `finish_reason` "refused" and `refusal` in words; the result is then False.
         """
+        most = seq.num_prompt_tokens + seq.sampling_params.max_tokens
+        seq.final_length = int(min(most, self.max_model_len))
         seq.refusal = self._refusal(seq)
         if seq.refusal is not None:
-            self._finish(seq, "refused")
+            seq.status, seq.finish_reason = SequenceStatus.FINISHED, "refused"
             return False
         seq.block_size = self.block_manager.block_size
         seq.arrival_index = self._num_added
@@ -152,8 +135,6 @@ class Scheduler:
         """End a sequence now and free its blocks; tokens of it that are still in flight will be discarded."""
         if seq.is_finished:
             raise ValueError(f"{seq} cannot be aborted: it has ended with {seq.finish_reason!r}")
-        if seq.status is SequenceStatus.RUNNING and seq.member is None:
-            self.alone.remove(seq)
         self._end(seq, "abort")
 
     def is_finished(self) -> bool:
@@ -164,24 +145,18 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
-        if self.composition == "mixed":
-            batch = Batch(self.group)
-            self.schedule_running(batch, prompts=True)
-            self._schedule_waiting(batch)
-        else:
-            batch = Batch(self.group, usual_tokens=0)
-            self.schedule_running(batch, prompts=True)
-            self._schedule_waiting(batch)
-            if not batch:
-                preempted, batch = batch.preempted, Batch(self.group)
-                batch.preempted = preempted
-                self.schedule_running(batch, prompts=False)
-        if batch.usual_tokens and (self.group or batch):
-            batch.add_members()
-            self.group.plan()
-        if self.alone:
-            self._note_exceptions(batch)
-        batch.count()
+        batch = Batch(1 if self.composition == "mixed" else 0)
+        self.serve_running(batch, prompts=True)
+        self._admit(batch)
+        if not (batch.usual_tokens or batch.explicit):
+            preempted, batch = batch.preempted, Batch(1)
+            batch.preempted = preempted
+            self.serve_running(batch, prompts=False)
+        group = self.group
+        batch.alone = self.alone.copy()
+        if batch.usual_tokens and (batch.explicit or group.view.seqs):
+            batch.clock, batch.view = group.planned, group.plan()
+        batch.count(group.num_kv_tokens)
         batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
         batch.num_running = len(self._running)
@@ -190,121 +165,116 @@ class Scheduler:
             self.in_flight.append(batch)
         return batch
 
-    def schedule_running(self, batch: Batch, *, prompts: bool) -> None:
+    def serve_running(self, batch: Batch, *, prompts: bool) -> None:
         """Give running sequences their tokens, in the order of their admission, preempting for room.
 
         Only those alone and the members that begin or complete a block need a look. If a sequence has to make room by
         going itself, those behind it get nothing in this step.
         """
-        decodes = bool(batch.usual_tokens)
-        if decodes and (self.alone or self.in_flight):
+        decodes, seqs = bool(batch.usual_tokens), self.alone
+        if decodes and (seqs or self.in_flight):
             self._regroup()
-        seqs = [seq for seq in self.alone if (decodes if seq.has_sampled else prompts)]
-        if decodes and not self._budget_suffices(seqs):
-            self._leave_out(self.group.behind(-1))
-            seqs = [seq for seq in self.alone if seq.has_sampled or prompts]
-        if decodes and self.group:
-            seqs = self._serve_members(seqs, batch)
+        if seqs:
+            seqs = [seq for seq in self.alone if (decodes if seq.has_sampled else prompts)]
+        if decodes and self.group.view.seqs:
+            if self._budget_suffices(seqs):
+                seqs = self._serve_members(seqs, batch)
+            else:
+                self._leave_out(self.group.behind(-1))
+                seqs = [seq for seq in self.alone if seq.has_sampled or prompts]
         for seq in seqs:
-            if seq.status is not SequenceStatus.RUNNING:
-                continue
-            member = seq.member
-            num_tokens = self._tokens_for(seq, batch) if member is None else 1
-            if not num_tokens:
-                continue
-            missing = self.block_manager.num_missing(seq, num_tokens)
-            if not self._make_room(seq, missing, batch):
+            if seq.status is SequenceStatus.RUNNING and not self._serve(seq, batch):
                 if decodes:
                     self._leave_out(self.group.behind(seq.admission_index))
                 return
-            if member is not None:
-                self.serve([member] if missing else [], [member] if self.group.completes(member) else [], batch)
-                continue
-            if missing > 0:
-                batch.grown.append((seq, self.block_manager.extend(seq, num_tokens)))
-            self._launch(seq, num_tokens, batch)
 
-    def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
-        """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
-        group = self.group
-        beginning, completing = group.beginning(), group.completing()
-        comes_first = not seqs or seqs[0].admission_index > group.last_order
-        if comes_first and len(beginning) <= self.block_manager.num_free_blocks:
-            self.serve(beginning, completing, batch)
-            return seqs
-        due = [member.seq for member in dict.fromkeys(beginning + completing)]
-        return sorted(due + seqs, key=_admission_index)
-
-    def serve(self, beginning: list[Member], completing: list[Member], batch: Batch) -> None:
-        """Give members a block each, and let the cache know the blocks that others complete."""
-        if beginning:
-            batch.grown += self.block_manager.extend_each([member.seq for member in beginning])
-        if completing:
-            self.block_manager.register_each(self.group.full_blocks(completing, self.group.next_registered))
-
-    def _regroup(self) -> None:
-        """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
-        group = self.group
-        if self.in_flight:
-            self._leave_out(group.ending_at(group.planned))
-        alone = []
-        for seq in self.alone:
-            if seq.has_sampled and group.fits(seq) and not self._is_complete(seq):
-                group.join(seq, self.final_length(seq))
-            else:
-                alone.append(seq)
-        self.alone = alone
-
-    def _budget_suffices(self, seqs: list[Sequence]) -> bool:
-        """Does every member get its token, whatever the sequences `seqs` beside them take?"""
-        members, budget = len(self.group), self.max_num_batched_tokens
-        if members and seqs and seqs[0].admission_index < self.group.last_order:
-            threshold = self.long_prefill_token_threshold
-            return members + sum(min(self._wanted_tokens(seq), threshold) for seq in seqs) <= budget
-        return members <= budget
-
-    def _leave_out(self, members: list[Member]) -> None:
-        """Take members that get no token in this step as a matter of course out of the group."""
-        for member in members:
-            self._leave_group(member.seq)
-            insort(self.alone, member.seq, key=_admission_index)
-
-    def _leave_group(self, seq: Sequence) -> None:
-        """Take a member that goes on out of the group; what is in flight for it will be handed to it alone."""
-        member = self.group.leave(seq)
-        if seq.num_in_flight:
-            for batch in self.in_flight:
-                if batch.has_members and batch.clock >= member.since:
-                    batch.late.append(member)
-
-    def _make_room(self, seq: Sequence, missing: int, batch: Batch) -> bool:
-        """Preempt until as many blocks are free as `seq` is missing; False if it had to go itself."""
-        while missing > self.block_manager.num_free_blocks:
+    def _serve(self, seq: Sequence, batch: Batch) -> bool:
+        """Give a running sequence its tokens; False if it had to go for want of room."""
+        num_tokens = 1
+        if seq.group is None:
+            num_tokens = int(min(self._wanted_tokens(seq), self._budget_left(batch)))
+            if num_tokens <= 0:
+                return True
+        manager = self.block_manager
+        missing = manager.num_missing(seq, num_tokens)
+        while missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             self._preempt(victim, batch)
             if victim is seq:
                 return False
+        if missing > 0:
+            batch.grown.append((seq, manager.extend(seq, num_tokens)))
+        if seq.group is None:
+            self._launch(seq, num_tokens, batch)
+        else:
+            self.group.hand_over(seq, seq.num_tokens)
+            manager.register(seq, seq.base + self.group.next_registered)
         return True
 
-    def _schedule_waiting(self, batch: Batch) -> None:
+    def _serve_members(self, seqs: list[Sequence], batch: Batch) -> list[Sequence]:
+        """Serve the members that are due, at once if nothing stands in between; who is still to be served, in order."""
+        group, manager = self.group, self.block_manager
+        beginning, clock = group.beginning(group.planned), group.next_registered
+        comes_first = not seqs or seqs[0].admission_index > group.view.orders[-1]
+        if comes_first and len(beginning) <= manager.num_free_blocks:
+            if beginning:
+                batch.grown += manager.extend_each(beginning)
+            self._register_members(clock)
+            return seqs
+        completing = group.beginning(clock) if clock > group.registered else []
+        return sorted(dict.fromkeys(beginning + completing + seqs), key=_admission_index)
+
+    def _register_members(self, clock: int) -> None:
+        """Let the cache know the members' blocks that are full of known tokens at `clock`."""
+        group = self.group
+        while group.registered < clock:
+            group.registered += 1
+            if group.num_with_tokens or self.block_manager.prefix_cache is not None:
+                self.block_manager.register_each(group.full_blocks(group.registered))
+
+    def _regroup(self) -> None:
+        """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
+        group = self.group
+        self._leave_out(list(group.ends.get(group.planned, ())))
+        ahead, num_members, manager = group.planned - group.known, len(group.view.seqs), self.block_manager
+        for seq in self.alone:
+            if seq.has_sampled and seq.in_flight == ahead and seq.known + ahead < seq.final_length:
+                full = (seq.computed - group.planned + group.registered) // manager.block_size
+                if manager.prefix_cache is None or seq.num_registered_blocks >= full:
+                    group.join(seq)
+        if len(group.view.seqs) > num_members:
+            self.alone = [seq for seq in self.alone if seq.group is None]
+
+    def _budget_suffices(self, seqs: list[Sequence]) -> bool:
+        """Does every member get its token, whatever the sequences `seqs` beside them take?"""
+        orders, budget = self.group.view.orders, self.max_num_batched_tokens
+        if seqs and seqs[0].admission_index < orders[-1]:
+            return len(orders) + sum(map(self._wanted_tokens, seqs)) <= budget
+        return len(orders) <= budget
+
+    def _leave_out(self, seqs: list[Sequence]) -> None:
+        """Take members that get no token in this step as a matter of course out of the group."""
+        for seq in seqs:
+            self.group.leave(seq)
+            insort(self.alone, seq, key=_admission_index)
+
+    def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
-        if batch.preempted:
-            return
-        while self.waiting and len(self._running) < self.max_num_seqs:
+        while self.waiting and len(self._running) < self.max_num_seqs and not batch.preempted:
             budget = self._budget_left(batch)
             if budget <= 0:
                 return
             seq = self.waiting.peek()
-            found = None if seq.num_in_flight else self.find_room(seq, budget)
+            found = None if seq.in_flight else self.find_room(seq, budget)
             if found is None:
                 return
             hits, num_tokens = found
             self.waiting.pop_next()
             self.block_manager.admit(seq, hits, num_tokens)
             seq.status = SequenceStatus.RUNNING
-            seq.num_computed_tokens = seq.num_cached_tokens
+            seq.computed = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
@@ -317,67 +287,54 @@ class Scheduler:
         Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
         happened, so that a waiting prompt is not looked up in every step.
         """
-        manager, is_alone = self.block_manager, not self._running
-        num_partial = 0 if self.max_num_partial_prefills == math.inf else self.num_partial
-        facts = seq, seq.num_tokens, budget, num_partial, self._num_admitted, self._num_released
-        if self.refusal is not None and self.refusal.still_holds(facts, manager):
+        manager, cache, refusal = self.block_manager, self.block_manager.prefix_cache, self.refusal
+        is_limited = self.max_num_partial_prefills < math.inf
+        num_partial = sum(not other.has_sampled for other in self.alone) if is_limited else 0
+        facts = seq, seq.known, budget, num_partial, self._num_admitted, self._num_released
+        known_hashes = {} if cache is None else cache.hash_to_block_id
+        if refusal is not None and facts == refusal.facts and refusal.last_hash not in known_hashes:
             return None
         hits = manager.find_hits(seq)
-        missing = seq.num_tokens - len(hits) * manager.block_size
+        missing = seq.known - len(hits) * manager.block_size
         most = min(self.long_prefill_token_threshold, budget)
         num_tokens = int(min(missing, most))
         is_cut = min(missing, self.long_prefill_token_threshold) > budget and not self.enable_chunked_prefill
         if is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
             num_hits = len(hits) + math.ceil((missing - most) / manager.block_size)
-        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, is_alone):
+        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, not self._running):
             num_hits = len(hits) + lacking
         else:
             return hits, num_tokens
-        self.refusal = Refusal(facts, num_hits, manager.hash_at(seq, num_hits - 1))
+        may_hit = cache is not None and num_hits <= (seq.known - 1) // manager.block_size
+        self.refusal = Refusal(facts, num_hits, seq.block_hashes[num_hits - 1] if may_hit else None)
         return None
-
-    @property
-    def num_partial(self) -> int:
-        """Running sequences with prompt tokens left to compute."""
-        return sum(not seq.has_sampled for seq in self.alone)
 
     def _budget_left(self, batch: Batch) -> float:
         """Tokens of the step that nobody has been given yet, the members' own ones set aside."""
-        members = len(self.group) if batch.usual_tokens else 0
+        members = len(self.group.view.seqs) if batch.usual_tokens else 0
         return self.max_num_batched_tokens - members - batch.num_tokens
 
-    def _tokens_for(self, seq: Sequence, batch: Batch) -> int:
-        """Tokens that a running sequence on its own gets in this step."""
-        wanted = self._wanted_tokens(seq)
-        return max(0, int(min(wanted, self.long_prefill_token_threshold, self._budget_left(batch))))
-
     def _wanted_tokens(self, seq: Sequence) -> int:
-        """Tokens that a running sequence has yet to compute, the one in flight included; 0 if its last is in flight."""
-        if self._is_complete(seq):
+        """Tokens that a sequence on its own may compute, the one in flight included; none if that is its last."""
+        known = seq.known + seq.in_flight
+        if seq.in_flight and known >= seq.final_length:
             return 0
-        return seq.num_tokens + seq.num_in_flight - seq.num_computed_tokens
-
-    def _is_complete(self, seq: Sequence) -> bool:
-        """Is the last token that a sequence may generate in flight?"""
-        return bool(seq.num_in_flight) and seq.num_tokens + seq.num_in_flight >= self.final_length(seq)
-
-    def final_length(self, seq: Sequence) -> float:
-        """Tokens at which generation ends, whatever is generated."""
-        return min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len)
+        return min(known - seq.computed, self.long_prefill_token_threshold)  # type: ignore[return-value]
 
     def _launch(self, seq: Sequence, num_tokens: int, batch: Batch) -> Row:
         """Add the row of a sequence on its own to the batch and count its tokens as computed."""
-        start = seq.num_computed_tokens
+        start = seq.computed
         computed = start + num_tokens
-        samples = computed == seq.num_tokens + seq.num_in_flight
+        samples = computed == seq.known + seq.in_flight
         row = Row(seq, start, num_tokens, samples, not seq.has_sampled)
-        batch.add(row)
-        seq.num_computed_tokens = computed
-        seq.num_scheduled_tokens = num_tokens
+        batch.explicit.append(row)
+        batch.orders.append(seq.admission_index)
+        batch.num_tokens += num_tokens
+        seq.computed, seq.scheduled = computed, num_tokens
         if samples:
-            seq.num_in_flight += 1
+            seq.in_flight += 1
             seq.has_sampled = True
-        self.block_manager.register(seq, min(computed, seq.num_tokens))
+        self.block_manager.register(seq, min(computed, seq.known))
         return row
 
     def _preempt(self, seq: Sequence, batch: Batch) -> None:
@@ -385,37 +342,17 @@ class Scheduler:
 
         What it got in this very step is taken back, so nobody can hit a block that no step computes.
         """
-        if seq.member is not None:
-            self._leave_group(seq)
-        else:
-            self.alone.remove(seq)
         row = batch.remove(seq)
+        self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
+        self._release(seq)
         if row is not None:
-            seq.num_computed_tokens = row.start
-            seq.num_in_flight -= row.samples
-        self.block_manager.unregister(seq, seq.num_computed_tokens)
-        self.block_manager.deallocate(seq)
-        self._num_released += 1
-        del self._running[seq]
+            seq.in_flight -= row.samples
         seq.status = SequenceStatus.WAITING
-        seq.num_computed_tokens = 0
-        seq.num_scheduled_tokens = 0
+        seq.computed = seq.scheduled = 0
         seq.has_sampled = False
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
-
-    def _note_exceptions(self, batch: Batch) -> None:
-        """Note which sequences alone do not get the usual; those admitted now are no news."""
-        first_admitted = batch.admitted[0].seq.admission_index if batch.admitted else self._num_admitted
-        rows = {row.seq: row for row in batch.explicit}
-        for seq in self.alone:
-            if seq.admission_index >= first_admitted:
-                break
-            row = rows.get(seq)
-            num_tokens, samples = (row.num_tokens, row.samples) if row is not None else (0, False)
-            if num_tokens != batch.usual_tokens or (row is not None and not samples):
-                batch.exceptions.append((seq, num_tokens, samples))
 
     # --- the result ---
 
@@ -424,97 +361,80 @@ class Scheduler:
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
-        Args:
-            seqs: the batch, or the list that it holds.
-            token_ids: a token for each of `batch.sampled`, in order (an `array("I")` costs least); None in a
-                simulation, which has no tokens.
-            eos_token_id: ends a sequence, unless its `ignore_eos` is set.
-
-        Raises:
-            ValueError: `seqs` is not the oldest batch in flight, or `token_ids` has another length.
+        `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
+        or is None in a simulation, which has no tokens. Anything else raises ValueError. `eos_token_id` ends a
+        sequence, unless its `ignore_eos` is set.
         """
-        batch = self.in_flight[0] if self.in_flight else None
-        if batch is None or not batch.is_held_by(seqs):
+        group, batch = self.group, self.in_flight[0] if self.in_flight else None
+        if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
         if token_ids is not None and len(token_ids) != batch.num_sampled:
             raise ValueError(f"{len(token_ids)} tokens for a batch that samples {batch.num_sampled}")
-        if token_ids is None and batch.num_members and self.group.num_with_tokens:
+        if token_ids is None and batch.num_members and group.num_with_tokens:
             raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         of_members, own = batch.split(token_ids)
-        packed = _packed(of_members) if batch.num_members else None
+        packed = _packed(of_members) if of_members else None
         self.in_flight.popleft()
         ends: Ends = {}
-        if batch.has_members:
-            self.group.receive(batch.view, packed)
-            self._find_ends(batch, of_members, eos_token_id, ends)
-        if batch.explicit:
-            rows = [(order, row.seq) for order, row in zip(batch.orders, batch.explicit, strict=True) if row.samples]
-            for (order, seq), token_id in zip(rows, [None] * len(rows) if own is None else own, strict=True):
-                self._take_token(order, seq, token_id, eos_token_id, ends)
-        while caught := self.group.catch_up():
-            self.block_manager.register_each(self.group.full_blocks(caught, self.group.registered))
-        if not ends:
-            return []
-        ended = sorted(ends, key=ends.__getitem__)
+        if batch.view is not None:
+            group.receive(batch.view, packed)
+            self._find_ends(batch, batch.view, of_members, eos_token_id, ends)
+        for row in batch.explicit:
+            if row.samples:
+                self._take_token(row.seq, next(own), eos_token_id, ends)
+        self._register_members(group.known)
+        ended = sorted(ends, key=_admission_index)
         for seq in ended:
-            self._end(seq, ends[seq][1])
-        if self.alone:
-            self.alone = [seq for seq in self.alone if not seq.is_finished]
+            self._end(seq, ends[seq])
         return ended
 
-    def _find_ends(self, batch: Batch, token_ids: Seq[int] | None, eos_token_id: int | None, ends: Ends) -> None:
+    def _find_ends(self, batch: Batch, view: View, tokens: Seq[int] | None, eos: int | None, ends: Ends) -> None:
         """Note which members end with these tokens, and hand theirs to those that have left the group since."""
         group = self.group
-        for member in group.ending_at(group.known):
-            ends[member.seq] = member.order, "length"
-        if token_ids is not None and not (stops := group.stop_set(eos_token_id)).isdisjoint(token_ids):
-            members = batch.members
-            for index, token_id in enumerate(token_ids):
-                if token_id in stops:
-                    member = members[index]
-                    if member.seq.member is member and _stops(member.seq, token_id, eos_token_id):
-                        ends[member.seq] = member.order, "stop"
-        if batch.late:
-            members = batch.members
-            for member in batch.late:
-                late_token = None if token_ids is None else token_ids[members.index(member)]
-                self._take_token(member.order, member.seq, late_token, eos_token_id, ends)
+        for seq in group.ends.get(group.known, ()):
+            ends[seq] = "length"
+        if isinstance(tokens, array):
+            tokens = tokens.tolist()
+        stops = {eos, *group.stops}
+        if view is group.view and (tokens is None or stops.isdisjoint(tokens)):
+            return
+        for seq, token_id in zip(view.seqs, repeat(None) if tokens is None else tokens, strict=False):
+            if seq.group is None or seq.since > batch.clock:
+                self._take_token(seq, token_id, eos, ends)
+            elif token_id in stops and _stops(seq, token_id, eos):
+                ends[seq] = "stop"
 
-    def _take_token(self, order: int, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
+    def _take_token(self, seq: Sequence, token_id: int | None, eos: int | None, ends: Ends) -> None:
         """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
         if seq.is_finished:
             return
-        stops = token_id is not None and _stops(seq, token_id, eos)
-        if seq.member is not None:
-            # The group has counted the token, and knows when the length is reached.
-            if token_id is not None and seq.has_token_ids:
-                self.group.receive_late(seq.member, token_id)
-        else:
-            seq.num_in_flight -= 1
-            seq.append_token(token_id)
+        seq.append_token(token_id)
+        if seq.group is None:
+            seq.in_flight -= 1
             if seq.status is SequenceStatus.RUNNING:
-                self.block_manager.register(seq, seq.num_computed_tokens - seq.num_in_flight)
-            if seq.num_tokens >= self.final_length(seq):
-                ends[seq] = order, "length"
-        if stops:
-            ends[seq] = order, "stop"
+                self.block_manager.register(seq, seq.computed - seq.in_flight)
+            if seq.known >= seq.final_length:
+                ends[seq] = "length"
+        if _stops(seq, token_id, eos):
+            ends[seq] = "stop"
 
     def _end(self, seq: Sequence, reason: str) -> None:
-        """Finish a sequence; where one that stood alone ends, the caller drops it from `alone`."""
         if seq.status is SequenceStatus.RUNNING:
-            if seq.member is not None:
-                self.group.leave(seq)
-            self.block_manager.deallocate(seq)
-            self._num_released += 1
-            del self._running[seq]
+            self._release(seq)
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
-        self._finish(seq, reason)
+        seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
 
-    def _finish(self, seq: Sequence, reason: str) -> None:
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+    def _release(self, seq: Sequence) -> None:
+        """Take a running sequence's place and its blocks."""
+        if seq.group is None:
+            self.alone.remove(seq)
+        else:
+            self.group.leave(seq)
+        self.block_manager.deallocate(seq)
+        self._num_released += 1
+        del self._running[seq]
 
     def _refusal(self, seq: Sequence) -> str | None:
         """Why `seq` can never be served; None if it can. Its last generated token needs no KV."""
@@ -522,7 +442,7 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most = int(self.final_length(seq)) - 1
+        most = seq.final_length - 1
         manager = self.block_manager
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
@@ -540,37 +460,41 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
-        alone = [seq for seq in self._running if seq.member is None]
+        alone = [seq for seq in self._running if seq.group is None]
         assert alone == self.alone, f"alone: {self.alone}, but running outside the group: {alone}"
-        assert len(alone) + len(self.group) == len(self._running), f"{len(self.group)} members, {len(alone)} alone"
+        assert len(alone) + len(self.group.view.seqs) == len(orders), f"{self.group.view.seqs} is not all that runs"
         for seq in self._running:
-            assert seq.status is SequenceStatus.RUNNING, f"running: {seq}"
-            known = seq.num_tokens + seq.num_in_flight
-            assert 0 < seq.num_computed_tokens <= known, f"computed beyond what is known: {seq}"
-            needed = manager.blocks_for(seq.num_computed_tokens)
+            known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
+            assert seq.status is SequenceStatus.RUNNING and 0 < computed <= known, f"running: {seq}"
+            needed = manager.blocks_for(computed)
             assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
+            if manager.prefix_cache is not None:
+                least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
+                right = least // manager.block_size <= seq.num_registered_blocks <= most // manager.block_size
+                assert right, f"{seq} has {seq.num_registered_blocks} blocks registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
-        held = sum(len(seq.block_table) for seq in self._running)
-        assert held >= len(manager.used_block_ids), f"{len(manager.used_block_ids)} used blocks, {held} held"
 
 
 def _admission_index(seq: Sequence) -> int:
     return seq.admission_index
 
 
-def _packed(token_ids: Seq[int] | None) -> array[int] | None:
-    """Token ids in 4 bytes each."""
-    if token_ids is None or isinstance(token_ids, array):
-        return token_ids
+def _limit(name: str, value: int | None) -> float:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}, expected an integer >= 1")
+    return math.inf if value is None else value
+
+
+def _packed(token_ids: Seq[int]) -> array[int]:
     try:
         return array("I", token_ids)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"tokens are {list(token_ids)}, expected integers of 4 bytes") from error
 
 
-def _stops(seq: Sequence, token_id: int, eos_token_id: int | None) -> bool:
+def _stops(seq: Sequence, token_id: int | None, eos_token_id: int | None) -> bool:
     """Does the token end the sequence, whatever its length?"""
     params = seq.sampling_params
-    return not params.ignore_eos and (token_id == eos_token_id or token_id in params.stop_token_ids)
+    return not params.ignore_eos and token_id is not None and token_id in (eos_token_id, *params.stop_token_ids)

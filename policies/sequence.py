@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +10,12 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twinserve.policies.decode_group import Member
-
-
-IS_LITTLE_ENDIAN = sys.byteorder == "little"
-
-
-def token_ids_of(packed: bytes) -> array[int]:
-    """The token ids that `token_bytes` packed."""
-    token_ids = array("I", packed)
-    if not IS_LITTLE_ENDIAN:
-        token_ids.byteswap()
-    return token_ids
+    from twinserve.policies.decode_group import DecodeGroup
 
 
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
-    """The token ids as 4 little-endian bytes each."""
-    packed = array("I", token_ids)
-    if not IS_LITTLE_ENDIAN:
-        packed.byteswap()
-    return packed.tobytes()
+    """The token ids as 4 bytes each, in the machine's order: little-endian."""
+    return array("I", token_ids).tobytes()
 
 
 class SequenceStatus(Enum):
@@ -59,14 +44,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature is {self.temperature}, expected a number >= 0")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, expected an integer >= 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, expected an integer >= 0 (0 keeps every token)")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+        for name, is_right, expected in (
+            ("temperature", self.temperature >= 0.0, "a number >= 0"),
+            ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
+            ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
 
 _next_seq_id = itertools.count()
@@ -81,10 +66,11 @@ class Sequence:
 
     A sequence of the simulator has no token ids: it is made with `token_ids=None` and `num_prompt_tokens`, and
     `prefix_key` says what its tokens are. `prefix_key(n)` is an integer that two sequences share exactly when their
-    first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing.
+    first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing. It may have
+    a method `each(ends)` that gives the keys of a range of lengths.
 
-    While a sequence decodes in step with others its counts and its latest tokens are kept by their `DecodeGroup`; the
-    attributes below read the same either way.
+    While a sequence decodes in step with others, the clocks of their `group` count for it: the properties add them to
+    its `base`, and `known`, `computed` and `in_flight` say only what it counted by itself.
 
     Args:
         priority: smaller is more urgent; for orders that look at it.
@@ -93,15 +79,16 @@ class Sequence:
 
     Attributes:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        arrival_index: how many sequences the Scheduler had accepted before this one.
-        num_prompt_tokens: tokens of the prompt.
+        arrival_index, admission_index: how many others were accepted before it, and admitted; the latter orders those
+            that run.
+        final_length: tokens at which generation ends, whatever is generated.
         block_table: ids of the KV blocks held, in token order.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
         num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
-        finish_reason: "stop", "length", "abort" or "refused" once FINISHED.
+        finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.
         arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times in integer nanoseconds, written
-            by whoever knows them (Core for all but the first); the policies never read them.
+            by whoever knows them; the policies never read them.
     """
 
     block_size: int = 256
@@ -124,23 +111,20 @@ class Sequence:
         self.seq_id = next(_next_seq_id) if seq_id is None else seq_id
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
+        self.refusal: str | None = None
         self.has_token_ids = token_ids is not None
         self.num_prompt_tokens: int = int(num_prompt_tokens or 0) if token_ids is None else len(token_ids)
         self.sampling_params = sampling_params or SamplingParams()
+        self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.prefix_key = prefix_key
-        self.priority = priority
-        self.salt = salt
-        self.tenant = tenant
-        self.arrival_index = -1
+        self.priority, self.salt, self.tenant = priority, salt, tenant
+        self.arrival_index = self.admission_index = -1
 
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.num_cached_tokens = 0
-        self.num_registered_blocks = 0
+        self.num_cached_tokens = self.num_registered_blocks = self.num_preemptions = 0
         self.has_sampled = False
-        self.num_preemptions = 0
-        self.refusal: str | None = None
 
         self.arrival_ns = arrival_ns
         self.ingested_ns: int | None = None
@@ -148,59 +132,49 @@ class Sequence:
         self.first_token_ns: int | None = None
         self.finish_ns: int | None = None
 
-        # Of a member of a decode group, the group's clocks hold what these four would.
-        self.member: Member | None = None
-        self._num_tokens = self.num_prompt_tokens
-        self._num_computed = 0
-        self._num_in_flight = 0
-        self._num_scheduled = 0
+        self.known = self.num_prompt_tokens
+        self.computed = self.in_flight = self.scheduled = 0
+        self.group: DecodeGroup | None = None
+        self.base = self.since = 0
         self._token_ids = [] if token_ids is None else list(token_ids)
         self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
-        self.admission_index = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens known: the prompt and the generated tokens received so far."""
-        return self._num_tokens if self.member is None else self.member.num_tokens
+        return self.known if self.group is None else self.base + self.group.known + 1
 
     @property
     def num_computed_tokens(self) -> int:
         """Tokens whose KV exists or is being computed by a launched step."""
-        return self._num_computed if self.member is None else self.member.num_computed_tokens
-
-    @num_computed_tokens.setter
-    def num_computed_tokens(self, value: int) -> None:
-        assert self.member is None, f"{self} is counted by its group"
-        self._num_computed = value
+        return self.computed if self.group is None else self.base + self.group.planned
 
     @property
     def num_in_flight(self) -> int:
         """Tokens that launched steps will sample and that are not known yet."""
-        return self._num_in_flight if self.member is None else self.member.num_in_flight
-
-    @num_in_flight.setter
-    def num_in_flight(self, value: int) -> None:
-        assert self.member is None, f"{self} is counted by its group"
-        self._num_in_flight = value
+        return self.in_flight if self.group is None else self.group.planned - self.group.known
 
     @property
     def num_scheduled_tokens(self) -> int:
         """Tokens that the latest decided step with a row of this sequence computes for it."""
-        return self._num_scheduled if self.member is None else 1
+        return self.scheduled if self.group is None else 1
 
-    @num_scheduled_tokens.setter
-    def num_scheduled_tokens(self, value: int) -> None:
-        self._num_scheduled = value
+    @property
+    def end(self) -> int:
+        """The value of its group's clock `known` at which a member ends, whatever is generated."""
+        return self.final_length - self.base - 1
 
     @property
     def token_ids(self) -> list[int]:
         """Prompt and generated tokens; empty for a sequence without token ids."""
-        if self.member is not None:
-            self.member.hand_over()
-        if self.unread:
-            for packed in self.unread:
-                self._token_ids.extend(token_ids_of(packed))
-            self.unread.clear()
+        if self.group is not None:
+            self.group.hand_over(self, self.num_tokens)
+        return self._own_token_ids()
+
+    def _own_token_ids(self) -> list[int]:
+        for packed in self.unread:
+            self._token_ids.extend(array("I", packed))
+        self.unread.clear()
         return self._token_ids
 
     @property
@@ -227,17 +201,8 @@ class Sequence:
         if self.has_token_ids:
             if token_id is None:
                 raise ValueError(f"sequence {self.seq_id} has token ids, but was given a token without an id")
-            self.token_ids.append(token_id)
-        self._num_tokens += 1
-
-    def leave_group(self) -> None:
-        """Count by itself again, from where the group's clocks stand."""
-        member = self.member
-        assert member is not None, f"{self} is in no group"
-        member.hand_over()
-        self._num_tokens, self._num_computed = member.num_tokens, member.num_computed_tokens
-        self._num_in_flight, self._num_scheduled = member.num_in_flight, 1
-        self.member = None
+            self._own_token_ids().append(token_id)
+        self.known += 1
 
     def __repr__(self) -> str:
         return (

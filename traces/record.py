@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
-from twinserve.policies.core import Repeat
+from twinserve.policies.core import Span
+from twinserve.policies.horizon import Grown
+from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
@@ -60,8 +63,9 @@ class _Decided:
     """A decision whose row is not written yet, and those that repeat it."""
 
     batch: Batch
-    repeats: list[Repeat]
     digest: int
+    spans: Seq[Span] = ()
+    grown: Seq[Grown] = ()
     num_ended: int = 0
 
 
@@ -101,6 +105,7 @@ class RunRecorder(CoreListener):
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
         self._served: dict[int, _Served] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
+        self._digest = Digest()
         self._decided: deque[_Decided] = deque()
         self._partial = make_partial(self._out)
         self._steps_file = self._open("steps.jsonl")
@@ -135,22 +140,23 @@ class RunRecorder(CoreListener):
             served = self._served.get(row.seq.seq_id)
             if served is not None and served.cached_tokens is None:
                 served.cached_tokens = row.start
-        self._decided.append(_Decided(batch, [], batch.digest))
+        self._decided.append(_Decided(batch, self._digest.of(batch)))
 
-    def repeated(self, batch: Batch, repeats: list[Repeat], num_committed: int, digest: int) -> None:
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
-        latest = self._decided[-1]
-        latest.repeats, latest.digest = repeats, digest
-        latest.num_ended += num_committed
+        row = self._decided[-1]
+        row.spans, row.grown = spans, grown
+        row.digest = self._digest.grow(latest, [pair for blocks in grown for pair in blocks])
+        row.num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:
         """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
         oldest = self._decided[0]
         oldest.num_ended += 1
-        if oldest.num_ended <= len(oldest.repeats):
+        if oldest.num_ended <= len(oldest.spans):
             return
         self._decided.popleft()
-        if not oldest.repeats:
+        if not oldest.spans:
             first = oldest.batch
             first.start_ns = batch.decided_ns if batch.start_ns is None else batch.start_ns
             first.end_ns = batch.end_ns
@@ -230,11 +236,11 @@ class RunRecorder(CoreListener):
         batch, metrics = decided.batch, self.metrics
         usual = bool(batch.usual_tokens)
         rows = [(row.seq.seq_id, row.samples) for row in batch.admitted]
-        rows += [(seq.seq_id, samples) for seq, _, samples in batch.exceptions]
+        rows += [(seq.seq_id, samples) for seq, _, samples in exceptions_of(batch)]
         metrics.gaps.step(batch.end_ns or 0, usual, _ids(batch.preempted), rows)
         repeats = ""
-        if decided.repeats:
-            decided_ns, start_ns, end_ns, grown = zip(*decided.repeats, strict=True)
+        if decided.spans:
+            decided_ns, start_ns, end_ns = zip(*decided.spans, strict=True)
             ends = (batch.end_ns or 0, *end_ns[:-1])
             periods = list(map(sub, end_ns, ends))
             metrics.gaps.repeat(periods, end_ns[-1], usual)
@@ -245,10 +251,10 @@ class RunRecorder(CoreListener):
                 times = [("decided_ns", list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))))]
                 times += [("end_ns", periods)]
                 times += [("start_ns", list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))))]
-            repeats = _repeats_text(times, grown)
-        metrics.steps += 1 + len(decided.repeats)
+            repeats = _repeats_text(times, decided.grown)
+        metrics.steps += 1 + len(decided.spans)
         metrics.events += 1
-        self._steps_file.write(_step_text(batch, 1 + len(decided.repeats), repeats, decided.digest))
+        self._steps_file.write(_step_text(batch, 1 + len(decided.spans), repeats, decided.digest))
 
 
 def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
@@ -309,14 +315,14 @@ def make_partial(out: Path) -> Path:
     return partial
 
 
-def decision_fields(batch: Batch) -> dict[str, Any]:
-    """The decisions of a step's row, as plain values; the digest comes last."""
+def decision_fields(batch: Batch, digest: int) -> dict[str, Any]:
+    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
     return {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
         "left": _ids(batch.left),
         "preempted": _ids(batch.preempted),
         "usual": batch.usual_tokens,
-        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions],
+        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions_of(batch)],
         "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
         "tokens": batch.num_tokens,
         "prompt_tokens": batch.num_prompt_tokens,
@@ -327,7 +333,7 @@ def decision_fields(batch: Batch) -> dict[str, Any]:
         "used_blocks": batch.num_used_blocks,
         "waiting": batch.num_waiting,
         "running": batch.num_running,
-        "digest": f"{batch.digest:016x}",
+        "digest": f"{digest:016x}",
     }
 
 
@@ -343,7 +349,7 @@ def _list(values: list[Any]) -> str:
 def _step_text(batch: Batch, count: int, repeats: str, digest: int) -> str:
     """The line of a step's row: its facts, `decision_fields`, and the steps that repeat it."""
     admitted = [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted]
-    rows = [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in batch.exceptions]
+    rows = [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions_of(batch)]
     grown = [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown]
     return (
         f'{{"decision":{batch.decision},"seen":{batch.seen},"aborted":{_list(_ids(batch.aborted))},'

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.traces.digest import Digest
 from twinserve.traces.lines import LABELS
 from twinserve.traces.record import RunRecord, decision_fields
 from twinserve.traces.request import Part, Request, TokenMaker
@@ -43,12 +44,12 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
     """Decide a run again from its facts: settings, requests, outputs, and what each decision could see.
 
     Args:
-        build_core: called with `eos_token_id` and `listener` in place of the recorded settings' own `build_core`.
+        build_core: called with `eos_token_id` in place of the recorded settings' own `build_core`.
     """
     settings = Settings.load(record.run["settings"])
     build = build_core or settings.build_core
-    listener = CoreListener() if any(row.get("digest") for row in record.steps) else None
-    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener)
+    digest = Digest() if any(row.get("digest") for row in record.steps) else None
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"))
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
     to_sequence = _converter(record)
     equal = 0
@@ -69,7 +70,7 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
             return ReplayResult(equal, len(record.steps), difference)
         if (unfollowed := _unfollowed_fact(batch, row)) is not None:
             return ReplayResult(equal, len(record.steps), unfollowed)
-        if (unequal := _first_difference(batch, row)) is not None:
+        if (unequal := _first_difference(batch, row, digest.of(batch) if digest else 0)) is not None:
             return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
     return ReplayResult(equal, len(record.steps), None)
@@ -120,9 +121,9 @@ def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
     return None
 
 
-def _first_difference(batch: Batch, row: dict) -> Difference | None:
+def _first_difference(batch: Batch, row: dict, digest: int) -> Difference | None:
     """The first field of a decision that differs from the record, as far as the record keeps it."""
-    for field, value in decision_fields(batch).items():
+    for field, value in decision_fields(batch, digest).items():
         if field in row and row[field] != value:
             return Difference(batch.decision, field, row[field], value)
     return None

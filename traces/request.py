@@ -62,6 +62,17 @@ class PrefixKeys:
             self._shifted = self._bases[index] - self._begin * _GOLDEN
         return (self._shifted + num_tokens * _GOLDEN) & _MASK
 
+    def each(self, ends: range) -> list[int]:
+        """The keys of the prefixes that end there, as single calls give them, but at once for each part."""
+        keys: list[int] = []
+        while len(keys) < len(ends):
+            first = ends[len(keys)]
+            index = bisect_left(self._ends, first)
+            last = min(self._ends[index], ends[-1]) if index < len(self._ends) else ends[-1]
+            key = self(first)
+            keys += [(key + offset * _GOLDEN) & _MASK for offset in range(0, last - first + 1, ends.step)]
+        return keys
+
     def _base(self, index: int) -> int:
         """Hash of the parts before `index` and of the text that begins there."""
         before, length = (self._bases[index - 1], self._parts[index - 1].length) if index else (0, 0)

@@ -106,7 +106,7 @@ def _(right):
 def _(right):
     def wrong(self, seq):
         right(self, seq)
-        self.free_block_ids.push_blank(seq.block_table)
+        self.free_block_ids.blank.extend(seq.block_table)
 
     return wrong
 

@@ -323,8 +323,8 @@ class Repeats(CoreListener):
     def __init__(self) -> None:
         self.grown: list[list[tuple[int, list[int]]]] = []
 
-    def repeated(self, batch, repeats, num_committed, digest):
-        self.grown = [[(seq.seq_id, list(ids)) for seq, ids in repeat.grown] for repeat in repeats]
+    def repeated(self, batch, spans, grown, num_committed, latest):
+        self.grown = [[(seq.seq_id, list(ids)) for seq, ids in blocks] for blocks in grown]
 
 
 def repeats(step: Step, before: Step) -> bool:
@@ -381,6 +381,9 @@ class CoreSideBySide(SideBySide):
     def advance(self, cap: int, share: float) -> None:
         """Make at once a share of the decisions that repeat the latest; the model makes them one by one."""
         latest = self.in_flight[-1][1]
+        rows = [[(row.seq, *row[2:]) for row in batch.rows] for batch, _ in self.in_flight]
+        own_rows = [row for batch, _ in self.in_flight for row in batch.explicit]
+        is_clear = all(one == rows[0] for one in rows) and all(row.is_prompt for row in own_rows)
         steps = self.core.horizon(self.in_flight[-1][0], cap)
         assert 1 <= steps <= cap
         number = round(share * (steps - 1))
@@ -398,10 +401,10 @@ class CoreSideBySide(SideBySide):
             self.in_flight = deque(zip(self.core.in_flight, steps_of_model, strict=True))
             for batch, step in self.in_flight:
                 self._compare_totals(batch, step)
-        # It may be shorter where nothing is computed, where decodes are left out for the budget, and where the head of
-        # the queue may be looked at with another answer: its token comes, a hit is computed for it, it is new, or its
-        # order may change its mind.
-        is_clear = bool(latest.rows) and not latest.preempted and not self._is_disturbed
+        # It may be shorter where the steps in flight differ, a decode has a row of its own, nothing is computed or
+        # decodes are left out for the budget, and where the head of the queue may be looked at with another answer: its
+        # token comes, a hit is computed for it, it is new, or its order may change its mind.
+        is_clear &= bool(latest.rows) and not latest.preempted and not self._is_disturbed
         is_clear &= self.rules.order != "cache-aware"
         is_clear &= not (self.model.waiting and self.rules.caching)
         is_clear &= not any(request.in_flight for request in self.model.waiting)

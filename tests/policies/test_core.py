@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from twinserve.policies import BlockManager, Core, CoreListener, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.traces.digest import Digest
 
 EOS = 0
 
@@ -155,9 +156,8 @@ def random_run(seed: int, depth: int, composition: str) -> list[int]:
         num_blocks=rng.choice([6, 12, 40]),
         budget=rng.choice([8, 20, 64]),
         composition=composition,
-        listener=CoreListener(),
     )
-    left, digests, now = 24, [], 0
+    left, digests, digest, now = 24, [], Digest(), 0
     while left or not one.is_idle:
         while left and rng.random() < 0.5:
             left -= 1
@@ -167,7 +167,7 @@ def random_run(seed: int, depth: int, composition: str) -> list[int]:
             one.abort(rng.choice(sorted(one.sequences)), now)
         if one.can_decide:
             batch = one.decide(now)
-            digests.append(batch.digest)
+            digests.append(digest.of(batch))
             assert batch.num_tokens <= one.scheduler.max_num_batched_tokens
             one.scheduler.check_integrity()
         if one.must_commit:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence as Seq
 
 import pytest
 
-from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence, decode_group
 
 EOS = 0
 
 
-def build_core(rng: random.Random, depth: int) -> Core:
+def build_core(rng: random.Random, depth: int, compositions: Seq[str] = ("mixed", "prefill-first")) -> Core:
     scheduler = Scheduler(
         BlockManager(rng.choice([40, 400]), rng.choice([1, 2, 4, 8])),
         rng.choice([4, 100]),
-        composition=rng.choice(["mixed", "prefill-first"]),
+        composition=rng.choice(compositions),
         max_num_batched_tokens=rng.choice([8, 200]),
         enable_chunked_prefill=True,
         long_prefill_token_threshold=rng.choice([0, 3]),
@@ -28,10 +29,14 @@ def build_core(rng: random.Random, depth: int) -> Core:
 
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("reads", [0.0, 0.2], ids=["unread", "read"])
-def test_every_sequence_has_the_tokens_that_were_sampled_for_it(depth, reads):
-    """What is read in between changes nothing; `unread` sequences are first asked for their tokens at their end."""
+def test_every_sequence_has_the_tokens_that_were_sampled_for_it(depth, reads, monkeypatch):
+    """What is read in between changes nothing; `unread` sequences are first asked for their tokens at their end.
+
+    In half of the runs, the tokens of a few steps are as many as are kept in one place.
+    """
     for seed in range(40):
         rng = random.Random(seed)
+        monkeypatch.setattr(decode_group, "_MOST_TOKENS", (1 << 20) if seed % 2 else 16)
         core = build_core(rng, depth)
         expected: dict[Sequence, list[int]] = {}
         number = 0
@@ -108,13 +113,46 @@ def test_tokens_that_do_not_fit_are_refused_before_anything_changes():
 
 
 def test_a_step_looks_at_members_whose_block_begins_or_is_full_and_at_no_others():
-    scheduler = Scheduler(BlockManager(4000, 16), prefix_cache=PrefixCache())
+    manager = BlockManager(4000, 16)
+    scheduler = Scheduler(manager, prefix_cache=PrefixCache())
     for number in range(64):
         scheduler.add(Sequence([number] * (1 + number % 16), SamplingParams(max_tokens=200, ignore_eos=True)))
-    served = []
-    serve = scheduler.serve
-    scheduler.serve = lambda *args: (served.append(len(args[0]) + len(args[1])), serve(*args))[1]  # type: ignore
-    for _ in range(100):
+    served: list[int] = []
+    extend_each, register_each = manager.extend_each, manager.register_each
+    manager.extend_each = lambda seqs: (served.append(len(seqs)), extend_each(seqs))[1]  # type: ignore
+    manager.register_each = lambda blocks: (served.append(len(blocks)), register_each(blocks))[1]  # type: ignore
+    for number in range(100):
+        if number == 20:
+            manager.extend = manager.register = None  # type: ignore
         batch = scheduler.schedule()
         scheduler.postprocess(batch, [5] * batch.num_sampled)
-    assert set(served[20:]) == {8}, "of 64 members, 4 begin a block and 4 fill one in each step"
+    assert set(served[40:]) == {4}, "of 64 members, 4 begin a block and 4 fill one in each step"
+
+
+@pytest.mark.parametrize("ahead", [2, 4])
+def test_tokens_find_their_sequences_however_many_batches_are_in_flight(ahead):
+    """Decodes that the budget does not always reach leave the group and join it again with batches in flight."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        scheduler = build_core(rng, 1, ["mixed"]).scheduler
+        expected: dict[Sequence, list[int]] = {}
+        for number in range(25):
+            params = SamplingParams(max_tokens=rng.randint(5, 60), ignore_eos=True)
+            seq = Sequence([1000 * number + k for k in range(rng.randint(1, 12))], params, seq_id=number)
+            expected[seq] = list(seq.token_ids)
+            assert scheduler.add(seq) or seq.refusal
+        idle = 0
+        while not scheduler.is_finished():
+            if len(scheduler.in_flight) <= ahead and rng.random() < 0.6:
+                idle = 0 if scheduler.schedule() else idle + 1
+                assert idle < 100, f"seed {seed}: nothing is scheduled"
+            elif scheduler.in_flight:
+                batch = scheduler.in_flight[0]
+                tokens = [rng.randrange(100, 1 << 20) for _ in batch.sampled]
+                for seq, token_id in zip(batch.sampled, tokens, strict=True):
+                    if not seq.is_finished:
+                        expected[seq].append(token_id)
+                scheduler.postprocess(batch, tokens, EOS)
+            scheduler.check_integrity()
+        for seq, tokens in expected.items():
+            assert seq.is_finished and seq.token_ids == tokens, f"seed {seed}: {seq}"

@@ -23,6 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.traces.digest import Digest, exceptions_of
 
 STEP_NS = 10
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
@@ -107,7 +108,7 @@ def arrivals_of(rng: random.Random) -> list[Arrival]:
 def fields(batch: Batch) -> tuple:
     """What a decision is, but for the lengths that grow."""
     rows = tuple((row.seq.seq_id, row.num_tokens, row.samples, row.is_prompt) for row in batch.rows)
-    return rows, batch.usual_tokens, batch.num_waiting, batch.num_running, len(batch.exceptions)
+    return rows, batch.usual_tokens, batch.num_waiting, batch.num_running, len(exceptions_of(batch))
 
 
 def totals(batch: Batch) -> tuple:
@@ -153,21 +154,22 @@ class Log(CoreListener):
     """Keeps each decision's digest and growth; of repeated ones, the last digest and each one's growth."""
 
     def __init__(self) -> None:
+        self.digest = Digest()
         self.digests: dict[int, int] = {}
         self.grown: dict[int, list] = {}
         self.committed_batches = 0
         self.longest = 0
 
     def decided(self, batch):
-        self.digests[batch.decision] = batch.digest
+        self.digests[batch.decision] = self.digest.of(batch)
         self.grown[batch.decision] = [(seq.seq_id, list(ids)) for seq, ids in batch.grown]
 
-    def repeated(self, batch, repeats, num_committed, digest):
-        self.digests[batch.decision + len(repeats)] = digest
-        for number, repeat in enumerate(repeats, 1):
-            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in repeat.grown]
+    def repeated(self, batch, spans, grown, num_committed, latest):
+        self.digests[latest.decision] = self.digest.grow(latest, [pair for blocks in grown for pair in blocks])
+        for number, blocks in enumerate(grown, 1):
+            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in blocks]
         self.committed_batches += num_committed
-        self.longest = max(self.longest, len(repeats) + 1)
+        self.longest = max(self.longest, len(spans) + 1)
 
     def committed(self, batch):
         self.committed_batches += 1
@@ -198,6 +200,10 @@ class Run:
     def _may_be_short(self, batch: Batch) -> bool:
         """Is it a decision whose horizon need not be the most, by the words of its docstring?"""
         scheduler = self.core.scheduler
+        rows = [[(row.seq, *row[2:]) for row in one.rows] for one in self.core.in_flight]
+        own_rows = [row for one in self.core.in_flight for row in one.explicit]
+        if any(rows[0] != others for others in rows) or not all(row.is_prompt for row in own_rows):
+            return True
         if batch.usual_tokens and len(batch) < batch.num_running:
             return True
         if not scheduler.waiting:

@@ -158,14 +158,15 @@ import random
 import sys
 from side_by_side import EOS, build_scheduler
 from slow_model import Rules
-from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
+from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.traces.digest import Digest
 
 for seed in range(12):
     rng = random.Random(seed)
     rules = Rules(num_blocks=9, block_size=4, max_num_seqs=5, budget=rng.choice([3, 8, 32]), eos=EOS,
                   composition=rng.choice(["mixed", "prefill-first"]))
-    core = Core(build_scheduler(rules), pipeline_depth=seed % 2, eos_token_id=EOS, listener=CoreListener())
-    left = 20
+    core = Core(build_scheduler(rules), pipeline_depth=seed % 2, eos_token_id=EOS)
+    left, digest = 20, Digest()
     while left or not core.is_idle:
         if left and rng.random() < 0.5:
             left -= 1
@@ -174,7 +175,7 @@ for seed in range(12):
         if core.sequences and rng.random() < 0.05:
             core.abort(rng.choice(list(core.sequences)), 0)
         if core.can_decide:
-            print(core.decide(0).digest)
+            print(digest.of(core.decide(0)))
         if core.must_commit:
             core.commit([rng.choice([EOS, 1, 2, 3, 50, 51]) for _ in core.in_flight[0].sampled], 0)
 """

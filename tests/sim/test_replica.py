@@ -40,11 +40,11 @@ class Journal(CoreListener):
         self.seen.append(batch.seen)
         self.batches.append(batch)
 
-    def repeated(self, batch, repeats, num_committed, digest):
+    def repeated(self, batch, spans, grown, num_committed, latest):
         self.committed(batch)
-        for number, repeat in enumerate(repeats, batch.decision + 1):
+        for number, span in enumerate(spans, batch.decision + 1):
             self.seen.append(batch.seen)
-            self.times[number] = (repeat.decided_ns, repeat.start_ns, repeat.end_ns)
+            self.times[number] = span
 
     def committed(self, batch):
         self.times[batch.decision] = (batch.decided_ns, batch.start_ns, batch.end_ns)

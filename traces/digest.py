@@ -1,0 +1,59 @@
+"""Digest: a run's decisions as one number, for records and replays."""
+
+from __future__ import annotations
+
+from array import array
+
+import xxhash
+
+from twinserve.policies import Batch, Sequence
+
+_MASK = (1 << 64) - 1
+
+
+def exceptions_of(batch: Batch) -> list[tuple[Sequence, int, bool]]:
+    """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
+    rows = {row.seq: (row.num_tokens, row.samples) for row in batch.explicit}
+    before = batch.alone[: len(batch.alone) - len(batch.admitted)]
+    found = ((seq, *rows.get(seq, (0, batch.usual_tokens == 0))) for seq in before)
+    return [entry for entry in found if entry[1] != batch.usual_tokens or not entry[2]]
+
+
+class Digest:
+    """A 64-bit chain over decisions, equal exactly when all decisions so far were (but for collisions).
+
+    A decision that repeats the one before it adds its number and the blocks that grew, as a sum, so that it does not
+    matter whether repeated decisions are digested one by one or together.
+    """
+
+    def __init__(self) -> None:
+        self._chain = 0
+        self._grown = 0
+        self._steady: tuple | None = None
+
+    def of(self, batch: Batch) -> int:
+        """The digest up to `batch`, which follows the batch of the call before."""
+        exceptions = exceptions_of(batch)
+        steady = (batch.usual_tokens, *((seq.seq_id, n, samples) for seq, n, samples in exceptions))
+        if steady != self._steady or batch.admitted or batch.left or batch.preempted:
+            values = [batch.decision, batch.usual_tokens, len(batch.admitted)]
+            for seq, start, num_tokens, samples, _ in batch.admitted:
+                values += (seq.seq_id, start, num_tokens, samples, len(seq.block_table), *seq.block_table)
+            for seqs in (batch.preempted, batch.left):
+                values.append(len(seqs))
+                values += [seq.seq_id for seq in seqs]
+            for seq, num_tokens, samples in exceptions:
+                values += (seq.seq_id, num_tokens, samples)
+            self._chain = xxhash.xxh64_intdigest(array("q", values).tobytes(), self._chain)
+            self._steady = steady
+        return self.grow(batch, batch.grown)
+
+    def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
+        """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
+        total = self._grown
+        for seq, block_ids in grown:
+            for block_id in block_ids:
+                total += (seq.arrival_index + 1) * 0x9E3779B97F4A7C15 ^ (block_id + 1) * 0xBF58476D1CE4E5B9
+        self._grown = total & _MASK
+        values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
+        return xxhash.xxh64_intdigest(array("Q", values).tobytes(), self._chain)

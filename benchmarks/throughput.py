@@ -55,11 +55,11 @@ def main() -> int:
     llm = make_llm(settings={"max_model_len": 24_576})
     llm.warm_up()
     for name, other in others.items():
-        values[name] = [throughput(llm, other) for _ in range(arguments.repeats)]
+        values[name] = [throughput(llm, other)]
         show(name, values[name])
     close(llm)
     if not arguments.no_ablation:
-        values["ablation"] = ablation(work, arguments.repeats)
+        values["ablation"] = ablation(work)
     if not arguments.no_peer:
         values["transformers"] = transformers_continuous_batching(work)
         print("transformers", values["transformers"], flush=True)
@@ -67,8 +67,8 @@ def main() -> int:
     return 0
 
 
-def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """W256 with one thing switched off at a time."""
+def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
+    """W256 with one thing switched off at a time, once each."""
 
     def without_graphs(llm: LLM) -> None:
         llm._capture = lambda: None  # type: ignore[method-assign]
@@ -101,7 +101,7 @@ def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
         llm = make_llm(**options)
         change(llm)
         llm.warm_up()
-        found[name] = [throughput(llm, work) for _ in range(1 if "no fused" in name else repeats)]
+        found[name] = [throughput(llm, work)]
         vars(graph_runner).pop("sorted", None)
         show(name, found[name])
         close(llm)

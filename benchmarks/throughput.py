@@ -49,7 +49,7 @@ def main() -> int:
     values: dict[str, Any] = about | {"w256": repeats, "attention": vars(llm.attention)}
     others = {"long": Work.of_lengths([(12_000 + 500 * number, 256) for number in range(16)])}
     if arguments.trace is not None:
-        lengths = [(request.prompt_tokens, request.) for request in read_trace(arguments.trace).requests]
+        lengths = [(request.prompt_tokens, request.max_tokens) for request in read_trace(arguments.trace).requests]
         others["trace"] = Work.of_lengths([(prompt, output) for prompt, output in lengths[:512]])
     close(llm)
     llm = make_llm(settings={"max_model_len": 24_576})

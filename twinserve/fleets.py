@@ -121,7 +121,9 @@ class FleetOptions(BaseModel):
             InputError: a setting or a latency cannot be used.
         """
         if self.is_fleet and latency_from is not None:
-            raise InputError("expected none: a fleet has no one run's steps", field="latency_from", value=latency_from)
+            raise InputError(
+                "expected none: a fleet has no one run's steps", field="latency_from", value=str(latency_from)
+            )
         specs: list[ReplicaSpec] = []
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:

@@ -57,8 +57,8 @@ class Scheduler:
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
-        in_flight: decided batches that `postprocess` has not seen, oldest first. Under prefill-first, one at most
-            when the next is decided.
+        in_flight: decided batches that `postprocess` has not seen, oldest first. Under prefill-first, at most one when
+            the next is decided.
     """
 
     def __init__(

@@ -87,5 +87,6 @@ def sim(make_record) -> RunRecord:
 @pytest.fixture
 def real(make_record) -> RunRecord:
     """The run that `sim` predicts."""
-    record = make_record("real", noise=0.3, facts={"trace": TRACE, "model": "tiny"}, device="a card")
+    record = make_record("real", noise=0.2, facts={"trace": TRACE, "model": "tiny"}, device="a card")
+    assert record.run["summary"]["preemptions"]
     return replace(record, run=record.run | {"world": "real"})

@@ -8,19 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pages import prose, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "engine.md"
 PICTURE = ROOT / "docs" / "engine" / "timeline.svg"
 
+PRODUCTS = "matrix products (cuBLAS)"
 COLOURS = {
     "decode": "#4c78a8",
     "merge": "#9ecae9",
-    "matrix products (cuBLAS)": "#f58518",
+    PRODUCTS: "#f58518",
     "rms_norm": "#54a24b",
     "rotate_and_store": "#b279a2",
     "silu_and_mul": "#eeca3b",
@@ -47,184 +49,182 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def table(header: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
 def page() -> str:
-    main_figures, whole, peer = read("h100.json"), read("h100/throughput.json"), read("h100/throughput-peer.json")
-    kernels, window = read("h100/kernels.json"), read("h100/azure-window.json")
-    spreads = main_figures["repeats"]
-    w256 = [one["output_tok_s"] for one in spreads["w256"]]
-    ttft, replay = window["summary"]["ttft_s"], window["replay"]
-    step = next(row for row in kernels["steps, triton"] if row["decodes"] == 131)
-    theirs = [one["output_tok_s"] for one in peer["transformers"]["repeats"]]
-    ours = peer["w256"][0]["output_tok_s"]
-    us = {kernel["kernel"]: kernel["us"] for kernel in step["kernels"]}
-    attention_over = us["decode"] / (step["kv_bytes"] / kernels["read_gb_s"] / 1e3)
-    products_over = us["matrix products (cuBLAS)"] / (step["weight_bytes"] / kernels["read_gb_s"] / 1e3)
-    single = kernels["steps, triton"][0]
-    one_row = next(one["us"] for one in single["kernels"] if "matrix" in one["kernel"]) / single["us"]
-    full = whole["ablation"]["as it is"][0]["output_tok_s"]
-    return f"""# The CUDA engine
+    kernels = read("h100/kernels.json")
+    return "\n".join(
+        [
+            "# The CUDA engine",
+            "",
+            *_opening(),
+            *_figures(read("h100.json"), step_of(kernels)),
+            *_ablation(read("h100/throughput.json")["ablation"]),
+            *_kernels(kernels),
+            *_ending(),
+        ]
+    )
 
-Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here: random weights of the Qwen3-0.6B shape
-in bfloat16 on one {main_figures["card"]}; the files name versions, commit and command.
 
-## A step
+def step_of(kernels: Any, decodes: int = 131) -> dict[str, Any]:
+    """The step of so many decodes."""
+    return next(row for row in kernels["steps, triton"] if row["decodes"] == decodes)
 
-On CUDA, `LLM` and `twinserve run` take this path unless `--execution eager` is given. What a step needs lies on the device
-(`engine/graphs/device_rows.py`): a row for each running sequence has its last token, its length, its block table, its
-temperature and seed. The policies' deltas (admitted, grown, left, preempted) change rows by one copy and one small kernel; a
-decision that changes nothing copies nothing. The step itself is one CUDA graph (`graph_runner.py`): it reads its rows, runs
-the layers, samples, and writes the sampled tokens back into the rows, so the next step can be launched before anybody has
-read them. With `--pipeline-depth 1` the next step is decided and launched while this one runs.
 
-Decodes are captured for every number of rows up to 4 and every multiple of 8; steps with up to 2,048 prompt tokens by how
-many there are. Longer ones are launched kernel by kernel, as the device is busy longer than their launches take. A layer is
-nine kernels: four matrix products by cuBLAS, and ours in Triton for residual and norm (twice), query-key norm with rotation
-and KV store, attention, and the gated activation. Decode attention has all query heads of a KV head in one program and
-splits long contexts where few rows would leave the device idle; prompts have a kernel of their own. Any block size that is
-a multiple of 16 is served; flash-attn can be chosen for blocks of 256 (`--attention flash`).
+def _opening() -> list[str]:
+    return [
+        *prose(
+            f"""Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here: random weights of
+            the Qwen3-0.6B shape in bfloat16 on one {read("h100.json")["card"]}; the files name versions, commit and
+            command."""
+        ),
+        "## A step",
+        "",
+        *prose(
+            """On CUDA, `LLM` and `twinserve run` take this path unless `--execution eager` is given. What a step needs
+            lies on the device (`engine/graphs/device_rows.py`): a row for each running sequence has its last token, its
+            length, its block table, its temperature and seed. The policies' deltas (admitted, grown, left, preempted)
+            change rows by one copy and one small kernel; a decision that changes nothing copies nothing. The step
+            itself is one CUDA graph (`graph_runner.py`): it reads its rows, runs the layers, samples, and writes the
+            sampled tokens back into the rows, so the next step can be launched before anybody has read them. With
+            `--pipeline-depth 1` the next step is decided and launched while this one runs.""",
+            """Decodes are captured for every number of rows up to 4 and every multiple of 8; steps with up to 2,048
+            prompt tokens by how many there are. Longer ones are launched kernel by kernel, as the device is busy longer
+            than their launches take. A layer is nine kernels: four matrix products by cuBLAS, and ours in Triton for
+            residual and norm (twice), query-key norm with rotation and KV store, attention, and the gated activation.
+            Decode attention has all query heads of a KV head in one program and splits long contexts where few rows
+            would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple of 16 is
+            served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
+        ),
+        "![Host and device over three steps](engine/timeline.svg)",
+        "",
+        *prose(
+            """Three decode steps of 64 sequences, one step ahead, from a profiler's trace. The profiler itself makes
+            launches slow."""
+        ),
+    ]
 
-![Host and device over three steps](engine/timeline.svg)
 
-Three decode steps of 64 sequences, one step ahead, from a profiler's trace. The profiler itself makes launches slow.
+def _figures(measured: dict[str, Any], step: dict[str, Any]) -> list[str]:
+    spreads = measured["repeats"]
+    w256 = ", ".join(f"{one['output_tok_s']:,.0f}" for one in spreads["w256"])
+    rows = [["W256, output tokens/s", f"{measured['w256_output_tok_s']:,.0f}", w256]]
+    for name, key, digits in (
+        ("one request, ms a token", "batch1_ms_per_token", 2),
+        ("first token of 1,024, ms", "ttft_1024_ms", 2),
+        ("process start to first token, s", "ready_s", 1),
+    ):
+        rows.append([name, f"{measured[key]:.{digits}f}", spread(spreads[key])])
+    alone = f"its bytes alone: {step['limit_us'] / 1e3:.2f}"
+    rows.append(["decode step, 131 rows at 920, ms", f"{step['us'] / 1e3:.2f}", alone])
+    peer, window = read("h100/throughput-peer.json"), read("h100/azure-window.json")
+    theirs = max(one["output_tok_s"] for one in peer["transformers"]["repeats"])
+    summary, replay = window["summary"], window["replay"]
+    return [
+        "## Figures",
+        "",
+        *table(["", "measured", "repeats"], rows),
+        *prose(
+            f"""W256 is 256 requests at once of 100 to 1,024 tokens in and out, sampled at temperature 0.6; the first
+            repeat of a process is slower than the others, and why is not known yet. In another run, on one card,
+            transformers' continuous batching (on flash-attn) served the same requests at {theirs:,.0f} tokens/s, and
+            this engine, with flash-attn too, at {peer["w256"][0]["output_tok_s"]:,.0f}.""",
+            f"""A 60-second window of the Azure conversation trace, served in real time one step ahead:
+            {summary["finished"]} requests, first token after {summary["ttft_s"]["p50"] * 1e3:.1f} ms (median; p99
+            {summary["ttft_s"]["p99"] * 1e3:.1f}). `twinserve replay` makes {replay["equal"]:,} of
+            {replay["recorded"]:,} decisions again from the record's facts.""",
+        ),
+    ]
 
-## Figures
 
-{
-        table(
-            ["", "measured", "repeats"],
-            [
-                [
-                    "W256, output tokens/s",
-                    f"{main_figures['w256_output_tok_s']:,.0f}",
-                    ", ".join(f"{one:,.0f}" for one in w256),
-                ],
-                [
-                    "one request, ms a token",
-                    f"{main_figures['batch1_ms_per_token']:.2f}",
-                    spread(spreads["batch1_ms_per_token"]),
-                ],
-                ["first token of 1,024, ms", f"{main_figures['ttft_1024_ms']:.2f}", spread(spreads["ttft_1024_ms"])],
-                ["process start to first token, s", f"{main_figures['ready_s']:.1f}", spread(spreads["ready_s"])],
-                [
-                    "decode step, 131 rows at 920, ms",
-                    f"{step['us'] / 1e3:.2f}",
-                    f"its bytes alone: {step['limit_us'] / 1e3:.2f}",
-                ],
-            ],
-        )
-    }
-W256 is 256 requests at once of 100 to 1,024 tokens in and out, sampled at temperature 0.6; the first repeat of a
-process is slower than the others, and why is not known yet. In another run, on one card, transformers' continuous batching (on flash-attn)
-served the same requests at {max(theirs):,.0f} tokens/s, and this engine, with flash-attn too, at {ours:,.0f}.
+def _ablation(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    rates = {name: repeats[0]["output_tok_s"] for name, repeats in runs.items()}
+    rows = [[name, f"{rate:,.0f}", f"{rate / rates['as it is'] - 1:+.1%}"] for name, rate in rates.items()]
+    return [
+        "## What each thing buys",
+        "",
+        *prose(
+            """W256 with one thing switched off, once each, so a difference of some percent may be chance (see the
+            repeats above)."""
+        ),
+        *table(["", "output tokens/s", "against the whole"], rows),
+        *prose(
+            """Keys and values in float8 halve what attention reads and yet gain nothing here: the kernel was written
+            for bfloat16, and its loads are now a byte a number."""
+        ),
+    ]
 
-A 60-second window of the Azure conversation trace, served in real time one step ahead: {
-        window["summary"]["finished"]
-    } requests,
-first token after {ttft["p50"] * 1e3:.1f} ms (median; p99 {ttft["p99"] * 1e3:.1f}). `twinserve replay` makes {
-        replay["equal"]:,} of
-{replay["recorded"]:,} decisions again from the record's facts.
 
-## What each thing buys
-
-W256 with one thing switched off, once each, so a difference of some percent may be chance (see the repeats above).
-
-{
-        table(
-            ["", "output tokens/s", "against the whole"],
-            [
-                [name, f"{runs[0]['output_tok_s']:,.0f}", f"{runs[0]['output_tok_s'] / full - 1:+.1%}"]
-                for name, runs in whole["ablation"].items()
-            ],
-        )
-    }
-Keys and values in float8 halve what attention reads and yet gain nothing here: the kernel was written for bfloat16, and its
-loads are now a byte a number.
-
-## Where a step's time goes
-
-Decodes by number and context: the step, what reading its weights and KV once would take at the {
-        kernels["read_gb_s"]:,.0f} GB/s
-that this card reads, and the kernels, all in microseconds.
-
-{
-        table(
-            [
-                "rows x context",
-                "step",
-                "bytes alone",
-                "attention",
-                "matrix products",
-                "norms",
-                "rotation and store",
-                "activation",
-            ],
-            [step_cells(row) for row in kernels["steps, triton"]],
-        )
-    }
-Attention alone, a layer, in microseconds:
-
-{
-        table(
-            ["rows x context", "bytes alone", "ours, blocks of 16", "ours, blocks of 256", "flash-attn, blocks of 256"],
-            [
-                [
-                    row["batch x context"],
-                    row["limit_us"],
-                    row["ours, blocks of 16"],
-                    row["ours, blocks of 256"],
-                    row["flash-attn, blocks of 256"],
-                ]
-                for row in kernels["decode_attention"]
-            ],
-        )
-    }
-{
-        table(
+def _kernels(kernels: dict[str, Any]) -> list[str]:
+    step, bytes_per_us = step_of(kernels), kernels["read_gb_s"] * 1e3
+    us = kernel_us(step)
+    attention = us["decode"] / (step["kv_bytes"] / bytes_per_us)
+    products = us[PRODUCTS] / (step["weight_bytes"] / bytes_per_us)
+    single = step_of(kernels, 1)
+    attending = ["limit_us", "ours, blocks of 16", "ours, blocks of 256", "flash-attn, blocks of 256"]
+    of_prompts = ["prompts", "ours_us", "ours_tflop_s", "flash-attn_us", "flash-attn_tflop_s"]
+    return [
+        "## Where a step's time goes",
+        "",
+        *prose(
+            f"""Decodes by number and context: the step, what reading its weights and KV once would take at the
+            {kernels["read_gb_s"]:,.0f} GB/s that this card reads, and the kernels, all in microseconds."""
+        ),
+        *table(
+            ["rows x context", "step", "bytes alone", "attention", "matrix products", "norms", "rotation and store",
+             "activation"],
+            map(step_cells, kernels["steps, triton"]),
+        ),
+        "Attention alone, a layer, in microseconds:",
+        "",
+        *table(
+            ["rows x context", "bytes alone", *attending[1:]],
+            [[str(row[name]) for name in ("batch x context", *attending)] for row in kernels["decode_attention"]],
+        ),
+        *table(
             ["prompts", "ours, us", "TFLOP/s", "flash-attn, us", "TFLOP/s"],
-            [
-                [row["prompts"], row["ours_us"], row["ours_tflop_s"], row["flash-attn_us"], row["flash-attn_tflop_s"]]
-                for row in kernels["prefill_attention"]
-            ],
-        )
-    }
-At 131 rows attention takes {attention_over:.2f} times what its bytes would, and the matrix products {
-        products_over:.1f} times
-what their weights would; each product is too short to fill the card. At one row they are {one_row:.0%} of the step.
+            [[str(row[name]) for name in of_prompts] for row in kernels["prefill_attention"]],
+        ),
+        *prose(
+            f"""At 131 rows attention takes {attention:.2f} times what its bytes would, and the matrix products
+            {products:.1f} times what their weights would; each product is too short to fill the card. At one row they
+            are {kernel_us(single)[PRODUCTS] / single["us"]:.0%} of the step."""
+        ),
+    ]  # fmt: skip
 
-## Right tokens
 
-`tests/gpu` holds, on the device: in float32 every token is transformers' own, whatever is chunked, shared or preempted
-around it, at both depths; in bfloat16 log-probabilities are as near to float32 as those of transformers; fifty decode steps
-are fifty graph launches, in which nothing waits but for the tokens of the step before; a seeded request draws the same
-tokens whatever runs beside it, as far as the batch's size changes no logit by rounding.
-
-## Not there yet
-
-Min-p, repetition penalty and log-probabilities; top-k and top-p sort their rows outside the graph; the latency model that
-ships for the H100 was measured on the eager path.
-"""  # noqa: E501 - prose and tables
+def _ending() -> list[str]:
+    return [
+        "## Right tokens",
+        "",
+        *prose(
+            """`tests/gpu` holds, on the device: in float32 every token is transformers' own, whatever is chunked,
+            shared or preempted around it, at both depths; in bfloat16 log-probabilities are as near to float32 as those
+            of transformers; fifty decode steps are fifty graph launches, in which nothing waits but for the tokens of
+            the step before; a seeded request draws the same tokens whatever runs beside it, as far as the batch's size
+            changes no logit by rounding."""
+        ),
+        "## Not there yet",
+        "",
+        *prose(
+            """Min-p, repetition penalty and log-probabilities; top-k and top-p sort their rows outside the graph; the
+            latency model that ships for the H100 was measured on the eager path."""
+        ),
+    ]
 
 
 def spread(values: list[float]) -> str:
     return f"{min(values):g} to {max(values):g}, of {len(values)}"
 
 
-def step_cells(row: dict[str, Any]) -> list[Any]:
-    us = {kernel["kernel"]: kernel["us"] for kernel in row["kernels"]}
-    names = ("matrix products (cuBLAS)", "rms_norm", "rotate_and_store", "silu_and_mul")
+def kernel_us(step: dict[str, Any]) -> dict[str, float]:
+    """Microseconds of a step in each of its kernels."""
+    return {kernel["kernel"]: kernel["us"] for kernel in step["kernels"]}
+
+
+def step_cells(step: dict[str, Any]) -> list[str]:
+    us = kernel_us(step)
     attention = round(us["decode"] + us.get("merge", 0.0), 1)
-    return [
-        f"{row['decodes']} x {row['context']}",
-        row["us"],
-        row["limit_us"],
-        attention,
-        *(us[name] for name in names),
-    ]
+    others = (us[name] for name in (PRODUCTS, "rms_norm", "rotate_and_store", "silu_and_mul"))
+    return [f"{step['decodes']} x {step['context']}", *map(str, (step["us"], step["limit_us"], attention, *others))]
 
 
 def picture(events: list[dict[str, Any]]) -> str:

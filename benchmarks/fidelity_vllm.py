@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -22,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+from pages import prose, table
 
 from twinserve import policies
 from twinserve.policies import Batch, CoreListener
@@ -370,16 +371,6 @@ def page(results: Result) -> str:
     )
 
 
-def prose(*paragraphs: str) -> list[str]:
-    """Paragraphs in lines that a person can read in a terminal."""
-    return [line for text in paragraphs for line in (*textwrap.wrap(" ".join(text.split()), 118), "")]
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
-
-
 def cell(values: Result, name: str, statistic: str) -> str:
     scale = LATENCIES[name][2]
     return f"{values[name][statistic] * scale:.{2 if scale == 1.0 else 1}f}"
@@ -406,7 +397,7 @@ def _opening(results: Result) -> list[str]:
             of
             the sum.""",
         ),
-        *table(["steps", "host, mean", "host, sum", "device, mean", "device, sum"], rows),
+        *table(["steps", "host, mean", "host, sum", "device, mean", "device, sum"], rows, numbers=True),
     ]
 
 
@@ -423,7 +414,7 @@ def _decisions(results: Result) -> list[str]:
             lengths), Core decides each step again: the scheduled requests in order, their tokens and computed tokens,
             preemptions, the counts of waiting, running and free blocks. {equal:,} of {steps:,} steps are equal."""
         ),
-        *table(["run", "equal steps"], rows),
+        *table(["run", "equal steps"], rows, numbers=True),
     ]
 
 
@@ -459,7 +450,7 @@ def _spread(windows: dict[str, Result]) -> list[str]:
             """The same requests, the same settings, five times, on three machines in four processes. How far these
             differ is what a prediction can be held to: the model knows one of the processes."""
         ),
-        *table(["metric", "least", "most", "simulated", ""], rows),
+        *table(["metric", "least", "most", "simulated", ""], rows, numbers=True),
     ]
 
 
@@ -487,7 +478,7 @@ def _windows(windows: dict[str, Result]) -> list[str]:
             )
     header = ["run (machine, process)", "tokens/s"]
     header += [f"{words}, {unit}" for words, unit, _ in LATENCIES.values()] + ["running", "preemptions"]
-    return lines + table(header, rows)
+    return lines + table(header, rows, numbers=True)
 
 
 def _percent(value: float | None) -> str:
@@ -526,7 +517,7 @@ def _bias(results: Result, windows: dict[str, Result]) -> list[str]:
             + """simulations that begin at different places of the drift, and the least and the most
             of them.""",
         ),
-        *table([*header, "least to most"], rows),
+        *table([*header, "least to most"], rows, numbers=True),
         *_remains(results, windows),
         *_steps(results),
     ]
@@ -576,7 +567,7 @@ def _steps(results: Result) -> list[str]:
             """Preemptions follow from a pool that is full by a few blocks: 1% of step time makes 20 more or less in
             the small pool. So they are predicted only as well as the host is.""",
         ),
-        *table(header, rows),
+        *table(header, rows, numbers=True),
     ]
 
 
@@ -604,7 +595,7 @@ def _overloads(overloads: dict[str, Result]) -> list[str]:
             host / predicted. The last column says how many steps are larger than any that the model was fitted on, and
             by how much."""
         ),
-        *table([*header, "beyond the range"], rows),
+        *table([*header, "beyond the range"], rows, numbers=True),
     ]
 
 
@@ -625,7 +616,7 @@ def _ranking(results: Result) -> list[str]:
             machines'. No overload was repeated: what one serves goes with the step time, so there the repeats'
             equivalent biases say how far apart they may be."""
         ),
-        *table(["metric", "", "order"], rows),
+        *table(["metric", "", "order"], rows, numbers=True),
     ]
 
 

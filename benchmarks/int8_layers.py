@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, commit, device_folder, say, versions
+from on_cuda import graph_us
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -139,9 +140,9 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         return F.linear(x, weight.to(x.dtype)).mul_(scale.T)
 
     figures: dict[str, Any] = {
-        "plain_us": _graph_us([lambda w=w: F.linear(x, w) for w in weights.plain]),
-        "int8_us": _graph_us([lambda pair=pair: int8_product(x, *pair) for pair in weights.int8]),
-        "dequantised_us": _graph_us([lambda pair=pair: dequantised(*pair) for pair in weights.int8]),
+        "plain_us": graph_us([lambda w=w: F.linear(x, w) for w in weights.plain]),
+        "int8_us": graph_us([lambda pair=pair: int8_product(x, *pair) for pair in weights.int8]),
+        "dequantised_us": graph_us([lambda pair=pair: dequantised(*pair) for pair in weights.int8]),
         "plain_launch_us": _launch_us(lambda: F.linear(x, weights.plain[0])),
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
         "fused": rows <= int8_linear.FUSED_ROWS,
@@ -165,31 +166,9 @@ def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
             if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
                 continue
             tiling = Tiling(row_block, outputs, inputs, splits, warps, stages)
-            times[tiling] = _graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
+            times[tiling] = graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
     best = min(times, key=lambda tiling: times[tiling])
     return {"best_us": times[best], "best_tiling": str(best)}
-
-
-def _graph_us(calls: Seq[Callable[[], object]], repeats: int = 20) -> float:
-    """Microseconds of a call, on the device alone: the median over replays of a graph of all of them."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [call() for call in calls]
-    seconds = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    del kept
-    return statistics.median(seconds) / len(calls) * 1e6
 
 
 def _launch_us(call: Callable[[], object], count: int = 200) -> float:

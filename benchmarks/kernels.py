@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--out FOLDER]
 
-Attention is timed by calls in a row, a step by replays of its graph, a kernel within a step by torch's profiler.
+Attention is timed by replays of a graph of some calls, a step by replays of its own, a kernel within a step by torch's
+profiler.
 Results: FOLDER/h100/kernels.json and FOLDER/h100/timeline.json; the folder is called after the card.
 """
 
@@ -13,21 +14,24 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from on_cuda import Work, close, device_us, facts, make_llm, merge
+from on_cuda import Work, close, device_us, facts, graph_us, make_llm, merge
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from twinserve.engine.graphs.graph_runner import GraphRunner, StepSize
-from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention, tile_tokens
+from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention, prompt_tiles, tile_tokens
 from twinserve.engine.llm import LLM
 from twinserve.engine.models.decoder import Decoder
 from twinserve.policies import Sequence
 
 HEADS, KV_HEADS, SIZE = 16, 8, 128
+CALLS = 10
+"""In the graph that attention is timed by."""
 
 
 def main() -> int:
@@ -85,20 +89,18 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
         times = {}
         for block_size in (16, 256):
             keys, values, tables = pool(contexts, block_size)
-            times[f"ours, blocks of {block_size}"] = in_graph(
-                lambda k=keys, v=values, t=tables: decode_attention(query, k, v, rows, t, positions, out)  # noqa: B023
-            )
-        lengths = positions + 1
-        times["flash-attn, blocks of 256"] = in_graph(
-            lambda k=keys, v=values, t=tables: flash_attn_with_kvcache(  # noqa: B023
-                query[:, None],  # noqa: B023
-                k,
-                v,
-                cache_seqlens=lengths,  # noqa: B023
-                block_table=t,
-                causal=True,
-            )
+            ours = partial(decode_attention, query, keys, values, rows, tables, positions, out)
+            times[f"ours, blocks of {block_size}"] = graph_us([ours] * CALLS)
+        flash = partial(
+            flash_attn_with_kvcache,
+            query[:, None],
+            keys,
+            values,
+            cache_seqlens=positions + 1,
+            block_table=tables,
+            causal=True,
         )
+        times["flash-attn, blocks of 256"] = graph_us([flash] * CALLS)
         least = sum(contexts) * KV_HEADS * SIZE * 4 / read_gb_s / 1e3
         row = {"batch x context": name, "limit_us": round(least, 2)} | {key: round(us, 2) for key, us in times.items()}
         print(row, flush=True)
@@ -124,43 +126,23 @@ def prefill_table() -> Iterator[dict[str, Any]]:
         tile = tile_tokens(HEADS // KV_HEADS, query.dtype)
         tiles, offset = [], 0
         for row, (start, count) in enumerate(spans):
-            tiles += [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
+            tiles += prompt_tiles(row, offset, start, count, tile)
             offset += count
         cut = torch.tensor(tiles, device="cuda").int()
+        ours = partial(prefill_attention, query, keys, values, cut, tables, out)
         queries = torch.tensor([0, *(count for _, count in spans)], device="cuda").cumsum(0).int()
         ends = torch.tensor([0, *contexts], device="cuda").cumsum(0).int()
-        most = max(count for _, count in spans)
-        ours = in_graph(lambda: prefill_attention(query, keys, values, cut, tables, out))  # noqa: B023
-        flash = in_graph(
-            lambda: flash_attn_varlen_func(  # noqa: B023
-                query,  # noqa: B023
-                keys,  # noqa: B023
-                values,  # noqa: B023
-                queries,  # noqa: B023
-                ends,  # noqa: B023
-                most,  # noqa: B023
-                max(contexts),  # noqa: B023
-                causal=True,
-                block_table=tables,  # noqa: B023
-            )
+        most = max(count for _, count in spans), max(contexts)
+        flash = partial(
+            flash_attn_varlen_func, query, keys, values, queries, ends, *most, causal=True, block_table=tables
         )
         operations = sum(4 * HEADS * SIZE * (start * count + count * count / 2) for start, count in spans)
         row = {"prompts": name}
-        for key, us in (("ours", ours), ("flash-attn", flash)):
+        for key, call in (("ours", ours), ("flash-attn", flash)):
+            us = graph_us([call] * CALLS)
             row |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
         print(row, flush=True)
         yield row
-
-
-def in_graph(call: Any, count: int = 10) -> float:
-    """Microseconds of a call on the device, the host left out: a graph of several, replayed."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    return device_us(graph.replay, 10) / count
 
 
 STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512, 400))

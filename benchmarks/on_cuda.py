@@ -6,10 +6,12 @@ import gc
 import json
 import random
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,6 @@ class StepClock(CoreListener):
 
     steps: int = 0
     device_ns: int = 0
-    batches: list[Batch] = field(default_factory=list)
 
     def committed(self, batch: Batch) -> None:
         self.steps += 1
@@ -130,6 +131,28 @@ def device_us(call: Callable[[], object], repeats: int = 30) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / repeats * 1e3
+
+
+def graph_us(calls: Seq[Callable[[], object]], repeats: int = 20) -> float:
+    """Microseconds of a call, on the device alone: the median over replays of a graph of all of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:3]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [call() for call in calls]
+    seconds = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    del kept
+    return statistics.median(seconds) / len(calls) * 1e6
 
 
 def facts(commit: str | None) -> dict[str, Any]:

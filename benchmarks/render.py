@@ -16,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pages import table
+
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 DEVICES = {"cpu": "a CPU", "h100": "an H100"}
@@ -89,13 +91,11 @@ def section(cycles: list[dict[str, Any]]) -> str:
         f"Weights: {first['weights']}, {first['dtype']}. The requests: {first['yardstick']}. {measured_with(cycles)}",
         "",
         *table(header, rows),
-        "",
         f"Memory: {first['memory_is']}.",
         "",
         "What the guide lists, times as median (mean):",
         "",
         *table(["Cycle", "Measured", "Figure"], figures),
-        "",
         "What each time includes:",
         "",
         *included,
@@ -176,7 +176,7 @@ def figures_table(result: dict[str, Any], cycles: list[dict[str, Any]]) -> str:
             met = "" if one["met"] is None else f" ({verdict(one['met'])})"
             rows.append((f"the guide: {one['text']}", one["seen"] + met))
     heading = f"**{title(result)}** ({result['dtype']}, weights {result['weights']}, commit {result['commit']})"
-    return "\n".join([heading, "", *table(["Measured", "Median (mean), or figure"], rows)]) + "\n"
+    return "\n".join([heading, "", *table(["Measured", "Median (mean), or figure"], rows)])
 
 
 def listed(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -194,12 +194,6 @@ def duration(measured: dict[str, Any]) -> str:
 def seconds(value: float) -> str:
     """Seconds, or milliseconds where they are few."""
     return f"{number(value)} s" if value >= 1 else f"{number(1000 * value)} ms"
-
-
-def table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def quantity(shown: dict[str, Any]) -> str:

@@ -16,12 +16,13 @@ import math
 import os
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from pages import prose, table
 
 from twinserve.capacity import find_capacities
 from twinserve.capacity import rows_of as capacity_rows
@@ -356,16 +357,6 @@ def case(rows: list[Result], **varied: Any) -> Result:
 
 def named(row: Result) -> str:
     return f"{row['varied']['composition']}, {row['varied']['max_num_batched_tokens']:,} tokens"
-
-
-def table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
-
-
-def prose(*paragraphs: str) -> list[str]:
-    """Paragraphs in lines that a person can read in a terminal."""
-    return [line for text in paragraphs for line in (*textwrap.wrap(" ".join(text.split()), 118), "")]
 
 
 def seconds(value: float) -> str:

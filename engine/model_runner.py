@@ -52,7 +52,8 @@ class ModelRunner:
         model: a Decoder, or a transformers model whose weights are then copied.
         tokenizer: the model's, or None; it only says what to pad with.
         device: "cpu", "cuda", ...
-        num_blocks: blocks of the pool; None takes what fits 1 GiB (CPU) or four fifths of the free memory (CUDA).
+        num_blocks: blocks of the pool; None takes what fits 1 GiB (CPU) or what is left (CUDA), see
+            `default_num_blocks`.
         block_size: tokens in a block; None takes `Sequence.block_size`.
         attention: the attention backend; "auto" takes flash where it can serve, else sdpa.
         seed: of the draws for requests without a seed of their own.

@@ -38,7 +38,7 @@ class DeviceRows:
     ):
         self._device, self._generator, self._num_blocks = device, generator, num_blocks
         rows = num_rows + 1
-        starts = np.cumsum([0, *(_aligned(size) for size in (rows, rows, rows, 2 * rows, rows * table_width))]).tolist()
+        starts = np.cumsum([0, *(aligned(size) for size in (rows, rows, rows, 2 * rows, rows * table_width))]).tolist()
         self._state = torch.zeros(starts[-1], dtype=torch.int32, device=device)
         views = [self._state[start:end] for start, end in zip(starts, starts[1:], strict=False)]
         self.tokens, self.computed = views[0][:rows], views[1][:rows]
@@ -123,6 +123,6 @@ def _check_blocks(seq: Sequence, block_ids: list[int], num_blocks: int) -> None:
         raise ValueError(f"{seq} holds block {max(block_ids)}, but this runner has {num_blocks} blocks")
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     """`size` int32 numbers, so that what comes behind them begins at 64 bytes."""
     return -(-size // 16) * 16

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, to_device
-from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.device_queue import CudaQueue, Step, to_device
+from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
-from twinserve.engine.kernels.paged_attention import tile_tokens
+from twinserve.engine.kernels.paged_attention import prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import StepHandle
@@ -95,7 +95,7 @@ class GraphRunner:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
-        self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
+        self._queue = CudaQueue(self.device)
         self._decode_sizes = _decode_sizes(max_num_seqs)
         most = bisect_left(CAPTURED_PROMPT_TOKENS, max_num_batched_tokens)
         self._prompt_sizes = CAPTURED_PROMPT_TOKENS[: most + 1]
@@ -112,9 +112,7 @@ class GraphRunner:
         size = StepSize(0, tokens, seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        logits = self._decoder.run(
-            _views(to_device(self._inputs(size, [], [], []), self.device), size, self._tile), self._out
-        )
+        logits = self._decoder.run(self._padding(size)[1], self._out)
         params = [SamplingParams(temperature=1.0, top_p=0.5)] * seqs
         SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits)
         torch.cuda.synchronize(self.device)
@@ -127,12 +125,8 @@ class GraphRunner:
         """Wait for what was launched."""
         self._queue.close()
 
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the graphs of all sizes, unless that was done.
-
-        Args:
-            progress: called with how many are captured, and of how many.
-        """
+    def capture(self) -> None:
+        """Capture the graphs of all sizes, unless that was done."""
         if self._graphs:
             return
         mixed = [
@@ -142,22 +136,24 @@ class GraphRunner:
         ]
         sizes = [*reversed(mixed), *(StepSize(size) for size in reversed(self._decode_sizes))]
         pool = torch.cuda.graph_pool_handle()
-        for number, size in enumerate(sizes):
+        for size in sizes:
             self._graphs[size] = self._capture(size, pool)
-            if progress is not None:
-                progress(number + 1, len(sizes))
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any) -> _Graph:
         """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
-        inputs = to_device(self._inputs(size, [], [], []), self.device)
-        rows = _views(inputs, size, self._tile)
+        inputs, rows = self._padding(size)
         self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._decoder.run(rows, self._out)
         return _Graph(inputs, graph.replay, logits)
+
+    def _padding(self, size: StepSize) -> tuple[Tensor, StepRows]:
+        """The inputs of a step of padding alone, and its rows, which lie in them."""
+        inputs = to_device(self._inputs(size, [], [], []), self.device)
+        return inputs, _views(inputs, size, self._tile)
 
     def execute(self, batch: Batch) -> list[int]:
         """Run a step; a token for each of `batch.sampled`."""
@@ -271,20 +267,18 @@ class GraphRunner:
         sampled.fill(scratch)
         sampled[: size.decodes] = views[0][: size.decodes]
         last[: size.decodes] = np.arange(size.decodes)
-        offset, cut = 0, []
+        offset, cut = 0, list[tuple[int, int, int, int]]()
         for number, (row, device_row) in enumerate(zip(prompts, prompt_rows, strict=True)):
             end = offset + row.num_tokens
             rows[offset:end] = device_row
             tokens[offset:end] = row.seq.token_ids[row.start : row.start + row.num_tokens]
             positions[offset:end] = np.arange(row.start, row.start + row.num_tokens)
-            for first in range(0, row.num_tokens, self._tile):
-                count = min(self._tile, row.num_tokens - first)
-                cut += [device_row, size.decodes + offset + first, row.start + first, count]
+            cut += prompt_tiles(device_row, size.decodes + offset, row.start, row.num_tokens, self._tile)
             if row.samples:
                 sampled[size.decodes + number] = device_row
             last[size.decodes + number] = size.decodes + end - 1
             offset = end
-        tiles[: len(cut)] = cut
+        tiles[: 4 * len(cut)] = np.ravel(cut)
         return flat
 
 
@@ -303,7 +297,6 @@ class _InOrder:
 
     def __init__(self, step: Step, places: list[int]) -> None:
         self._step, self._places = step, places
-
         self.start_ns = self.end_ns = 0
 
     def result(self) -> list[int]:
@@ -326,7 +319,7 @@ def _fields(size: StepSize, tile: int) -> list[tuple[int, int]]:
     fields, start = [], 0
     for length in lengths:
         fields.append((start, start + length))
-        start += -(-length // 16) * 16
+        start += aligned(length)
     return fields
 
 

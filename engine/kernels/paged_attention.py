@@ -16,15 +16,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = log2(2.718281828459045)
-SMALLEST_DOT = 16
-"""Rows of the narrowest product that tensor cores make."""
+from twinserve.engine.kernels.int8_matmul import SMALLEST_DOT
 
+LOG2_E = log2(2.718281828459045)
 SHORTEST_SPAN = 256
 """Tokens below which a context is not cut further."""
 
 FULL_DEVICE = 1024
 """Programs of decode attention that keep an H100 reading."""
+
+
+@triton.jit
+def _attend_block(
+    q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a context more: the running maximum, the sum of weights, and the weighted sum of values.
+
+    `known` tokens are read. All queries attend to them, or, if CAUSAL, each to those up to position `last`.
+    """
+    block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
+    place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
+    k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
+    v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
+    score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
+    seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
+    score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, axis=1))
+    weight = tl.exp2(score - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(weight, axis=1)
+    summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
+    return higher, total, summed
 
 
 @triton.jit
@@ -58,18 +81,10 @@ def _decode_kernel(
     for first in range(begin, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         known = tokens < end
-        block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
-        place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
-        k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
-        v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
-        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-        score = tl.where(known[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp2(score - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weight, axis=1)
-        summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
-        top = higher
+        top, total, summed = _attend_block(
+            q, keys, values, table, tokens, known, None, kv_head, columns, in_head, scale, top, total, summed,
+            KV_HEADS, SIZE, BLOCK_SIZE, False, PRECISION,
+        )  # fmt: skip
 
     place = head[:, None] * SIZE + columns[None, :]
     mask = (members < group)[:, None] & in_head[None, :]
@@ -130,18 +145,10 @@ def _prefill_kernel(
     for first in range(0, start + count, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         known = tokens < start + count
-        block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
-        source = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
-        k = tl.load(keys + source[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
-        v = tl.load(values + source[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
-        score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-        score = tl.where(tokens[None, :] <= last[:, None], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp2(score - higher[:, None])
-        fade = tl.exp2(top - higher)
-        total = total * fade + tl.sum(weight, axis=1)
-        summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
-        top = higher
+        top, total, summed = _attend_block(
+            q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
+            KV_HEADS, SIZE, BLOCK_SIZE, True, PRECISION,
+        )  # fmt: skip
     tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mine[:, None] & in_head[None, :])
 
 
@@ -196,6 +203,16 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, tiles: Tensor
         triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(size), 32 if wide else 64,
         _precision(query.dtype), num_warps=4 if wide else 8, num_stages=2 if wide else 3,
     )  # fmt: skip
+
+
+def prompt_tiles(row: int, offset: int, start: int, count: int, tile: int) -> list[tuple[int, int, int, int]]:
+    """The tiles of a prompt's `count` tokens from position `start` on, which lie from `offset` on in the batch.
+
+    Args:
+        row: of its block table.
+        tile: tokens of a tile, see `tile_tokens`.
+    """
+    return [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
 
 
 def tile_tokens(group: int, dtype: torch.dtype) -> int:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinserve.engine.sampler import GREEDY_BELOW
+
 BLOCK = 2048
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -27,13 +29,15 @@ def _mixed(x):
 
 
 @triton.jit
-def _block_kernel(logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK: tl.constexpr):
+def _block_kernel(
+    logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK: tl.constexpr, GREEDY_BELOW: tl.constexpr
+):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * size + columns, columns < size, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=0)
     temperature = tl.load(temperatures + tl.load(rows + row))
-    weights = tl.exp((x - top) / tl.maximum(temperature, 1e-5))
+    weights = tl.exp((x - top) / tl.maximum(temperature, GREEDY_BELOW))
     tl.store(tops + row * num_blocks + block, top)
     tl.store(places + row * num_blocks + block, tl.min(tl.where(x == top, columns, size), axis=0))
     tl.store(sums + row * num_blocks + block, tl.sum(weights, axis=0))
@@ -106,9 +110,9 @@ def sample_rows(
     places = logits.new_empty(count, num_blocks, dtype=torch.int32)
     sums = logits.new_empty(count, num_blocks, dtype=torch.float32)
     _block_kernel[count, num_blocks](
-        logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK, num_warps=4
+        logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK, GREEDY_BELOW, num_warps=4
     )
     _draw_kernel[(count,)](
         logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
-        BLOCK, triton.next_power_of_2(num_blocks), 1e-5, num_warps=4,
+        BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, num_warps=4,
     )  # fmt: skip

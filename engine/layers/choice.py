@@ -77,7 +77,8 @@ def choose_attention(
             flash = choose_attention("flash", head_dim, dtype, device, block_size)
         except InputError as refusal:
             return replace(choose_attention("sdpa", head_dim, dtype, device, block_size), reason=str(refusal))
-        return replace(flash, reason=_fastest(head_dim, dtype))
+        number_format = str(dtype).removeprefix("torch.")
+        return replace(flash, reason=f"the fastest for {number_format}, heads of {head_dim} and this device")
     backend = BACKENDS[wanted]
     block_size = block_size or backend.default_block_size
     backend.check(head_dim, dtype, device, block_size)
@@ -103,7 +104,3 @@ def _choose_in_graphs(
         raise InputError("expected a multiple of 16 for triton", field="block_size", value=size)
     reason = "as fast as flash-attn on an H100, and for any dtype and any multiple of 16 tokens a block"
     return AttentionChoice("triton", size, "asked for" if wanted == "triton" else reason, True)
-
-
-def _fastest(head_dim: int, dtype: torch.dtype) -> str:
-    return f"the fastest for {str(dtype).removeprefix('torch.')}, heads of {head_dim} and this device"

@@ -10,14 +10,13 @@ from twinserve.policies import SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.metrics import summary_of
 from twinserve.traces.record import (
-    SCHEMA,
     RunRecord,
     RunRecorder,
     checked_run,
     finish_record,
     load_record,
     make_partial,
-    versions,
+    run_of,
     with_extra,
 )
 from twinserve.traces.request import Request
@@ -123,16 +122,7 @@ class FleetRecorder:
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
         summary = with_extra(summary, summary_extra)
-        run = {
-            "schema": SCHEMA,
-            "world": "sim",
-            "settings": self._settings,
-            "facts": self._facts,
-            "device": self._device,
-            "versions": versions(),
-            "summary": summary,
-        }
-        finish_record(self._partial, self._out, run)
+        finish_record(self._partial, self._out, run_of("sim", self._settings, self._facts, self._device, summary))
         return summary
 
     def __enter__(self) -> FleetRecorder:

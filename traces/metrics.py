@@ -64,8 +64,7 @@ def _add_steps(gaps: TokenGaps, steps: list[Row]) -> None:
     """Take in steps, unless one of them lacks decisions."""
     if all(name in row for row in steps for name in _DELTAS):
         for row in steps:
-            sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
-            gaps.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
+            gaps.row(row)
 
 
 @dataclass
@@ -322,6 +321,11 @@ class TokenGaps:
                     self._group_sizes[number] -= 1
             for number in answer.own:
                 self._own_counts[number] = 0
+
+    def row(self, row: Row) -> None:
+        """Take in the next step, told as its row in steps.jsonl."""
+        sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
+        self.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
 
     def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, Any]]) -> None:
         """Take in the next step.

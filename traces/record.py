@@ -191,15 +191,7 @@ class RunRecorder(CoreListener):
         if self._world == "real":
             outputs = [row for _, row in sorted(self._outputs.items())]
             _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        run = {
-            "schema": SCHEMA,
-            "world": self._world,
-            "settings": self._settings,
-            "facts": self._facts,
-            "device": self._device,
-            "versions": versions(),
-            "summary": summary,
-        }
+        run = run_of(self._world, self._settings, self._facts, self._device, summary)
         finish_record(self._partial, self._out, run)
         return summary
 
@@ -234,33 +226,63 @@ class RunRecorder(CoreListener):
     def _write_step(self, decided: _Decided) -> None:
         """Write a step's row, and count it."""
         batch, metrics = decided.batch, self.metrics
-        usual = bool(batch.usual_tokens)
-        rows = [(row.seq.seq_id, row.samples) for row in batch.admitted]
-        rows += [(seq.seq_id, samples) for seq, _, samples in exceptions_of(batch)]
-        metrics.gaps.step(batch.end_ns or 0, usual, _ids(batch.preempted), rows)
-        repeats = ""
+        row = {
+            "decision": batch.decision,
+            "seen": batch.seen,
+            "aborted": _ids(batch.aborted),
+            "committed": batch.committed,
+            "decided_ns": batch.decided_ns,
+            "start_ns": batch.start_ns,
+            "end_ns": batch.end_ns,
+            "count": 1 + len(decided.spans),
+            **decision_fields(batch, decided.digest),
+        }
+        metrics.gaps.row(row)
         if decided.spans:
-            decided_ns, start_ns, end_ns = zip(*decided.spans, strict=True)
-            ends = (batch.end_ns or 0, *end_ns[:-1])
-            periods = list(map(sub, end_ns, ends))
-            metrics.gaps.repeat(periods, end_ns[-1], usual)
-            lags = set(map(sub, start_ns, ends)) if decided_ns == ends else set()
-            if len(lags) == 1:
-                times = [("end_ns", periods), ("start_ns", list(lags))]
-            else:
-                times = [("decided_ns", list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))))]
-                times += [("end_ns", periods)]
-                times += [("start_ns", list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))))]
-            repeats = _repeats_text(times, decided.grown)
-        metrics.steps += 1 + len(decided.spans)
+            times = _times_after(batch, decided.spans)
+            metrics.gaps.repeat(times["end_ns"], decided.spans[-1][2], bool(batch.usual_tokens))
+            numbered = enumerate(decided.grown, 1)
+            blocks = [[number, seq.seq_id, list(ids)] for number, own in numbered for seq, ids in own]
+            row["repeats"] = times | {"grown": blocks}
+        metrics.steps += row["count"]
         metrics.events += 1
-        self._steps_file.write(_step_text(batch, 1 + len(decided.spans), repeats, decided.digest))
+        self._steps_file.write(_encode(row) + "\n")
+
+
+def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
+    """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
+    decided_ns, start_ns, end_ns = zip(*spans, strict=True)
+    ends = (batch.end_ns or 0, *end_ns[:-1])
+    periods = list(map(sub, end_ns, ends))
+    lags = set(map(sub, start_ns, ends)) if decided_ns == ends else set()
+    if len(lags) == 1:
+        return {"end_ns": periods, "start_ns": list(lags)}
+    return {
+        "decided_ns": list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))),
+        "end_ns": periods,
+        "start_ns": list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))),
+    }
 
 
 def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
     """A summary with what only the caller knows; `shortened` is added to that of the summary."""
     extra = extra or {}
     return summary | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+
+
+def run_of(
+    world: str, settings: dict[str, Any], facts: dict[str, Any], device: str | None, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says of a run that was made here."""
+    return {
+        "schema": SCHEMA,
+        "world": world,
+        "settings": settings,
+        "facts": facts,
+        "device": device,
+        "versions": versions(),
+        "summary": summary,
+    }
 
 
 def finish_record(partial: Path, out: Path, run: dict[str, Any]) -> None:
@@ -290,9 +312,7 @@ def write_record(record: RunRecord, out: Path) -> None:
         if record.has_tokens:
             rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
             _write_lines(partial / "outputs.jsonl.gz", rows)
-        text = json.dumps(record.run, indent=2, allow_nan=False) + "\n"
-        (partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
-        partial.rename(out)
+        finish_record(partial, out, record.run)
     except OSError as error:
         raise InputError(f"cannot be created: {error.strerror}", path=out) from error
     finally:
@@ -339,36 +359,6 @@ def decision_fields(batch: Batch, digest: int) -> dict[str, Any]:
 
 def _ids(seqs: Iterable[Sequence]) -> list[int]:
     return [seq.seq_id for seq in seqs]
-
-
-def _list(values: list[Any]) -> str:
-    """A list of integers, or of lists of them, as JSON."""
-    return str(values).replace(" ", "") if values else "[]"
-
-
-def _step_text(batch: Batch, count: int, repeats: str, digest: int) -> str:
-    """The line of a step's row: its facts, `decision_fields`, and the steps that repeat it."""
-    admitted = [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted]
-    rows = [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions_of(batch)]
-    grown = [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown]
-    return (
-        f'{{"decision":{batch.decision},"seen":{batch.seen},"aborted":{_list(_ids(batch.aborted))},'
-        f'"committed":{batch.committed},"decided_ns":{batch.decided_ns},"start_ns":{batch.start_ns},'
-        f'"end_ns":{batch.end_ns},"count":{count},"admitted":{_list(admitted)},"left":{_list(_ids(batch.left))},'
-        f'"preempted":{_list(_ids(batch.preempted))},"usual":{batch.usual_tokens},"rows":{_list(rows)},'
-        f'"grown":{_list(grown)},"tokens":{batch.num_tokens},"prompt_tokens":{batch.num_prompt_tokens},'
-        f'"decode_tokens":{batch.num_decode_tokens},"kv_tokens":{batch.num_kv_tokens},'
-        f'"attention_pairs":{batch.num_attention_pairs},"sampled":{batch.num_sampled},'
-        f'"used_blocks":{batch.num_used_blocks},"waiting":{batch.num_waiting},"running":{batch.num_running},'
-        f'"digest":"{digest:016x}"{repeats}}}\n'
-    )
-
-
-def _repeats_text(times: list[tuple[str, list[int]]], grown: Iterable[list[tuple[Sequence, Any]]]) -> str:
-    """What the steps that repeat another add to its row; see `single_steps`."""
-    blocks = [[number, seq.seq_id, list(ids)] for number, own in enumerate(grown, 1) if own for seq, ids in own]
-    fields = "".join(f'"{name}":{_list(values)},' for name, values in times)
-    return f',"repeats":{{{fields}"grown":{_list(blocks)}}}'
 
 
 def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from twinserve.reports.drawing import INK, MUTED, Figure, base_axis, base_layout
 from twinserve.reports.html import html_page, section, side_by_side
+from twinserve.reports.tables import metric_table
 from twinserve.reports.text import count, number, plain
 
 _KEPT, _MISSED = "#1f5fa8", "#c4560b"
@@ -74,40 +75,30 @@ def sweep_page(
         across: what all figures have on their x axis; less of it is better.
         upwards: a figure each, with this on its y axis; less of it is better.
     """
-    return html_page(title, _content(title, remarks, cases, shared, across, upwards))
-
-
-def _content(
-    title: str,
-    remarks: Sequence[str],
-    cases: Sequence[PageCase],
-    shared: Mapping[str, Any],
-    across: Axis,
-    upwards: Sequence[Axis],
-) -> Iterable[str]:
     said = "".join(f'<p class="remark">{escape(remark)}</p>\n' for remark in remarks)
-    yield f"<header>\n<h1>{escape(title)}</h1>\n{said}</header>\n"
-    yield section("Cases", _case_table(cases))
     figures = [_pareto_figure(f"pareto-{n}", cases, across, axis) for n, axis in enumerate(upwards)]
-    yield section("What costs what", side_by_side(figures))
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>' for name, value in shared.items()
     )
     table = f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
     folded = f"<details><summary>{count(len(shared), 'field')} that all cases share</summary>\n{table}\n</details>\n"
-    yield section("Shared", folded)
+    return html_page(
+        title,
+        [
+            f"<header>\n<h1>{escape(title)}</h1>\n{said}</header>\n",
+            section("Cases", _case_table(cases)),
+            section("What costs what", side_by_side(figures)),
+            section("Shared", folded),
+        ],
+    )
 
 
 def _case_table(cases: Sequence[PageCase]) -> str:
     heads, rows = case_columns(cases)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = metric_table(map(escape, heads), [f"<tbody>{body}</tbody>"])
     caption = "Means over seeds, with the 95% interval of the mean where there are several."
-    return (
-        f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>\n"
-        f'<p class="caption">{caption}</p>\n'
-    )
+    return f'{table}\n<p class="caption">{caption}</p>\n'
 
 
 def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]:

@@ -51,7 +51,7 @@ def latency_table(runs: list[Run], errors: Errors) -> str:
             return number(None if value is None else value * scale)
 
         bodies.append(_metric_rows(f"{title}, {unit}", metrics, runs, errors, shown))
-    return _metric_table(["latency", *([""] if len(runs) > 1 else []), *_STATISTICS], bodies)
+    return metric_table(["latency", *([""] if len(runs) > 1 else []), *_STATISTICS], bodies)
 
 
 def totals_table(runs: list[Run], errors: Errors) -> str:
@@ -64,7 +64,7 @@ def totals_table(runs: list[Run], errors: Errors) -> str:
         return number(value)
 
     body = _metric_rows(None, [metric for metric, _ in _TOTALS], runs, errors, shown)
-    return _metric_table(["run", *(title for _, title in _TOTALS)], [body])
+    return metric_table(["run", *(title for _, title in _TOTALS)], [body])
 
 
 def settings_table(runs: list[Run]) -> str:
@@ -82,7 +82,8 @@ def differing_settings(runs: list[Run]) -> list[str]:
     return [name for name, values in _joined([run.settings for run in runs]).items() if _differ(values)]
 
 
-def _metric_table(heads: list[str], bodies: list[str]) -> str:
+def metric_table(heads: Iterable[str], bodies: Iterable[str]) -> str:
+    """A table of numbers: the words at the head of its columns, and its bodies, all of them HTML."""
     head = "".join(f'<th scope="col">{text}</th>' for text in heads)
     return f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>'
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latencies import Constant, Uneven
 
 from twinserve.policies import CoreListener, SamplingParams
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
-from twinserve.sim.latency import StepFeatures
 from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
 from twinserve.traces.fleet_record import load_fleet, load_replicas
 from twinserve.traces.generator import LengthSpec, generate
@@ -31,24 +31,6 @@ ROUTERS = {
     "prefix-affine": lambda: PrefixAffine(max_lead_tokens=300, block_tokens=16),
 }
 OUTAGES = [Outage(1, S, 3 * S), Outage(0, 2 * S, 4 * S), Outage(1, 5 * S)]
-
-
-class Uneven:
-    """Every feature of a step has a price, none of them round."""
-
-    def __init__(self, factor: int = 1):
-        self.factor = factor
-
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        device = 3_000_017 + 301 * features.kv_tokens + 7 * features.attention_pairs + 40_009 * features.prompt_tokens
-        return 700_001 + 13 * features.seqs, (device + 11 * features.sampled) * self.factor
-
-
-class Constant:
-    """Every step takes as long, so that much happens at the same instant."""
-
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        return 0, S // 100
 
 
 def requests_of(seed: int, num_requests: int = 60) -> list[Request]:

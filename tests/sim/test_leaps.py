@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
+from latencies import Uneven
 
 import twinserve.traces
 from twinserve.policies import SamplingParams
-from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.record import RunRecord, RunRecorder, load_record
@@ -27,15 +27,6 @@ SETTINGS = {
     "aged": {"num_gpu_blocks": 40, "scheduling_policy": "shortest", "scheduling_ageing": 2},
     "cache-aware": {"num_gpu_blocks": 60, "scheduling_policy": "cache-aware"},
 }
-
-
-class Uneven:
-    """Every feature of a step has a price, none of them round."""
-
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        host = 700_001 + 13 * features.seqs
-        device = 3_000_017 + 301 * features.kv_tokens + 7 * features.attention_pairs + 40_009 * features.prompt_tokens
-        return host, device + 11 * features.sampled
 
 
 def requests_of(seed: int) -> list[Request]:

@@ -6,19 +6,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from latencies import Constant
+
 from twinserve.sim.fleet import FleetListener, simulate_fleet
 from twinserve.sim.routers import RandomChoice
 from twinserve.traces.request import Part, Request
 from twinserve.traces.settings import Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fleets.md"
-
-
-class Constant:
-    """Every step takes 10 ms."""
-
-    def step_cost(self, features):
-        return 0, 10_000_000
 
 
 class Sent(FleetListener):

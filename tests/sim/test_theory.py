@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from latencies import Constant
 
 from twinserve.policies import CoreListener
 from twinserve.sim.latency import StepFeatures
@@ -28,13 +29,6 @@ UTILISATION = 0.3
 NUM_REQUESTS = 120_000
 BATCHES = 60
 BACK = 5
-
-
-class Constant:
-    """Every step takes as long."""
-
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        return 0, SERVICE_NS
 
 
 class Linear:
@@ -99,7 +93,7 @@ def test_the_mean_wait_is_that_of_an_m_d_1_queue():
     """
     log, rate = Waits(), UTILISATION / SERVICE_NS
     settings = Settings(max_num_seqs=1, enable_prefix_caching=False)
-    simulate(poisson(rate * 1e9, NUM_REQUESTS), settings.build_core(listener=log), Constant())
+    simulate(poisson(rate * 1e9, NUM_REQUESTS), settings.build_core(listener=log), Constant(SERVICE_NS))
     assert len(log.waits_ns) == NUM_REQUESTS
     expected_ns = UTILISATION * SERVICE_NS / (2 * (1 - UTILISATION))
     known_ns = expected_wait_for_latest(rate)

@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
-from twinserve.policies.sequence import Sequence
+from twinserve.policies.sequence import Sequence, by_admission
 
 _MOST_TOKENS = 1 << 20
 
@@ -73,7 +73,7 @@ class DecodeGroup:
         view.orders.insert(place, seq.admission_index)
         view.bases.insert(place, seq.base)
         for bucket in self._buckets(seq):
-            insort(bucket, seq, key=_order)
+            insort(bucket, seq, key=by_admission)
         self._sum_of_bases += seq.base
         self.num_with_tokens += seq.has_token_ids
         if not seq.sampling_params.ignore_eos:
@@ -197,7 +197,3 @@ class DecodeGroup:
         for buckets in (self._begins, self.ends):
             held = sum(map(len, buckets.values()))
             assert held == len(view.seqs), f"{held} in buckets, {len(view.seqs)} in the group"
-
-
-def _order(seq: Sequence) -> int:
-    return seq.admission_index

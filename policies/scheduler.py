@@ -15,7 +15,7 @@ from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.decode_group import DecodeGroup, View
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
 from twinserve.policies.prefix_cache import PrefixCache
-from twinserve.policies.sequence import Sequence, SequenceStatus
+from twinserve.policies.sequence import Sequence, SequenceStatus, by_admission
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
@@ -224,7 +224,7 @@ class Scheduler:
             self._register_members(clock)
             return seqs
         completing = group.beginning(clock) if clock > group.registered else []
-        return sorted(dict.fromkeys(beginning + completing + seqs), key=_admission_index)
+        return sorted(dict.fromkeys(beginning + completing + seqs), key=by_admission)
 
     def _register_members(self, clock: int) -> None:
         """Let the cache know the members' blocks that are full of known tokens at `clock`."""
@@ -258,7 +258,7 @@ class Scheduler:
         """Take members that get no token in this step as a matter of course out of the group."""
         for seq in seqs:
             self.group.leave(seq)
-            insort(self.alone, seq, key=_admission_index)
+            insort(self.alone, seq, key=by_admission)
 
     def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
@@ -383,7 +383,7 @@ class Scheduler:
             if row.samples:
                 self._take_token(row.seq, next(own), eos_token_id, ends)
         self._register_members(group.known)
-        ended = sorted(ends, key=_admission_index)
+        ended = sorted(ends, key=by_admission)
         for seq in ended:
             self._end(seq, ends[seq])
         return ended
@@ -475,10 +475,6 @@ class Scheduler:
                 assert right, f"{seq} has {seq.num_registered_blocks} blocks registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
-
-
-def _admission_index(seq: Sequence) -> int:
-    return seq.admission_index
 
 
 def _limit(name: str, value: int | None) -> float:

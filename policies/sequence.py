@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -209,3 +210,7 @@ class Sequence:
             f"Sequence(seq_id={self.seq_id}, {self.status.name}, known={self.num_tokens}, "
             f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, blocks={len(self.block_table)})"
         )
+
+
+by_admission = attrgetter("admission_index")
+"""The key that sorts running sequences into their order."""

@@ -115,9 +115,7 @@ class Point(PointOptions):
 
     def own_rate(self) -> float | None:
         """Requests a second as they arrive in the trace; None where all arrive at once."""
-        requests = self._changed({}).requests
-        span_s = arrivals_span_s(requests)
-        return (len(requests) - 1) / span_s if span_s else None
+        return arrival_rate(self._changed({}).requests)
 
     def workload(self) -> Workload:
         """The requests to replay.
@@ -131,10 +129,11 @@ class Point(PointOptions):
             requests = trace_at(self.trace).requests
             sessions = {("s", r.session) if r.session is not None else ("r", r.id) for r in requests}
             return self._changed({"session_rate": self.rate * len(sessions) / len(requests)})
-        own = self.own_rate()
+        unscaled = self._changed({})
+        own = arrival_rate(unscaled.requests)
         if own is None:
             raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=self.rate)
-        return self._changed({"rate_scale": self.rate / own})
+        return unscaled.at_rate_scale(self.rate / own)
 
     def _changed(self, changes: dict[str, float]) -> Workload:
         options = self.trace_options.model_dump() | changes
@@ -147,6 +146,12 @@ class Point(PointOptions):
 def arrivals_span_s(requests: list[Request]) -> float:
     """Seconds from the first arrival to the last."""
     return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
+
+
+def arrival_rate(requests: list[Request]) -> float | None:
+    """Requests a second, from the first arrival to the last; None where all arrive at once."""
+    span_s = arrivals_span_s(requests)
+    return (len(requests) - 1) / span_s if span_s else None
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,16 @@ class Workload:
     shortened: int
     dropped: int
     epoch_ns: int | None = None
+
+    def at_rate_scale(self, factor: float) -> Workload:
+        """The same requests, so many times as dense.
+
+        Raises:
+            InputError: `factor` is not a number above 0.
+        """
+        log = [*self.facts["transforms"]]
+        requests = transforms.scale_rate(self.requests, factor, log)
+        return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
 
 
 def load_workload(path: Path, options: dict[str, Any]) -> Workload:

@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+from twinserve import point
 from twinserve.parallel import Workers
 from twinserve.point import Job, Point, compute
 from twinserve.sweep import Store, load_plan, opened, run_points
 from twinserve.traces.errors import InputError
+from twinserve.workload import make_workload
 
 PLAN = """
 trace = "{trace}"
@@ -75,6 +77,21 @@ def test_a_rate_scales_the_arrivals_of_the_trace_or_draws_others(trace, latency)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert sorted((request.prompt_tokens, request.max_tokens) for request in drawn[2]) == sorted(lengths)
+
+
+def test_a_rate_is_that_of_the_requests_that_are_left_and_the_trace_is_changed_once(trace, monkeypatch):
+    fields = {"trace": str(trace), "limit": 6, "max_output_tokens": 4}
+    alone = Point.of(fields)
+    scale = 3.0 / alone.own_rate()
+    made = []
+    monkeypatch.setattr(point, "make_workload", lambda *whole: made.append(whole) or make_workload(*whole))
+    found = Point.of(fields | {"rate": 3.0}).workload()
+    assert len(made) == 1
+    wanted = Point.of(fields | {"rate_scale": scale}).workload()
+    assert found.requests == wanted.requests and len(found.requests) == 6
+    assert (found.shortened, found.dropped, found.epoch_ns) == (wanted.shortened, wanted.dropped, wanted.epoch_ns)
+    by_name = [{entry["transform"]: entry for entry in one.facts["transforms"]} for one in (found, wanted)]
+    assert by_name[0] == by_name[1]
 
 
 @pytest.mark.parametrize(

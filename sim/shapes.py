@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import twinserve
 from twinserve.traces.errors import InputError
+
+SHAPES_FOLDER = Path(twinserve.__file__).parent / "data" / "shapes"
+"""A folder a common shape with the config.json of its model; the engine makes models of random weights of them."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +97,7 @@ class ModelShape:
 
 SHAPES = {
     shape.name: shape
-    for shape in (
-        ModelShape("llama-3-8b", 128256, 4096, 14336, 32, 32, 8, 128),
-        ModelShape("llama-3-70b", 128256, 8192, 28672, 80, 64, 8, 128),
-        ModelShape("qwen3-0.6b", 151936, 1024, 3072, 28, 16, 8, 128, tied=True),
-        ModelShape("qwen3-1.7b", 151936, 2048, 6144, 28, 16, 8, 128, tied=True),
-        ModelShape("qwen3-4b", 151936, 2560, 9728, 36, 32, 8, 128, tied=True),
-        ModelShape("qwen3-8b", 151936, 4096, 12288, 36, 32, 8, 128),
-        ModelShape("qwen3-14b", 151936, 5120, 17408, 40, 40, 8, 128),
-        ModelShape("qwen3-32b", 151936, 5120, 25600, 64, 64, 8, 128),
-        ModelShape("mistral-7b", 32768, 4096, 14336, 32, 32, 8, 128),
-        ModelShape("smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64, tied=True),
-    )
+    for folder in sorted(SHAPES_FOLDER.iterdir())
+    for shape in [replace(ModelShape.load(folder), name=folder.name.removesuffix("-shape"))]
 }
 """Common shapes, as the config.json of each model on the Hugging Face hub has them (Mistral 7B: v0.3)."""

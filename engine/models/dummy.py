@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+import twinserve
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import random_model
 from twinserve.traces.errors import InputError
 
-SHAPES = Path(__file__).parent / "shapes"
+SHAPES = Path(twinserve.__file__).parent / "data" / "shapes"
 
 
 def shape_names() -> list[str]:

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures
 DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 """The devices that every page tells of, measured or not, in this order."""
 NOTHING = "–"
+SIMULATIONS: dict[str, tuple[str, float | None, float | None]] = {
+    "a": ("10,000 requests of the Azure conversation trace, 1 replica", 1.0, None),
+    "b": ("the Mooncake conversation trace, 12,031 requests, 8 replicas", 3.5, 150.0),
+}
+"""What benchmarks/simulator.py runs, and at most how many seconds of simulation and MB that may take."""
 
 INTRODUCTION = """\
 # What each cycle buys
@@ -43,7 +48,9 @@ def main() -> int:
     parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parsing.parse_args()
     results = load(arguments.results)
-    texts = {arguments.out: results_page(results)}
+    simulator = arguments.results / "simulator.json"
+    measured = json.loads(simulator.read_text(encoding="utf-8")) if simulator.exists() else None
+    texts = {arguments.out: results_page(results, measured)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -67,14 +74,61 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
-def results_page(results: list[dict[str, Any]]) -> str:
-    """The page of all results."""
+def results_page(results: list[dict[str, Any]], simulator: dict[str, Any] | None) -> str:
+    """The page of all results; `simulator`, if it was measured, has what the simulator takes."""
     parts = [INTRODUCTION]
     if not results:
         parts.append("Nothing is measured yet.\n")
     for _, group in groupby(results, key=lambda result: (result["device"], result["model"])):
         parts.append(section(list(group)))
+    if simulator is not None:
+        parts.append(simulator_section(simulator))
     return "\n".join(parts)
+
+
+def simulator_section(simulator: dict[str, Any]) -> str:
+    """What the simulator takes for two runs, beside its limits and others, and how that grows."""
+    machine = simulator["machine"]
+    rows, growth = [], []
+    for point, (what, limit_s, limit_mb) in SIMULATIONS.items():
+        if point in simulator:
+            run = simulator[point]
+            others = [f"{who} {seconds(s[point])}" for who, s in simulator["elsewhere_s"].items() if point in s]
+            rows.append(
+                [
+                    f"({point}) {what}",
+                    f"{run['steps']:,}",
+                    f"{seconds(run['loop_s'])}{within(run['loop_s'], limit_s, seconds)}",
+                    seconds(run["wall_s"]),
+                    f"{megabytes(run['peak_rss_mb'])}{within(run['peak_rss_mb'], limit_mb, megabytes)}",
+                    ", ".join(others),
+                ]
+            )
+    for run in simulator.get("growth", {}).values():
+        each = f"{number(1e6 * run['loop_s'] / run['requests'])} us"
+        counts = [f"{run['requests']:,}", f"{run['steps']:,}"]
+        growth.append(
+            [*counts, seconds(run["loop_s"]), each, megabytes(run["peak_rss_mb"]), megabytes(run["record_mb"])]
+        )
+    lines = [
+        "## The simulator",
+        "",
+        f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, by "
+        f"`{simulator['command']}`; medians of {simulator['repeats']} runs. The simulation goes from the first arrival "
+        "to the last answer, metrics and the record's rows included; the whole process has Python's start, reading the "
+        "trace and the record on disk beside it. What others take was measured with their own code, as shipped.",
+        "",
+        *table(["Run", "Steps", "Simulation (limit)", "Whole process", "Memory (limit)", "Others"], rows),
+    ]
+    if growth:
+        lines += ["Growth of (a) with its requests, each measured once:", ""]
+        lines += table(["Requests", "Steps", "Simulation", "A request", "Memory", "Record"], growth, numbers=True)
+    return "\n".join(lines)
+
+
+def within(value: float, limit: float | None, words: Callable[[float], str]) -> str:
+    """The limit and whether the value keeps it; nothing where there is none."""
+    return "" if limit is None else f" ({words(limit)}: {'kept' if value <= limit else 'missed'})"
 
 
 def section(cycles: list[dict[str, Any]]) -> str:
@@ -194,6 +248,11 @@ def duration(measured: dict[str, Any]) -> str:
 def seconds(value: float) -> str:
     """Seconds, or milliseconds where they are few."""
     return f"{number(value)} s" if value >= 1 else f"{number(1000 * value)} ms"
+
+
+def megabytes(value: float) -> str:
+    """Memory or disk in 10**6 bytes."""
+    return f"{number(value)} MB"
 
 
 def quantity(shown: dict[str, Any]) -> str:

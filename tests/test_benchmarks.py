@@ -352,6 +352,27 @@ def test_a_page_gets_its_figures_between_its_marks(monkeypatch, tmp_path):
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
+def test_what_the_simulator_takes_stands_beside_its_limits(monkeypatch, tmp_path):
+    run = {"loop_s": 0.5, "wall_s": 0.75, "peak_rss_mb": 160.0, "requests": 1000, "steps": 5433, "record_mb": 2.0}
+    simulator = {
+        "a": run,
+        "b": run,
+        "command": "python x.py",
+        "machine": {"python": "3.11", "cpu": "CPU", "cores": 2},
+        "repeats": 3,
+        "elsewhere_s": {"another": {"a": 34.0}, "a third": {"a": 6.8, "b": 14.2}},
+        "growth": {"1000": run},
+    }
+    results = written(tmp_path / "results", measured(1, 10.0))
+    (results / "simulator.json").write_text(json.dumps(simulator))
+    rendered(monkeypatch, results, tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    rows = [line for line in lines[lines.index("## The simulator") :] if line.startswith("| ")]
+    assert "| 5,433 | 500 ms (1.00 s: kept) | 750 ms | 160 MB | another 34.0 s, a third 6.80 s |" in rows[2]
+    assert "| 5,433 | 500 ms (3.50 s: kept) | 750 ms | 160 MB (150 MB: missed) | a third 14.2 s |" in rows[3]
+    assert rows[-1] == "| 1,000 | 5,433 | 500 ms | 500 us | 160 MB | 2.00 MB |"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

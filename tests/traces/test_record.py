@@ -12,7 +12,7 @@ import twinserve.traces
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.metrics import summarize
-from twinserve.traces.record import RunRecorder, load_record
+from twinserve.traces.record import RunRecorder, load_record, single_steps
 from twinserve.traces.request import Part, Request
 from twinserve.traces.settings import Settings
 
@@ -300,3 +300,18 @@ def test_outputs_cut_short_are_refused(record_run):
 def test_outputs_carry_no_time_of_writing(record_run):
     content = (record_run(real=True).path / "outputs.jsonl.gz").read_bytes()
     assert (content[4:8], bool(gzip.decompress(content))) == (bytes(4), True)
+
+
+def test_the_row_of_several_steps_reads_as_the_page_about_traces_says():
+    row = {"decision": 7, "committed": 6, "decided_ns": 1000, "start_ns": 1100, "end_ns": 2000, "count": 4}
+    row |= {"admitted": [], "aborted": [], "left": [], "preempted": [], "grown": [], "rows": [], "used_blocks": 3}
+    row |= {"tokens": 2, "decode_tokens": 2, "kv_tokens": 20, "attention_pairs": 20, "digest": "ab"}
+    row["repeats"] = {"end_ns": [900, 910, 920], "start_ns": [100], "grown": [[2, 5, [17]]]}
+    steps = list(single_steps(row))
+    assert [step["decision"] for step in steps] == [7, 8, 9, 10]
+    third = steps[2]
+    assert [third[name] for name in ("decided_ns", "start_ns", "end_ns")] == [2900, 3000, 3810]
+    assert (third["grown"], third["used_blocks"], third["kv_tokens"]) == ([[5, [17]]], 4, 24)
+    assert [step.get("digest") for step in steps] == [None, None, None, "ab"]
+    page = (Path(__file__).resolve().parents[2] / "docs" / "traces.md").read_text()
+    assert '"repeats": ' + json.dumps(row["repeats"]) in page

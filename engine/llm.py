@@ -59,6 +59,10 @@ class Completion:
 class LLM:
     """A model ready to serve.
 
+    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache. A step that fails, for
+    want of the device's memory say, ends its run with a StepError, which names the step and its batch: what the
+    requests of the run had is dropped with its policies, every block is free again, and the next run is served.
+
     Args:
         model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).
         tokenizer: for a model given as a module; a folder's is found in it.
@@ -251,6 +255,7 @@ class LLM:
 
         Raises:
             InputError: a text without a tokenizer, token ids that the model has not, or another number of parameters.
+            StepError: a step failed.
         """
         params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
         if len(params) != len(prompts):
@@ -292,6 +297,7 @@ class LLM:
 
         Raises:
             AssertionError: an invariant of the policies does not hold at the end.
+            StepError: a step failed.
         """
         params = self._with_stops(params)
         scaled = [replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -30,6 +32,33 @@ class Executor(Protocol):
 
     def launch(self, batch: Batch) -> StepHandle:
         """Start a step; it may still run when this returns."""
+
+
+class StepError(RuntimeError):
+    """A step failed, and with it the run; `__cause__` is what its executor raised.
+
+    Args:
+        batch: the step's decision.
+        cause: what went wrong.
+    """
+
+    def __init__(self, batch: Batch, cause: Exception):
+        requests = ", ".join(str(seq.seq_id) for seq in batch.seqs[:8]) + (", ..." if len(batch) > 8 else "")
+        super().__init__(
+            f"step {batch.decision} failed ({len(batch)} rows, {batch.num_tokens} tokens, {batch.num_prompt_tokens} of "
+            f"them of prompts, {batch.num_used_blocks} blocks used; requests {requests}): "
+            f"{type(cause).__name__}: {cause}"
+        )
+
+
+@contextmanager
+def _failing_as_step(batch: Batch) -> Iterator[None]:
+    """Raise what goes wrong inside as a StepError, without the tensors that the failed step still held."""
+    try:
+        yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise StepError(batch, error) from error
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,10 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
     Args:
         core: decides; this loop only says what the time is and who executes.
         ended: called with each sequence that ends, aborted and refused ones included.
+
+    Raises:
+        StepError: a step could not be launched or failed. Nothing of `core` is of use then: it still holds what it
+            decided.
     """
     launched: deque[tuple[Batch, StepHandle]] = deque()
     while True:
@@ -94,12 +127,14 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
                 ended(item)
         if core.can_decide:
             batch = core.decide(clock())
-            launched.append((batch, executor.launch(batch)))
+            with _failing_as_step(batch):
+                launched.append((batch, executor.launch(batch)))
             for seq in batch.aborted:
                 ended(seq)
         if core.must_commit:
             batch, step = launched.popleft()
-            token_ids = step.result()
+            with _failing_as_step(batch):
+                token_ids = step.result()
             batch.start_ns = step.start_ns - clock.origin_ns
             batch.end_ns = step.end_ns - clock.origin_ns
             for seq in core.commit(token_ids, clock()):

@@ -195,14 +195,23 @@ def _build(
     weights: dict[str, Tensor] = {}
     for name, stack in parts.items():
         kept = torch.float32 if name in in_int8 else dtype
-        tensors = [_read(source, part).to(dtype=kept, device=device, copy=True) for part in stack]
-        weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        weight = _stacked(source, stack, kept, device)
         if name in in_int8:
             weights[name], weights[name.removesuffix("weight") + "scale"] = AbsMaxQuantizer.quantize(weight)
         else:
             weights[name] = nn.Parameter(weight, requires_grad=False)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _stacked(source: _Source, stack: list[_Part], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The tensors of `stack`, each copied to its place as it is read: beside the weight there is one at a time."""
+    shapes = [part.repeated or part.shape for part in stack]
+    lengths = [shape[0] for shape in shapes]
+    weight = torch.empty((sum(lengths), *shapes[0][1:]), dtype=dtype, device=device)
+    for place, part in zip(weight.split(lengths), stack, strict=True):
+        place.copy_(_read(source, part))
+    return weight
 
 
 def _check_tied(config: ModelConfig, source: _Source, embedding: _Part) -> None:

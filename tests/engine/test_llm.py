@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model
+from twinserve.engine.online import StepError
 from twinserve.policies import SamplingParams
 from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part, Request, TokenMaker
@@ -155,13 +156,17 @@ def test_what_goes_wrong_while_requests_come_in_is_raised(llama, serving, watche
         llm.run_trace([Request(0, 0, (Part(0, 0, 9),), 5)], params=GREEDY, recorder=watcher)
 
 
-def test_what_goes_wrong_in_a_step_is_raised_and_ends_the_run(llama, serving, monkeypatch):
-    llm = serving(llama)
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_what_goes_wrong_in_a_step_is_raised_and_ends_the_run(llama, serving, monkeypatch, pipeline_depth):
+    llm = serving(llama, pipeline_depth=pipeline_depth)
     requests = [Request(0, 0, (Part(0, 0, 9),), 5), Request(1, 3600 * 10**9, (Part(1, 0, 9),), 5)]
     with monkeypatch.context() as patch:
         patch.setattr(llm.runner.model, "logits", lambda hidden: torch.full((), torch.nan)[5])
-        with pytest.raises(IndexError):
+        with pytest.raises(
+            StepError, match=r"step \d+ failed \(1 rows, 9 tokens, 9 .*requests 0\): IndexError"
+        ) as caught:
             llm.run_trace(requests, params=GREEDY)
+    assert isinstance(caught.value.__cause__, IndexError)
     assert len(llm.run_trace(requests[:1], params=GREEDY)) == 1
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
-from twinserve.policies.horizon import Grown
+from twinserve.policies.horizon import Growth
 from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
@@ -65,7 +65,7 @@ class _Decided:
     batch: Batch
     digest: int
     spans: Seq[Span] = ()
-    grown: Seq[Grown] = ()
+    grown: Growth = field(default_factory=list)
     num_ended: int = 0
 
 
@@ -142,11 +142,11 @@ class RunRecorder(CoreListener):
                 served.cached_tokens = row.start
         self._decided.append(_Decided(batch, self._digest.of(batch)))
 
-    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
         row = self._decided[-1]
         row.spans, row.grown = spans, grown
-        row.digest = self._digest.grow(latest, [pair for blocks in grown for pair in blocks])
+        row.digest = self._digest.grow(latest, [(seq, block_ids) for _, seq, block_ids in grown])
         row.num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:
@@ -241,8 +241,7 @@ class RunRecorder(CoreListener):
         if decided.spans:
             times = _times_after(batch, decided.spans)
             metrics.gaps.repeat(times["end_ns"], decided.spans[-1][2], bool(batch.usual_tokens))
-            numbered = enumerate(decided.grown, 1)
-            blocks = [[number, seq.seq_id, list(ids)] for number, own in numbered for seq, ids in own]
+            blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
             row["repeats"] = times | {"grown": blocks}
         metrics.steps += row["count"]
         metrics.events += 1

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
@@ -27,6 +27,7 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
 from twinserve.traces.request import Request
+from twinserve.traces.spans import BackToBack
 
 SCHEMA = "twinserve-run/1"
 
@@ -65,7 +66,7 @@ class _Decided:
     batch: Batch
     digest: int
     spans: Seq[Span] = ()
-    grown: Growth = field(default_factory=list)
+    grown: Seq[tuple[int, Sequence, list[int]]] = ()
     num_ended: int = 0
 
 
@@ -250,6 +251,8 @@ class RunRecorder(CoreListener):
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
     """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
+    if isinstance(spans, BackToBack) and spans.first_ns == batch.end_ns:
+        return {"end_ns": spans.periods_ns.tolist(), "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))

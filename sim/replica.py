@@ -167,8 +167,11 @@ class Replica:
         ends = [before.end_ns or 0 for before in core.in_flight]
         if self._repeated_costs is not None:
             host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
-            steady = BackToBack(ends[0], devices + host, host)
-            self._decided, self._planned = steady.instants_ns, steady
+            self._decided = np.empty(steps, np.int64)
+            self._decided[0] = ends[0]
+            self._decided[1:] = devices + host
+            self._decided.cumsum(out=self._decided)
+            self._planned = BackToBack(self._decided, host)
             return
         instants: list[int] = []
         planned: list[Span] = []
@@ -185,8 +188,9 @@ class Replica:
     def _make(self, steps: int) -> None:
         """Make so many of the planned decisions, and drop the others."""
         if steps:
-            self.core.advance(self._planned[:steps])
-            self._device_free = self._planned[steps - 1][2]
+            spans = self._planned[:steps]
+            self.core.advance(spans)
+            self._device_free = spans[-1][2]
         self._planned, self._decided = [], []
 
 

@@ -17,26 +17,25 @@ class BackToBack(Seq[Span]):
     all else that is done with it. They can be cut: `spans[:count]`.
 
     Args:
-        first_ns: when the first of them is decided.
-        periods_ns: of each, from its decision to its end.
+        instants_ns: when each is decided, and the last one ends; int64.
         lag_ns: from a decision to the start.
-
-    Attributes:
-        instants_ns: when each is decided, and when the last one ends.
     """
 
-    __slots__ = ("first_ns", "instants_ns", "lag_ns", "periods_ns")
+    __slots__ = ("instants_ns", "lag_ns")
 
-    def __init__(self, first_ns: int, periods_ns: np.ndarray, lag_ns: int):
-        self.first_ns, self.periods_ns, self.lag_ns = first_ns, periods_ns, lag_ns
-        self.instants_ns = np.full(len(periods_ns) + 1, first_ns)
-        self.instants_ns[1:] += periods_ns.cumsum()
+    def __init__(self, instants_ns: np.ndarray, lag_ns: int):
+        self.instants_ns, self.lag_ns = instants_ns, lag_ns
+
+    @property
+    def periods_ns(self) -> list[int]:
+        """Of each, from its decision to its end."""
+        return (self.instants_ns[1:] - self.instants_ns[:-1]).tolist()
 
     def __len__(self) -> int:
-        return len(self.periods_ns)
+        return len(self.instants_ns) - 1
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return BackToBack(self.first_ns, self.periods_ns[place], self.lag_ns)
+            return BackToBack(self.instants_ns[: place.stop + 1], self.lag_ns)
         decided_ns, end_ns = self.instants_ns[place % len(self) :][:2].tolist()
         return decided_ns, decided_ns + self.lag_ns, end_ns

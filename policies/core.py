@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 
 from twinserve.policies.batch import Batch
-from twinserve.policies.horizon import Grown, horizon, repeat
+from twinserve.policies.horizon import Growth, horizon, repeat
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
@@ -23,9 +23,9 @@ class CoreListener:
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
 
-    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
-        """The decision heard last, `batch`, was repeated up to `latest`, each time with these blocks more; of the steps
-        from `batch` on, so many have ended."""
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
+        """The decision heard last, `batch`, was repeated up to `latest`, which took these blocks; of the steps from
+        `batch` on, so many have ended."""
 
     def committed(self, batch: Batch) -> None:
         """The step of `batch` has ended and its tokens are known."""

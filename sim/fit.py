@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,7 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
         else:
             cost = getattr(sample, f"{part}_ns")
         if cost is not None:
-            shapes[replace(sample.features, decision=0, decided_ns=0)].append(cost)
+            shapes[sample.features._replace(decision=0, decided_ns=0)].append(cost)
     return dict(shapes)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from twinserve.policies import Batch
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(NamedTuple):
     """What a step's cost depends on.
 
     Attributes:
@@ -106,8 +106,8 @@ class LatencyModel(Protocol):
 class RepeatedCosts(Protocol):
     """A latency model that says at once what steps cost that repeat one another."""
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, list[int]]:
-        """host_ns, the same for all, and device_ns of the `count` steps that repeat one with these features.
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray]:
+        """host_ns, the same for all, and device_ns, as int64, of the `count` steps that repeat one with these features.
 
         They are those of `step_cost`, with no lead. Of each step, `num_new_pairs` is how many query-key pairs it has
         more than the one before.

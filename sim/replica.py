@@ -9,15 +9,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from itertools import accumulate
+from collections.abc import Sequence as Seq
 
+import numpy as np
 import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.policies.core import Span
 from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
+from twinserve.traces.spans import BackToBack
 
 _ARRIVES = URGENT
 _ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
@@ -76,8 +79,8 @@ class Replica:
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
-        self._planned: list[tuple[int, int, int]] = []
-        self._decided: list[int] = []
+        self._planned: Seq[Span] = []
+        self._decided: Seq[int] | np.ndarray = []
         self._event = env.event()
         env.process(self._run())
 
@@ -91,7 +94,7 @@ class Replica:
             self._resume_at(now_ns(self._env), _DECIDES)
         elif self._planned:
             made = bisect_left(self._decided, now_ns(self._env))
-            until = self._decided[made]
+            until = int(self._decided[made])
             self._make(made)
             self._resume_at(until, _ENDS)
 
@@ -126,7 +129,7 @@ class Replica:
                 if (steps := core.horizon(batch, self._most_steps)) > 1:
                     self._plan(batch, steps, launched)
             if core.must_commit:
-                until = self._decided[-1] if self._planned else max(launched, core.in_flight[0].end_ns or 0)
+                until = int(self._decided[-1]) if self._planned else max(launched, core.in_flight[0].end_ns or 0)
                 yield self._wait(until, _ENDS)
                 self._make(len(self._planned))
                 for seq in core.commit(None, now_ns(self._env)):
@@ -164,25 +167,30 @@ class Replica:
         ends = [before.end_ns or 0 for before in core.in_flight]
         if self._repeated_costs is not None:
             host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
-            self._decided = list(accumulate([host + device for device in devices], initial=ends[0]))
-            starts = [decided + host for decided in self._decided]
-            self._planned = list(zip(self._decided, starts, self._decided[1:], strict=False))
+            self._decided = np.empty(steps, np.int64)
+            self._decided[0] = ends[0]
+            self._decided[1:] = devices + host
+            self._decided.cumsum(out=self._decided)
+            self._planned = BackToBack(self._decided, host)
             return
+        instants: list[int] = []
+        planned: list[Span] = []
         decided = max(launched, ends[-1 - core.pipeline_depth])
         for number in range(1, steps):
             cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
-            self._decided.append(decided)
-            self._planned.append((decided, start, end))
+            instants.append(decided)
+            planned.append((decided, start, end))
             decided = max(launched, ends[-1 - core.pipeline_depth])
-        self._decided.append(decided)
+        self._decided, self._planned = [*instants, decided], planned
 
     def _make(self, steps: int) -> None:
         """Make so many of the planned decisions, and drop the others."""
         if steps:
-            self.core.advance(self._planned[:steps])
-            self._device_free = self._planned[steps - 1][2]
+            spans = self._planned[:steps]
+            self.core.advance(spans)
+            self._device_free = spans[-1][2]
         self._planned, self._decided = [], []
 
 

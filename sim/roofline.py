@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.shapes import SHAPES, ModelShape
 from twinserve.traces.errors import InputError
@@ -165,22 +167,14 @@ class RooflineLatency:
         attention = max(features.attention_pairs * self._pair_ns, features.kv_tokens * self._kv_token_ns)
         return self._host(features), round(self._matrices(features.tokens, features.sampled) + attention)
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, list[int]]:
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray]:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
         matrices = self._matrices(features.tokens, features.sampled)
-        pair_ns, kv_ns = self._pair_ns, self._kv_token_ns
-        first = features.kv_tokens + features.tokens
-        kv_tokens = range(first, first + count * features.tokens, features.tokens)
-        if features.prompt_tokens == 0:
-            each_ns = max(pair_ns, kv_ns)
-            devices = [round(matrices + kv * each_ns) for kv in kv_tokens]
-        else:
-            first = features.attention_pairs + num_new_pairs
-            pairs = range(first, first + count * num_new_pairs, num_new_pairs)
-            devices = [
-                round(matrices + max(pair * pair_ns, kv * kv_ns)) for pair, kv in zip(pairs, kv_tokens, strict=True)
-            ]
-        return self._host(features), devices
+        numbers = np.arange(1, count + 1)
+        kv_tokens = features.kv_tokens + features.tokens * numbers
+        pairs = features.attention_pairs + num_new_pairs * numbers
+        attention = np.maximum(pairs * self._pair_ns, kv_tokens * self._kv_token_ns)
+        return self._host(features), np.rint(matrices + attention).astype(np.int64)
 
     def _host(self, features: StepFeatures) -> int:
         return self.device.host_ns + self.device.host_seq_ns * features.seqs

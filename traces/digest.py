@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from struct import Struct
 
 import xxhash
 
 from twinserve.policies import Batch, Sequence
 
 _MASK = (1 << 64) - 1
+_PACKED = Struct("=5Q").pack
 
 
 def exceptions_of(batch: Batch) -> list[tuple[Sequence, int, bool]]:
@@ -56,4 +58,4 @@ class Digest:
                 total += (seq.arrival_index + 1) * 0x9E3779B97F4A7C15 ^ (block_id + 1) * 0xBF58476D1CE4E5B9
         self._grown = total & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
-        return xxhash.xxh64_intdigest(array("Q", values).tobytes(), self._chain)
+        return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

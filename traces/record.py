@@ -21,12 +21,13 @@ from typing import IO, Any, Literal
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
-from twinserve.policies.horizon import Grown
+from twinserve.policies.horizon import Growth
 from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
 from twinserve.traces.request import Request
+from twinserve.traces.spans import BackToBack
 
 SCHEMA = "twinserve-run/1"
 
@@ -44,7 +45,7 @@ _TOTALS = (
     "running",
 )
 
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ class _Decided:
     batch: Batch
     digest: int
     spans: Seq[Span] = ()
-    grown: Seq[Grown] = ()
+    grown: Seq[tuple[int, Sequence, list[int]]] = ()
     num_ended: int = 0
 
 
@@ -142,11 +143,11 @@ class RunRecorder(CoreListener):
                 served.cached_tokens = row.start
         self._decided.append(_Decided(batch, self._digest.of(batch)))
 
-    def repeated(self, batch: Batch, spans: Seq[Span], grown: list[Grown], num_committed: int, latest: Batch) -> None:
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
         row = self._decided[-1]
         row.spans, row.grown = spans, grown
-        row.digest = self._digest.grow(latest, [pair for blocks in grown for pair in blocks])
+        row.digest = self._digest.grow(latest, [(seq, block_ids) for _, seq, block_ids in grown])
         row.num_ended += num_committed
 
     def committed(self, batch: Batch) -> None:
@@ -241,8 +242,7 @@ class RunRecorder(CoreListener):
         if decided.spans:
             times = _times_after(batch, decided.spans)
             metrics.gaps.repeat(times["end_ns"], decided.spans[-1][2], bool(batch.usual_tokens))
-            numbered = enumerate(decided.grown, 1)
-            blocks = [[number, seq.seq_id, list(ids)] for number, own in numbered for seq, ids in own]
+            blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
             row["repeats"] = times | {"grown": blocks}
         metrics.steps += row["count"]
         metrics.events += 1
@@ -251,6 +251,8 @@ class RunRecorder(CoreListener):
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
     """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
+    if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
+        return {"end_ns": spans.periods_ns, "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))

@@ -55,29 +55,30 @@ class PrefixKeys:
     def __call__(self, num_tokens: int) -> int:
         if not self._begin < num_tokens <= self._end:
             index = bisect_left(self._ends, num_tokens)
-            while len(self._bases) <= index:
-                self._bases.append(self._base(len(self._bases)))
+            self._find_bases(index)
             self._begin = self._ends[index - 1] if index else 0
             self._end = self._ends[index] if index < len(self._ends) else 1 << 62
             self._shifted = self._bases[index] - self._begin * _GOLDEN
         return (self._shifted + num_tokens * _GOLDEN) & _MASK
 
     def each(self, ends: range) -> list[int]:
-        """The keys of the prefixes that end there, as single calls give them, but at once for each part."""
-        keys: list[int] = []
-        while len(keys) < len(ends):
-            first = ends[len(keys)]
-            index = bisect_left(self._ends, first)
-            last = min(self._ends[index], ends[-1]) if index < len(self._ends) else ends[-1]
-            key = self(first)
-            keys += [(key + offset * _GOLDEN) & _MASK for offset in range(0, last - first + 1, ends.step)]
-        return keys
+        """The keys of the prefixes that end there, as single calls give them, but all at once."""
+        import numpy as np
 
-    def _base(self, index: int) -> int:
-        """Hash of the parts before `index` and of the text that begins there."""
-        before, length = (self._bases[index - 1], self._parts[index - 1].length) if index else (0, 0)
-        text, start = self._parts[index][:2] if index < len(self._parts) else (self._answer, 0)
-        return xxhash.xxh64_intdigest(_PACKED(before, length, text & _MASK, start))
+        lengths = np.arange(ends.start, ends.stop, ends.step)
+        places = np.searchsorted(self._ends, lengths)
+        self._find_bases(int(places.max(initial=-1)))
+        offsets = lengths - np.array([0, *self._ends])[places]
+        keys = np.array(self._bases, np.uint64)[places] + offsets.astype(np.uint64) * np.uint64(_GOLDEN)
+        return keys.tolist()
+
+    def _find_bases(self, last: int) -> None:
+        """Know the hashes of what lies before each part, up to the `last`, and of the text that begins there."""
+        bases, parts = self._bases, self._parts
+        for index in range(len(bases), last + 1):
+            before, length = (bases[-1], parts[index - 1].length) if index else (0, 0)
+            text, start = parts[index][:2] if index < len(parts) else (self._answer, 0)
+            bases.append(xxhash.xxh64_intdigest(_PACKED(before, length, text & _MASK, start)))
 
 
 def merged(parts: Seq[Part]) -> list[Part]:

@@ -324,7 +324,8 @@ class Repeats(CoreListener):
         self.grown: list[list[tuple[int, list[int]]]] = []
 
     def repeated(self, batch, spans, grown, num_committed, latest):
-        self.grown = [[(seq.seq_id, list(ids)) for seq, ids in blocks] for blocks in grown]
+        numbers = range(1, len(spans) + 1)
+        self.grown = [[(seq.seq_id, list(ids)) for step, seq, ids in grown if step == number] for number in numbers]
 
 
 def repeats(step: Step, before: Step) -> bool:

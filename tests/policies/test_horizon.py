@@ -165,9 +165,10 @@ class Log(CoreListener):
         self.grown[batch.decision] = [(seq.seq_id, list(ids)) for seq, ids in batch.grown]
 
     def repeated(self, batch, spans, grown, num_committed, latest):
-        self.digests[latest.decision] = self.digest.grow(latest, [pair for blocks in grown for pair in blocks])
-        for number, blocks in enumerate(grown, 1):
-            self.grown[batch.decision + number] = [(seq.seq_id, list(ids)) for seq, ids in blocks]
+        self.digests[latest.decision] = self.digest.grow(latest, [(seq, ids) for _, seq, ids in grown])
+        for number in range(1, len(spans) + 1):
+            blocks = [(seq.seq_id, list(ids)) for step, seq, ids in grown if step == number]
+            self.grown[batch.decision + number] = blocks
         self.committed_batches += num_committed
         self.longest = max(self.longest, len(spans) + 1)
 

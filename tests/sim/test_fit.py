@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -167,7 +166,7 @@ def test_the_host_drifts_by_the_time_of_the_decision_and_phases_begin_elsewhere(
 
     def levels(latency: FittedLatency) -> list[float]:
         times = [number * DRIFT_NS + 1 for number in range(5)]
-        return [latency.step_cost(replace(features(4, 64), decided_ns=ns)).host_ns / host for ns in times]
+        return [latency.step_cost(features(4, 64)._replace(decided_ns=ns)).host_ns / host for ns in times]
 
     assert levels(model) == pytest.approx([1, 2, 3, 4, 1], rel=1e-3)
     assert [levels(phase)[0] for phase in model.phases(2)] == pytest.approx([1, 3], rel=1e-3)

@@ -39,7 +39,7 @@ def test_a_step_bound_by_arithmetic_takes_its_operations_over_the_flops():
 
 def test_uneven_contexts_cost_what_they_sum_to():
     model = RooflineLatency(SHAPES["llama-3-8b"], DEVICES["h100"])
-    even, uneven = decode(8, 1000), replace(decode(8, 1000), kv_tokens=7 * 100 + 7300)
+    even, uneven = decode(8, 1000), decode(8, 1000)._replace(kv_tokens=7 * 100 + 7300)
     assert even.kv_tokens == uneven.kv_tokens
     assert model.step_cost(even) == model.step_cost(uneven)
     assert model.step_cost(decode(8, 2000))[1] > model.step_cost(even)[1]

@@ -1,0 +1,41 @@
+"""Spans of steps that repeat one another, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from twinserve.policies.core import Span
+
+
+class BackToBack(Seq[Span]):
+    """Spans of steps each of which is decided when the one before has ended, and starts an equal time after that.
+
+    The millions of steps of a simulation come as some ten thousand of these, and a tuple a step would take longer than
+    all else that is done with it. They can be cut: `spans[:count]`.
+
+    Args:
+        instants_ns: when each is decided, and the last one ends; int64.
+        lag_ns: from a decision to the start.
+    """
+
+    __slots__ = ("instants_ns", "lag_ns")
+
+    def __init__(self, instants_ns: np.ndarray, lag_ns: int):
+        self.instants_ns, self.lag_ns = instants_ns, lag_ns
+
+    @property
+    def periods_ns(self) -> list[int]:
+        """Of each, from its decision to its end."""
+        return (self.instants_ns[1:] - self.instants_ns[:-1]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.instants_ns) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return BackToBack(self.instants_ns[: place.stop + 1], self.lag_ns)
+        decided_ns, end_ns = self.instants_ns[place % len(self) :][:2].tolist()
+        return decided_ns, decided_ns + self.lag_ns, end_ns

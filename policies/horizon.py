@@ -109,7 +109,7 @@ def repeat(scheduler: Scheduler, num_steps: int) -> Growth:
     prompts = scheduler.composition == "mixed" or not decodes
     grown: Growth = []
     done = 0
-    for number in range(1, num_steps + 1) if scheduler.alone else _due(scheduler, num_steps):
+    for number in range(1, num_steps + 1) if scheduler.alone or num_steps < 5 else _due(scheduler, num_steps):
         if decodes:
             group.known += number - done
             group.planned += number - done - 1

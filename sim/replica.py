@@ -24,6 +24,8 @@ from twinserve.traces.spans import BackToBack
 
 _ARRIVES = URGENT
 _ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
+_FEW = 8
+"""Steps that cost less one by one than as columns."""
 
 
 def now_ns(env: simpy.Environment) -> int:
@@ -165,7 +167,7 @@ class Replica:
         """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
         core, latency, features = self.core, self._latency, StepFeatures.of(batch)
         ends = [before.end_ns or 0 for before in core.in_flight]
-        if self._repeated_costs is not None:
+        if self._repeated_costs is not None and steps > _FEW:
             host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
             self._decided = np.empty(steps, np.int64)
             self._decided[0] = ends[0]

@@ -13,7 +13,10 @@ _MASK = (1 << 64) - 1
 _PACKED = Struct("=5Q").pack
 
 
-def exceptions_of(batch: Batch) -> list[tuple[Sequence, int, bool]]:
+Exceptions = list[tuple[Sequence, int, bool]]
+
+
+def exceptions_of(batch: Batch) -> Exceptions:
     """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
     rows = {row.seq: (row.num_tokens, row.samples) for row in batch.explicit}
     before = batch.alone[: len(batch.alone) - len(batch.admitted)]
@@ -26,16 +29,20 @@ class Digest:
 
     A decision that repeats the one before it adds its number and the blocks that grew, as a sum, so that it does not
     matter whether repeated decisions are digested one by one or together.
+
+    Attributes:
+        exceptions: those of the latest decision (see `exceptions_of`).
     """
 
     def __init__(self) -> None:
+        self.exceptions: Exceptions = []
         self._chain = 0
         self._grown = 0
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
         """The digest up to `batch`, which follows the batch of the call before."""
-        exceptions = exceptions_of(batch)
+        exceptions = self.exceptions = exceptions_of(batch)
         steady = (batch.usual_tokens, *((seq.seq_id, n, samples) for seq, n, samples in exceptions))
         if steady != self._steady or batch.admitted or batch.left or batch.preempted:
             values = [batch.decision, batch.usual_tokens, len(batch.admitted)]

@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
 from twinserve.policies.horizon import Growth
-from twinserve.traces.digest import Digest, exceptions_of
+from twinserve.traces.digest import Digest, Exceptions
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
@@ -65,6 +65,7 @@ class _Decided:
 
     batch: Batch
     digest: int
+    exceptions: Exceptions
     spans: Seq[Span] = ()
     grown: Seq[tuple[int, Sequence, list[int]]] = ()
     num_ended: int = 0
@@ -141,7 +142,7 @@ class RunRecorder(CoreListener):
             served = self._served.get(row.seq.seq_id)
             if served is not None and served.cached_tokens is None:
                 served.cached_tokens = row.start
-        self._decided.append(_Decided(batch, self._digest.of(batch)))
+        self._decided.append(_Decided(batch, self._digest.of(batch), self._digest.exceptions))
 
     def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
@@ -236,7 +237,7 @@ class RunRecorder(CoreListener):
             "start_ns": batch.start_ns,
             "end_ns": batch.end_ns,
             "count": 1 + len(decided.spans),
-            **decision_fields(batch, decided.digest),
+            **decision_fields(batch, decided.digest, decided.exceptions),
         }
         metrics.gaps.row(row)
         if decided.spans:
@@ -337,14 +338,14 @@ def make_partial(out: Path) -> Path:
     return partial
 
 
-def decision_fields(batch: Batch, digest: int) -> dict[str, Any]:
+def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
     """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
     return {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
         "left": _ids(batch.left),
         "preempted": _ids(batch.preempted),
         "usual": batch.usual_tokens,
-        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions_of(batch)],
+        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
         "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
         "tokens": batch.num_tokens,
         "prompt_tokens": batch.num_prompt_tokens,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.traces.digest import Digest
+from twinserve.traces.digest import Digest, exceptions_of
 from twinserve.traces.lines import LABELS
 from twinserve.traces.record import RunRecord, decision_fields
 from twinserve.traces.request import Part, Request, TokenMaker
@@ -123,7 +123,7 @@ def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
 
 def _first_difference(batch: Batch, row: dict, digest: int) -> Difference | None:
     """The first field of a decision that differs from the record, as far as the record keeps it."""
-    for field, value in decision_fields(batch, digest).items():
+    for field, value in decision_fields(batch, digest, exceptions_of(batch)).items():
         if field in row and row[field] != value:
             return Difference(batch.decision, field, row[field], value)
     return None

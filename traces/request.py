@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from struct import Struct
 from typing import NamedTuple
@@ -159,7 +160,7 @@ class Request:
             raise ValueError(f"request {self.id}: {len(token_ids)} token ids for {self.prompt_tokens} prompt tokens")
         return Sequence(
             token_ids,
-            replace(params, max_tokens=self.max_tokens),
+            _with_max_tokens(params, self.max_tokens),
             seq_id=self.id,
             num_prompt_tokens=self.prompt_tokens,
             prefix_key=PrefixKeys(self.parts, answer_text(self.id)) if token_ids is None else None,
@@ -168,6 +169,11 @@ class Request:
             salt=self.salt,
             tenant=self.tenant,
         )
+
+
+@lru_cache(maxsize=4096)
+def _with_max_tokens(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    return replace(params, max_tokens=max_tokens)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class Scheduler:
         self._victim = victim
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
+        self._told: list[Sequence] = []  # those alone that got a token by the result at hand
         self._num_added = self._num_admitted = self._num_released = 0
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
@@ -226,13 +227,21 @@ class Scheduler:
         completing = group.beginning(clock) if clock > group.registered else []
         return sorted(dict.fromkeys(beginning + completing + seqs), key=by_admission)
 
-    def _register_members(self, clock: int) -> None:
-        """Let the cache know the members' blocks that are full of known tokens at `clock`."""
-        group = self.group
+    def _register_members(self, clock: int, alone: Seq[Sequence] = ()) -> None:
+        """Let the cache know, in running order, the blocks that are full of known tokens: the members' at `clock`, and
+        those of `alone`."""
+        group, manager = self.group, self.block_manager
         while group.registered < clock:
             group.registered += 1
-            if group.num_with_tokens or self.block_manager.prefix_cache is not None:
-                self.block_manager.register_each(group.full_blocks(group.registered))
+            if group.num_with_tokens or manager.prefix_cache is not None:
+                blocks = group.full_blocks(group.registered)
+                if alone and blocks and group.registered == clock:
+                    blocks += [(seq, seq.computed - seq.in_flight, b"") for seq in alone]
+                    blocks.sort(key=lambda block: by_admission(block[0]))
+                    alone = ()
+                manager.register_each(blocks)
+        for seq in alone:
+            manager.register(seq, seq.computed - seq.in_flight)
 
     def _regroup(self) -> None:
         """Let sequences that decode in step into the group, and members whose last token is in flight out of it."""
@@ -382,7 +391,9 @@ class Scheduler:
         for row in batch.explicit:
             if row.samples:
                 self._take_token(row.seq, next(own), eos_token_id, ends)
-        self._register_members(group.known)
+        alone = sorted((seq for seq in self._told if seq.status is SequenceStatus.RUNNING), key=by_admission)
+        self._told.clear()
+        self._register_members(group.known, alone)
         ended = sorted(ends, key=by_admission)
         for seq in ended:
             self._end(seq, ends[seq])
@@ -411,8 +422,7 @@ class Scheduler:
         seq.append_token(token_id)
         if seq.group is None:
             seq.in_flight -= 1
-            if seq.status is SequenceStatus.RUNNING:
-                self.block_manager.register(seq, seq.computed - seq.in_flight)
+            self._told.append(seq)
             if seq.known >= seq.final_length:
                 ends[seq] = "length"
         if _stops(seq, token_id, eos):

@@ -1,6 +1,8 @@
 """Scheduler: what a step computes, for whom, and what happens when room is short."""
 
 import pytest
+from side_by_side import SideBySide
+from slow_model import Rules
 
 from twinserve.policies import (
     BlockManager,
@@ -172,6 +174,29 @@ def test_a_block_scheduled_in_this_step_is_hit_in_this_step():
     scheduler.add(sequence(10, seq_id=1))
     batch = step(scheduler)
     assert rows(batch) == [(0, 0, 10), (1, 8, 2)]
+
+
+def test_of_blocks_filled_alike_by_one_result_the_first_in_running_order_serves_hits():
+    """The first request decodes in the group, the second on its own; a prompt's step comes between."""
+    sides = SideBySide(Rules(num_blocks=30, block_size=1, composition="prefill-first"))
+
+    def add(tokens):
+        sides.add(tokens, 6, ignore_eos=True)
+
+    for call in "adadcdcdcadcc":
+        if call == "a":
+            add([100])
+        elif call == "d":
+            sides.decide()
+        else:
+            sides.commit([1] * len(sides.in_flight[0][1].sampled))
+    scheduler = sides.scheduler
+    (first,), second = scheduler.group.view.seqs, scheduler.alone[0]
+    assert first.token_ids == second.token_ids == [100, 1, 1, 1]
+    add([100, 1, 1, 5])
+    sides.decide()
+    assert sides.pairs[-1][0].block_table[:3] == first.block_table != second.block_table
+    sides.compare()
 
 
 def test_abort_frees_blocks_wherever_the_sequence_is():

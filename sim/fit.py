@@ -125,6 +125,11 @@ class FittedLatency:
         """16 hex digits that only this content has."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def drift(self) -> list[float]:
+        """How slow the host was, each for DRIFT_NS; see `with_drift`."""
+        return self._drift
+
     def with_drift(self, levels: Seq[float]) -> FittedLatency:
         """The model whose host is slower and faster by these levels, each for DRIFT_NS; none is an even host.
 

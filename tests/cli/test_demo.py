@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import twinserve.demo as demo
+from twinserve.sim.fit import FittedLatency, StepSample
+from twinserve.sim.latency import StepFeatures
 from twinserve.traces.record import load_record
 from twinserve.traces.replay import replay
 from twinserve.workload import load_workload
@@ -68,3 +70,39 @@ def test_the_demo_fails_beyond_its_limit_and_replaces_an_earlier_ones_results(
     assert not demo.run_demo(out)
     assert "tpot_s.mean: the error is" in capsys.readouterr().err
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def steps_that_take(*factors):
+    """The steps of two shapes, each repeated once a factor."""
+    shapes = [StepFeatures(0, rows, 0, rows, 100 * rows, 100 * rows, rows) for rows in (1, 2)]
+    return [StepSample(shape, 10_000, round(1_000_000 * factor)) for shape in shapes for factor in factors]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "measured", "words"),
+    [
+        ([(1.0, 1.1), (1.2, 1.0)], 2, None),
+        ([(1.0, 2.0), (1.0, 1.1), (1.0, 1.1)], 3, None),
+        (
+            [(1.0, 1.1)] + [(1.0, 3.0), (1.0, 2.0), (1.0, 4.0)],
+            4,
+            "after the run a step's slowest repeat took 2.0 times",
+        ),
+        ([(1.0, 1.1), (2.0, 2.2)], 2, "after the run steps took 1.99 times as long as before it"),
+    ],
+)
+def test_a_disturbed_profile_is_measured_again_so_often_and_told(
+    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, measured, words
+):
+    left = list(profiles)
+    monkeypatch.setattr(demo, "measure_steps", lambda llm, **_: steps_that_take(*left.pop(0)))
+    taken = []
+    monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))
+    monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
+    assert not demo.run_demo(tmp_path / "demo"), "a busy machine does not loosen the check"
+    assert len(profiles) - len(left) == measured
+    assert len(taken) == 8, "one profile on each side"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the machine was busy")]
+    assert len(lines) == (words is not None)
+    if words is not None:
+        assert words in lines[0]

@@ -30,6 +30,8 @@ class StepInput:
         plan: the attention backend's.
         last: [sampled], places in the flat batch of the last token of each row that samples.
         sampling: how they sample.
+        seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
+            of their last tokens; None where there is no such row.
         late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
     """
 
@@ -39,6 +41,7 @@ class StepInput:
     plan: Any
     last: Tensor
     sampling: SamplingPlan
+    seen: tuple[Tensor, Tensor] | None
     late: tuple[Tensor, Tensor] | None
 
 
@@ -193,8 +196,19 @@ class ModelRunner:
             plan=self._backend.plan(layout, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device),
+            seen=self._seen(sampled),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
         )
+
+    def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
+        """`StepInput.seen` for the rows that sample, each with the place of its last token."""
+        penalised = [(row, place) for row, place in sampled if row.seq.sampling_params.repetition_penalty != 1.0]
+        if not penalised:
+            return None
+        known = [row.seq.token_ids[: row.start + row.num_tokens] for row, _ in penalised]
+        rows = np.repeat(np.arange(len(known)), [len(tokens) for tokens in known])
+        pairs = self._to_device(np.stack((rows, np.concatenate(known))))
+        return pairs, self._to_device([place for _, place in penalised])
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         """The block table of each row, all of them within the pool."""
@@ -234,7 +248,13 @@ class ModelRunner:
             token_ids = token_ids.index_copy(0, places, before.tokens[sources])
         attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
         hidden = self.model(token_ids, step.positions, attention)
-        return step.sampling.sample(self.model.logits(hidden[step.last]))
+        logits, seen = self.model.logits(hidden[step.last]), None
+        if step.seen is not None:
+            (rows, known), last = step.seen
+            seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
+            seen[rows, known] = True
+            seen.scatter_(1, token_ids[last][:, None], True)
+        return step.sampling.sample(logits, seen)
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

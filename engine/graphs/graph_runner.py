@@ -88,7 +88,7 @@ class GraphRunner:
         self._cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype or model.dtype, self.device)
         self._generator = random.Random(seed)
         width = -(-max_model_len // block_size)
-        self._rows = DeviceRows(max_num_seqs, width, num_blocks, self.device, self._generator)
+        self._rows = DeviceRows(max_num_seqs, width, model.config.vocab_size, num_blocks, self.device, self._generator)
         self._decoder = FusedDecoder(
             model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
         )
@@ -218,23 +218,34 @@ class GraphRunner:
             graph.replay()
             logits = graph.logits
         if special:
-            places = to_device(np.array([one.place for one in special]), self.device)
-            rows = to_device(np.array([one.device_row for one in special]), self.device)
-            params, draws = [one.params for one in special], [one.draw for one in special]
-            tokens = SamplingPlan.of(params, draws, self.device).sample(logits[places]).int()
-            self._out.index_copy_(0, places, tokens)
-            self._rows.tokens.index_copy_(0, rows, tokens)
+            self._sample(special, logits)
         return self._out
 
+    def _sample(self, special: Seq[_Special], logits: Tensor) -> None:
+        """Sample for special rows, in place of what the step has sampled for them."""
+        places = to_device(np.array([one.place for one in special]), self.device)
+        rows = to_device(np.array([one.device_row for one in special]), self.device)
+        plan = SamplingPlan.of([one.params for one in special], [one.draw for one in special], self.device)
+        if plan.penalised is None:
+            tokens = plan.sample(logits[places])
+        else:
+            self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
+            penalised = rows[plan.penalised]
+            tokens = plan.sample(logits[places], self._rows.seen[penalised])
+            self._rows.seen[penalised, tokens[plan.penalised]] = True
+        self._out.index_copy_(0, places, tokens.int())
+        self._rows.tokens.index_copy_(0, rows, tokens.int())
+
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
-        """The sampling rows that keep but a part of the vocabulary, which is sorted for them."""
+        """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""
         places = [*enumerate(decodes), *((size.decodes + place, row) for place, row in enumerate(prompts))]
         special = []
         for place, row in places:
             params = row.seq.sampling_params
-            if row.samples and params.temperature >= GREEDY_BELOW and (params.top_k or params.top_p < 1.0):
+            if row.samples and _is_special(params):
                 draw = draw_uniforms([params], [row.start + row.num_tokens], self._generator)[0]
-                special.append(_Special(place, self._rows.of([row.seq])[0], params, draw))
+                unseen = self._rows.unseen(row) if params.repetition_penalty != 1.0 else None
+                special.append(_Special(place, self._rows.of([row.seq])[0], params, draw, unseen))
         return special
 
     def _decode_size(self, count: int) -> int:
@@ -284,12 +295,22 @@ class GraphRunner:
 
 @dataclass(frozen=True)
 class _Special:
-    """A row that samples from a part of the vocabulary: its place among the sampled, and how it samples."""
+    """A row that is sampled behind the graph: its place among the sampled, and how it samples.
+
+    Attributes:
+        unseen: of a row with a repetition penalty, what `DeviceRows.unseen` gave.
+    """
 
     place: int
     device_row: int
     params: SamplingParams
     draw: float
+    unseen: list[int] | None
+
+
+def _is_special(params: SamplingParams) -> bool:
+    keeps_all = params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0
+    return params.repetition_penalty != 1.0 or (params.temperature >= GREEDY_BELOW and not keeps_all)
 
 
 class _InOrder:

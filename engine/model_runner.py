@@ -15,8 +15,10 @@ from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on,
 from twinserve.engine.kv_cache import KVCache, default_num_blocks
 from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
 from twinserve.engine.layers.choice import choose_attention
+from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
+from twinserve.engine.online import StepHandle
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms
 from twinserve.policies import Batch, Row, Sequence
 
@@ -64,6 +66,7 @@ class ModelRunner:
     Attributes:
         model, tokenizer, device, num_blocks, block_size: as in use.
         attention: the attention backend in use, and why.
+        logprobs: what steps that were waited for have given of those asked for; whoever reads it clears it.
 
     Raises:
         InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.
@@ -93,6 +96,7 @@ class ModelRunner:
         )
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
+        self.logprobs: Heard = {}
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
     def close(self) -> None:
@@ -144,7 +148,7 @@ class ModelRunner:
         """Run a step; a token for each of `batch.sampled`."""
         return self.launch(batch).result()
 
-    def launch(self, batch: Batch) -> Step:
+    def launch(self, batch: Batch) -> StepHandle:
         """Start a step.
 
         A row may reach one token beyond those known: the one that the step launched before samples for it.
@@ -156,13 +160,15 @@ class ModelRunner:
         known = [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in batch.rows]
         return self._launch(batch.rows, known)
 
-    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> Step:
+    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepHandle:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
         step_input = self._snapshot(rows, tokens) if rows else None
         before = self._previous[0] if self._previous else None
-        step = self._queue.submit(lambda: self._compute(step_input, before))
-        self._previous = step, {row.seq: index for index, row in enumerate(row for row in rows if row.samples)}
-        return step
+        sampled = [row for row in rows if row.samples]
+        asked = AskedLogprobs(sampled)
+        step = self._queue.submit(lambda: self._compute(step_input, before, asked))
+        self._previous = step, {row.seq: index for index, row in enumerate(sampled)}
+        return LogprobStep(step, asked, self.logprobs) if asked else step
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
@@ -238,7 +244,7 @@ class ModelRunner:
     def _to_device(self, values: Any) -> Tensor:
         return to_device(np.asarray(values, dtype=np.int64), self.device)
 
-    def _compute(self, step: StepInput | None, before: Step | None) -> Tensor:
+    def _compute(self, step: StepInput | None, before: Step | None, asked: AskedLogprobs) -> Tensor:
         """The tokens that a step samples; `before` is the step launched before it."""
         if step is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
@@ -254,7 +260,10 @@ class ModelRunner:
             seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
             seen[rows, known] = True
             seen.scatter_(1, token_ids[last][:, None], True)
-        return step.sampling.sample(logits, seen)
+        tokens = step.sampling.sample(logits, seen)
+        if asked:
+            asked.take(logits, tokens)
+        return tokens
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

@@ -62,3 +62,42 @@ def test_seeded_requests_with_all_settings_repeat_whatever_runs_beside_them(llam
 
 def tokens_of(completions: Seq) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
+
+
+@every_depth
+def test_logprobs_are_those_of_the_models_own_distribution(llama, serving, pipeline_depth):
+    """Whatever the penalty and the temperature; also of tokens that were generated before a preemption."""
+    asked = [None, 0, 1, 5, 10_000]
+    params = [
+        SamplingParams(0.9 * (number % 2), 30, seed=number, ignore_eos=True, repetition_penalty=1.4, logprobs=logprobs)
+        for number, logprobs in enumerate(asked)
+    ]
+    llm = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
+    completions = llm.generate(PROMPTS, params)
+    assert completions[0].logprobs is None
+    for prompt, count, completion in zip(PROMPTS[1:], asked[1:], completions[1:], strict=True):
+        assert completion.logprobs is not None and len(completion.logprobs) == 30
+        logits = llama.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for row, token, logprobs in zip(expected, completion.token_ids, completion.logprobs, strict=True):
+            assert logprobs.logprob == pytest.approx(row[token].item(), abs=1e-3)
+            values = [value for _, value in logprobs.top]
+            assert values == pytest.approx(row.sort(descending=True).values[:count].tolist(), abs=1e-3)
+            assert values == pytest.approx([row[token_id].item() for token_id, _ in logprobs.top], abs=1e-3)
+            assert len({token_id for token_id, _ in logprobs.top}) == min(count, 512)
+
+
+@every_depth
+def test_logprobs_end_with_the_tokens(llama, serving, pipeline_depth):
+    """What a step that ran ahead of a stop sampled is in neither; and a request asks for itself alone."""
+    llm = serving(llama, pipeline_depth=pipeline_depth)
+    tokens = llm.generate([PROMPTS[0]], GREEDY)[0].token_ids
+    stop = next(token for place, token in enumerate(tokens) if place >= 5 and token not in tokens[:place])
+    params = SamplingParams(0.0, stop_token_ids=(stop,), logprobs=2)
+    stopped, other = llm.generate([PROMPTS[0], PROMPTS[1]], [params, GREEDY])
+    assert stopped.token_ids == tokens[: tokens.index(stop) + 1]
+    assert [one.top[0][0] for one in stopped.logprobs] == stopped.token_ids
+    assert other.logprobs is None and len(llm.runner.logprobs) == 1
+    refused = llm.generate([[5] * 5000], params)[0]
+    assert (refused.finish_reason, refused.logprobs) == ("refused", [])
+    assert not llm.runner.logprobs

@@ -16,7 +16,7 @@ TIGHT = {"block_size": 16, "num_gpu_blocks": 12, "max_num_batched_tokens": 30, "
 
 
 def mixed(temperature: float) -> list[SamplingParams]:
-    """Every setting beside every other, and a row in three with a temperature alone."""
+    """Every setting beside every other, and rows that have none."""
     return [
         SamplingParams(
             temperature,
@@ -26,6 +26,7 @@ def mixed(temperature: float) -> list[SamplingParams]:
             top_k=(0, 40)[number % 2],
             min_p=(0.0, 0.0, 0.03)[number % 3],
             repetition_penalty=(1.0, 1.5, 0.8)[number % 3],
+            logprobs=(None, None, 0, 5)[number % 4],
         )
         for number in range(len(PROMPTS))
     ]
@@ -49,12 +50,28 @@ def test_a_mixed_batch_samples_what_the_eager_path_samples(qwen3, serving, monke
     assert any(batch.preempted for batch in batches)
     expected = eager.generate(PROMPTS, params)
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, other, param in zip(found, expected, params, strict=True):
+        assert_logprobs(one.logprobs, other.logprobs, param.logprobs)
     plain = [SamplingParams(temperature, 40, seed=number, ignore_eos=True) for number in range(len(PROMPTS))]
     assert all(
         one.token_ids != other.token_ids
         for one, other, param in zip(found, graphs.generate(PROMPTS, plain), params, strict=True)
         if param.repetition_penalty == 1.5
     )
+
+
+def assert_logprobs(found, expected, count: int | None) -> None:
+    """Assert that two paths gave the same log-probabilities of the same 40 tokens."""
+    if count is None:
+        assert found is expected is None
+        return
+    assert len(found) == len(expected) == 40
+    for one, other in zip(found, expected, strict=True):
+        assert len(one.top) == count
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
+        # Of two that are nearly as probable, either may come first.
+        assert len({token_id for token_id, _ in one.top} ^ {token_id for token_id, _ in other.top}) <= 2
 
 
 def test_what_was_seen_goes_with_its_row(qwen3, serving):
@@ -67,12 +84,12 @@ def test_what_was_seen_goes_with_its_row(qwen3, serving):
     assert len(set(alone) - set(PROMPTS[3])) == 30
 
 
-def test_rows_with_a_penalty_wait_for_nothing_but_tokens(qwen3, serving):
+def test_special_rows_wait_for_nothing_but_tokens(qwen3, serving):
     llm = serving(qwen3, "triton", pipeline_depth=1)
     llm.warm_up()
     core = llm.settings.build_core()
-    for number, prompt in enumerate(PROMPTS[:4]):
-        params = SamplingParams(0.7, 60, ignore_eos=True, repetition_penalty=1.2, min_p=0.02, seed=number)
+    for prompt in PROMPTS[:4]:
+        params = SamplingParams(0.7, 60, ignore_eos=True, repetition_penalty=1.2, min_p=0.02, logprobs=3)
         core.ingest(Sequence(prompt, params), 0)
     launched: list = []
     torch.cuda.set_sync_debug_mode("error")

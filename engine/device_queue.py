@@ -45,6 +45,14 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """`tensor` in the host's memory, to be read once what is queued on its device has run; nothing waits for it."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 def device_name(device: torch.device | str) -> str:
     """What computes there, in words."""
     if torch.device(device).type == "cuda":
@@ -152,9 +160,7 @@ class CudaQueue:
         launched_ns = time.perf_counter_ns()
         start = self._event()
         tokens = compute()
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        return CudaStep(self, tokens, host, launched_ns, start, self._event())
+        return CudaStep(self, tokens, to_host(tokens), launched_ns, start, self._event())
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.

@@ -15,6 +15,7 @@ from torch import nn
 from twinserve.engine.device_queue import compute_on, device_name, usable_device
 from twinserve.engine.kv_cache import GPU_MEMORY_UTILIZATION, default_num_blocks
 from twinserve.engine.layers.choice import Execution, choose_attention
+from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, adopt_model, load_model
 from twinserve.engine.models.decoder import QUANTIZATIONS, Quantization
@@ -46,6 +47,7 @@ class Completion:
         num_prompt_tokens: tokens of the prompt.
         num_cached_tokens: those of them whose KV was found in the prefix cache.
         refusal: why a refused prompt can never be served.
+        logprobs: of each of `token_ids`, by the model's own distribution; None unless they were asked for.
     """
 
     text: str
@@ -54,6 +56,7 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     refusal: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class LLM:
@@ -332,6 +335,7 @@ class LLM:
     ) -> None:
         """Serve what comes in by fresh policies."""
         self._capture()
+        self.runner.logprobs.clear()
         core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
         serve(core, self.runner, inbox, clock, ended)
         core.scheduler.check_integrity()
@@ -356,6 +360,9 @@ class LLM:
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids
+        # Steps that ran ahead may have given more than the tokens that were kept.
+        heard = self.runner.logprobs.get(seq, {})
+        asked = seq.sampling_params.logprobs is not None
         return Completion(
             text=self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else "",
             token_ids=token_ids,
@@ -363,6 +370,7 @@ class LLM:
             num_prompt_tokens=seq.num_prompt_tokens,
             num_cached_tokens=seq.num_cached_tokens,
             refusal=seq.refusal,
+            logprobs=[heard[place] for place in range(seq.num_prompt_tokens, seq.num_tokens)] if asked else None,
         )
 
     def _default_token_maker(self) -> TokenMaker:

@@ -15,8 +15,10 @@ from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on,
 from twinserve.engine.kv_cache import KVCache, default_num_blocks
 from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
 from twinserve.engine.layers.choice import choose_attention
+from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
+from twinserve.engine.online import StepHandle
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms
 from twinserve.policies import Batch, Row, Sequence
 
@@ -30,6 +32,8 @@ class StepInput:
         plan: the attention backend's.
         last: [sampled], places in the flat batch of the last token of each row that samples.
         sampling: how they sample.
+        seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
+            of their last tokens; None where there is no such row.
         late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
     """
 
@@ -39,6 +43,7 @@ class StepInput:
     plan: Any
     last: Tensor
     sampling: SamplingPlan
+    seen: tuple[Tensor, Tensor] | None
     late: tuple[Tensor, Tensor] | None
 
 
@@ -61,6 +66,7 @@ class ModelRunner:
     Attributes:
         model, tokenizer, device, num_blocks, block_size: as in use.
         attention: the attention backend in use, and why.
+        logprobs: what steps that were waited for have given of those asked for; whoever reads it clears it.
 
     Raises:
         InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.
@@ -90,6 +96,7 @@ class ModelRunner:
         )
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
+        self.logprobs: Heard = {}
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
     def close(self) -> None:
@@ -141,7 +148,7 @@ class ModelRunner:
         """Run a step; a token for each of `batch.sampled`."""
         return self.launch(batch).result()
 
-    def launch(self, batch: Batch) -> Step:
+    def launch(self, batch: Batch) -> StepHandle:
         """Start a step.
 
         A row may reach one token beyond those known: the one that the step launched before samples for it.
@@ -153,13 +160,15 @@ class ModelRunner:
         known = [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in batch.rows]
         return self._launch(batch.rows, known)
 
-    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> Step:
+    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepHandle:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
         step_input = self._snapshot(rows, tokens) if rows else None
         before = self._previous[0] if self._previous else None
-        step = self._queue.submit(lambda: self._compute(step_input, before))
-        self._previous = step, {row.seq: index for index, row in enumerate(row for row in rows if row.samples)}
-        return step
+        sampled = [row for row in rows if row.samples]
+        asked = AskedLogprobs(sampled)
+        step = self._queue.submit(lambda: self._compute(step_input, before, asked))
+        self._previous = step, {row.seq: index for index, row in enumerate(sampled)}
+        return LogprobStep(step, asked, self.logprobs) if asked else step
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
@@ -193,8 +202,19 @@ class ModelRunner:
             plan=self._backend.plan(layout, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device),
+            seen=self._seen(sampled),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
         )
+
+    def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
+        """`StepInput.seen` for the rows that sample, each with the place of its last token."""
+        penalised = [(row, place) for row, place in sampled if row.seq.sampling_params.repetition_penalty != 1.0]
+        if not penalised:
+            return None
+        known = [row.seq.token_ids[: row.start + row.num_tokens] for row, _ in penalised]
+        rows = np.repeat(np.arange(len(known)), [len(tokens) for tokens in known])
+        pairs = self._to_device(np.stack((rows, np.concatenate(known))))
+        return pairs, self._to_device([place for _, place in penalised])
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         """The block table of each row, all of them within the pool."""
@@ -224,7 +244,7 @@ class ModelRunner:
     def _to_device(self, values: Any) -> Tensor:
         return to_device(np.asarray(values, dtype=np.int64), self.device)
 
-    def _compute(self, step: StepInput | None, before: Step | None) -> Tensor:
+    def _compute(self, step: StepInput | None, before: Step | None, asked: AskedLogprobs) -> Tensor:
         """The tokens that a step samples; `before` is the step launched before it."""
         if step is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
@@ -234,7 +254,16 @@ class ModelRunner:
             token_ids = token_ids.index_copy(0, places, before.tokens[sources])
         attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
         hidden = self.model(token_ids, step.positions, attention)
-        return step.sampling.sample(self.model.logits(hidden[step.last]))
+        logits, seen = self.model.logits(hidden[step.last]), None
+        if step.seen is not None:
+            (rows, known), last = step.seen
+            seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
+            seen[rows, known] = True
+            seen.scatter_(1, token_ids[last][:, None], True)
+        tokens = step.sampling.sample(logits, seen)
+        if asked:
+            asked.take(logits, tokens)
+        return tokens
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

@@ -41,7 +41,12 @@ def sample_with_temperature(logits: Tensor, temperature: float, *, seed: int | N
 
 
 def sample(
-    logits: Tensor, params: Seq[SamplingParams], positions: Seq[int], *, generator: random.Random | None = None
+    logits: Tensor,
+    params: Seq[SamplingParams],
+    positions: Seq[int],
+    *,
+    generator: random.Random | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """A token for each row of `logits` [rows, vocab].
 
@@ -49,12 +54,16 @@ def sample(
         params: of each row.
         positions: the place of each row's new token in its sequence, from 0; it makes a seeded row's draw.
         generator: draws for rows without a seed.
+        seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
 
     Returns:
         [rows], int64
+
+    Raises:
+        ValueError: `seen` has not a row for each row with a repetition penalty.
     """
     draws = draw_uniforms(params, positions, generator or random.Random())
-    return SamplingPlan.of(params, draws, logits.device).sample(logits)
+    return SamplingPlan.of(params, draws, logits.device).sample(logits, seen)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -91,6 +100,9 @@ class SamplingPlan:
         temperatures, uniforms: [drawn, 1], float32 and float64.
         top_k: [drawn, 1], tokens kept; None where every row keeps all.
         top_p: [drawn, 1], the probability kept; None where every row keeps all.
+        min_p: [drawn, 1], the share of the largest probability kept; None where every row keeps all.
+        penalised: [penalised], the rows with a repetition penalty; None where there is none.
+        penalties: [penalised, 1], float32.
     """
 
     rows: Tensor
@@ -98,6 +110,9 @@ class SamplingPlan:
     uniforms: Tensor
     top_k: Tensor | None
     top_p: Tensor | None
+    min_p: Tensor | None
+    penalised: Tensor | None
+    penalties: Tensor
 
     @classmethod
     def of(cls, params: Seq[SamplingParams], uniforms: Seq[float], device: torch.device) -> SamplingPlan:
@@ -110,20 +125,42 @@ class SamplingPlan:
 
         top_k = [param.top_k or _EVERY_TOKEN for param in drawn]
         top_p = [param.top_p for param in drawn]
+        min_p = [param.min_p for param in drawn]
+        penalised = [row for row, param in enumerate(params) if param.repetition_penalty != 1.0]
         return cls(
             rows=to_device(torch.tensor(rows, dtype=torch.int64), device),
             temperatures=column([param.temperature for param in drawn], torch.float32),
             uniforms=column([uniforms[row] for row in rows], torch.float64),
             top_k=column(top_k, torch.int64) if any(k < _EVERY_TOKEN for k in top_k) else None,
             top_p=column(top_p, torch.float32) if any(p < 1.0 for p in top_p) else None,
+            min_p=column(min_p, torch.float32) if any(p > 0.0 for p in min_p) else None,
+            penalised=to_device(torch.tensor(penalised), device) if penalised else None,
+            penalties=column([params[row].repetition_penalty for row in penalised], torch.float32),
         )
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """A token [rows] for each row of `logits` [rows, vocab]."""
+    def sample(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """A token [rows] for each row of `logits` [rows, vocab].
+
+        Args:
+            seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
+
+        Raises:
+            ValueError: `seen` has not a row for each row with a repetition penalty.
+        """
+        if self.penalised is not None:
+            if seen is None or seen.shape != (len(self.penalised), logits.shape[-1]):
+                shape, expected = None if seen is None else tuple(seen.shape), (len(self.penalised), logits.shape[-1])
+                raise ValueError(f"seen is of shape {shape}, expected {expected}")
+            chosen = logits[self.penalised].float()
+            lowered = torch.where(chosen > 0, chosen / self.penalties, chosen * self.penalties)
+            logits = logits.float().index_copy(0, self.penalised, torch.where(seen, lowered, chosen))
         tokens = logits.argmax(dim=-1)
         if not len(self.rows):
             return tokens
         scaled = logits[self.rows].float() / self.temperatures
+        if self.min_p is not None:
+            least = scaled.amax(dim=-1, keepdim=True) + self.min_p.log()
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
         if self.top_k is not None or self.top_p is not None:
             scaled = scaled.masked_fill(~self._kept(scaled), -torch.inf)
         cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)

@@ -31,9 +31,12 @@ class SequenceStatus(Enum):
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
-    `temperature` below 1e-5 is greedy. `top_k` 0 and `top_p` 1.0 keep the whole vocabulary. `seed` makes the sampled
-    tokens of a request repeatable whatever else runs beside it. `stop_token_ids` end a request like the tokenizer's
-    end-of-sequence token does; `ignore_eos` switches both off.
+    `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 keep the whole vocabulary; `min_p` is a
+    share of the most probable token's probability. `repetition_penalty` divides the positive logits of the tokens that
+    came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). `seed` makes the sampled tokens
+    of a request repeatable whatever else runs beside it. `stop_token_ids` end a request like the tokenizer's
+    end-of-sequence token does; `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each
+    generated token and of so many most probable ones, by the model's own distribution: before penalty and temperature.
     """
 
     temperature: float = 1.0
@@ -43,6 +46,9 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (
@@ -50,6 +56,9 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
             ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "a number in [0, 1] (0 keeps every token)"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "a number > 0 (1 changes nothing)"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "an integer >= 0, or None"),
         ):
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class DeviceRows:
     Args:
         num_rows: sequences that may run at once; one row more is scratch, for padding.
         table_width: blocks of the longest context.
+        vocab_size: of the model.
         generator: draws the seeds of requests without one.
 
     Attributes:
@@ -31,10 +33,17 @@ class DeviceRows:
         temperatures: [num_rows + 1], float32.
         seeds: [num_rows + 1, 2], int32: the mixed seed's low and high half.
         tables: [num_rows + 1, table_width], int32.
+        seen: [num_rows, vocab_size], bool: the tokens before the next one, of rows with a repetition penalty.
     """
 
     def __init__(
-        self, num_rows: int, table_width: int, num_blocks: int, device: torch.device, generator: random.Random
+        self,
+        num_rows: int,
+        table_width: int,
+        vocab_size: int,
+        num_blocks: int,
+        device: torch.device,
+        generator: random.Random,
     ):
         self._device, self._generator, self._num_blocks = device, generator, num_blocks
         rows = num_rows + 1
@@ -46,10 +55,11 @@ class DeviceRows:
         self.seeds = views[3][: 2 * rows].view(rows, 2)
         self.tables = views[4][: rows * table_width].view(rows, table_width)
         self._computed, self._temperatures, self._seeds, self._tables = starts[1:5]
-        self._width = table_width
+        self._width, self._vocab_size = table_width, vocab_size
         self.scratch = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
         self._rows: dict[Sequence, int] = {}
+        self._with_seen: set[int] = set()
 
     def of(self, seqs: Iterable[Sequence]) -> list[int]:
         """The rows of these sequences."""
@@ -94,6 +104,29 @@ class DeviceRows:
         """Write what `changes` gave, behind the steps launched before."""
         apply_edits(self._state, changes)
 
+    @cached_property
+    def seen(self) -> Tensor:
+        return torch.zeros(self.scratch, self._vocab_size, dtype=torch.bool, device=self._device)
+
+    def unseen(self, row: Row) -> list[int] | None:
+        """The tokens up to the end of a row that samples, to be given to `see`; None where `seen` has them."""
+        index = self._rows[row.seq]
+        if index in self._with_seen:
+            return None
+        self._with_seen.add(index)
+        return row.seq.token_ids[: row.start + row.num_tokens]
+
+    def see(self, tokens: dict[int, list[int]]) -> None:
+        """Write into `seen` what `unseen` gave for these rows, behind the steps launched before."""
+        if tokens:
+            rows = np.array(list(tokens))
+            pairs = np.stack(
+                (np.repeat(rows, [len(ids) for ids in tokens.values()]), np.concatenate([*tokens.values()]))
+            )
+            self.seen.index_fill_(0, to_device(rows, self._device), False)
+            row_of_each, token_ids = to_device(pairs, self._device)
+            self.seen[row_of_each, token_ids] = True
+
     def _describe(self, row: Row) -> list[tuple[int, list[int]]]:
         """Give a sequence a row on the device; the edits that describe it."""
         seq = row.seq
@@ -116,6 +149,7 @@ class DeviceRows:
         row = self._rows.pop(seq, None)
         if row is not None:
             self._free.append(row)
+            self._with_seen.discard(row)
 
 
 def _check_blocks(seq: Sequence, block_ids: list[int], num_blocks: int) -> None:

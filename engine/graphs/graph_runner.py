@@ -18,10 +18,11 @@ from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.kernels.paged_attention import prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import StepHandle
 from twinserve.engine.sampler import GREEDY_BELOW, SamplingPlan, draw_uniforms
-from twinserve.policies import Batch, Row, SamplingParams
+from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
 CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of the steps that are captured; a step is padded to the next of them."""
@@ -68,6 +69,7 @@ class GraphRunner:
 
     Attributes:
         model, device, num_blocks, block_size: as in use.
+        logprobs: what steps that were waited for have given of those asked for; whoever reads it clears it.
     """
 
     def __init__(
@@ -87,8 +89,9 @@ class GraphRunner:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype or model.dtype, self.device)
         self._generator = random.Random(seed)
+        self.logprobs: Heard = {}
         width = -(-max_model_len // block_size)
-        self._rows = DeviceRows(max_num_seqs, width, num_blocks, self.device, self._generator)
+        self._rows = DeviceRows(max_num_seqs, width, model.config.vocab_size, num_blocks, self.device, self._generator)
         self._decoder = FusedDecoder(
             model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
         )
@@ -107,17 +110,20 @@ class GraphRunner:
 
     @torch.inference_mode()
     def step_bytes(self) -> int:
-        """Bytes that the largest step takes for a while: all its rows sample, from a sorted vocabulary; and graphs."""
+        """Bytes that the largest step takes for a while: all its rows ask for every setting; and graphs."""
         seqs, tokens = self._rows.scratch, self._max_num_batched_tokens
         size = StepSize(0, tokens, seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         logits = self._decoder.run(self._padding(size)[1], self._out)
-        params = [SamplingParams(temperature=1.0, top_p=0.5)] * seqs
-        SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits)
+        params = [SamplingParams(top_p=0.5, repetition_penalty=1.5, logprobs=1)] * seqs
+        seen = torch.zeros(2, seqs, self.model.config.vocab_size, dtype=torch.bool, device=self.device)[0]
+        asked = AskedLogprobs([Row(Sequence([0], param), 0, 1, True, True) for param in params])
+        sampled = SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits, seen)
+        asked.take(logits, sampled)
         torch.cuda.synchronize(self.device)
         taken = torch.cuda.max_memory_allocated(self.device) - before
-        del logits
+        del logits, seen, sampled, asked
         torch.cuda.empty_cache()
         return taken + GRAPH_BYTES
 
@@ -187,11 +193,13 @@ class GraphRunner:
             return self._queue.submit(lambda: self._out[:0])
         device_rows = self._rows.of(row.seq for row in decodes), self._rows.of(row.seq for row in prompts)
         inputs = to_device(self._inputs(size, device_rows[0], prompts, device_rows[1]), self.device)
-        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special))
+        asked = AskedLogprobs([one.row for one in special])
+        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special, asked))
         places = {row.seq: place for place, row in enumerate(decodes)}
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
         self._places = [places[row.seq] for row in rows if row.samples]
-        return _InOrder(step, self._places)
+        in_order = _InOrder(step, self._places)
+        return LogprobStep(in_order, asked, self.logprobs) if asked else in_order
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
@@ -205,6 +213,7 @@ class GraphRunner:
         inputs: Tensor | None = None,
         size: StepSize | None = None,
         special: Seq[_Special] = (),
+        asked: AskedLogprobs | None = None,
     ) -> Tensor:
         """Run a step: a graph, with `inputs` unless it has them already, or without one; the tokens."""
         if changes is not None:
@@ -218,23 +227,38 @@ class GraphRunner:
             graph.replay()
             logits = graph.logits
         if special:
-            places = to_device(np.array([one.place for one in special]), self.device)
-            rows = to_device(np.array([one.device_row for one in special]), self.device)
-            params, draws = [one.params for one in special], [one.draw for one in special]
-            tokens = SamplingPlan.of(params, draws, self.device).sample(logits[places]).int()
-            self._out.index_copy_(0, places, tokens)
-            self._rows.tokens.index_copy_(0, rows, tokens)
+            self._sample(special, logits, asked)
         return self._out
 
+    def _sample(self, special: Seq[_Special], logits: Tensor, asked: AskedLogprobs | None) -> None:
+        """Sample for special rows, in place of what the step has sampled for them."""
+        places = to_device(np.array([one.place for one in special]), self.device)
+        rows = to_device(np.array([one.device_row for one in special]), self.device)
+        params = [one.row.seq.sampling_params for one in special]
+        plan = SamplingPlan.of(params, [one.draw for one in special], self.device)
+        logits = logits[places]
+        if plan.penalised is None:
+            tokens = plan.sample(logits)
+        else:
+            self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
+            penalised = rows[plan.penalised]
+            tokens = plan.sample(logits, self._rows.seen[penalised])
+            self._rows.seen[penalised, tokens[plan.penalised]] = True
+        if asked:
+            asked.take(logits, tokens)
+        self._out.index_copy_(0, places, tokens.int())
+        self._rows.tokens.index_copy_(0, rows, tokens.int())
+
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
-        """The sampling rows that keep but a part of the vocabulary, which is sorted for them."""
+        """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""
         places = [*enumerate(decodes), *((size.decodes + place, row) for place, row in enumerate(prompts))]
         special = []
         for place, row in places:
             params = row.seq.sampling_params
-            if row.samples and params.temperature >= GREEDY_BELOW and (params.top_k or params.top_p < 1.0):
+            if row.samples and _is_special(params):
                 draw = draw_uniforms([params], [row.start + row.num_tokens], self._generator)[0]
-                special.append(_Special(place, self._rows.of([row.seq])[0], params, draw))
+                unseen = self._rows.unseen(row) if params.repetition_penalty != 1.0 else None
+                special.append(_Special(row, place, self._rows.of([row.seq])[0], draw, unseen))
         return special
 
     def _decode_size(self, count: int) -> int:
@@ -284,12 +308,23 @@ class GraphRunner:
 
 @dataclass(frozen=True)
 class _Special:
-    """A row that samples from a part of the vocabulary: its place among the sampled, and how it samples."""
+    """A row that is sampled behind the graph: its place among the sampled, and how it samples.
 
+    Attributes:
+        unseen: of a row with a repetition penalty, what `DeviceRows.unseen` gave.
+    """
+
+    row: Row
     place: int
     device_row: int
-    params: SamplingParams
     draw: float
+    unseen: list[int] | None
+
+
+def _is_special(params: SamplingParams) -> bool:
+    keeps_all = params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0
+    draws_from_part = params.temperature >= GREEDY_BELOW and not keeps_all
+    return draws_from_part or params.repetition_penalty != 1.0 or params.logprobs is not None
 
 
 class _InOrder:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from engine_judge import GREEDY
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from twinserve.engine.sampler import greedy_sample, sample, sample_with_temperature, uniform
 from twinserve.policies import SamplingParams
@@ -21,9 +29,10 @@ def frequencies(params: SamplingParams, draws: int = 20_000) -> torch.Tensor:
 
 
 def expected(params: SamplingParams) -> torch.Tensor:
-    """The distribution by its definition: temperature, then top-k, then top-p, then renormalised."""
+    """The distribution by its definition: temperature, then min-p, then top-k, then top-p, then renormalised."""
     probabilities = (LOGITS.double() / params.temperature).softmax(-1).tolist()
     ranked = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
+    ranked = [token for token in ranked if probabilities[token] >= params.min_p * max(probabilities)]
     if params.top_k:
         ranked = ranked[: params.top_k]
     total = sum(probabilities[token] for token in ranked)
@@ -60,14 +69,57 @@ def test_the_guides_temperature():
         SamplingParams(top_p=0.8),
         SamplingParams(top_p=1e-9),
         SamplingParams(temperature=2.0, top_k=4, top_p=0.7),
+        SamplingParams(min_p=0.2),
+        SamplingParams(min_p=1.0),
+        SamplingParams(temperature=3.0, min_p=0.5, top_k=3),
+        SamplingParams(temperature=2.0, min_p=0.3, top_p=0.6),
     ],
 )
 @pytest.mark.parametrize("seed", [None, 11])
 def test_tokens_follow_the_distribution(params, seed):
-    params = SamplingParams(params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
+    params = replace(params, seed=seed)
     found, exact = frequencies(params), expected(params)
     assert torch.all(found[exact == 0] == 0)
     assert (found - exact).abs().max() < 0.015
+
+
+@pytest.mark.parametrize("penalty", [0.6, 1.0, 1.4, 8.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3])
+def test_penalty_temperature_min_p_and_top_k_are_those_of_transformers(penalty, min_p):
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 3
+    before = torch.randint(0, 300, (5, 80), generator=torch.Generator().manual_seed(3))
+    before[:, :4] = torch.cat((logits.topk(2).indices, logits.topk(2, largest=False).indices), 1)
+    steps = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(1.7)]
+    steps += [MinPLogitsWarper(min_p)] if min_p else []
+    processed = LogitsProcessorList([*steps, TopKLogitsWarper(20)])(before, logits.clone())
+    cumulative = processed.double().softmax(-1).cumsum(-1)
+    params = SamplingParams(1.7, top_k=20, min_p=min_p, repetition_penalty=penalty, seed=4)
+    seen = torch.zeros(5, 300, dtype=torch.bool).scatter_(1, before, True)
+    kept = torch.zeros(5, 300, dtype=torch.bool)
+    for position in range(400):
+        tokens = sample(logits, [params] * 5, [position] * 5, seen=seen if penalty != 1.0 else None)
+        expected = (cumulative <= uniform(4, position)).sum(-1)
+        assert tokens.tolist() == expected.tolist()
+        kept[torch.arange(5), tokens] = True
+    assert 1 < kept.sum(-1).float().mean() < 21
+    greedy = replace(params, temperature=0.0)
+    tokens = sample(logits, [greedy] * 5, [0] * 5, seen=seen if penalty != 1.0 else None)
+    assert tokens.tolist() == RepetitionPenaltyLogitsProcessor(penalty)(before, logits.clone()).argmax(-1).tolist()
+
+
+def test_a_penalty_is_of_its_own_row():
+    logits = torch.tensor([[2.0, 1.5, -1.0]] * 3)
+    penalised = replace(GREEDY, repetition_penalty=2.0)
+    seen = torch.tensor([[True, False, False]])
+    assert sample(logits, [GREEDY, penalised, GREEDY], [0] * 3, seen=seen).tolist() == [0, 1, 0]
+
+
+def test_a_penalty_without_the_tokens_before_is_refused():
+    penalised = replace(GREEDY, repetition_penalty=2.0)
+    with pytest.raises(ValueError, match=r"seen is of shape None, expected \(1, 6\)"):
+        sample(LOGITS[None], [penalised], [0])
+    with pytest.raises(ValueError, match=r"seen is of shape \(2, 6\), expected \(1, 6\)"):
+        sample(LOGITS[None], [penalised], [0], seen=torch.zeros(2, 6, dtype=torch.bool))
 
 
 def test_equal_logits_beyond_top_k_keep_the_lower_ids():
@@ -88,12 +140,16 @@ def test_a_seeded_row_draws_alike_in_any_batch():
         GREEDY,
         SamplingParams(),
         SamplingParams(seed=1 << 70),
+        SamplingParams(seed=8, min_p=0.1, repetition_penalty=1.5),
     ]
-    positions = [3, 4, 5, 6, 7, 8, 9, 10, 11]
-    together = sample(logits, params, positions).tolist()
+    logits = torch.cat((logits, logits[:1]))
+    seen = torch.rand(1, 1000, generator=generator) < 0.5
+    positions = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    together = sample(logits, params, positions, seen=seen).tolist()
     assert together[1] == logits[1].argmax() and together[6] == logits[6].argmax()
     for row in (0, 1, 2, 4, 5, 6, 8):
         assert sample(logits[row : row + 1], [params[row]], [positions[row]]).tolist() == [together[row]]
+    assert sample(logits[9:], params[9:], positions[9:], seen=seen).tolist() == together[9:]
 
 
 def test_another_position_is_another_draw():

@@ -17,6 +17,12 @@ from twinserve.policies.block_manager import NoFreeBlocksError
         ({"top_k": -1}, "top_k is -1, expected an integer >= 0"),
         ({"top_p": 0.0}, "top_p is 0.0, expected a number in"),
         ({"top_p": 1.5}, "top_p is 1.5, expected a number in"),
+        ({"min_p": -0.1}, "min_p is -0.1, expected a number in"),
+        ({"min_p": 1.1}, "min_p is 1.1, expected a number in"),
+        ({"min_p": float("nan")}, "min_p is nan, expected a number in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected a number > 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf, expected a number > 0"),
+        ({"logprobs": -1}, "logprobs is -1, expected an integer >= 0, or None"),
     ],
 )
 def test_sampling_that_means_nothing(values, message):

@@ -1,0 +1,103 @@
+"""What requests ask of sampling, through the whole engine: against transformers, and whatever runs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import pytest
+import torch
+from engine_judge import GREEDY, NEAR_TIE, Judge
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from twinserve.policies import Batch, SamplingParams
+
+every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
+PROMPTS = [[5 + number] * 3 + [7 * place % 400 for place in range(17 + 3 * number)] for number in range(5)]
+TIGHT = {"num_gpu_blocks": 8, "max_num_batched_tokens": 30, "max_num_seqs": 6}
+"""Settings under which these prompts are computed in chunks and some of them are preempted."""
+
+
+def assert_greedy(judge: Judge, prompt: list[int], tokens: list[int], penalty: float) -> None:
+    """Assert that each of `tokens` is the best by transformers' penalised logits, near ties aside."""
+    ids = torch.tensor([prompt + tokens])
+    logits = judge.model(ids).logits[0]
+    for place in range(len(prompt), ids.shape[1]):
+        before = ids[:, :place]
+        processed = RepetitionPenaltyLogitsProcessor(penalty)(before, logits[place - 1 : place].clone())[0]
+        assert processed.max() - processed[ids[0, place]] < NEAR_TIE, f"token {place - len(prompt)} of {tokens}"
+
+
+@every_depth
+def test_penalised_tokens_are_those_of_transformers(llama, serving, monkeypatch, pipeline_depth):
+    params = [
+        SamplingParams(0.0, max_tokens=40, ignore_eos=True, repetition_penalty=penalty)
+        for penalty in (1.3, 1.0, 2.0, 0.7, 5.0)
+    ]
+    llm = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
+    batches, launch = list[Batch](), llm.runner.launch
+    monkeypatch.setattr(llm.runner, "launch", lambda batch: batches.append(batch) or launch(batch))
+    completions = llm.generate(PROMPTS, params)
+    assert any(batch.preempted for batch in batches)
+    assert any(row.is_prompt and not row.samples for batch in batches for row in batch.rows)
+    for prompt, param, completion in zip(PROMPTS, params, completions, strict=True):
+        assert len(completion.token_ids) == 40
+        assert_greedy(llama, prompt, completion.token_ids, param.repetition_penalty)
+    assert completions[4].token_ids != serving(llama).generate([PROMPTS[4]], params[1])[0].token_ids
+
+
+@every_depth
+def test_seeded_requests_with_all_settings_repeat_whatever_runs_beside_them(llama, serving, pipeline_depth):
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(
+            1.5, 40, top_k=60 * (seed % 2), seed=seed, ignore_eos=True, min_p=0.02, repetition_penalty=1.2
+        )
+
+    roomy = serving(llama)
+    alone = [roomy.generate([prompt], params(seed))[0].token_ids for seed, prompt in enumerate(PROMPTS)]
+    tight = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
+    beside = tight.generate([*PROMPTS, [9, 9]], [*map(params, range(5)), GREEDY])
+    assert tokens_of(beside[:5]) == alone
+    assert tokens_of(beside[5:]) == tokens_of(roomy.generate([[9, 9]], GREEDY))
+
+
+def tokens_of(completions: Seq) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+@every_depth
+def test_logprobs_are_those_of_the_models_own_distribution(llama, serving, pipeline_depth):
+    """Whatever the penalty and the temperature; also of tokens that were generated before a preemption."""
+    asked = [None, 0, 1, 5, 10_000]
+    params = [
+        SamplingParams(0.9 * (number % 2), 30, seed=number, ignore_eos=True, repetition_penalty=1.4, logprobs=logprobs)
+        for number, logprobs in enumerate(asked)
+    ]
+    llm = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
+    completions = llm.generate(PROMPTS, params)
+    assert completions[0].logprobs is None
+    for prompt, count, completion in zip(PROMPTS[1:], asked[1:], completions[1:], strict=True):
+        assert completion.logprobs is not None and len(completion.logprobs) == 30
+        logits = llama.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for row, token, logprobs in zip(expected, completion.token_ids, completion.logprobs, strict=True):
+            assert logprobs.logprob == pytest.approx(row[token].item(), abs=1e-3)
+            values = [value for _, value in logprobs.top]
+            assert values == pytest.approx(row.sort(descending=True).values[:count].tolist(), abs=1e-3)
+            assert values == pytest.approx([row[token_id].item() for token_id, _ in logprobs.top], abs=1e-3)
+            assert len({token_id for token_id, _ in logprobs.top}) == min(count, 512)
+
+
+@every_depth
+def test_logprobs_end_with_the_tokens(llama, serving, pipeline_depth):
+    """What a step that ran ahead of a stop sampled is in neither; and a request asks for itself alone."""
+    llm = serving(llama, pipeline_depth=pipeline_depth)
+    tokens = llm.generate([PROMPTS[0]], GREEDY)[0].token_ids
+    stop = next(token for place, token in enumerate(tokens) if place >= 5 and token not in tokens[:place])
+    params = SamplingParams(0.0, stop_token_ids=(stop,), logprobs=2)
+    stopped, other = llm.generate([PROMPTS[0], PROMPTS[1]], [params, GREEDY])
+    assert stopped.token_ids == tokens[: tokens.index(stop) + 1]
+    assert [one.top[0][0] for one in stopped.logprobs] == stopped.token_ids
+    assert other.logprobs is None and len(llm.runner.logprobs) == 1
+    refused = llm.generate([[5] * 5000], params)[0]
+    assert (refused.finish_reason, refused.logprobs) == ("refused", [])
+    assert not llm.runner.logprobs

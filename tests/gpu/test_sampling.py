@@ -1,0 +1,103 @@
+"""Sampling on the CUDA path: what rows behind the graph sample, as the eager path samples it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twinserve.policies import Batch, SamplingParams, Sequence
+
+pytestmark = pytest.mark.gpu
+
+every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
+PROMPTS = [[5 + number] * 3 + [7 * place % 400 for place in range(17 + 3 * number)] for number in range(10)]
+TIGHT = {"block_size": 16, "num_gpu_blocks": 12, "max_num_batched_tokens": 30, "max_num_seqs": 6}
+"""Settings under which these prompts are computed in chunks and some of them are preempted."""
+
+
+def mixed(temperature: float) -> list[SamplingParams]:
+    """Every setting beside every other, and rows that have none."""
+    return [
+        SamplingParams(
+            temperature,
+            40,
+            seed=number,
+            ignore_eos=True,
+            top_k=(0, 40)[number % 2],
+            min_p=(0.0, 0.0, 0.03)[number % 3],
+            repetition_penalty=(1.0, 1.5, 0.8)[number % 3],
+            logprobs=(None, None, 0, 5)[number % 4],
+        )
+        for number in range(len(PROMPTS))
+    ]
+
+
+def launches_of(llm, monkeypatch) -> list[Batch]:
+    """The batches that `llm` launches from now on."""
+    batches, launch = list[Batch](), llm.runner.launch
+    monkeypatch.setattr(llm.runner, "launch", lambda batch: batches.append(batch) or launch(batch))
+    return batches
+
+
+@every_depth
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_mixed_batch_samples_what_the_eager_path_samples(qwen3, serving, monkeypatch, pipeline_depth, temperature):
+    eager = serving(qwen3, "sdpa, eager", block_size=16, num_gpu_blocks=256)
+    graphs = serving(qwen3, "triton", pipeline_depth=pipeline_depth, **TIGHT)
+    params = mixed(temperature)
+    batches = launches_of(graphs, monkeypatch)
+    found = graphs.generate(PROMPTS, params)
+    assert any(batch.preempted for batch in batches)
+    expected = eager.generate(PROMPTS, params)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, other, param in zip(found, expected, params, strict=True):
+        assert_logprobs(one.logprobs, other.logprobs, param.logprobs)
+    plain = [SamplingParams(temperature, 40, seed=number, ignore_eos=True) for number in range(len(PROMPTS))]
+    assert all(
+        one.token_ids != other.token_ids
+        for one, other, param in zip(found, graphs.generate(PROMPTS, plain), params, strict=True)
+        if param.repetition_penalty == 1.5
+    )
+
+
+def assert_logprobs(found, expected, count: int | None) -> None:
+    """Assert that two paths gave the same log-probabilities of the same 40 tokens."""
+    if count is None:
+        assert found is expected is None
+        return
+    assert len(found) == len(expected) == 40
+    for one, other in zip(found, expected, strict=True):
+        assert len(one.top) == count
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
+        # Of two that are nearly as probable, either may come first.
+        assert len({token_id for token_id, _ in one.top} ^ {token_id for token_id, _ in other.top}) <= 2
+
+
+def test_what_was_seen_goes_with_its_row(qwen3, serving):
+    """A row that is taken over by another sequence begins without the tokens of the one before."""
+    llm = serving(qwen3, "triton", num_gpu_blocks=16, max_num_seqs=1)
+    strong = SamplingParams(0.0, 30, ignore_eos=True, repetition_penalty=20.0)
+    alone = llm.generate([PROMPTS[3]], strong)[0].token_ids
+    both = llm.generate([PROMPTS[0], PROMPTS[3]], strong)
+    assert both[1].token_ids == alone
+    assert len(set(alone) - set(PROMPTS[3])) == 30
+
+
+def test_special_rows_wait_for_nothing_but_tokens(qwen3, serving):
+    llm = serving(qwen3, "triton", pipeline_depth=1)
+    llm.warm_up()
+    core = llm.settings.build_core()
+    for prompt in PROMPTS[:4]:
+        params = SamplingParams(0.7, 60, ignore_eos=True, repetition_penalty=1.2, min_p=0.02, logprobs=3)
+        core.ingest(Sequence(prompt, params), 0)
+    launched: list = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            launched.append(llm.runner.launch(core.decide(0)))
+            if core.must_commit:
+                core.commit(launched.pop(0).result(), 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    core.commit(launched.pop(0).result(), 0)

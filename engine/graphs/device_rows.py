@@ -124,8 +124,11 @@ class DeviceRows:
                 (np.repeat(rows, [len(ids) for ids in tokens.values()]), np.concatenate([*tokens.values()]))
             )
             self.seen.index_fill_(0, to_device(rows, self._device), False)
-            row_of_each, token_ids = to_device(pairs, self._device)
-            self.seen[row_of_each, token_ids] = True
+            self.mark_seen(*to_device(pairs, self._device))
+
+    def mark_seen(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Note in `seen` a token of each of `rows`. Not by an assignment, as that copies its value from the host."""
+        self.seen.view(-1).index_fill_(0, rows.long() * self._vocab_size + token_ids.long(), True)
 
     def _describe(self, row: Row) -> list[tuple[int, list[int]]]:
         """Give a sequence a row on the device; the edits that describe it."""

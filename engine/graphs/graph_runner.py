@@ -243,7 +243,7 @@ class GraphRunner:
             self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
             penalised = rows[plan.penalised]
             tokens = plan.sample(logits, self._rows.seen[penalised])
-            self._rows.seen[penalised, tokens[plan.penalised]] = True
+            self._rows.mark_seen(penalised, tokens[plan.penalised])
         if asked:
             asked.take(logits, tokens)
         self._out.index_copy_(0, places, tokens.int())

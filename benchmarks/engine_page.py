@@ -57,6 +57,7 @@ def page() -> str:
             "",
             *_opening(),
             *_figures(read("h100.json"), step_of(kernels)),
+            *_larger(RESULTS / "h100" / "decode-llama-3-8b.json"),
             *_ablation(read("h100/throughput.json")["ablation"]),
             *_kernels(kernels),
             *_ending(),
@@ -72,9 +73,9 @@ def step_of(kernels: Any, decodes: int = 131) -> dict[str, Any]:
 def _opening() -> list[str]:
     return [
         *prose(
-            f"""Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here: random weights of
-            the Qwen3-0.6B shape in bfloat16 on one {read("h100.json")["card"]}; the files name versions, commit and
-            command."""
+            f"""Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here, unless it says
+            otherwise: random weights of the Qwen3-0.6B shape in bfloat16 on one {read("h100.json")["card"]}; the files
+            name versions, commit and command."""
         ),
         "## A step",
         "",
@@ -132,6 +133,34 @@ def _figures(measured: dict[str, Any], step: dict[str, Any]) -> list[str]:
             {summary["ttft_s"]["p99"] * 1e3:.1f}). `twinserve replay` makes {replay["equal"]:,} of
             {replay["recorded"]:,} decisions again from the record's facts.""",
         ),
+    ]
+
+
+def _larger(path: Path) -> list[str]:
+    """Steps of a larger shape, where they have been measured."""
+    if not path.exists():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    steps = measured["steps"]
+    rows = [
+        [
+            f"{step['decodes']} x {step['context']}",
+            f"{step['us'] / 1e3:.2f}",
+            f"{step['limit_us'] / 1e3:.2f}",
+            f"{step['us'] / step['limit_us']:.2f}",
+            f"{step['decodes'] / step['us'] * 1e6:,.0f}",
+        ]
+        for step in steps
+    ]
+    return [
+        "## A larger model",
+        "",
+        *prose(
+            f"""Decode steps of the {measured["shape"]} shape with random weights in bfloat16, by
+            `{measured["command"]}`. A step reads {steps[0]["weight_bytes"] / 1e9:.1f} GB of weights; the limit is its
+            weights and KV read once at {measured["read_gb_s"]:,.0f} GB/s."""
+        ),
+        *table(["rows x context", "step, ms", "bytes alone, ms", "step / bytes", "tokens/s"], rows, numbers=True),
     ]
 
 

@@ -173,7 +173,7 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
             found = kernels[kernel_name(event.key)]
             found[0] += event.count / 5
             found[1] += event.device_time_total / 5
-    kv_bytes = decodes * context * 2 * KV_HEADS * SIZE * 2 * llm.config.num_layers
+    kv_bytes = decodes * context * 2 * llm.config.num_kv_heads * llm.config.head_dim * 2 * llm.config.num_layers
     weights = weight_bytes(runner.model)
     row = {
         "decodes": decodes,
@@ -195,8 +195,9 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
 
 
 def weight_bytes(model: Decoder) -> int:
-    """Bytes of the weights that a step reads; of an embedding that is the output projection too, all."""
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    """Bytes of the weights that a step reads: all, but of an embedding that is no output projection a few rows."""
+    unread = 0 if model.lm_head is None else model.embedding.weight.nbytes
+    return sum(weight.nbytes for weight in model.parameters()) - unread
 
 
 def kernel_name(name: str) -> str:

@@ -1,10 +1,14 @@
 """What one user waits for: a token, the first token of a long prompt, and the engine's start.
 
     python benchmarks/latency.py [--repeats N] [--out FOLDER]
+    python benchmarks/latency.py --shape llama-3-8b [--out FOLDER]
 
 One request at a time through the whole engine, warm; times are the host's, from the request's coming to its token's
 reading. `ready_s` is a new process, from its start to its first token, its kernels compiled by an earlier one.
 Results: FOLDER/h100.json, called after the card.
+
+With --shape, only steps of decodes of another shape with random weights are timed, beside what their bytes alone take.
+Results: FOLDER/h100/decode-SHAPE.json.
 """
 
 from __future__ import annotations
@@ -19,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import common
+import torch
+from kernels import bandwidth, step_row
 from on_cuda import MODEL, TEMPERATURE, close, facts, make_llm, merge
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve
 from twinserve.policies import CoreListener, SamplingParams, Sequence
+
+DECODES = (1, 32, 131)
+CONTEXT = 920
 
 READY = f"""
 import time
@@ -58,14 +67,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--shape", help="time decode steps of this shape instead, such as llama-3-8b")
     arguments = parser.parse_args()
+    if arguments.shape is not None:
+        values = decode_steps(arguments.shape, arguments.attention) | facts(arguments.commit)
+        merge(arguments.out / common.device_folder("cuda") / f"decode-{arguments.shape}.json", values)
+        return 0
     llm = make_llm(attention=arguments.attention)
     llm.warm_up()
     tokens = [per_token_ms(llm) for _ in range(arguments.repeats)]
     firsts = first_token_ms(llm, 1 + 5 * arguments.repeats)[1:]
     close(llm)
     ready = [ready_s() for _ in range(1 + arguments.repeats)][1:]
-    values: dict[str, Any] = {
+    values = {
         "batch1_ms_per_token": statistics.median(tokens),
         "ttft_1024_ms": statistics.median(firsts),
         "ready_s": statistics.median(ready),
@@ -99,6 +113,19 @@ def first_token_ms(llm: LLM, count: int) -> list[float]:
     """Milliseconds to the first token of prompts of 1,024 tokens that share nothing."""
     sequences = requests(llm, count, 1024, 1)
     return [round(((seq.first_token_ns or 0) - (seq.ingested_ns or 0)) / 1e6, 4) for seq in sequences]
+
+
+def decode_steps(shape: str, attention: str) -> dict[str, Any]:
+    """Steps of decodes of a shape: their time, and what reading their weights and KV once would take."""
+    with torch.inference_mode():
+        read_gb_s = bandwidth()
+    torch.cuda.empty_cache()
+    llm = make_llm(shape, attention=attention, settings={"max_num_seqs": max(DECODES)})
+    llm.warm_up()
+    with torch.inference_mode():
+        steps = [step_row(llm, decodes, CONTEXT, read_gb_s) for decodes in DECODES]
+    close(llm)
+    return {"shape": shape, "read_gb_s": read_gb_s, "steps": steps}
 
 
 def ready_s() -> float:

@@ -35,7 +35,11 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "heads"),
-    [("qwen3-0.6b", 596_128_768, (16, 8, 128)), ("smollm2-135m-shape", 134_515_008, (9, 3, 64))],
+    [
+        ("qwen3-0.6b", 596_128_768, (16, 8, 128)),
+        ("smollm2-135m-shape", 134_515_008, (9, 3, 64)),
+        ("llama-3-8b", 8_030_261_248, (32, 8, 128)),
+    ],
 )
 def test_the_shapes_that_ship(name, parameters, heads):
     config = ModelConfig.load(SHAPES / name)

@@ -94,6 +94,11 @@ def _opening() -> list[str]:
             Decode attention has all query heads of a KV head in one program and splits long contexts where few rows
             would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple of 16 is
             served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
+            """The graph samples the best token of a row, or one by temperature. Rows that ask for more (`top_k`,
+            `top_p`, `min_p`, `repetition_penalty`, `logprobs`) are sampled again behind it, by the kernels of the
+            eager path. For one with a repetition penalty the device keeps which tokens came before, a byte for each
+            of the vocabulary. Log-probabilities come to the host with the tokens of their step, into
+            `Completion.logprobs`.""",
         ),
         "![Host and device over three steps](engine/timeline.svg)",
         "",
@@ -234,8 +239,8 @@ def _ending() -> list[str]:
         "## Not there yet",
         "",
         *prose(
-            """Min-p, repetition penalty and log-probabilities; top-k and top-p sort their rows outside the graph; the
-            latency model that ships for the H100 was measured on the eager path."""
+            """Top-k and top-p sort their rows outside the graph; the latency model that ships for the H100 was measured
+            on the eager path."""
         ),
     ]
 

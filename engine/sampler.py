@@ -21,6 +21,12 @@ _MASK = (1 << 64) - 1
 _EVERY_TOKEN = 1 << 62
 
 
+def is_plain(params: SamplingParams) -> bool:
+    """Do `params` ask for nothing but the most probable token, or one by temperature?"""
+    keeps_all = params.temperature < GREEDY_BELOW or (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
+    return keeps_all and params.repetition_penalty == 1.0 and params.logprobs is None
+
+
 def greedy_sample(logits: Tensor) -> int:
     """The most probable token of `logits` [vocab] or [1, vocab]."""
     return int(logits.argmax(dim=-1).item())

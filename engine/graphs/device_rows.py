@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kernels.step_rows import apply_edits
-from twinserve.engine.sampler import mixed
+from twinserve.engine.sampler import is_plain, mixed
 from twinserve.policies import Batch, Row, Sequence
 
 
@@ -33,6 +33,7 @@ class DeviceRows:
         temperatures: [num_rows + 1], float32.
         seeds: [num_rows + 1, 2], int32: the mixed seed's low and high half.
         tables: [num_rows + 1, table_width], int32.
+        special: sequences with a row that ask for more than a step samples by itself.
         seen: [num_rows, vocab_size], bool: the tokens before the next one, of rows with a repetition penalty.
     """
 
@@ -59,6 +60,7 @@ class DeviceRows:
         self.scratch = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
         self._rows: dict[Sequence, int] = {}
+        self.special: set[Sequence] = set()
         self._with_seen: set[int] = set()
 
     def of(self, seqs: Iterable[Sequence]) -> list[int]:
@@ -136,6 +138,8 @@ class DeviceRows:
         _check_blocks(seq, seq.block_table, self._num_blocks)
         index = self._rows[seq] = self._free.pop()
         params = seq.sampling_params
+        if not is_plain(params):
+            self.special.add(seq)
         seed = mixed(self._generator.getrandbits(64) if params.seed is None else params.seed)
         edits = [
             (self._temperatures + index, np.array([params.temperature], np.float32).view(np.int32).tolist()),
@@ -153,6 +157,7 @@ class DeviceRows:
         if row is not None:
             self._free.append(row)
             self._with_seen.discard(row)
+            self.special.discard(seq)
 
 
 def _check_blocks(seq: Sequence, block_ids: list[int], num_blocks: int) -> None:

@@ -21,7 +21,7 @@ from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import StepHandle
-from twinserve.engine.sampler import GREEDY_BELOW, SamplingPlan, draw_uniforms
+from twinserve.engine.sampler import SamplingPlan, draw_uniforms
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
 CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -251,11 +251,13 @@ class GraphRunner:
 
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
         """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""
+        if not self._rows.special:
+            return []
         places = [*enumerate(decodes), *((size.decodes + place, row) for place, row in enumerate(prompts))]
         special = []
         for place, row in places:
-            params = row.seq.sampling_params
-            if row.samples and _is_special(params):
+            if row.samples and row.seq in self._rows.special:
+                params = row.seq.sampling_params
                 draw = draw_uniforms([params], [row.start + row.num_tokens], self._generator)[0]
                 unseen = self._rows.unseen(row) if params.repetition_penalty != 1.0 else None
                 special.append(_Special(row, place, self._rows.of([row.seq])[0], draw, unseen))
@@ -319,12 +321,6 @@ class _Special:
     device_row: int
     draw: float
     unseen: list[int] | None
-
-
-def _is_special(params: SamplingParams) -> bool:
-    keeps_all = params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0
-    draws_from_part = params.temperature >= GREEDY_BELOW and not keeps_all
-    return draws_from_part or params.repetition_penalty != 1.0 or params.logprobs is not None
 
 
 class _InOrder:

@@ -199,8 +199,9 @@ def run(
         execution=execution,
     )
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
-    with Bar("run", len(workload.requests)) as bar:
-        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, progress=bar.ended)
+    with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
+        how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
+        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
     print_summary(summary, as_json)
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
+from twinserve.traces.errors import RunError
 from twinserve.traces.request import Request, TokenMaker
 
 
@@ -34,7 +35,7 @@ class Executor(Protocol):
         """Start a step; it may still run when this returns."""
 
 
-class StepError(RuntimeError):
+class StepError(RunError):
     """A step failed, and with it the run; `__cause__` is what its executor raised.
 
     Args:

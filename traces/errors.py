@@ -1,4 +1,4 @@
-"""InputError: bad input, said in one line."""
+"""What ends a command with one line for the person who gave it: bad input, and a run that failed."""
 
 from __future__ import annotations
 
@@ -33,3 +33,7 @@ class InputError(ValueError):
             what += f" is {shown}" if what else shown
         joined = ": ".join(part for part in (where, what) if part)
         super().__init__(joined + (", " if what else ": " if where else "") + problem)
+
+
+class RunError(RuntimeError):
+    """A run failed by something else than what it was given; commands print it to stderr and exit with status 1."""

@@ -14,7 +14,7 @@ from twinserve.options import Json, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
 from twinserve.sweep_cli import capacity, sweep
 from twinserve.trace_cli import trace_app
-from twinserve.traces.errors import InputError
+from twinserve.traces.errors import InputError, RunError
 from twinserve.traces.settings import Settings
 from twinserve.workload import TraceOptions
 
@@ -77,7 +77,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Run a command; bad input is one line on stderr and exit status 2."""
+    """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
     try:
         code = app(prog_name="twinserve", standalone_mode=False)
     except InputError as error:
@@ -87,6 +87,10 @@ def main() -> None:
         message = " ".join(error.format_message().split())
         print(f"twinserve: {message}", file=sys.stderr)
         code = 2
+    except RunError as error:
+        message = " ".join(str(error).split())
+        print(f"twinserve: {message}", file=sys.stderr)
+        code = 1
     except (KeyboardInterrupt, typer.Abort):
         print("twinserve: interrupted", file=sys.stderr)
         code = 130
@@ -195,8 +199,9 @@ def run(
         execution=execution,
     )
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
-    with Bar("run", len(workload.requests)) as bar:
-        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, progress=bar.ended)
+    with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
+        how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
+        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
     print_summary(summary, as_json)
 
 

@@ -6,7 +6,9 @@ import sys
 import time
 from types import TracebackType
 
-from twinserve.policies import Sequence
+from twinserve.policies import Batch, Sequence
+
+SECONDS_BETWEEN_STATES = 0.5
 
 
 def say(text: str) -> None:
@@ -21,19 +23,26 @@ class Bar:
         label: what is going on.
         total: units of work; None where nobody knows.
         seconds_between_lines: how often a line comes where there is no terminal.
+        num_blocks: of the pool of a run whose steps are shown too, see `stepped`.
     """
 
-    def __init__(self, label: str, total: int | None, *, seconds_between_lines: float = 10.0):
+    def __init__(
+        self, label: str, total: int | None, *, seconds_between_lines: float = 10.0, num_blocks: int | None = None
+    ):
         self._label, self._total, self._done = label, total, 0
         self._between, self._last = seconds_between_lines, time.monotonic()
+        self._num_blocks, self._tokens, self._shown = num_blocks, 0, self._last
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(label, total=total)
+            columns = (
+                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+                TextColumn("{task.fields[state]}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._task = self._bar.add_task(label, total=total, state="")
 
     def ended(self, _: Sequence) -> None:
         """A sequence has ended."""
@@ -48,6 +57,20 @@ class Bar:
             self._last = now
             of_all = "" if self._total is None else f" of {self._total}"
             print(f"{self._label}: {self._done}{of_all}", file=sys.stderr, flush=True)
+
+    def stepped(self, batch: Batch) -> None:
+        """A step has ended: on a terminal, show now and then what runs and waits, KV use, and tokens a second."""
+        if self._bar is None:
+            return
+        self._tokens += batch.num_sampled
+        seconds = (now := time.monotonic()) - self._shown
+        if seconds < SECONDS_BETWEEN_STATES:
+            return
+        kv = "" if self._num_blocks is None else f"KV {batch.num_used_blocks / self._num_blocks:.0%}, "
+        rate = self._tokens / seconds
+        state = f"{batch.num_running} running, {batch.num_waiting} waiting, {kv}{rate:,.0f} tokens/s"
+        self._bar.update(self._task, state=state)
+        self._tokens, self._shown = 0, now
 
     def __enter__(self) -> Bar:
         if self._bar is not None:

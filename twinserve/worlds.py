@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.progress import say
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
@@ -181,13 +182,27 @@ def recording(
     settings: Settings,
     facts: dict[str, Any],
     device: str | None = None,
+    watch: Callable[[Batch], None] | None = None,
 ) -> Iterator[RunRecorder]:
-    """A recorder that writes `out`, or nothing that stays where `out` is None."""
+    """A recorder that writes `out`, or nothing that stays where `out` is None; `watch` hears of steps that end."""
+    make = RunRecorder if watch is None else partial(_WatchedRecorder, watch)
     with (
         scratch_folder(out) as folder,
-        RunRecorder(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
+        make(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
     ):
         yield recorder
+
+
+class _WatchedRecorder(RunRecorder):
+    """A recorder beside which somebody else hears of the steps that end."""
+
+    def __init__(self, watch: Callable[[Batch], None], folder: Path, **options: Any):
+        super().__init__(folder, **options)
+        self._watch = watch
+
+    def committed(self, batch: Batch) -> None:
+        super().committed(batch)
+        self._watch(batch)
 
 
 @contextmanager
@@ -358,18 +373,21 @@ def run_real(
     params: SamplingParams | None = None,
     time_scale: float = 1.0,
     progress: Progress | None = None,
+    watch: Callable[[Batch], None] | None = None,
 ) -> dict[str, Any]:
     """Replay a workload on the engine, in real time; its summary.
 
     Args:
         llm: its `settings` are those of the run.
         time_scale: arrivals come so many times later than in the trace.
+        progress: called with each sequence that ends.
+        watch: called with each step that ends.
     """
     params = params or SamplingParams(temperature=0.0, ignore_eos=True)
     facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **llm.facts()}
     if llm.runner.device.type == "cuda":
         llm.warm_up()
-    with recording(out, "real", llm.settings, facts, llm.device_name) as recorder:
+    with recording(out, "real", llm.settings, facts, llm.device_name, watch) as recorder:
         begun = time.perf_counter()
         llm.run_trace(workload.requests, params=params, recorder=recorder, time_scale=time_scale, progress=progress)
         wall_s = round(time.perf_counter() - begun, 3)

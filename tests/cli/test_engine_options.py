@@ -55,3 +55,26 @@ def test_a_shape_is_profiled(twinserve, shape, tmp_path):
     assert result.code == 0, result.err
     about = json.loads(out.read_text())["about"]
     assert (about["attention"], about["load_format"], about["block_size"]) == ("sdpa", "dummy", 16)
+
+
+def test_a_step_that_fails_is_one_line_and_leaves_no_record(twinserve, trace, shape, tmp_path, monkeypatch):
+    import torch
+
+    from twinserve.engine.model_runner import ModelRunner
+
+    def launch(self, batch):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB.\nSee the manual")
+
+    monkeypatch.setattr(ModelRunner, "launch", launch)
+    result = twinserve("run", trace, "--model", shape, "--load-format", "dummy", "--out", tmp_path / "run")
+    assert (result.code, result.out) == (1, "")
+    (line,) = [line for line in result.err.splitlines() if line.startswith("twinserve: ")]
+    assert line.startswith("twinserve: step 0 failed (")
+    assert line.endswith("): OutOfMemoryError: tried to allocate 2 GiB. See the manual")
+    assert result.err.splitlines()[-1] == line and "Traceback" not in result.err
+
+
+def test_what_is_no_step_failure_is_not_hidden(twinserve, trace, shape, monkeypatch):
+    monkeypatch.setattr("twinserve.worlds.run_real", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        twinserve("run", trace, "--model", shape, "--load-format", "dummy")

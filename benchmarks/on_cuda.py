@@ -136,6 +136,7 @@ def device_us(call: Callable[[], object], repeats: int = 30) -> float:
 def graph_us(calls: Seq[Callable[[], object]], repeats: int = 20) -> float:
     """Microseconds of a call, on the device alone: the median over replays of a graph of all of them."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes what the calls read
     with torch.cuda.stream(stream):
         for call in calls[:3]:
             call()

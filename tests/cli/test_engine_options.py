@@ -72,6 +72,7 @@ def test_a_step_that_fails_is_one_line_and_leaves_no_record(twinserve, trace, sh
     assert line.startswith("twinserve: step 0 failed (")
     assert line.endswith("): OutOfMemoryError: tried to allocate 2 GiB. See the manual")
     assert result.err.splitlines()[-1] == line and "Traceback" not in result.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_no_step_failure_is_not_hidden(twinserve, trace, shape, monkeypatch):

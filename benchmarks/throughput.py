@@ -60,9 +60,11 @@ def main() -> int:
     close(llm)
     merge(arguments.out / folder / "throughput.json", values)
     if not arguments.no_peer:
-        values["transformers"] = transformers_continuous_batching(work)
-        print("transformers", values["transformers"], flush=True)
-        merge(arguments.out / folder / "throughput.json", values)
+        values["transformers"] = []
+        for attention in ("flash_attention_2", "sdpa"):
+            values["transformers"].append(transformers_continuous_batching(work, attention))
+            print("transformers", values["transformers"][-1], flush=True)
+            merge(arguments.out / folder / "throughput.json", values)
     if not arguments.no_ablation:
         values["ablation"] = ablation(work)
         merge(arguments.out / folder / "throughput.json", values)
@@ -110,7 +112,7 @@ def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def transformers_continuous_batching(work: Work) -> dict[str, Any]:
+def transformers_continuous_batching(work: Work, attention: str) -> dict[str, Any]:
     """The same work by transformers' continuous batching, its settings left to it but for the sampling."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -119,7 +121,7 @@ def transformers_continuous_batching(work: Work) -> dict[str, Any]:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(SHAPES / MODEL)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
     generation = GenerationConfig(do_sample=True, temperature=TEMPERATURE, eos_token_id=-1, pad_token_id=0)
 
     def once() -> float:

@@ -222,7 +222,7 @@ def scratch_folder(out: Path | None) -> Iterator[Path]:
 def _rare_collections() -> Iterator[None]:
     """Look for circular garbage seldom, and not in what is there already: a simulation leaves next to none.
 
-    Looking as often as usual takes 5% of a simulation.
+    Looking as often as usual takes some percent of a simulation.
     """
     usual = gc.get_threshold()
     gc.freeze()

@@ -12,7 +12,9 @@ from latencies import Uneven
 
 import twinserve.traces
 from twinserve.policies import SamplingParams
+from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import simulate
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.record import RunRecord, RunRecorder, load_record
 from twinserve.traces.replay import replay
@@ -45,14 +47,20 @@ def requests_of(seed: int) -> list[Request]:
     return [replace(request, priority=request.id % 3, salt="other" * (request.id % 5 == 4)) for request in requests]
 
 
-def run(folder: Path, seed: int, settings: Settings, *, step_by_step: bool) -> RunRecord:
+UNEVEN = Uneven()
+LATENCIES = {"a step's cost": UNEVEN, "columns of costs": RooflineLatency.parse("qwen3-8b@a100")}
+
+
+def run(
+    folder: Path, seed: int, settings: Settings, *, step_by_step: bool, latency: LatencyModel = UNEVEN
+) -> RunRecord:
     requests, params = requests_of(seed), SamplingParams(ignore_eos=True)
     with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts={}) as recorder:
         core = settings.build_core(listener=recorder)
         simulate(
             requests,
             core,
-            Uneven(),
+            latency,
             params=params,
             announce=lambda request: recorder.expect(request, params),
             step_by_step=step_by_step,
@@ -64,11 +72,12 @@ def run(folder: Path, seed: int, settings: Settings, *, step_by_step: bool) -> R
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("composition", ["mixed", "prefill-first"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, name, composition, depth):
+@pytest.mark.parametrize("latency", LATENCIES.values(), ids=LATENCIES)
+def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, name, composition, depth, latency):
     values = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 600} | SETTINGS[name]
     settings = Settings.load(values | {"composition": composition, "pipeline_depth": depth})
-    single = run(tmp_path / "single", 3, settings, step_by_step=True)
-    leaping = run(tmp_path / "leaping", 3, settings, step_by_step=False)
+    single = run(tmp_path / "single", 3, settings, step_by_step=True, latency=latency)
+    leaping = run(tmp_path / "leaping", 3, settings, step_by_step=False, latency=latency)
 
     assert (single.path / "requests.jsonl").read_bytes() == (leaping.path / "requests.jsonl").read_bytes()
     events = leaping.run["summary"].pop("events")

@@ -81,7 +81,7 @@ def steps_that_take(*factors):
 @pytest.mark.parametrize(
     ("profiles", "measured", "words"),
     [
-        ([(1.0, 1.1), (1.2, 1.0)], 2, None),
+        ([(1.0, 1.1), (1.1, 1.0)], 2, None),
         ([(1.0, 2.0), (1.0, 1.1), (1.0, 1.1)], 3, None),
         (
             [(1.0, 1.1)] + [(1.0, 3.0), (1.0, 2.0), (1.0, 4.0)],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parent / "data"
 LIMITS = {"tpot_s.mean": 0.25}
 """How far the simulation may be from the real run."""
-ATTEMPTS = 3
+ATTEMPTS = 2
 MOST_SPREAD = 1.15
 """The machine was busy where a step's slowest repeat takes longer than so many times its fastest: alone that is 1.04,
 beside two busy processes on two cores 1.3."""

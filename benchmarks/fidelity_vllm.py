@@ -574,9 +574,9 @@ def _remains(results: Result, windows: dict[str, Result]) -> list[str]:
         f"""In the process that the fit is from the bias is: {biases}. How near that can come is in the fitted window
         itself. The means of its host over {BLOCK_S} s, {error["blocks"]} of them, differ so much that the mean of the
         whole has a standard error of {error["one_window"]:.0%}, and the difference between two such windows of the
-        same process one of {error["two_windows"]:.0%}; that is {error["step_time"]:.1%} of the steps' time. A bias of
-        less than that is what the host does from one minute to the next; a profile of some seconds, before or after,
-        says no more of it. How much a host drifts differs as well, and where the pool is nearly full the uneven host
+        same process one of {error["two_windows"]:.0%}; that is {error["step_time"]:.1%} of the steps' time. The biases
+        above are smaller: nothing in the fitted window can tell them from what a host does from one minute to the
+        next. How much a host drifts differs as well, and where the pool is nearly full the uneven host
         waits longer: see *its mean, even* beside *its mean, the fit's drift*.""",
     )
 
@@ -604,9 +604,10 @@ def _steps(results: Result) -> list[str]:
             kernel by kernel). The level of the host makes all kinds longer by the same factor; in truth a slow host
             lengthens launches kernel by kernel most.""",
             """Preemptions follow from a pool that is full by a few blocks: 1% of step time makes 20 more or less in
-            the small pool. So they are predicted only as well as the host is. At the recorded times each run has about
+            the small pool. So they are predicted only as well as the host is. At the recorded times each window has
             its own number again, with the arrivals as planned: neither the moment at which the loop sees an arrival
-            nor the rule for free blocks is what differs.""",
+            nor the rule for free blocks is what differs. Of an overload, what was measured counts the requests that
+            the end of the run cut off as well; what is simulated does not.""",
         ),
         *table(header, rows, numbers=True),
     ]

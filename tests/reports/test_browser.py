@@ -44,11 +44,11 @@ class Opened:
 
 def until(page: Any, condition: str) -> None:
     """Wait for a condition; `wait_for_function` would evaluate it in the page, whose policy forbids that."""
-    for _ in range(100):
+    for _ in range(900):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(100)
-    raise AssertionError(f"still not so after 10 s: {condition}")
+    raise AssertionError(f"still not so after 90 s: {condition}")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def open_file(browser):
 
     def open_it(width: int, out: Path) -> Opened:
         context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        context.set_default_timeout(90_000)
         contexts.append(context)
         opened = Opened(context.new_page())
         opened.page.on("console", lambda message: opened.said.append(message.text))

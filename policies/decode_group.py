@@ -105,6 +105,11 @@ class DecodeGroup:
         """Members whose token at that clock begins a block, all blocks before being full; in running order."""
         return self._begins.get(clock % self._block_size, [])
 
+    @property
+    def phases(self) -> list[int]:
+        """The clocks, modulo the block size, at which members begin blocks."""
+        return [phase for phase, seqs in self._begins.items() if seqs]
+
     def num_beginning(self, num_steps: int) -> int:
         """Blocks that the next `num_steps` steps begin."""
         size, last = self._block_size, num_steps - 1

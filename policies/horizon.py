@@ -17,6 +17,9 @@ from twinserve.policies.sequence import Sequence
 Growth = list[tuple[int, Sequence, list[int]]]
 """Of repeated decisions, the number of one from 1 on, a sequence, and the blocks that this one gave it."""
 
+_MANY = 5
+"""Decisions from which on it costs less to find out in which of them something is due than to walk them all."""
+
 
 def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
     """The most decisions that are the same, `batch`, the latest in flight, being the first of them; at most `cap`.
@@ -109,7 +112,7 @@ def repeat(scheduler: Scheduler, num_steps: int) -> Growth:
     prompts = scheduler.composition == "mixed" or not decodes
     grown: Growth = []
     done = 0
-    for number in range(1, num_steps + 1) if scheduler.alone or num_steps < 5 else _due(scheduler, num_steps):
+    for number in range(1, num_steps + 1) if scheduler.alone or num_steps < _MANY else _due(scheduler, num_steps):
         if decodes:
             group.known += number - done
             group.planned += number - done - 1
@@ -134,6 +137,6 @@ def _due(scheduler: Scheduler, num_steps: int) -> list[int]:
     """The numbers, from 1, of the next steps in which a member begins a block or completes one, and of the last."""
     group, size = scheduler.group, scheduler.block_manager.block_size
     clocks = group.planned, min(group.planned, group.known + 1) + 1
-    places = sorted({(-base - clock) % size for base in group.view.bases for clock in clocks})
+    places = sorted({(phase - clock) % size for phase in group.phases for clock in clocks})
     due = [begin + place for begin in range(1, num_steps, size) for place in places]
     return due[: bisect_left(due, num_steps)] + [num_steps]

@@ -19,7 +19,7 @@ from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.online import StepHandle
-from twinserve.engine.sampler import SamplingPlan, draw_uniforms
+from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, Sequence
 
 
@@ -256,9 +256,9 @@ class ModelRunner:
         hidden = self.model(token_ids, step.positions, attention)
         logits, seen = self.model.logits(hidden[step.last]), None
         if step.seen is not None:
-            (rows, known), last = step.seen
+            pairs, last = step.seen
             seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
-            seen[rows, known] = True
+            mark_seen(seen, *pairs)
             seen.scatter_(1, token_ids[last][:, None], True)
         tokens = step.sampling.sample(logits, seen)
         if asked:

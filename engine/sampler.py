@@ -97,6 +97,11 @@ def draw_uniforms(params: Seq[SamplingParams], positions: Seq[int], generator: r
     ]
 
 
+def mark_seen(seen: Tensor, rows: Tensor, token_ids: Tensor) -> None:
+    """Note in `seen` [rows, vocab] a token of each of `rows`. An assignment would copy its value from the host."""
+    seen.view(-1).index_fill_(0, rows.long() * seen.shape[-1] + token_ids.long(), True)
+
+
 @dataclass(frozen=True)
 class SamplingPlan:
     """How each row of a step is sampled; made on the host before the logits exist.

@@ -11,6 +11,7 @@ from itertools import accumulate
 from struct import Struct
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from twinserve.policies import SamplingParams, Sequence
@@ -64,8 +65,6 @@ class PrefixKeys:
 
     def each(self, ends: range) -> list[int]:
         """The keys of the prefixes that end there, as single calls give them, but all at once."""
-        import numpy as np
-
         lengths = np.arange(ends.start, ends.stop, ends.step)
         places = np.searchsorted(self._ends, lengths)
         self._find_bases(int(places.max(initial=-1)))

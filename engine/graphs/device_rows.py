@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kernels.step_rows import apply_edits
-from twinserve.engine.sampler import is_plain, mixed
+from twinserve.engine.sampler import is_plain, mark_seen, mixed
 from twinserve.policies import Batch, Row, Sequence
 
 
@@ -126,11 +126,7 @@ class DeviceRows:
                 (np.repeat(rows, [len(ids) for ids in tokens.values()]), np.concatenate([*tokens.values()]))
             )
             self.seen.index_fill_(0, to_device(rows, self._device), False)
-            self.mark_seen(*to_device(pairs, self._device))
-
-    def mark_seen(self, rows: Tensor, token_ids: Tensor) -> None:
-        """Note in `seen` a token of each of `rows`. Not by an assignment, as that copies its value from the host."""
-        self.seen.view(-1).index_fill_(0, rows.long() * self._vocab_size + token_ids.long(), True)
+            mark_seen(self.seen, *to_device(pairs, self._device))
 
     def _describe(self, row: Row) -> list[tuple[int, list[int]]]:
         """Give a sequence a row on the device; the edits that describe it."""

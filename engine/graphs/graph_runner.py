@@ -21,7 +21,7 @@ from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import StepHandle
-from twinserve.engine.sampler import SamplingPlan, draw_uniforms
+from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
 CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -117,6 +117,7 @@ class GraphRunner:
         before = torch.cuda.memory_allocated(self.device)
         logits = self._decoder.run(self._padding(size)[1], self._out)
         params = [SamplingParams(top_p=0.5, repetition_penalty=1.5, logprobs=1)] * seqs
+        # Twice: what is kept of all rows, and the copy that a step takes of it.
         seen = torch.zeros(2, seqs, self.model.config.vocab_size, dtype=torch.bool, device=self.device)[0]
         asked = AskedLogprobs([Row(Sequence([0], param), 0, 1, True, True) for param in params])
         sampled = SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits, seen)
@@ -243,7 +244,7 @@ class GraphRunner:
             self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
             penalised = rows[plan.penalised]
             tokens = plan.sample(logits, self._rows.seen[penalised])
-            self._rows.mark_seen(penalised, tokens[plan.penalised])
+            mark_seen(self._rows.seen, penalised, tokens[plan.penalised])
         if asked:
             asked.take(logits, tokens)
         self._out.index_copy_(0, places, tokens.int())

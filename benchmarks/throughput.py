@@ -75,7 +75,7 @@ def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
     """W256 with one thing switched off at a time, once each."""
 
     def without_graphs(llm: LLM) -> None:
-        llm._capture = lambda: None  # type: ignore[method-assign]
+        llm.capture = lambda: None  # type: ignore[method-assign]
 
     def without_prompt_graphs(llm: LLM) -> None:
         llm.warm_up()

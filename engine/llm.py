@@ -232,15 +232,15 @@ class LLM:
 
         On CUDA a kernel is loaded when it is first used, which takes a hundred times as long as to run it.
         """
-        self._capture()
+        self.capture()
         settings, token = self.settings, self.token_maker.first_id
         longest = min(settings.max_num_batched_tokens, (settings.max_model_len or 2) - 1)
         counts = range(1, min(settings.max_num_seqs, 32) + 1)
         params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (1, *counts)]
         self.generate([[token] * longest, *([token] for _ in counts)], params)
 
-    def _capture(self) -> None:
-        """Capture the graphs of the steps, if they are graphs and that was not done."""
+    def capture(self) -> None:
+        """Capture the graphs of the steps, if they are graphs and that was not done; serving does so by itself."""
         if not isinstance(self.runner, ModelRunner):
             self.runner.capture()
 
@@ -334,7 +334,7 @@ class LLM:
         self, listener: CoreListener | None, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]
     ) -> None:
         """Serve what comes in by fresh policies."""
-        self._capture()
+        self.capture()
         self.runner.logprobs.clear()
         core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
         serve(core, self.runner, inbox, clock, ended)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,8 +145,9 @@ class GraphRunner:
         ]
         sizes = [*reversed(mixed), *(StepSize(size) for size in reversed(self._decode_sizes))]
         pool = torch.cuda.graph_pool_handle()
-        for size in sizes:
-            self._graphs[size] = self._capture(size, pool)
+        with _no_garbage_collected():
+            for size in sizes:
+                self._graphs[size] = self._capture(size, pool)
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any) -> _Graph:
@@ -335,6 +338,19 @@ class _InOrder:
         tokens = self._step.result()
         self.start_ns, self.end_ns = self._step.start_ns, self._step.end_ns
         return [tokens[place] for place in self._places]
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Collect what is garbage now, and nothing until the end: freeing another engine's graphs would end a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _decode_sizes(most: int) -> list[int]:

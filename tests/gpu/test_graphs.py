@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
     prompts = [torch.randint(0, 4096, (length,)).tolist() for length in (3, 17, 200, 311, 640, 33)]
     seen: list[torch.Tensor] = []
     decoder, run = llm.runner._decoder, llm.runner._decoder.run  # type: ignore[union-attr]
-    llm._capture = lambda: None  # type: ignore[method-assign]
+    llm.capture = lambda: None  # type: ignore[method-assign]
     decoder.run = lambda step, out: seen.append(run(step, out).clone()) or seen[-1]  # type: ignore[func-returns-value, method-assign]
     completions = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
     assert len(seen) == 24
@@ -147,3 +148,20 @@ def assert_tokens(llm: LLM, core, seq: Sequence, expected: list[int]) -> None:
     while not core.is_idle:
         core.commit(llm.runner.execute(core.decide(0)), 0)
     assert seq.completion_token_ids == expected
+
+
+def test_an_engine_that_is_garbage_does_not_end_the_capture_of_another(qwen3, serving):
+    settings = Settings(max_num_seqs=8, max_model_len=128, block_size=16, num_gpu_blocks=64)
+    gone = LLM(qwen3.model, device="cuda", dtype="float32", settings=settings, attention="triton")
+    gone.warm_up()
+    gone.itself = gone  # type: ignore[attr-defined]
+    gone.close()
+    del gone
+    llm = serving(qwen3, "triton", max_model_len=128)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        llm.warm_up()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(llm.generate([[5, 6, 7]], GREEDY)[0].token_ids) == GREEDY.max_tokens

@@ -59,7 +59,8 @@ def shape_grid(max_seqs: int, max_context: int, max_prompt: int, block_size: int
     """
     sizes = _rising(1, max_seqs)
     contexts = _rising(64, max_context * 2 // 3)[::2]
-    chunks = _rising(8, max_prompt)
+    # Captured steps are padded to sizes like 256, 384 and 512; these lie between them as prompts do on average.
+    chunks = [*(chunk * 5 // 6 for chunk in _rising(8, max_prompt)[:-1]), max_prompt]
     shapes = {StepShape(size, context) for size in sizes for context in contexts}
     shapes |= {StepShape(0, 0, chunk) for chunk in chunks}
     starts = [context // block_size * block_size for context in contexts[1:]]
@@ -113,17 +114,17 @@ def measure(
 
 
 def _measure_one(llm: LLM, shape: StepShape) -> MeasuredStep:
-    """Put the sequences of a shape in place, then run its step for real."""
+    """Put the sequences of a shape in place, then run its step for real.
+
+    Where steps are graphs, decodes have a step before it, which the device still runs when this one is launched. It
+    has brought the sequences to the device, and hides what a launch takes, as it does while requests are served.
+    """
     core = _core_for(llm, shape)
     texts = _Texts(llm)
-    # In graphs the device keeps what it knows of the sequences from one step to the next, so the decodes have a step
-    # before: without it the measured one would pay for bringing them there.
     step_before = llm.attention.graphs and shape.decodes > 0
     for context in shape.contexts:
-        core.ingest(texts.sequence(context - step_before, max_tokens=4), 0)
+        core.ingest(texts.sequence(context - step_before, max_tokens=3 + step_before), 0)
     _pretend(core)
-    if step_before:
-        core.commit(llm.runner.launch(core.decide(0)).result(), 0)
     late = None
     if shape.prompt:
         prefix = texts.tokens(shape.start)
@@ -133,16 +134,24 @@ def _measure_one(llm: LLM, shape: StepShape) -> MeasuredStep:
             _pretend(core)
         tokens = prefix + texts.tokens(shape.prompt)
         late = Sequence(tokens, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), seq_id=-2)
+    before = llm.runner.launch(core.decide(0)) if step_before else None
     begun = time.perf_counter_ns()
     if late is not None:
         core.ingest(late, 0)
     batch = core.decide(0)
     step = llm.runner.launch(batch)
-    core.commit(step.result(), 0)
-    ended = time.perf_counter_ns()
-    device_ns = step.end_ns - step.start_ns
+    if before is not None:
+        launched = time.perf_counter_ns()
+        token_ids = before.result()
+        waited_ns = time.perf_counter_ns() - launched
+        core.commit(token_ids, 0)
+        host_ns = time.perf_counter_ns() - begun - waited_ns
+        core.commit(step.result(), 0)
+    else:
+        core.commit(step.result(), 0)
+        host_ns = time.perf_counter_ns() - begun - (step.end_ns - step.start_ns)
     _check(batch, shape)
-    return MeasuredStep(batch, ended - begun - device_ns, device_ns)
+    return MeasuredStep(batch, host_ns, step.end_ns - step.start_ns)
 
 
 def _core_for(llm: LLM, shape: StepShape) -> Core:
@@ -155,7 +164,7 @@ def _core_for(llm: LLM, shape: StepShape) -> Core:
         "num_gpu_blocks": shape.kv_tokens // llm.settings.block_size + 2 * (shape.decodes + 2),
         "long_prefill_token_threshold": 0,
         "enable_prefix_caching": True,
-        "pipeline_depth": 0,
+        "pipeline_depth": int(llm.attention.graphs),
         "watermark": 0.0,
     }
     return llm.settings.model_copy(update=changed).build_core()

@@ -19,8 +19,11 @@ METRICS = (
     "duration_s",
     "cached_tokens",
     "preemptions",
+    "device_wait_share",
     "steps",
 )
+_ADDED = ("device_wait_share",)
+"""Metrics that summaries written before them lack."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Comparison:
 
 
 def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a summary by its dotted name, such as "ttft_s.p90"."""
+    """A metric of a summary by its dotted name, such as "ttft_s.p90"; None where the summary is older than it."""
+    if metric in _ADDED:
+        return summary.get(metric)
     name, _, statistic = metric.partition(".")
     return summary[name][statistic] if statistic else summary[name]
 

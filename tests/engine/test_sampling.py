@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,11 +50,21 @@ def test_penalised_tokens_are_those_of_transformers(llama, serving, monkeypatch,
 def test_seeded_requests_with_all_settings_repeat_whatever_runs_beside_them(llama, serving, pipeline_depth):
     def params(seed: int) -> SamplingParams:
         return SamplingParams(
-            1.5, 40, top_k=60 * (seed % 2), seed=seed, ignore_eos=True, min_p=0.02, repetition_penalty=1.2
+            1.5,
+            40,
+            top_k=60 * (seed % 2),
+            top_p=(1.0, 0.9, 0.6, 1.0, 0.8)[seed],
+            seed=seed,
+            ignore_eos=True,
+            min_p=0.02,
+            repetition_penalty=1.2,
         )
 
     roomy = serving(llama)
     alone = [roomy.generate([prompt], params(seed))[0].token_ids for seed, prompt in enumerate(PROMPTS)]
+    for seed, prompt in enumerate(PROMPTS):
+        [all_kept] = roomy.generate([prompt], replace(params(seed), top_p=1.0))
+        assert (all_kept.token_ids == alone[seed]) == (params(seed).top_p == 1.0)
     tight = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
     beside = tight.generate([*PROMPTS, [9, 9]], [*map(params, range(5)), GREEDY])
     assert tokens_of(beside[:5]) == alone

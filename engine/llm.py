@@ -272,8 +272,11 @@ class LLM:
         for seq in sequences:
             inbox.put(seq)
         inbox.close()
-        self._serve(None, inbox, Clock(), lambda seq: None)
-        return [self._completion(seq) for seq in sequences]
+        try:
+            self._serve(None, inbox, Clock(), lambda seq: None)
+            return [self._completion(seq) for seq in sequences]
+        finally:
+            self.runner.logprobs.clear()
 
     def run_trace(
         self,
@@ -291,7 +294,7 @@ class LLM:
             params: sampling; each request brings its own `max_tokens`.
             recorder: hears the run's facts and decisions.
             time_scale: arrivals come so many times later than in the trace.
-            progress: called with each sequence that ends.
+            progress: called with each sequence that ends; its log-probabilities are in `runner.logprobs` until then.
             on_start: called just before the first request can come in, with the inbox, which takes aborts from any
                 thread, and the run's clock.
 
@@ -318,6 +321,7 @@ class LLM:
             feeder.ended(seq)
             if progress is not None:
                 progress(seq)
+            self.runner.logprobs.pop(seq, None)
 
         if on_start is not None:
             on_start(inbox, clock)
@@ -327,6 +331,7 @@ class LLM:
         finally:
             feeder.stop()
             feeder.join()
+            self.runner.logprobs.clear()
         feeder.check()
         return served
 
@@ -335,7 +340,6 @@ class LLM:
     ) -> None:
         """Serve what comes in by fresh policies."""
         self._capture()
-        self.runner.logprobs.clear()
         core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
         serve(core, self.runner, inbox, clock, ended)
         core.scheduler.check_integrity()
@@ -360,7 +364,6 @@ class LLM:
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids
-        # Steps that ran ahead may have given more than the tokens that were kept.
         heard = self.runner.logprobs.get(seq, {})
         asked = seq.sampling_params.logprobs is not None
         return Completion(

@@ -40,6 +40,11 @@ class Comparison:
             return None
         return self.sim / self.real - 1.0
 
+    def beyond(self, limit: float) -> str:
+        """That the error exceeds a limit, or is not defined though one was set, in words."""
+        error = "undefined" if self.error is None else f"{self.error:+.1%}"
+        return f"{self.metric}: the error is {error}, expected within {limit:.1%}"
+
 
 def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
     """A metric of a summary by its dotted name, such as "ttft_s.p90"; None where the summary is older than it."""

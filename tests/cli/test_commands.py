@@ -84,6 +84,23 @@ def test_compare_exits_with_1_beyond_the_limit(twinserve, trace, latency, tmp_pa
     assert "e2e_s.mean: the error is" in result.err
 
 
+def test_every_error_beyond_its_limit_is_said_also_one_that_is_not_defined(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "wide")
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "narrow", "--max-num-seqs", 1)
+    limits = ("--max-error", "preemptions=0.1", "--max-error", "e2e_s.mean=0.1", "--max-error", "cached_tokens=0.1")
+    result = twinserve("compare", tmp_path / "wide", tmp_path / "narrow", *limits)
+    assert result.code == 1
+    first, second = result.err.splitlines()
+    assert first.startswith("e2e_s.mean: the error is -") and first.endswith("%, expected within 10.0%")
+    assert second == "preemptions: the error is undefined, expected within 10.0%", "there were none"
+
+
+def test_a_run_in_which_nothing_finished_has_a_summary(twinserve, trace, latency):
+    result = twinserve("sim", trace, "--latency", latency, "--max-model-len", 1)
+    assert (result.code, "12 refused" in result.out, "tokens/s" in result.out) == (0, True, False)
+    assert "0 steps; took" in " ".join(result.out.split())
+
+
 def test_the_devices_waits_are_printed_and_compared_and_older_summaries_have_none(twinserve, trace, latency, tmp_path):
     out = tmp_path / "new"
     share = json.loads(twinserve("sim", trace, "--latency", latency, "--out", out, "--json").out)["device_wait_share"]

@@ -62,9 +62,11 @@ class Completion:
 class LLM:
     """A model ready to serve.
 
-    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache. A step that fails, for
-    want of the device's memory say, ends its run with a StepError, which names the step and its batch: what the
-    requests of the run had is dropped with its policies, every block is free again, and the next run is served.
+    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache: what it decides does
+    not depend on the runs before it, and nothing is hit whose KV another run, or another Core on the same runner, has
+    overwritten. A step that fails, for want of the device's memory say, ends its run with a StepError, which names the
+    step and its batch: what the requests of the run had is dropped with its policies, every block is free again, and
+    the next run is served.
 
     Args:
         model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).

@@ -62,9 +62,11 @@ class Completion:
 class LLM:
     """A model ready to serve.
 
-    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache. A step that fails, for
-    want of the device's memory say, ends its run with a StepError, which names the step and its batch: what the
-    requests of the run had is dropped with its policies, every block is free again, and the next run is served.
+    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache: what it decides does
+    not depend on the runs before it, and nothing is hit whose KV another run, or another Core on the same runner, has
+    overwritten. A step that fails, for want of the device's memory say, ends its run with a StepError, which names the
+    step and its batch: what the requests of the run had is dropped with its policies, every block is free again, and
+    the next run is served.
 
     Args:
         model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).
@@ -272,8 +274,11 @@ class LLM:
         for seq in sequences:
             inbox.put(seq)
         inbox.close()
-        self._serve(None, inbox, Clock(), lambda seq: None)
-        return [self._completion(seq) for seq in sequences]
+        try:
+            self._serve(None, inbox, Clock(), lambda seq: None)
+            return [self._completion(seq) for seq in sequences]
+        finally:
+            self.runner.logprobs.clear()
 
     def run_trace(
         self,
@@ -291,7 +296,7 @@ class LLM:
             params: sampling; each request brings its own `max_tokens`.
             recorder: hears the run's facts and decisions.
             time_scale: arrivals come so many times later than in the trace.
-            progress: called with each sequence that ends.
+            progress: called with each sequence that ends; its log-probabilities are in `runner.logprobs` until then.
             on_start: called just before the first request can come in, with the inbox, which takes aborts from any
                 thread, and the run's clock.
 
@@ -318,6 +323,7 @@ class LLM:
             feeder.ended(seq)
             if progress is not None:
                 progress(seq)
+            self.runner.logprobs.pop(seq, None)
 
         if on_start is not None:
             on_start(inbox, clock)
@@ -327,6 +333,7 @@ class LLM:
         finally:
             feeder.stop()
             feeder.join()
+            self.runner.logprobs.clear()
         feeder.check()
         return served
 
@@ -335,7 +342,6 @@ class LLM:
     ) -> None:
         """Serve what comes in by fresh policies."""
         self.capture()
-        self.runner.logprobs.clear()
         core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
         serve(core, self.runner, inbox, clock, ended)
         core.scheduler.check_integrity()
@@ -360,7 +366,6 @@ class LLM:
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids
-        # Steps that ran ahead may have given more than the tokens that were kept.
         heard = self.runner.logprobs.get(seq, {})
         asked = seq.sampling_params.logprobs is not None
         return Completion(

@@ -57,10 +57,12 @@ class AskedLogprobs:
         self._taken = to_host(torch.cat((chosen, top), dim=1)), to_host(token_ids)
 
     def read(self, heard: Heard) -> None:
-        """Write what was taken into `heard`; the step has ended."""
+        """Write what was taken into `heard`, but for sequences that have ended: their step ran ahead of their stop."""
         assert self._taken is not None
         values, token_ids = (taken.tolist() for taken in self._taken)
         for (_, row), (chosen, *top), ids in zip(self._asked, values, token_ids, strict=True):
+            if row.seq.is_finished:
+                continue
             count = row.seq.sampling_params.logprobs
             of_seq = heard.setdefault(row.seq, {})
             of_seq[row.start + row.num_tokens] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])

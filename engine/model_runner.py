@@ -66,7 +66,8 @@ class ModelRunner:
     Attributes:
         model, tokenizer, device, num_blocks, block_size: as in use.
         attention: the attention backend in use, and why.
-        logprobs: what steps that were waited for have given of those asked for; whoever reads it clears it.
+        logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
+            it out.
 
     Raises:
         InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.

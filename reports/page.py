@@ -33,6 +33,7 @@ _DEFINITIONS = (
     ("ITL", "inter-token latency: the gaps between successive tokens of a request"),
     ("End to end", "finish − arrival"),
     ("Tokens / s", "tokens of the finished requests / duration, which lasts from the first arrival to the last finish"),
+    ("Device waits", "the share of the duration in which the device had work but stood idle, waiting for the host"),
     ("Error", "(simulated − real) / real"),
     ("Refused", "requests that could never be served: too long for the context or for the pool"),
     ("Shortened", "prompts and answers cut to a cap, and answers ended by the context's length"),

@@ -18,6 +18,7 @@ _TOTALS = (
     ("duration_s", "duration, s"),
     ("cached_tokens", "cached prompt tokens"),
     ("preemptions", "preemp&shy;tions"),
+    ("device_wait_share", "device waits"),
     ("steps", "steps"),
 )
 
@@ -55,13 +56,13 @@ def latency_table(runs: list[Run], errors: Errors) -> str:
 
 
 def totals_table(runs: list[Run], errors: Errors) -> str:
-    """Throughput, cached tokens, preemptions and steps, a row a run and a row of errors below each simulation."""
+    """Throughput, cached tokens, preemptions, waits, steps: a row a run, a row of errors below each simulation."""
 
     def shown(run: Run, metric: str) -> str:
         value, prompt_tokens = value_of(run.summary, metric), run.summary["prompt_tokens"]
         if metric == "cached_tokens" and value and prompt_tokens:
             return f"{number(value)} ({percent(value / prompt_tokens)})"
-        return number(value)
+        return percent(value) if metric == "device_wait_share" else number(value)
 
     body = _metric_rows(None, [metric for metric, _ in _TOTALS], runs, errors, shown)
     return metric_table(["run", *(title for _, title in _TOTALS)], [body])

@@ -19,8 +19,11 @@ METRICS = (
     "duration_s",
     "cached_tokens",
     "preemptions",
+    "device_wait_share",
     "steps",
 )
+_ADDED = ("device_wait_share",)
+"""Metrics that summaries written before them lack."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,16 @@ class Comparison:
             return None
         return self.sim / self.real - 1.0
 
+    def beyond(self, limit: float) -> str:
+        """That the error exceeds a limit, or is not defined though one was set, in words."""
+        error = "undefined" if self.error is None else f"{self.error:+.1%}"
+        return f"{self.metric}: the error is {error}, expected within {limit:.1%}"
+
 
 def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a summary by its dotted name, such as "ttft_s.p90"."""
+    """A metric of a summary by its dotted name, such as "ttft_s.p90"; None where the summary is older than it."""
+    if metric in _ADDED:
+        return summary.get(metric)
     name, _, statistic = metric.partition(".")
     return summary[name][statistic] if statistic else summary[name]
 

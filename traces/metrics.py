@@ -18,6 +18,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _DELTAS = ("preempted", "admitted", "rows", "usual")
+_LOADS = ("left", "tokens", "waiting", "running")
 _SERVED = ("stop", "length")
 _BINS = 1 << 16
 _CHUNK = 1 << 17
@@ -30,7 +31,7 @@ def summarize(
 
     Args:
         requests: rows of requests.jsonl.
-        steps: rows of steps.jsonl, in the order of the decisions.
+        steps: rows of steps.jsonl, in the order of the decisions, as they lie there or a row a step.
         world: "sim" or "real", handed through.
         wall_s: seconds that the run took on a wall clock, handed through.
     """
@@ -41,7 +42,12 @@ def summarize(
             metrics.gaps.begin(row["id"], row["output_tokens"])
     metrics.steps = sum(row["count"] for row in steps)
     metrics.events = len(steps)
-    _add_steps(metrics.gaps, steps)
+    if _have(steps, _DELTAS):
+        for row in steps:
+            metrics.gaps.row(row)
+    if _have(steps, _LOADS):
+        for row in steps:
+            metrics.waits.row(row)
     return summary_of([metrics], world=world, wall_s=wall_s)
 
 
@@ -56,15 +62,14 @@ def token_gaps(output_tokens: Mapping[int, int], steps: list[Row]) -> dict[int, 
     gaps = TokenGaps()
     for seq_id, count in output_tokens.items():
         gaps.begin(seq_id, count)
-    _add_steps(gaps, steps)
+    if _have(steps, _DELTAS):
+        for row in steps:
+            gaps.row(row)
     return gaps.counts()
 
 
-def _add_steps(gaps: TokenGaps, steps: list[Row]) -> None:
-    """Take in steps, unless one of them lacks decisions."""
-    if all(name in row for row in steps for name in _DELTAS):
-        for row in steps:
-            gaps.row(row)
+def _have(steps: list[Row], fields: Seq[str]) -> bool:
+    return all(name in row for row in steps for name in fields)
 
 
 @dataclass
@@ -74,7 +79,8 @@ class RunMetrics:
     Attributes:
         steps: steps executed.
         events: rows that say them.
-        gaps: between tokens; told of requests and steps by itself.
+        gaps: between tokens; told of requests by itself.
+        waits: of the device for the host.
     """
 
     requests: int = 0
@@ -94,6 +100,21 @@ class RunMetrics:
 
     def __post_init__(self) -> None:
         self.gaps = TokenGaps()
+        self.waits = DeviceWaits()
+
+    @property
+    def duration_ns(self) -> int | None:
+        """From the first arrival to the last finish of a finished request; None where there is none."""
+        if self.first_arrival_ns is None or self.last_finish_ns is None:
+            return None
+        return self.last_finish_ns - self.first_arrival_ns
+
+    def step(self, row: Row) -> None:
+        """Take in the next step, or those that share its row."""
+        self.steps += row["count"]
+        self.events += 1
+        self.gaps.row(row)
+        self.waits.row(row)
 
     def request(self, row: Row) -> None:
         """Take in a request that has ended, or that was left unanswered."""
@@ -133,6 +154,9 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
       sampled it (see `token_gaps`); undefined where the steps lack decisions.
     - `e2e_s`, end to end = finish - arrival.
     - `cached_tokens`: prompt tokens found in the prefix cache at the first admission. `preemptions`: of all requests.
+    - `device_wait_share`: the share of the duration in which the device had work to do but stood idle, waiting for the
+      host (see `DeviceWaits`); of a fleet, of the durations of its replicas, added up. Undefined where the steps lack
+      decisions.
     - `steps`: steps executed; `events`: rows that say them.
 
     Args:
@@ -150,6 +174,8 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
     duration_s = None
     if finishes:
         duration_s = (max(finishes) - min(p.first_arrival_ns for p in parts if p.first_arrival_ns is not None)) / 1e9
+    waits = [(part.waits.total_ns, part.duration_ns) for part in parts]
+    known = [(wait_ns, own_ns) for wait_ns, own_ns in waits if wait_ns is not None and own_ns]
     return {
         "world": world,
         "requests": total("requests"),
@@ -168,6 +194,7 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "preemptions": total("preemptions"),
+        "device_wait_share": sum(wait for wait, _ in known) / sum(own for _, own in known) if known else None,
         "steps": total("steps"),
         "events": total("events"),
         "wall_s": wall_s,
@@ -323,9 +350,12 @@ class TokenGaps:
                 self._own_counts[number] = 0
 
     def row(self, row: Row) -> None:
-        """Take in the next step, told as its row in steps.jsonl."""
+        """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
         sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
         self.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
+        if "repeats" in row:
+            periods_ns = row["repeats"]["end_ns"]
+            self.repeat(periods_ns, row["end_ns"] + sum(periods_ns), bool(row["usual"]))
 
     def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, Any]]) -> None:
         """Take in the next step.
@@ -410,3 +440,50 @@ class TokenGaps:
         else:
             answer.last_ns = end_ns
             self._loose[seq_id] = None
+
+
+class DeviceWaits:
+    """How long the device stood idle though it had work to do, told of the steps in order.
+
+    The time between the end of a step and the start of the next counts if there was work all the while: the next had
+    been decided by the end of the one before, or at each decision since then something was left of what ran or waited
+    at the decision before it. So the first step after the system was empty does not count, which waited for a request.
+    A step without tokens has no work for the device.
+
+    Attributes:
+        total_ns: in nanoseconds; None until a step is known.
+    """
+
+    def __init__(self) -> None:
+        self.total_ns: int | None = None
+        self._ended_ns = -math.inf
+        self._had_work = False
+        self._running = self._waiting = 0
+
+    def row(self, row: Row) -> None:
+        """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
+        total_ns = self.total_ns or 0
+        self._had_work = self._had_work and (self._waiting > 0 or self._running > len(row["left"]))
+        if row["tokens"]:
+            start_ns, end_ns = row["start_ns"], row["end_ns"]
+            if (self._had_work or row["decided_ns"] <= self._ended_ns) and start_ns > self._ended_ns:
+                total_ns += start_ns - int(self._ended_ns)
+            if "repeats" in row:
+                waits_ns, end_ns = _repeated_waits(row)
+                total_ns += waits_ns
+            self._ended_ns, self._had_work = end_ns, True
+        self.total_ns, self._running, self._waiting = total_ns, row["running"], row["waiting"]
+
+
+def _repeated_waits(row: Row) -> tuple[int, int]:
+    """How long the device stood idle before the steps that repeat the first of their row, and when the last ended."""
+    times, start_ns, end_ns = row["repeats"], row["start_ns"], row["end_ns"]
+    if "decided_ns" not in times:
+        (lag_ns,) = times["start_ns"]
+        return max(0, lag_ns) * len(times["end_ns"]), end_ns + sum(times["end_ns"])
+    waits_ns = 0
+    for later_ns, period_ns in zip(times["start_ns"], times["end_ns"], strict=True):
+        start_ns += later_ns
+        waits_ns += max(0, start_ns - end_ns)
+        end_ns += period_ns
+    return waits_ns, end_ns

@@ -227,7 +227,7 @@ class RunRecorder(CoreListener):
 
     def _write_step(self, decided: _Decided) -> None:
         """Write a step's row, and count it."""
-        batch, metrics = decided.batch, self.metrics
+        batch = decided.batch
         row = {
             "decision": batch.decision,
             "seen": batch.seen,
@@ -239,14 +239,10 @@ class RunRecorder(CoreListener):
             "count": 1 + len(decided.spans),
             **decision_fields(batch, decided.digest, decided.exceptions),
         }
-        metrics.gaps.row(row)
         if decided.spans:
-            times = _times_after(batch, decided.spans)
-            metrics.gaps.repeat(times["end_ns"], decided.spans[-1][2], bool(batch.usual_tokens))
             blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
-            row["repeats"] = times | {"grown": blocks}
-        metrics.steps += row["count"]
-        metrics.events += 1
+            row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
+        self.metrics.step(row)
         self._steps_file.write(_encode(row) + "\n")
 
 

@@ -97,7 +97,8 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
             "facts": _facts(run, path),
             "device": f"vLLM {run['settings']['vllm']} on {run['settings']['gpu'].split(',')[0]}",
             "versions": {name: run["settings"][name] for name in ("vllm", "torch", "triton", "python")},
-            "summary": summarize(rows, steps, world="real", wall_s=run["wall_s"]),
+            # When a step started on the device is not in a log.
+            "summary": summarize(rows, steps, world="real", wall_s=run["wall_s"]) | {"device_wait_share": None},
         }
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"expected a step log of format {FORMAT!r}, but {error!r}", path=path) from error

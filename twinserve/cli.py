@@ -261,8 +261,10 @@ def compare(
         print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
     else:
         comparison_table(comparisons)
-    for row in beyond(comparisons, limits):
-        say(f"{row.metric}: the error is {row.error:+.1%}, expected within {limits[row.metric]:.1%}")
+    too_far = beyond(comparisons, limits)
+    for row in too_far:
+        say(row.beyond(limits[row.metric]))
+    if too_far:
         raise typer.Exit(1)
 
 

@@ -58,8 +58,7 @@ def run_demo(out: Path) -> bool:
     if too_far and busy:
         print(f"the machine was busy, so the steps' times cannot be relied on: {'; '.join(busy)}", file=sys.stderr)
     for row in too_far:
-        error = "undefined" if row.error is None else f"{row.error:+.1%}"
-        print(f"{row.metric}: the error is {error}, expected within {LIMITS[row.metric]:.0%}", file=sys.stderr)
+        print(row.beyond(LIMITS[row.metric]), file=sys.stderr)
     return result.is_exact and not too_far
 
 

@@ -19,11 +19,18 @@ def summary_table(summary: dict[str, Any]) -> None:
     for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
-    console.print(
-        f"{summary['output_tok_s']:.1f} output tokens/s, {summary['total_tok_s']:.1f} in all, over "
-        f"{summary['duration_s']:.1f} s; {summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens "
-        f"cached; {summary['preemptions']} preemptions; {summary['steps']} steps; took {summary['wall_s']:.1f} s"
-    )
+    parts = [
+        f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
+        f"{summary['preemptions']} preemptions",
+        f"{summary['steps']} steps",
+        f"took {summary['wall_s']:.1f} s",
+    ]
+    if (waits := summary["device_wait_share"]) is not None:
+        parts.insert(3, f"the device waited for the host {waits:.1%} of the time")
+    if (output_tok_s := summary["output_tok_s"]) is not None:
+        rates = f"{output_tok_s:.1f} output tokens/s, {summary['total_tok_s']:.1f} in all"
+        parts.insert(0, f"{rates}, over {summary['duration_s']:.1f} s")
+    console.print("; ".join(parts))
 
 
 def comparison_table(comparisons: list[Comparison]) -> None:

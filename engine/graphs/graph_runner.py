@@ -71,7 +71,8 @@ class GraphRunner:
 
     Attributes:
         model, device, num_blocks, block_size: as in use.
-        logprobs: what steps that were waited for have given of those asked for; whoever reads it clears it.
+        logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
+            it out.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The commands that need no model: what they print, what they write, how they exit."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ from twinserve.traces.request import Part, Request
 
 SUMMARY_KEYS = {
     "world", "requests", "finished", "refused", "shortened", "duration_s", "output_tok_s", "total_tok_s", "ttft_s",
-    "tpot_s", "itl_s", "e2e_s", "cached_tokens", "preemptions", "steps", "events", "wall_s",
+    "tpot_s", "itl_s", "e2e_s", "cached_tokens", "preemptions", "device_wait_share", "steps",
+    "events", "wall_s",
 }  # fmt: skip
 
 
@@ -80,6 +82,39 @@ def test_compare_exits_with_1_beyond_the_limit(twinserve, trace, latency, tmp_pa
     assert result.code == 1
     assert json.loads(result.out)["e2e_s.mean"]["error"] < -0.1
     assert "e2e_s.mean: the error is" in result.err
+
+
+def test_every_error_beyond_its_limit_is_said_also_one_that_is_not_defined(twinserve, trace, latency, tmp_path):
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "wide")
+    twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "narrow", "--max-num-seqs", 1)
+    limits = ("--max-error", "preemptions=0.1", "--max-error", "e2e_s.mean=0.1", "--max-error", "cached_tokens=0.1")
+    result = twinserve("compare", tmp_path / "wide", tmp_path / "narrow", *limits)
+    assert result.code == 1
+    first, second = result.err.splitlines()
+    assert first.startswith("e2e_s.mean: the error is -") and first.endswith("%, expected within 10.0%")
+    assert second == "preemptions: the error is undefined, expected within 10.0%", "there were none"
+
+
+def test_a_run_in_which_nothing_finished_has_a_summary(twinserve, trace, latency):
+    result = twinserve("sim", trace, "--latency", latency, "--max-model-len", 1)
+    assert (result.code, "12 refused" in result.out, "tokens/s" in result.out) == (0, True, False)
+    assert "0 steps; took" in " ".join(result.out.split())
+
+
+def test_the_devices_waits_are_printed_and_compared_and_older_summaries_have_none(twinserve, trace, latency, tmp_path):
+    out = tmp_path / "new"
+    share = json.loads(twinserve("sim", trace, "--latency", latency, "--out", out, "--json").out)["device_wait_share"]
+    assert share > 0
+    printed = " ".join(twinserve("sim", trace, "--latency", latency).out.split())
+    assert f"the device waited for the host {share:.1%} of the time" in printed
+    shutil.copytree(out, tmp_path / "old")
+    run = json.loads((out / "run.json").read_text())
+    del run["summary"]["device_wait_share"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(run))
+    row = json.loads(twinserve("compare", out, out, "--json").out)["device_wait_share"]
+    assert (row["sim"], row["real"], row["error"]) == (share, share, 0.0)
+    row = json.loads(twinserve("compare", out, tmp_path / "old", "--json").out)["device_wait_share"]
+    assert (row["sim"], row["real"], row["error"]) == (share, None, None)
 
 
 def test_a_transformed_trace_is_counted_in_the_summary_and_the_record(twinserve, trace, latency, tmp_path):

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model
 from twinserve.engine.online import StepError
-from twinserve.policies import SamplingParams
+from twinserve.policies import SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part, Request, TokenMaker
 from twinserve.traces.settings import Settings
@@ -69,6 +69,19 @@ def test_completions_come_in_the_order_of_their_prompts(llama, serving):
     assert completions[4].refusal == "the prompt has no tokens"
     for index in (0, 1, 3):
         llama.check(prompts[index], completions[index].token_ids)
+
+
+def test_a_run_hits_nothing_of_the_runs_before_it(llama, serving):
+    """Another Core may have overwritten it."""
+    llm, prompt = serving(llama, num_gpu_blocks=16), list(range(5, 65))
+    before = llm.generate([prompt, prompt], GREEDY)
+    core = llm.settings.build_core()
+    core.ingest(Sequence([9] * 150, GREEDY), 0)
+    while not core.is_idle:
+        core.commit(llm.runner.execute(core.decide(0)), 0)
+    assert llm.generate([prompt, prompt], GREEDY) == before
+    assert [completion.num_cached_tokens for completion in before] == [0, 48]
+    llama.check(prompt, before[0].token_ids)
 
 
 def test_texts_are_encoded_and_decoded(llama):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 import torch
 from engine_judge import GREEDY, NEAR_TIE, Judge
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from twinserve.policies import Batch, SamplingParams
+from twinserve.engine.online import StepError
+from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.traces.request import Part, Request
 
 every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
 PROMPTS = [[5 + number] * 3 + [7 * place % 400 for place in range(17 + 3 * number)] for number in range(5)]
@@ -49,11 +52,21 @@ def test_penalised_tokens_are_those_of_transformers(llama, serving, monkeypatch,
 def test_seeded_requests_with_all_settings_repeat_whatever_runs_beside_them(llama, serving, pipeline_depth):
     def params(seed: int) -> SamplingParams:
         return SamplingParams(
-            1.5, 40, top_k=60 * (seed % 2), seed=seed, ignore_eos=True, min_p=0.02, repetition_penalty=1.2
+            1.5,
+            40,
+            top_k=60 * (seed % 2),
+            top_p=(1.0, 0.9, 0.6, 1.0, 0.8)[seed],
+            seed=seed,
+            ignore_eos=True,
+            min_p=0.02,
+            repetition_penalty=1.2,
         )
 
     roomy = serving(llama)
     alone = [roomy.generate([prompt], params(seed))[0].token_ids for seed, prompt in enumerate(PROMPTS)]
+    for seed, prompt in enumerate(PROMPTS):
+        [all_kept] = roomy.generate([prompt], replace(params(seed), top_p=1.0))
+        assert (all_kept.token_ids == alone[seed]) == (params(seed).top_p == 1.0)
     tight = serving(llama, pipeline_depth=pipeline_depth, **TIGHT)
     beside = tight.generate([*PROMPTS, [9, 9]], [*map(params, range(5)), GREEDY])
     assert tokens_of(beside[:5]) == alone
@@ -88,16 +101,58 @@ def test_logprobs_are_those_of_the_models_own_distribution(llama, serving, pipel
 
 
 @every_depth
-def test_logprobs_end_with_the_tokens(llama, serving, pipeline_depth):
+def test_logprobs_end_with_the_tokens(llama, serving, monkeypatch, pipeline_depth):
     """What a step that ran ahead of a stop sampled is in neither; and a request asks for itself alone."""
     llm = serving(llama, pipeline_depth=pipeline_depth)
     tokens = llm.generate([PROMPTS[0]], GREEDY)[0].token_ids
     stop = next(token for place, token in enumerate(tokens) if place >= 5 and token not in tokens[:place])
     params = SamplingParams(0.0, stop_token_ids=(stop,), logprobs=2)
+    held, launch = list[int](), llm.runner.launch
+    monkeypatch.setattr(llm.runner, "launch", lambda batch: held.append(len(llm.runner.logprobs)) or launch(batch))
     stopped, other = llm.generate([PROMPTS[0], PROMPTS[1]], [params, GREEDY])
     assert stopped.token_ids == tokens[: tokens.index(stop) + 1]
     assert [one.top[0][0] for one in stopped.logprobs] == stopped.token_ids
-    assert other.logprobs is None and len(llm.runner.logprobs) == 1
+    assert other.logprobs is None and max(held) == 1 and not llm.runner.logprobs
     refused = llm.generate([[5] * 5000], params)[0]
     assert (refused.finish_reason, refused.logprobs) == ("refused", [])
+
+
+@every_depth
+def test_the_logprobs_of_a_trace_go_as_its_requests_end(llama, serving, pipeline_depth):
+    """Also where a step ran ahead of a stop."""
+    llm = serving(llama, pipeline_depth=pipeline_depth, num_gpu_blocks=64, max_num_seqs=2)
+    requests = [Request(number, 0, (Part(number, 0, 9),), 30) for number in range(6)]
+    served = llm.run_trace(requests, params=SamplingParams(0.0))
+    stop = served[0].completion_token_ids[5]
+    kept: list[tuple[Sequence, list[Sequence]]] = []
+
+    def progress(seq: Sequence) -> None:
+        assert list(llm.runner.logprobs[seq]) == list(range(seq.num_prompt_tokens, seq.num_tokens))
+        kept.append((seq, list(llm.runner.logprobs)))
+
+    served = llm.run_trace(requests, params=SamplingParams(0.0, stop_token_ids=(stop,), logprobs=1), progress=progress)
+    assert "stop" in {seq.finish_reason for seq in served}
+    for number, (_, held) in enumerate(kept):
+        assert len(held) <= 2 and not set(held) & {seq for seq, _ in kept[:number]}
+    assert not llm.runner.logprobs
+
+
+@every_depth
+def test_the_logprobs_of_a_run_that_fails_go_with_it(llama, serving, monkeypatch, pipeline_depth):
+    llm = serving(llama, pipeline_depth=pipeline_depth)
+    launch = llm.runner.launch
+
+    def fail_late(batch: Batch):
+        if batch.decision == 5:
+            assert llm.runner.logprobs
+            raise OSError("the card is gone")
+        return launch(batch)
+
+    monkeypatch.setattr(llm.runner, "launch", fail_late)
+    params = SamplingParams(0.0, logprobs=1)
+    with pytest.raises(StepError):
+        llm.run_trace([Request(0, 0, (Part(0, 0, 9),), 30)], params=params)
+    assert not llm.runner.logprobs
+    with pytest.raises(StepError):
+        llm.generate([[5, 6, 7]], params)
     assert not llm.runner.logprobs

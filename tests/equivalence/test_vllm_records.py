@@ -78,6 +78,7 @@ def test_a_log_is_decided_again(tmp_path, depth, until_ms):
     record = load_run(log)
     assert sum(len(row["preempted"]) for row in record.steps) > 0, "the pool is small enough for preemptions"
     assert any(row["rows"] for row in record.steps), "prompts come in chunks"
+    assert record.run["summary"]["device_wait_share"] is None, "a log does not say when a step started on the device"
     assert any(row["aborted"] for row in record.steps) == (until_ms is not None)
     result = replay(record)
     assert result.difference is None and result.equal == len(record.steps)

@@ -24,6 +24,7 @@ def mixed(temperature: float) -> list[SamplingParams]:
             seed=number,
             ignore_eos=True,
             top_k=(0, 40)[number % 2],
+            top_p=(1.0, 1.0, 0.9, 0.6, 1.0)[number % 5],
             min_p=(0.0, 0.0, 0.03)[number % 3],
             repetition_penalty=(1.0, 1.5, 0.8)[number % 3],
             logprobs=(None, None, 0, 5)[number % 4],

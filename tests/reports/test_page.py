@@ -99,7 +99,8 @@ def test_every_metric_of_the_summary_is_in_the_page(page, sim):
         value = value_of(sim.run["summary"], metric)
         exact, text = shown.value(metric, run="sim")
         assert exact == str(value)
-        assert text in {number(value), number(value * 1e3)} or text.startswith(f"{number(value)} (")
+        texts = {number(value), number(value * 1e3), percent(value)}
+        assert text in texts or text.startswith(f"{number(value)} (")
 
 
 def test_units_are_said_and_apply_to_the_whole_row(page, make_record):
@@ -116,6 +117,23 @@ def test_cached_tokens_are_a_share_of_the_prompts(page, sim):
     summary = sim.run["summary"]
     share = summary["cached_tokens"] / summary["prompt_tokens"]
     assert page(sim).value("cached_tokens", run="sim")[1].endswith(f"({share:.1%})")
+
+
+def test_the_devices_waits_are_a_share_in_percent_and_explained(page, make_record):
+    record = make_record(pipeline_depth=0)
+    share = record.run["summary"]["device_wait_share"]
+    assert share > 0.01
+    shown = page(record)
+    assert shown.value("device_wait_share", run="sim") == (str(share), f"{share:.1%}")
+    assert "Device waits the share of the duration in which the device had work but stood idle" in shown.visible
+
+
+def test_a_summary_older_than_the_devices_waits_is_shown_and_compared_without_them(page, sim, real):
+    summary = {name: value for name, value in real.run["summary"].items() if name != "device_wait_share"}
+    shown = page(sim, with_run(real, summary=summary))
+    assert shown.value("device_wait_share", run="real") == ("None", "–")
+    assert shown.value("device_wait_share", error_of="sim") == ("None", "–")
+    assert shown.value("steps", error_of="sim")[0] != "None"
 
 
 def test_a_simulation_beside_its_real_run_has_the_errors_of_compare(page, sim, real):

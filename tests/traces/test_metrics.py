@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
 from collections import Counter
@@ -9,14 +10,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latencies import Uneven
 
-from twinserve.traces.metrics import distribution, summarize, token_gaps
-from twinserve.traces.record import load_record
+from twinserve.policies import SamplingParams
+from twinserve.sim.replica import simulate
+from twinserve.traces.metrics import RunMetrics, distribution, summarize, summary_of, token_gaps
+from twinserve.traces.record import RunRecorder, load_record, single_steps
+from twinserve.traces.settings import Settings
 
 KEYS = [
     *("world", "requests", "finished", "refused", "aborted", "shortened", "duration_s", "output_tok_s", "total_tok_s"),
     *("ttft_s", "tpot_s", "itl_s", "e2e_s", "cached_tokens", "prompt_tokens", "output_tokens", "preemptions"),
-    *("steps", "events", "wall_s"),
+    *("device_wait_share", "steps", "events", "wall_s"),
 ]
 NOTHING = {"mean": None, "p50": None, "p90": None, "p99": None}
 
@@ -92,6 +99,114 @@ def test_aborted_requests_are_left_out_of_latencies_and_throughput():
 def test_a_row_of_several_steps_is_one_event():
     steps = [step(1), step(2) | {"count": 5}]
     assert [summarize([], steps)[key] for key in ("steps", "events")] == [6, 2]
+
+
+# --- the device's waits for the host ---
+
+
+def timed(decided_ns, start_ns, end_ns, *, running=1, waiting=0, left=(), tokens=1):
+    """A step's row as far as the device's waits need it."""
+    row = {"decided_ns": decided_ns, "start_ns": start_ns, "end_ns": end_ns, "running": running, "waiting": waiting}
+    return row | {"left": list(left), "tokens": tokens, "count": 1}
+
+
+def waited_ns(*steps):
+    """What the steps' waits come to, from their share of a duration of 4 s."""
+    share = summarize([request(arrival_ns=0)], list(steps))["device_wait_share"]
+    return None if share is None else round(share * 4e9)
+
+
+def test_the_device_waits_from_the_end_of_a_step_to_the_start_of_the_next():
+    assert waited_ns(timed(0, 5, 10), timed(11, 12, 20), timed(20, 27, 30)) == 2 + 7
+
+
+def test_a_step_that_starts_as_the_one_before_ends_waits_for_nothing():
+    assert waited_ns(timed(0, 5, 10), timed(6, 10, 20), timed(12, 20, 30)) == 0
+
+
+def test_a_system_without_requests_is_idle_and_does_not_wait():
+    assert waited_ns(timed(0, 5, 10, running=2), timed(50, 60, 70, left=[0, 1]), timed(70, 71, 80)) == 1
+    assert waited_ns(timed(0, 5, 10, running=2), timed(50, 60, 70, left=[0])) == 50
+
+
+def test_requests_that_wait_for_room_are_work_though_all_that_ran_has_ended():
+    assert waited_ns(timed(0, 5, 10, waiting=1), timed(11, 13, 20, left=[0])) == 3
+
+
+def test_what_was_decided_before_the_end_is_work_though_all_that_ran_has_ended():
+    assert waited_ns(timed(0, 5, 10), timed(9, 13, 20, left=[0])) == 3
+    assert waited_ns(timed(0, 5, 10), timed(10, 13, 20, left=[0])) == 3
+    assert waited_ns(timed(0, 5, 10), timed(11, 13, 20, left=[0])) == 0
+
+
+def test_a_step_without_tokens_is_no_work_and_breaks_no_wait():
+    first, empty = timed(0, 5, 10), timed(10, 11, 12, tokens=0)
+    assert waited_ns(first, empty) == 0
+    assert waited_ns(first, empty, timed(12, 14, 20)) == 4
+    assert waited_ns(first, empty, timed(40, 44, 50, left=[0])) == 0
+    assert waited_ns(first, empty | {"left": [0], "running": 0}, timed(40, 44, 50), timed(51, 52, 60)) == 2
+
+
+def test_waits_are_a_share_of_the_duration():
+    steps = [timed(0, 1, 10**9), timed(10**9, 2 * 10**9, 3 * 10**9)]
+    assert summarize([request(arrival_ns=0)], steps)["device_wait_share"] == 0.25
+    assert summarize([request(arrival_ns=2 * 10**9)], steps)["device_wait_share"] == 0.5
+
+
+def test_waits_are_undefined_without_steps_decisions_or_a_duration():
+    step_alone = {"decided_ns": 0, "start_ns": 1, "end_ns": 2, "count": 1}
+    assert waited_ns() is None
+    assert waited_ns(timed(0, 5, 10), step_alone) is None
+    assert summarize([], [timed(0, 5, 10)])["device_wait_share"] is None
+
+
+def test_the_waits_of_a_fleet_are_a_share_of_the_durations_of_its_replicas():
+    one, other, unused = RunMetrics(), RunMetrics(), RunMetrics()
+    for part, wait_ns, finish_ns in ((one, 10**9, 4 * 10**9), (other, 3 * 10**9, 12 * 10**9)):
+        part.request(request(arrival_ns=0, finish_ns=finish_ns))
+        part.waits.row(timed(0, 1, 10))
+        part.waits.row(timed(10, 10 + wait_ns, finish_ns))
+    assert summary_of([one, other, unused])["device_wait_share"] == (1 + 3) / (4 + 12)
+
+
+times = st.integers(0, 50)
+
+
+@given(st.lists(st.tuples(times, times, times), min_size=2, max_size=5), times, st.booleans(), times)
+def test_waits_of_steps_that_share_a_row_are_those_of_the_steps(spans, lag_ns, back_to_back, later_ns):
+    """Each repetition: from the decision before to this, from the start before, and from the end of the step before."""
+    row = timed(3, 5, 10) | {"decision": 0, "committed": -1, "digest": "", "count": 1 + len(spans)}
+    decided, starts, periods = (list(column) for column in zip(*spans, strict=True))
+    repeats = {"end_ns": periods, "start_ns": [lag_ns]}
+    if not back_to_back:
+        repeats |= {"decided_ns": decided, "start_ns": starts}
+    row["repeats"] = repeats | {"grown": []}
+    *_, last = single = list(single_steps(row))
+    following = timed(last["end_ns"], last["end_ns"] + later_ns, last["end_ns"] + 60)
+    assert waited_ns(row, following) == waited_ns(*single, following)
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_a_simulations_summary_is_that_of_its_rows_grouped_or_not(tmp_path, some_requests, pipeline_depth):
+    """And the host's time, which steps wait for unless they were decided ahead, is in it."""
+    settings, params = Settings(num_gpu_blocks=400, pipeline_depth=pipeline_depth), SamplingParams(ignore_eos=True)
+    with RunRecorder(tmp_path / "run", world="sim", settings=settings.model_dump(), facts={}) as recorder:
+        simulate(
+            some_requests,
+            settings.build_core(listener=recorder),
+            Uneven(),
+            announce=lambda request: recorder.expect(request, params),
+        )
+        summary = recorder.close()
+    record = load_record(tmp_path / "run")
+    grouped = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert len(grouped) == summary["events"] < len(record.steps) / 2
+    assert summarize(record.requests, grouped, world="sim") == summary
+    assert summarize(record.requests, record.steps, world="sim") == summary | {"events": len(record.steps)}
+    busy_ns = sum(step["end_ns"] - step["start_ns"] for step in record.steps if step["tokens"])
+    assert summary["device_wait_share"] <= 1 - busy_ns / 1e9 / summary["duration_s"]
+    if pipeline_depth == 0:
+        assert summary["device_wait_share"] > 0.9 * 700_001 * (len(record.steps) - 20) / 1e9 / summary["duration_s"]
 
 
 # --- percentiles ---

@@ -62,7 +62,7 @@ def check_abort_while_its_token_is_in_flight(llm: LLM) -> None:
 
     def launch_and_abort(batch):
         step = launch(batch)
-        if batch.decision == 10:
+        if not in_flight and any(seq.seq_id == 1 and seq.num_completion_tokens == 5 for seq in batch.sampled):
             in_flight.extend(seq.seq_id for seq in batch.sampled)
             inboxes[0].put(Abort(1))
         return step

@@ -19,24 +19,3 @@ from twinserve.policies.orders import (
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import SamplingParams, Sequence, SequenceStatus
-
-__all__ = [
-    "Batch",
-    "Block",
-    "BlockManager",
-    "CacheAware",
-    "Core",
-    "CoreListener",
-    "FirstCome",
-    "LastAdmitted",
-    "LeastUrgent",
-    "PrefixCache",
-    "Priority",
-    "Row",
-    "SamplingParams",
-    "Scheduler",
-    "Sequence",
-    "SequenceStatus",
-    "ShortestJob",
-    "VllmAdmission",
-]

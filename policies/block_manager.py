@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -31,32 +30,12 @@ class Block:
         return f"Block({self.block_id}, ref_count={self.ref_count})"
 
 
-class FreeBlocks:
-    """The free blocks; iteration goes in the order in which they are used next.
-
-    `blank` is a stack of those in which nothing can be hit: the last one is used first. `cached` are the others, used
-    once no blank one is left, the least recently used first.
-    """
-
-    def __init__(self, num_blocks: int):
-        self.blank = list(reversed(range(num_blocks)))
-        self.cached: OrderedDict[int, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.blank) + len(self.cached)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from reversed(self.blank)
-        yield from self.cached
-
-
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
 
     There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
-    Blocks are handed out from the front of `free_block_ids`. A sequence's blocks are given up from its last to its
-    first: those that the prefix cache knows go behind all free ones (so the least recently used is evicted first, a
-    chain's tail before its head), the others in front.
+    A sequence's blocks are given up from its last to its first. Those that the prefix cache knows are used again once
+    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head.
     """
 
     def __init__(self, num_blocks: int | None, block_size: int):
@@ -67,7 +46,8 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
-        self.free_block_ids = FreeBlocks(num_blocks or 0)
+        self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free, but known to the cache
         self.used_block_ids: set[int] = set()
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
@@ -75,8 +55,12 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> float:
         """Free blocks, cached ones included; infinite in a pool without end."""
-        free = self.free_block_ids
-        return math.inf if self.num_blocks is None else len(free.blank) + len(free.cached)
+        return math.inf if self.num_blocks is None else len(self._blank) + len(self._cached)
+
+    @property
+    def free_block_ids(self) -> list[int]:
+        """The free blocks, in the order in which they are used next; a new list, so it costs the pool's size."""
+        return [*reversed(self._blank), *self._cached]
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -116,8 +100,8 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         table, num_cached = seq.block_table, seq.num_registered_blocks
-        blocks, free, kept = self.blocks, self.free_block_ids, []
-        free.blank += table[num_cached:]
+        blocks, kept = self.blocks, []
+        self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
             blocks[block_id].ref_count = 0
         # Only a block that the cache knows may be held by others too.
@@ -127,7 +111,7 @@ class BlockManager:
             if block.ref_count:
                 kept.append(block_id)
             else:
-                free.cached[block_id] = None
+                self._cached[block_id] = None
         self.used_block_ids.difference_update(table)
         self.used_block_ids.update(kept)
         seq.block_table = []
@@ -194,11 +178,10 @@ class BlockManager:
         needed = self.blocks_to_take(hits, num_hit_tokens + num_tokens)
         if needed > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {needed} blocks, {self.num_free_blocks} are free")
-        blocks, cached = self.blocks, self.free_block_ids.cached
         for block_id in hits:
-            block = blocks[block_id]
+            block = self.blocks[block_id]
             if not block.ref_count:
-                del cached[block_id]
+                del self._cached[block_id]
             block.ref_count += 1
         self.used_block_ids.update(hits)
         seq.block_size = self.block_size
@@ -218,27 +201,6 @@ class BlockManager:
         cache.register(table[first:end], seq.block_hashes[first:end], seq.block_contents[first:end], parent)
         seq.num_registered_blocks = end
 
-    def register_each(self, blocks: list[tuple[Sequence, int, bytes]]) -> None:
-        """Let the cache know a block of each of some sequences, in order.
-
-        `blocks`: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
-        (see `token_bytes`); nothing if the sequence has to be asked for them.
-        """
-        cache, size = self.prefix_cache, self.block_size
-        if cache is None:
-            return
-        for seq, end, packed in blocks:
-            index, hashes, table = end // size - 1, seq.block_hashes, seq.block_table
-            if not 0 < index == seq.num_registered_blocks or (index >= len(hashes) and not packed):
-                self.register(seq, end)
-                continue
-            if index < len(hashes):
-                cache.register_next(table[index], table[index - 1], hashes[index], seq.block_contents[index])
-            else:
-                hashes.append(cache.register_next(table[index], table[index - 1], None, packed))
-                seq.block_contents.append(packed)
-            seq.num_registered_blocks = index + 1
-
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
         num_full = num_tokens // self.block_size
@@ -252,18 +214,17 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            free = self.free_block_ids
-            free.blank[:0] = reversed(free.cached)
-            free.cached.clear()
+            self._blank[:0] = reversed(self._cached)
+            self._cached.clear()
         return True
 
     def _take(self, count: int) -> list[int]:
         """Take `count` free blocks from the front, or none at all."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blocks, free = self.blocks, self.free_block_ids
-        taken = free.blank[: -count - 1 : -1]
-        del free.blank[len(free.blank) - len(taken) :]
+        blocks, blank = self.blocks, self._blank
+        taken = blank[: -count - 1 : -1]
+        del blank[len(blank) - len(taken) :]
         lacking = count - len(taken)
         if lacking and self.num_blocks is None:
             new_ids = range(len(blocks), len(blocks) + lacking)
@@ -271,7 +232,7 @@ class BlockManager:
             taken += new_ids
         elif lacking:
             assert self.prefix_cache is not None
-            evicted = [free.cached.popitem(last=False)[0] for _ in range(lacking)]
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(lacking)]
             self.prefix_cache.remove(evicted)
             taken += evicted
         for block_id in taken:
@@ -299,7 +260,7 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""
-        free, used, cache = list(self.free_block_ids), self.used_block_ids, self.prefix_cache
+        free, used, cache = self.free_block_ids, self.used_block_ids, self.prefix_cache
         assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
         holders = Counter(block_id for seq in self._holders for block_id in seq.block_table)
         for block in self.blocks:
@@ -307,7 +268,7 @@ class BlockManager:
         if cache is None:
             return
         for block_id in free:
-            cached = block_id in self.free_block_ids.cached
+            cached = block_id in self._cached
             assert cached == (block_id in cache), f"free block {block_id}: cached is {cached}"
         for seq in self._holders:
             parent, size = cache.root(seq.salt)[1], self.block_size

@@ -17,16 +17,17 @@ class View:
     Attributes:
         seqs, orders, bases: of each member, in running order; they stay as they are once a batch has the view.
         tokens: a token a member for each step, one step behind the other.
+        places: by the clock at which blocks begin, the places of the members of which one begins, once asked for.
         first: what the group's clock `known` was when the first of them had come.
     """
 
-    __slots__ = ("bases", "first", "is_taken", "orders", "seqs", "tokens")
+    __slots__ = ("bases", "first", "is_taken", "orders", "places", "seqs", "tokens")
 
     def __init__(self, seqs: list[Sequence], orders: list[int], bases: list[int]) -> None:
         self.seqs, self.orders, self.bases = seqs, orders, bases
         self.tokens = array("I")
-        self.first = 0
-        self.is_taken = False
+        self.places: dict[int, list[int]] = {}
+        self.first, self.is_taken = 0, False
 
 
 class DecodeGroup:
@@ -160,20 +161,25 @@ class DecodeGroup:
         """The blocks that are full when the members know `base + clock` tokens: the sequence, the number of its tokens
         with which the block ends, and the block's tokens, packed; nothing where the sequence has to be asked for them.
         """
-        size, blocks = self._block_size, []
+        size, phase = self._block_size, clock % self._block_size
+        seqs, blocks = self._begins.get(phase), list[tuple[Sequence, int, bytes]]()
+        if not seqs:
+            return blocks
         view = self._views[-1] if self._views else self.view
-        width, orders, tokens = len(view.seqs), view.orders, view.tokens
+        width, tokens = len(view.seqs), view.tokens
         begin, stop = (clock - size - view.first) * width, (clock - view.first) * width
+        places = view.places.get(phase)
+        if places is None or view is not self.view:
+            places = view.places[phase] = [bisect_left(view.orders, seq.admission_index) for seq in seqs]
         is_whole = begin >= 0 and stop <= len(tokens)
-        for seq in self.beginning(clock):
-            end = seq.base + clock
+        for seq, place in zip(seqs, places, strict=True):
+            end, packed = seq.base + clock, b""
             if is_whole and seq.known == end - size and seq.has_token_ids:
-                packed = tokens[begin + bisect_left(orders, seq.admission_index) : stop : width].tobytes()
+                packed = tokens[begin + place : stop : width].tobytes()
                 seq.unread.append(packed)
                 seq.known = end
             else:
                 self.hand_over(seq, end)
-                packed = b""
             blocks.append((seq, end, packed))
         return blocks
 
@@ -182,6 +188,7 @@ class DecodeGroup:
         view = self.view
         if view.is_taken:
             self.view = view = View(view.seqs.copy(), view.orders.copy(), view.bases.copy())
+        view.places.clear()
         return view
 
     def _buckets(self, seq: Sequence) -> tuple[list[Sequence], list[Sequence]]:

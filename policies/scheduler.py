@@ -230,16 +230,17 @@ class Scheduler:
     def _register_members(self, clock: int, alone: Seq[Sequence] = ()) -> None:
         """Let the cache know, in running order, the blocks that are full of known tokens: the members' at `clock`, and
         those of `alone`."""
-        group, manager = self.group, self.block_manager
+        group, manager, cache = self.group, self.block_manager, self.block_manager.prefix_cache
         while group.registered < clock:
             group.registered += 1
-            if group.num_with_tokens or manager.prefix_cache is not None:
+            if group.num_with_tokens or cache is not None:
                 blocks = group.full_blocks(group.registered)
                 if alone and blocks and group.registered == clock:
                     blocks += [(seq, seq.computed - seq.in_flight, b"") for seq in alone]
                     blocks.sort(key=lambda block: by_admission(block[0]))
                     alone = ()
-                manager.register_each(blocks)
+                if blocks and cache is not None:
+                    cache.register_each(blocks, manager.block_size, manager.register)
         for seq in alone:
             manager.register(seq, seq.computed - seq.in_flight)
 

@@ -6,7 +6,7 @@ import itertools
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,7 @@ def token_bytes(token_ids: list[int] | array[int]) -> bytes:
 class SequenceStatus(Enum):
     """Where a sequence is in its life. A preempted sequence is WAITING; one aborted or refused is FINISHED."""
 
-    WAITING = auto()
-    RUNNING = auto()
-    FINISHED = auto()
+    WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class SamplingParams:
 
     `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 keep the whole vocabulary; `min_p` is a
     share of the most probable token's probability. `repetition_penalty` divides the positive logits of the tokens that
-    came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). `seed` makes the sampled tokens
-    of a request repeatable whatever else runs beside it. `stop_token_ids` end a request like the tokenizer's
-    end-of-sequence token does; `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each
-    generated token and of so many most probable ones, by the model's own distribution: before penalty and temperature.
+    came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). With a `seed` a request's tokens
+    are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does;
+    `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each generated token and of so many
+    most probable ones, by the model's own distribution: before penalty and temperature.
     """
 
     temperature: float = 1.0
@@ -72,25 +70,23 @@ class Sequence:
 
     There is no prefill or decode phase here: a sequence has tokens it *knows* (`num_tokens`) and tokens whose KV
     exists or will exist once the launched steps have run (`num_computed_tokens`). A step computes some of the
-    difference; a step that reaches the last known token samples one more.
-
-    A sequence of the simulator has no token ids: it is made with `token_ids=None` and `num_prompt_tokens`, and
-    `prefix_key` says what its tokens are. `prefix_key(n)` is an integer that two sequences share exactly when their
-    first n tokens are equal, generated tokens included; the prefix cache then uses it in place of hashing. It may have
-    a method `each(ends)` that gives the keys of a range of lengths.
-
-    While a sequence decodes in step with others, the clocks of their `group` count for it: the properties add them to
-    its `base`, and `known`, `computed` and `in_flight` say only what it counted by itself.
+    difference; a step that reaches the last known token samples one more. While a sequence decodes in step with
+    others, the clocks of their `group` count for it: the properties add them to its `base`, and `known`, `computed`
+    and `in_flight` say only what it counted by itself.
 
     Args:
+        token_ids: the prompt; None for a sequence of the simulator, which has `num_prompt_tokens` and `prefix_key`.
+        prefix_key: `prefix_key(n)` is an integer that two sequences share exactly when their first n tokens are equal,
+            generated ones included; the cache uses it in place of a hash. It may have a method `each(ends)`, which
+            gives the keys of a range of lengths.
         priority: smaller is more urgent; for orders that look at it.
         salt: sequences of different salts never share blocks.
         tenant: whose request this is; for orders that look at it.
 
     Attributes:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        arrival_index, admission_index: how many others were accepted before it, and admitted; the latter orders those
-            that run.
+        arrival_index, admission_index: how many others were accepted, and admitted, before it; those that run are
+            ordered by the latter.
         final_length: tokens at which generation ends, whatever is generated.
         block_table: ids of the KV blocks held, in token order.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
@@ -101,7 +97,15 @@ class Sequence:
             by whoever knows them; the policies never read them.
     """
 
-    block_size: int = 256
+    block_size = 256
+    # With more than 30 attributes and no slots, an instance would have a dictionary of its own.
+    __slots__ = (
+        "__dict__", "_token_ids", "admission_index", "arrival_index", "arrival_ns", "base", "block_contents",
+        "block_hashes", "block_table", "computed", "final_length", "finish_ns", "finish_reason", "first_scheduled_ns",
+        "first_token_ns", "group", "has_sampled", "has_token_ids", "in_flight", "ingested_ns", "known",
+        "num_cached_tokens", "num_preemptions", "num_prompt_tokens", "num_registered_blocks", "prefix_key", "priority",
+        "refusal", "salt", "sampling_params", "scheduled", "seq_id", "since", "status", "tenant", "unread",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -119,35 +123,29 @@ class Sequence:
         if token_ids is None and (num_prompt_tokens is None or prefix_key is None):
             raise ValueError("a sequence without token_ids needs num_prompt_tokens and prefix_key")
         self.seq_id = next(_next_seq_id) if seq_id is None else seq_id
-        self.status = SequenceStatus.WAITING
-        self.finish_reason: str | None = None
-        self.refusal: str | None = None
         self.has_token_ids = token_ids is not None
-        self.num_prompt_tokens: int = int(num_prompt_tokens or 0) if token_ids is None else len(token_ids)
+        self._token_ids = list(token_ids or ())
+        self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
+        self.num_prompt_tokens = len(self._token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
         self.sampling_params = sampling_params or SamplingParams()
         self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
-        self.prefix_key = prefix_key
+        self.prefix_key, self.arrival_ns = prefix_key, arrival_ns
         self.priority, self.salt, self.tenant = priority, salt, tenant
-        self.arrival_index = self.admission_index = -1
-
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
         self.num_cached_tokens = self.num_registered_blocks = self.num_preemptions = 0
-        self.has_sampled = False
-
-        self.arrival_ns = arrival_ns
+        self.known, self.has_sampled = self.num_prompt_tokens, False
+        self.status = SequenceStatus.WAITING
+        self.group: DecodeGroup | None = None
+        self.arrival_index = self.admission_index = -1
+        self.finish_reason: str | None = None
+        self.refusal: str | None = None
         self.ingested_ns: int | None = None
         self.first_scheduled_ns: int | None = None
         self.first_token_ns: int | None = None
         self.finish_ns: int | None = None
-
-        self.known = self.num_prompt_tokens
-        self.computed = self.in_flight = self.scheduled = 0
-        self.group: DecodeGroup | None = None
-        self.base = self.since = 0
-        self._token_ids = [] if token_ids is None else list(token_ids)
-        self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
+        self.computed = self.in_flight = self.scheduled = self.base = self.since = 0
 
     @property
     def num_tokens(self) -> int:

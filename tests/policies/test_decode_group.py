@@ -118,9 +118,10 @@ def test_a_step_looks_at_members_whose_block_begins_or_is_full_and_at_no_others(
     for number in range(64):
         scheduler.add(Sequence([number] * (1 + number % 16), SamplingParams(max_tokens=200, ignore_eos=True)))
     served: list[int] = []
-    extend_each, register_each = manager.extend_each, manager.register_each
+    cache = manager.prefix_cache
+    extend_each, register_each = manager.extend_each, cache.register_each
     manager.extend_each = lambda seqs: (served.append(len(seqs)), extend_each(seqs))[1]  # type: ignore
-    manager.register_each = lambda blocks: (served.append(len(blocks)), register_each(blocks))[1]  # type: ignore
+    cache.register_each = lambda blocks, *args: (served.append(len(blocks)), register_each(blocks, *args))[1]  # type: ignore
     for number in range(100):
         if number == 20:
             manager.extend = manager.register = None  # type: ignore

@@ -131,8 +131,7 @@ class PrefixCache:
     def register(self, block_ids: list[int], hashes: list[int], contents: list[bytes | None], parent: int) -> None:
         """Note that blocks hold, or will once their step has run, a chain of contents behind the prefix `parent`."""
         cached, by_hash = self._cached, self.hash_to_block_id
-        if (last := max(block_ids)) >= len(cached):
-            cached += [None] * (last + 1)
+        self._make_room(max(block_ids))
         for block_id, block_hash, content in zip(block_ids, hashes, contents, strict=True):
             if cached[block_id] is not None:
                 raise ValueError(f"block {block_id} is stored already, as {cached[block_id]}")
@@ -166,14 +165,21 @@ class PrefixCache:
                     hashes.append(digest(prefix_hash.to_bytes(width, "little") + content, seed))
                     seq.block_contents.append(content)
                 block_id, block_hash = table[index], hashes[index]
-                if block_hash not in by_hash and block_id < room and cached[block_id] is None:
+                if block_id >= room:
+                    self._make_room(block_id)
+                    room = len(cached)
+                if block_hash not in by_hash and cached[block_id] is None:
                     by_hash[block_hash] = block_id
                     self._last_prefix = prefix = self._last_prefix + 1
                     cached[block_id] = block_hash, seq.block_contents[index], parent, prefix
                     seq.num_registered_blocks = index + 1
                     continue
             register(seq, end)
-            room = len(cached)
+
+    def _make_room(self, block_id: int) -> None:
+        """Grow the list of blocks, if need be, to twice its length at least."""
+        if block_id >= len(self._cached):
+            self._cached += [None] * (block_id + 1)
 
     def remove(self, block_ids: list[int]) -> None:
         """Forget what blocks held; another block of equal hash takes one's place in `hash_to_block_id`."""

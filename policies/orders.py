@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from operator import attrgetter
 from typing import Protocol
 
 from twinserve.policies.block_manager import BlockManager
@@ -160,6 +161,8 @@ class _Ranked:
     """
 
     is_steady = True
+    measure: Callable[[Sequence], int]
+    """What the order goes by."""
 
     def __init__(self, *, ageing: int = 0):
         if ageing < 0:
@@ -167,10 +170,6 @@ class _Ranked:
         self.ageing = ageing
         self.starvation_free = ageing > 0
         self._queue: list[tuple[tuple[int, int], Sequence]] = []
-
-    def measure(self, seq: Sequence) -> int:
-        """What the order goes by."""
-        raise NotImplementedError
 
     def rank(self, seq: Sequence) -> tuple[int, int]:
         """Smaller is sooner; no two sequences have the same."""
@@ -201,18 +200,15 @@ class _Ranked:
 class Priority(_Ranked):
     """The smallest `priority` first; the largest gives way, wherever it is among those that run, as in vLLM."""
 
+    measure = attrgetter("priority")
+
     def __init__(self, *, ageing: int = 0):
         super().__init__(ageing=ageing)
         self.victim: Victim = LeastUrgent(self)
-
-    def measure(self, seq: Sequence) -> int:
-        return seq.priority
 
 
 class ShortestJob(_Ranked):
     """The fewest known tokens first, as of when the sequence came in or came back."""
 
+    measure = attrgetter("num_tokens")
     victim: Victim = LastAdmitted()
-
-    def measure(self, seq: Sequence) -> int:
-        return seq.num_tokens

@@ -116,7 +116,7 @@ class RunRecorder(CoreListener):
         self._texts: dict[int, str] = {}
 
     def _open(self, name: str) -> IO[str]:
-        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 18)
+        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 16)
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.

@@ -107,6 +107,11 @@ def test_mooncake_ids_become_texts_of_512_tokens_the_last_one_filled_in_part(rea
     assert requests[1].parts == (Part(0, 0, 512), Part(1, 0, 512), Part(2, 0, 6))
 
 
+def test_a_block_that_mooncake_names_again_is_held_once(read):
+    one, other, _ = read(json_lines(MOONCAKE_ROWS)).requests
+    assert one.parts[0] is other.parts[0]
+
+
 def test_equal_rows_stay_requests_of_their_own(read):
     trace = read(json_lines([MOONCAKE_ROWS[0], *MOONCAKE_ROWS]))
     assert [request.id for request in trace.requests] == [0, 1, 2, 3]

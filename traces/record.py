@@ -32,8 +32,8 @@ from twinserve.traces.spans import BackToBack
 SCHEMA = "twinserve-run/1"
 
 _SERVED = ("stop", "length")
+_FACTS = ("decision", "seen", "aborted", "committed", "decided_ns", "start_ns", "end_ns", "count")
 _TOTALS = (
-    "usual",
     "tokens",
     "prompt_tokens",
     "decode_tokens",
@@ -45,7 +45,11 @@ _TOTALS = (
     "running",
 )
 
+_DECIDED = ("admitted", "left", "preempted", "usual", "rows", "grown", *_TOTALS)
+
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_STEP = "{" + ",".join(f'"{name}":%s' for name in (*_FACTS, *_DECIDED)) + ',"digest":"%016x"}'
+"""A step's row: filled in, and without the spaces, what `_encode` makes of a dict of the values, which costs more."""
 
 
 @dataclass(slots=True)
@@ -227,27 +231,31 @@ class RunRecorder(CoreListener):
 
     def _write_step(self, decided: _Decided) -> None:
         """Write a step's row, and count it."""
-        batch, metrics = decided.batch, self.metrics
-        row = {
-            "decision": batch.decision,
-            "seen": batch.seen,
-            "aborted": _ids(batch.aborted),
-            "committed": batch.committed,
-            "decided_ns": batch.decided_ns,
-            "start_ns": batch.start_ns,
-            "end_ns": batch.end_ns,
-            "count": 1 + len(decided.spans),
-            **decision_fields(batch, decided.digest, decided.exceptions),
-        }
-        metrics.gaps.row(row)
-        if decided.spans:
-            times = _times_after(batch, decided.spans)
-            metrics.gaps.repeat(times["end_ns"], decided.spans[-1][2], bool(batch.usual_tokens))
+        batch, metrics, spans, exceptions = decided.batch, self.metrics, decided.spans, decided.exceptions
+        text = _STEP % (
+            batch.decision,
+            batch.seen,
+            _ids(batch.aborted),
+            batch.committed,
+            batch.decided_ns,
+            batch.start_ns,
+            batch.end_ns,
+            1 + len(spans),
+            *_decisions(batch, exceptions),
+            decided.digest,
+        )
+        text = text.replace(" ", "")
+        rows = [(row.seq.seq_id, row.samples) for row in batch.admitted]
+        rows += [(seq.seq_id, samples) for seq, _, samples in exceptions]
+        metrics.gaps.step(batch.end_ns, bool(batch.usual_tokens), _ids(batch.preempted), rows)  # type: ignore[arg-type]
+        if spans:
+            times = _times_after(batch, spans)
+            metrics.gaps.repeat(times["end_ns"], spans[-1][2], bool(batch.usual_tokens))
             blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
-            row["repeats"] = times | {"grown": blocks}
-        metrics.steps += row["count"]
+            text = f'{text[:-1]},"repeats":{_encode(times | {"grown": blocks})}}}'
+        metrics.steps += 1 + len(spans)
         metrics.events += 1
-        self._steps_file.write(_encode(row) + "\n")
+        self._steps_file.write(text + "\n")
 
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
@@ -339,25 +347,30 @@ def make_partial(out: Path) -> Path:
 
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
-    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
-    return {
-        "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
-        "left": _ids(batch.left),
-        "preempted": _ids(batch.preempted),
-        "usual": batch.usual_tokens,
-        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
-        "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
-        "tokens": batch.num_tokens,
-        "prompt_tokens": batch.num_prompt_tokens,
-        "decode_tokens": batch.num_decode_tokens,
-        "kv_tokens": batch.num_kv_tokens,
-        "attention_pairs": batch.num_attention_pairs,
-        "sampled": batch.num_sampled,
-        "used_blocks": batch.num_used_blocks,
-        "waiting": batch.num_waiting,
-        "running": batch.num_running,
-        "digest": f"{digest:016x}",
-    }
+    """The decisions of a step's row, as plain values; the digest comes last."""
+    values = zip(_DECIDED, _decisions(batch, exceptions), strict=True)
+    return dict(values) | {"digest": f"{digest:016x}"}
+
+
+def _decisions(batch: Batch, exceptions: Exceptions) -> tuple[Any, ...]:
+    """The values of the fields `_DECIDED`."""
+    return (
+        [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
+        _ids(batch.left),
+        _ids(batch.preempted),
+        batch.usual_tokens,
+        [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
+        [[seq.seq_id, block_ids] for seq, block_ids in batch.grown],
+        batch.num_tokens,
+        batch.num_prompt_tokens,
+        batch.num_decode_tokens,
+        batch.num_kv_tokens,
+        batch.num_attention_pairs,
+        batch.num_sampled,
+        batch.num_used_blocks,
+        batch.num_waiting,
+        batch.num_running,
+    )
 
 
 def _ids(seqs: Iterable[Sequence]) -> list[int]:
@@ -598,6 +611,6 @@ def _check_step(line: Line, decision: int, is_digested: bool) -> None:
     for field, width in (("admitted", 4), ("rows", 3)):
         if field in line.values:
             line.integer_lists(field, width)
-    for field in _TOTALS:
+    for field in ("usual", *_TOTALS):
         if field in line.values:
             line.integer(field)

@@ -442,7 +442,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
         "preemptions": seq.num_preemptions,
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
-        "prompt": request.parts,
+        "prompt": list(request.parts),
         "ignore_eos": served.sampling.ignore_eos,
         "stop_token_ids": served.sampling.stop_token_ids,
         **request.labels,

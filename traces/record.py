@@ -261,7 +261,7 @@ class RunRecorder(CoreListener):
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
     """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
     if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
-        return {"end_ns": spans.periods_ns, "start_ns": [spans.lag_ns]}
+        return {"end_ns": spans.periods_ns.tolist(), "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))

@@ -102,20 +102,23 @@ class PrefixKeys:
 
     def each(self, ends: range) -> list[int]:
         """The keys of the prefixes that end there, as single calls give them, but all at once."""
-        lengths = np.arange(ends.start, ends.stop, ends.step)
-        places = np.searchsorted(self._ends, lengths)
-        self._find_bases(int(places.max(initial=-1)))
-        offsets = lengths - np.array([0, *self._ends])[places]
-        keys = np.array(self._bases, np.uint64)[places] + offsets.astype(np.uint64) * np.uint64(_GOLDEN)
-        return keys.tolist()
+        self._find_bases(len(self._parts))
+        golden = np.uint64(_GOLDEN)
+        begins = np.array([0, *self._ends], np.uint64)
+        lengths = np.arange(ends.start, ends.stop, ends.step, dtype=np.uint64)
+        shifted = np.array(self._bases, np.uint64) - begins * golden
+        return (shifted[begins[1:].searchsorted(lengths)] + lengths * golden).tolist()
 
     def _find_bases(self, last: int) -> None:
         """Know the hashes of what lies before each part, up to the `last`, and of the text that begins there."""
-        bases, parts = self._bases, self._parts
-        for index in range(len(bases), last + 1):
-            before, length = (bases[-1], parts[index - 1].length) if index else (0, 0)
-            text, start = parts[index][:2] if index < len(parts) else (self._answer, 0)
-            bases.append(xxhash.xxh64_intdigest(_PACKED(before, length, text & _MASK, start)))
+        bases, parts, known = self._bases, self._parts, len(self._bases)
+        if known > last:
+            return
+        base, length = (bases[-1], parts[known - 1].length) if known else (0, 0)
+        for text, start, next_length in [*parts, (self._answer, 0, 0)][known : last + 1]:
+            base = xxhash.xxh64_intdigest(_PACKED(base, length, text & _MASK, start))
+            bases.append(base)
+            length = next_length
 
 
 def merged(parts: Seq[Part]) -> list[Part]:

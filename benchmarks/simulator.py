@@ -89,15 +89,21 @@ def main() -> int:
 # --- in the process that is measured ---
 
 
-def azure_requests(traces: Path, num_requests: int) -> Iterator[Any]:
-    """Requests of (a), made as they are asked for; beyond the trace's 19,366 lengths it is shuffled again."""
+def azure_lengths(traces: Path) -> list[tuple[int, int]]:
+    """Prompt and output tokens of the Azure conversation trace, cut."""
     from twinserve.traces.readers import read_trace
-    from twinserve.traces.request import Part, Request
 
     lengths = []
     for request in read_trace(traces / AZURE).requests:
         output = min(request.max_tokens, MOST_TOKENS - 1)
         lengths.append((min(request.prompt_tokens, MOST_TOKENS - output), output))
+    return lengths
+
+
+def azure_requests(lengths: list[tuple[int, int]], num_requests: int) -> Iterator[Any]:
+    """Requests of (a), made as they are asked for; beyond the trace's 19,366 lengths it is shuffled again."""
+    from twinserve.traces.request import Part, Request
+
     shuffles, gaps = random.Random(SEED), random.Random(SEED)
     shuffled: list[tuple[int, int]] = []
     arrival_s = 0.0
@@ -129,7 +135,7 @@ def run_a(traces: Path, num_requests: int, out: Path) -> None:
         enable_prefix_caching=False,
     )
     facts = {"path": AZURE, "seed": SEED, "rate": RATE, "requests": num_requests}
-    workload = Workload(azure_requests(traces, num_requests), facts, 0, 0)  # type: ignore[arg-type]
+    workload = Workload(azure_requests(azure_lengths(traces), num_requests), facts, 0, 0)  # type: ignore[arg-type]
     summary = run_sim(workload, settings, latency, latency_facts={"name": latency.name}, out=out)
     print(json.dumps(summary))
 

@@ -117,7 +117,8 @@ class Replica:
                 seq = self._inbox.popleft()
                 if not core.ingest(seq, now):
                     self._ended(seq)
-                    yield from self._let_others()
+                    if self._others_come():
+                        yield self._wait(now, _DECIDES)
             launched = now
             if core.can_decide:
                 batch = core.decide(now)
@@ -134,9 +135,11 @@ class Replica:
                 until = int(self._decided[-1]) if self._planned else max(launched, core.in_flight[0].end_ns or 0)
                 yield self._wait(until, _ENDS)
                 self._make(len(self._planned))
-                for seq in core.commit(None, now_ns(self._env)):
+                now = now_ns(self._env)
+                for seq in core.commit(None, now):
                     self._ended(seq)
-                yield from self._let_others()
+                if self._others_come():
+                    yield self._wait(now, _DECIDES)
             elif core.is_idle:
                 self._is_idle = True
                 self._event = self._env.event()
@@ -144,10 +147,9 @@ class Replica:
             else:
                 yield self._wait(launched, _DECIDES)
 
-    def _let_others(self) -> Generator[simpy.Event, None, None]:
-        """Let everything else come first that happens now."""
-        if self._env.peek() == self._env.now:
-            yield self._wait(now_ns(self._env), _DECIDES)
+    def _others_come(self) -> bool:
+        """Does anything else happen now? Then it comes before the next decision."""
+        return self._env.peek() == self._env.now
 
     def _wait(self, until_ns: int, priority: int) -> simpy.Event:
         self._event = alarm(self._env, until_ns, priority + self.index)
@@ -169,11 +171,11 @@ class Replica:
         ends = [before.end_ns or 0 for before in core.in_flight]
         if self._repeated_costs is not None and steps > _FEW:
             host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
+            periods = devices + host
             self._decided = np.empty(steps, np.int64)
             self._decided[0] = ends[0]
-            self._decided[1:] = devices + host
-            self._decided.cumsum(out=self._decided)
-            self._planned = BackToBack(self._decided, host)
+            np.add(periods.cumsum(), ends[0], out=self._decided[1:])
+            self._planned = BackToBack(self._decided, periods, host)
             return
         instants: list[int] = []
         planned: list[Span] = []
@@ -190,7 +192,7 @@ class Replica:
     def _make(self, steps: int) -> None:
         """Make so many of the planned decisions, and drop the others."""
         if steps:
-            spans = self._planned[:steps]
+            spans = self._planned if steps == len(self._planned) else self._planned[:steps]
             self.core.advance(spans)
             self._device_free = spans[-1][2]
         self._planned, self._decided = [], []

@@ -18,10 +18,12 @@ Exceptions = list[tuple[Sequence, int, bool]]
 
 def exceptions_of(batch: Batch) -> Exceptions:
     """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
-    rows = {row.seq: (row.num_tokens, row.samples) for row in batch.explicit}
-    before = batch.alone[: len(batch.alone) - len(batch.admitted)]
-    found = ((seq, *rows.get(seq, (0, batch.usual_tokens == 0))) for seq in before)
-    return [entry for entry in found if entry[1] != batch.usual_tokens or not entry[2]]
+    before, usual = batch.alone[: len(batch.alone) - len(batch.admitted)], batch.usual_tokens
+    if not before:
+        return []
+    rows = {seq: (seq, num_tokens, samples) for seq, _, num_tokens, samples, _ in batch.explicit}
+    found = [rows.get(seq) or (seq, 0, usual == 0) for seq in before]
+    return [entry for entry in found if entry[1] != usual or not entry[2]]
 
 
 class Digest:
@@ -43,7 +45,7 @@ class Digest:
     def of(self, batch: Batch) -> int:
         """The digest up to `batch`, which follows the batch of the call before."""
         exceptions = self.exceptions = exceptions_of(batch)
-        steady = (batch.usual_tokens, *((seq.seq_id, n, samples) for seq, n, samples in exceptions))
+        steady = (batch.usual_tokens, *[(seq.seq_id, n, samples) for seq, n, samples in exceptions])
         if steady != self._steady or batch.admitted or batch.left or batch.preempted:
             values = [batch.decision, batch.usual_tokens, len(batch.admitted)]
             for seq, start, num_tokens, samples, _ in batch.admitted:
@@ -61,8 +63,9 @@ class Digest:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
         total = self._grown
         for seq, block_ids in grown:
+            own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
             for block_id in block_ids:
-                total += (seq.arrival_index + 1) * 0x9E3779B97F4A7C15 ^ (block_id + 1) * 0xBF58476D1CE4E5B9
+                total += own ^ (block_id + 1) * 0xBF58476D1CE4E5B9
         self._grown = total & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
         return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

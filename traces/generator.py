@@ -227,11 +227,11 @@ def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Reque
     parts = opening.parts
     arrival_ns = opening.arrival_ns
     for number in range(opening.id, opening.id + turns):
-        parts += (Part(next(draws.texts), 0, next(draws.prompt_tokens)),)
+        parts = (*parts, Part(next(draws.texts), 0, next(draws.prompt_tokens)))
         max_tokens = next(draws.max_tokens)
         after = number - 1 if number > opening.id else None
         yield Request(number, arrival_ns, parts, max_tokens, opening.session, after)
-        parts += (Part(answer_text(number), 0, max_tokens),)
+        parts = (*parts, Part(answer_text(number), 0, max_tokens))
         arrival_ns += next(draws.think_ns)
 
 

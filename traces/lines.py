@@ -171,7 +171,7 @@ def json_value(text: str, path: Path, line: int | None = None, *, nan: bool = Fa
         InputError: it is not JSON.
     """
     try:
-        return json.loads(text, parse_constant=float if nan else _refuse_constant)
+        return (_WITH_NAN if nan else _STRICT).decode(text)
     except (ValueError, RecursionError) as error:
         found = getattr(error, "lineno", None) if line is None else line
         raise InputError(f"expected JSON: {error}", path=path, line=found) from error
@@ -213,6 +213,9 @@ def json_lines(lines: list[str], path: Path, first: int = 1) -> Iterator[Line]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+_WITH_NAN, _STRICT = json.JSONDecoder(parse_constant=float), json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def json_file(path: Path) -> Any:

@@ -22,6 +22,7 @@ _LOADS = ("left", "tokens", "waiting", "running")
 _SERVED = ("stop", "length")
 _BINS = 1 << 16
 _CHUNK = 1 << 17
+_PIECE = 1 << 14
 
 
 def summarize(
@@ -275,6 +276,36 @@ def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dic
     return found
 
 
+class _Gaps:
+    """Gaps, and how often each occurs, in pieces: arrays that grow to millions leave as much unused memory behind them.
+
+    A place says a piece and how many gaps of it come before.
+    """
+
+    def __init__(self) -> None:
+        self.pieces = [(array("q"), array("i"))]
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """The place of the next gap."""
+        return len(self.pieces) - 1, len(self.pieces[-1][0])
+
+    def add(self, gaps_ns: list[int], times: int) -> None:
+        """Add gaps that occur so many times each."""
+        if len(self.pieces[-1][0]) >= _PIECE:
+            self.pieces.append((array("q"), array("i")))
+        gaps, counts = self.pieces[-1]
+        gaps.extend(gaps_ns)
+        counts.extend(array("i", (times,)) * len(gaps_ns))
+
+    def take_back(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
+        """Count the gaps between two places once less."""
+        for piece in range(begin[0], end[0] + 1):
+            counts = self.pieces[piece][1]
+            for number in range(begin[1] if piece == begin[0] else 0, end[1] if piece == end[0] else len(counts)):
+                counts[number] -= 1
+
+
 @dataclass(slots=True)
 class _Answer:
     """A request whose gaps are being counted.
@@ -283,7 +314,7 @@ class _Answer:
         missing: tokens that it may still get; not kept up while it is in the group.
         last_ns: when it got its last one; not kept up while it is in the group.
         last_tick: of the group, the one that brings its last token; None while it is not in the group.
-        joined: the group's gaps that there were when it joined.
+        joined: the place of the group's next gap when it joined.
         shared: of the group's gaps, those that it had, from and to.
         own: the numbers of the gaps that it had by itself.
     """
@@ -291,8 +322,8 @@ class _Answer:
     missing: int
     last_ns: int | None = None
     last_tick: int | None = None
-    joined: int = 0
-    shared: list[tuple[int, int]] = field(default_factory=list)
+    joined: tuple[int, int] = (0, 0)
+    shared: list[tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=list)
     own: list[int] = field(default_factory=list)
 
 
@@ -310,7 +341,7 @@ class TokenGaps:
         self._group_ends: dict[int, list[int]] = defaultdict(list)
         self._group_last_ns = 0
         self._tick = 0
-        self._group_gaps, self._group_sizes = array("q"), array("i")
+        self._group_gaps = _Gaps()
         self._own_gaps, self._own_counts = array("q"), array("i")
 
     def values(self) -> list[tuple[array, array]]:
@@ -319,7 +350,7 @@ class TokenGaps:
             seq_id for seq_id, a in self._answers.items() if a.last_tick is not None and a.last_tick <= self._tick
         ]
         assert not passed, f"requests {passed} got their last token within repeated steps, before {self._tick}"
-        return [(self._group_gaps, self._group_sizes), (self._own_gaps, self._own_counts)]
+        return [*self._group_gaps.pieces, (self._own_gaps, self._own_counts)]
 
     def counts(self) -> dict[int, int]:
         """How often each gap occurs."""
@@ -343,9 +374,8 @@ class TokenGaps:
         del self._answers[seq_id]
         self._loose.pop(seq_id, None)
         if not counts:
-            for begin, stop in answer.shared:
-                for number in range(begin, stop):
-                    self._group_sizes[number] -= 1
+            for begin, end in answer.shared:
+                self._group_gaps.take_back(begin, end)
             for number in answer.own:
                 self._own_counts[number] = 0
 
@@ -404,14 +434,13 @@ class TokenGaps:
             answer.missing = answer.last_tick - self._tick
             answer.last_ns = self._group_last_ns
             answer.last_tick = None
-            answer.shared.append((answer.joined, len(self._group_gaps)))
+            answer.shared.append((answer.joined, self._group_gaps.end))
             self._group_size -= 1
 
     def _sample_group(self, gaps_ns: list[int], end_ns: int) -> None:
         """Each request of the group gets a token after each of these gaps; those that got their last one leave."""
         if self._group_size:
-            self._group_gaps.extend(gaps_ns)
-            self._group_sizes.extend(array("i", (self._group_size,)) * len(gaps_ns))
+            self._group_gaps.add(gaps_ns, self._group_size)
         self._group_last_ns = end_ns
         self._tick += len(gaps_ns)
         for seq_id in self._group_ends.pop(self._tick, ()):
@@ -434,7 +463,7 @@ class TokenGaps:
             del self._answers[seq_id]
         elif joins:
             answer.last_tick = self._tick + answer.missing
-            answer.joined = len(self._group_gaps)
+            answer.joined = self._group_gaps.end
             self._group_size += 1
             self._group_ends[answer.last_tick].append(seq_id)
         else:

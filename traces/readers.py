@@ -187,6 +187,6 @@ def _notes(requests: list[Request]) -> dict[str, int]:
     return {
         "same_instant": len(requests) - len({request.arrival_ns for request in requests}),
         "repeated_prompt": len(requests) - len({request.parts for request in requests}),
-        "private_prompt": sum(request.parts[0].text >= FIRST_PRIVATE_TEXT for request in requests),
+        "private_prompt": sum(next(iter(request.parts)).text >= FIRST_PRIVATE_TEXT for request in requests),
         "one_token_output": sum(request.max_tokens == 1 for request in requests),
     }

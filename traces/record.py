@@ -116,7 +116,7 @@ class RunRecorder(CoreListener):
         self._texts: dict[int, str] = {}
 
     def _open(self, name: str) -> IO[str]:
-        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 18)
+        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 16)
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
@@ -249,7 +249,7 @@ class RunRecorder(CoreListener):
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
     """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
     if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
-        return {"end_ns": spans.periods_ns, "start_ns": [spans.lag_ns]}
+        return {"end_ns": spans.periods_ns.tolist(), "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))
@@ -425,7 +425,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
         "preemptions": seq.num_preemptions,
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
-        "prompt": request.parts,
+        "prompt": list(request.parts),
         "ignore_eos": served.sampling.ignore_eos,
         "stop_token_ids": served.sampling.stop_token_ids,
         **request.labels,

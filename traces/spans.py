@@ -18,24 +18,20 @@ class BackToBack(Seq[Span]):
 
     Args:
         instants_ns: when each is decided, and the last one ends; int64.
+        periods_ns: of each, from its decision to its end; int64.
         lag_ns: from a decision to the start.
     """
 
-    __slots__ = ("instants_ns", "lag_ns")
+    __slots__ = ("instants_ns", "lag_ns", "periods_ns")
 
-    def __init__(self, instants_ns: np.ndarray, lag_ns: int):
-        self.instants_ns, self.lag_ns = instants_ns, lag_ns
-
-    @property
-    def periods_ns(self) -> list[int]:
-        """Of each, from its decision to its end."""
-        return (self.instants_ns[1:] - self.instants_ns[:-1]).tolist()
+    def __init__(self, instants_ns: np.ndarray, periods_ns: np.ndarray, lag_ns: int):
+        self.instants_ns, self.periods_ns, self.lag_ns = instants_ns, periods_ns, lag_ns
 
     def __len__(self) -> int:
-        return len(self.instants_ns) - 1
+        return len(self.periods_ns)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return BackToBack(self.instants_ns[: place.stop + 1], self.lag_ns)
+            return BackToBack(self.instants_ns[: place.stop + 1], self.periods_ns[: place.stop], self.lag_ns)
         decided_ns, end_ns = self.instants_ns[place % len(self) :][:2].tolist()
         return decided_ns, decided_ns + self.lag_ns, end_ns

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -217,7 +218,7 @@ def _at(
     return moved
 
 
-def _head(parts: tuple[Part, ...], most: int) -> tuple[Part, ...]:
+def _head(parts: Seq[Part], most: int) -> tuple[Part, ...]:
     """The parts of the first `most` tokens."""
     head = []
     for part in parts:

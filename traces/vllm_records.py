@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _prompts(run: dict[str, Any], requests: list[dict], path: Path, traces: Path
     return [_first_tokens(row.parts, logged["prompt"]) for row, logged in zip(rows, requests, strict=True)]
 
 
-def _first_tokens(parts: tuple[Part, ...], length: int) -> list[list[int]]:
+def _first_tokens(parts: Seq[Part], length: int) -> list[list[int]]:
     kept = []
     for text, start, available in parts:
         taken = min(available, length)

@@ -10,7 +10,7 @@ import pytest
 
 from twinserve.traces.errors import InputError
 from twinserve.traces.readers import read_trace
-from twinserve.traces.request import Part, Request, answer_text
+from twinserve.traces.request import Blocks, Part, Request, answer_text
 
 AZURE = (
     b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -105,6 +105,13 @@ def test_mooncake_ids_become_texts_of_512_tokens_the_last_one_filled_in_part(rea
     requests = read(json_lines(MOONCAKE_ROWS)).requests
     assert requests[0].parts == (Part(0, 0, 512), Part(1, 0, 512))
     assert requests[1].parts == (Part(0, 0, 512), Part(1, 0, 512), Part(2, 0, 6))
+
+
+def test_a_prompt_of_blocks_is_the_tuple_of_its_parts():
+    blocks, parts = Blocks([7, 3, 7], 4, 9), (Part(7, 0, 4), Part(3, 0, 4), Part(7, 0, 1))
+    assert tuple(blocks) == parts and (len(blocks), blocks[1], blocks[1:]) == (3, parts[1], parts[1:])
+    assert blocks == parts and parts == blocks and blocks == Blocks([7, 3, 7], 4, 9) and len({blocks, parts}) == 1
+    assert blocks != Blocks([7, 3, 7], 4, 10) and blocks != parts[:2] and {type(part) for part in blocks} == {Part}
 
 
 def test_equal_rows_stay_requests_of_their_own(read):

@@ -69,6 +69,12 @@ def test_requests_come_in_the_order_of_their_ingest_numbers(run):
     assert [row["ingest"] for row in load_record(run.path).requests] == list(range(60))
 
 
+@pytest.mark.parametrize("name", ["steps.jsonl", "requests.jsonl"])
+def test_a_row_is_json_without_spaces(run, name):
+    lines = (run.path / name).read_text().splitlines()
+    assert lines == [json.dumps(json.loads(line), separators=(",", ":")) for line in lines]
+
+
 def test_steps_come_in_the_order_of_the_decisions(run):
     steps = load_record(run.path).steps
     assert [row["decision"] for row in steps] == list(range(len(steps)))

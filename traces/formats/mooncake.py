@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from twinserve.traces.formats import own
 from twinserve.traces.formats.reading import Reading, Rows
 from twinserve.traces.lines import Line, json_lines
-from twinserve.traces.request import Part, PrefixKeys, Request, answer_text
+from twinserve.traces.request import Blocks, Part, PrefixKeys, Request, answer_text
 
 NAME = "mooncake"
 KEYS = {"hash_ids", "input_length", "output_length"}
@@ -59,7 +60,8 @@ def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, 
             ends = (*range(_BLOCK, request.prompt_tokens, _BLOCK), request.prompt_tokens)
             ids = [numbers.setdefault(keys(end), len(numbers)) for end in ends]
         timestamp = request.arrival_ns // _MS
-        told = Request(request.id, timestamp * _MS, _filled(ids, request.prompt_tokens), request.max_tokens)
+        prompt = Blocks(ids, _BLOCK, request.prompt_tokens)
+        told = Request(request.id, timestamp * _MS, prompt, request.max_tokens)
         beside = own.beyond(request, told)
         if epoch_ns is not None and not request.id:
             beside["epoch_ns"] = epoch_ns
@@ -68,21 +70,15 @@ def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, 
         yield json.dumps(row | ({own.BESIDE: beside} if beside else {})) + "\n", beside
 
 
-def _parts(ids: list[int], length: int, line: Line) -> tuple[Part, ...]:
+def _parts(ids: list[int], length: int, line: Line) -> Blocks:
     num_blocks = -(-length // _BLOCK)
     if len(ids) != num_blocks:
         problem = f"expected {num_blocks} ids, one for each {_BLOCK} of {length} tokens begun"
         raise line.error(problem, "hash_ids", f"{len(ids)} ids")
-    return _filled(ids, length)
+    return Blocks(ids, _BLOCK, length)
 
 
-def _filled(ids: list[int], length: int) -> tuple[Part, ...]:
-    """Blocks of the texts `ids`, the last one filled as far as `length` tokens go."""
-    whole = [Part(text, 0, _BLOCK) for text in ids[:-1]]
-    return (*whole, Part(ids[-1], 0, length - _BLOCK * len(whole)))
-
-
-def _is_as_read(parts: tuple[Part, ...]) -> bool:
+def _is_as_read(parts: Seq[Part]) -> bool:
     return (
         all(part.text >= 0 and part.start == 0 for part in parts)
         and all(part.length == _BLOCK for part in parts[:-1])

@@ -56,7 +56,7 @@ def texts(requests: Iterable[Request], header: dict[str, Any]) -> Iterable[dict[
     """The objects of the lines of a file, the header first."""
     yield {"format": TRACE_FORMAT} | header
     for request in requests:
-        row = {"arrival_ns": request.arrival_ns, "prompt": request.parts, "max_tokens": request.max_tokens}
+        row = {"arrival_ns": request.arrival_ns, "prompt": list(request.parts), "max_tokens": request.max_tokens}
         yield row | _said_links(request)
 
 
@@ -66,7 +66,7 @@ def beyond(request: Request, told: Request) -> dict[str, Any]:
     if request.arrival_ns != told.arrival_ns:
         said["arrival_ns"] = request.arrival_ns
     if request.parts != told.parts:
-        said["prompt"] = request.parts
+        said["prompt"] = list(request.parts)
     return said | _said_links(request)
 
 

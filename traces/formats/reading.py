@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def with_own_private_prompts(requests: list[Request]) -> list[Request]:
     ]
 
 
-def _is_private(parts: tuple[Part, ...]) -> bool:
+def _is_private(parts: Seq[Part]) -> bool:
     return len(parts) == 1 and parts[0].text >= FIRST_PRIVATE_TEXT and parts[0].start == 0
 
 

@@ -171,8 +171,9 @@ def _simulated(windows: dict[str, Any]) -> list[str]:
         *table(["window", "requests", *metrics], rows, numbers=True),
         *prose(
             f"""All their decisions are made again from the facts. The device waited for the host
-            {min(waits):.1%} to {max(waits):.1%} of the time. Steps of a thousand and more prompt tokens took longer
-            in the windows than alone in the profile, which is what is missed where many requests come at once."""
+            {min(waits):.1%} to {max(waits):.1%} of the time. What is missed where many requests come at once are steps
+            with prompts. The last few tokens of a long prompt are one such: few programs attend to them, each of which
+            walks the whole context, while the model counts pairs of tokens, of which there are few.""",
         ),
     ]
 

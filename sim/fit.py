@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.traces.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA = "twinserve-latency/1"
 REGIMES = ("decode", "prompt", "eager")
@@ -107,6 +111,7 @@ class FittedLatency:
     num_outside: int = 0
     worst_excess: float = 1.0
     _terms: dict[tuple[str, str], tuple[list[int], list[float]]] = field(default_factory=dict)
+    _latest: tuple[tuple, tuple[int, float, int, float, float]] = ((), (0, 0.0, 0, 0.0, 0.0))
 
     def __post_init__(self) -> None:
         self._captured_tokens: int | None = self.data.get("captured_tokens")
@@ -159,25 +164,58 @@ class FittedLatency:
     def step_cost(self, features: StepFeatures) -> StepCost:
         """What a step with these features costs."""
         regime = regime_of(features, self._captured_tokens)
-        self._watch_range(regime, features)
-        host, device, lead = (self._cost(regime, part, features) for part in PARTS)
+        self._watch_range(regime, features, [features.kv_tokens])
+        host, device, lead, kv_token_ns, pair_ns = self._parts_of(regime, features)
+        device_ns = round(device + (features.kv_tokens * kv_token_ns + features.attention_pairs * pair_ns))
         if self._drift:
             level = self._drift[features.decided_ns // DRIFT_NS % len(self._drift)]
             host, lead = round(host * level), round(lead * level)
-        return StepCost(host, device, lead)
+        return StepCost(host, device_ns, lead)
 
-    def _cost(self, regime: str, part: str, features: StepFeatures) -> int:
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray] | None:
+        """See RepeatedCosts; None where the host drifts, or a step begins before it is launched."""
+        import numpy as np
+
+        first = features.repeated(1, num_new_pairs, 0)
+        regime = regime_of(first, self._captured_tokens)
+        host, device, lead, kv_token_ns, pair_ns = self._parts_of(regime, first)
+        if self._drift or lead:
+            return None
+        numbers = np.arange(count)
+        kv_tokens = first.kv_tokens + features.tokens * numbers
+        self._watch_range(regime, first, kv_tokens)
+        pairs = first.attention_pairs + num_new_pairs * numbers
+        return host, np.rint(device + (kv_tokens * kv_token_ns + pairs * pair_ns)).astype(np.int64)
+
+    def _parts_of(self, regime: str, features: StepFeatures) -> tuple[int, float, int, float, float]:
+        """Nanoseconds: of the host; of the device, whatever the contexts; of the lead; of a context token, and of a
+        query-key pair."""
+        known, parts = self._latest
+        key = (regime, features.seqs, features.prompt_tokens, features.decode_tokens, *features[6:9])
+        if key != known:
+            short = features._replace(kv_tokens=0, attention_pairs=0)
+            host, device, lead = (self._cost(regime, part, short) for part in PARTS)
+            _, kv_token_ns, pair_ns = self._terms[regime, "device"][1][:3]
+            parts = round(host), device, round(lead), kv_token_ns, pair_ns if features.prompt_tokens else 0.0
+            self._latest = key, parts
+        return parts
+
+    def _cost(self, regime: str, part: str, features: StepFeatures) -> float:
         if (regime, part) not in self._terms:
-            return 0
+            return 0.0
         knots, coefficients = self._terms[regime, part]
         row = design_row(features, part, knots)
-        return round(sum(x * ns for x, ns in zip(row, coefficients, strict=True)))
+        return sum(x * ns for x, ns in zip(row, coefficients, strict=True))
 
-    def _watch_range(self, regime: str, features: StepFeatures) -> None:
-        excess = max(getattr(features, name) / max(1, top) for name, (_, top) in self.data["range"][regime].items())
-        if excess > 1.0:
-            self.num_outside += 1
-            self.worst_excess = max(self.worst_excess, excess)
+    def _watch_range(self, regime: str, features: StepFeatures, kv_tokens: Seq[int] | np.ndarray) -> None:
+        """Note steps beyond what was measured: they have these features, but so many context tokens each, rising."""
+        tops = {name: max(1, top) for name, (_, top) in self.data["range"][regime].items()}
+        excess = max(getattr(features, name) / top for name, top in tops.items() if name != "kv_tokens")
+        longest = max(excess, float(kv_tokens[-1] / tops["kv_tokens"]))
+        if longest > 1.0:
+            within = 0 if excess > 1.0 else bisect_right(kv_tokens, tops["kv_tokens"])
+            self.num_outside += len(kv_tokens) - within
+            self.worst_excess = max(self.worst_excess, longest)
 
     @classmethod
     def load(cls, path: Path) -> FittedLatency:

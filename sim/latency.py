@@ -106,11 +106,11 @@ class LatencyModel(Protocol):
 class RepeatedCosts(Protocol):
     """A latency model that says at once what steps cost that repeat one another."""
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray]:
+    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray] | None:
         """host_ns, the same for all, and device_ns, as int64, of the `count` steps that repeat one with these features.
 
-        They are those of `step_cost`, with no lead. Of each step, `num_new_pairs` is how many query-key pairs it has
-        more than the one before.
+        They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns. Of each step,
+        `num_new_pairs` is how many query-key pairs it has more than the one before.
         """
 
 

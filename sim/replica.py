@@ -75,9 +75,7 @@ class Replica:
         self.outstanding_requests = self.outstanding_tokens = 0
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
-        self._repeated_costs = None
-        if core.pipeline_depth == 0 and isinstance(latency, RepeatedCosts):
-            self._repeated_costs = latency.repeated_costs
+        self._repeated_costs = latency.repeated_costs if isinstance(latency, RepeatedCosts) else None
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
@@ -169,19 +167,26 @@ class Replica:
         """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
         core, latency, features = self.core, self._latency, StepFeatures.of(batch)
         ends = [before.end_ns or 0 for before in core.in_flight]
+        known = None
         if self._repeated_costs is not None and steps > _FEW:
-            host, devices = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
+            known = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
+        if known is not None and not core.pipeline_depth:
+            host, devices = known
             periods = devices + host
             self._decided = np.empty(steps, np.int64)
             self._decided[0] = ends[0]
             np.add(periods.cumsum(), ends[0], out=self._decided[1:])
             self._planned = BackToBack(self._decided, periods, host)
             return
+        costs = None if known is None else [StepCost(known[0], device) for device in known[1].tolist()]
         instants: list[int] = []
         planned: list[Span] = []
         decided = max(launched, ends[-1 - core.pipeline_depth])
         for number in range(1, steps):
-            cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
+            if costs is None:
+                cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
+            else:
+                cost = costs[number - 1]
             launched, start, end = cost.times(decided, ends[-1])
             ends.append(end)
             instants.append(decided)

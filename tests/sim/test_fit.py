@@ -62,6 +62,18 @@ def test_a_step_beyond_what_was_measured_is_counted_with_its_excess():
     assert (model.num_outside, model.worst_excess) == (1, 3.0)
 
 
+@pytest.mark.parametrize(("prompt", "kv_tokens"), [(0, 32_600), (24, 3000)])
+def test_costs_of_repeated_steps_are_those_of_each(prompt, kv_tokens):
+    each, at_once = fit(samples(0.3), {}), fit(samples(0.3), {})
+    step = StepFeatures(7, 5, prompt, 4, kv_tokens, 9000, 5, arrived=2, left=1)
+    host, devices = at_once.repeated_costs(step, 40, 50)
+    costs = [each.step_cost(step.repeated(number, 40, 123)) for number in range(1, 51)]
+    assert [(host, device, 0) for device in devices.tolist()] == costs
+    assert each.num_outside == at_once.num_outside > 0
+    assert each.worst_excess == at_once.worst_excess > 1.0
+    assert each.with_drift([0.5, 2.0]).repeated_costs(step, 40, 50) is None
+
+
 def test_ramps_make_a_rising_line_through_the_knots():
     assert ramps(1, [1, 2, 4]) == [0.0, 0.0]
     assert ramps(3, [1, 2, 4]) == [1.0, 0.5]

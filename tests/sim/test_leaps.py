@@ -10,8 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from latencies import Uneven
 
+import twinserve.sim
 import twinserve.traces
 from twinserve.policies import SamplingParams
+from twinserve.sim.fit import FittedLatency
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import simulate
 from twinserve.sim.roofline import RooflineLatency
@@ -48,7 +50,13 @@ def requests_of(seed: int) -> list[Request]:
 
 
 UNEVEN = Uneven()
-LATENCIES = {"a step's cost": UNEVEN, "columns of costs": RooflineLatency.parse("qwen3-8b@a100")}
+FITTED = FittedLatency.load(Path(twinserve.sim.__file__).parent / "data" / "qwen3-0.6b-h100.json")
+LATENCIES = {
+    "a step's cost": UNEVEN,
+    "columns of costs": RooflineLatency.parse("qwen3-8b@a100"),
+    "a fit's columns": FITTED,
+    "a fit whose host drifts": FITTED.with_drift([0.7, 1.6, 1.0]),
+}
 
 
 def run(

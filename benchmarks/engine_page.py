@@ -275,7 +275,10 @@ def _ending() -> list[str]:
         ),
         "## Not there yet",
         "",
-        *prose("""Top-k and top-p sort their rows outside the graph."""),
+        *prose(
+            """Top-k and top-p sort their rows outside the graph. A short chunk behind a long context is attended by few
+            programs: the context is not split for it, as it is for decodes."""
+        ),
     ]
 
 

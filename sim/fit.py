@@ -190,14 +190,13 @@ class FittedLatency:
     def _parts_of(self, regime: str, features: StepFeatures) -> tuple[int, float, int, float, float]:
         """Nanoseconds: of the host; of the device, whatever the contexts; of the lead; of a context token, and of a
         query-key pair."""
+        short = features._replace(decision=0, kv_tokens=0, attention_pairs=0, decided_ns=0)
         known, parts = self._latest
-        key = (regime, features.seqs, features.prompt_tokens, features.decode_tokens, *features[6:9])
-        if key != known:
-            short = features._replace(kv_tokens=0, attention_pairs=0)
+        if short != known:
             host, device, lead = (self._cost(regime, part, short) for part in PARTS)
             _, kv_token_ns, pair_ns = self._terms[regime, "device"][1][:3]
             parts = round(host), device, round(lead), kv_token_ns, pair_ns if features.prompt_tokens else 0.0
-            self._latest = key, parts
+            self._latest = short, parts
         return parts
 
     def _cost(self, regime: str, part: str, features: StepFeatures) -> float:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from twinserve.policies import Batch
+from twinserve.traces.metrics import stayed_busy
 
 
 class StepFeatures(NamedTuple):
@@ -153,8 +154,3 @@ class RecordedLatency:
         if features.decision >= len(self._costs):
             raise ValueError(f"step {features.decision} was asked for, the recorded run has {len(self._costs)}")
         return self._costs[features.decision]
-
-
-def stayed_busy(row: dict, following: dict) -> bool:
-    """Was something left to do between these two decisions, so that the second did not wait for an arrival?"""
-    return row["waiting"] > 0 or row["running"] > len(following["left"])

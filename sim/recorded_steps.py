@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
-from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures, stayed_busy
+from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.traces.errors import InputError
+from twinserve.traces.metrics import stayed_busy
 from twinserve.traces.record import RunRecord
 
 SEEN_NS = 150_000

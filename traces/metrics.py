@@ -487,12 +487,12 @@ class DeviceWaits:
         self.total_ns: int | None = None
         self._ended_ns = -math.inf
         self._had_work = False
-        self._running = self._waiting = 0
+        self._before: Row = {}
 
     def row(self, row: Row) -> None:
         """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
         total_ns = self.total_ns or 0
-        self._had_work = self._had_work and (self._waiting > 0 or self._running > len(row["left"]))
+        self._had_work = self._had_work and stayed_busy(self._before, row)
         if row["tokens"]:
             start_ns, end_ns = row["start_ns"], row["end_ns"]
             if (self._had_work or row["decided_ns"] <= self._ended_ns) and start_ns > self._ended_ns:
@@ -501,7 +501,12 @@ class DeviceWaits:
                 waits_ns, end_ns = _repeated_waits(row)
                 total_ns += waits_ns
             self._ended_ns, self._had_work = end_ns, True
-        self.total_ns, self._running, self._waiting = total_ns, row["running"], row["waiting"]
+        self.total_ns, self._before = total_ns, row
+
+
+def stayed_busy(row: Row, following: Row) -> bool:
+    """Was something left to do between these two decisions, so that the second did not wait for an arrival?"""
+    return row["waiting"] > 0 or row["running"] > len(following["left"])
 
 
 def _repeated_waits(row: Row) -> tuple[int, int]:

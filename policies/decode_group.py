@@ -107,9 +107,9 @@ class DecodeGroup:
         return self._begins.get(clock % self._block_size, [])
 
     @property
-    def phases(self) -> list[int]:
-        """The clocks, modulo the block size, at which members begin blocks."""
-        return [phase for phase, seqs in self._begins.items() if seqs]
+    def phases(self) -> dict[int, list[Sequence]]:
+        """The members by the clock, modulo the block size, at which they begin blocks."""
+        return {phase: seqs for phase, seqs in self._begins.items() if seqs}
 
     def num_beginning(self, num_steps: int) -> int:
         """Blocks that the next `num_steps` steps begin."""
@@ -128,6 +128,12 @@ class DecodeGroup:
         self.planned += 1
         self.view.is_taken = True
         return self.view
+
+    def skip(self, num_steps: int) -> None:
+        """So many steps have been decided, and one fewer than now are in flight, in which members got no token ids."""
+        self.planned += num_steps
+        self.known += num_steps
+        self.registered = min(self.planned - 1, self.known) + 1
 
     def receive(self, view: View, tokens: array[int] | None) -> None:
         """Take the tokens of a step, one for each member of `view` in running order; None in a simulation."""

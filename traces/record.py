@@ -19,6 +19,8 @@ from operator import sub
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import orjson
+
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
 from twinserve.policies.horizon import Growth
@@ -45,7 +47,10 @@ _TOTALS = (
     "running",
 )
 
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+
+def _line(row: dict[str, Any]) -> bytes:
+    """A row as its line. With json's own encoder a row took five times longer, an eighth of a simulation's time."""
+    return orjson.dumps(row, default=tuple, option=orjson.OPT_APPEND_NEWLINE)  # tuples with names are tuples too
 
 
 @dataclass(slots=True)
@@ -113,10 +118,10 @@ class RunRecorder(CoreListener):
         self._steps_file = self._open("steps.jsonl")
         self._requests_file = self._open("requests.jsonl")
         self._next_number = 0
-        self._texts: dict[int, str] = {}
+        self._lines: dict[int, bytes] = {}
 
-    def _open(self, name: str) -> IO[str]:
-        return (self._partial / name).open("w", encoding="utf-8", newline="\n", buffering=1 << 16)
+    def _open(self, name: str) -> IO[bytes]:
+        return (self._partial / name).open("wb", buffering=1 << 16)
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
@@ -131,7 +136,7 @@ class RunRecorder(CoreListener):
         """A sequence came in."""
         expected = self._expected.pop(seq.seq_id, None)
         if expected is None:
-            self._write_request(number, "")
+            self._write_request(number, b"")
         else:
             self._served[seq.seq_id] = _Served(number, *expected, seq)
             self.metrics.gaps.begin(seq.seq_id, seq.sampling_params.max_tokens)
@@ -214,14 +219,14 @@ class RunRecorder(CoreListener):
         row = _request_row(served)
         self.metrics.request(row)
         self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
-        self._write_request(served.number, _encode(row) + "\n")
+        self._write_request(served.number, _line(row))
         if self._world == "real":
             self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
 
-    def _write_request(self, number: int, text: str) -> None:
+    def _write_request(self, number: int, line: bytes) -> None:
         """Write a request's row as soon as those of all that came in before it are there."""
-        self._texts[number] = text
-        while (ready := self._texts.pop(self._next_number, None)) is not None:
+        self._lines[number] = line
+        while (ready := self._lines.pop(self._next_number, None)) is not None:
             self._requests_file.write(ready)
             self._next_number += 1
 
@@ -243,7 +248,7 @@ class RunRecorder(CoreListener):
             blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
             row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
         self.metrics.step(row)
-        self._steps_file.write(_encode(row) + "\n")
+        self._steps_file.write(_line(row))
 
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
@@ -434,7 +439,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a line a row; equal rows give equal bytes, packed or not."""
-    content = "".join(_encode(row) + "\n" for row in rows).encode()
+    content = b"".join(map(_line, rows))
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 

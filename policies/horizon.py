@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import groupby
 from operator import itemgetter
 
 from twinserve.policies.batch import Batch, Row
@@ -133,23 +134,31 @@ def _repeat_all(scheduler: Scheduler, num_steps: int) -> Growth:
 def _repeat_members(scheduler: Scheduler, num_steps: int) -> Growth:
     """Look only at decisions in which a member begins a block or completes one; the blocks that this took.
 
-    Of the 2.4 million decodes of the Mooncake trace on 8 replicas, 94% have neither.
+    Of the 2.4 million decodes of the Mooncake trace on 8 replicas, 94% have neither. All blocks are taken at once, and
+    shown full at once, unless one of them is as the cache knows one: it matters whether that is evicted before or after.
     """
     group, manager = scheduler.group, scheduler.block_manager
     size, cache = manager.block_size, manager.prefix_cache
-    registered = min(group.planned - 1, group.known) + 1
+    registered, grown = min(group.planned - 1, group.known) + 1, list[tuple[int, Sequence, list[int]]]()
     due: list[tuple[int, bool, list[Sequence]]] = []
     for phase, seqs in group.phases.items():
         due += [(number, False, seqs) for number in range((phase - group.planned) % size + 1, num_steps + 1, size)]
         if cache is not None:
             first = (phase - registered - 1) % size + 1
             due += [(number, True, seqs) for number in range(first, num_steps + 1, size)]
-    due.sort(key=itemgetter(0, 1))
-    grown: Growth = []
-    for number, is_full, seqs in due:
-        if not is_full:
-            grown += [(number, seq, block_ids) for seq, block_ids in manager.extend_each(seqs)]
-        elif cache is not None:
-            cache.register_each(group.full_blocks(registered + number), size, manager.register)
+    ends = [(seq, seq.base + registered + number) for number, is_full, seqs in due if is_full for seq in seqs]
+    at_once = cache is None or all(
+        len(seq.block_hashes) * size >= end and seq.block_hashes[end // size - 1] not in cache.hash_to_block_id
+        for seq, end in ends
+    )
+    due.sort(key=itemgetter(1, 0) if at_once else itemgetter(0, 1))
+    for is_full, alike in groupby(due, key=itemgetter(1)):
+        if cache is not None and is_full:
+            full = [block for number, _, _ in alike for block in group.full_blocks(registered + number)]
+            cache.register_each(full, size, manager.register)
+        else:
+            begun = [(number, seq) for number, _, seqs in alike for seq in seqs]
+            extended = manager.extend_each([seq for _, seq in begun])
+            grown += [(number, *pair) for (number, _), pair in zip(begun, extended, strict=True)]
     group.skip(num_steps)
     return grown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from copy import copy
 from itertools import repeat
 from typing import NamedTuple
 
@@ -99,7 +98,8 @@ class Batch:
 
     def repeated(self, num_steps: int) -> Batch:
         """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
-        batch = copy(self)
+        batch = Batch.__new__(Batch)
+        batch.__dict__.update(self.__dict__)
         batch.explicit = [row._replace(start=row.start + num_steps * row.num_tokens) for row in self.explicit]
         batch.left, batch.preempted, batch.aborted, batch.grown = [], [], [], []
         batch._rows = batch._seqs = None

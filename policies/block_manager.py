@@ -41,12 +41,9 @@ class FreeCachedBlocks:
     """
 
     def __init__(self) -> None:
+        self.size = 0
         self._entries: deque[int] = deque()
         self._passed_over: dict[int, int] = {}  # how many entries of a block are, its first ones
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
 
     def __iter__(self) -> Iterator[int]:
         passed_over = self._passed_over.copy()
@@ -59,20 +56,20 @@ class FreeCachedBlocks:
     def extend(self, block_ids: list[int]) -> None:
         """Blocks become free, to be used after all others."""
         self._entries.extend(block_ids)
-        self._size += len(block_ids)
+        self.size += len(block_ids)
 
     def take(self, block_id: int) -> None:
         """Take out a block, wherever it is."""
         self._passed_over[block_id] = self._passed_over.get(block_id, 0) + 1
-        self._size -= 1
-        if len(self._entries) > 2 * self._size + _FEW:
+        self.size -= 1
+        if len(self._entries) > 2 * self.size + _FEW:
             self._entries = deque(self)
             self._passed_over.clear()
 
     def pop(self, count: int) -> list[int]:
         """Take out the first `count` blocks."""
         entries, passed_over, taken = self._entries, self._passed_over, list[int]()
-        self._size -= count
+        self.size -= count
         while count > len(taken):
             block_ids = [entries.popleft() for _ in range(count - len(taken))]
             if passed_over.keys().isdisjoint(block_ids):
@@ -112,7 +109,7 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> float:
         """Free blocks, cached ones included; infinite in a pool without end."""
-        return math.inf if self.num_blocks is None else len(self._blank) + len(self._cached)
+        return math.inf if self.num_blocks is None else len(self._blank) + self._cached.size
 
     @property
     def free_block_ids(self) -> list[int]:

@@ -29,21 +29,20 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
     queue lacks blocks that a running sequence is about to compute; or the order's choice may change by itself (see
     `Order.is_steady`).
     """
-    group = scheduler.group
+    group, alone, steps = scheduler.group, scheduler.alone, cap
     if cap <= 1 or not batch or batch.admitted or group.num_with_tokens:
         return 1
-    if any(seq.has_token_ids for seq in scheduler.alone) or not all(
-        before is batch or _is_like(before, batch) for before in scheduler.in_flight
-    ):
-        return 1
-    steps = cap
-    if batch.num_members:
-        steps = min(steps, min(group.ends) - group.planned + 1)
     for row in batch.explicit:
         steps = min(steps, _steps_of(scheduler, batch, row))
-    with_row = {row.seq for row in batch.explicit}
-    if any(seq not in with_row and (batch.usual_tokens or not seq.has_sampled) for seq in scheduler.alone):
+    if steps == 1 or not all(before is batch or _is_like(before, batch) for before in scheduler.in_flight):
         return 1
+    if alone:
+        with_row = {row.seq for row in batch.explicit}
+        for seq in alone:
+            if seq.has_token_ids or (seq not in with_row and (batch.usual_tokens or not seq.has_sampled)):
+                return 1
+    if batch.num_members:
+        steps = min(steps, min(group.ends) - group.planned + 1)
     if steps > 1 and scheduler.block_manager.num_blocks is not None:
         steps = _steps_with_room(scheduler, batch, steps)
     return steps if steps == 1 or _is_head_kept_out(scheduler, batch) else 1
@@ -76,6 +75,8 @@ def _steps_with_room(scheduler: Scheduler, batch: Batch, steps: int) -> int:
         return grown + sum(blocks for blocks in missing if blocks > 0)
 
     free = manager.num_free_blocks
+    if not batch.explicit and batch.num_members * (steps // manager.block_size + 1) <= free:
+        return steps
     return steps if blocks_of(steps) <= free else bisect_right(range(1, steps), free, key=blocks_of)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
+from typing import Any
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -17,13 +18,25 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool and the number of block tables that hold it."""
+    """One block of the KV pool and the number of block tables that hold it.
 
-    __slots__ = ("block_id", "ref_count")
+    The counts of a pool lie side by side, by block id, in `ref_counts`.
+    """
 
-    def __init__(self, block_id: int):
+    __slots__ = ("_ref_counts", "block_id")
+
+    def __init__(self, block_id: int, ref_counts: list[int] | None = None):
         self.block_id = block_id
-        self.ref_count = 0
+        self._ref_counts: Any = {block_id: 0} if ref_counts is None else ref_counts
+
+    @property
+    def ref_count(self) -> int:
+        """How many block tables hold it."""
+        return self._ref_counts[self.block_id]
+
+    @ref_count.setter
+    def ref_count(self, count: int) -> None:
+        self._ref_counts[self.block_id] = count
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
@@ -99,7 +112,8 @@ class BlockManager:
             raise ValueError(f"block_size is {block_size}, expected an integer >= 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.blocks = [Block(i) for i in range(num_blocks or 0)]
+        self.ref_counts = [0] * (num_blocks or 0)
+        self.blocks = [Block(i, self.ref_counts) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
         self._cached = FreeCachedBlocks()
         self.used_block_ids: set[int] = set()
@@ -154,15 +168,14 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         table, num_cached = seq.block_table, seq.num_registered_blocks
-        blocks, kept, freed = self.blocks, [], []
+        ref_counts, kept, freed = self.ref_counts, [], []
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
-            blocks[block_id].ref_count = 0
+            ref_counts[block_id] = 0
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(table[:num_cached]):
-            block = blocks[block_id]
-            block.ref_count -= 1
-            (kept if block.ref_count else freed).append(block_id)
+            count = ref_counts[block_id] = ref_counts[block_id] - 1
+            (kept if count else freed).append(block_id)
         self._cached.extend(freed)
         self.used_block_ids.difference_update(table)
         self.used_block_ids.update(kept)
@@ -231,10 +244,9 @@ class BlockManager:
         if needed > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {needed} blocks, {self.num_free_blocks} are free")
         for block_id in hits:
-            block = self.blocks[block_id]
-            if not block.ref_count:
+            if not self.ref_counts[block_id]:
                 self._cached.take(block_id)
-            block.ref_count += 1
+            self.ref_counts[block_id] += 1
         self.used_block_ids.update(hits)
         seq.block_size = self.block_size
         seq.block_table = hits + self._take(self.blocks_for(num_tokens))
@@ -274,13 +286,14 @@ class BlockManager:
         """Take `count` free blocks from the front, or none at all."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blocks, blank = self.blocks, self._blank
+        ref_counts, blank = self.ref_counts, self._blank
         taken = blank[: -count - 1 : -1]
         del blank[len(blank) - len(taken) :]
         lacking = count - len(taken)
         if lacking and self.num_blocks is None:
-            new_ids = range(len(blocks), len(blocks) + lacking)
-            blocks += map(Block, new_ids)
+            new_ids = range(len(ref_counts), len(ref_counts) + lacking)
+            ref_counts += [0] * lacking
+            self.blocks += [Block(block_id, ref_counts) for block_id in new_ids]
             taken += new_ids
         elif lacking:
             assert self.prefix_cache is not None
@@ -288,7 +301,7 @@ class BlockManager:
             self.prefix_cache.remove(evicted)
             taken += evicted
         for block_id in taken:
-            blocks[block_id].ref_count = 1
+            ref_counts[block_id] = 1
         self.used_block_ids.update(taken)
         return taken
 

@@ -134,21 +134,25 @@ class PrefixCache:
     def register(self, block_ids: list[int], hashes: list[int], contents: list[bytes | None], parent: int) -> None:
         """Note that blocks hold, or will once their step has run, a chain of contents behind the prefix `parent`."""
         known, stored, parents, prefixes = self._hashes, self._contents, self._parents, self._prefixes
-        by_hash = self.hash_to_block_id
+        by_hash, last_prefix = self.hash_to_block_id, self._last_prefix
         self._make_room(max(block_ids))
+        if taken := [block_id for block_id in block_ids if known[block_id] is not None]:
+            raise ValueError(f"block {taken[0]} is stored already, as {self.get(taken[0])}")
         for block_id, block_hash, content in zip(block_ids, hashes, contents, strict=True):
-            if known[block_id] is not None:
-                raise ValueError(f"block {block_id} is stored already, as {self.get(block_id)}")
-            equal_id = None
-            if by_hash.setdefault(block_hash, block_id) != block_id:
+            if by_hash.setdefault(block_hash, block_id) == block_id:
+                prefix = last_prefix = last_prefix + 1
+            else:
                 equal_id = self._find(block_hash, content, parent)
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
-            known[block_id], stored[block_id], parents[block_id] = block_hash, content, parent
-            if equal_id is None:
-                self._last_prefix = parent = self._last_prefix + 1
-            else:
-                parent = prefixes[equal_id]
-            prefixes[block_id] = parent
+                if equal_id is None:
+                    prefix = last_prefix = last_prefix + 1
+                else:
+                    prefix = prefixes[equal_id]
+            known[block_id] = block_hash
+            stored[block_id] = content
+            parents[block_id] = parent
+            prefixes[block_id] = parent = prefix
+        self._last_prefix = last_prefix
 
     def register_each(
         self, blocks: list[tuple[Sequence, int, bytes]], block_size: int, register: Callable[[Sequence, int], None]

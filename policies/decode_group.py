@@ -170,10 +170,7 @@ class DecodeGroup:
         size, phase = self._block_size, clock % self._block_size
         seqs, blocks = self._begins.get(phase), list[tuple[Sequence, int, bytes]]()
         if not seqs or not self.num_with_tokens:
-            for seq in seqs or ():
-                seq.known = max(seq.known, seq.base + clock)
-                blocks.append((seq, seq.base + clock, b""))
-            return blocks
+            return [(seq, seq.base + clock, b"") for seq in seqs or ()]
         view = self._views[-1] if self._views else self.view
         width, tokens = len(view.seqs), view.tokens
         begin, stop = (clock - size - view.first) * width, (clock - view.first) * width

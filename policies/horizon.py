@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from itertools import groupby
 from operator import itemgetter
 
 from twinserve.policies.batch import Batch, Row
+from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
@@ -140,26 +140,32 @@ def _repeat_members(scheduler: Scheduler, num_steps: int) -> Growth:
     """
     group, manager = scheduler.group, scheduler.block_manager
     size, cache = manager.block_size, manager.prefix_cache
+    begun: list[tuple[int, Sequence]] = []
+    full: list[tuple[int, Sequence]] = []
     registered, grown = min(group.planned - 1, group.known) + 1, list[tuple[int, Sequence, list[int]]]()
-    due: list[tuple[int, bool, list[Sequence]]] = []
     for phase, seqs in group.phases.items():
-        due += [(number, False, seqs) for number in range((phase - group.planned) % size + 1, num_steps + 1, size)]
+        first = (phase - group.planned) % size + 1
+        begun += [(number, seq) for number in range(first, num_steps + 1, size) for seq in seqs]
         if cache is not None:
             first = (phase - registered - 1) % size + 1
-            due += [(number, True, seqs) for number in range(first, num_steps + 1, size)]
-    ends = [(seq, seq.base + registered + number) for number, is_full, seqs in due if is_full for seq in seqs]
-    at_once = cache is None or all(
-        len(seq.block_hashes) * size >= end and seq.block_hashes[end // size - 1] not in cache.hash_to_block_id
-        for seq, end in ends
-    )
-    due.sort(key=itemgetter(1, 0) if at_once else itemgetter(0, 1))
-    for is_full, alike in groupby(due, key=itemgetter(1)):
-        if cache is not None and is_full:
-            full = [block for number, _, _ in alike for block in group.full_blocks(registered + number)]
-            cache.register_each(full, size, manager.register)
-        else:
-            begun = [(number, seq) for number, _, seqs in alike for seq in seqs]
-            extended = manager.extend_each([seq for _, seq in begun])
-            grown += [(number, *pair) for (number, _), pair in zip(begun, extended, strict=True)]
+            full += [(number, seq) for number in range(first, num_steps + 1, size) for seq in seqs]
+    begun.sort(key=itemgetter(0))
+    full.sort(key=itemgetter(0))
+    rounds = [(begun, full)]
+    if cache is not None and not all(_is_new(cache, seq, (seq.base + registered + n) // size) for n, seq in full):
+        numbers = sorted({number for number, _ in begun + full})
+        rounds = [tuple([due for due in kind if due[0] == n] for kind in (begun, full)) for n in numbers]
+    for taking, filling in rounds:
+        extended = manager.extend_each([seq for _, seq in taking])
+        grown += [(number, *pair) for (number, _), pair in zip(taking, extended, strict=True)]
+        if cache is not None:
+            blocks = [(seq, seq.base + registered + number, b"") for number, seq in filling]
+            cache.register_each(blocks, size, manager.register)
     group.skip(num_steps)
     return grown
+
+
+def _is_new(cache: PrefixCache, seq: Sequence, num_blocks: int) -> bool:
+    """Is the last of the first `num_blocks` blocks of `seq` surely not as one that the cache knows?"""
+    hashes = seq.block_hashes
+    return len(hashes) >= num_blocks and hashes[num_blocks - 1] not in cache.hash_to_block_id

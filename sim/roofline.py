@@ -169,12 +169,12 @@ class RooflineLatency:
 
     def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray]:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
-        matrices = self._matrices(features.tokens, features.sampled)
-        numbers = np.arange(1, count + 1)
-        kv_tokens = features.kv_tokens + features.tokens * numbers
-        pairs = features.attention_pairs + num_new_pairs * numbers
-        attention = np.maximum(pairs * self._pair_ns, kv_tokens * self._kv_token_ns)
-        return self._host(features), np.rint(matrices + attention).astype(np.int64)
+        numbers = np.arange(1.0, count + 1)
+        pairs_ns = (numbers * num_new_pairs + features.attention_pairs) * self._pair_ns
+        costs_ns = (numbers * features.tokens + features.kv_tokens) * self._kv_token_ns
+        np.maximum(pairs_ns, costs_ns, out=costs_ns)
+        costs_ns += self._matrices(features.tokens, features.sampled)
+        return self._host(features), np.rint(costs_ns, out=costs_ns).astype(np.int64)
 
     def _host(self, features: StepFeatures) -> int:
         return self.device.host_ns + self.device.host_seq_ns * features.seqs

@@ -123,6 +123,8 @@ class PrefixKeys:
 
 def merged(parts: Seq[Part]) -> list[Part]:
     """The same tokens in as few parts as can be."""
+    if isinstance(parts, Blocks):
+        return list(parts)
     merged: list[Part] = []
     for part in parts:
         last = merged[-1] if merged else None

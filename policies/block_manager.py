@@ -116,7 +116,6 @@ class BlockManager:
         self.blocks = [Block(i, self.ref_counts) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
         self._cached = FreeCachedBlocks()
-        self.used_block_ids: set[int] = set()
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
@@ -124,6 +123,16 @@ class BlockManager:
     def num_free_blocks(self) -> float:
         """Free blocks, cached ones included; infinite in a pool without end."""
         return math.inf if self.num_blocks is None else len(self._blank) + self._cached.size
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some sequence holds."""
+        return len(self.ref_counts) - len(self._blank) - self._cached.size
+
+    @property
+    def used_block_ids(self) -> set[int]:
+        """The blocks that some sequence holds; a new set, so it costs the pool's size."""
+        return {block_id for block_id, count in enumerate(self.ref_counts) if count}
 
     @property
     def free_block_ids(self) -> list[int]:
@@ -168,17 +177,16 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         table, num_cached = seq.block_table, seq.num_registered_blocks
-        ref_counts, kept, freed = self.ref_counts, [], []
+        ref_counts, freed = self.ref_counts, []
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
             ref_counts[block_id] = 0
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(table[:num_cached]):
             count = ref_counts[block_id] = ref_counts[block_id] - 1
-            (kept if count else freed).append(block_id)
+            if not count:
+                freed.append(block_id)
         self._cached.extend(freed)
-        self.used_block_ids.difference_update(table)
-        self.used_block_ids.update(kept)
         seq.block_table = []
         seq.num_registered_blocks = 0
         self._holders.pop(seq, None)
@@ -232,8 +240,7 @@ class BlockManager:
 
         A hit block that nobody holds is free until then, so it counts.
         """
-        num_live = len(self.used_block_ids.intersection(hits)) if hits else 0
-        return self.blocks_for(num_tokens) - num_live
+        return self.blocks_for(num_tokens) - sum(1 for block_id in hits if self.ref_counts[block_id])
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
         """Give `seq`, which holds none, the cached blocks `hits` and new ones for `num_tokens` tokens behind them."""
@@ -247,7 +254,6 @@ class BlockManager:
             if not self.ref_counts[block_id]:
                 self._cached.take(block_id)
             self.ref_counts[block_id] += 1
-        self.used_block_ids.update(hits)
         seq.block_size = self.block_size
         seq.block_table = hits + self._take(self.blocks_for(num_tokens))
         seq.num_cached_tokens = num_hit_tokens
@@ -274,7 +280,7 @@ class BlockManager:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; refused (False) while a sequence holds blocks."""
-        if self.used_block_ids:
+        if self.num_used_blocks:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
@@ -302,7 +308,6 @@ class BlockManager:
             taken += evicted
         for block_id in taken:
             ref_counts[block_id] = 1
-        self.used_block_ids.update(taken)
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:

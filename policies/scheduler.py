@@ -161,7 +161,7 @@ class Scheduler:
         batch.left, self._left = self._left, []
         batch.num_waiting = len(self.waiting)
         batch.num_running = len(self._running)
-        batch.num_used_blocks = len(self.block_manager.used_block_ids)
+        batch.num_used_blocks = self.block_manager.num_used_blocks
         if batch:
             self.in_flight.append(batch)
         return batch

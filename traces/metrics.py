@@ -221,9 +221,8 @@ def distribution(*parts: Values) -> dict[str, float | None]:
     size = sum(len(values) if counts is None else sum(counts) for values, counts in pairs)
     if not size:
         return result
-    weighted = (values if counts is None else map(mul, values, counts) for values, counts in pairs)
     is_exact = all(values.typecode == "q" for values, _ in pairs)
-    sums = [sum(products) if is_exact else math.fsum(products) for products in weighted]
+    sums = [_sum_of(values, counts) for values, counts in pairs]
     result["mean"] = (float(sum(sums)) if is_exact else math.fsum(sums)) / size / 1e9
     ranks = {p: p / 100 * (size - 1) for p in (50, 90, 99)}
     wanted = {math.floor(rank) for rank in ranks.values()}
@@ -236,6 +235,19 @@ def distribution(*parts: Values) -> dict[str, float | None]:
         value = high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
         result[f"p{p}"] = value / 1e9
     return result
+
+
+def _sum_of(values: array, counts: array | None) -> float:
+    """The sum of values, each as often as it occurs; of whole ones exactly."""
+    import numpy as np
+
+    if values.typecode != "q":
+        return math.fsum(values if counts is None else map(mul, values, counts))
+    if counts is None:
+        return sum(values)
+    columns = np.frombuffer(values, np.int64), np.frombuffer(counts, np.int32).astype(np.int64)
+    most = int(np.abs(columns[0]).max()) * int(columns[1].max()) * len(values)
+    return int(np.dot(*columns)) if most < 1 << 63 else sum(map(mul, values, counts))
 
 
 def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dict[int, float]:

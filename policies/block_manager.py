@@ -71,11 +71,13 @@ class FreeCachedBlocks:
         self._entries.extend(block_ids)
         self.size += len(block_ids)
 
-    def take(self, block_id: int) -> None:
-        """Take out a block, wherever it is."""
-        self._passed_over[block_id] = self._passed_over.get(block_id, 0) + 1
-        self.size -= 1
-        if len(self._entries) > 2 * self.size + _FEW:
+    def take(self, block_ids: list[int]) -> None:
+        """Take out these blocks, wherever they are."""
+        passed_over = self._passed_over
+        for block_id in block_ids:
+            passed_over[block_id] = passed_over.get(block_id, 0) + 1
+        self.size -= len(block_ids)
+        if len(self._entries) > 4 * self.size + _FEW:
             self._entries = deque(self)
             self._passed_over.clear()
 
@@ -240,7 +242,7 @@ class BlockManager:
 
         A hit block that nobody holds is free until then, so it counts.
         """
-        return self.blocks_for(num_tokens) - sum(1 for block_id in hits if self.ref_counts[block_id])
+        return self.blocks_for(num_tokens) - sum(map(bool, map(self.ref_counts.__getitem__, hits)))
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
         """Give `seq`, which holds none, the cached blocks `hits` and new ones for `num_tokens` tokens behind them."""
@@ -250,10 +252,10 @@ class BlockManager:
         needed = self.blocks_to_take(hits, num_hit_tokens + num_tokens)
         if needed > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {needed} blocks, {self.num_free_blocks} are free")
+        ref_counts = self.ref_counts
+        self._cached.take([block_id for block_id in hits if not ref_counts[block_id]])
         for block_id in hits:
-            if not self.ref_counts[block_id]:
-                self._cached.take(block_id)
-            self.ref_counts[block_id] += 1
+            ref_counts[block_id] += 1
         seq.block_size = self.block_size
         seq.block_table = hits + self._take(self.blocks_for(num_tokens))
         seq.num_cached_tokens = num_hit_tokens

@@ -184,6 +184,8 @@ def test_a_bare_prompt_length_is_a_text_that_no_other_row_has(read):
         (3, {"after": "0"}, ":4: after is '0', expected an integer >= 0"),
         (3, {"think_ns": -1}, ":4: think_ns is -1, expected an integer >= 0"),
         (2, {"think_ns": 1}, ":3: think_ns is 1, expected `after` beside it"),
+        (2, {"tenant": 1}, ":3: tenant is 1, expected text"),
+        (2, {"salt": "\ud800"}, ":3: salt is '\\ud800', expected text without lone surrogates"),
         (0, {"epoch_ns": "x"}, ":1: epoch_ns is 'x', expected an integer >= 0"),
     ],
 )

@@ -70,7 +70,7 @@ class Blocks(Seq[Part]):
         return tuple(self) == (tuple(other) if isinstance(other, Blocks) else other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self))
+        return hash(tuple(self.triples()))
 
 
 class PrefixKeys:

@@ -24,7 +24,7 @@ from twinserve.traces.spans import BackToBack
 
 _ARRIVES = URGENT
 _ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
-_FEW = 8
+_FEW = 6
 """Steps that cost less one by one than as columns."""
 
 

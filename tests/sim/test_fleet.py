@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from latencies import Constant, Uneven
 
-from twinserve.policies import CoreListener, SamplingParams
+from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
 from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
 from twinserve.traces.fleet_record import load_fleet, load_replicas
@@ -226,6 +226,33 @@ def test_the_router_is_told_what_is_outstanding():
     listener = FleetListener([settings().build_core] * 2)
     simulate_fleet(requests, [Constant(), Constant()], Watching(), listener)
     assert seen == [[(0, 0, 0), (1, 0, 0)], [(0, 1, 23), (1, 0, 0)], [(0, 0, 0), (1, 0, 0)]]
+
+
+class LikeRoundRobin(RoundRobin):
+    """Does not say that it is blind."""
+
+
+class LikeRandomChoice(RandomChoice):
+    """Does not say that it is blind."""
+
+
+@pytest.mark.parametrize(("blind", "seeing"), [(RoundRobin, LikeRoundRobin), (RandomChoice, LikeRandomChoice)])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_replicas_one_after_the_other_leave_the_records_of_replicas_side_by_side(tmp_path, blind, seeing, depth):
+    requests = [replace(request, after=None, arrival_ns=request.arrival_ns // S * S) for request in requests_of(8)]
+    workload = Workload(sorted(requests, key=lambda r: r.arrival_ns), {"sha256": "0", "transforms": []}, 0, 0)
+    apart: list[Sequence] = []
+    together: list[Sequence] = []
+    for name, router, ends in (("apart", blind(), apart), ("together", seeing(), together)):
+        replicas, facts = specs(Uneven(), Constant(), Uneven(), pipeline_depth=depth), {"name": "the same"}
+        run_fleet(workload, replicas, router, router_facts=facts, out=tmp_path / name, progress=ends.append)
+    assert files_of(tmp_path / "apart") == files_of(tmp_path / "together")
+    assert [seq.finish_ns for seq in together] == sorted(seq.finish_ns or 0 for seq in together)
+    assert [seq.seq_id for seq in apart] != [seq.seq_id for seq in together], "not in the order of time"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_router_that_chooses_nobody_is_refused():

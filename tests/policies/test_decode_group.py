@@ -10,6 +10,8 @@ from collections.abc import Sequence as Seq
 import pytest
 
 from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence, decode_group
+from twinserve.policies.decode_group import DecodeGroup
+from twinserve.policies.sequence import token_bytes
 
 EOS = 0
 
@@ -157,3 +159,18 @@ def test_tokens_find_their_sequences_however_many_batches_are_in_flight(ahead):
             scheduler.check_integrity()
         for seq, tokens in expected.items():
             assert seq.is_finished and seq.token_ids == tokens, f"seed {seed}: {seq}"
+
+
+def test_blocks_are_found_in_their_places_though_somebody_left_between_two_plans():
+    group, seqs = DecodeGroup(2), [Sequence([first, 2, 3]) for first in (10, 20, 30)]
+    for order, seq in enumerate(seqs):
+        seq.admission_index, seq.computed = order, 2
+        group.join(seq)
+    assert [seq for seq, _, _ in group.full_blocks(0)] == seqs
+    group.leave(seqs[0])
+    for tokens in ([5, 6], [7, 8], [9, 4]):
+        group.receive(group.plan(), array("I", tokens))
+    assert [(seq, end) for seq, end, _ in group.full_blocks(2)] == [(seqs[1], 4), (seqs[2], 4)]
+    for tokens in ([1, 2], [3, 3]):
+        group.receive(group.plan(), array("I", tokens))
+    assert group.full_blocks(4) == [(seqs[1], 6, token_bytes([7, 9])), (seqs[2], 6, token_bytes([8, 4]))]

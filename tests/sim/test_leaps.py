@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from latencies import Uneven
 
@@ -33,19 +37,19 @@ SETTINGS = {
 }
 
 
-def requests_of(seed: int) -> list[Request]:
+def requests_of(seed: int, **values: Any) -> list[Request]:
     """Conversations of two turns with shared system prompts, priorities and salts."""
-    requests = generate(
-        seed=seed,
-        num_requests=40,
-        rate=8,
-        prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:200"),
-        output_tokens=LengthSpec.parse("lognormal:60:1.0:1:300"),
-        num_system_prompts=2,
-        system_prompt_tokens=40,
-        turns=2,
-        think_time_s=0.5,
-    )
+    usual = {
+        "num_requests": 40,
+        "rate": 8,
+        "prompt_tokens": LengthSpec.parse("lognormal:60:1.0:1:200"),
+        "output_tokens": LengthSpec.parse("lognormal:60:1.0:1:300"),
+        "num_system_prompts": 2,
+        "system_prompt_tokens": 40,
+        "turns": 2,
+        "think_time_s": 0.5,
+    }
+    requests = generate(seed=seed, **usual | values)
     return [replace(request, priority=request.id % 3, salt="other" * (request.id % 5 == 4)) for request in requests]
 
 
@@ -60,9 +64,14 @@ LATENCIES = {
 
 
 def run(
-    folder: Path, seed: int, settings: Settings, *, step_by_step: bool, latency: LatencyModel = UNEVEN
+    folder: Path,
+    requests: list[Request],
+    settings: Settings,
+    *,
+    step_by_step: bool,
+    latency: LatencyModel = UNEVEN,
 ) -> RunRecord:
-    requests, params = requests_of(seed), SamplingParams(ignore_eos=True)
+    params = SamplingParams(ignore_eos=True)
     with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts={}) as recorder:
         core = settings.build_core(listener=recorder)
         simulate(
@@ -84,24 +93,65 @@ def run(
 def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, name, composition, depth, latency):
     values = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 600} | SETTINGS[name]
     settings = Settings.load(values | {"composition": composition, "pipeline_depth": depth})
-    single = run(tmp_path / "single", 3, settings, step_by_step=True, latency=latency)
-    leaping = run(tmp_path / "leaping", 3, settings, step_by_step=False, latency=latency)
-
-    assert (single.path / "requests.jsonl").read_bytes() == (leaping.path / "requests.jsonl").read_bytes()
-    events = leaping.run["summary"].pop("events")
-    assert single.run["summary"].pop("events") == len(single.steps)
+    single, leaping = both(tmp_path, requests_of(3), settings, latency)
+    events = leaping.run["summary"]["events"]
     assert events < len(single.steps) / (1.2 if name == "cache-aware" else 2), "most steps repeat the one before"
-    assert single.run == leaping.run
-
-    assert len(single.steps) == len(leaping.steps)
-    for one, other in zip(single.steps, leaping.steps, strict=True):
-        assert other == {field: value for field, value in one.items() if field in other}
-        assert one.keys() - other.keys() <= {"digest"}
     assert replay(leaping).is_exact
 
 
+def both(
+    folder: Path, requests: list[Request], settings: Settings, latency: LatencyModel
+) -> tuple[RunRecord, RunRecord]:
+    """The records of a simulation step by step and of one at once, which are the same but for how rows are grouped."""
+    single = run(folder / "single", requests, settings, step_by_step=True, latency=latency)
+    leaping = run(folder / "leaping", requests, settings, step_by_step=False, latency=latency)
+    assert (single.path / "requests.jsonl").read_bytes() == (leaping.path / "requests.jsonl").read_bytes()
+    runs = [one.run | {"summary": one.run["summary"] | {"events": 0}} for one in (single, leaping)]
+    assert runs[0] == runs[1]
+    assert single.run["summary"]["events"] == len(single.steps) == len(leaping.steps)
+    for one, other in zip(single.steps, leaping.steps, strict=True):
+        assert other == {field: value for field, value in one.items() if field in other}
+        assert one.keys() - other.keys() <= {"digest"}
+    return single, leaping
+
+
+TRACES = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 1 << 20),
+        "num_requests": st.integers(5, 80),
+        "rate": st.sampled_from([1, 8, 50]),
+        "prompt_tokens": st.sampled_from(["lognormal:60:1.0:1:200", "lognormal:15:1.0:1:100"]).map(LengthSpec.parse),
+        "output_tokens": st.sampled_from(["lognormal:60:1.0:1:300", "lognormal:150:0.5:1:350"]).map(LengthSpec.parse),
+        "num_system_prompts": st.integers(1, 3),
+        "system_prompt_tokens": st.sampled_from([8, 40, 90]),
+        "turns": st.integers(1, 4),
+        "think_time_s": st.sampled_from([0.05, 0.5, 3.0]),
+    }
+)
+VALUES = st.fixed_dictionaries(
+    {
+        "max_num_seqs": st.sampled_from([2, 8, 16]),
+        "max_num_batched_tokens": st.sampled_from([64, 128, 512]),
+        "block_size": st.sampled_from([1, 2, 4, 8, 16]),
+        "composition": st.sampled_from(["mixed", "prefill-first"]),
+        "pipeline_depth": st.integers(0, 1),
+        "enable_prefix_caching": st.booleans(),
+    }
+)
+
+
+@given(TRACES, VALUES, st.sampled_from(list(SETTINGS)), st.sampled_from(list(LATENCIES)))
+def test_any_record_is_that_of_a_simulation_step_by_step(trace, values, name, latency):
+    """Pools are as tight as the longest request lets them be, or roomy."""
+    own = SETTINGS[name]
+    num_blocks = max(own["num_gpu_blocks"] * 16 // values["block_size"], 600 // values["block_size"] + 2)
+    settings = Settings.load({"max_model_len": 600} | own | values | {"num_gpu_blocks": num_blocks})
+    with tempfile.TemporaryDirectory() as folder:
+        both(Path(folder), requests_of(**trace), settings, LATENCIES[latency])
+
+
 def test_rows_of_several_steps_keep_to_the_schema(tmp_path):
-    record = run(tmp_path / "run", 5, Settings.load({"num_gpu_blocks": 400}), step_by_step=False)
+    record = run(tmp_path / "run", requests_of(5), Settings.load({"num_gpu_blocks": 400}), step_by_step=False)
     schema = json.loads((Path(twinserve.traces.__file__).parent / "record.schema.json").read_text())
     validator = Draft202012Validator({"$ref": "#/$defs/step", "$defs": schema["$defs"]})
     rows = [json.loads(line) for line in (record.path / "steps.jsonl").read_text().splitlines()]
@@ -111,7 +161,7 @@ def test_rows_of_several_steps_keep_to_the_schema(tmp_path):
 
 
 def test_a_replay_finds_a_difference_inside_a_row_of_several_steps(tmp_path):
-    record = run(tmp_path / "run", 5, Settings.load({"num_gpu_blocks": 400}), step_by_step=False)
+    record = run(tmp_path / "run", requests_of(5), Settings.load({"num_gpu_blocks": 400}), step_by_step=False)
     inner = next(step for step in record.steps if "digest" not in step and step["grown"])
     inner["grown"] = [[seq_id, [block_id + 1 for block_id in ids]] for seq_id, ids in inner["grown"]]
     difference = replay(record).difference

@@ -11,6 +11,7 @@ from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
 _FEW = 64
+"""Entries that free cached blocks may have beyond four times their number."""
 
 
 class NoFreeBlocksError(RuntimeError):

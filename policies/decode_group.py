@@ -133,7 +133,7 @@ class DecodeGroup:
         """So many steps have been decided, and one fewer than now are in flight, in which members got no token ids."""
         self.planned += num_steps
         self.known += num_steps
-        self.registered = min(self.planned - 1, self.known) + 1
+        self.registered += num_steps
 
     def receive(self, view: View, tokens: array[int] | None) -> None:
         """Take the tokens of a step, one for each member of `view` in running order; None in a simulation."""

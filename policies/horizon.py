@@ -142,18 +142,17 @@ def _repeat_members(scheduler: Scheduler, num_steps: int) -> Growth:
     size, cache = manager.block_size, manager.prefix_cache
     begun: list[tuple[int, Sequence]] = []
     full: list[tuple[int, Sequence]] = []
-    registered = min(group.planned - 1, group.known) + 1
     for phase, seqs in group.phases.items():
         first = (phase - group.planned) % size + 1
         begun += [(number, seq) for number in range(first, num_steps + 1, size) for seq in seqs]
         if cache is not None:
-            first = (phase - registered - 1) % size + 1
+            first = (phase - group.registered - 1) % size + 1
             full += [(number, seq) for number in range(first, num_steps + 1, size) for seq in seqs]
     begun.sort(key=itemgetter(0))
     full.sort(key=itemgetter(0))
     extended = manager.extend_each([seq for _, seq in begun])
     if cache is not None:
-        blocks = [(seq, seq.base + registered + number, b"") for number, seq in full]
+        blocks = [(seq, seq.base + group.registered + number, b"") for number, seq in full]
         cache.register_each(blocks, size, manager.register)
     group.skip(num_steps)
     return [(number, *pair) for (number, _), pair in zip(begun, extended, strict=True)]

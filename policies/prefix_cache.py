@@ -216,10 +216,10 @@ class PrefixCache:
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""
-        block_hash = self._hashes[block_id] if block_id < len(self._hashes) else None
-        if block_hash is None:
+        if block_id not in self:
             return None
-        return CachedBlock(block_hash, self._contents[block_id], self._parents[block_id], self._prefixes[block_id])
+        columns = self._hashes, self._contents, self._parents, self._prefixes
+        return CachedBlock._make(column[block_id] for column in columns)
 
     def __contains__(self, block_id: int) -> bool:
         return block_id < len(self._hashes) and self._hashes[block_id] is not None

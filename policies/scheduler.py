@@ -392,10 +392,8 @@ class Scheduler:
         for row in batch.explicit:
             if row.samples:
                 self._take_token(row.seq, next(own), eos_token_id, ends)
-        alone: Seq[Sequence] = ()
-        if self._told:
-            alone = sorted((seq for seq in self._told if seq.status is SequenceStatus.RUNNING), key=by_admission)
-            self._told.clear()
+        alone = sorted((seq for seq in self._told if seq.status is SequenceStatus.RUNNING), key=by_admission)
+        self._told.clear()
         self._register_members(group.known, alone)
         ended = sorted(ends, key=by_admission)
         for seq in ended:

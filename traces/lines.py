@@ -59,7 +59,7 @@ class Line:
         for field, kind, words in (("priority", int, "an integer"), ("salt", str, "text"), ("tenant", str, "text")):
             if field in self.values and type(self.values[field]) is not kind:
                 raise self.error(f"expected {words}", field)
-            if kind is str and not is_unicode(self.values.get(field, "")):
+            if kind is str and not _is_unicode(self.values.get(field, "")):
                 raise self.error("expected text without lone surrogates", field)
         if abs(self.values.get("priority", 0)) > LARGEST:
             raise self.error("expected an integer of at most 63 bits", "priority")
@@ -125,7 +125,7 @@ class Line:
         return InputError(problem, path=self.path, line=self.number, field=self.within + field, value=shown)
 
 
-def is_unicode(text: str) -> bool:
+def _is_unicode(text: str) -> bool:
     """Is it text that UTF-8 can say? JSON can escape what is none."""
     try:
         text.encode()

@@ -28,7 +28,7 @@ from twinserve.traces.digest import Digest, Exceptions
 from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
-from twinserve.traces.request import Blocks, Request
+from twinserve.traces.request import Request
 from twinserve.traces.spans import BackToBack
 
 SCHEMA = "twinserve-run/1"
@@ -121,8 +121,8 @@ class RunRecorder(CoreListener):
         self._steps_file = self._open("steps.jsonl")
         self._requests_file = self._open("requests.jsonl")
         self._next_number = 0
-        self._left: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        self._most_left = _AT_ONCE if world == "sim" else 1
+        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._most_calls = _AT_ONCE if world == "sim" else 1
         self._lines: dict[int, bytes] = {}
 
     def _open(self, name: str) -> IO[bytes]:
@@ -222,15 +222,15 @@ class RunRecorder(CoreListener):
 
     def _later(self, call: Callable[..., None], *arguments: Any) -> None:
         """Make a call that nothing waits for together with others, in order; in a real run, whose steps would, now."""
-        self._left.append((call, arguments))
-        if len(self._left) >= self._most_left:
+        self._calls.append((call, arguments))
+        if len(self._calls) >= self._most_calls:
             self._work_off()
 
     def _work_off(self) -> None:
         """Make the calls that are left to make."""
-        for call, arguments in self._left:
+        for call, arguments in self._calls:
             call(*arguments)
-        self._left.clear()
+        self._calls.clear()
 
     def _keep(self, served: _Served) -> None:
         """Turn what is known of a request into its row."""
@@ -431,7 +431,6 @@ def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
 
 def _request_row(served: _Served) -> dict[str, Any]:
     request, seq = served.request, served.seq
-    parts = request.parts.triples() if isinstance(request.parts, Blocks) else map(tuple, request.parts)
     return {
         "id": request.id,
         "ingest": served.number,
@@ -449,7 +448,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
         "preemptions": seq.num_preemptions,
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
-        "prompt": list(parts),
+        "prompt": list(map(tuple, request.parts)),
         "ignore_eos": served.sampling.ignore_eos,
         "stop_token_ids": served.sampling.stop_token_ids,
         **request.labels,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -103,7 +102,7 @@ class FittedLatency:
     Attributes:
         data: the file's content (schema "twinserve-latency/1"). `captured_tokens`, where it is there, is the most
             tokens of a step that is launched as a captured graph; a part or a coefficient that is absent costs nothing.
-        num_outside: steps asked for beyond the range that was measured.
+        num_outside: steps made beyond the range that was measured (see `watch`).
         worst_excess: the largest ratio of a feature to the end of its range among them.
     """
 
@@ -164,7 +163,6 @@ class FittedLatency:
     def step_cost(self, features: StepFeatures) -> StepCost:
         """What a step with these features costs."""
         regime = regime_of(features, self._captured_tokens)
-        self._watch_range(regime, features, [features.kv_tokens])
         host, device, lead, kv_token_ns, pair_ns = self._parts_of(regime, features)
         device_ns = round(device + (features.kv_tokens * kv_token_ns + features.attention_pairs * pair_ns))
         if self._drift:
@@ -183,7 +181,6 @@ class FittedLatency:
             return None
         numbers = np.arange(count)
         kv_tokens = first.kv_tokens + features.tokens * numbers
-        self._watch_range(regime, first, kv_tokens)
         pairs = first.attention_pairs + num_new_pairs * numbers
         return host, np.rint(device + (kv_tokens * kv_token_ns + pairs * pair_ns)).astype(np.int64)
 
@@ -206,14 +203,17 @@ class FittedLatency:
         row = design_row(features, part, knots)
         return sum(x * ns for x, ns in zip(row, coefficients, strict=True))
 
-    def _watch_range(self, regime: str, features: StepFeatures, kv_tokens: Seq[int] | np.ndarray) -> None:
-        """Note steps beyond what was measured: they have these features, but so many context tokens each, rising."""
-        tops = {name: max(1, top) for name, (_, top) in self.data["range"][regime].items()}
-        excess = max(getattr(features, name) / top for name, top in tops.items() if name != "kv_tokens")
-        longest = max(excess, float(kv_tokens[-1] / tops["kv_tokens"]))
+    def watch(self, features: StepFeatures, count: int = 1) -> None:
+        """Note that steps were made, as far as they lie beyond what was measured: one with these features, and those
+        that repeat it, whose contexts have each row's tokens more from step to step."""
+        tops = self.data["range"][regime_of(features, self._captured_tokens)]
+        excess = max(getattr(features, name) / max(1, top) for name, (_, top) in tops.items() if name != "kv_tokens")
+        top = max(1, tops["kv_tokens"][1])
+        last = features.kv_tokens + (count - 1) * features.tokens
+        longest = max(excess, last / top)
         if longest > 1.0:
-            within = 0 if excess > 1.0 else bisect_right(kv_tokens, tops["kv_tokens"])
-            self.num_outside += len(kv_tokens) - within
+            within = 0 if excess > 1.0 else max(0, (top - features.kv_tokens) // features.tokens + 1)
+            self.num_outside += count - within
             self.worst_excess = max(self.worst_excess, longest)
 
     @classmethod

@@ -96,7 +96,8 @@ class StepCost(NamedTuple):
 class LatencyModel(Protocol):
     """Says what a step costs; the same features always cost the same.
 
-    A model may also have the method of RepeatedCosts, for speed.
+    A model may also have the method of RepeatedCosts, for speed, and that of Watching. It may be asked about steps that
+    are never made, as a request that comes in changes what is decided.
     """
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
@@ -113,6 +114,14 @@ class RepeatedCosts(Protocol):
         They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns. Of each step,
         `num_new_pairs` is how many query-key pairs it has more than the one before.
         """
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A latency model that is told which steps were made, to know how far they lie beyond what it was made from."""
+
+    def watch(self, features: StepFeatures, count: int = 1) -> None:
+        """`count` steps were made: one with these features, and those that repeat it."""
 
 
 class ScaledLatency:

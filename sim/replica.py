@@ -6,26 +6,20 @@ of what was answered arrive; replicas decide, by number.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from collections.abc import Sequence as Seq
 
-import numpy as np
 import simpy
 from simpy.events import URGENT
 
-from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.policies.core import Span
-from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
+from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, Watching
+from twinserve.sim.leap import Leap
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
-from twinserve.traces.spans import BackToBack
 
 _ARRIVES = URGENT
 _ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
-_FEW = 6
-"""Steps that cost less one by one than as columns."""
 
 
 def now_ns(env: simpy.Environment) -> int:
@@ -48,8 +42,8 @@ class Replica:
     A step of cost (host, device) that is decided at t is launched at t + host, starts then or when the device is free,
     and ends after device; one that the device can begin while it is being launched starts up to lead earlier. The next
     decision is made when the step is launched, or, where the pipeline is full, when the oldest step in flight has
-    ended, whichever is later. Decisions that repeat one another are planned, and made together when the last of them
-    is due or a request comes in.
+    ended, whichever is later. Decisions that repeat one another are planned (see `Leap`), and made together when the
+    last of them is due or a request comes in.
 
     Args:
         ended: called with each sequence that ends.
@@ -75,12 +69,11 @@ class Replica:
         self.outstanding_requests = self.outstanding_tokens = 0
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
-        self._repeated_costs = latency.repeated_costs if isinstance(latency, RepeatedCosts) else None
+        self._watching = latency if isinstance(latency, Watching) else None
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
-        self._planned: Seq[Span] = []
-        self._decided: Seq[int] | np.ndarray = []
+        self._leap: Leap | None = None
         self._event = env.event()
         env.process(self._run())
 
@@ -92,15 +85,16 @@ class Replica:
         if self._is_idle:
             self._is_idle = False
             self._resume_at(now_ns(self._env), _DECIDES)
-        elif self._planned:
-            made = bisect_left(self._decided, now_ns(self._env))
-            until = int(self._decided[made])
+        elif self._leap is not None:
+            made = self._leap.num_before(now_ns(self._env))
+            until = self._leap.decided_ns(made)
             self._make(made)
             self._resume_at(until, _ENDS)
 
     def stop(self) -> list[Sequence]:
         """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came."""
-        self._make(bisect_left(self._decided, now_ns(self._env)))
+        if self._leap is not None:
+            self._make(self._leap.num_before(now_ns(self._env)))
         self._event.callbacks.clear()
         return [*self.core.sequences.values(), *self._inbox]
 
@@ -121,18 +115,24 @@ class Replica:
             if core.can_decide:
                 batch = core.decide(now)
                 if batch:
-                    cost = StepCost(*self._latency.step_cost(StepFeatures.of(batch, arrived)))
+                    features = StepFeatures.of(batch, arrived)
+                    cost = StepCost(*self._latency.step_cost(features))
+                    if self._watching is not None:
+                        self._watching.watch(features)
                     launched, batch.start_ns, self._device_free = cost.times(now, self._device_free)
                     arrived = 0
                 else:
                     batch.start_ns = self._device_free = max(now, self._device_free)
                 batch.end_ns = self._device_free
                 if (steps := core.horizon(batch, self._most_steps)) > 1:
-                    self._plan(batch, steps, launched)
+                    self._leap = Leap(core, self._latency, batch, steps - 1, launched)
             if core.must_commit:
-                until = int(self._decided[-1]) if self._planned else max(launched, core.in_flight[0].end_ns or 0)
-                yield self._wait(until, _ENDS)
-                self._make(len(self._planned))
+                if self._leap is None:
+                    yield self._wait(max(launched, core.in_flight[0].end_ns or 0), _ENDS)
+                while self._leap is not None:
+                    yield self._wait(self._leap.until_ns, _ENDS)
+                    if self._leap is not None and not self._leap.extend():
+                        self._make(self._leap.num_planned)
                 now = now_ns(self._env)
                 for seq in core.commit(None, now):
                     self._ended(seq)
@@ -163,44 +163,15 @@ class Replica:
         self.outstanding_tokens -= _tokens_of(seq)
         self._on_end(seq)
 
-    def _plan(self, batch: Batch, steps: int, launched: int) -> None:
-        """Work out when the decisions are made that repeat `batch`, the first of `steps`, and the one after them."""
-        core, latency, features = self.core, self._latency, StepFeatures.of(batch)
-        ends = [before.end_ns or 0 for before in core.in_flight]
-        known = None
-        if self._repeated_costs is not None and steps > _FEW:
-            known = self._repeated_costs(features, batch.num_new_pairs, steps - 1)
-        if known is not None and not core.pipeline_depth:
-            host, devices = known
-            periods = devices + host
-            self._decided = np.empty(steps, np.int64)
-            self._decided[0] = ends[0]
-            np.add(periods.cumsum(), ends[0], out=self._decided[1:])
-            self._planned = BackToBack(self._decided, periods, host)
-            return
-        costs = None if known is None else [StepCost(known[0], device) for device in known[1].tolist()]
-        instants: list[int] = []
-        planned: list[Span] = []
-        decided = max(launched, ends[-1 - core.pipeline_depth])
-        for number in range(1, steps):
-            if costs is None:
-                cost = StepCost(*latency.step_cost(features.repeated(number, batch.num_new_pairs, decided)))
-            else:
-                cost = costs[number - 1]
-            launched, start, end = cost.times(decided, ends[-1])
-            ends.append(end)
-            instants.append(decided)
-            planned.append((decided, start, end))
-            decided = max(launched, ends[-1 - core.pipeline_depth])
-        self._decided, self._planned = [*instants, decided], planned
-
     def _make(self, steps: int) -> None:
         """Make so many of the planned decisions, and drop the others."""
-        if steps:
-            spans = self._planned if steps == len(self._planned) else self._planned[:steps]
+        leap, self._leap = self._leap, None
+        if leap is not None and steps:
+            spans, batch = leap.spans(steps), self.core.in_flight[-1]
+            if self._watching is not None:
+                self._watching.watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
             self.core.advance(spans)
             self._device_free = spans[-1][2]
-        self._planned, self._decided = [], []
 
 
 def _tokens_of(seq: Sequence) -> int:

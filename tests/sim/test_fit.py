@@ -56,10 +56,12 @@ def test_no_coefficient_is_negative_and_costs_never_fall_with_more_tokens():
 
 def test_a_step_beyond_what_was_measured_is_counted_with_its_excess():
     model = fit(samples(0.0), {})
-    model.step_cost(features(16, 64))
+    model.watch(features(16, 64))
     assert model.num_outside == 0
-    model.step_cost(features(48, 64))
+    model.watch(features(48, 64))
     assert (model.num_outside, model.worst_excess) == (1, 3.0)
+    model.step_cost(features(480, 64))
+    assert (model.num_outside, model.worst_excess) == (1, 3.0), "asking is not making"
 
 
 @pytest.mark.parametrize(("prompt", "kv_tokens"), [(0, 32_600), (24, 3000)])
@@ -69,6 +71,9 @@ def test_costs_of_repeated_steps_are_those_of_each(prompt, kv_tokens):
     host, devices = at_once.repeated_costs(step, 40, 50)
     costs = [each.step_cost(step.repeated(number, 40, 123)) for number in range(1, 51)]
     assert [(host, device, 0) for device in devices.tolist()] == costs
+    for number in range(1, 51):
+        each.watch(step.repeated(number, 40, 123))
+    at_once.watch(step.repeated(1, 40, 0), 50)
     assert each.num_outside == at_once.num_outside > 0
     assert each.worst_excess == at_once.worst_excess > 1.0
     assert each.with_drift([0.5, 2.0]).repeated_costs(step, 40, 50) is None

@@ -65,9 +65,32 @@ class Counting:
         return 1000, 1000
 
 
-def test_a_cost_is_asked_for_once_a_step_and_not_before_it():
+def test_a_cost_is_asked_for_once_a_step_where_nothing_comes_in_between():
     latency = Counting()
     core = Settings.load({"num_gpu_blocks": 64}).build_core()
     assert latency.asked == []
     simulate([Request(i, 0, (Part(i, 0, 20 + i),), 3) for i in range(3)], core, latency)
     assert latency.asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("gap_ns", [7_000, 10_000, 1_000_000])
+def test_no_more_than_two_costs_are_asked_for_a_decision_however_often_requests_come_in(depth, gap_ns):
+    latency = Counting()
+    core = Settings.load({"num_gpu_blocks": 4096, "pipeline_depth": depth}).build_core()
+    simulate([Request(i, i * gap_ns, (Part(i, 0, 20),), 2000) for i in range(100)], core, latency)
+    assert core.num_decisions > 2000
+    assert len(latency.asked) <= 2 * core.num_decisions
+
+
+def test_steps_beyond_what_was_measured_are_counted_when_they_are_made():
+    requests = [Request(0, 0, (Part(0, 0, 900),), 500)]
+    requests += [Request(i, i * 150_000, (Part(i, 0, 5),), 1 + i % 3) for i in range(1, 40)]
+    counts = []
+    for step_by_step in (True, False):
+        latency = fitted(1000)
+        core = Settings.load({"num_gpu_blocks": 4096}).build_core()
+        simulate(requests, core, latency, step_by_step=step_by_step)
+        counts.append((latency.num_outside, latency.worst_excess))
+        assert 0 < latency.num_outside < core.num_decisions
+    assert counts[0] == counts[1]

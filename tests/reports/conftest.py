@@ -30,10 +30,11 @@ class Latency:
     """Steps that cost by their tokens; `noise` makes them vary as those of a device do."""
 
     def __init__(self, noise: float):
-        self.noise, self.rng = noise, random.Random(5)
+        self.noise = noise
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        return 300_000, round((4e6 + 60e3 * features.tokens) * self.rng.lognormvariate(0, self.noise))
+        factor = random.Random(features.decision).lognormvariate(0, self.noise)
+        return 300_000, round((4e6 + 60e3 * features.tokens) * factor)
 
 
 @pytest.fixture

@@ -119,7 +119,12 @@ class Scheduler:
         """Put a new sequence into the waiting queue, or refuse one that can never be served.
 
         A refused sequence is FINISHED with `finish_reason` "refused" and `refusal` in words; the result is then False.
+
+        Raises:
+            ValueError: it was added before.
         """
+        if seq.arrival_index >= 0 or seq.is_finished:
+            raise ValueError(f"{seq} cannot be added: it was added before, expected a new sequence")
         most = seq.num_prompt_tokens + seq.sampling_params.max_tokens
         seq.final_length = int(min(most, self.max_model_len))
         seq.refusal = self._refusal(seq)
@@ -420,7 +425,7 @@ class Scheduler:
         """Hand a token to a sequence whose row stood alone, or that has left the group since; note if it ends."""
         if seq.is_finished:
             return
-        seq.append_token(token_id)
+        seq.take_token(token_id)
         if seq.group is None:
             seq.in_flight -= 1
             self._told.append(seq)

@@ -205,7 +205,18 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append_token(self, token_id: int | None) -> None:
-        """Take a generated token; None counts one in a sequence without token ids."""
+        """Take a generated token; None counts one in a sequence without token ids.
+
+        Raises:
+            ValueError: a scheduler counts its tokens (it hands them over in `postprocess`), it has ended, or the token
+                has no id where the others have.
+        """
+        if self.status is not SequenceStatus.WAITING or self.arrival_index >= 0:
+            raise ValueError(f"{self} takes no token from outside: its scheduler hands them over, or it has ended")
+        self.take_token(token_id)
+
+    def take_token(self, token_id: int | None) -> None:
+        """What the scheduler that counts its tokens calls: `append_token` without the question who counts."""
         if self.has_token_ids:
             if token_id is None:
                 raise ValueError(f"sequence {self.seq_id} has token ids, but was given a token without an id")

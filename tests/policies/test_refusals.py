@@ -42,6 +42,36 @@ def test_a_token_without_an_id_where_there_are_ids():
     assert seq.num_tokens == 2 and list(seq.token_ids) == [1, 2]
 
 
+def test_a_token_for_a_sequence_whose_tokens_a_scheduler_counts():
+    scheduler = Scheduler(BlockManager(8, 4))
+    seq = Sequence([1, 2], SamplingParams(max_tokens=1))
+    scheduler.add(seq)
+    for is_finished in (False, True):
+        with pytest.raises(ValueError, match="takes no token from outside"):
+            seq.append_token(5)
+        if not is_finished:
+            batch = scheduler.schedule()
+            with pytest.raises(ValueError, match="takes no token from outside"):
+                seq.append_token(5)
+            scheduler.postprocess(batch, [7])
+    assert seq.is_finished and seq.token_ids == [1, 2, 7]
+
+
+@pytest.mark.parametrize("ends", ["not at all", "served", "aborted", "refused"])
+def test_a_sequence_that_was_added_before(ends):
+    scheduler = Scheduler(BlockManager(2, 4))
+    seq = Sequence([1] * (2 if ends != "refused" else 20), SamplingParams(max_tokens=1))
+    assert scheduler.add(seq) is (ends != "refused")
+    if ends == "served":
+        scheduler.postprocess(scheduler.schedule(), [7])
+    elif ends == "aborted":
+        scheduler.abort(seq)
+    reason, waiting = seq.finish_reason, len(scheduler.waiting)
+    with pytest.raises(ValueError, match="was added before, expected a new sequence"):
+        scheduler.add(seq)
+    assert (seq.finish_reason, len(scheduler.waiting)) == (reason, waiting)
+
+
 def test_a_pipeline_deeper_than_one_step():
     with pytest.raises(ValueError, match="pipeline_depth is 2, expected 0 or 1"):
         Core(Scheduler(BlockManager(4, 4)), pipeline_depth=2)

@@ -65,7 +65,7 @@ class Counting:
         return 1000, 1000
 
 
-def test_a_cost_is_asked_for_once_a_step_where_nothing_comes_in_between():
+def test_a_cost_is_asked_for_once_a_step_and_not_before_it():
     latency = Counting()
     core = Settings.load({"num_gpu_blocks": 64}).build_core()
     assert latency.asked == []

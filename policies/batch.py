@@ -1,13 +1,10 @@
-"""Batch: one decision, as totals and deltas that cost what changed, and as rows for who asks."""
+"""Batch: one decision, as a table with a row for each sequence that computes something, and what changed before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
-from itertools import repeat
 from typing import NamedTuple
 
-from twinserve.policies.decode_group import View
 from twinserve.policies.sequence import Sequence
 
 
@@ -26,129 +23,129 @@ class Row(NamedTuple):
 
 
 class Batch:
-    """One decision: the rows of a step, and what changed since the decision before it.
+    """One decision: the rows of a step, their totals, and what changed since the decision before.
 
-    Unpacks as the pair `seqs, is_prefill`. `is_prefill`: some sequence computes more than one token, or samples for the
-    first time since it was admitted. `rows`, `seqs` and `sampled`, in running order, are made when they are read: from
-    `explicit`, the rows of sequences on their own, and from the group's `view`, whose rows are all alike.
+    Rows lie as columns, in running order, since a list a column costs a third of an object a row; `rows` makes Rows of
+    them. Unpacks as the pair `seqs, is_prefill`.
 
-    The deltas say the decision in terms of the one before: `admitted` rows (their `start` is the prefix hit),
-    sequences that `left` (finished or aborted) and were `preempted`, and `grown` block tables. A running sequence gets
-    `usual_tokens` (1, or 0 in a step for prompts alone), unless it is in `alone`, the sequences on their own.
-
-    Totals: `num_tokens` = `num_prompt_tokens` + `num_decode_tokens`; `num_kv_tokens` is the sum of the rows' context
-    lengths; `num_attention_pairs` counts each query against each key it attends. From `decision` on, the facts are
-    written by Core and by the executor.
+    Attributes:
+        usual_tokens: what a running sequence gets that is not a prompt: 1, or 0 in a step for prompts alone.
+        seqs, starts, lengths: of each row the sequence, the position of its first token, and its number of tokens.
+        sampled, prompts: those of `seqs` that sample, and those that have sampled nothing since they were admitted.
+        admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
+        left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
+        grown: block tables of running sequences that became longer, with the new blocks.
+        skipped: running sequences that got nothing in a step that decodes, as budget or room did not reach them, or
+            their last token is in flight.
+        num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
+        num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
+        num_attention_pairs: each query counted against each key that it attends.
+        num_waiting, num_running, num_used_blocks: once all of this was decided.
+        decision, seen, committed, decided_ns, start_ns, end_ns: facts, written by Core and by the executor.
     """
-
-    view: View | None = None
-    is_prefill = False
-    num_tokens = num_prompt_tokens = num_kv_tokens = num_attention_pairs = num_sampled = num_members = clock = 0
-    num_waiting = num_running = num_used_blocks = 0
-    decision = committed = -1
-    seen = decided_ns = 0
-    start_ns: int | None = None
-    end_ns: int | None = None
-    _rows: list[Row] | None = None
-    _seqs: list[Sequence] | None = None
 
     def __init__(self, usual_tokens: int) -> None:
         self.usual_tokens = usual_tokens
-        self.explicit: list[Row] = []
-        self.orders: list[int] = []
+        self.seqs: list[Sequence] = []
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.sampled: list[Sequence] = []
+        self.prompts: list[Sequence] = []
         self.admitted: list[Row] = []
-        self.alone: list[Sequence] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.aborted: list[Sequence] = []
         self.grown: list[tuple[Sequence, list[int]]] = []
+        self.skipped: list[Sequence] = []
+        self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
+        self.num_waiting = self.num_running = self.num_used_blocks = 0
+        self.decision = self.committed = -1
+        self.seen = self.decided_ns = 0
+        self.start_ns: int | None = None
+        self.end_ns: int | None = None
+
+    def add(self, seq: Sequence, start: int, num_tokens: int, samples: bool) -> None:
+        """Add the row of a sequence that computes so many tokens from `start` on."""
+        self.seqs.append(seq)
+        self.starts.append(start)
+        self.lengths.append(num_tokens)
+        self.num_tokens += num_tokens
+        if samples:
+            self.sampled.append(seq)
+        if not seq.has_sampled:
+            self.prompts.append(seq)
+
+    def remove(self, seq: Sequence) -> Row | None:
+        """Take back what was decided for a sequence; the row that it had, if any."""
+        self.grown = [(other, block_ids) for other, block_ids in self.grown if other is not seq]
+        if seq not in self.seqs:
+            return None
+        place = self.seqs.index(seq)
+        row = self.rows[place]
+        del self.seqs[place], self.starts[place], self.lengths[place]
+        self.num_tokens -= row.num_tokens
+        if row.samples:
+            self.sampled.remove(seq)
+        if row.is_prompt:
+            self.prompts.remove(seq)
+        return row
+
+    def count(self) -> None:
+        """Work out the totals, once every row is there."""
+        num_kv_tokens = sum(self.starts) + self.num_tokens
+        num_pairs = num_kv_tokens
+        if self.num_tokens > len(self.seqs):
+            num_pairs = 0
+            for start, length in zip(self.starts, self.lengths, strict=True):
+                num_pairs += start * length + length * (length + 1) // 2
+        self.num_kv_tokens, self.num_attention_pairs = num_kv_tokens, num_pairs
+        self.num_prompt_tokens = sum(row.num_tokens for row in self.rows if row.is_prompt) if self.prompts else 0
 
     @property
     def num_decode_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_sampled(self) -> int:
+        """Sequences that sample a token."""
+        return len(self.sampled)
+
+    @property
     def num_new_pairs(self) -> int:
         """By how much `num_attention_pairs` is larger when the decision is repeated."""
-        return self.num_decode_tokens + sum(row.num_tokens**2 for row in self.explicit if row.is_prompt)
+        return self.num_tokens if self.num_tokens == len(self.seqs) else sum(n * n for n in self.lengths)
 
-    def remove(self, seq: Sequence) -> Row | None:
-        """Take back what was decided for a sequence; its row, if it had one on its own."""
-        self.grown = [(other, block_ids) for other, block_ids in self.grown if other is not seq]
-        for index, row in enumerate(self.explicit):
-            if row.seq is seq:
-                del self.explicit[index], self.orders[index]
-                self.num_tokens -= row.num_tokens
-                return row
-        return None
-
-    def count(self, num_kv_tokens: int) -> None:
-        """Work out the totals, once every row is there; the members' contexts are `num_kv_tokens` in all."""
-        if self.view is not None:
-            self.num_members = self.num_sampled = len(self.view.seqs)
-            self.num_tokens += self.num_members
-            self.num_kv_tokens = self.num_attention_pairs = num_kv_tokens
-        for _, start, num_tokens, samples, is_prompt in self.explicit:
-            self.num_kv_tokens += start + num_tokens
-            self.num_attention_pairs += start * num_tokens + num_tokens * (num_tokens + 1) // 2
-            self.num_sampled += samples
-            if is_prompt:
-                self.num_prompt_tokens += num_tokens
-                self.is_prefill = self.is_prefill or samples or num_tokens > 1
-
-    def repeated(self, num_steps: int) -> Batch:
-        """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
-        batch = Batch.__new__(Batch)
-        batch.__dict__.update(self.__dict__)
-        batch.explicit = [row._replace(start=row.start + num_steps * row.num_tokens) for row in self.explicit]
-        batch.left, batch.preempted, batch.aborted, batch.grown = [], [], [], []
-        batch._rows = batch._seqs = None
-        batch.clock += num_steps
-        batch.decision += num_steps
-        batch.committed += num_steps
-        batch.num_kv_tokens += num_steps * self.num_tokens
-        batch.num_attention_pairs += num_steps * self.num_new_pairs
-        return batch
+    @property
+    def is_prefill(self) -> bool:
+        """Does some sequence compute more than one token, or sample for the first time since it was admitted?"""
+        return any(row.num_tokens > 1 or row.samples for row in self.rows if row.is_prompt) if self.prompts else False
 
     @property
     def rows(self) -> list[Row]:
-        """The rows, in running order."""
-        if self._rows is None:
-            rows, view = list(self.explicit), self.view
-            if view is not None and view.seqs:
-                members = zip(view.seqs, view.bases, strict=True)
-                rows = [Row(seq, base + self.clock, 1, True, False) for seq, base in members] + rows
-                if self.orders and self.orders[0] < view.orders[-1]:
-                    orders = view.orders + self.orders
-                    rows = [rows[index] for index in sorted(range(len(rows)), key=orders.__getitem__)]
-            self._rows = rows
-        return self._rows
+        """The rows, in running order; a new list."""
+        sampled, prompts = set(self.sampled), set(self.prompts)
+        return [
+            Row(seq, start, length, seq in sampled, seq in prompts)
+            for seq, start, length in zip(self.seqs, self.starts, self.lengths, strict=True)
+        ]
 
-    @property
-    def seqs(self) -> list[Sequence]:
-        """The sequence of each row; always the same list."""
-        if self._seqs is None:
-            self._seqs = [row.seq for row in self.rows]
-        return self._seqs
+    def repeated(self, num_steps: int) -> Batch:
+        """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
+        batch = Batch(self.usual_tokens)
+        batch.seqs, batch.lengths, batch.sampled, batch.prompts = self.seqs, self.lengths, self.sampled, self.prompts
+        batch.skipped = self.skipped
+        batch.starts = [start + num_steps * n for start, n in zip(self.starts, self.lengths, strict=True)]
+        batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
+        batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens
+        batch.num_attention_pairs = self.num_attention_pairs + num_steps * self.num_new_pairs
+        batch.num_waiting, batch.num_running = self.num_waiting, self.num_running
+        batch.decision, batch.committed = self.decision + num_steps, self.committed + num_steps
+        batch.seen, batch.decided_ns = self.seen, self.decided_ns
+        return batch
 
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get a token, in order."""
-        return [row.seq for row in self.rows if row.samples]
-
-    def split(self, token_ids: Seq[int] | None) -> tuple[Seq[int] | None, Iterator[int | None]]:
-        """Of the tokens for `sampled`: those of the members, and those of the sequences on their own."""
-        members = self.num_members
-        if token_ids is None or not self.explicit:
-            return token_ids, repeat(None)
-        if self.view is None or not members or self.view.orders[-1] < self.orders[0]:
-            return token_ids[:members], iter(token_ids[members:])
-        of = dict(zip(self.sampled, token_ids, strict=True))
-        return [of[seq] for seq in self.view.seqs], iter([of[row.seq] for row in self.explicit if row.samples])
-
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[list[Sequence] | bool]:
         yield self.seqs
         yield self.is_prefill
 
     def __len__(self) -> int:
-        return self.num_members + len(self.explicit)
+        return len(self.seqs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,10 @@ from twinserve.policies.sequence import Sequence, token_bytes
 
 _FEW = 64
 """Entries that free cached blocks may have beyond four times their number."""
+
+
+ENDLESS = 1 << 62
+"""More blocks than anybody asks for."""
 
 
 class NoFreeBlocksError(RuntimeError):
@@ -123,9 +126,9 @@ class BlockManager:
         self._holders: dict[Sequence, None] = {}
 
     @property
-    def num_free_blocks(self) -> float:
-        """Free blocks, cached ones included; infinite in a pool without end."""
-        return math.inf if self.num_blocks is None else len(self._blank) + self._cached.size
+    def num_free_blocks(self) -> int:
+        """Free blocks, cached ones included; ENDLESS in a pool without end."""
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
 
     @property
     def num_used_blocks(self) -> int:
@@ -191,7 +194,7 @@ class BlockManager:
                 freed.append(block_id)
         self._cached.extend(freed)
         seq.block_table = []
-        seq.num_registered_blocks = 0
+        seq.num_block_tokens = seq.num_registered_blocks = 0
         self._holders.pop(seq, None)
 
     # --- the scheduler's calls: as many tokens as a step computes ---
@@ -205,17 +208,14 @@ class BlockManager:
 
         Like every call that takes blocks, it raises NoFreeBlocksError and changes nothing if too few are free.
         """
-        new_ids = self._take(max(0, self.num_missing(seq, num_tokens)))
-        seq.block_table += new_ids
+        new_ids = self.take(max(0, self.num_missing(seq, num_tokens)))
+        self.grow(seq, new_ids)
         return new_ids
 
-    def extend_each(self, seqs: list[Sequence]) -> list[tuple[Sequence, list[int]]]:
-        """Grow the table of each of `seqs`, in order, by one block; each with its new block."""
-        grown = []
-        for seq, block_id in zip(seqs, self._take(len(seqs)), strict=True):
-            seq.block_table.append(block_id)
-            grown.append((seq, [block_id]))
-        return grown
+    def grow(self, seq: Sequence, block_ids: list[int]) -> None:
+        """Put taken blocks at the end of the table of `seq`."""
+        seq.block_table += block_ids
+        seq.num_block_tokens += len(block_ids) * self.block_size
 
     def find_hits(self, seq: Sequence) -> list[int]:
         """The cached blocks of the longest prefix of `seq`, one known token at least being left to compute."""
@@ -257,21 +257,24 @@ class BlockManager:
         self._cached.take([block_id for block_id in hits if not ref_counts[block_id]])
         for block_id in hits:
             ref_counts[block_id] += 1
-        seq.block_size = self.block_size
-        seq.block_table = hits + self._take(self.blocks_for(num_tokens))
+        seq.tokens_per_block = self.block_size
+        self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
         seq.num_cached_tokens = num_hit_tokens
         seq.num_registered_blocks = len(hits)
         self._holders[seq] = None
+
+    def is_stored(self, block_hash: int | None) -> bool:
+        """Does a block with this hash serve hits?"""
+        return self.prefix_cache is not None and block_hash in self.prefix_cache.hash_to_block_id
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
         cache, first, end = self.prefix_cache, seq.num_registered_blocks, num_tokens // self.block_size
         if cache is None or first >= end:
             return
-        self._identify(seq, end)
-        table = seq.block_table
-        parent = cache.prefix_of(table[first - 1]) if first else cache.root(seq.salt)[1]
-        cache.register(table[first:end], seq.block_hashes[first:end], seq.block_contents[first:end], parent)
+        if len(seq.block_hashes) < end:
+            self._identify(seq, end)
+        cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
         seq.num_registered_blocks = end
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
@@ -291,8 +294,8 @@ class BlockManager:
             self._cached = FreeCachedBlocks()
         return True
 
-    def _take(self, count: int) -> list[int]:
-        """Take `count` free blocks from the front, or none at all."""
+    def take(self, count: int) -> list[int]:
+        """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         ref_counts, blank = self.ref_counts, self._blank

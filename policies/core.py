@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 
 from twinserve.policies.batch import Batch
-from twinserve.policies.horizon import Growth, horizon, repeat
+from twinserve.policies.horizon import Growth, horizon, leap
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
@@ -126,10 +126,9 @@ class Core:
         self.last_committed = batch.decision
         if batch.end_ns is None:
             batch.end_ns = now_ns
-        if batch.is_prefill:
-            for row in batch.explicit:
-                if row.is_prompt and row.samples and row.seq.first_token_ns is None and row.seq.num_completion_tokens:
-                    row.seq.first_token_ns = now_ns
+        for seq in batch.prompts:
+            if seq.first_token_ns is None and seq.num_completion_tokens:
+                seq.first_token_ns = now_ns
         self.listener.committed(batch)
         for seq in finished:
             self._finish(seq, now_ns)
@@ -154,7 +153,7 @@ class Core:
         if not spans:
             return
         first, before = self.in_flight[-1], list(self.in_flight)[:-1]
-        grown = repeat(self.scheduler, len(spans))
+        grown = leap(self.scheduler, len(spans))
         self.in_flight = deque(self.scheduler.in_flight)
         for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
             batch.decided_ns, batch.start_ns, batch.end_ns = span

@@ -67,7 +67,7 @@ class VllmAdmission:
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
         covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
         margin = 0 if is_alone else self.watermark_blocks
-        return max(0, int(manager.blocks_to_take(hits, covered) + margin - min(manager.num_free_blocks, 1 << 62)))
+        return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
 
 
 class LastAdmitted:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from twinserve.policies.sequence import Sequence, token_bytes
+from twinserve.policies.sequence import token_bytes
 
 HASHES: dict[str, tuple[Callable[[bytes, int], int], int]] = {
     "xxh64": (xxhash.xxh64_intdigest, 8),
@@ -105,7 +105,7 @@ class PrefixCache:
         parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
         packed = token_bytes(token_ids)
         hashes, contents = self.hash_chain(packed, len(packed), self.root_hash if is_first else prefix_hash)
-        self.register([block_id], hashes, contents, parent)
+        self.register_chain([block_id], hashes, contents, 0, 1, parent)
         return hashes[0]
 
     def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
@@ -131,59 +131,34 @@ class PrefixCache:
                 return block_id
         return None
 
-    def register(self, block_ids: list[int], hashes: list[int], contents: list[bytes | None], parent: int) -> None:
-        """Note that blocks hold, or will once their step has run, a chain of contents behind the prefix `parent`."""
+    def register_chain(
+        self, table: list[int], hashes: list[int], contents: list[bytes | None], first: int, end: int, root: int
+    ) -> None:
+        """Note that the blocks of a table from `first` to before `end` hold, or will once their step has run, the next
+        of a chain of contents: behind the block before `first`, or behind the prefix `root` where that is the first."""
         known, stored, parents, prefixes = self._hashes, self._contents, self._parents, self._prefixes
-        by_hash, last_prefix = self.hash_to_block_id, self._last_prefix
-        self._make_room(max(block_ids))
-        if taken := [block_id for block_id in block_ids if known[block_id] is not None]:
-            raise ValueError(f"block {taken[0]} is stored already, as {self.get(taken[0])}")
-        for block_id, block_hash, content in zip(block_ids, hashes, contents, strict=True):
-            if by_hash.setdefault(block_hash, block_id) == block_id:
-                prefix = last_prefix = last_prefix + 1
+        by_hash = self.hash_to_block_id
+        parent = prefixes[table[first - 1]] if first else root
+        for index in range(first, end):
+            block_id, block_hash, content = table[index], hashes[index], contents[index]
+            if block_id >= len(known):
+                self._make_room(block_id)
+            if known[block_id] is not None:
+                raise ValueError(f"block {block_id} is stored already, as {self.get(block_id)}")
+            equal_id = None
+            if block_hash not in by_hash:
+                by_hash[block_hash] = block_id
             else:
                 equal_id = self._find(block_hash, content, parent)
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
-                if equal_id is None:
-                    prefix = last_prefix = last_prefix + 1
-                else:
-                    prefix = prefixes[equal_id]
-            known[block_id] = block_hash
-            stored[block_id] = content
-            parents[block_id] = parent
-            prefixes[block_id] = parent = prefix
-        self._last_prefix = last_prefix
-
-    def register_each(
-        self, blocks: list[tuple[Sequence, int, bytes]], block_size: int, register: Callable[[Sequence, int], None]
-    ) -> None:
-        """Note a block of each of some sequences, in order, as `register` would, which is called where it is not simply
-        the next block of one. A call for each would cost a tenth of a step at 256 running.
-
-        `blocks`: the sequence, the number of its tokens with which the block ends, and the block's own tokens, packed
-        (see `token_bytes`); nothing if the sequence has to be asked for them.
-        """
-        known, stored, parents, prefixes = self._hashes, self._contents, self._parents, self._prefixes
-        by_hash, digest, width, seed = self.hash_to_block_id, self._digest, self._hash_bytes, self.seed
-        room = len(known)
-        for seq, end, content in blocks:
-            index, hashes, table = seq.num_registered_blocks, seq.block_hashes, seq.block_table
-            if index and (index + 1) * block_size == end and (content or index < len(hashes)):
-                if index == len(hashes):
-                    hashes.append(digest(hashes[-1].to_bytes(width, "little") + content, seed))
-                    seq.block_contents.append(content)
-                block_id, block_hash = table[index], hashes[index]
-                if block_id >= room:
-                    self._make_room(block_id)
-                    room = len(known)
-                if block_hash not in by_hash and known[block_id] is None:
-                    by_hash[block_hash] = block_id
-                    self._last_prefix = prefix = self._last_prefix + 1
-                    known[block_id], stored[block_id] = block_hash, seq.block_contents[index]
-                    parents[block_id], prefixes[block_id] = prefixes[table[index - 1]], prefix
-                    seq.num_registered_blocks = index + 1
-                    continue
-            register(seq, end)
+            if equal_id is None:
+                self._last_prefix += 1
+                prefix = self._last_prefix
+            else:
+                prefix = prefixes[equal_id]
+            known[block_id], stored[block_id] = block_hash, content
+            parents[block_id], prefixes[block_id] = parent, prefix
+            parent = prefix
 
     def _make_room(self, block_id: int) -> None:
         """Grow the columns, if need be, to twice their length at least."""

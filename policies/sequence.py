@@ -7,11 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from twinserve.policies.decode_group import DecodeGroup
+from typing import ClassVar
 
 
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
@@ -61,6 +57,10 @@ class SamplingParams:
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
+    def stops(self, token_id: int, eos_token_id: int | None) -> bool:
+        """Does the token end a sequence, whatever its length?"""
+        return (token_id == eos_token_id or token_id in self.stop_token_ids) and not self.ignore_eos
+
 
 _next_seq_id = itertools.count()
 
@@ -70,9 +70,7 @@ class Sequence:
 
     There is no prefill or decode phase here: a sequence has tokens it *knows* (`num_tokens`) and tokens whose KV
     exists or will exist once the launched steps have run (`num_computed_tokens`). A step computes some of the
-    difference; a step that reaches the last known token samples one more. While a sequence decodes in step with
-    others, the clocks of their `group` count for it: the properties add them to its `base`, and `known`, `computed`
-    and `in_flight` say only what it counted by itself.
+    difference; a step that reaches the last known token samples one more.
 
     Args:
         token_ids: the prompt; None for a sequence of the simulator, which has `num_prompt_tokens` and `prefix_key`.
@@ -87,8 +85,14 @@ class Sequence:
         seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
         arrival_index, admission_index: how many others were accepted, and admitted, before it; those that run are
             ordered by the latter.
+        token_ids: prompt and generated tokens; empty for a sequence without token ids.
+        num_tokens: tokens known, the prompt and the generated tokens received so far.
+        num_computed_tokens: tokens whose KV exists or is being computed by a launched step.
+        num_in_flight: tokens that launched steps will sample and that are not known yet.
+        num_scheduled_tokens: tokens that the latest step with a row of this sequence computes for it.
         final_length: tokens at which generation ends, whatever is generated.
-        block_table: ids of the KV blocks held, in token order.
+        block_table: ids of the KV blocks held, in token order; `num_block_tokens` is how many tokens they hold.
+        tokens_per_block: of the pool that it was given to.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
         num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
@@ -97,14 +101,15 @@ class Sequence:
             by whoever knows them; the policies never read them.
     """
 
-    block_size = 256
-    # With more than 30 attributes and no slots, an instance would have a dictionary of its own.
+    block_size: ClassVar[int] = 256
+    """Tokens in a block of a sequence that no pool has seen yet."""
     __slots__ = (
-        "__dict__", "_token_ids", "admission_index", "arrival_index", "arrival_ns", "base", "block_contents",
-        "block_hashes", "block_table", "computed", "final_length", "finish_ns", "finish_reason", "first_scheduled_ns",
-        "first_token_ns", "group", "has_sampled", "has_token_ids", "in_flight", "ingested_ns", "known",
-        "num_cached_tokens", "num_preemptions", "num_prompt_tokens", "num_registered_blocks", "prefix_key", "priority",
-        "refusal", "salt", "sampling_params", "scheduled", "seq_id", "since", "status", "tenant", "unread",
+        "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
+        "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
+        "has_token_ids", "ingested_ns", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
+        "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_blocks", "num_scheduled_tokens",
+        "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status", "tenant",
+        "token_ids", "tokens_per_block",
     )  # fmt: skip
 
     def __init__(
@@ -124,71 +129,34 @@ class Sequence:
             raise ValueError("a sequence without token_ids needs num_prompt_tokens and prefix_key")
         self.seq_id = next(_next_seq_id) if seq_id is None else seq_id
         self.has_token_ids = token_ids is not None
-        self._token_ids = list(token_ids or ())
-        self.unread: list[bytes] = []  # packed tokens, which become part of `token_ids` when it is read
-        self.num_prompt_tokens = len(self._token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
+        self.token_ids: list[int] = list(token_ids or ())
+        self.num_prompt_tokens = len(self.token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
         self.sampling_params = sampling_params or SamplingParams()
-        self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.prefix_key, self.arrival_ns = prefix_key, arrival_ns
         self.priority, self.salt, self.tenant = priority, salt, tenant
+        self.status = SequenceStatus.WAITING
+        self.arrival_index = self.admission_index = -1
+        self.num_tokens = self.num_prompt_tokens
+        self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
+        self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = 0
+        self.has_sampled = False
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.num_cached_tokens = self.num_registered_blocks = self.num_preemptions = 0
-        self.known, self.has_sampled = self.num_prompt_tokens, False
-        self.status = SequenceStatus.WAITING
-        self.group: DecodeGroup | None = None
-        self.arrival_index = self.admission_index = -1
+        self.tokens_per_block = self.block_size
+        self.num_block_tokens = self.num_registered_blocks = 0
+        self.num_cached_tokens = self.num_preemptions = 0
         self.finish_reason: str | None = None
         self.refusal: str | None = None
         self.ingested_ns: int | None = None
         self.first_scheduled_ns: int | None = None
         self.first_token_ns: int | None = None
         self.finish_ns: int | None = None
-        self.computed = self.in_flight = self.scheduled = self.base = self.since = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known: the prompt and the generated tokens received so far."""
-        return self.known if self.group is None else self.base + self.group.known + 1
-
-    @property
-    def num_computed_tokens(self) -> int:
-        """Tokens whose KV exists or is being computed by a launched step."""
-        return self.computed if self.group is None else self.base + self.group.planned
-
-    @property
-    def num_in_flight(self) -> int:
-        """Tokens that launched steps will sample and that are not known yet."""
-        return self.in_flight if self.group is None else self.group.planned - self.group.known
-
-    @property
-    def num_scheduled_tokens(self) -> int:
-        """Tokens that the latest decided step with a row of this sequence computes for it."""
-        return self.scheduled if self.group is None else 1
-
-    @property
-    def end(self) -> int:
-        """The value of its group's clock `known` at which a member ends, whatever is generated."""
-        return self.final_length - self.base - 1
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Prompt and generated tokens; empty for a sequence without token ids."""
-        if self.group is not None:
-            self.group.hand_over(self, self.num_tokens)
-        return self._own_token_ids()
-
-    def _own_token_ids(self) -> list[int]:
-        for packed in self.unread:
-            self._token_ids.extend(array("I", packed))
-        self.unread.clear()
-        return self._token_ids
 
     @property
     def num_blocks(self) -> int:
         """Blocks that all known tokens need."""
-        return (self.num_tokens + self.block_size - 1) // self.block_size
+        return (self.num_tokens + self.tokens_per_block - 1) // self.tokens_per_block
 
     @property
     def num_completion_tokens(self) -> int:
@@ -213,22 +181,14 @@ class Sequence:
         """
         if self.status is not SequenceStatus.WAITING or self.arrival_index >= 0:
             raise ValueError(f"{self} takes no token from outside: its scheduler hands them over, or it has ended")
-        self.take_token(token_id)
-
-    def take_token(self, token_id: int | None) -> None:
-        """What the scheduler that counts its tokens calls: `append_token` without the question who counts."""
         if self.has_token_ids:
             if token_id is None:
                 raise ValueError(f"sequence {self.seq_id} has token ids, but was given a token without an id")
-            self._own_token_ids().append(token_id)
-        self.known += 1
+            self.token_ids.append(token_id)
+        self.num_tokens += 1
 
     def __repr__(self) -> str:
         return (
             f"Sequence(seq_id={self.seq_id}, {self.status.name}, known={self.num_tokens}, "
             f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, blocks={len(self.block_table)})"
         )
-
-
-by_admission = attrgetter("admission_index")
-"""The key that sorts running sequences into their order."""

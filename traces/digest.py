@@ -18,12 +18,14 @@ Exceptions = list[tuple[Sequence, int, bool]]
 
 def exceptions_of(batch: Batch) -> Exceptions:
     """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
-    before, usual = batch.alone[: len(batch.alone) - len(batch.admitted)], batch.usual_tokens
-    if not before:
+    usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
+    if usual and batch.num_tokens == len(batch.sampled) == num_before and not batch.skipped:
         return []
-    rows = {seq: (seq, num_tokens, samples) for seq, _, num_tokens, samples, _ in batch.explicit}
-    found = [rows.get(seq) or (seq, 0, usual == 0) for seq in before]
-    return [entry for entry in found if entry[1] != usual or not entry[2]]
+    sampled = set(batch.sampled)
+    found = [(seq, num_tokens, seq in sampled) for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True)]
+    exceptions = [entry for entry in found[:num_before] if entry[1] != usual or not entry[2]]
+    exceptions += [(seq, 0, False) for seq in batch.skipped]
+    return sorted(exceptions, key=lambda entry: entry[0].admission_index)
 
 
 class Digest:

@@ -383,8 +383,7 @@ class CoreSideBySide(SideBySide):
         """Make at once a share of the decisions that repeat the latest; the model makes them one by one."""
         latest = self.in_flight[-1][1]
         rows = [[(row.seq, *row[2:]) for row in batch.rows] for batch, _ in self.in_flight]
-        own_rows = [row for batch, _ in self.in_flight for row in batch.explicit]
-        is_clear = all(one == rows[0] for one in rows) and all(row.is_prompt for row in own_rows)
+        is_clear = all(one == rows[0] for one in rows)
         steps = self.core.horizon(self.in_flight[-1][0], cap)
         assert 1 <= steps <= cap
         number = round(share * (steps - 1))

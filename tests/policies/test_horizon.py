@@ -202,10 +202,7 @@ class Run:
         """Is it a decision whose horizon need not be the most, by the words of its docstring?"""
         scheduler = self.core.scheduler
         rows = [[(row.seq, *row[2:]) for row in one.rows] for one in self.core.in_flight]
-        own_rows = [row for one in self.core.in_flight for row in one.explicit]
-        if any(rows[0] != others for others in rows) or not all(row.is_prompt for row in own_rows):
-            return True
-        if batch.usual_tokens and len(batch) < batch.num_running:
+        if any(rows[0] != others for others in rows):
             return True
         if not scheduler.waiting:
             return False

@@ -90,9 +90,9 @@ def test_more_blocks_than_are_free():
     seq, other = Sequence([1, 2, 3]), Sequence([1])
     manager.admit(seq, [], 3)
     manager.admit(other, [], 1)
-    seq.computed = 3
+    seq.num_computed_tokens = 3
     assert manager.extend(seq, 1) == []
-    for extend in (lambda: manager.extend(seq, 2), lambda: manager.extend_each([other])):
+    for extend in (lambda: manager.extend(seq, 2), lambda: manager.take(1)):
         with pytest.raises(NoFreeBlocksError, match="0 are free"):
             extend()
     assert len(seq.block_table) == 2 and len(other.block_table) == 1
@@ -123,5 +123,5 @@ def test_more_repetitions_than_there_are(at_once):
         for span in spans[:-1]:
             core.advance([span])
         spans = spans[-1:]
-    with pytest.raises(AssertionError, match="steps go on past the end of a member"):
+    with pytest.raises(AssertionError, match="steps go on past the end of Sequence"):
         core.advance(spans)

@@ -177,7 +177,7 @@ def test_a_block_scheduled_in_this_step_is_hit_in_this_step():
 
 
 def test_of_blocks_filled_alike_by_one_result_the_first_in_running_order_serves_hits():
-    """The first request decodes in the group, the second on its own; a prompt's step comes between."""
+    """Two requests decode the same text; a prompt's step comes between."""
     sides = SideBySide(Rules(num_blocks=30, block_size=1, composition="prefill-first"))
 
     def add(tokens):
@@ -191,7 +191,7 @@ def test_of_blocks_filled_alike_by_one_result_the_first_in_running_order_serves_
         else:
             sides.commit([1] * len(sides.in_flight[0][1].sampled))
     scheduler = sides.scheduler
-    (first,), second = scheduler.group.view.seqs, scheduler.alone[0]
+    first, second = scheduler.running[:2]
     assert first.token_ids == second.token_ids == [100, 1, 1, 1]
     add([100, 1, 1, 5])
     sides.decide()

@@ -31,7 +31,8 @@ class Batch:
     Attributes:
         usual_tokens: what a running sequence gets that is not a prompt: 1, or 0 in a step for prompts alone.
         seqs, starts, lengths: of each row the sequence, the position of its first token, and its number of tokens.
-        sampled, prompts: those of `seqs` that sample, and those that have sampled nothing since they were admitted.
+        chunks, prompts: those of `seqs` that do not sample, as more of what they know is left to compute; and those
+            that had sampled nothing since they were admitted.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
         grown: block tables of running sequences that became longer, with the new blocks.
@@ -40,6 +41,7 @@ class Batch:
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
         num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
         num_attention_pairs: each query counted against each key that it attends.
+        is_ahead: it was decided while the step before was in flight.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
         decision, seen, committed, decided_ns, start_ns, end_ns: facts, written by Core and by the executor.
     """
@@ -49,7 +51,7 @@ class Batch:
         self.seqs: list[Sequence] = []
         self.starts: list[int] = []
         self.lengths: list[int] = []
-        self.sampled: list[Sequence] = []
+        self.chunks: list[Sequence] = []
         self.prompts: list[Sequence] = []
         self.admitted: list[Row] = []
         self.left: list[Sequence] = []
@@ -59,21 +61,11 @@ class Batch:
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
         self.num_waiting = self.num_running = self.num_used_blocks = 0
+        self.is_ahead = False
         self.decision = self.committed = -1
         self.seen = self.decided_ns = 0
         self.start_ns: int | None = None
         self.end_ns: int | None = None
-
-    def add(self, seq: Sequence, start: int, num_tokens: int, samples: bool) -> None:
-        """Add the row of a sequence that computes so many tokens from `start` on."""
-        self.seqs.append(seq)
-        self.starts.append(start)
-        self.lengths.append(num_tokens)
-        self.num_tokens += num_tokens
-        if samples:
-            self.sampled.append(seq)
-        if not seq.has_sampled:
-            self.prompts.append(seq)
 
     def remove(self, seq: Sequence) -> Row | None:
         """Take back what was decided for a sequence; the row that it had, if any."""
@@ -84,8 +76,8 @@ class Batch:
         row = self.rows[place]
         del self.seqs[place], self.starts[place], self.lengths[place]
         self.num_tokens -= row.num_tokens
-        if row.samples:
-            self.sampled.remove(seq)
+        if not row.samples:
+            self.chunks.remove(seq)
         if row.is_prompt:
             self.prompts.remove(seq)
         return row
@@ -108,7 +100,15 @@ class Batch:
     @property
     def num_sampled(self) -> int:
         """Sequences that sample a token."""
-        return len(self.sampled)
+        return len(self.seqs) - len(self.chunks)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that sample a token, in running order."""
+        if not self.chunks:
+            return self.seqs
+        chunks = set(self.chunks)
+        return [seq for seq in self.seqs if seq not in chunks]
 
     @property
     def num_new_pairs(self) -> int:
@@ -123,17 +123,17 @@ class Batch:
     @property
     def rows(self) -> list[Row]:
         """The rows, in running order; a new list."""
-        sampled, prompts = set(self.sampled), set(self.prompts)
+        chunks, prompts = set(self.chunks), set(self.prompts)
         return [
-            Row(seq, start, length, seq in sampled, seq in prompts)
+            Row(seq, start, length, seq not in chunks, seq in prompts)
             for seq, start, length in zip(self.seqs, self.starts, self.lengths, strict=True)
         ]
 
     def repeated(self, num_steps: int) -> Batch:
         """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
         batch = Batch(self.usual_tokens)
-        batch.seqs, batch.lengths, batch.sampled, batch.prompts = self.seqs, self.lengths, self.sampled, self.prompts
-        batch.skipped = self.skipped
+        batch.seqs, batch.lengths, batch.chunks, batch.prompts = self.seqs, self.lengths, self.chunks, self.prompts
+        batch.skipped, batch.is_ahead = self.skipped, self.is_ahead
         batch.starts = [start + num_steps * n for start, n in zip(self.starts, self.lengths, strict=True)]
         batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
         batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens

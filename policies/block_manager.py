@@ -208,7 +208,8 @@ class BlockManager:
 
         Like every call that takes blocks, it raises NoFreeBlocksError and changes nothing if too few are free.
         """
-        new_ids = self.take(max(0, self.num_missing(seq, num_tokens)))
+        missing = self.num_missing(seq, num_tokens)
+        new_ids = self.take(missing) if missing > 0 else []
         self.grow(seq, new_ids)
         return new_ids
 

@@ -28,11 +28,11 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
     if not all(before is batch or _is_like(before, batch) for before in scheduler.in_flight):
         return 1
     steps = cap
-    sampled, prompts = set(batch.sampled), set(batch.prompts)
+    chunks, prompts = set(batch.chunks), set(batch.prompts)
     for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True):
         if seq.has_token_ids:
             return 1
-        if seq not in sampled:  # a chunk, cut by a limit that is the same until the last one
+        if seq in chunks:  # cut by a limit that is the same until the last one
             steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // num_tokens)
         elif seq in prompts:
             return 1
@@ -45,7 +45,7 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
 def _is_like(before: Batch, batch: Batch) -> bool:
     """Have two batches the same rows, but for their lengths?"""
     is_like = before.seqs == batch.seqs and before.lengths == batch.lengths
-    return is_like and before.sampled == batch.sampled and before.prompts == batch.prompts
+    return is_like and before.chunks == batch.chunks and before.prompts == batch.prompts
 
 
 def _steps_with_room(scheduler: Scheduler, batch: Batch, steps: int) -> int:
@@ -99,7 +99,7 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
     evicted one, which was given up after all that lay behind it, so nobody can notice.
     """
     batch, manager = scheduler.in_flight[-1], scheduler.block_manager
-    size, sampled = manager.block_size, set(batch.sampled)
+    size, chunks = manager.block_size, set(batch.chunks)
     begun: list[tuple[int, int]] = []  # number of a decision, and place of a row for which it takes a block
     full: list[tuple[int, int, int]] = []  # the same where a block becomes full, and the tokens with which it ends
     for place, (seq, num_tokens) in enumerate(zip(batch.seqs, batch.lengths, strict=True)):
@@ -111,7 +111,7 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
         ends = range((seq.num_registered_blocks + 1) * size, last_known + 1, size)
         full += [(-((registered - end) // num_tokens), place, end) for end in ends]
         seq.num_computed_tokens = last
-        if seq in sampled:
+        if seq not in chunks:
             seq.num_tokens += num_steps
             past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
             assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence as Seq
+from itertools import repeat
 from typing import NamedTuple
 
 from twinserve.policies.batch import Batch, Row
@@ -140,15 +141,16 @@ class Scheduler:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
         is_mixed = self.composition == "mixed"
         batch = Batch(1 if is_mixed else 0)
-        self._serve_running(batch, prompts=True, decodes=is_mixed)
+        self._serve(list(self._running), batch, prompts=True, decodes=is_mixed)
         self._admit(batch)
         if not (is_mixed or batch):
             batch.usual_tokens = 1
-            self._serve_running(batch, prompts=False, decodes=True)
+            self._serve(list(self._running), batch, prompts=False, decodes=True)
         if batch.usual_tokens and len(batch) < len(self._running):
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
         batch.count()
+        batch.is_ahead = bool(self.in_flight)
         batch.left, self._left = self._left, []
         batch.num_waiting, batch.num_running = len(self.waiting), len(self._running)
         batch.num_used_blocks = self.block_manager.num_used_blocks
@@ -156,27 +158,49 @@ class Scheduler:
             self.in_flight.append(batch)
         return batch
 
-    def _serve_running(self, batch: Batch, *, prompts: bool, decodes: bool) -> None:
-        """Give running sequences their tokens, in the order of their admission, preempting for room.
+    def _serve(self, seqs: list[Sequence], batch: Batch, *, prompts: bool, decodes: bool) -> None:
+        """Give running sequences, in this order, the tokens that they know and have not computed, as far as the limits
+        let them; preempt where there is no room for their blocks.
 
         If a sequence has to make room by going itself, those behind it get nothing in this step.
         """
-        budget, most = self.max_num_batched_tokens, self.long_prefill_token_threshold
-        for seq in list(self._running):
-            if seq.status is not RUNNING or not (decodes if seq.has_sampled else prompts):
-                continue  # preempted by one before it, or no part of this step
-            start, known = seq.num_computed_tokens, seq.num_tokens + seq.num_in_flight
+        limit, left = self.long_prefill_token_threshold, self.max_num_batched_tokens - batch.num_tokens
+        rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
+        for seq in seqs:
+            is_decode = seq.has_sampled
+            if not (decodes if is_decode else prompts) or (preempted and seq.status is not RUNNING):
+                continue
+            start, in_flight = seq.num_computed_tokens, seq.num_in_flight
+            known = seq.num_tokens + in_flight
             num_tokens = known - start
-            if num_tokens > most:
-                num_tokens = most
-            if num_tokens > budget - batch.num_tokens:
-                num_tokens = budget - batch.num_tokens
-            if num_tokens <= 0 or (seq.num_in_flight and known >= seq.final_length):
+            if num_tokens > limit:
+                num_tokens = limit
+            if num_tokens > left:
+                num_tokens = left
+            if num_tokens <= 0 or (in_flight and known >= seq.final_length):
                 continue
             end, held = start + num_tokens, seq.num_block_tokens
-            if end > held and not self._make_room(seq, num_tokens, batch):
-                return
-            self._launch(seq, num_tokens, batch, fills_block=end >= held)
+            if end > held:
+                batch.num_tokens = self.max_num_batched_tokens - left
+                if not self._make_room(seq, num_tokens, batch):
+                    return
+                left = self.max_num_batched_tokens - batch.num_tokens
+            rows.append(seq)
+            starts.append(start)
+            lengths.append(num_tokens)
+            left -= num_tokens
+            seq.num_computed_tokens = end
+            seq.num_scheduled_tokens = num_tokens
+            if end < known:
+                batch.chunks.append(seq)
+            else:
+                seq.num_in_flight = in_flight + 1
+            if not is_decode:
+                batch.prompts.append(seq)
+                seq.has_sampled = end == known
+            if end >= held or not is_decode:  # else no block has become full
+                self.block_manager.register(seq, min(end, seq.num_tokens))
+        batch.num_tokens = self.max_num_batched_tokens - left
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go."""
@@ -190,20 +214,6 @@ class Scheduler:
                 return False
         batch.grown.append((seq, manager.extend(seq, num_tokens)))
         return True
-
-    def _launch(self, seq: Sequence, num_tokens: int, batch: Batch, fills_block: bool) -> None:
-        """Add a row to the batch and count its tokens as computed; `fills_block`: they may make a block full."""
-        start = seq.num_computed_tokens
-        computed = start + num_tokens
-        samples = computed == seq.num_tokens + seq.num_in_flight
-        batch.add(seq, start, num_tokens, samples)
-        seq.num_computed_tokens = computed
-        seq.num_scheduled_tokens = num_tokens
-        if samples:
-            seq.num_in_flight += 1
-            seq.has_sampled = True
-        if fills_block:
-            self.block_manager.register(seq, min(computed, seq.num_tokens))
 
     def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
@@ -219,7 +229,7 @@ class Scheduler:
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
-            self._launch(seq, num_tokens, batch, fills_block=True)
+            self._serve([seq], batch, prompts=True, decodes=False)
             batch.admitted.append(Row(seq, seq.num_cached_tokens, num_tokens, seq.has_sampled, True))
 
     def has_place(self, budget: int) -> bool:
@@ -289,23 +299,22 @@ class Scheduler:
         batch = self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
-        tokens = _checked(token_ids, batch.sampled)
+        sampled = batch.sampled
+        tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
         ended: list[Sequence] = []
-        for place, seq in enumerate(batch.sampled):
+        for seq, token_id in zip(sampled, repeat(-1) if tokens is None else tokens, strict=False):
             if seq.status is FINISHED:
                 continue
-            seq.num_tokens += 1
-            seq.num_in_flight -= 1
-            if seq.num_computed_tokens >= seq.num_block_tokens and not seq.num_in_flight:
-                self.block_manager.register(seq, seq.num_computed_tokens)
-            reason = None
-            if seq.num_tokens >= seq.final_length:
-                reason = "length"
+            num_tokens = seq.num_tokens = seq.num_tokens + 1
+            in_flight = seq.num_in_flight = seq.num_in_flight - 1
+            reason = "length" if num_tokens >= seq.final_length else None
             if tokens is not None:
-                seq.token_ids.append(tokens[place])
-                if seq.sampling_params.stops(tokens[place], eos_token_id):
-                    reason = "stop"
+                seq.token_ids.append(token_id)
+                if token_id == eos_token_id or seq.stop_token_ids:
+                    reason = "stop" if seq.sampling_params.stops(token_id, eos_token_id) else reason
+            if batch.is_ahead and not in_flight and seq.num_computed_tokens == seq.num_block_tokens:
+                self.block_manager.register(seq, seq.num_computed_tokens)
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)

@@ -65,6 +65,16 @@ class SamplingParams:
 _next_seq_id = itertools.count()
 
 
+class _BlockSize:
+    """Tokens in a block: of the class, what a sequence has that no pool has seen yet; of a sequence, its pool's."""
+
+    def __get__(self, seq: Sequence | None, owner: type[Sequence]) -> int:
+        return 256 if seq is None else seq.tokens_per_block
+
+    def __set__(self, seq: Sequence, block_size: int) -> None:
+        seq.tokens_per_block = block_size
+
+
 class Sequence:
     """A prompt and the tokens generated after it.
 
@@ -101,15 +111,14 @@ class Sequence:
             by whoever knows them; the policies never read them.
     """
 
-    block_size: ClassVar[int] = 256
-    """Tokens in a block of a sequence that no pool has seen yet."""
+    block_size: ClassVar = _BlockSize()
     __slots__ = (
         "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
         "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
         "has_token_ids", "ingested_ns", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
         "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_blocks", "num_scheduled_tokens",
-        "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status", "tenant",
-        "token_ids", "tokens_per_block",
+        "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status",
+        "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +141,7 @@ class Sequence:
         self.token_ids: list[int] = list(token_ids or ())
         self.num_prompt_tokens = len(self.token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
         self.sampling_params = sampling_params or SamplingParams()
+        self.stop_token_ids = self.sampling_params.stop_token_ids
         self.prefix_key, self.arrival_ns = prefix_key, arrival_ns
         self.priority, self.salt, self.tenant = priority, salt, tenant
         self.status = SequenceStatus.WAITING
@@ -143,7 +153,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.tokens_per_block = self.block_size
+        self.tokens_per_block = Sequence.block_size
         self.num_block_tokens = self.num_registered_blocks = 0
         self.num_cached_tokens = self.num_preemptions = 0
         self.finish_reason: str | None = None

@@ -19,10 +19,10 @@ Exceptions = list[tuple[Sequence, int, bool]]
 def exceptions_of(batch: Batch) -> Exceptions:
     """(sequence, tokens, does it sample?) of those that ran before and do not get the usual, in running order."""
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
-    if usual and batch.num_tokens == len(batch.sampled) == num_before and not batch.skipped:
+    if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    sampled = set(batch.sampled)
-    found = [(seq, num_tokens, seq in sampled) for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True)]
+    chunks = set(batch.chunks)
+    found = [(seq, num_tokens, seq not in chunks) for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True)]
     exceptions = [entry for entry in found[:num_before] if entry[1] != usual or not entry[2]]
     exceptions += [(seq, 0, False) for seq in batch.skipped]
     return sorted(exceptions, key=lambda entry: entry[0].admission_index)

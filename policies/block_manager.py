@@ -6,6 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
@@ -17,6 +19,7 @@ ENDLESS = 1 << 62
 """More blocks than anybody asks for."""
 
 
+@mypyc_attr(native_class=False)
 class NoFreeBlocksError(RuntimeError):
     """More blocks were asked for than are free; nothing was changed."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 
+from mypy_extensions import mypyc_attr
+
 from twinserve.policies.batch import Batch
 from twinserve.policies.horizon import Growth, horizon, leap
 from twinserve.policies.scheduler import Scheduler
@@ -14,6 +16,7 @@ Span = tuple[int, int, int]
 """When a decision is made, and when its step starts and ends, in nanoseconds."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class CoreListener:
     """Hears the facts and decisions of a run as they happen; a run record is one. This one ignores them."""
 

@@ -1,4 +1,4 @@
-"""Horizon: how many decisions in a row are the same if nothing comes from outside, and the leap that makes them at once.
+"""Horizon: how many decisions in a row are the same if nothing comes from outside, and the leap that makes them.
 
 A decision repeats the one before it if nobody is admitted, preempted or has left, and every row has the same sequence,
 number of tokens and outcome; tables may grow. Only sequences without token ids have a horizon, as any token may stop

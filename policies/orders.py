@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from operator import attrgetter
+from collections.abc import Collection, Iterator
 from typing import Protocol
+
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.sequence import Sequence
@@ -50,6 +51,7 @@ class Admission(Protocol):
         """
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class VllmAdmission:
     """vLLM's rule: what is needed must be free, and something left over while anything runs.
 
@@ -80,27 +82,47 @@ class LastAdmitted:
 class LeastUrgent:
     """The sequence that its order would admit last, wherever it is among those that run."""
 
-    def __init__(self, order: _Ranked):
+    def __init__(self, order: Ranked):
         self._order = order
 
     def choose(self, running: Collection[Sequence], seq: Sequence) -> Sequence:
         return max(running, key=self._order.rank)
 
 
-class FirstCome(deque):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class FirstCome:
     """In the order of arrival; a preempted sequence goes back to the front."""
 
     starvation_free = True
     is_steady = True
-    victim: Victim = LastAdmitted()
-    push = deque.append
-    push_preempted = deque.appendleft
-    pop_next = deque.popleft
+
+    def __init__(self) -> None:
+        self.victim: Victim = LastAdmitted()
+        self._queue: deque[Sequence] = deque()
+
+    def push(self, seq: Sequence) -> None:
+        self._queue.append(seq)
+
+    def push_preempted(self, seq: Sequence) -> None:
+        self._queue.appendleft(seq)
 
     def peek(self) -> Sequence:
-        return self[0]
+        return self._queue[0]
+
+    def pop_next(self) -> Sequence:
+        return self._queue.popleft()
+
+    def remove(self, seq: Sequence) -> None:
+        self._queue.remove(seq)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._queue)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class CacheAware(FirstCome):
     """The longest prefix hit first, among those in front; a preempted sequence goes back to the front.
 
@@ -109,10 +131,9 @@ class CacheAware(FirstCome):
         patience: so often a sequence is passed over by one behind it, and no more.
     """
 
-    is_steady = False
-
     def __init__(self, *, window: int = 8, patience: int = 8):
         super().__init__()
+        self.is_steady = False
         for name, value in (("window", window), ("patience", patience)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected an integer >= 1")
@@ -126,13 +147,14 @@ class CacheAware(FirstCome):
         self._manager = manager
 
     def peek(self) -> Sequence:
-        return self[self._choose()]
+        return self._queue[self._choose()]
 
     def pop_next(self) -> Sequence:
         index = self._choose()
-        seq = self[index]
+        seq = self._queue[index]
         for number in range(index):
-            self._passed[self[number]] = self._passed.get(self[number], 0) + 1
+            passed = self._queue[number]
+            self._passed[passed] = self._passed.get(passed, 0) + 1
         self.remove(seq)
         return seq
 
@@ -144,15 +166,16 @@ class CacheAware(FirstCome):
         assert self._manager is not None, "CacheAware is bound to no BlockManager"
         best = most = 0
         for index in range(min(self.window, len(self))):
-            if self._passed.get(self[index], 0) >= self.patience:
+            if self._passed.get(self._queue[index], 0) >= self.patience:
                 return index
-            hits = len(self._manager.find_hits(self[index]))
+            hits = len(self._manager.find_hits(self._queue[index]))
             if hits > most:
                 best, most = index, hits
         return best
 
 
-class _Ranked:
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Ranked:
     """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival.
 
     Args:
@@ -161,15 +184,18 @@ class _Ranked:
     """
 
     is_steady = True
-    measure: Callable[[Sequence], int]
-    """What the order goes by."""
 
     def __init__(self, *, ageing: int = 0):
         if ageing < 0:
             raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
         self.ageing = ageing
         self.starvation_free = ageing > 0
+        self.victim: Victim = LastAdmitted()
         self._queue: list[tuple[tuple[int, int], Sequence]] = []
+
+    def measure(self, seq: Sequence) -> int:
+        """What the order goes by."""
+        raise NotImplementedError
 
     def rank(self, seq: Sequence) -> tuple[int, int]:
         """Smaller is sooner; no two sequences have the same."""
@@ -179,7 +205,8 @@ class _Ranked:
     def push(self, seq: Sequence) -> None:
         insort(self._queue, (self.rank(seq), seq))
 
-    push_preempted = push
+    def push_preempted(self, seq: Sequence) -> None:
+        self.push(seq)
 
     def peek(self) -> Sequence:
         return self._queue[0][1]
@@ -194,21 +221,22 @@ class _Ranked:
         return len(self._queue)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (seq for _, seq in self._queue)
+        return iter([seq for _, seq in self._queue])
 
 
-class Priority(_Ranked):
+class Priority(Ranked):
     """The smallest `priority` first; the largest gives way, wherever it is among those that run, as in vLLM."""
-
-    measure = attrgetter("priority")
 
     def __init__(self, *, ageing: int = 0):
         super().__init__(ageing=ageing)
-        self.victim: Victim = LeastUrgent(self)
+        self.victim = LeastUrgent(self)
+
+    def measure(self, seq: Sequence) -> int:
+        return seq.priority
 
 
-class ShortestJob(_Ranked):
+class ShortestJob(Ranked):
     """The fewest known tokens first, as of when the sequence came in or came back."""
 
-    measure = attrgetter("num_tokens")
-    victim: Victim = LastAdmitted()
+    def measure(self, seq: Sequence) -> int:
+        return seq.num_tokens

@@ -18,7 +18,9 @@ def token_bytes(token_ids: list[int] | array[int]) -> bytes:
 class SequenceStatus(Enum):
     """Where a sequence is in its life. A preempted sequence is WAITING; one aborted or refused is FINISHED."""
 
-    WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class SamplingParams:
 _next_seq_id = itertools.count()
 
 
+BLOCK_SIZE = 256
+"""Tokens in a block of a sequence that no pool has seen yet."""
+
+
 class _BlockSize:
     """Tokens in a block: of the class, what a sequence has that no pool has seen yet; of a sequence, its pool's."""
 
-    def __get__(self, seq: Sequence | None, owner: type[Sequence]) -> int:
-        return 256 if seq is None else seq.tokens_per_block
+    def __get__(self, seq: Sequence | None, owner: type[Sequence]) -> object:
+        return BLOCK_SIZE if seq is None else seq.tokens_per_block
 
     def __set__(self, seq: Sequence, block_size: int) -> None:
         seq.tokens_per_block = block_size
@@ -153,7 +159,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.tokens_per_block = Sequence.block_size
+        self.tokens_per_block = BLOCK_SIZE
         self.num_block_tokens = self.num_registered_blocks = 0
         self.num_cached_tokens = self.num_preemptions = 0
         self.finish_reason: str | None = None

@@ -39,9 +39,6 @@ from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
 
-# transformers looks for a package of this name, and would find the script beside this one.
-sys.modules["kernels"] = None  # type: ignore[assignment]
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT_MODEL, DEFAULT_SHAPE = "smollm2-135m", "smollm2-135m-shape"

@@ -1,4 +1,4 @@
-"""docs/engine.md and its picture, from the results of throughput.py, latency.py and kernels.py.
+"""docs/engine.md and its picture, from the results of throughput.py, latency.py and step_kernels.py.
 
 python benchmarks/engine_page.py [--check]
 """

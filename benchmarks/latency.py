@@ -24,8 +24,8 @@ from typing import Any
 
 import common
 import torch
-from kernels import bandwidth, step_row
 from on_cuda import MODEL, TEMPERATURE, close, facts, make_llm, merge
+from step_kernels import bandwidth, step_row
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +124,22 @@ def test_every_cycle_is_measured_with_the_guides_conditions():
         parameters = inspect.signature(benchmark).parameters
         assert parameters["repeats"].default >= 3
         assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+def test_every_script_starts():
+    """Beside one another, as importing torch takes each some seconds."""
+    folder = Path(common.__file__).parent
+    scripts = [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+    assert len(scripts) >= 20
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        helps = list(threads.map(help_of, scripts))
+    for script, shown in zip(scripts, helps, strict=True):
+        assert shown.returncode == 0, f"{script.name} --help: {shown.stderr}"
+        assert shown.stdout.startswith(f"usage: {script.name} [-h]"), script.name
+
+
+def help_of(script: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
 
 
 def test_as_many_tokens_are_generated_as_were_asked_for(subject):

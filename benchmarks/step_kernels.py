@@ -1,6 +1,6 @@
 """The kernels of a step: attention against the bandwidth, each kernel's time, steps by batch, and a timeline.
 
-    python benchmarks/kernels.py [--out FOLDER]
+    python benchmarks/step_kernels.py [--out FOLDER]
 
 Attention is timed by replays of a graph of some calls, a step by replays of its own, a kernel within a step by torch's
 profiler.
@@ -23,9 +23,9 @@ import torch
 from on_cuda import Work, close, device_us, facts, graph_us, make_llm, merge
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from twinserve.engine.graphs.graph_runner import GraphRunner, StepSize
-from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention, prompt_tiles, tile_tokens
+from twinserve.engine.graphs.step_sizes import StepSize
 from twinserve.engine.llm import LLM
+from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models.decoder import Decoder
 from twinserve.policies import Sequence
 
@@ -76,6 +76,8 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
     """Decode attention by batch and context, ours over blocks of 16 and 256 and flash-attn's over 256."""
     from flash_attn import flash_attn_with_kvcache
 
+    from twinserve.engine.kernels.paged_attention import decode_attention
+
     generator = random.Random(0)
     shapes = [(rows, context) for rows in (1, 8, 32, 131, 256) for context in (256, 1024, 4096)]
     cases = [(f"{rows} x {context}", [context] * rows) for rows, context in shapes if rows * context < 600_000]
@@ -110,6 +112,8 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
 def prefill_table() -> Iterator[dict[str, Any]]:
     """Attention of prompts, ours and flash-attn's, over blocks of 256."""
     from flash_attn import flash_attn_varlen_func
+
+    from twinserve.engine.kernels.paged_attention import prefill_attention, prompt_tiles, tile_tokens
 
     for name, spans in {
         "1 of 1,024": [(0, 1024)],
@@ -151,9 +155,8 @@ STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512,
 def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str, Any]:
     """A step of decodes: its time, its kernels, and what its bytes alone would take."""
     runner = llm.runner
-    assert isinstance(runner, GraphRunner)
-    rows, size = runner._rows, StepSize(runner._decode_size(decodes))
-    graph = runner._graphs[size]
+    assert not isinstance(runner, ModelRunner), "its steps are no graphs"
+    rows, graph = runner._rows, runner._graphs[runner._sizes.padded(StepSize(decodes))]
     graph.inputs.fill_(rows.scratch)
     graph.inputs[:decodes] = torch.arange(decodes, dtype=torch.int32)
     width = (context + 100) // runner.block_size + 1

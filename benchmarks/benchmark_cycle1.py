@@ -8,7 +8,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import GREEDY, Subject, case, expectation, figure, generate_each, main, repeat, result, row, yardstick
+from command_line import main
+from cycle_results import case, expectation, figure, result, row
+from subject import Subject
+from timing import repeat
+from work import GREEDY, generate_each, yardstick
 
 from twinserve.engine.inference import generate_naive
 from twinserve.engine.quantization import measure_memory

@@ -9,21 +9,13 @@ import sys
 from typing import Any
 
 from benchmark_cycle1 import PROMPT
-from common import (
-    Job,
-    Subject,
-    case,
-    expectation,
-    figure,
-    generate_each,
-    main,
-    random_jobs,
-    repeat,
-    result,
-    row,
-    yardstick,
-)
+from command_line import main
+from cycle_results import case, expectation, figure, result, row
+from sizes import Job
+from subject import Subject
+from timing import repeat
 from torch import nn
+from work import generate_each, random_jobs, yardstick
 
 from twinserve.engine.inference import generate_naive, generate_with_kv_cache
 from twinserve.engine.quantization import measure_memory

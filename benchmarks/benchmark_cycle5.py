@@ -9,20 +9,12 @@ import sys
 from itertools import chain
 from typing import Any
 
-from common import (
-    ENGINE_TIMING,
-    Job,
-    Subject,
-    case,
-    engine_row,
-    expectation,
-    figure,
-    main,
-    random_prompts,
-    result,
-    serve,
-    timed,
-)
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from sizes import Job
+from subject import Subject
+from timing import timed
+from work import random_prompts, serve
 
 from twinserve.engine.llm import LLM
 

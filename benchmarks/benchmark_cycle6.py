@@ -11,20 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    ENGINE_TIMING,
-    Subject,
-    case,
-    engine_row,
-    expectation,
-    figure,
-    main,
-    random_jobs,
-    repeat,
-    result,
-    serve,
-)
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from subject import Subject
+from timing import repeat
 from torch import Tensor
+from work import random_jobs, serve
 
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers import AttentionChoice, SdpaAttention, StepRows, choose_attention

@@ -10,7 +10,6 @@ the device's work alone; how long the host takes to launch one is given beside i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, commit, device_folder, say, versions
-from on_cuda import graph_us
+from environment import command, commit, device_folder, versions
+from result_files import RESULTS, write_json
+from timing import graph_us
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +33,7 @@ from twinserve.engine.layers.int8_linear import int8_product
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
+from twinserve.progress import say
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
 ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}
@@ -195,7 +196,7 @@ def main() -> int:
     device = arguments.device
     layers = benchmark_int8_layers(device, arguments.model or MODELS, rows=arguments.rows or (), tune=arguments.tune)
     values = {
-        "command": " ".join(["python benchmarks/int8_layers.py", *sys.argv[1:]]),
+        "command": command(),
         "device": device_name(device),
         "load": os.getloadavg(),
         "versions": versions(),
@@ -203,8 +204,7 @@ def main() -> int:
         "layers": layers,
     }
     out = arguments.out or RESULTS / device_folder(device) / "int8-layers.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(out, values)
     print(out)
     return 0
 

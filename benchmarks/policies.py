@@ -14,9 +14,6 @@ import argparse
 import gc
 import importlib.util
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,12 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from environment import ROOT, machine
+from result_files import write_json
+
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 
 BLOCK_SIZES = (16, 256)
 RUNNING = (1, 16, 64, 256, 1024)
 CHUNK = 256
-SLOW_MODEL = Path(__file__).resolve().parents[1] / "tests" / "policies" / "slow_model.py"
+SLOW_MODEL = ROOT / "tests" / "policies" / "slow_model.py"
 
 # Measured by others' own code on a like machine (one core of a shared 2-core VM), block 16 unless said otherwise.
 ELSEWHERE = {
@@ -215,7 +215,7 @@ def main() -> int:
     slow = {str(count): slow_step_us(count) for count in running if count <= 64}
     results = {
         "command": f"python benchmarks/policies.py{' --quick' if arguments.quick else ''}",
-        "machine": {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()},
+        "machine": machine(),
         "step_us": {size: {count: cost["min"] for count, cost in costs.items()} for size, costs in decode.items()},
         "step_median_us": {
             size: {count: cost["median"] for count, cost in costs.items()} for size, costs in decode.items()
@@ -232,8 +232,7 @@ def main() -> int:
     }
     report(results)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 
@@ -258,14 +257,6 @@ def report(results: dict[str, Any]) -> None:
     for pool, found in results["hits_mtok_s"].items():
         for name, rate in found.items():
             print(f"{name}, block 16, {pool}:".ljust(48) + f"{rate:9.1f} M tokens/s (vLLM 0.24, freed: 17)")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

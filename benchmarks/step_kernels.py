@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from on_cuda import Work, close, device_us, facts, graph_us, make_llm, merge
+from cuda_engine import Work, close, make_llm
+from environment import cuda_facts, device_folder
+from result_files import RESULTS, merge
+from timing import device_us, graph_us
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from twinserve.engine.graphs.step_sizes import StepSize
@@ -36,11 +38,11 @@ CALLS = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     arguments = parser.parse_args()
-    folder = arguments.out / common.device_folder("cuda")
-    about = facts(arguments.commit)
+    folder = arguments.out / device_folder("cuda")
+    about = cuda_facts(arguments.commit)
     with torch.inference_mode():
         read = bandwidth()
         values: dict[str, Any] = about | {"read_gb_s": read, "decode_attention": list(decode_table(read))}

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from on_cuda import MODEL, TEMPERATURE, Work, close, facts, make_llm, merge, throughput
+from cuda_engine import MODEL, TEMPERATURE, Work, close, make_llm, throughput
+from environment import cuda_facts, device_folder
+from result_files import RESULTS, merge
 
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.traces.readers import read_trace
@@ -27,14 +28,14 @@ from twinserve.traces.readers import read_trace
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--trace", type=Path, help="a trace whose first 512 requests' lengths are served, too")
     parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
     parser.add_argument("--no-ablation", action="store_true", help="without switching optimisations off")
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     arguments = parser.parse_args()
-    folder = common.device_folder("cuda")
-    about = facts(arguments.commit)
+    folder = device_folder("cuda")
+    about = cuda_facts(arguments.commit)
 
     work = Work.w256()
     llm = make_llm()

@@ -6,6 +6,7 @@ python benchmarks/benchmark_cycle1.py [--device cuda] [--model NAME | --shape NA
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from command_line import main
@@ -33,7 +34,7 @@ def benchmark_naive(subject: Subject | None = None, *, repeats: int = 3) -> dict
     cases = []
     for count in MAX_NEW_TOKENS:
         seconds = repeat(
-            lambda count=count: generate_naive(model, tokenizer, PROMPT, count, temperature=GREEDY),
+            partial(generate_naive, model, tokenizer, PROMPT, count, temperature=GREEDY),
             repeats,
             subject.device,
         )

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def benchmark_int8_layers(
         for layer, (num_out, num_in) in layer_shapes(model).items():
             weights = _Weights(num_out, num_in, device)
             for count in rows or ROWS[device]:
-                figures = {"model": model, "layer": layer, "out": num_out, "in": num_in, "rows": count}
+                figures: dict[str, Any] = {"model": model, "layer": layer, "out": num_out, "in": num_in, "rows": count}
                 figures |= _on_cuda(weights, count, tune) if device == "cuda" else _on_cpu(weights, count)
                 figures["ratio"] = figures["plain_us"] / figures["int8_us"]
                 say(_line(figures))
@@ -141,9 +142,9 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         return F.linear(x, weight.to(x.dtype)).mul_(scale.T)
 
     figures: dict[str, Any] = {
-        "plain_us": graph_us([lambda w=w: F.linear(x, w) for w in weights.plain]),
-        "int8_us": graph_us([lambda pair=pair: int8_product(x, *pair) for pair in weights.int8]),
-        "dequantised_us": graph_us([lambda pair=pair: dequantised(*pair) for pair in weights.int8]),
+        "plain_us": graph_us([partial(F.linear, x, weight) for weight in weights.plain]),
+        "int8_us": graph_us([partial(int8_product, x, *pair) for pair in weights.int8]),
+        "dequantised_us": graph_us([partial(dequantised, *pair) for pair in weights.int8]),
         "plain_launch_us": _launch_us(lambda: F.linear(x, weights.plain[0])),
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
         "fused": rows <= int8_linear.FUSED_ROWS,
@@ -167,7 +168,7 @@ def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
             if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
                 continue
             tiling = Tiling(row_block, outputs, inputs, splits, warps, stages)
-            times[tiling] = graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
+            times[tiling] = graph_us([partial(int8_matmul, x, *pair, tiling) for pair in weights.int8])
     best = min(times, key=lambda tiling: times[tiling])
     return {"best_us": times[best], "best_tiling": str(best)}
 

@@ -19,6 +19,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ CHUNK = 256
 SLOW_MODEL = ROOT / "tests" / "policies" / "slow_model.py"
 
 # Measured by others' own code on a like machine (one core of a shared 2-core VM), block 16 unless said otherwise.
-ELSEWHERE = {
+ELSEWHERE: dict[str, dict[str, Any]] = {
     "vLLM 0.24": {
         "source": "vLLM 0.24.0's Scheduler as shipped, schedule + update_from_output, prefix caching on",
         "step_us": {"16": {"1": 18, "16": 139, "64": 524, "256": 2109, "1024": 9186}},
@@ -102,7 +103,7 @@ def step_costs(repeats: int, running: tuple[int, ...]) -> dict[str, dict[str, di
         num_steps = max(64, 2 * block_size)
         scheduler = decoding(block_size, count, num_steps=num_steps * (repeats + 1))
         tokens = [100 + number for number in range(count)]
-        cost = timed(lambda s=scheduler, n=num_steps, t=tokens: steps(s, n, t), repeats, num_steps)
+        cost = timed(partial(steps, scheduler, num_steps, tokens), repeats, num_steps)
         costs.setdefault(str(block_size), {})[str(count)] = cost
     return costs
 
@@ -121,7 +122,7 @@ def mixed_costs(repeats: int, running: tuple[int, ...]) -> dict[str, dict[str, d
                     scheduler.abort(seq)
             scheduler.add(Sequence(list(range(CHUNK * 64)), SamplingParams(max_tokens=1), salt=str(next(numbers))))
 
-        cost = timed(lambda s=scheduler, t=tokens: steps(s, 60, t), repeats, 60, prepare)
+        cost = timed(partial(steps, scheduler, 60, tokens), repeats, 60, prepare)
         costs.setdefault(str(block_size), {})[str(count)] = cost
     return costs
 
@@ -139,7 +140,10 @@ def ends_costs(repeats: int) -> dict[str, dict]:
                 made[0].add(sequence(317, number, max_tokens=3))
             steps(made[0], 2, [7] * 256)
 
-        costs[str(block_size)] = timed(lambda made=made: steps(made[0], 1, [7] * 256), repeats, 1, prepare)
+        def end(made: list[Scheduler] = made) -> None:
+            steps(made[0], 1, [7] * 256)
+
+        costs[str(block_size)] = timed(end, repeats, 1, prepare)
     return costs
 
 

@@ -106,9 +106,10 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
         )
         times["flash-attn, blocks of 256"] = graph_us([flash] * CALLS)
         least = sum(contexts) * KV_HEADS * SIZE * 4 / read_gb_s / 1e3
-        row = {"batch x context": name, "limit_us": round(least, 2)} | {key: round(us, 2) for key, us in times.items()}
-        print(row, flush=True)
-        yield row
+        measured: dict[str, Any] = {"batch x context": name, "limit_us": round(least, 2)}
+        measured |= {key: round(us, 2) for key, us in times.items()}
+        print(measured, flush=True)
+        yield measured
 
 
 def prefill_table() -> Iterator[dict[str, Any]]:
@@ -143,12 +144,12 @@ def prefill_table() -> Iterator[dict[str, Any]]:
             flash_attn_varlen_func, query, keys, values, queries, ends, *most, causal=True, block_table=tables
         )
         operations = sum(4 * HEADS * SIZE * (start * count + count * count / 2) for start, count in spans)
-        row = {"prompts": name}
+        measured: dict[str, Any] = {"prompts": name}
         for key, call in (("ours", ours), ("flash-attn", flash)):
             us = graph_us([call] * CALLS)
-            row |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
-        print(row, flush=True)
-        yield row
+            measured |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
+        print(measured, flush=True)
+        yield measured
 
 
 STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512, 400))
@@ -180,7 +181,7 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
             found[1] += event.device_time_total / 5
     kv_bytes = decodes * context * 2 * llm.config.num_kv_heads * llm.config.head_dim * 2 * llm.config.num_layers
     weights = weight_bytes(runner.model)
-    row = {
+    measured: dict[str, Any] = {
         "decodes": decodes,
         "context": context,
         "us": round(us, 1),
@@ -192,11 +193,11 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
             for name, (count, total) in sorted(kernels.items(), key=lambda item: -item[1][1])
         ],
     }
-    print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
-    for kernel in row["kernels"][:9]:
+    print({key: value for key, value in measured.items() if key != "kernels"}, flush=True)
+    for kernel in measured["kernels"][:9]:
         print("    ", kernel)
     runner._num_resident = 0
-    return row
+    return measured
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -11,7 +11,7 @@ RULE, LIMIT = "#dfe3e8", "#b84f08"
 COLORS = ("#1f5fa8", "#86afdc", "#0b3765", "#c4560b")
 
 
-def bars(title: str, groups: list[tuple[str, list[tuple[str, Result | None]]]], unit: str) -> str:
+def bars(title: str, groups: list[tuple[str, list[tuple[str, Result]]]], unit: str) -> str:
     """Horizontal bars: what every seed keeps; a dot a seed for what that seed alone keeps.
 
     Args:
@@ -21,8 +21,8 @@ def bars(title: str, groups: list[tuple[str, list[tuple[str, Result | None]]]], 
     left, right, top, thick, gap = 190, 60, 44, 16, 12
     height = top + sum(len(of_group) * thick + gap for _, of_group in groups) + 36
     drawing = Drawing(760, height, title)
-    known = [row for _, of_group in groups for _, row in of_group if row is not None]
-    most = max(value for row in known for value in (row["value"] or 0, *(v or 0 for v in row["by_seed"])))
+    rows = [row for _, of_group in groups for _, row in of_group]
+    most = max(value for row in rows for value in (row["value"] or 0, *(v or 0 for v in row["by_seed"])))
     step = nice_step(most)
     scale = (760 - left - right) / (math.ceil(most / step) * step)
     key_x = float(left)
@@ -39,9 +39,9 @@ def bars(title: str, groups: list[tuple[str, list[tuple[str, Result | None]]]], 
     for label, of_group in groups:
         drawing.text(left - 10, y + len(of_group) * thick / 2 + 4, label, anchor="end")
         for name, row in of_group:
-            value = None if row is None else row["value"]
+            value = row["value"]
             color = COLORS[series.index(name)]
-            if row is None or value is None:
+            if value is None:
                 drawing.text(left + 6, y + thick - 4, "none keeps it", color=MUTED)
             else:
                 drawing.rectangle(left, y + 1, value * scale, thick - 2, color)

@@ -96,11 +96,13 @@ class Subject:
 
         logging.disable_progress_bar()
         dtype = DTYPES[self.dtype]
+        model: Any
         if self.is_random:
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype).to(self.device)
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+            model.to(self.device)
         model.generation_config.eos_token_id = None
         return model.eval().requires_grad_(False)
 

@@ -10,10 +10,10 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from typing import Any
 
 from sizes import Job, Sizes
 from subject import NumberTokenizer, Subject
-from torch import nn
 
 from twinserve.engine.llm import LLM
 from twinserve.policies import Core, SamplingParams, Sequence
@@ -56,11 +56,13 @@ def yardstick_in_words(sizes: Sizes) -> str:
     )
 
 
-def generate_each(
-    generate: Callable[..., str], model: nn.Module, jobs: Seq[Job], tokenizer: NumberTokenizer | None = None
-) -> None:
-    """Complete requests one after another by one of the functions of `twinserve.engine.inference`."""
-    tokenizer = tokenizer or NumberTokenizer(model.config.vocab_size)
+def generate_each(generate: Callable[..., str], model: Any, jobs: Seq[Job]) -> None:
+    """Complete requests one after another by one of the functions of `twinserve.engine.inference`.
+
+    Args:
+        model: as transformers makes it.
+    """
+    tokenizer = NumberTokenizer(model.config.vocab_size)
     for job in jobs:
         generate(model, tokenizer, tokenizer.decode(job.prompt), job.max_tokens, temperature=GREEDY)
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from twinserve.policies import (
     BlockManager,
@@ -21,8 +31,15 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
-from twinserve.policies.orders import Order, Victim
+from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.traces.errors import InputError
+from twinserve.traces.own_class import FORM, build, pinned
+
+SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
+RULES = ("scheduling_policy", "admission", "victim")
+"""Settings that may name a class of one's own."""
+BY_HAND = "by hand"
+"""So a record's rule begins where its settings do not name it."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -67,6 +84,23 @@ def validated(
         raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
 
 
+@runtime_checkable
+class HearsRules(Protocol):
+    """A listener that wants to know by which rules a Core decides."""
+
+    def built(self, rules: dict[str, str | None]) -> None:
+        """What decides, by the names of RULES: as the settings say it, or BY_HAND and the name of its class."""
+
+
+def pinned_rule(name: str, text: str) -> str:
+    """What one of RULES says, with the sha256 of the file where that is a class of one's own; see `own_class.pinned`.
+
+    Raises:
+        ValueError: it has another form, or the file cannot be read or is another; the message is what was expected.
+    """
+    return pinned(text, SCHEDULING_POLICIES if name == "scheduling_policy" else ())
+
+
 class Settings(BaseModel):
     """What the policies are told. The defaults are vLLM's: mixed batches, chunked prefill, prefix caching."""
 
@@ -80,10 +114,12 @@ class Settings(BaseModel):
     max_num_partial_prefills: int | None = Field(
         default=None, ge=1, description="running requests that may have prompt tokens left to compute"
     )
-    scheduling_policy: Literal["fcfs", "priority", "shortest", "cache-aware"] = "fcfs"
+    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or an order: {FORM}")
     scheduling_ageing: int = Field(
         default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
     )
+    admission: str | None = Field(default=None, description=f"who fits, in place of vLLM's rule: {FORM}")
+    victim: str | None = Field(default=None, description=f"who is preempted, in place of the order's rule: {FORM}")
     max_model_len: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
@@ -93,6 +129,11 @@ class Settings(BaseModel):
     scheduler_reserve_full_isl: bool = True
     watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
     pipeline_depth: int = Field(default=0, ge=0, le=1)
+
+    @field_validator(*RULES)
+    @classmethod
+    def _pinned(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return None if text is None else pinned_rule(str(info.field_name), text)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -113,7 +154,17 @@ class Settings(BaseModel):
             )
         if self.watermark and self.num_gpu_blocks is None:
             raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
+        if self.admission is not None and self.watermark:
+            raise ValueError(f"watermark is {self.watermark}, expected 0 beside admission")
+        if self.admission is not None and not self.scheduler_reserve_full_isl:
+            raise ValueError("scheduler_reserve_full_isl is False, expected True beside admission")
         return self
+
+    @model_serializer(mode="wrap")
+    def _true(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What a class that derives from this one decides is not known from its values, so they do not say it."""
+        derived = {} if type(self) is Settings else {"scheduling_policy": f"{BY_HAND}: {type(self).__name__}"}
+        return dump(self) | derived
 
     @classmethod
     def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
@@ -129,12 +180,42 @@ class Settings(BaseModel):
         return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
 
     def build_order(self) -> Order:
-        """A waiting queue in the order of `scheduling_policy`."""
+        """A waiting queue in the order of `scheduling_policy`.
+
+        Raises:
+            InputError: it names a class of one's own that cannot be used; likewise for the other rules.
+        """
         if self.scheduling_policy == "priority":
             return Priority(ageing=self.scheduling_ageing)
         if self.scheduling_policy == "shortest":
             return ShortestJob(ageing=self.scheduling_ageing)
-        return CacheAware() if self.scheduling_policy == "cache-aware" else FirstCome()
+        if self.scheduling_policy == "cache-aware":
+            return CacheAware()
+        if self.scheduling_policy == "fcfs":
+            return FirstCome()
+        return build(self.scheduling_policy, "scheduling_policy", Order)
+
+    def build_admission(self) -> Admission:
+        """The rule whether the next one fits: that of `admission`, or vLLM's."""
+        if self.admission is not None:
+            return build(self.admission, "admission", Admission)
+        return VllmAdmission(
+            reserve_full_prompt=self.scheduler_reserve_full_isl,
+            watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+        )
+
+    def build_victim(self) -> Victim | None:
+        """The rule who is preempted; None is the order's own."""
+        return None if self.victim is None else build(self.victim, "victim", Victim)
+
+    def check_rules(self) -> None:
+        """Refuse classes of one's own that cannot be used, before long work begins.
+
+        Raises:
+            InputError: there is one.
+        """
+        for build_rule in (self.build_order, self.build_admission, self.build_victim):
+            build_rule()
 
     def build_core(
         self,
@@ -147,9 +228,18 @@ class Settings(BaseModel):
         """A Core with these policies and nothing in it; the same for every world.
 
         Args:
-            order: a waiting queue of one's own, in place of `scheduling_policy`.
-            victim: a rule of one's own who is preempted, in place of the order's.
+            listener: hears the run; one that HearsRules is told what decides.
+            order: a waiting queue of one's own, in place of `scheduling_policy`. A record says that it was handed in,
+                and is not replayed without it.
+            victim: a rule of one's own who is preempted, in place of `victim`; likewise.
+
+        Raises:
+            InputError: the settings name a class of one's own that cannot be used.
         """
+        handed = {name: rule for name, rule in (("scheduling_policy", order), ("victim", victim)) if rule is not None}
+        if isinstance(listener, HearsRules):
+            named = self.model_dump(include=set(RULES))
+            listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_seqs,
@@ -165,10 +255,7 @@ class Settings(BaseModel):
                 else None
             ),
             order=self.build_order() if order is None else order,
-            admission=VllmAdmission(
-                reserve_full_prompt=self.scheduler_reserve_full_isl,
-                watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
-            ),
-            victim=victim,
+            admission=self.build_admission(),
+            victim=self.build_victim() if victim is None else victim,
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

@@ -129,6 +129,7 @@ class FleetOptions(BaseModel):
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
             chosen = Settings.load(settings | (group.model_extra or {}), config, beside=("fleet",))
+            chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if chosen.max_model_len is None:

@@ -33,7 +33,7 @@ from twinserve.policies import (
 )
 from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import FORM, build, pinned
+from twinserve.traces.own_class import FORM, anchored, build, pinned
 
 SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
 RULES = ("scheduling_policy", "admission", "victim")
@@ -45,17 +45,30 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
+    """What a TOML file says; files of one's own classes that it names are looked for beside it.
 
     Raises:
         InputError: it cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return _anchored(tomllib.loads(path.read_text()), path.parent)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"expected TOML: {error}", path=path) from error
+
+
+def _anchored(value: Any, folder: Path, name: str = "") -> Any:
+    """A value of a TOML file, with all files of one's own classes in it looked for from `folder`.
+
+    Args:
+        name: the field that holds the value, or a list in which it is one of several.
+    """
+    if isinstance(value, dict):
+        return {field: _anchored(inner, folder, field) for field, inner in value.items()}
+    if isinstance(value, list):
+        return [_anchored(inner, folder, name) for inner in value]
+    return anchored(value, folder) if name in (*RULES, "router") and isinstance(value, str) else value
 
 
 def validated(
@@ -92,13 +105,11 @@ class HearsRules(Protocol):
         """What decides, by the names of RULES: as the settings say it, or BY_HAND and the name of its class."""
 
 
-def pinned_rule(name: str, text: str) -> str:
-    """What one of RULES says, with the sha256 of the file where that is a class of one's own; see `own_class.pinned`.
-
-    Raises:
-        ValueError: it has another form, or the file cannot be read or is another; the message is what was expected.
-    """
-    return pinned(text, SCHEDULING_POLICIES if name == "scheduling_policy" else ())
+def pinned_rule(text: str | None, info: ValidationInfo) -> str | None:
+    """A validator of RULES: a class of one's own gets the sha256 of its file, see `own_class.pinned`."""
+    if text is None:
+        return None
+    return pinned(text, SCHEDULING_POLICIES if info.field_name == "scheduling_policy" else ())
 
 
 class Settings(BaseModel):
@@ -114,7 +125,7 @@ class Settings(BaseModel):
     max_num_partial_prefills: int | None = Field(
         default=None, ge=1, description="running requests that may have prompt tokens left to compute"
     )
-    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or an order: {FORM}")
+    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, {FORM}")
     scheduling_ageing: int = Field(
         default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
     )
@@ -130,10 +141,7 @@ class Settings(BaseModel):
     watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
     pipeline_depth: int = Field(default=0, ge=0, le=1)
 
-    @field_validator(*RULES)
-    @classmethod
-    def _pinned(cls, text: str | None, info: ValidationInfo) -> str | None:
-        return None if text is None else pinned_rule(str(info.field_name), text)
+    _pinned = field_validator(*RULES)(pinned_rule)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

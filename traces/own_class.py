@@ -109,6 +109,12 @@ def anchored(text: str, folder: Path) -> str:
     return f"{(folder / found[1]).as_posix()}{text[found.end(1) :]}" if found else text
 
 
+def identity(text: str) -> str:
+    """What is equal for the same class, parameters and content, wherever the file lies; any other text as it is."""
+    found = _TEXT.fullmatch(text)
+    return text[found.end(1) + 1 :] if found and found[3] else text
+
+
 def build(text: str, field: str, protocol: type) -> Any:
     """A fresh object of the class that a pinned text names.
 

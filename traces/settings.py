@@ -33,7 +33,7 @@ from twinserve.policies import (
 )
 from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import FORM, anchored, build, pinned
+from twinserve.traces.own_class import anchored, build, pinned
 
 SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
 RULES = ("scheduling_policy", "admission", "victim")
@@ -125,12 +125,14 @@ class Settings(BaseModel):
     max_num_partial_prefills: int | None = Field(
         default=None, ge=1, description="running requests that may have prompt tokens left to compute"
     )
-    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, {FORM}")
+    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or FILE.py:CLASS")
     scheduling_ageing: int = Field(
         default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
     )
-    admission: str | None = Field(default=None, description=f"who fits, in place of vLLM's rule: {FORM}")
-    victim: str | None = Field(default=None, description=f"who is preempted, in place of the order's rule: {FORM}")
+    admission: str | None = Field(default=None, description="FILE.py:CLASS: who fits, in place of vLLM's rule")
+    victim: str | None = Field(
+        default=None, description="FILE.py:CLASS: who is preempted, in place of the order's rule"
+    )
     max_model_len: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")

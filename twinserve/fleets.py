@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import FORM, build, pinned
+from twinserve.traces.own_class import build, pinned
 from twinserve.traces.settings import RULES, Settings, pinned_rule, read_toml, validated
 from twinserve.worlds import ReplicaSpec, choose_latency, with_pool
 
@@ -57,7 +57,7 @@ class FleetOptions(BaseModel):
 
     replicas: int | None = Field(default=None, ge=1, description="replicas behind a router")
     router: str = Field(
-        default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, {FORM}"
+        default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, or FILE.py:CLASS"
     )
     router_seed: int = Field(default=0, description="of random: another seed, other choices")
     max_lead_tokens: int = Field(

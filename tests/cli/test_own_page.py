@@ -63,6 +63,18 @@ def test_the_pages_policy_runs_by_the_pages_commands_in_both_worlds_and_is_repla
     assert of_both[0] == of_both[1] and re.fullmatch("fair_share.py:FairShare@[0-9a-f]{64}", of_both[0])
 
 
+def test_the_pages_router_runs_by_the_pages_command(twinserve, folder, latency):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "fleets.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (folder / "power.py").write_text(code)
+    [command] = re.findall(r"^    twinserve (.*power\.py.*)$", page, re.MULTILINE)
+    result = twinserve(*shlex.split(command), "--latency", latency, "--out", "fleet")
+    assert result.code == 0, result.err
+    router = json.loads((folder / "fleet" / "run.json").read_text())["facts"]["fleet"]["router"]["name"]
+    assert re.fullmatch(r"power\.py:PowerOfTwo\(seed=3\)@[0-9a-f]{64}", router)
+    assert twinserve("replay", "fleet").code == 0
+
+
 def test_a_parameter_as_the_page_writes_it_is_understood(twinserve, folder, latency):
     [text] = re.findall(r'`"lanes\.py:(.*?)"`', PAGE)
     derived = "\n\nclass Lanes(FairShare):\n    def __init__(self, weights, window):\n        super().__init__()\n"

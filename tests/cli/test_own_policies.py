@@ -11,8 +11,11 @@ import own_rules
 import pytest
 
 from twinserve.point import Job, Point, compute
+from twinserve.progress import Bar
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import load_record
+from twinserve.traces.settings import Settings
+from twinserve.worlds import load_llm, measure_steps
 
 
 @pytest.fixture
@@ -102,6 +105,24 @@ def test_what_cannot_be_used_is_refused_in_a_line_and_nothing_is_left(
     assert_refused(twinserve("sim", trace, "--latency", latency, "--config", config.name), words)
     config.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_steps_are_measured_with_an_order_of_ones_own_and_every_shape_is_admitted(mine, tmp_path):
+    pytest.importorskip("torch")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512, "eos_token_id": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rules = {"scheduling_policy": f"{mine}:LastCome", "admission": f"{mine}:Roomy(spare=9)"}
+    how = {"device": "cpu", "dtype": "float32", "seed": 0, "load_format": "dummy"}
+    llm = load_llm(str(tmp_path), Settings.load(rules | {"num_gpu_blocks": 64}), **how)
+    try:
+        sizes = {"max_seqs": 2, "max_context": 64, "max_prompt": 32, "repeats": 1}
+        samples = measure_steps(llm, **sizes, progress=lambda total: Bar("profile", total))
+    finally:
+        llm.close()
+    assert {sample.features.decode_tokens for sample in samples} >= {0, 1, 2}
 
 
 # --- sweeps and capacities ---

@@ -6,9 +6,14 @@ python benchmarks/benchmark_cycle1.py [--device cuda] [--model NAME | --shape NA
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
-from common import GREEDY, Subject, case, expectation, figure, generate_each, main, repeat, result, row, yardstick
+from command_line import main
+from cycle_results import case, expectation, figure, result, row
+from subject import Subject
+from timing import repeat
+from work import GREEDY, generate_each, yardstick
 
 from twinserve.engine.inference import generate_naive
 from twinserve.engine.quantization import measure_memory
@@ -29,7 +34,7 @@ def benchmark_naive(subject: Subject | None = None, *, repeats: int = 3) -> dict
     cases = []
     for count in MAX_NEW_TOKENS:
         seconds = repeat(
-            lambda count=count: generate_naive(model, tokenizer, PROMPT, count, temperature=GREEDY),
+            partial(generate_naive, model, tokenizer, PROMPT, count, temperature=GREEDY),
             repeats,
             subject.device,
         )

@@ -6,24 +6,17 @@ python benchmarks/benchmark_cycle2.py [--device cuda] [--model NAME | --shape NA
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from benchmark_cycle1 import PROMPT
-from common import (
-    Job,
-    Subject,
-    case,
-    expectation,
-    figure,
-    generate_each,
-    main,
-    random_jobs,
-    repeat,
-    result,
-    row,
-    yardstick,
-)
+from command_line import main
+from cycle_results import case, expectation, figure, result, row
+from sizes import Job
+from subject import Subject
+from timing import repeat
 from torch import nn
+from work import generate_each, random_jobs, yardstick
 
 from twinserve.engine.inference import generate_naive, generate_with_kv_cache
 from twinserve.engine.quantization import measure_memory
@@ -72,11 +65,7 @@ def _both(subject: Subject, model: nn.Module, name: str, job: Job, repeats: int)
     cases, request = [], f"{name} prompt ({len(job.prompt)} tokens), {job.max_tokens} new tokens"
     for how, generate in (("naive", generate_naive), ("with KV cache", generate_with_kv_cache)):
         generate_each(generate, model, [job._replace(max_tokens=2)])
-        seconds = repeat(
-            lambda generate=generate: generate_each(generate, model, [job]),
-            repeats,
-            subject.device,
-        )
+        seconds = repeat(partial(generate_each, generate, model, [job]), repeats, subject.device)
         cases.append(case(f"{request}, {how}", seconds, job.max_tokens))
     return cases
 

@@ -9,7 +9,9 @@ import random
 import sys
 from typing import Any
 
-from common import ENGINE_TIMING, Subject, engine_row, expectation, figure, main, result
+from command_line import main
+from cycle_results import ENGINE_TIMING, engine_row, expectation, figure, result
+from subject import Subject
 
 from twinserve.policies import BlockManager, Sequence
 

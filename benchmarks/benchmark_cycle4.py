@@ -8,20 +8,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from common import (
-    ENGINE_TIMING,
-    Job,
-    Subject,
-    case,
-    engine_row,
-    expectation,
-    figure,
-    main,
-    random_jobs,
-    repeat,
-    result,
-    serve,
-)
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from sizes import Job
+from subject import Subject
+from timing import repeat
+from work import random_jobs, serve
 
 REQUESTS = 100
 

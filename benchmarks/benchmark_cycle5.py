@@ -6,23 +6,16 @@ python benchmarks/benchmark_cycle5.py [--device cuda] [--model NAME | --shape NA
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import chain
 from typing import Any
 
-from common import (
-    ENGINE_TIMING,
-    Job,
-    Subject,
-    case,
-    engine_row,
-    expectation,
-    figure,
-    main,
-    random_prompts,
-    result,
-    serve,
-    timed,
-)
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from sizes import Job
+from subject import Subject
+from timing import timed
+from work import random_prompts, serve
 
 from twinserve.engine.llm import LLM
 
@@ -66,7 +59,7 @@ def _conversations(subject: Subject) -> list[Job]:
 def _times_to_first_token(llm: LLM, jobs: list[Job], device: str) -> list[float]:
     """Seconds to the only token of each request, one request after another, the cache being empty before the first."""
     core = llm.settings.build_core()
-    return [timed(lambda job=job: serve(llm, [job], core), device) for job in jobs]
+    return [timed(partial(serve, llm, [job], core), device) for job in jobs]
 
 
 if __name__ == "__main__":

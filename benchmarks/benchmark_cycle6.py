@@ -6,25 +6,19 @@ python benchmarks/benchmark_cycle6.py [--device cuda] [--model NAME | --shape NA
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    ENGINE_TIMING,
-    Subject,
-    case,
-    engine_row,
-    expectation,
-    figure,
-    main,
-    random_jobs,
-    repeat,
-    result,
-    serve,
-)
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from subject import Subject
+from timing import repeat
 from torch import Tensor
+from work import random_jobs, serve
 
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers import AttentionChoice, SdpaAttention, StepRows, choose_attention
@@ -81,7 +75,7 @@ def _flash_against_sdpa(subject: Subject, repeats: int) -> tuple[list, list, lis
             serve(llm, jobs)
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            seconds = repeat(lambda llm=llm: serve(llm, jobs), repeats, subject.device)
+            seconds = repeat(partial(serve, llm, jobs), repeats, subject.device)
             cases.append(case(f"{len(jobs)} requests, {name}", seconds, tokens))
             memory[name] = torch.cuda.max_memory_allocated() - held
     speed_up = cases[0]["median_s"] / cases[1]["median_s"]
@@ -111,9 +105,14 @@ def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list
     expected, found = (way() for way in ways.values())
     difference = (expected - found).abs().max().item()
     layers = range(subject.config.num_layers)
+
+    def in_every_layer(way: Callable[[], Tensor]) -> None:
+        for _ in layers:
+            way()
+
     cases = []
     for name, way in ways.items():
-        seconds = repeat(lambda way=way: [way() for _ in layers], repeats, subject.device)
+        seconds = repeat(partial(in_every_layer, way), repeats, subject.device)
         cases.append(case(name, seconds))
     step = f"{rows.num_single} decodes, {min(rows.context_lens)} to {max(rows.context_lens)} tokens of context, and a "
     figures = [

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from benchmark_cycle6 import best_attention
-from common import ENGINE_TIMING, ROOT, Subject, case, engine_row, expectation, figure, main, result, yardstick
+from command_line import main
+from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from environment import ROOT
+from subject import Subject
 from torch import Tensor
 from torch.nn import functional as F
+from work import yardstick
 
 from twinserve.engine.device_queue import compute_on
 from twinserve.engine.models import Decoder

@@ -1,4 +1,4 @@
-"""docs/engine.md and its picture, from the results of throughput.py, latency.py and kernels.py.
+"""docs/engine.md and its picture, from the results of throughput.py, latency.py and step_kernels.py.
 
 python benchmarks/engine_page.py [--check]
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from environment import ROOT
 from pages import prose, table
+from result_files import RESULTS
+from svg import INK, Drawing
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "engine.md"
 PICTURE = ROOT / "docs" / "engine" / "timeline.svg"
 
@@ -305,32 +306,27 @@ def picture(events: list[dict[str, Any]]) -> str:
     end = begins[-1]
     width, left, top = 960, 70, 26
     scale = (width - left - 10) / (end - first)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 190" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="190" fill="white"/>',
-    ]
+    drawing = Drawing(width, 190, f"Host and device over {STEPS_SHOWN} decode steps")
     for lane, y in (("host", top), ("device", top + 50)):
-        parts.append(f'<text x="8" y="{y + 24}">{lane}</text>')
+        drawing.text(8, y + 24, lane)
         for event in events:
             start, stop = max(event["start_us"], first), min(event["start_us"] + event["us"], end)
             if event["lane"] == lane and start < stop:
                 colour = HOST[event["name"]] if lane == "host" else COLOURS.get(event["name"], OTHER)
-                x = left + (start - first) * scale
-                shown = max((stop - start) * scale, 0.3)
-                parts.append(f'<rect x="{x:.2f}" y="{y}" width="{shown:.2f}" height="38" fill="{colour}"/>')
+                drawing.rectangle(left + (start - first) * scale, y, max((stop - start) * scale, 0.3), 38, colour)
     for number in range(int((end - first) // 1000) + 1):
         x = left + number * 1000 * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top + 92}" y2="{top + 98}" stroke="black"/>')
-        parts.append(f'<text x="{x:.1f}" y="{top + 112}" text-anchor="middle">{number} ms</text>')
+        drawing.line([(x, top + 92), (x, top + 98)], INK)
+        drawing.text(x, top + 112, f"{number} ms", anchor="middle")
     x, y = 8, top + 134
     for name, colour in (HOST | COLOURS | {"other": OTHER}).items():
         label = name.replace("_", " ")
         if x + 24 + 7 * len(label) > width:
             x, y = 8, y + 18
-        parts.append(f'<rect x="{x}" y="{y - 10}" width="11" height="11" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 15}" y="{y}">{label}</text>')
+        drawing.rectangle(x, y - 10, 11, 11, colour)
+        drawing.text(x + 15, y, label)
         x += 28 + 7 * len(label)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return drawing.svg()
 
 
 if __name__ == "__main__":

@@ -10,20 +10,21 @@ the device's work alone; how long the host takes to launch one is given beside i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, commit, device_folder, say, versions
-from on_cuda import graph_us
+from environment import command, commit, device_folder, versions
+from result_files import RESULTS, write_json
+from timing import graph_us
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +34,7 @@ from twinserve.engine.layers.int8_linear import int8_product
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
+from twinserve.progress import say
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
 ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}
@@ -79,7 +81,7 @@ def benchmark_int8_layers(
         for layer, (num_out, num_in) in layer_shapes(model).items():
             weights = _Weights(num_out, num_in, device)
             for count in rows or ROWS[device]:
-                figures = {"model": model, "layer": layer, "out": num_out, "in": num_in, "rows": count}
+                figures: dict[str, Any] = {"model": model, "layer": layer, "out": num_out, "in": num_in, "rows": count}
                 figures |= _on_cuda(weights, count, tune) if device == "cuda" else _on_cpu(weights, count)
                 figures["ratio"] = figures["plain_us"] / figures["int8_us"]
                 say(_line(figures))
@@ -140,9 +142,9 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         return F.linear(x, weight.to(x.dtype)).mul_(scale.T)
 
     figures: dict[str, Any] = {
-        "plain_us": graph_us([lambda w=w: F.linear(x, w) for w in weights.plain]),
-        "int8_us": graph_us([lambda pair=pair: int8_product(x, *pair) for pair in weights.int8]),
-        "dequantised_us": graph_us([lambda pair=pair: dequantised(*pair) for pair in weights.int8]),
+        "plain_us": graph_us([partial(F.linear, x, weight) for weight in weights.plain]),
+        "int8_us": graph_us([partial(int8_product, x, *pair) for pair in weights.int8]),
+        "dequantised_us": graph_us([partial(dequantised, *pair) for pair in weights.int8]),
         "plain_launch_us": _launch_us(lambda: F.linear(x, weights.plain[0])),
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
         "fused": rows <= int8_linear.FUSED_ROWS,
@@ -166,7 +168,7 @@ def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
             if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
                 continue
             tiling = Tiling(row_block, outputs, inputs, splits, warps, stages)
-            times[tiling] = graph_us([lambda pair=pair: int8_matmul(x, *pair, tiling) for pair in weights.int8])  # noqa: B023
+            times[tiling] = graph_us([partial(int8_matmul, x, *pair, tiling) for pair in weights.int8])
     best = min(times, key=lambda tiling: times[tiling])
     return {"best_us": times[best], "best_tiling": str(best)}
 
@@ -195,7 +197,7 @@ def main() -> int:
     device = arguments.device
     layers = benchmark_int8_layers(device, arguments.model or MODELS, rows=arguments.rows or (), tune=arguments.tune)
     values = {
-        "command": " ".join(["python benchmarks/int8_layers.py", *sys.argv[1:]]),
+        "command": command(),
         "device": device_name(device),
         "load": os.getloadavg(),
         "versions": versions(),
@@ -203,8 +205,7 @@ def main() -> int:
         "layers": layers,
     }
     out = arguments.out or RESULTS / device_folder(device) / "int8-layers.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(out, values)
     print(out)
     return 0
 

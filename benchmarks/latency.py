@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from kernels import bandwidth, step_row
-from on_cuda import MODEL, TEMPERATURE, close, facts, make_llm, merge
+from cuda_engine import MODEL, TEMPERATURE, close, make_llm
+from environment import cuda_facts, device_folder
+from result_files import RESULTS, merge
+from step_kernels import bandwidth, step_row
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve
@@ -64,14 +65,14 @@ class OneByOne(CoreListener):
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--shape", help="time decode steps of this shape instead, such as llama-3-8b")
     arguments = parser.parse_args()
     if arguments.shape is not None:
-        values = decode_steps(arguments.shape, arguments.attention) | facts(arguments.commit)
-        merge(arguments.out / common.device_folder("cuda") / f"decode-{arguments.shape}.json", values)
+        values = decode_steps(arguments.shape, arguments.attention) | cuda_facts(arguments.commit)
+        merge(arguments.out / device_folder("cuda") / f"decode-{arguments.shape}.json", values)
         return 0
     llm = make_llm(attention=arguments.attention)
     llm.warm_up()
@@ -86,7 +87,7 @@ def main() -> int:
         "repeats": {"batch1_ms_per_token": tokens, "ttft_1024_ms": firsts, "ready_s": ready},
     }
     print(values)
-    merge(arguments.out / f"{common.device_folder('cuda')}.json", values | facts(arguments.commit))
+    merge(arguments.out / f"{device_folder('cuda')}.json", values | cuda_facts(arguments.commit))
     return 0
 
 

@@ -14,26 +14,27 @@ import argparse
 import gc
 import importlib.util
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from environment import ROOT, machine
+from result_files import write_json
 
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 
 BLOCK_SIZES = (16, 256)
 RUNNING = (1, 16, 64, 256, 1024)
 CHUNK = 256
-SLOW_MODEL = Path(__file__).resolve().parents[1] / "tests" / "policies" / "slow_model.py"
+SLOW_MODEL = ROOT / "tests" / "policies" / "slow_model.py"
 
 # Measured by others' own code on a like machine (one core of a shared 2-core VM), block 16 unless said otherwise.
-ELSEWHERE = {
+ELSEWHERE: dict[str, dict[str, Any]] = {
     "vLLM 0.24": {
         "source": "vLLM 0.24.0's Scheduler as shipped, schedule + update_from_output, prefix caching on",
         "step_us": {"16": {"1": 18, "16": 139, "64": 524, "256": 2109, "1024": 9186}},
@@ -102,7 +103,7 @@ def step_costs(repeats: int, running: tuple[int, ...]) -> dict[str, dict[str, di
         num_steps = max(64, 2 * block_size)
         scheduler = decoding(block_size, count, num_steps=num_steps * (repeats + 1))
         tokens = [100 + number for number in range(count)]
-        cost = timed(lambda s=scheduler, n=num_steps, t=tokens: steps(s, n, t), repeats, num_steps)
+        cost = timed(partial(steps, scheduler, num_steps, tokens), repeats, num_steps)
         costs.setdefault(str(block_size), {})[str(count)] = cost
     return costs
 
@@ -121,7 +122,7 @@ def mixed_costs(repeats: int, running: tuple[int, ...]) -> dict[str, dict[str, d
                     scheduler.abort(seq)
             scheduler.add(Sequence(list(range(CHUNK * 64)), SamplingParams(max_tokens=1), salt=str(next(numbers))))
 
-        cost = timed(lambda s=scheduler, t=tokens: steps(s, 60, t), repeats, 60, prepare)
+        cost = timed(partial(steps, scheduler, 60, tokens), repeats, 60, prepare)
         costs.setdefault(str(block_size), {})[str(count)] = cost
     return costs
 
@@ -139,7 +140,10 @@ def ends_costs(repeats: int) -> dict[str, dict]:
                 made[0].add(sequence(317, number, max_tokens=3))
             steps(made[0], 2, [7] * 256)
 
-        costs[str(block_size)] = timed(lambda made=made: steps(made[0], 1, [7] * 256), repeats, 1, prepare)
+        def end(made: list[Scheduler] = made) -> None:
+            steps(made[0], 1, [7] * 256)
+
+        costs[str(block_size)] = timed(end, repeats, 1, prepare)
     return costs
 
 
@@ -215,7 +219,7 @@ def main() -> int:
     slow = {str(count): slow_step_us(count) for count in running if count <= 64}
     results = {
         "command": f"python benchmarks/policies.py{' --quick' if arguments.quick else ''}",
-        "machine": {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()},
+        "machine": machine(),
         "step_us": {size: {count: cost["min"] for count, cost in costs.items()} for size, costs in decode.items()},
         "step_median_us": {
             size: {count: cost["median"] for count, cost in costs.items()} for size, costs in decode.items()
@@ -232,8 +236,7 @@ def main() -> int:
     }
     report(results)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 
@@ -258,14 +261,6 @@ def report(results: dict[str, Any]) -> None:
     for pool, found in results["hits_mtok_s"].items():
         for name, rate in found.items():
             print(f"{name}, block 16, {pool}:".ljust(48) + f"{rate:9.1f} M tokens/s (vLLM 0.24, freed: 17)")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

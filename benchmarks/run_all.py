@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import options_for, parser, say, subjects
+from command_line import options_for, parser, subjects
+
+from twinserve.progress import say
 
 CYCLES = range(1, 8)
 

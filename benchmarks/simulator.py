@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -35,6 +34,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from environment import command, machine
+from result_files import write_json
 
 AZURE, MOONCAKE = "azure/AzureLLMInferenceTrace_conv.csv", "mooncake/conversation_trace.jsonl.gz"
 SEED, RATE, MOST_TOKENS = 42, 7.0, 4096
@@ -74,15 +76,14 @@ def main() -> int:
     if arguments.grow:
         results["growth"] = {size: measure("a", int(size), 1) for size in arguments.grow.split(",")}
     results |= {
-        "command": " ".join(["python", "benchmarks/simulator.py", *sys.argv[1:]]),
-        "machine": {"python": platform.python_version(), "cpu": cpu_name(), "cores": os.cpu_count()},
+        "command": command(),
+        "machine": machine(),
         "repeats": arguments.repeats,
         "elsewhere_s": ELSEWHERE,
     }
     print(json.dumps(results, indent=1))
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 
@@ -207,12 +208,6 @@ def num_mixed_steps(path: Path) -> int:
             count, prompt, decode = map(int, pattern.search(line).groups())  # type: ignore[union-attr]
             total += count if prompt and decode else 0
     return total
-
-
-def cpu_name() -> str:
-    """The processor, as Linux names it."""
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

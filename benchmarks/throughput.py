@@ -13,30 +13,29 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from on_cuda import MODEL, TEMPERATURE, Work, close, facts, make_llm, merge, throughput
+from cuda_engine import MODEL, TEMPERATURE, Work, close, make_llm, throughput
+from environment import cuda_facts, device_folder
+from result_files import RESULTS, merge
 
-from twinserve.engine.graphs import graph_runner
-from twinserve.engine.llm import LLM
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.traces.readers import read_trace
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--trace", type=Path, help="a trace whose first 512 requests' lengths are served, too")
     parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
     parser.add_argument("--no-ablation", action="store_true", help="without switching optimisations off")
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     arguments = parser.parse_args()
-    folder = common.device_folder("cuda")
-    about = facts(arguments.commit)
+    folder = device_folder("cuda")
+    about = cuda_facts(arguments.commit)
 
     work = Work.w256()
     llm = make_llm()
@@ -74,39 +73,22 @@ def main() -> int:
 def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
     """W256 with one thing switched off at a time, once each."""
 
-    def without_graphs(llm: LLM) -> None:
-        llm.capture = lambda: None  # type: ignore[method-assign]
-
-    def without_prompt_graphs(llm: LLM) -> None:
-        llm.warm_up()
-        graphs = llm.runner._graphs  # type: ignore[union-attr]
-        for size in [size for size in graphs if size.prompt_tokens]:
-            del graphs[size]
-
-    def in_running_order(llm: LLM) -> None:
-        graph_runner.sorted = lambda rows, key: list(rows)  # type: ignore[attr-defined]
-
-    variants: dict[str, tuple[dict[str, Any], Callable[[LLM], None]]] = {
-        "as it is": ({}, lambda llm: None),
-        "a step's tokens read before the next is decided (depth 0)": (
-            {"settings": {"pipeline_depth": 0}},
-            lambda llm: None,
-        ),
-        "kernels launched one by one, none captured": ({}, without_graphs),
-        "steps with prompts not captured": ({}, without_prompt_graphs),
-        "decodes in running order, not longest first": ({}, in_running_order),
-        "flash-attn for decodes, over blocks of 256 tokens": ({"attention": "flash"}, lambda llm: None),
-        "blocks of 256 tokens": ({"settings": {"block_size": 256}}, lambda llm: None),
-        "keys and values in float8": ({"kv_cache_dtype": "fp8"}, lambda llm: None),
-        "no fused kernels: torch's own, launched one by one": ({"execution": "eager"}, lambda llm: None),
+    variants: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "a step's tokens read before the next is decided (depth 0)": {"settings": {"pipeline_depth": 0}},
+        "kernels launched one by one, none captured": {"graph_options": GraphOptions(captured="none")},
+        "steps with prompts not captured": {"graph_options": GraphOptions(captured="decodes")},
+        "decodes in running order, not longest first": {"graph_options": GraphOptions(longest_first=False)},
+        "flash-attn for decodes, over blocks of 256 tokens": {"attention": "flash"},
+        "blocks of 256 tokens": {"settings": {"block_size": 256}},
+        "keys and values in float8": {"kv_cache_dtype": "fp8"},
+        "no fused kernels: torch's own, launched one by one": {"execution": "eager"},
     }
     found = {}
-    for name, (options, change) in variants.items():
+    for name, options in variants.items():
         llm = make_llm(**options)
-        change(llm)
         llm.warm_up()
         found[name] = [throughput(llm, work)]
-        vars(graph_runner).pop("sorted", None)
         show(name, found[name])
         close(llm)
     return found

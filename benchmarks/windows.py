@@ -10,16 +10,13 @@ just before. FOLDER defaults to $TWINSERVE_TRACES.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
+from environment import commit, versions
+from result_files import RESULTS, write_json
 
 from twinserve.engine.llm import LLM
 from twinserve.progress import Bar
@@ -43,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "windows.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "windows.json")
     arguments = parser.parse_args()
     if arguments.traces is None:
         print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
@@ -84,21 +81,8 @@ def main() -> int:
             "replay": {"equal": replayed.equal, "recorded": replayed.recorded, "exact": replayed.is_exact},
             "metrics": {row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons},
         }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(arguments.out, results)
     return 0 if exact else 1
-
-
-def versions() -> dict[str, Any]:
-    return {"python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit() -> str:
-    """The commit that was measured, with a plus sign where the checkout had changes."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, check=True
-    )
-    return described.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from twinserve.engine.device_queue import compute_on, device_name, usable_device
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kv_cache import GPU_MEMORY_UTILIZATION, default_num_blocks
 from twinserve.engine.layers.choice import Execution, choose_attention
 from twinserve.engine.logprobs import TokenLogprobs
@@ -80,6 +81,7 @@ class LLM:
         attention: the attention backend; "auto" takes triton in graphs, else flash where it can serve, else sdpa.
         execution: of steps: "graphs", CUDA graphs of fused kernels, or "eager", kernel by kernel by torch; "auto" takes
             graphs on CUDA.
+        graph_options: what is switched off in steps that are graphs; None is nothing.
         load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
             config.json, or a shape that ships (`twinserve.engine.models.dummy`); "auto" loads what there is.
         quantization: "int8" keeps the weights of linear layers and of the embedding in int8 and runs from them, while
@@ -99,7 +101,8 @@ class LLM:
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
 
     Raises:
-        InputError: the device, the model, the settings, the attention backend or the token maker cannot be used.
+        InputError: the device, the model, the settings, the attention backend, the graph options or the token maker
+            cannot be used.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class LLM:
         settings: Settings | None = None,
         attention: Literal["auto", "flash", "triton", "sdpa"] = "auto",
         execution: Execution = "auto",
+        graph_options: GraphOptions | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
         quantization: Quantization | None = None,
         gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
@@ -143,6 +147,9 @@ class LLM:
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
         head_dim, dtype_in_use = self.config.head_dim, decoder.dtype
         self.attention = choose_attention(attention, head_dim, dtype_in_use, decoder.device, asked, execution)
+        if graph_options is not None and not self.attention.graphs:
+            raise InputError("expected None where steps are no graphs", field="graph_options", value=graph_options)
+        self._graph_options = graph_options
         if kv_cache_dtype not in KV_DTYPES or (kv_cache_dtype == "fp8" and self.attention.name != "triton"):
             problem = f"expected auto with {self.attention.name}" if kv_cache_dtype == "fp8" else "expected auto or fp8"
             raise InputError(problem, field="kv_cache_dtype", value=kv_cache_dtype)
@@ -187,6 +194,7 @@ class LLM:
                 max_model_len=settings.max_model_len,
                 kv_cache_dtype=self.kv_cache_dtype,
                 seed=seed,
+                options=self._graph_options,
             )
         return ModelRunner(
             decoder,

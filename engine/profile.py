@@ -166,6 +166,7 @@ def _core_for(llm: LLM, shape: StepShape) -> Core:
         "enable_prefix_caching": True,
         "pipeline_depth": int(llm.attention.graphs),
         "watermark": 0.0,
+        "admission": None,
     }
     return llm.settings.model_copy(update=changed).build_core()
 

@@ -13,7 +13,6 @@ from twinserve.reports.html import drawn, html_page, section, side_by_side
 from twinserve.reports.runs import Run, runs_of, same_trace
 from twinserve.reports.tables import (
     Errors,
-    differing_settings,
     errors_of,
     facts_table,
     latency_table,
@@ -22,6 +21,7 @@ from twinserve.reports.tables import (
 )
 from twinserve.reports.text import count, percent
 from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.traces.compare import differing_settings
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecord
 
@@ -142,7 +142,7 @@ def _remarks(runs: list[Run], errors: Errors) -> str:
     """What keeps runs from being compared at sight."""
     remarks = []
     if len(runs) > 1:
-        names = differing_settings(runs)
+        names = differing_settings([run.record for run in runs])
         listed = escape(", ".join(names))
         differing = f"The runs differ in {count(len(names), 'setting')}: {listed}."
         remarks.append(differing if names else "The runs have equal settings.")
@@ -189,7 +189,7 @@ def _handling() -> str:
 def _folded(runs: list[Run]) -> str:
     total = len({name for run in runs for name in run.settings})
     if len(runs) > 1:
-        differing = len(differing_settings(runs))
+        differing = len(differing_settings([run.record for run in runs]))
         said = f", {differing} differing" if differing else ", the same in all runs"
         hint = "Look for marked rows: there the runs differ."
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from twinserve.reports.runs import Run, same_trace
 from twinserve.reports.text import flat, number, percent, plain, time_unit
-from twinserve.traces.compare import Comparison, compare, value_of
+from twinserve.traces.compare import Comparison, compare, differ, value_of
 
 _STATISTICS = ("mean", "p50", "p90", "p99")
 _LATENCIES = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "End to end"))
@@ -76,11 +76,6 @@ def settings_table(runs: list[Run]) -> str:
 def facts_table(runs: list[Run]) -> str:
     """Where each run came from: device, versions, trace with its transforms, and all else a replay has to know."""
     return _facts_table("fact", runs, [_facts(run) for run in runs])
-
-
-def differing_settings(runs: list[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs."""
-    return [name for name, values in _joined([run.settings for run in runs]).items() if _differ(values)]
 
 
 def metric_table(heads: Iterable[str], bodies: Iterable[str]) -> str:
@@ -170,8 +165,7 @@ def _joined(columns: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _differ(values: list[Any]) -> bool:
     """Whether the runs that know the value disagree."""
-    known = [value for value in values if value is not _ABSENT]
-    return any(value != known[0] for value in known)
+    return differ([value for value in values if value is not _ABSENT])
 
 
 def _fact(value: Any) -> str:

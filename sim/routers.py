@@ -16,8 +16,9 @@ class Router(Protocol):
     """Chooses a replica for each request, once, when it arrives; and again if that replica dies.
 
     What it may read of a replica costs nothing: `index`, `outstanding_requests`, `outstanding_tokens`. A class that
-    reads no more than `index` may say so by `is_blind = True` (one that derives from it says so for itself): then the
-    replicas can be simulated one after the other, which takes less time.
+    reads no more than `index` may say so by `is_blind = True`, False where it is missing; one that derives from such a
+    class and reads more says `is_blind = False`. Replicas of a blind router can be simulated one after the other, which
+    takes less time.
     """
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +23,14 @@ import benchmark_cycle4
 import benchmark_cycle5
 import benchmark_cycle6
 import benchmark_cycle7
-import common
+import command_line
 import flash_stand_in
 import render
 import run_all
-from common import SIZES, Subject
+from environment import ROOT, commit, device_folder
+from sizes import SIZES
+from subject import EndlessTokenizer, Subject
+from work import yardstick
 
 from twinserve.engine.layers import choice
 from twinserve.traces.errors import InputError
@@ -95,7 +100,7 @@ def test_a_benchmark_says_what_it_measured_and_on_what(cycle, subject):
     assert measured["device"] == "cpu" and measured["model"] == "tiny" and measured["dtype"] == "float32"
     assert measured["machine"] == f"CPU, {torch.get_num_threads()} threads"
     assert measured["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert measured["commit"] == common.commit()
+    assert measured["commit"] == commit()
     assert len(measured["repeats_s"]) == 1
     assert measured["mean_s"] == measured["median_s"] == measured["repeats_s"][0] > 0
     assert measured["output_tokens"] == FEW.requests * FEW.output
@@ -124,11 +129,27 @@ def test_every_cycle_is_measured_with_the_guides_conditions():
         assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
 
 
+def test_every_script_starts():
+    """Beside one another, as importing torch takes each some seconds."""
+    modules = sorted((ROOT / "benchmarks").glob("*.py"))
+    scripts = [path for path in modules if '__name__ == "__main__"' in path.read_text()]
+    assert len(scripts) >= 20
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        helps = list(threads.map(help_of, scripts))
+    for script, shown in zip(scripts, helps, strict=True):
+        assert shown.returncode == 0, f"{script.name} --help: {shown.stderr}"
+        assert shown.stdout.startswith(f"usage: {script.name} [-h]"), script.name
+
+
+def help_of(script: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+
+
 def test_as_many_tokens_are_generated_as_were_asked_for(subject):
     model, tokenizer = subject.transformers_model(), subject.tokenizer()
     text = benchmark_cycle1.generate_naive(model, tokenizer, "7 8 word", 20, temperature=0.0)
     assert len(text.split()) == 23 and text.startswith("7 8 ")
-    ends = common.EndlessTokenizer(tokenizer)
+    ends = EndlessTokenizer(tokenizer)
     assert ends.eos_token_id is None and ends.encode("7 8") == [7, 8]
 
 
@@ -143,8 +164,8 @@ def test_memory_is_counted_to_the_block():
 
 
 def test_every_cycle_serves_the_same_requests(subject):
-    jobs = common.yardstick(subject)
-    assert jobs == common.yardstick(subject)
+    jobs = yardstick(subject)
+    assert jobs == yardstick(subject)
     assert {tuple(job.prompt[: FEW.shared]) for job in jobs} == {tuple(jobs[0].prompt[: FEW.shared])}
     assert len({tuple(job.prompt) for job in jobs}) == FEW.requests
 
@@ -176,7 +197,7 @@ def test_where_flash_attn_serves_it_is_held_against_sdpa(subject, monkeypatch):
 
 def test_perplexity_is_that_of_transformers(subject):
     token_ids = torch.randint(512, (50,), generator=torch.Generator().manual_seed(0))
-    with subject.engine(common.yardstick(subject)) as llm:
+    with subject.engine(yardstick(subject)) as llm:
         found = benchmark_cycle7.perplexity(llm.runner.model, token_ids)
     loss = subject.transformers_model()(token_ids[None], labels=token_ids[None]).loss
     assert found == pytest.approx(loss.exp().item(), rel=1e-5)
@@ -186,7 +207,7 @@ def test_a_script_writes_the_json_of_its_cycle(folder, subject, tmp_path, monkey
     monkeypatch.setitem(SIZES, "cpu", FEW)
     options = ["--model", str(folder), "--repeats", "1", "--out", str(tmp_path), "--commit", "abc"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/benchmark_cycle3.py", *options])
-    assert common.main(benchmark_cycle3.benchmark_memory_utilization) == 0
+    assert command_line.main(benchmark_cycle3.benchmark_memory_utilization) == 0
     path = tmp_path / "cpu" / "cycle3-tiny.json"
     assert capsys.readouterr().out == f"{path}\n"
     measured = json.loads(path.read_text())
@@ -196,7 +217,7 @@ def test_a_script_writes_the_json_of_its_cycle(folder, subject, tmp_path, monkey
 
 def test_a_model_that_is_not_there_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["benchmarks/benchmark_cycle3.py", "--model", "no-such-model"])
-    assert common.main(benchmark_cycle3.benchmark_memory_utilization) == 2
+    assert command_line.main(benchmark_cycle3.benchmark_memory_utilization) == 2
     assert capsys.readouterr().err.startswith("benchmark_cycle3.py: model is 'no-such-model'")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
@@ -213,7 +234,7 @@ def test_a_model_that_is_not_there_is_one_line_and_status_2(monkeypatch, capsys,
     ],
 )
 def test_the_command_line_names_the_models(options, expected):
-    assert common.subjects(common.parser("").parse_args(options)) == expected
+    assert command_line.subjects(command_line.parser("").parse_args(options)) == expected
 
 
 def test_one_benchmark_that_fails_or_hangs_takes_none_with_it(monkeypatch, capsys, tmp_path):
@@ -257,7 +278,7 @@ def test_cycles_that_are_none_are_refused(text, monkeypatch, capsys):
 )
 def test_a_card_has_a_folder(card, short, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
-    assert common.device_folder("cuda") == short
+    assert device_folder("cuda") == short
 
 
 # --- rendering ---

@@ -62,7 +62,7 @@ def check_twinserve(words: list[str], where: str) -> None:
     while hasattr(command, "commands"):
         assert words and words[0] in command.commands, where
         command, words = command.commands[words[0]], words[1:]
-    given = [word.split("=")[0] for word in words if word.startswith("--")]
+    given = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert set(given) <= known, f"{where}: no option {sorted(set(given) - known)}"
     context = command.make_context("twinserve", list(words), resilient_parsing=False)

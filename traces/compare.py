@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
 from twinserve.traces.errors import InputError
+from twinserve.traces.own_class import identity
 from twinserve.traces.record import RunRecord
 
 LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
@@ -60,19 +62,37 @@ def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:
     Raises:
         InputError: the runs did not replay the same requests.
     """
-    for field in ("sha256", "transforms"):
-        mine, other = (record.run["facts"]["trace"][field] for record in (sim, real))
-        if mine != other:
-            raise InputError(
-                f"expected the trace of {real.path}, {other!r}",
-                path=sim.path / "run.json",
-                field=f"facts.trace.{field}",
-                value=mine,
-            )
+    check_same_trace(sim, real)
     return [
         Comparison(metric, value_of(sim.run["summary"], metric), value_of(real.run["summary"], metric))
         for metric in METRICS
     ]
+
+
+def check_same_trace(one: RunRecord, other: RunRecord) -> None:
+    """Raise InputError if two runs did not replay the same requests."""
+    for field in ("sha256", "transforms"):
+        mine, theirs = (record.run["facts"]["trace"][field] for record in (one, other))
+        if mine != theirs:
+            raise InputError(
+                f"expected the trace of {other.path}, {theirs!r}",
+                path=one.path / "run.json",
+                field=f"facts.trace.{field}",
+                value=mine,
+            )
+
+
+def differing_settings(records: Seq[RunRecord]) -> list[str]:
+    """Names of the settings in which the records that know them disagree."""
+    every = [record.run["settings"] for record in records]
+    names = dict.fromkeys(name for settings in every for name in settings)
+    return [name for name in names if differ([settings[name] for settings in every if name in settings])]
+
+
+def differ(values: Seq[Any]) -> bool:
+    """Whether values of records disagree; a class of one's own is its content, wherever its file lies."""
+    same = [identity(value) if isinstance(value, str) else value for value in values]
+    return any(value != same[0] for value in same)
 
 
 def parse_limits(texts: list[str]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from twinserve.traces.record import (
     with_extra,
 )
 from twinserve.traces.request import Request
+from twinserve.traces.settings import BY_HAND
 
 REPLICAS = "replicas"
 
@@ -77,7 +78,7 @@ class FleetRecorder:
 
     Args:
         out: the folder to write.
-        settings: those that all replicas have in common.
+        settings: those that all replicas have in common; where a replica has rules that were handed in, it says that.
         facts: what says which trace, router and replicas it was.
 
     Raises:
@@ -122,7 +123,10 @@ class FleetRecorder:
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
         summary = with_extra(summary, summary_extra)
-        finish_record(self._partial, self._out, run_of("sim", self._settings, self._facts, self._device, summary))
+        rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
+        by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
+        run = run_of("sim", self._settings | by_hand, self._facts, self._device, summary)
+        finish_record(self._partial, self._out, run)
         return summary
 
     def __enter__(self) -> FleetRecorder:

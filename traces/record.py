@@ -29,6 +29,7 @@ from twinserve.traces.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.metrics import RunMetrics, summary_of
 from twinserve.traces.request import Request
+from twinserve.traces.settings import BY_HAND
 from twinserve.traces.spans import BackToBack
 
 SCHEMA = "twinserve-run/1"
@@ -89,12 +90,13 @@ class RunRecorder(CoreListener):
     Args:
         out: the folder to write.
         world: "sim" or "real"; a real run's record holds the generated tokens too.
-        settings: every setting of the run.
+        settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
         device: what executed the steps, in words.
 
     Attributes:
         metrics: of the run, once it is closed.
+        rules: what decides, see `built`.
 
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
@@ -110,6 +112,7 @@ class RunRecorder(CoreListener):
         device: str | None = None,
     ):
         self.metrics = RunMetrics()
+        self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
         self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
@@ -136,6 +139,13 @@ class RunRecorder(CoreListener):
         self._expected[request.id] = (request, sampling)
 
     # --- what a CoreListener hears ---
+
+    def built(self, rules: dict[str, str | None]) -> None:
+        """Settings have built the Core, by these rules: the record says them, whatever settings it was given.
+
+        A Core that was built without Settings tells nothing, and so says the record.
+        """
+        self.rules = rules
 
     def ingested(self, seq: Sequence, number: int) -> None:
         """A sequence came in."""
@@ -204,7 +214,7 @@ class RunRecorder(CoreListener):
         if self._world == "real":
             outputs = [row for _, row in sorted(self._outputs.items())]
             _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        run = run_of(self._world, self._settings, self._facts, self._device, summary)
+        run = run_of(self._world, self._settings | self.rules, self._facts, self._device, summary)
         finish_record(self._partial, self._out, run)
         return summary
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.traces.digest import Digest, exceptions_of
+from twinserve.traces.errors import InputError
 from twinserve.traces.lines import LABELS
 from twinserve.traces.record import RunRecord, decision_fields
 from twinserve.traces.request import Part, Request, TokenMaker
-from twinserve.traces.settings import Settings
+from twinserve.traces.settings import BY_HAND, RULES, Settings, validated
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,12 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
 
     Args:
         build_core: called with `eos_token_id` in place of the recorded settings' own `build_core`.
+
+    Raises:
+        InputError: without `build_core`, the settings cannot be used: they name a file that is not there or not the
+            one that it was, or they do not name what decided.
     """
-    settings = Settings.load(record.run["settings"])
-    build = build_core or settings.build_core
+    build = build_core or _settings_of(record).build_core
     digest = Digest() if any(row.get("digest") for row in record.steps) else None
     core = build(eos_token_id=record.run["facts"].get("eos_token_id"))
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
@@ -74,6 +78,16 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
             return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
     return ReplayResult(equal, len(record.steps), None)
+
+
+def _settings_of(record: RunRecord) -> Settings:
+    """The settings of a record, if they name all that decided."""
+    path, settings = record.path / "run.json", record.run["settings"]
+    for name in RULES:
+        if str(settings.get(name)).startswith(BY_HAND):
+            problem = "expected a class that settings can name: replay() takes this one as build_core"
+            raise InputError(problem, path=path, field=f"settings.{name}", value=settings[name])
+    return validated(Settings, settings, {}, path, within="settings.")
 
 
 class _Impossible(Exception):

@@ -5,9 +5,19 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from twinserve.policies import (
     BlockManager,
@@ -21,24 +31,44 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
-from twinserve.policies.orders import Order, Victim
+from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.traces.errors import InputError
+from twinserve.traces.own_class import anchored, build, pinned
+
+SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
+RULES = ("scheduling_policy", "admission", "victim")
+"""Settings that may name a class of one's own."""
+BY_HAND = "by hand"
+"""So a record's rule begins where its settings do not name it."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
+    """What a TOML file says; files of one's own classes that it names are looked for beside it.
 
     Raises:
         InputError: it cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return _anchored(tomllib.loads(path.read_text()), path.parent)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"expected TOML: {error}", path=path) from error
+
+
+def _anchored(value: Any, folder: Path, name: str = "") -> Any:
+    """A value of a TOML file, with all files of one's own classes in it looked for from `folder`.
+
+    Args:
+        name: the field that holds the value, or a list in which it is one of several.
+    """
+    if isinstance(value, dict):
+        return {field: _anchored(inner, folder, field) for field, inner in value.items()}
+    if isinstance(value, list):
+        return [_anchored(inner, folder, name) for inner in value]
+    return anchored(value, folder) if name in (*RULES, "router") and isinstance(value, str) else value
 
 
 def validated(
@@ -67,6 +97,21 @@ def validated(
         raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
 
 
+@runtime_checkable
+class HearsRules(Protocol):
+    """A listener that wants to know by which rules a Core decides."""
+
+    def built(self, rules: dict[str, str | None]) -> None:
+        """What decides, by the names of RULES: as the settings say it, or BY_HAND and the name of its class."""
+
+
+def pinned_rule(text: str | None, info: ValidationInfo) -> str | None:
+    """A validator of RULES: a class of one's own gets the sha256 of its file, see `own_class.pinned`."""
+    if text is None:
+        return None
+    return pinned(text, SCHEDULING_POLICIES if info.field_name == "scheduling_policy" else ())
+
+
 class Settings(BaseModel):
     """What the policies are told. The defaults are vLLM's: mixed batches, chunked prefill, prefix caching."""
 
@@ -80,9 +125,13 @@ class Settings(BaseModel):
     max_num_partial_prefills: int | None = Field(
         default=None, ge=1, description="running requests that may have prompt tokens left to compute"
     )
-    scheduling_policy: Literal["fcfs", "priority", "shortest", "cache-aware"] = "fcfs"
+    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or FILE.py:CLASS")
     scheduling_ageing: int = Field(
         default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
+    )
+    admission: str | None = Field(default=None, description="FILE.py:CLASS: who fits, in place of vLLM's rule")
+    victim: str | None = Field(
+        default=None, description="FILE.py:CLASS: who is preempted, in place of the order's rule"
     )
     max_model_len: int | None = Field(default=None, ge=1)
     block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
@@ -93,6 +142,8 @@ class Settings(BaseModel):
     scheduler_reserve_full_isl: bool = True
     watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
     pipeline_depth: int = Field(default=0, ge=0, le=1)
+
+    _pinned = field_validator(*RULES)(pinned_rule)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -113,7 +164,17 @@ class Settings(BaseModel):
             )
         if self.watermark and self.num_gpu_blocks is None:
             raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
+        if self.admission is not None and self.watermark:
+            raise ValueError(f"watermark is {self.watermark}, expected 0 beside admission")
+        if self.admission is not None and not self.scheduler_reserve_full_isl:
+            raise ValueError("scheduler_reserve_full_isl is False, expected True beside admission")
         return self
+
+    @model_serializer(mode="wrap")
+    def _true(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What a class that derives from this one decides is not known from its values, so they do not say it."""
+        derived = {} if type(self) is Settings else {"scheduling_policy": f"{BY_HAND}: {type(self).__name__}"}
+        return dump(self) | derived
 
     @classmethod
     def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
@@ -129,12 +190,42 @@ class Settings(BaseModel):
         return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
 
     def build_order(self) -> Order:
-        """A waiting queue in the order of `scheduling_policy`."""
+        """A waiting queue in the order of `scheduling_policy`.
+
+        Raises:
+            InputError: it names a class of one's own that cannot be used; likewise for the other rules.
+        """
         if self.scheduling_policy == "priority":
             return Priority(ageing=self.scheduling_ageing)
         if self.scheduling_policy == "shortest":
             return ShortestJob(ageing=self.scheduling_ageing)
-        return CacheAware() if self.scheduling_policy == "cache-aware" else FirstCome()
+        if self.scheduling_policy == "cache-aware":
+            return CacheAware()
+        if self.scheduling_policy == "fcfs":
+            return FirstCome()
+        return build(self.scheduling_policy, "scheduling_policy", Order)
+
+    def build_admission(self) -> Admission:
+        """The rule whether the next one fits: that of `admission`, or vLLM's."""
+        if self.admission is not None:
+            return build(self.admission, "admission", Admission)
+        return VllmAdmission(
+            reserve_full_prompt=self.scheduler_reserve_full_isl,
+            watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+        )
+
+    def build_victim(self) -> Victim | None:
+        """The rule who is preempted; None is the order's own."""
+        return None if self.victim is None else build(self.victim, "victim", Victim)
+
+    def check_rules(self) -> None:
+        """Refuse classes of one's own that cannot be used, before long work begins.
+
+        Raises:
+            InputError: there is one.
+        """
+        for build_rule in (self.build_order, self.build_admission, self.build_victim):
+            build_rule()
 
     def build_core(
         self,
@@ -147,9 +238,18 @@ class Settings(BaseModel):
         """A Core with these policies and nothing in it; the same for every world.
 
         Args:
-            order: a waiting queue of one's own, in place of `scheduling_policy`.
-            victim: a rule of one's own who is preempted, in place of the order's.
+            listener: hears the run; one that HearsRules is told what decides.
+            order: a waiting queue of one's own, in place of `scheduling_policy`. A record says that it was handed in,
+                and is not replayed without it.
+            victim: a rule of one's own who is preempted, in place of `victim`; likewise.
+
+        Raises:
+            InputError: the settings name a class of one's own that cannot be used.
         """
+        handed = {name: rule for name, rule in (("scheduling_policy", order), ("victim", victim)) if rule is not None}
+        if isinstance(listener, HearsRules):
+            named = self.model_dump(include=set(RULES))
+            listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_seqs,
@@ -165,10 +265,7 @@ class Settings(BaseModel):
                 else None
             ),
             order=self.build_order() if order is None else order,
-            admission=VllmAdmission(
-                reserve_full_prompt=self.scheduler_reserve_full_isl,
-                watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
-            ),
-            victim=victim,
+            admission=self.build_admission(),
+            victim=self.build_victim() if victim is None else victim,
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twinserve.fleets import FleetOptions
-from twinserve.options import Json, TraceFile, options_of, refuse_existing
+from twinserve.options import Json, KeepsDashes, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
 from twinserve.sweep_cli import capacity, sweep
 from twinserve.trace_cli import trace_app
 from twinserve.traces.errors import InputError, RunError
-from twinserve.traces.settings import Settings
+from twinserve.traces.settings import RULES, Settings
 from twinserve.workload import TraceOptions
 
 if TYPE_CHECKING:
@@ -240,23 +240,42 @@ def replay(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=KeepsDashes)
 def compare(
-    sim: Annotated[Path, typer.Argument(help="A run record of the simulator.")],
-    real: Annotated[Path, typer.Argument(help="The run record that it predicts.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SIM REAL | A... -- B...",
+            help="A run record of the simulator and the one that it predicts; or, paired, those of two policies.",
+        ),
+    ],
+    paired: Annotated[
+        bool, typer.Option("--paired", help="What two policies differ by: A... -- B..., as many of each.")
+    ] = False,
     max_error: Annotated[
         list[str] | None, typer.Option(help="METRIC=SHARE, such as tpot_s.mean=0.25; exit status 1 beyond it.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Errors of a simulation against the run it predicts."""
+    """Errors of a simulation against the run it predicts; or differences of two policies, with their intervals."""
     from twinserve.tables import comparison_table
-    from twinserve.traces.compare import beyond, parse_limits
+    from twinserve.traces.compare import beyond, differing_settings, parse_limits
     from twinserve.traces.compare import compare as compare_records
     from twinserve.traces.vllm_records import load_run
 
+    if paired:
+        if max_error:
+            raise InputError("expected none beside paired", field="max_error", value=max_error)
+        _compare_pairs(runs, as_json)
+        return
     limits = parse_limits(max_error or [])
-    comparisons = compare_records(load_run(sim), load_run(real))
+    if len(runs) != 2:
+        raise InputError("expected SIM REAL, or A... -- B... beside paired", field="runs", value=runs)
+    sim, real = (load_run(Path(run)) for run in runs)
+    comparisons = compare_records(sim, real)
+    for name in differing_settings([sim, real]):
+        if name in RULES:
+            say(f"the runs differ in {name}")
     if as_json:
         print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
     else:
@@ -266,6 +285,29 @@ def compare(
         say(row.beyond(limits[row.metric]))
     if too_far:
         raise typer.Exit(1)
+
+
+def _compare_pairs(runs: list[str], as_json: bool) -> None:
+    """Print what the runs before `--` and those after it differ by."""
+    from twinserve.paired import paired
+    from twinserve.tables import paired_table
+    from twinserve.traces.compare import differing_settings
+    from twinserve.traces.vllm_records import load_run
+
+    at = runs.index("--") if "--" in runs else 0
+    if not 0 < at < len(runs) - 1:
+        raise InputError("expected A... -- B... beside paired", field="runs", value=runs)
+    a, b = ([load_run(Path(run)) for run in side] for side in (runs[:at], runs[at + 1 :]))
+    differences = paired(a, b)
+    if names := differing_settings([a[0], b[0]]):
+        say(f"the sides differ in {', '.join(names)}")
+    if len(a) == 1:
+        say("one pair alone: no interval")
+    if as_json:
+        fields = ("a", "b", "difference", "interval")
+        print(json.dumps({row.metric: {name: getattr(row, name) for name in fields} for row in differences}))
+    else:
+        paired_table(differences)
 
 
 @app.command()

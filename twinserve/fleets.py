@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from twinserve.sim.fleet import Outage, check_outages
-from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin, Router
+from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings, read_toml, validated
+from twinserve.traces.own_class import build, pinned
+from twinserve.traces.settings import RULES, Settings, pinned_rule, read_toml, validated
 from twinserve.worlds import ReplicaSpec, choose_latency, with_pool
 
 
@@ -37,6 +38,16 @@ class ReplicaGroup(BaseModel):
 
     replicas: int = Field(default=1, ge=1)
     latency: str | None = None
+    scheduling_policy: str | None = None
+    admission: str | None = None
+    victim: str | None = None
+
+    _pinned = field_validator(*RULES)(pinned_rule)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its own settings."""
+        return self.model_dump(exclude={"replicas", "latency"}, exclude_unset=True)
 
 
 class FleetOptions(BaseModel):
@@ -45,8 +56,8 @@ class FleetOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     replicas: int | None = Field(default=None, ge=1, description="replicas behind a router")
-    router: Literal["round-robin", "random", "least-outstanding", "prefix-affine"] = Field(
-        default="round-robin", description="which replica serves a request"
+    router: str = Field(
+        default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, or FILE.py:CLASS"
     )
     router_seed: int = Field(default=0, description="of random: another seed, other choices")
     max_lead_tokens: int = Field(
@@ -58,6 +69,11 @@ class FleetOptions(BaseModel):
         default=[], description="REPLICA:FROM:TO, in seconds: a replica is down; without TO for good"
     )
     group: list[ReplicaGroup] = []
+
+    @field_validator("router")
+    @classmethod
+    def _pinned(cls, text: str) -> str:
+        return pinned(text, tuple(ROUTERS))
 
     @classmethod
     def load(cls, values: dict[str, Any], path: Path | None = None) -> FleetOptions:
@@ -90,12 +106,16 @@ class FleetOptions(BaseModel):
         return sum(group.replicas for group in self.group) if self.group else self.replicas or 1
 
     def build_router(self) -> Router:
-        """A fresh router."""
+        """A fresh router.
+
+        Raises:
+            InputError: it is a class of one's own that cannot be used.
+        """
         if self.router == "random":
             return RandomChoice(self.router_seed)
         if self.router == "prefix-affine":
             return PrefixAffine(self.max_lead_tokens)
-        return LeastOutstanding() if self.router == "least-outstanding" else RoundRobin()
+        return ROUTERS[self.router]() if self.router in ROUTERS else build(self.router, "router", Router)
 
     @property
     def router_facts(self) -> dict[str, Any]:
@@ -128,7 +148,8 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | (group.model_extra or {}), config, beside=("fleet",))
+            chosen = Settings.load(settings | group.settings, config, beside=("fleet",))
+            chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if chosen.max_model_len is None:

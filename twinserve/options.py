@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
 from twinserve.traces.errors import InputError
 
@@ -18,6 +19,14 @@ TraceFile = Annotated[
     Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+class KeepsDashes(TyperCommand):
+    """A command one of whose arguments may be `--`, which parsers take for the end of the options and drop."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        at = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*args[:at], *args[at : at + 1], *args[at:]])
 
 
 def refuse_existing(out: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from twinserve.paired import PairedDifference
 from twinserve.traces.compare import LATENCIES, STATISTICS, Comparison
 
 
@@ -39,6 +40,15 @@ def comparison_table(comparisons: list[Comparison]) -> None:
     for row in comparisons:
         error = "" if row.error is None else f"{row.error:+.1%}"
         table.add_row(row.metric, _number(row.sim), _number(row.real), error)
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def paired_table(differences: list[PairedDifference]) -> None:
+    """Print what two sides differ by, metric by metric."""
+    table = Table("metric", "A", "B", "B - A", "95% of the mean B - A")
+    for row in differences:
+        limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
+        table.add_row(row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
     Console(width=None if Console().is_terminal else 100).print(table)
 
 

@@ -141,6 +141,7 @@ def load_llm(
     Raises:
         InputError: the engine is not installed, or the device, the model or the settings cannot be used.
     """
+    settings.check_rules()
     require_engine(device)
     from twinserve.engine.hub import resolve_model
     from twinserve.engine.llm import LLM

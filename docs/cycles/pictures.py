@@ -1,4 +1,4 @@
-"""The pictures of the seven cycles and of the design, drawn by this script alone.
+"""The pictures of the seven cycles and of the design.
 
     python docs/cycles/pictures.py [--check]
 
@@ -11,53 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from svg import INK, MUTED, PAPER, Drawing
+
 FOLDER = Path(__file__).with_name("pictures")
-INK, MUTED, LINE, PAPER = "#1f2937", "#6b7280", "#9ca3af", "#ffffff"
 NOW, KEPT, AGAIN = "#93c5fd", "#e5e7eb", "#fcd34d"
 OF_SEQUENCE = {"A": "#93c5fd", "B": "#86efac", "C": "#fca5a5", "D": "#fcd34d", "E": "#d8b4fe", "F": "#fdba74"}
 WORDS = ["Hello", ",", "I", "am", "a", "model"]
-
-
-class Drawing:
-    """Shapes one after another, in pixels from the top left."""
-
-    def __init__(self, width: int, height: int, title: str):
-        self._size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-        self._title = title
-        self._shapes = [f'<rect width="{width}" height="{height}" rx="8" fill="{PAPER}"/>']
-
-    def box(self, x: int, y: int, width: int, height: int, fill: str, label: str = "", *, dashed: bool = False) -> None:
-        """A rectangle with a label in its middle."""
-        dashes = ' stroke-dasharray="3 3"' if dashed else ""
-        rectangle = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="3"'
-        self._shapes.append(f'{rectangle} fill="{fill}" stroke="{LINE}"{dashes}/>')
-        if label:
-            self.text(x + width // 2, y + height // 2 + 4, label, anchor="middle")
-
-    def text(self, x: int, y: int, words: str, *, anchor: str = "start", color: str = INK, bold: bool = False) -> None:
-        weight = ' font-weight="600"' if bold else ""
-        place = f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="{color}"{weight}>'
-        self._shapes.append(f"{place}{escape(words, quote=False)}</text>")
-
-    def arrow(self, x1: int, y1: int, x2: int, y2: int) -> None:
-        line = f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
-        self._shapes.append(f'{line} stroke="{MUTED}" stroke-width="1.5" marker-end="url(#head)"/>')
-
-    def svg(self) -> str:
-        """The picture as a file's text."""
-        head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        return "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" {self._size} font-family="sans-serif" font-size="12">',
-                f"<title>{escape(self._title, quote=False)}</title>",
-                f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="{MUTED}"/></marker></defs>',
-                *self._shapes,
-                "</svg>\n",
-            ]
-        )
 
 
 def cycle1() -> Drawing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor
 from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
+from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
 from twinserve.engine.kernels.paged_attention import prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
@@ -26,23 +26,8 @@ from twinserve.engine.online import StepHandle
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
-CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Prompt tokens of the steps that are captured; a step is padded to the next of them."""
-
 GRAPH_BYTES = 1 << 30
 """Memory that is left for the captured graphs and for what kernels take when they are loaded."""
-
-CAPTURED_PROMPTS = 32
-"""Prompts of a captured step at most."""
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """How many rows of each kind a step has, padding included."""
-
-    decodes: int
-    prompt_tokens: int = 0
-    prompts: int = 0
 
 
 @dataclass
@@ -59,8 +44,8 @@ class GraphRunner:
 
     What a step needs of its sequences lies on the device (`DeviceRows`), where the step before it has left the tokens
     it sampled; so a step can be launched before the tokens of the one before are read. A step of decodes alone is one
-    graph launch, and nothing is copied to the device unless the decision changed something. Steps with up to
-    CAPTURED_PROMPT_TOKENS[-1] prompt tokens are graphs too; longer ones, whose kernels outlast their launches, are not.
+    graph launch, and nothing is copied to the device unless the decision changed something. Steps with prompts are
+    graphs too, unless they have more prompt tokens than any of `StepSizes`: then their kernels outlast their launches.
 
     Args:
         num_blocks, block_size: of the pool.
@@ -68,6 +53,7 @@ class GraphRunner:
         attention: of decodes, "triton" or "flash".
         max_num_seqs, max_num_batched_tokens, max_model_len: limits of the policies.
         seed: of the draws for requests without a seed of their own.
+        options: what is switched off; None is nothing.
 
     Attributes:
         model, device, num_blocks, block_size: as in use.
@@ -87,6 +73,7 @@ class GraphRunner:
         max_model_len: int,
         kv_cache_dtype: torch.dtype | None = None,
         seed: int = 0,
+        options: GraphOptions | None = None,
     ):
         self.model, self.device = model, model.device
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -102,10 +89,8 @@ class GraphRunner:
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._decode_sizes = _decode_sizes(max_num_seqs)
-        most = bisect_left(CAPTURED_PROMPT_TOKENS, max_num_batched_tokens)
-        self._prompt_sizes = CAPTURED_PROMPT_TOKENS[: most + 1]
-        self._mixed_sizes = [0, *(size for size in (16, 64) if size < max_num_seqs), max_num_seqs]
+        self._sizes = StepSizes(max_num_seqs, max_num_batched_tokens)
+        self._options = options or GraphOptions()
         self._graphs: dict[StepSize, _Graph] = {}
         self._decision = -1
         self._num_resident = 0
@@ -136,15 +121,10 @@ class GraphRunner:
         self._queue.close()
 
     def capture(self) -> None:
-        """Capture the graphs of all sizes, unless that was done."""
-        if self._graphs:
+        """Capture the graphs, unless that was done."""
+        sizes = self._sizes.captured(self._options.captured)
+        if self._graphs or not sizes:
             return
-        mixed = [
-            StepSize(decodes, tokens, CAPTURED_PROMPTS)
-            for tokens in self._prompt_sizes
-            for decodes in self._mixed_sizes
-        ]
-        sizes = [*reversed(mixed), *(StepSize(size) for size in reversed(self._decode_sizes))]
         pool = torch.cuda.graph_pool_handle()
         with _no_garbage_collected():
             for size in sizes:
@@ -184,15 +164,19 @@ class GraphRunner:
         if self._is_repeated(batch):
             changes = self._rows.changes(batch, ())
             count = len(batch)
-            resident = self._graphs[StepSize(self._decode_size(count))]
+            resident = self._graphs[self._sizes.padded(StepSize(count))]
             return _InOrder(self._queue.submit(lambda: self._run(changes, resident)[:count]), self._places)
         rows = batch.rows
         changes = self._rows.changes(batch, rows)
-        # The longest contexts first, so that the last programs to start are short ones.
-        decodes = sorted((row for row in rows if not row.is_prompt), key=lambda row: -row.start)
+        decodes = [row for row in rows if not row.is_prompt]
+        if self._options.longest_first:
+            decodes.sort(key=lambda row: -row.start)
         prompts = [row for row in rows if row.is_prompt]
-        size = self._size(len(decodes), sum(row.num_tokens for row in prompts), len(prompts))
-        graph, special = self._graphs.get(size), self._special(size, decodes, prompts)
+        own = StepSize(len(decodes), sum(row.num_tokens for row in prompts), len(prompts))
+        padded = self._sizes.padded(own)
+        graph = self._graphs.get(padded)
+        size = own if graph is None else padded
+        special = self._special(size, decodes, prompts)
         self._num_resident = 0 if graph is None or prompts or special else len(decodes)
         if not rows:
             return self._queue.submit(lambda: self._out[:0])
@@ -268,22 +252,6 @@ class GraphRunner:
                 special.append(_Special(row, place, self._rows.of([row.seq])[0], draw, unseen))
         return special
 
-    def _decode_size(self, count: int) -> int:
-        return self._decode_sizes[bisect_left(self._decode_sizes, count)]
-
-    def _size(self, decodes: int, tokens: int, prompts: int) -> StepSize:
-        """The size of the graph that a step fits, or its own."""
-        own = StepSize(decodes, tokens, prompts)
-        if not tokens:
-            size = StepSize(self._decode_size(decodes)) if decodes else own
-        elif tokens <= self._prompt_sizes[-1] and prompts <= CAPTURED_PROMPTS:
-            padded = self._prompt_sizes[bisect_left(self._prompt_sizes, tokens)]
-            mixed = self._mixed_sizes[bisect_left(self._mixed_sizes, decodes)]
-            size = StepSize(mixed, padded, CAPTURED_PROMPTS)
-        else:
-            size = own
-        return size if size in self._graphs else own
-
     def _inputs(self, size: StepSize, decode_rows: list[int], prompts: list[Row], prompt_rows: list[int]) -> np.ndarray:
         """The numbers of `StepRows`, one field after another, as `_views` finds them."""
         fields, scratch = _fields(size, self._tile), self._rows.scratch
@@ -352,11 +320,6 @@ def _no_garbage_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _decode_sizes(most: int) -> list[int]:
-    """Rows of the captured steps of decodes alone, close together, the largest being `most`."""
-    return sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})
 
 
 def _fields(size: StepSize, tile: int) -> list[tuple[int, int]]:

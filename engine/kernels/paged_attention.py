@@ -236,7 +236,7 @@ class DecodeCut:
 def decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
     """The cut for so many tokens: one span for each where they fill the device by themselves, shorter ones else.
 
-    Measured on an H100 by benchmarks/kernels.py. The lengths are not known here, so the kernel makes do with fewer
+    Measured on an H100 by benchmarks/step_kernels.py. The lengths are not known here, so the kernel makes do with fewer
     spans where a context is short.
     """
     if dtype == torch.float32:

@@ -9,6 +9,7 @@ import torch
 from engine_judge import GREEDY, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model
 from twinserve.engine.online import StepError
@@ -49,6 +50,10 @@ def test_open_settings_are_resolved(llama, serving):
             "max_num_batched_tokens is 512, expected at least max_model_len (1024)",
         ),
         ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
+        (
+            {"graph_options": GraphOptions(captured="none")},
+            "graph_options is GraphOptions(captured='none', longest_first=True), expected None where steps are no",
+        ),
         ({"token_maker": TokenMaker(513, 3)}, "expected 0 <= first_id < vocab_size <= 512"),
         ({"token_maker": TokenMaker(512, 1)}, "expected ids without 2, which ends a text"),
     ],

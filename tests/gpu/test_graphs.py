@@ -12,6 +12,7 @@ from engine_judge import GREEDY
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.models.loader import adopt_model
 from twinserve.policies import SamplingParams, Sequence
@@ -81,11 +82,13 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
     )  # fmt: skip
     theirs: Any = Qwen3ForCausalLM(config).to(torch.bfloat16).cuda().eval()
     settings = Settings(max_num_seqs=8, max_num_batched_tokens=2048, max_model_len=1024, num_gpu_blocks=256)
-    llm = LLM(adopt_model(theirs, device="cuda"), device="cuda", settings=settings, attention=attention)
+    llm = LLM(
+        adopt_model(theirs, device="cuda"), device="cuda", settings=settings, attention=attention,
+        graph_options=GraphOptions(captured="none"),
+    )  # fmt: skip
     prompts = [torch.randint(0, 4096, (length,)).tolist() for length in (3, 17, 200, 311, 640, 33)]
     seen: list[torch.Tensor] = []
     decoder, run = llm.runner._decoder, llm.runner._decoder.run  # type: ignore[union-attr]
-    llm.capture = lambda: None  # type: ignore[method-assign]
     decoder.run = lambda step, out: seen.append(run(step, out).clone()) or seen[-1]  # type: ignore[func-returns-value, method-assign]
     completions = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
     assert len(seen) == 24
@@ -165,3 +168,35 @@ def test_an_engine_that_is_garbage_does_not_end_the_capture_of_another(qwen3, se
     finally:
         gc.set_threshold(*thresholds)
     assert len(llm.generate([[5, 6, 7]], GREEDY)[0].token_ids) == GREEDY.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    [
+        (GraphOptions(), {True, False}),
+        (GraphOptions(captured="decodes"), {False}),
+        (GraphOptions(captured="none"), set()),
+        (GraphOptions(longest_first=False), {True, False}),
+    ],
+)
+def test_whatever_is_switched_off_the_tokens_are_right(qwen3, options, captured):
+    settings = Settings(max_num_seqs=8, max_model_len=512, block_size=16, num_gpu_blocks=128)
+    llm = LLM(qwen3.model, device="cuda", settings=settings, attention="triton", graph_options=options)
+    runner: Any = llm.runner
+    places: list[list[int]] = []
+    launch = runner.launch
+
+    def watched(batch: Any) -> Any:
+        step = launch(batch)
+        places.append(list(runner._places))
+        return step
+
+    runner.launch = watched
+    prompts = [[3 + place % 400 for place in range(length)] for length in (20, 200, 60)]
+    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        logits = qwen3.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < 1e-3
+    assert {bool(size.prompt_tokens) for size in runner._graphs} == captured
+    assert places[-1] == ([2, 0, 1] if options.longest_first else [0, 1, 2])
+    llm.close()

@@ -214,6 +214,8 @@ def test_the_router_is_told_what_is_outstanding():
     seen = []
 
     class Watching(RoundRobin):
+        is_blind = False
+
         def choose(self, request, replicas):
             seen.append([(r.index, r.outstanding_requests, r.outstanding_tokens) for r in replicas])
             return super().choose(request, replicas)
@@ -229,11 +231,15 @@ def test_the_router_is_told_what_is_outstanding():
 
 
 class LikeRoundRobin(RoundRobin):
-    """Does not say that it is blind."""
+    """Chooses as one that is blind, and does not say that it is."""
+
+    is_blind = False
 
 
 class LikeRandomChoice(RandomChoice):
-    """Does not say that it is blind."""
+    """Chooses as one that is blind, and does not say that it is."""
+
+    is_blind = False
 
 
 @pytest.mark.parametrize(("blind", "seeing"), [(RoundRobin, LikeRoundRobin), (RandomChoice, LikeRandomChoice)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import own_rules
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,12 @@ SETTINGS = {
     "chunks": {"num_gpu_blocks": 60, "long_prefill_token_threshold": 20, "max_num_partial_prefills": 2},
     "priority": {"num_gpu_blocks": 40, "scheduling_policy": "priority", "watermark": 0.05},
     "aged": {"num_gpu_blocks": 40, "scheduling_policy": "shortest", "scheduling_ageing": 2},
+    "one's own": {
+        "num_gpu_blocks": 40,
+        "scheduling_policy": f"{own_rules.__file__}:LastCome(window=3)",
+        "admission": f"{own_rules.__file__}:Roomy(spare=4)",
+        "victim": f"{own_rules.__file__}:FirstAdmitted",
+    },
     "cache-aware": {"num_gpu_blocks": 60, "scheduling_policy": "cache-aware"},
 }
 

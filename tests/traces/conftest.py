@@ -31,6 +31,9 @@ class Witness:
         self.recorder = recorder
         self.token_ends: dict[int, list[int]] = defaultdict(list)
 
+    def built(self, rules: dict[str, str | None]) -> None:
+        self.recorder.built(rules)
+
     def ingested(self, seq: Sequence, number: int) -> None:
         self.recorder.ingested(seq, number)
 

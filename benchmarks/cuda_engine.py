@@ -1,21 +1,13 @@
-"""What the benchmarks of the CUDA engine share: model, work, a loop around Core, clocks, and the results file."""
+"""The CUDA engine as its benchmarks have it, and the requests that it serves against the clock."""
 
 from __future__ import annotations
 
 import gc
-import json
 import random
-import shlex
-import statistics
-import sys
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import common
 import torch
 
 from twinserve.engine.llm import LLM
@@ -117,59 +109,3 @@ def close(llm: LLM) -> None:
     del llm.runner
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def device_us(call: Callable[[], object], repeats: int = 30) -> float:
-    """Microseconds of a call on the device, the mean over calls in a row."""
-    for _ in range(3):
-        call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / repeats * 1e3
-
-
-def graph_us(calls: Seq[Callable[[], object]], repeats: int = 20) -> float:
-    """Microseconds of a call, on the device alone: the median over replays of a graph of all of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which makes what the calls read
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [call() for call in calls]
-    seconds = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    del kept
-    return statistics.median(seconds) / len(calls) * 1e6
-
-
-def facts(commit: str | None) -> dict[str, Any]:
-    """The card, the versions, the commit and the command."""
-    return {
-        "card": torch.cuda.get_device_name(),
-        "versions": common.versions(),
-        "commit": commit or common.commit(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-    }
-
-
-def merge(path: Path, values: dict[str, Any]) -> None:
-    """Put `values` into a JSON file beside what is there; those of "repeats" one by one."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    repeats = old.get("repeats", {}) | values.get("repeats", {})
-    merged = old | values | ({"repeats": repeats} if repeats else {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """The kernels of a step: attention against the bandwidth, each kernel's time, steps by batch, and a timeline.
 
-    python benchmarks/kernels.py [--out FOLDER]
+    python benchmarks/step_kernels.py [--out FOLDER]
 
 Attention is timed by replays of a graph of some calls, a step by replays of its own, a kernel within a step by torch's
 profiler.
@@ -18,14 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from on_cuda import Work, close, device_us, facts, graph_us, make_llm, merge
+from cuda_engine import Work, close, make_llm
+from environment import cuda_facts, device_folder
+from result_files import RESULTS, merge
+from timing import device_us, graph_us
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from twinserve.engine.graphs.graph_runner import GraphRunner, StepSize
-from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention, prompt_tiles, tile_tokens
+from twinserve.engine.graphs.step_sizes import StepSize
 from twinserve.engine.llm import LLM
+from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models.decoder import Decoder
 from twinserve.policies import Sequence
 
@@ -36,11 +38,11 @@ CALLS = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     arguments = parser.parse_args()
-    folder = arguments.out / common.device_folder("cuda")
-    about = facts(arguments.commit)
+    folder = arguments.out / device_folder("cuda")
+    about = cuda_facts(arguments.commit)
     with torch.inference_mode():
         read = bandwidth()
         values: dict[str, Any] = about | {"read_gb_s": read, "decode_attention": list(decode_table(read))}
@@ -76,6 +78,8 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
     """Decode attention by batch and context, ours over blocks of 16 and 256 and flash-attn's over 256."""
     from flash_attn import flash_attn_with_kvcache
 
+    from twinserve.engine.kernels.paged_attention import decode_attention
+
     generator = random.Random(0)
     shapes = [(rows, context) for rows in (1, 8, 32, 131, 256) for context in (256, 1024, 4096)]
     cases = [(f"{rows} x {context}", [context] * rows) for rows, context in shapes if rows * context < 600_000]
@@ -102,14 +106,17 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
         )
         times["flash-attn, blocks of 256"] = graph_us([flash] * CALLS)
         least = sum(contexts) * KV_HEADS * SIZE * 4 / read_gb_s / 1e3
-        row = {"batch x context": name, "limit_us": round(least, 2)} | {key: round(us, 2) for key, us in times.items()}
-        print(row, flush=True)
-        yield row
+        measured: dict[str, Any] = {"batch x context": name, "limit_us": round(least, 2)}
+        measured |= {key: round(us, 2) for key, us in times.items()}
+        print(measured, flush=True)
+        yield measured
 
 
 def prefill_table() -> Iterator[dict[str, Any]]:
     """Attention of prompts, ours and flash-attn's, over blocks of 256."""
     from flash_attn import flash_attn_varlen_func
+
+    from twinserve.engine.kernels.paged_attention import prefill_attention, prompt_tiles, tile_tokens
 
     for name, spans in {
         "1 of 1,024": [(0, 1024)],
@@ -137,12 +144,12 @@ def prefill_table() -> Iterator[dict[str, Any]]:
             flash_attn_varlen_func, query, keys, values, queries, ends, *most, causal=True, block_table=tables
         )
         operations = sum(4 * HEADS * SIZE * (start * count + count * count / 2) for start, count in spans)
-        row = {"prompts": name}
+        measured: dict[str, Any] = {"prompts": name}
         for key, call in (("ours", ours), ("flash-attn", flash)):
             us = graph_us([call] * CALLS)
-            row |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
-        print(row, flush=True)
-        yield row
+            measured |= {f"{key}_us": round(us, 1), f"{key}_tflop_s": round(operations / us / 1e6, 1)}
+        print(measured, flush=True)
+        yield measured
 
 
 STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512, 400))
@@ -151,9 +158,8 @@ STEPS = ((1, 300), (8, 600), (32, 600), (64, 600), (131, 920), (256, 620), (512,
 def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str, Any]:
     """A step of decodes: its time, its kernels, and what its bytes alone would take."""
     runner = llm.runner
-    assert isinstance(runner, GraphRunner)
-    rows, size = runner._rows, StepSize(runner._decode_size(decodes))
-    graph = runner._graphs[size]
+    assert not isinstance(runner, ModelRunner), "its steps are no graphs"
+    rows, graph = runner._rows, runner._graphs[runner._sizes.padded(StepSize(decodes))]
     graph.inputs.fill_(rows.scratch)
     graph.inputs[:decodes] = torch.arange(decodes, dtype=torch.int32)
     width = (context + 100) // runner.block_size + 1
@@ -175,7 +181,7 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
             found[1] += event.device_time_total / 5
     kv_bytes = decodes * context * 2 * llm.config.num_kv_heads * llm.config.head_dim * 2 * llm.config.num_layers
     weights = weight_bytes(runner.model)
-    row = {
+    measured: dict[str, Any] = {
         "decodes": decodes,
         "context": context,
         "us": round(us, 1),
@@ -187,11 +193,11 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
             for name, (count, total) in sorted(kernels.items(), key=lambda item: -item[1][1])
         ],
     }
-    print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
-    for kernel in row["kernels"][:9]:
+    print({key: value for key, value in measured.items() if key != "kernels"}, flush=True)
+    for kernel in measured["kernels"][:9]:
         print("    ", kernel)
     runner._num_resident = 0
-    return row
+    return measured
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -220,9 +220,9 @@ class ModelRunner:
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         """The block table of each row, all of them within the pool."""
         for row in rows:
-            if row.seq.tokens_per_block != self.block_size or max(row.seq.block_table) >= self.num_blocks:
+            if row.seq.block_size != self.block_size or max(row.seq.block_table) >= self.num_blocks:
                 raise ValueError(
-                    f"{row.seq} holds blocks of {row.seq.tokens_per_block} tokens up to block {max(row.seq.block_table)}, "
+                    f"{row.seq} holds blocks of {row.seq.block_size} tokens up to block {max(row.seq.block_table)}, "
                     f"but this runner has {self.num_blocks} blocks of {self.block_size}"
                 )
         return [np.array(row.seq.block_table, dtype=np.int64) for row in rows]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter, OrderedDict
 
 from mypy_extensions import mypyc_attr
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
-
-_FEW = 64
-"""Entries that free cached blocks may have beyond four times their number."""
-
 
 ENDLESS = 1 << 62
 """More blocks than anybody asks for."""
@@ -25,25 +19,13 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool and the number of block tables that hold it.
+    """One block of the KV pool and the number of block tables that hold it."""
 
-    The counts of a pool lie side by side, by block id, in `ref_counts`.
-    """
+    __slots__ = ("block_id", "ref_count")
 
-    __slots__ = ("_ref_counts", "block_id")
-
-    def __init__(self, block_id: int, ref_counts: list[int] | None = None):
+    def __init__(self, block_id: int):
         self.block_id = block_id
-        self._ref_counts: Any = {block_id: 0} if ref_counts is None else ref_counts
-
-    @property
-    def ref_count(self) -> int:
-        """How many block tables hold it."""
-        return self._ref_counts[self.block_id]
-
-    @ref_count.setter
-    def ref_count(self, count: int) -> None:
-        self._ref_counts[self.block_id] = count
+        self.ref_count = 0
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
@@ -51,59 +33,6 @@ class Block:
 
     def __repr__(self) -> str:
         return f"Block({self.block_id}, ref_count={self.ref_count})"
-
-
-class FreeCachedBlocks:
-    """Free blocks that the prefix cache knows, in the order in which they are used again.
-
-    A block that is taken out of the middle stays where it was, to be passed over: entries side by side in a deque cost
-    a quarter of what the links of an OrderedDict cost, which lie all over the memory.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._entries: deque[int] = deque()
-        self._passed_over: dict[int, int] = {}  # how many entries of a block are, its first ones
-
-    def __iter__(self) -> Iterator[int]:
-        passed_over = self._passed_over.copy()
-        for block_id in self._entries:
-            if left := passed_over.get(block_id, 0):
-                passed_over[block_id] = left - 1
-            else:
-                yield block_id
-
-    def extend(self, block_ids: list[int]) -> None:
-        """Blocks become free, to be used after all others."""
-        self._entries.extend(block_ids)
-        self.size += len(block_ids)
-
-    def take(self, block_ids: list[int]) -> None:
-        """Take out these blocks, wherever they are."""
-        passed_over = self._passed_over
-        for block_id in block_ids:
-            passed_over[block_id] = passed_over.get(block_id, 0) + 1
-        self.size -= len(block_ids)
-        if len(self._entries) > 4 * self.size + _FEW:
-            self._entries = deque(self)
-            self._passed_over.clear()
-
-    def pop(self, count: int) -> list[int]:
-        """Take out the first `count` blocks."""
-        entries, passed_over, taken = self._entries, self._passed_over, list[int]()
-        self.size -= count
-        while count > len(taken):
-            block_ids = [entries.popleft() for _ in range(count - len(taken))]
-            if passed_over.keys().isdisjoint(block_ids):
-                taken += block_ids
-                continue
-            for block_id in block_ids:
-                left = passed_over.pop(block_id, 0)
-                if left > 1:
-                    passed_over[block_id] = left - 1
-                elif not left:
-                    taken.append(block_id)
-        return taken
 
 
 class BlockManager:
@@ -121,27 +50,26 @@ class BlockManager:
             raise ValueError(f"block_size is {block_size}, expected an integer >= 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.ref_counts = [0] * (num_blocks or 0)
-        self.blocks = [Block(i, self.ref_counts) for i in range(num_blocks or 0)]
+        self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
-        self._cached = FreeCachedBlocks()
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free ones that can be, in the order of their next use
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
+        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.ref_counts) - len(self._blank) - self._cached.size
+        return len(self.blocks) - len(self._blank) - len(self._cached)
 
     @property
     def used_block_ids(self) -> set[int]:
         """The blocks that some sequence holds; a new set, so it costs the pool's size."""
-        return {block_id for block_id, count in enumerate(self.ref_counts) if count}
+        return {block.block_id for block in self.blocks if block.ref_count}
 
     @property
     def free_block_ids(self) -> list[int]:
@@ -186,16 +114,16 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         table, num_cached = seq.block_table, seq.num_registered_blocks
-        ref_counts, freed = self.ref_counts, []
+        blocks = self.blocks
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
-            ref_counts[block_id] = 0
+            blocks[block_id].reset()
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(table[:num_cached]):
-            count = ref_counts[block_id] = ref_counts[block_id] - 1
-            if not count:
-                freed.append(block_id)
-        self._cached.extend(freed)
+            block = blocks[block_id]
+            block.ref_count -= 1
+            if not block.ref_count:
+                self._cached[block_id] = None
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_blocks = 0
         self._holders.pop(seq, None)
@@ -247,7 +175,7 @@ class BlockManager:
 
         A hit block that nobody holds is free until then, so it counts.
         """
-        return self.blocks_for(num_tokens) - sum(map(bool, map(self.ref_counts.__getitem__, hits)))
+        return self.blocks_for(num_tokens) - sum([self.blocks[block_id].ref_count > 0 for block_id in hits])
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
         """Give `seq`, which holds none, the cached blocks `hits` and new ones for `num_tokens` tokens behind them."""
@@ -257,10 +185,11 @@ class BlockManager:
         needed = self.blocks_to_take(hits, num_hit_tokens + num_tokens)
         if needed > self.num_free_blocks:
             raise NoFreeBlocksError(f"{seq} needs {needed} blocks, {self.num_free_blocks} are free")
-        ref_counts = self.ref_counts
-        self._cached.take([block_id for block_id in hits if not ref_counts[block_id]])
         for block_id in hits:
-            ref_counts[block_id] += 1
+            block = self.blocks[block_id]
+            if not block.ref_count:
+                del self._cached[block_id]
+            block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
         seq.num_cached_tokens = num_hit_tokens
@@ -295,29 +224,28 @@ class BlockManager:
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
             self._blank[:0] = reversed(list(self._cached))
-            self._cached = FreeCachedBlocks()
+            self._cached.clear()
         return True
 
     def take(self, count: int) -> list[int]:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        ref_counts, blank = self.ref_counts, self._blank
+        blank, blocks = self._blank, self.blocks
         taken = blank[: -count - 1 : -1]
         del blank[len(blank) - len(taken) :]
         lacking = count - len(taken)
         if lacking and self.num_blocks is None:
-            new_ids = range(len(ref_counts), len(ref_counts) + lacking)
-            ref_counts += [0] * lacking
-            self.blocks += [Block(block_id, ref_counts) for block_id in new_ids]
+            new_ids = list(range(len(blocks), len(blocks) + lacking))
+            blocks += [Block(block_id) for block_id in new_ids]
             taken += new_ids
         elif lacking:
             assert self.prefix_cache is not None
-            evicted = self._cached.pop(lacking)
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(lacking)]
             self.prefix_cache.remove(evicted)
             taken += evicted
         for block_id in taken:
-            ref_counts[block_id] = 1
+            blocks[block_id].ref_count = 1
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
@@ -74,7 +74,7 @@ BLOCK_SIZE = 256
 class _BlockSize:
     """Tokens in a block: of the class, what a sequence has that no pool has seen yet; of a sequence, its pool's."""
 
-    def __get__(self, seq: Sequence | None, owner: type[Sequence]) -> object:
+    def __get__(self, seq: Sequence | None, owner: type[Sequence]) -> Any:
         return BLOCK_SIZE if seq is None else seq.tokens_per_block
 
     def __set__(self, seq: Sequence, block_size: int) -> None:

@@ -179,7 +179,7 @@ class Watcher:
         self.preemptions += len(batch.preempted)
         written: set[int] = set()
         for row in rows:
-            hit = row.start // row.seq.tokens_per_block if row in batch.admitted else 0
+            hit = row.start // row.seq.block_size if row in batch.admitted else 0
             self.same_step_hits += bool(written & set(row.seq.block_table[:hit]))
             written |= set(row.seq.block_table[hit:])
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from twinserve import progress
-from twinserve.policies import Batch
+from twinserve.policies import Batch, Sequence
 
 
 class Terminal(io.StringIO):
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 def step(running: int, waiting: int, used_blocks: int, sampled: int) -> Batch:
     batch = Batch(1)
     batch.num_running, batch.num_waiting, batch.num_used_blocks = running, waiting, used_blocks
-    batch.num_sampled = sampled
+    batch.seqs = [Sequence([1])] * sampled
     return batch
 
 

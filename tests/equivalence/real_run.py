@@ -58,7 +58,7 @@ class CountingRecorder(RunRecorder):
             self.counts["preemptions"] += 1
             self._lost[seq.seq_id] = self.running.pop(seq.seq_id)
         for row in batch.admitted:
-            self._admitted(row.seq, row.start // row.seq.tokens_per_block)
+            self._admitted(row.seq, row.start // row.seq.block_size)
 
     def _admitted(self, seq: Sequence, num_hits: int) -> None:
         """Count whose blocks the first `num_hits` of an admitted sequence are."""

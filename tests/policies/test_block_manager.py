@@ -1,12 +1,9 @@
 """BlockManager: who holds which block, and in which order free blocks are used again."""
 
-import pickle
-import random
-
 import pytest
 
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Sequence
-from twinserve.policies.block_manager import FreeCachedBlocks, NoFreeBlocksError
+from twinserve.policies.block_manager import NoFreeBlocksError
 
 
 def sequence(num_tokens: int, first: int = 0) -> Sequence:
@@ -151,22 +148,3 @@ def test_integrity_check_notices_a_wrong_reference_count():
     manager.blocks[0].ref_count = 2
     with pytest.raises(AssertionError, match="is in 1 block tables"):
         manager.check_integrity()
-
-
-@pytest.mark.parametrize("evicts", [False, True])
-def test_free_cached_blocks_keep_their_order_and_take_no_more_room_however_often_they_are_hit(evicts):
-    blocks, model, draws = FreeCachedBlocks(), list(range(50)), random.Random(5)
-    blocks.extend(model)
-    at_first = len(pickle.dumps(blocks))
-    for _ in range(3000):
-        hits = draws.sample(model, draws.randint(1, len(model)))
-        blocks.take(hits)
-        model = [block_id for block_id in model if block_id not in hits]
-        assert list(blocks) == model
-        count = draws.randint(0, len(model)) if evicts else 0
-        first, model = model[:count], model[count:]
-        assert blocks.pop(count) == first
-        blocks.extend([*hits, *first])
-        model += [*hits, *first]
-        assert list(blocks) == model and blocks.size == 50
-        assert len(pickle.dumps(blocks)) < 10 * at_first

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS = 1 << 62
+ENDLESS: Final = 1 << 62
 """More blocks than anybody asks for."""
 
 
@@ -214,7 +215,8 @@ class BlockManager:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
         num_full = num_tokens // self.block_size
         if self.prefix_cache is not None and num_full < seq.num_registered_blocks:
-            self.prefix_cache.remove(seq.block_table[num_full : seq.num_registered_blocks])
+            for block_id in seq.block_table[num_full : seq.num_registered_blocks]:
+                self.prefix_cache.remove(block_id)
             seq.num_registered_blocks = num_full
 
     def reset_prefix_cache(self) -> bool:
@@ -231,21 +233,19 @@ class BlockManager:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blank, blocks = self._blank, self.blocks
-        taken = blank[: -count - 1 : -1]
-        del blank[len(blank) - len(taken) :]
-        lacking = count - len(taken)
-        if lacking and self.num_blocks is None:
-            new_ids = list(range(len(blocks), len(blocks) + lacking))
-            blocks += [Block(block_id) for block_id in new_ids]
-            taken += new_ids
-        elif lacking:
-            assert self.prefix_cache is not None
-            evicted = [self._cached.popitem(last=False)[0] for _ in range(lacking)]
-            self.prefix_cache.remove(evicted)
-            taken += evicted
-        for block_id in taken:
+        blank, blocks, taken = self._blank, self.blocks, list[int]()
+        while len(taken) < count:
+            if blank:
+                block_id = blank.pop()
+            elif self.num_blocks is None:
+                block_id = len(blocks)
+                blocks.append(Block(block_id))
+            else:
+                block_id = self._cached.popitem(last=False)[0]
+                if self.prefix_cache is not None:
+                    self.prefix_cache.remove(block_id)
             blocks[block_id].ref_count = 1
+            taken.append(block_id)
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
@@ -262,9 +262,7 @@ class BlockManager:
             return
         assert cache is not None
         packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
-        new_hashes, new_contents = cache.hash_chain(packed, 4 * size, hashes[-1] if hashes else cache.root(seq.salt)[0])
-        hashes += new_hashes
-        contents += new_contents
+        cache.extend_chain(hashes, contents, packed, 4 * size, cache.root(seq.salt)[0])
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of the pool does not hold. Costs the pool's size."""

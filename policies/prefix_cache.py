@@ -72,17 +72,17 @@ class PrefixCache:
         prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(8, "little")
         return xxhash.xxh64_intdigest(prefix + token_bytes(token_ids))
 
-    def hash_chain(self, packed: bytes, block_bytes: int, prefix_hash: int) -> tuple[list[int], list[bytes | None]]:
-        """The hashes of the blocks that tokens (see `token_bytes`) fill behind a prefix, and their contents."""
+    def extend_chain(
+        self, hashes: list[int], contents: list[bytes | None], packed: bytes, block_bytes: int, root_hash: int
+    ) -> None:
+        """Add the blocks that tokens (see `token_bytes`) fill behind a chain, which begins with `root_hash`."""
         digest, length, seed = self._digest, self._hash_bytes, self.seed
-        contents = [packed[begin : begin + block_bytes] for begin in range(0, len(packed), block_bytes)]
-        hashes = []
-        prefix = b"" if prefix_hash == -1 else prefix_hash.to_bytes(length, "little")
-        for content in contents:
-            block_hash = digest(prefix + content, seed)
-            prefix = block_hash.to_bytes(length, "little")
-            hashes.append(block_hash)
-        return hashes, contents  # type: ignore[return-value]
+        before = hashes[-1] if hashes else root_hash
+        for begin in range(0, len(packed), block_bytes):
+            content = packed[begin : begin + block_bytes]
+            before = digest(content if before == -1 else before.to_bytes(length, "little") + content, seed)
+            hashes.append(before)
+            contents.append(content)
 
     def root(self, salt: str) -> tuple[int, int]:
         """The hash and the prefix number that the chains of sequences with this salt begin with."""
@@ -95,7 +95,9 @@ class PrefixCache:
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
         whole = token_ids[: len(token_ids) // block_size * block_size]
-        block_ids = self.match(*self.hash_chain(token_bytes(whole), 4 * block_size, self.root_hash), self.ROOT)
+        hashes, contents = list[int](), list[bytes | None]()
+        self.extend_chain(hashes, contents, token_bytes(whole), 4 * block_size, self.root_hash)
+        block_ids = self.match(hashes, contents, self.ROOT)
         return block_ids, len(block_ids) * block_size
 
     def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
@@ -104,7 +106,8 @@ class PrefixCache:
         is_first = prefix_hash in (-1, self.root_hash)
         parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
         packed = token_bytes(token_ids)
-        hashes, contents = self.hash_chain(packed, len(packed), self.root_hash if is_first else prefix_hash)
+        hashes, contents = list[int](), list[bytes | None]()
+        self.extend_chain(hashes, contents, packed, len(packed), self.root_hash if is_first else prefix_hash)
         self.register_chain([block_id], hashes, contents, 0, 1, parent)
         return hashes[0]
 
@@ -168,22 +171,20 @@ class PrefixCache:
             for numbers in (self._parents, self._prefixes):
                 numbers.frombytes(bytes(8 * (block_id + 1)))
 
-    def remove(self, block_ids: list[int]) -> None:
-        """Forget what blocks held; another block of equal hash takes one's place in `hash_to_block_id`."""
-        by_hash, known, stored, equal_hash = self.hash_to_block_id, self._hashes, self._contents, self._equal_hash
-        for block_id in block_ids:
-            block_hash = known[block_id]
-            known[block_id] = stored[block_id] = None
-            if block_hash not in equal_hash:
-                del by_hash[block_hash]
-                continue
-            others = equal_hash[block_hash]
-            if by_hash[block_hash] == block_id:
-                by_hash[block_hash] = others.pop(0)
-            else:
-                others.remove(block_id)
-            if not others:
-                del equal_hash[block_hash]
+    def remove(self, block_id: int) -> None:
+        """Forget what a block held; another block of equal hash takes its place in `hash_to_block_id`."""
+        block_hash = self._hashes[block_id]
+        self._hashes[block_id] = self._contents[block_id] = None
+        others = self._equal_hash.get(block_hash)
+        if others is None:
+            del self.hash_to_block_id[block_hash]
+            return
+        if self.hash_to_block_id[block_hash] == block_id:
+            self.hash_to_block_id[block_hash] = others.pop(0)
+        else:
+            others.remove(block_id)
+        if not others:
+            del self._equal_hash[block_hash]
 
     def prefix_of(self, block_id: int) -> int:
         """The number of the prefix that ends with `block_id`."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence as Seq
-from itertools import repeat
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
@@ -16,9 +15,10 @@ from twinserve.policies.sequence import Sequence, SequenceStatus
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
-RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED
+RUNNING: Final = SequenceStatus.RUNNING
+FINISHED: Final = SequenceStatus.FINISHED
 
-UNLIMITED = 1 << 62
+UNLIMITED: Final = 1 << 62
 """A limit that is none; an integer, as all limits are."""
 
 
@@ -141,11 +141,11 @@ class Scheduler:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
         is_mixed = self.composition == "mixed"
         batch = Batch(1 if is_mixed else 0)
-        self._serve(list(self._running), batch, prompts=True, decodes=is_mixed)
+        self._serve([seq for seq in self._running if is_mixed or not seq.has_sampled], batch)
         self._admit(batch)
         if not (is_mixed or batch):
             batch.usual_tokens = 1
-            self._serve(list(self._running), batch, prompts=False, decodes=True)
+            self._serve([seq for seq in self._running if seq.has_sampled], batch)
         if batch.usual_tokens and len(batch) < len(self._running):
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
@@ -158,7 +158,7 @@ class Scheduler:
             self.in_flight.append(batch)
         return batch
 
-    def _serve(self, seqs: list[Sequence], batch: Batch, *, prompts: bool, decodes: bool) -> None:
+    def _serve(self, seqs: list[Sequence], batch: Batch) -> None:
         """Give running sequences, in this order, the tokens that they know and have not computed, as far as the limits
         let them; preempt where there is no room for their blocks.
 
@@ -167,8 +167,7 @@ class Scheduler:
         limit, left = self.long_prefill_token_threshold, self.max_num_batched_tokens - batch.num_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
         for seq in seqs:
-            is_decode = seq.has_sampled
-            if not (decodes if is_decode else prompts) or (preempted and seq.status is not RUNNING):
+            if preempted and seq.status is not RUNNING:
                 continue
             start, in_flight = seq.num_computed_tokens, seq.num_in_flight
             known = seq.num_tokens + in_flight
@@ -195,24 +194,27 @@ class Scheduler:
                 batch.chunks.append(seq)
             else:
                 seq.num_in_flight = in_flight + 1
-            if not is_decode:
+            if end >= held or not seq.has_sampled:  # else no block has become full
+                self.block_manager.register(seq, min(end, seq.num_tokens))
+            if not seq.has_sampled:
                 batch.prompts.append(seq)
                 seq.has_sampled = end == known
-            if end >= held or not is_decode:  # else no block has become full
-                self.block_manager.register(seq, min(end, seq.num_tokens))
         batch.num_tokens = self.max_num_batched_tokens - left
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go."""
         manager = self.block_manager
-        while manager.num_missing(seq, num_tokens) > manager.num_free_blocks:
+        missing = manager.num_missing(seq, num_tokens)
+        while missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             self._preempt(victim, batch)
             if victim is seq:
                 return False
-        batch.grown.append((seq, manager.extend(seq, num_tokens)))
+        block_ids = manager.take(missing)
+        manager.grow(seq, block_ids)
+        batch.grown.append((seq, block_ids))
         return True
 
     def _admit(self, batch: Batch) -> None:
@@ -229,7 +231,7 @@ class Scheduler:
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
-            self._serve([seq], batch, prompts=True, decodes=False)
+            self._serve([seq], batch)
             batch.admitted.append(Row(seq, seq.num_cached_tokens, num_tokens, seq.has_sampled, True))
 
     def has_place(self, budget: int) -> bool:
@@ -302,18 +304,20 @@ class Scheduler:
         sampled = batch.sampled
         tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
-        ended: list[Sequence] = []
-        for seq, token_id in zip(sampled, repeat(-1) if tokens is None else tokens, strict=False):
+        eos = -1 if eos_token_id is None else eos_token_id
+        is_ahead, ended = batch.is_ahead, list[Sequence]()
+        for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
                 continue
             num_tokens = seq.num_tokens = seq.num_tokens + 1
             in_flight = seq.num_in_flight = seq.num_in_flight - 1
             reason = "length" if num_tokens >= seq.final_length else None
             if tokens is not None:
+                token_id = tokens[place]
                 seq.token_ids.append(token_id)
-                if token_id == eos_token_id or seq.stop_token_ids:
-                    reason = "stop" if seq.sampling_params.stops(token_id, eos_token_id) else reason
-            if batch.is_ahead and not in_flight and seq.num_computed_tokens == seq.num_block_tokens:
+                if (token_id == eos or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
+                    reason = "stop"
+            if is_ahead and not in_flight and seq.num_computed_tokens == seq.num_block_tokens:
                 self.block_manager.register(seq, seq.num_computed_tokens)
             if reason is not None:
                 self._end(seq, reason)

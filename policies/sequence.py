@@ -59,7 +59,7 @@ class SamplingParams:
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
-    def stops(self, token_id: int, eos_token_id: int | None) -> bool:
+    def stops(self, token_id: int, eos_token_id: int) -> bool:
         """Does the token end a sequence, whatever its length?"""
         return (token_id == eos_token_id or token_id in self.stop_token_ids) and not self.ignore_eos
 

@@ -160,7 +160,7 @@ def rates(repeats: int, pool: int) -> dict[str, float]:
         packed = array("I", tokens).tobytes()
 
         def hashing(cache: PrefixCache = cache, size: int = 4 * block_size, packed: bytes = packed) -> None:
-            cache.hash_chain(packed, size, -1)
+            cache.extend_chain([], [], packed, size, -1)
 
         found[f"hash_{block_size}"] = 1 / timed(hashing, repeats, len(tokens))["min"]
     for held, known in itertools.product((True, False), (False, True)):

@@ -80,10 +80,11 @@ class Batch:
             self.chunks.remove(seq)
         if row.is_prompt:
             self.prompts.remove(seq)
+            self.num_prompt_tokens -= row.num_tokens
         return row
 
     def count(self) -> None:
-        """Work out the totals, once every row is there."""
+        """Work out the totals of contexts, once every row is there."""
         num_kv_tokens = sum(self.starts) + self.num_tokens
         num_pairs = num_kv_tokens
         if self.num_tokens > len(self.seqs):
@@ -91,7 +92,6 @@ class Batch:
             for start, length in zip(self.starts, self.lengths, strict=True):
                 num_pairs += start * length + length * (length + 1) // 2
         self.num_kv_tokens, self.num_attention_pairs = num_kv_tokens, num_pairs
-        self.num_prompt_tokens = sum(row.num_tokens for row in self.rows if row.is_prompt) if self.prompts else 0
 
     @property
     def num_decode_tokens(self) -> int:

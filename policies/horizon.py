@@ -106,19 +106,18 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
         held, computed = seq.num_block_tokens, seq.num_computed_tokens
         last = computed + num_steps * num_tokens
         begun += [((end - computed) // num_tokens + 1, place) for end in range(held, last, size)]
-        registered = min(computed, seq.num_tokens)  # of a decode, and so in each decision, or of a chunk
-        last_known = registered + num_steps * num_tokens
-        ends = range((seq.num_registered_blocks + 1) * size, last_known + 1, size)
-        full += [(-((registered - end) // num_tokens), place, end) for end in ends]
+        if manager.prefix_cache is not None:
+            shown = min(computed, seq.num_tokens)  # to the cache, and from now on `num_tokens` more by each decision
+            ends = range((seq.num_registered_blocks + 1) * size, shown + num_steps * num_tokens + 1, size)
+            full += [(-((shown - end) // num_tokens), place, end) for end in ends]
         seq.num_computed_tokens = last
         if seq not in chunks:
             seq.num_tokens += num_steps
             past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
             assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
     grown = _take_blocks(scheduler, batch, sorted(begun))
-    if manager.prefix_cache is not None:
-        for _, place, end in sorted(full):
-            manager.register(batch.seqs[place], end)
+    for _, place, end in sorted(full):
+        manager.register(batch.seqs[place], end)
     used_blocks = manager.num_used_blocks
     for behind in range(len(scheduler.in_flight)):
         now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch

@@ -198,6 +198,7 @@ class Scheduler:
                 self.block_manager.register(seq, min(end, seq.num_tokens))
             if not seq.has_sampled:
                 batch.prompts.append(seq)
+                batch.num_prompt_tokens += num_tokens
                 seq.has_sampled = end == known
         batch.num_tokens = self.max_num_batched_tokens - left
 

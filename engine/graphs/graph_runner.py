@@ -192,7 +192,7 @@ class GraphRunner:
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
-        changed = batch.admitted or batch.left or batch.preempted or batch.prompts
+        changed = batch.admitted or batch.left or batch.preempted or batch.prompts or batch.skipped
         return not changed and len(batch) == self._num_resident > 0
 
     def _run(

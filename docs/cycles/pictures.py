@@ -2,7 +2,7 @@
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle7.svg and group.svg into the folder beside it. With --check nothing is written, and the exit
+Writes cycle1.svg ... cycle7.svg and step.svg into the folder beside it. With --check nothing is written, and the exit
 status is 1 where a picture is another.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from svg import INK, MUTED, PAPER, Drawing
+
+from twinserve.policies import BlockManager, SamplingParams, Scheduler, Sequence
 
 FOLDER = Path(__file__).with_name("pictures")
 NOW, KEPT, AGAIN = "#93c5fd", "#e5e7eb", "#fcd34d"
@@ -194,44 +196,48 @@ def cycle7() -> Drawing:
     return drawing
 
 
-def group() -> Drawing:
-    """Four decodes counted by one clock: lengths, buckets, and the array of tokens."""
-    drawing = Drawing(640, 300, "A group of decodes and its clock: blocks of four tokens, the clock at 6")
-    bases, clock, block = {"A": 5, "B": 9, "C": 14, "D": 8}, 6, 4
-    drawing.text(20, 26, f"One clock counts for all: {clock}", bold=True)
-    for row, (name, base) in enumerate(bases.items()):
-        y = 40 + 26 * row
-        drawing.box(20, y, 22, 22, OF_SEQUENCE[name], name)
-        drawing.text(52, y + 15, f"length {base} + {clock} = {base + clock}")
-    drawing.text(20, 172, "A step adds 1 to the clock", color=MUTED)
-    drawing.text(230, 26, "Buckets: who begins a block when", bold=True)
-    for phase in range(block):
-        y = 40 + 26 * phase
-        is_due = phase == clock % block
-        drawing.box(230, y, 190, 22, NOW if is_due else KEPT)
-        drawing.text(236, y + 15, f"clock % {block} = {phase}", color=INK if is_due else MUTED)
-        members = [name for name, base in bases.items() if -base % block == phase]
-        for place, name in enumerate(members):
-            drawing.box(330 + 26 * place, y + 2, 18, 18, OF_SEQUENCE[name], name)
-    drawing.text(230, 172, "Only the bucket that is due is looked at", color=MUTED)
-    drawing.text(460, 26, "Tokens: a row a step", bold=True)
-    for row in range(block):
-        y = 62 + 26 * row
-        drawing.text(620, y + 15, f"step {clock - block + 1 + row}", anchor="end", color=MUTED)
-        for place, name in enumerate(bases):
-            fill = OF_SEQUENCE[name] if name == "C" else KEPT
-            drawing.box(460 + 26 * place, y, 24, 22, fill, "abcd"[place] + str(clock - block + 1 + row))
-    for place, name in enumerate(bases):
-        drawing.text(472 + 26 * place, 54, name, anchor="middle", color=MUTED)
-    drawing.arrow(524, 170, 524, 196)
-    for place in range(block):
-        number = clock - block + 1 + place
-        drawing.box(460 + 34 * place, 200, 32, 24, OF_SEQUENCE["C"], f"c{number}")
-    drawing.text(452, 216, "C's full block, one strided slice:", anchor="end")
-    drawing.text(
-        20, 262, "Who joins gets base = length - clock, a bucket and a column; who leaves takes its tokens along."
+def step() -> Drawing:
+    """One decision of the policies, as they make it: two decodes, the next piece of a prompt, and who waited."""
+    block, budget = 4, 12
+    scheduler = Scheduler(
+        BlockManager(16, block),
+        composition="mixed",
+        max_num_batched_tokens=budget,
+        enable_chunked_prefill=True,
+        long_prefill_token_threshold=6,
     )
-    drawing.text(20, 284, "Ends by length are buckets too. A step costs what is due, not what runs.", color=MUTED)
+    for number, (prompt, max_tokens) in enumerate([(4, 6), (2, 6), (14, 6)]):
+        scheduler.add(
+            Sequence([100 * number + place for place in range(prompt)], SamplingParams(max_tokens=max_tokens))
+        )
+    first = scheduler.schedule()
+    scheduler.postprocess(first, [7] * first.num_sampled)
+    scheduler.add(Sequence([900, 901, 902, 903, 904], SamplingParams(max_tokens=6)))
+    held = {seq: len(seq.block_table) for seq in scheduler.running}
+    batch = scheduler.schedule()
+    drawing = Drawing(720, 268, f"A step: {batch.num_tokens} tokens of {budget}, blocks of {block}")
+    drawing.text(20, 26, "running, by admission", color=MUTED)
+    drawing.text(165, 26, "tokens", color=MUTED)
+    for x, name in ((560, "start"), (610, "tokens"), (665, "samples")):
+        drawing.text(x, 26, name, anchor="middle", color=MUTED)
+    for place, row in enumerate(batch.rows):
+        y = 40 + 46 * place
+        name = "admitted" if row in batch.admitted else "prompt, a chunk" if row.is_prompt else "decode"
+        drawing.box(20, y, 24, 24, OF_SEQUENCE["ABCD"[place]], "ABCD"[place])
+        drawing.text(52, y + 16, name)
+        for token in range(row.seq.num_tokens):
+            end = row.start + row.num_tokens
+            x = 165 + 24 * token + 4 * (token // block)
+            fill = KEPT if token < row.start else NOW if token < end else PAPER
+            drawing.box(x, y, 22, 24, fill, dashed=token >= end)
+        begun = len(row.seq.block_table) - held.get(row.seq, 0)
+        if begun:
+            drawing.text(
+                165, y + 38, f"takes {begun} block{'s' * (begun > 1)}: {row.seq.block_table[-begun:]}", color=MUTED
+            )
+        for x, value in ((560, row.start), (610, row.num_tokens), (665, "yes" if row.samples else "no")):
+            drawing.text(x, y + 16, str(value), anchor="middle")
+    _legend(drawing, 248, [(KEPT, "computed before"), (NOW, "computed by this step"), (PAPER, "for later steps")])
     return drawing
 
 
@@ -243,7 +249,7 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle5.svg": cycle5,
     "cycle6.svg": cycle6,
     "cycle7.svg": cycle7,
-    "group.svg": group,
+    "step.svg": step,
 }
 
 

@@ -232,7 +232,7 @@ class LastCome(FirstCome):
     """A waiting queue whose latest arrival is admitted first."""
 
     def push(self, seq: Sequence) -> None:
-        self.appendleft(seq)
+        self.push_preempted(seq)
 
 
 def test_another_order_of_the_waiting_queue_is_noticed(record):

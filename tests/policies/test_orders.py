@@ -202,7 +202,7 @@ def test_a_prompt_that_ends_in_this_step_is_not_partial():
 
 
 def test_a_decode_that_was_admitted_later_is_behind_a_prompt_in_the_running_order_and_gets_its_blocks_after_it():
-    """The short prompt decodes, and joins the group, before the long one does; order is that of admission."""
+    """The short prompt decodes before the long one does; order is that of admission."""
     scheduler = mixed(budget=64, long_prefill_token_threshold=4)
     scheduler.add(sequence(12, 9, seq_id=0))
     scheduler.add(sequence(3, 9, seq_id=1))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from twinserve.engine.llm import LLM
+from twinserve.engine.options import EngineOptions
 from twinserve.progress import Bar
 from twinserve.tables import comparison_table
 from twinserve.traces.compare import compare
@@ -48,7 +49,7 @@ def main() -> int:
     if arguments.traces is None:
         print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
         return 2
-    profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
+    profiled = load_llm(EngineOptions(), Settings())
     samples = measure_steps(
         profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
     )

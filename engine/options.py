@@ -14,7 +14,6 @@ Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "triton", "flash", "sdpa"]
 Execution = Literal["auto", "graphs", "eager"]
 Quantization = Literal["none", "int8"]
-KvCacheDtype = Literal["auto", "fp8"]
 
 GPU_MEMORY_UTILIZATION = 0.9
 
@@ -48,7 +47,7 @@ class EngineOptions(BaseModel):
     quantization: Quantization = Field(
         default="none", description="int8: linear layers and embedding of a byte a weight, and a scale a row"
     )
-    kv_cache_dtype: KvCacheDtype = Field(
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="auto: as dtype; fp8: a byte a number (e4m3, unscaled), with triton alone"
     )
     gpu_memory_utilization: float = Field(

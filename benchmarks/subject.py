@@ -136,7 +136,7 @@ class Subject:
             device=self.device,
             load_format="dummy" if self.is_random else "auto",
             settings=settings,
-            attention=attention,  # type: ignore[arg-type]
+            attention=attention,
             execution="eager",  # the cycles build the paged engine up to here; what graphs add is measured by itself
             **{"dtype": self.dtype, **model_options},
         )

@@ -19,6 +19,7 @@ from environment import commit, versions
 from result_files import RESULTS, write_json
 
 from twinserve.engine.llm import LLM
+from twinserve.engine.options import EngineOptions
 from twinserve.progress import Bar
 from twinserve.tables import comparison_table
 from twinserve.traces.compare import compare
@@ -45,7 +46,7 @@ def main() -> int:
     if arguments.traces is None:
         print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
         return 2
-    profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
+    profiled = load_llm(EngineOptions(), Settings())
     samples = measure_steps(
         profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
     )

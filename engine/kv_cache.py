@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from twinserve.engine.options import GPU_MEMORY_UTILIZATION
 from twinserve.traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from twinserve.engine.models.config import ModelConfig
 
 CPU_BUDGET_BYTES = 1 << 30
-GPU_MEMORY_UTILIZATION = 0.9
 
 
 class KVCache:
@@ -71,11 +71,8 @@ def default_num_blocks(
         step_bytes: of the largest step, where it was measured; None takes a tenth of what is left.
 
     Raises:
-        InputError: `gpu_memory_utilization` is not between 0 and 1, or leaves nothing.
+        InputError: `gpu_memory_utilization` leaves nothing.
     """
-    if not 0 < gpu_memory_utilization < 1:
-        problem = "expected a number between 0 and 1"
-        raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
     device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype)
     if device.type != "cuda":
         return max(1, CPU_BUDGET_BYTES // block_bytes)

@@ -14,16 +14,16 @@ from torch import nn
 
 from twinserve.engine.device_queue import compute_on, device_name, usable_device
 from twinserve.engine.graphs.step_sizes import GraphOptions
-from twinserve.engine.kv_cache import GPU_MEMORY_UTILIZATION, default_num_blocks
-from twinserve.engine.layers.choice import Execution, choose_attention
+from twinserve.engine.kv_cache import default_num_blocks
+from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
-from twinserve.engine.models import Decoder, adopt_model, load_model
-from twinserve.engine.models.decoder import QUANTIZATIONS, Quantization
-from twinserve.engine.models.dummy import dummy_model
+from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model
+from twinserve.engine.models.dummy import dummy_model, shape_folder
 from twinserve.engine.models.int8 import quantize_decoder
-from twinserve.engine.models.loader import DTYPES
+from twinserve.engine.models.loader import DTYPES, config_of
 from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
+from twinserve.engine.options import EngineOptions
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.errors import InputError
@@ -33,8 +33,6 @@ from twinserve.traces.settings import Settings
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner
-
-KV_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -70,39 +68,30 @@ class LLM:
     the next run is served.
 
     Args:
-        model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied).
+        model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied); with
+            `load_format="dummy"`, a folder with config.json or a shape that ships.
         tokenizer: for a model given as a module; a folder's is found in it.
         name: what to call the model; None is the folder's name, or the module's class.
-        device: "cpu", "cuda", ...
-        dtype: "float32" or "bfloat16"; of the weights of a folder or a transformers model, once loaded.
         settings: of the policies; None is vLLM's defaults. What they leave open is decided here: `max_model_len` is the
             model's, `num_gpu_blocks` what fits 1 GiB (CPU) or all that is left (CUDA), and
             `block_size`, where it was not given, the attention backend's own: 256 with flash, else 16.
-        attention: the attention backend; "auto" takes triton in graphs, else flash where it can serve, else sdpa.
-        execution: of steps: "graphs", CUDA graphs of fused kernels, or "eager", kernel by kernel by torch; "auto" takes
-            graphs on CUDA.
         graph_options: what is switched off in steps that are graphs; None is nothing.
-        load_format: "dummy" gives random weights, made from `seed`, to the shape that `model` names: a folder with
-            config.json, or a shape that ships (`twinserve.engine.models.dummy`); "auto" loads what there is.
-        quantization: "int8" keeps the weights of linear layers and of the embedding in int8 and runs from them, while
-            the layers give each other `dtype`; "none" keeps all in `dtype`. None is "none", but leaves a Decoder as it
-            is.
-        gpu_memory_utilization: the share of a CUDA device's memory that weights, KV pool and steps take together. What
-            the largest step needs is measured where steps are graphs.
-        kv_cache_dtype: "auto" is `dtype`; "fp8" keeps keys and values as float8 (e4m3, unscaled), with triton alone.
-        seed: of the draws for requests without a seed of their own.
         threads: CPU threads of torch, in the whole process; None leaves them.
         token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
+        options: the fields of `EngineOptions`, such as `device="cuda"`; None is as not given. A Decoder keeps its own
+            dtype, and its own quantization, which may be given if it is the same.
 
     Attributes:
+        options: as they were given, or by default.
         config: the model's shape.
         settings: as in use, nothing left open.
         attention: the attention backend in use, and why.
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
 
     Raises:
-        InputError: the device, the model, the settings, the attention backend, the graph options or the token maker
-            cannot be used.
+        InputError: an option, the model, the settings, the graph options or the token maker cannot be
+            used. All that can be known without
+            the weights is refused before they are loaded.
     """
 
     def __init__(
@@ -111,74 +100,64 @@ class LLM:
         *,
         tokenizer: Any = None,
         name: str | None = None,
-        device: str = "cpu",
-        dtype: str = "float32",
         settings: Settings | None = None,
-        attention: Literal["auto", "flash", "triton", "sdpa"] = "auto",
-        execution: Execution = "auto",
         graph_options: GraphOptions | None = None,
-        load_format: Literal["auto", "dummy"] = "auto",
-        quantization: Quantization | None = None,
-        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
-        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
-        seed: int = 0,
         threads: int | None = None,
         token_maker: TokenMaker | None = None,
+        **options: Any,
     ):
-        usable_device(device)
-        if dtype not in DTYPES:
-            raise InputError(f"expected one of {', '.join(DTYPES)}", field="dtype", value=dtype)
-        if quantization not in (None, *QUANTIZATIONS):
-            expected = f"expected one of {', '.join(QUANTIZATIONS)}"
-            raise InputError(expected, field="quantization", value=quantization)
+        self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
+        self.options = EngineOptions.load({"model": self.name, **options})
+        device = usable_device(self.options.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        decoder = compute_on(device, lambda: _decoder(model, DTYPES[dtype], device, load_format, seed, quantization))
-        self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
+        self.config, dtype, load = _source(model, self.options)
         self.tokenizer = tokenizer if isinstance(model, nn.Module) else load_tokenizer(Path(model))
-        self.config = decoder.config
         own = getattr(self.tokenizer, "eos_token_id", None)
         ids = (own, *self.config.eos_token_ids)
         self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
-        self.seed = seed
-        self.load_format = load_format
         self.token_maker = self._checked(token_maker or self._default_token_maker())
-        settings = settings or Settings.load({})
+        settings = settings or Settings()
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
-        head_dim, dtype_in_use = self.config.head_dim, decoder.dtype
-        self.attention = choose_attention(attention, head_dim, dtype_in_use, decoder.device, asked, execution)
+        self.attention = choose_attention(
+            self.options.attention, self.config.head_dim, dtype, device, asked, self.options.execution
+        )
         if graph_options is not None and not self.attention.graphs:
             raise InputError("expected None where steps are no graphs", field="graph_options", value=graph_options)
         self._graph_options = graph_options
-        if kv_cache_dtype not in KV_DTYPES or (kv_cache_dtype == "fp8" and self.attention.name != "triton"):
-            problem = f"expected auto with {self.attention.name}" if kv_cache_dtype == "fp8" else "expected auto or fp8"
-            raise InputError(problem, field="kv_cache_dtype", value=kv_cache_dtype)
-        self.kv_cache_dtype = KV_DTYPES[kv_cache_dtype] or decoder.dtype
-        self.settings = self._resolve(settings, decoder, gpu_memory_utilization)
-        self.runner = self._make_runner(decoder, self.settings, seed)
+        if self.options.kv_cache_dtype == "fp8" and self.attention.name != "triton":
+            raise InputError(f"expected auto with {self.attention.name}", field="kv_cache_dtype", value="fp8")
+        self.kv_cache_dtype = torch.float8_e4m3fn if self.options.kv_cache_dtype == "fp8" else dtype
+        settings = self._within_model(settings)
+        decoder = compute_on(device, load)
+        self.settings = self._with_pool(settings, decoder)
+        self.runner = self._make_runner(decoder, self.settings)
 
-    def _resolve(self, settings: Settings, decoder: Decoder, gpu_memory_utilization: float) -> Settings:
-        """`settings` with nothing left open."""
-        limit = decoder.config.max_position_embeddings
+    def _within_model(self, settings: Settings) -> Settings:
+        """`settings` with what the model and the attention decide; the pool is still open."""
+        limit = self.config.max_position_embeddings
         max_model_len = settings.max_model_len or limit
         if max_model_len > limit:
             problem = f"expected at most {limit}, the model's max_position_embeddings"
             raise InputError(problem, field="max_model_len", value=max_model_len)
         decided = {"max_model_len": max_model_len, "block_size": self.attention.block_size}
-        settings = Settings.load(settings.model_dump() | decided)
-        if settings.num_gpu_blocks is None:
-            step_bytes = None
-            if self.attention.graphs:
-                smallest = settings.model_copy(update={"num_gpu_blocks": 1})
-                step_bytes = cast("GraphRunner", self._make_runner(decoder, smallest, self.seed)).step_bytes()
-            num_blocks = default_num_blocks(
-                decoder.config, settings.block_size, self.kv_cache_dtype, decoder.device, gpu_memory_utilization,
-                step_bytes,
-            )  # fmt: skip
-            settings = settings.model_copy(update={"num_gpu_blocks": num_blocks})
-        return settings
+        return Settings.load(settings.model_dump() | decided)
 
-    def _make_runner(self, decoder: Decoder, settings: Settings, seed: int) -> ModelRunner | GraphRunner:
+    def _with_pool(self, settings: Settings, decoder: Decoder) -> Settings:
+        """`settings` with a pool that fits beside the weights, unless one is given."""
+        if settings.num_gpu_blocks is not None:
+            return settings
+        step_bytes = None
+        if self.attention.graphs:
+            smallest = settings.model_copy(update={"num_gpu_blocks": 1})
+            step_bytes = cast("GraphRunner", self._make_runner(decoder, smallest)).step_bytes()
+        num_blocks = default_num_blocks(
+            self.config, settings.block_size, self.kv_cache_dtype, decoder.device, self.options.gpu_memory_utilization,
+            step_bytes,
+        )  # fmt: skip
+        return settings.model_copy(update={"num_gpu_blocks": num_blocks})
+
+    def _make_runner(self, decoder: Decoder, settings: Settings) -> ModelRunner | GraphRunner:
         """What runs the steps."""
         assert settings.num_gpu_blocks is not None and settings.max_model_len is not None
         if self.attention.graphs:
@@ -193,7 +172,7 @@ class LLM:
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_model_len=settings.max_model_len,
                 kv_cache_dtype=self.kv_cache_dtype,
-                seed=seed,
+                seed=self.options.seed,
                 options=self._graph_options,
             )
         return ModelRunner(
@@ -203,7 +182,7 @@ class LLM:
             num_blocks=settings.num_gpu_blocks,
             block_size=settings.block_size,
             attention=cast(Literal["flash", "sdpa"], self.attention.name),
-            seed=seed,
+            seed=self.options.seed,
         )
 
     @property
@@ -217,18 +196,18 @@ class LLM:
         return device_name(self.runner.device)
 
     def facts(self) -> dict[str, Any]:
-        """What a replay of a run has to know beside its settings, and what made its tokens, as plain values."""
-        return {
-            "model": self.name,
+        """What a replay of a run has to know beside its settings, and what made its tokens, as plain values.
+
+        Every option of the engine is among them, as it is in use: what "auto" came to, a Decoder's own dtype.
+        """
+        return self.options.model_dump() | {
             "shape": asdict(self.config),
-            "load_format": self.load_format,
             "dtype": str(self.runner.model.dtype).removeprefix("torch."),
             "quantization": self.runner.model.quantization,
             "kv_cache_dtype": str(self.kv_cache_dtype).removeprefix("torch."),
             "attention": self.attention.name,
             "attention_reason": self.attention.reason,
             "execution": "graphs" if self.attention.graphs else "eager",
-            "seed": self.seed,
             "eos_token_id": self.eos_token_id,
             "tokens": asdict(self.token_maker),
         }
@@ -403,30 +382,31 @@ class LLM:
         return maker
 
 
-def _decoder(
-    model: str | Path | nn.Module,
-    dtype: torch.dtype,
-    device: str,
-    load_format: str,
-    seed: int,
-    quantization: Quantization | None,
-) -> Decoder:
-    if load_format not in ("auto", "dummy"):
-        raise InputError("expected auto or dummy", field="load_format", value=load_format)
-    if load_format == "dummy":
-        if isinstance(model, nn.Module):
-            raise InputError("expected auto: the model has its weights", field="load_format", value=load_format)
-        dummy = dummy_model(model, seed=seed, dtype=dtype, device=device)
-        return quantize_decoder(dummy) if quantization == "int8" else dummy
+def _source(
+    model: str | Path | nn.Module, options: EngineOptions
+) -> tuple[ModelConfig, torch.dtype, Callable[[], Decoder]]:
+    """A model's shape, the dtype that it will have, and what loads it."""
+    device, dtype = options.device, DTYPES[options.dtype]
+    if isinstance(model, nn.Module) and options.load_format == "dummy":
+        raise InputError("expected auto: the model has its weights", field="load_format", value="dummy")
     if isinstance(model, Decoder):
-        if quantization not in (None, model.quantization):
+        if "quantization" in options.model_fields_set and options.quantization != model.quantization:
             problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
-            raise InputError(problem, field="quantization", value=quantization)
-        return model.to(device)
-    quantization = quantization or "none"
+            raise InputError(problem, field="quantization", value=options.quantization)
+        return model.config, model.dtype, lambda: model.to(device)
+    how: dict[str, Any] = {"dtype": dtype, "device": device}
+    if options.load_format == "dummy":
+        folder = shape_folder(cast("str | Path", model))
+
+        def random_weights() -> Decoder:
+            decoder = dummy_model(folder, seed=options.seed, **how)
+            return quantize_decoder(decoder) if options.quantization == "int8" else decoder
+
+        return ModelConfig.load(folder), dtype, random_weights
+    how["quantization"] = options.quantization
     if isinstance(model, nn.Module):
-        return adopt_model(model, dtype=dtype, device=device, quantization=quantization)
-    return load_model(Path(model), dtype=dtype, device=device, quantization=quantization)
+        return config_of(model), dtype, lambda: adopt_model(model, **how)
+    return ModelConfig.load(Path(model)), dtype, lambda: load_model(Path(model), **how)
 
 
 def load_tokenizer(folder: Path) -> Any:

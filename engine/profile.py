@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from twinserve.engine.llm import LLM
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.traces.errors import InputError
+from twinserve.traces.settings import Settings
 
 
 @dataclass(frozen=True, order=True)
@@ -156,19 +157,15 @@ def _measure_one(llm: LLM, shape: StepShape) -> MeasuredStep:
 
 def _core_for(llm: LLM, shape: StepShape) -> Core:
     """Policies that put a shape in place in one step."""
-    changed = {
-        "composition": "mixed",
-        "max_num_seqs": shape.decodes + 2,
-        "max_num_batched_tokens": shape.kv_tokens + shape.decodes + 2,
+    return Settings(
+        max_num_seqs=shape.decodes + 2,
+        max_num_batched_tokens=shape.kv_tokens + shape.decodes + 2,
+        max_model_len=llm.settings.max_model_len,
+        block_size=llm.settings.block_size,
         # No more blocks than the shape needs: making the policies' pool would cost more than the step.
-        "num_gpu_blocks": shape.kv_tokens // llm.settings.block_size + 2 * (shape.decodes + 2),
-        "long_prefill_token_threshold": 0,
-        "enable_prefix_caching": True,
-        "pipeline_depth": int(llm.attention.graphs),
-        "watermark": 0.0,
-        "admission": None,
-    }
-    return llm.settings.model_copy(update=changed).build_core()
+        num_gpu_blocks=shape.kv_tokens // llm.settings.block_size + 2 * (shape.decodes + 2),
+        pipeline_depth=int(llm.attention.graphs),
+    ).build_core()
 
 
 class _Texts:

@@ -22,6 +22,7 @@ from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.llm import LLM, load_tokenizer
 from twinserve.engine.models import Decoder, ModelConfig, load_model
 from twinserve.engine.models.loader import DTYPES
+from twinserve.engine.options import EngineOptions
 from twinserve.policies import SamplingParams
 from twinserve.traces.errors import InputError
 from twinserve.traces.settings import Settings
@@ -138,10 +139,10 @@ def verify(
         progress: called with a line as each part of the work begins.
 
     Raises:
-        InputError: the folder cannot be served, transformers cannot load it, or a prompt or `max_tokens` does not fit.
+        InputError: an option or the folder cannot be used, transformers cannot load it, or a prompt or `max_tokens`
+            does not fit.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"expected one of {', '.join(DTYPES)}", field="dtype", value=dtype)
+    EngineOptions.load({"device": device, "dtype": dtype})
     usable_device(device)
     folder, say = Path(folder), progress or (lambda line: None)
     config, tokenizer = ModelConfig.load(folder), load_tokenizer(folder)

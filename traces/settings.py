@@ -71,6 +71,18 @@ def _anchored(value: Any, folder: Path, name: str = "") -> Any:
     return anchored(value, folder) if name in (*RULES, "router") and isinstance(value, str) else value
 
 
+def read_table(path: Path | None, name: str) -> dict[str, Any]:
+    """The table `name` of a TOML file; empty where it has none, or where there is no file.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or has something else by that name.
+    """
+    table = {} if path is None else read_toml(path).get(name, {})
+    if not isinstance(table, dict):
+        raise InputError("expected a table", path=path, field=name, value=table)
+    return table
+
+
 def validated(
     model: type[Model], table: dict[str, Any], values: dict[str, Any], path: Path | None, *, within: str = ""
 ) -> Model:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.fleets import FleetOptions
 from twinserve.options import Json, KeepsDashes, TraceFile, options_of, refuse_existing
 from twinserve.progress import Bar, say
@@ -35,7 +36,9 @@ app.add_typer(record_app, name="record")
 app.command()(sweep)
 app.command()(capacity)
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; options override it.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings; the engine's in [engine]. Options override it.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 Traces = Annotated[
     Path | None,
@@ -44,28 +47,6 @@ Traces = Annotated[
         envvar="TWINSERVE_TRACES",
     ),
 ]
-Model = Annotated[str, typer.Option(help="smollm2-135m, a Hugging Face folder, or a hub id.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-Attention = Annotated[
-    str,
-    typer.Option(
-        help="triton (in graphs), flash (flash-attn), sdpa (torch alone), or auto: what can serve, in that order."
-    ),
-]
-LoadFormat = Annotated[
-    str,
-    typer.Option(help="auto, or dummy: random weights; --model is a folder with config.json or a shape that ships."),
-]
-Quantization = Annotated[str, typer.Option(help="none, or int8: weights of a byte, and a scale a row.")]
-GpuMemoryUtilization = Annotated[
-    float, typer.Option(help="Share of a CUDA device's memory that weights, steps and KV take together.")
-]
-KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: keys and values of a byte a number, on CUDA.")]
-Execution = Annotated[
-    str, typer.Option(help="graphs (CUDA graphs of fused kernels), eager (by torch), or auto: graphs on CUDA.")
-]
-DEFAULT_MODEL = "smollm2-135m"
 LATENCY_HELP = (
     "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, or qwen3-0.6b-h100), or "
     "roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b."
@@ -154,24 +135,16 @@ def sim(
 
 @app.command()
 @options_of(TraceOptions, "trace_options")
+@options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def run(
     trace: TraceFile,
     trace_options: dict,
+    engine: dict,
     settings: dict,
-    model: Model = DEFAULT_MODEL,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    attention: Attention = "auto",
-    load_format: LoadFormat = "auto",
-    quantization: Quantization = "none",
-    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
-    kv_cache_dtype: KvCacheDtype = "auto",
-    execution: Execution = "auto",
     time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
     stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the prompts' tokens and of sampling.")] = 0,
     config: Config = None,
     out: Out = None,
     as_json: Json = False,
@@ -181,23 +154,13 @@ def run(
     from twinserve.workload import load_workload
     from twinserve.worlds import load_llm, run_real
 
+    options = EngineOptions.load(engine, config)
+    chosen = Settings.load(settings, config, beside=("engine",))
     if not 0 <= time_scale < float("inf"):
         raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
     workload = load_workload(trace, trace_options)
     refuse_existing(out)
-    llm = load_llm(
-        model,
-        Settings.load(settings, config),
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        attention=attention,
-        load_format=load_format,
-        quantization=quantization,
-        gpu_memory_utilization=gpu_memory_utilization,
-        kv_cache_dtype=kv_cache_dtype,
-        execution=execution,
-    )
+    llm = load_llm(options, chosen)
     params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
         how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
@@ -325,34 +288,26 @@ def report(
 
 
 @app.command()
+@options_of(EngineOptions, "engine")
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - RUNNER_SETTINGS)
 def profile(
     out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
-    model: Model = DEFAULT_MODEL,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    attention: Attention = "auto",
-    load_format: LoadFormat = "auto",
-    quantization: Quantization = "none",
+    engine: dict,
+    settings: dict,
     max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
     max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
     max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
     repeats: Annotated[int, typer.Option(help="Times that each shape is measured.", min=1)] = 5,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Measure step times of a model on this device, fit a latency model and save it."""
     from twinserve.worlds import fit_steps, load_llm, measure_steps
 
+    options = EngineOptions.load(engine, config)
+    chosen = Settings.load(settings, config, beside=("engine",))
     refuse_existing(out)
-    llm = load_llm(
-        model,
-        Settings(),
-        device=device,
-        dtype=dtype,
-        seed=0,
-        attention=attention,
-        load_format=load_format,
-        quantization=quantization,
-    )
+    llm = load_llm(options, chosen)
     samples = measure_steps(
         llm,
         max_seqs=max_seqs,
@@ -390,19 +345,16 @@ def fit(
 
 
 @app.command()
+@options_of(EngineOptions, "engine")
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    model: Model = DEFAULT_MODEL,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    attention: Attention = "auto",
-    quantization: Quantization = "none",
+    engine: dict,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of so much probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt."""
@@ -411,13 +363,13 @@ def generate(
     from twinserve.policies import SamplingParams
     from twinserve.worlds import load_llm
 
+    options = EngineOptions.load(engine, config)
+    chosen = Settings.load({}, config, beside=("engine",))
     try:
-        params = SamplingParams(temperature, max_tokens, top_k, top_p, seed)
+        params = SamplingParams(temperature, max_tokens, top_k, top_p, options.seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    llm = load_llm(
-        model, Settings(), device=device, dtype=dtype, seed=seed, attention=attention, quantization=quantization
-    )
+    llm = load_llm(options, chosen)
     from twinserve.engine.hub import chat_prompt
 
     (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
@@ -464,22 +416,23 @@ def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
 
 
 @model_app.command("verify")
+@options_of(EngineOptions, "engine", but=EngineOptions.model_fields.keys() - {"device", "dtype"})
 def model_verify(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, smollm2-135m, or a hub id.")],
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
+    engine: dict,
     max_tokens: Annotated[int, typer.Option(help="Generated after each prompt.", min=1)] = 32,
     as_json: Json = False,
 ) -> None:
     """Hold a model on this engine against transformers; exit status 1 if more than rounding differs in float32."""
     from twinserve.worlds import require_engine
 
-    require_engine(device)
+    options = EngineOptions.load(engine)
+    require_engine(options.device)
     from twinserve.engine.hub import resolve_model
     from twinserve.engine.verify import verify
 
     folder = resolve_model(model, progress=say)
-    report = verify(folder, device=device, dtype=dtype, max_tokens=max_tokens, progress=say)
+    report = verify(folder, device=options.device, dtype=options.dtype, max_tokens=max_tokens, progress=say)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from twinserve.engine.options import EngineOptions
 from twinserve.progress import Bar, say
 from twinserve.sim.fit import StepSample
 from twinserve.sim.latency import StepFeatures
@@ -68,7 +69,7 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord, list[str]]:
 
     settings = Settings.load({}, DATA / "demo.toml")
     workload = load_workload(DATA / "demo.jsonl", {})
-    profiled = load_llm("smollm2-135m", Settings(), device="cpu", dtype="float32", seed=0)
+    profiled = load_llm(EngineOptions(), Settings())
     # A shared machine drifts, so its steps are measured on both sides of the run that they are to predict.
     before, busy = _measured(profiled, settings, "before")
     llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)

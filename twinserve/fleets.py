@@ -11,7 +11,7 @@ from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.traces.errors import InputError
 from twinserve.traces.own_class import build, pinned
-from twinserve.traces.settings import RULES, Settings, pinned_rule, read_toml, validated
+from twinserve.traces.settings import RULES, Settings, pinned_rule, read_table, validated
 from twinserve.worlds import ReplicaSpec, choose_latency, with_pool
 
 
@@ -82,10 +82,7 @@ class FleetOptions(BaseModel):
         Raises:
             InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
         """
-        table = {} if path is None else read_toml(path).get("fleet", {})
-        if not isinstance(table, dict):
-            raise InputError("expected a table", path=path, field="fleet", value=table)
-        options = validated(cls, table, values, path, within="fleet.")
+        options = validated(cls, read_table(path, "fleet"), values, path, within="fleet.")
         count = options.num_replicas
         if options.group and options.replicas not in (None, count):
             raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
@@ -148,7 +145,7 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | group.settings, config, beside=("fleet",))
+            chosen = Settings.load(settings | group.settings, config, beside=("engine", "fleet"))
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None

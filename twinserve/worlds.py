@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.progress import say
 from twinserve.sim.fit import FittedLatency, StepSample, fit
@@ -117,10 +118,10 @@ def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
 
 
 def require_engine(device: str) -> None:
-    """Refuse to begin where the engine is not installed, or has no such device.
+    """Refuse to begin where the engine is not installed, or its device is not there.
 
     Raises:
-        InputError: it is not, or has none.
+        InputError: it is not.
     """
     try:
         from twinserve.engine.device_queue import usable_device
@@ -129,26 +130,20 @@ def require_engine(device: str) -> None:
     usable_device(device)
 
 
-def load_llm(
-    model: str, settings: Settings, *, device: str, dtype: str, seed: int, load_format: str = "auto", **options: Any
-) -> LLM:
+def load_llm(options: EngineOptions, settings: Settings) -> LLM:
     """The model that a name, a folder or a hub id stands for, ready to serve.
-
-    Args:
-        load_format: with "dummy", `model` is a folder with config.json or a shape that ships, the weights random.
-        options: further arguments of LLM.
 
     Raises:
         InputError: the engine is not installed, or the device, the model or the settings cannot be used.
     """
     settings.check_rules()
-    require_engine(device)
+    require_engine(options.device)
     from twinserve.engine.hub import resolve_model
     from twinserve.engine.llm import LLM
 
-    source = model if load_format == "dummy" else resolve_model(model, progress=say)
-    options |= {"name": model, "load_format": load_format}
-    llm = LLM(source, device=device, dtype=dtype, settings=settings, seed=seed, **options)
+    source = options.model if options.load_format == "dummy" else resolve_model(options.model, progress=say)
+    given = options.model_dump(exclude={"model"}, exclude_unset=True)
+    llm = LLM(source, name=options.model, settings=settings, **given)
     say(f"attention: {llm.attention.name} ({llm.attention.reason})")
     return llm
 
@@ -171,7 +166,8 @@ def measure_steps(
 
 def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
     """A latency model of the engine from its measured steps."""
-    about = llm.facts() | {"device": llm.device_name, "block_size": llm.settings.block_size}
+    settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
+    about = llm.facts() | settings | {"device": llm.device_name}
     del about["seed"], about["tokens"], about["eos_token_id"]
     return fit(samples, about)
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 
 from twinserve.engine.layers.attention import AttentionBackend, FlashAttention
 from twinserve.engine.layers.sdpa import SdpaAttention
+from twinserve.engine.options import Attention, Execution
 from twinserve.traces.errors import InputError
 
 BACKENDS: dict[str, type[AttentionBackend]] = {"flash": FlashAttention, "sdpa": SdpaAttention}
 
 AttentionName = Literal["flash", "triton", "sdpa"]
-Execution = Literal["auto", "graphs", "eager"]
-"""How steps are run: as CUDA graphs of fused kernels, or kernel by kernel by torch; "auto" takes graphs on CUDA."""
-
 TRITON_BLOCK_SIZE = 16
 
 
@@ -60,8 +58,8 @@ def choose_attention(
     Raises:
         InputError: there is no such backend, or it cannot serve this model, device or block size.
     """
-    if wanted not in ("auto", "triton", *BACKENDS):
-        raise InputError(f"expected one of auto, triton, {', '.join(BACKENDS)}", field="attention", value=wanted)
+    if wanted not in get_args(Attention):
+        raise InputError(f"expected one of {', '.join(get_args(Attention))}", field="attention", value=wanted)
     if execution == "graphs" or (execution == "auto" and wanted != "sdpa" and device.type == "cuda"):
         try:
             return _choose_in_graphs(wanted, head_dim, dtype, device, block_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,7 @@ from torch.nn import functional as F
 from twinserve.engine.layers.int8_linear import Int8Embedding
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.rope import rotary_frequencies
-
-Quantization = Literal["none", "int8"]
-"""What a Decoder's linear layers and its embedding are kept in: its dtype, or int8."""
-
-QUANTIZATIONS = get_args(Quantization)
+from twinserve.engine.options import Quantization
 
 
 class Attention(Protocol):

@@ -20,20 +20,32 @@ def shape_names() -> list[str]:
     return sorted(folder.name for folder in SHAPES.iterdir())
 
 
+def shape_folder(model: str | Path) -> Path:
+    """The folder with the config.json of a shape.
+
+    Args:
+        model: a shape that ships, or a folder with config.json.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if str(model) in shape_names():
+        return SHAPES / str(model)
+    if not Path(model).is_dir():
+        problem = f"expected {', '.join(shape_names())}, or a folder with config.json, for random weights"
+        raise InputError(problem, field="model", value=str(model))
+    return Path(model)
+
+
 def dummy_model(
     model: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
     """A Decoder of a shape with random weights.
 
     Args:
-        model: a shape that ships, or a folder with config.json.
+        model: as `shape_folder` takes it.
 
     Raises:
-        InputError: it is neither, or its config asks for something that is not honoured.
+        InputError: there is no such shape, or its config asks for something that is not honoured.
     """
-    shipped = str(model) in shape_names()
-    folder = SHAPES / str(model) if shipped else Path(model)
-    if not shipped and not folder.is_dir():
-        problem = f"expected {', '.join(shape_names())}, or a folder with config.json, for random weights"
-        raise InputError(problem, field="model", value=str(model))
-    return random_model(ModelConfig.load(folder), seed=seed, dtype=dtype, device=device)
+    return random_model(ModelConfig.load(shape_folder(model)), seed=seed, dtype=dtype, device=device)

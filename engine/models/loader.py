@@ -6,19 +6,20 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from twinserve.engine.models.config import ModelConfig, read_json
-from twinserve.engine.models.decoder import Decoder, Quantization
+from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.int8 import quantize_decoder
+from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
 from twinserve.traces.errors import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
 def load_model(
@@ -61,15 +62,23 @@ def adopt_model(
     Raises:
         InputError: the model's architecture, or something in its config, is not honoured.
     """
+    config, tensors = config_of(model), model.state_dict()
+    source = _Source(type(model).__name__, tensors, lambda name: tensors[name])
+    return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization)
+
+
+def config_of(model: nn.Module) -> ModelConfig:
+    """The shape of a transformers model.
+
+    Raises:
+        InputError: it is none, or its architecture, or something in its config, is not honoured.
+    """
     name = type(model).__name__
     theirs: Any = getattr(model, "config", None)
     if not hasattr(theirs, "to_dict"):
         raise InputError("expected a Decoder or a causal language model of transformers", field="model", value=name)
     more_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    config = ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
-    tensors = model.state_dict()
-    source = _Source(name, tensors, lambda tensor_name: tensors[tensor_name])
-    return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization)
+    return ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
 
 
 def random_model(

@@ -43,7 +43,7 @@ def tiny_model(monkeypatch):
         max_position_embeddings=1024,
     )
     model = LlamaForCausalLM(config).eval()
-    monkeypatch.setattr(demo, "load_llm", lambda name, settings, **_: LLM(model, name=name, settings=settings))
+    monkeypatch.setattr(demo, "load_llm", lambda options, settings: LLM(model, settings=settings))
     # The tiny model is some twenty times as fast as the real one, so its arrivals may be as well.
     monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, {"rate_scale": 20.0}))
 

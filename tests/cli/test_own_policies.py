@@ -10,6 +10,7 @@ from pathlib import Path
 import own_rules
 import pytest
 
+from twinserve.engine.options import EngineOptions
 from twinserve.point import Job, Point, compute
 from twinserve.progress import Bar
 from twinserve.traces.errors import InputError
@@ -115,8 +116,8 @@ def test_steps_are_measured_with_an_order_of_ones_own_and_every_shape_is_admitte
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     rules = {"scheduling_policy": f"{mine}:LastCome", "admission": f"{mine}:Roomy(spare=9)"}
-    how = {"device": "cpu", "dtype": "float32", "seed": 0, "load_format": "dummy"}
-    llm = load_llm(str(tmp_path), Settings.load(rules | {"num_gpu_blocks": 64}), **how)
+    options = EngineOptions(model=str(tmp_path), load_format="dummy")
+    llm = load_llm(options, Settings.load(rules | {"num_gpu_blocks": 64}))
     try:
         sizes = {"max_seqs": 2, "max_context": 64, "max_prompt": 32, "repeats": 1}
         samples = measure_steps(llm, **sizes, progress=lambda total: Bar("profile", total))

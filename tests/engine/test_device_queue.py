@@ -77,10 +77,9 @@ def test_times_follow_one_another_and_never_run_away(world, host_ms):
         before_ns = end_ns
 
 
-@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpu:x"])
-def test_a_device_that_cannot_be_used_is_refused(name):
-    with pytest.raises(InputError, match=f"device is '{name}', "):
-        usable_device(name)
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="device is 'cuda:99', but torch finds"):
+        usable_device("cuda:99")
     assert usable_device("cpu") == torch.device("cpu")
 
 

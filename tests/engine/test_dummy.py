@@ -74,7 +74,7 @@ def test_the_seed_makes_the_weights(folder):
     ("model", "load_format", "message"),
     [
         ("qwen3-7b", "dummy", "model is 'qwen3-7b', expected .*qwen3-0.6b, .*smollm2-135m-shape, or a folder"),
-        ("qwen3-0.6b", "empty", "load_format is 'empty', expected auto or dummy"),
+        ("qwen3-0.6b", "empty", "load_format is 'empty', expected: Input should be 'auto' or 'dummy'"),
     ],
 )
 def test_what_has_no_shape_is_refused(model, load_format, message):

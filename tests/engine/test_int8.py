@@ -221,7 +221,7 @@ def judge_config():
 @pytest.mark.parametrize(
     ("model", "quantization", "message"),
     [
-        ("theirs", "int4", "quantization is 'int4', expected one of none, int8"),
+        ("theirs", "int4", "quantization is 'int4', expected: Input should be 'none' or 'int8'"),
         ("plain", "int8", "quantization is 'int8', expected none, as the Decoder is; quantize_decoder makes it int8"),
         ("int8", "none", "quantization is 'none', expected int8, as the Decoder is"),
     ],

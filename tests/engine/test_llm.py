@@ -13,10 +13,13 @@ from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model
 from twinserve.engine.online import StepError
+from twinserve.engine.options import EngineOptions
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part, Request, TokenMaker
 from twinserve.traces.settings import Settings
+
+NO_DEVICES = ["gpu", "meta", "cpu:x", "cuda:01", "cuda:128"]
 
 
 class Letters:
@@ -49,7 +52,23 @@ def test_open_settings_are_resolved(llama, serving):
             {"settings": Settings.load({"enable_chunked_prefill": False, "max_num_batched_tokens": 512})},
             "max_num_batched_tokens is 512, expected at least max_model_len (1024)",
         ),
-        ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16', expected: Input should be 'float32' or 'bfloat16'"),
+        ({"attention": "fast"}, "attention is 'fast', expected: Input should be 'auto', 'triton', 'flash' or 'sdpa'"),
+        ({"execution": "graph"}, "execution is 'graph', expected: Input should be 'auto', 'graphs' or 'eager'"),
+        ({"load_format": "empty"}, "load_format is 'empty', expected: Input should be 'auto' or 'dummy'"),
+        ({"quantization": "int4"}, "quantization is 'int4', expected: Input should be 'none' or 'int8'"),
+        ({"kv_cache_dtype": "fp16"}, "kv_cache_dtype is 'fp16', expected: Input should be 'auto' or 'fp8'"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, expected: Input should be less than 1"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization is nan, expected: "),
+        ({"seed": -1}, "seed is -1, expected: Input should be greater than or equal to 0"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808, expected: Input should be less than"),
+        ({"devise": "cpu"}, "devise is 'cpu', expected: Extra inputs are not permitted"),
+        *(({"device": name}, f"device is '{name}', expected: cpu, cuda or cuda:N") for name in NO_DEVICES),
+        ({"device": "cuda:99"}, "device is 'cuda:99', but torch finds"),
+        ({"execution": "graphs"}, "device is 'cpu', expected cuda: graphs run on NVIDIA GPUs"),
+        ({"attention": "flash"}, "device is 'cpu', expected cuda: flash-attn runs on NVIDIA GPUs"),
+        ({"attention": "triton"}, "execution is 'auto', expected graphs: triton runs in no other"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8', expected auto with sdpa"),
         (
             {"graph_options": GraphOptions(captured="none")},
             "graph_options is GraphOptions(captured='none', longest_first=True), expected None where steps are no",
@@ -58,9 +77,35 @@ def test_open_settings_are_resolved(llama, serving):
         ({"token_maker": TokenMaker(512, 1)}, "expected ids without 2, which ends a text"),
     ],
 )
-def test_what_cannot_be_used_is_refused(llama, arguments, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        LLM(llama.model, **arguments)
+def test_what_cannot_be_used_is_refused_before_weights_are_read(llama, tmp_path, arguments, message):
+    """The folder has none, so they would be missed first."""
+    llama.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for model in (llama.model, tmp_path):
+        with pytest.raises(InputError, match=re.escape(message)):
+            LLM(model, **arguments)
+    with pytest.raises(InputError, match="no weights"):
+        LLM(tmp_path)
+
+
+def test_a_model_that_is_not_there_is_refused_after_the_options(tmp_path):
+    with pytest.raises(InputError, match="execution is 'graph'"):
+        LLM(tmp_path / "nowhere", execution="graph")
+    with pytest.raises(InputError, match="nowhere/config.json: cannot be read"):
+        LLM(tmp_path / "nowhere")
+
+
+def test_options_are_kept_and_are_facts_as_they_are_in_use(llama):
+    given = {"device": "cpu", "dtype": "bfloat16", "gpu_memory_utilization": 0.5, "seed": 3, "quantization": None}
+    llm = LLM(llama.model, settings=Settings(num_gpu_blocks=8), **given)
+    assert llm.options == EngineOptions(model="LlamaForCausalLM", dtype="bfloat16", gpu_memory_utilization=0.5, seed=3)
+    facts = llm.facts()
+    assert {name: facts[name] for name in EngineOptions.model_fields} == {
+        "model": "LlamaForCausalLM", "device": "cpu", "dtype": "bfloat16", "attention": "sdpa", "execution": "eager",
+        "load_format": "auto", "quantization": "none", "kv_cache_dtype": "bfloat16", "gpu_memory_utilization": 0.5,
+        "seed": 3,
+    }  # fmt: skip
+    llm.close()
 
 
 def test_completions_come_in_the_order_of_their_prompts(llama, serving):

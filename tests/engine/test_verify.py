@@ -197,7 +197,7 @@ def test_texts_are_read_by_the_tokenizer_of_the_folder(folder):
         ({"prompts": [[5] * 2000]}, r"prompts\[0\] is \[5, 5"),
         ({"max_tokens": 0}, r"max_tokens is 0, expected 1 or more"),
         ({"max_tokens": 1024}, r"max_tokens is 1024, .* less than the model's max_position_embeddings \(1024\)"),
-        ({"dtype": "float16"}, "dtype is 'float16', expected one of float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16', expected: Input should be 'float32' or 'bfloat16'"),
         ({"device": "abacus"}, "device is 'abacus', expected"),
     ],
 )

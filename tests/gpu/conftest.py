@@ -42,7 +42,7 @@ def serving() -> Iterator[Callable[..., LLM]]:
         defaults = {"block_size": 256, "num_gpu_blocks": 16}
         options = {"dtype": "bfloat16" if name == "flash" else "float32", "attention": name}
         options["execution"] = execution or "auto"
-        made.append(LLM(judge.model, device="cuda", settings=Settings.load(defaults | settings), **options))  # type: ignore[arg-type]
+        made.append(LLM(judge.model, device="cuda", settings=Settings.load(defaults | settings), **options))
         return made[-1]
 
     yield make

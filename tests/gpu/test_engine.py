@@ -182,14 +182,14 @@ def test_kv_in_float8_is_near(qwen3, serving):
     prompt = [3 + place % 400 for place in range(200)]
     found = {}
     for kv_cache_dtype in ("auto", "fp8"):
-        llm = LLM(qwen3.model, kv_cache_dtype=kv_cache_dtype, **options)  # type: ignore[arg-type]
+        llm = LLM(qwen3.model, kv_cache_dtype=kv_cache_dtype, **options)
         found[kv_cache_dtype] = llm.generate([prompt], GREEDY)[0].token_ids
         assert llm.facts()["kv_cache_dtype"] == {"auto": "bfloat16", "fp8": "float8_e4m3fn"}[kv_cache_dtype]
         llm.close()
     check_tokens(qwen3, prompt, found["auto"], "flash")
     check_tokens(qwen3, prompt, found["fp8"], "fp8")
     with pytest.raises(InputError, match="kv_cache_dtype is 'fp8', expected auto with flash"):
-        LLM(qwen3.model, kv_cache_dtype="fp8", attention="flash", **options)  # type: ignore[arg-type]
+        LLM(qwen3.model, kv_cache_dtype="fp8", attention="flash", **options)
 
 
 def test_a_pool_beyond_the_memory_is_refused(qwen3):

@@ -3,13 +3,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-compiled lint bench
 
 demo: $(INSTALLED)
 	$(BIN)/twinserve demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The tests of what is compiled, against a wheel of it; `make test` runs all tests against the source.
+test-compiled: $(INSTALLED)
+	rm -rf build/compiled
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/compiled .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/compiled/site build/compiled/*.whl
+	PYTHONPATH=$(CURDIR)/build/compiled/site $(BIN)/python -P -c "from twinserve.policies import IS_COMPILED; assert IS_COMPILED"
+	PYTHONPATH=$(CURDIR)/build/compiled/site $(BIN)/pytest tests/policies tests/equivalence tests/sim tests/test_block_manager.py tests/test_prefix_cache.py tests/test_continuous_batching.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -19,9 +27,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[engine,test,dev]"
+	TWINSERVE_PURE=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[engine,test,dev]"
 	touch $@

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from mypy_extensions import mypyc_attr
+
 
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
     """The token ids as 4 bytes each, in the machine's order: little-endian."""
@@ -71,6 +73,7 @@ BLOCK_SIZE = 256
 """Tokens in a block of a sequence that no pool has seen yet."""
 
 
+@mypyc_attr(native_class=False)  # a descriptor is Python's own
 class _BlockSize:
     """Tokens in a block: of the class, what a sequence has that no pool has seen yet; of a sequence, its pool's."""
 

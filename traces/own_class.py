@@ -18,6 +18,8 @@ from typing_extensions import get_protocol_members
 
 from twinserve.traces.errors import InputError
 
+_OF_MYPYC = {"__mypyc_attrs__", "__getstate__", "__setstate__"}
+"""What a compiled class has beside its members."""
 FORM = "FILE.py:CLASS or FILE.py:CLASS(name=value, ...)"
 _TEXT = re.compile(r"(.+?\.py):(.+?)(?:@([0-9a-f]{64}))?", re.DOTALL)
 
@@ -149,7 +151,7 @@ def build(text: str, field: str, protocol: type) -> Any:
         built = kind(**own.parameters)
     except Exception as error:
         raise refused("a class that can be built", error) from error
-    if missing := sorted(name for name in get_protocol_members(protocol) if not hasattr(built, name)):
+    if missing := sorted(n for n in get_protocol_members(protocol) - _OF_MYPYC if not hasattr(built, n)):
         raise refused(f"a class with {', '.join(missing)}")
     return built
 

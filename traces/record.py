@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 import orjson
 
-from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
+from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
 from twinserve.policies.horizon import Growth
 from twinserve.traces.digest import Digest, Exceptions
@@ -473,7 +473,7 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what took part; torch only where something else has imported it."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "policies": "compiled" if IS_COMPILED else "interpreted"}
     with suppress(PackageNotFoundError):
         versions["twinserve"] = version("twinserve")
     if "torch" in sys.modules:

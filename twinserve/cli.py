@@ -53,6 +53,25 @@ LATENCY_HELP = (
 )
 
 
+def _version(is_asked: bool) -> None:
+    """Say which twinserve this is, and end."""
+    if is_asked:
+        from twinserve.traces.record import versions
+
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say the versions, and how the policies run."),
+    ] = False,
+) -> None:
+    """The same serving policies in a simulator and in a real engine."""
+
+
 UsageError: Any = typer.BadParameter.__mro__[1]
 """What the command-line parser raises for every misuse."""
 

@@ -14,6 +14,7 @@ import pytest
 from side_by_side import WeakHash
 
 from twinserve.policies import (
+    IS_COMPILED,
     BlockManager,
     Core,
     PrefixCache,
@@ -742,6 +743,7 @@ class ComparedSequence(Sequence):
     __hash__ = Sequence.__hash__
 
 
+@pytest.mark.skipif(IS_COMPILED, reason="comparisons are counted by a subclass, which a compiled Sequence has none of")
 def test_many_ends_in_one_step_compare_no_sequence_with_every_other():
     number = 200
     one = scheduler(num_blocks=2000, budget=None, max_num_seqs=number)

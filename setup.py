@@ -1,0 +1,38 @@
+"""Compiles the policies with mypyc where a C compiler is found; all else about the package is in pyproject.toml.
+
+TWINSERVE_PURE=1 leaves them as they are. The source is the same either way, and so is what is decided.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+COMPILED = ("policies",)
+
+
+def extensions() -> list:
+    """The modules that are compiled; none where that is not wanted or not possible, with the reason in words."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if os.environ.get("TWINSERVE_PURE") == "1":
+        print("twinserve: pure Python, as TWINSERVE_PURE is 1")
+        return []
+    if shutil.which(compiler) is None:
+        print(f"twinserve: pure Python, as there is no C compiler {compiler!r}")
+        return []
+    try:
+        from mypyc.build import mypycify
+    except ImportError:
+        print("twinserve: pure Python, as mypyc is not installed")
+        return []
+    paths = [str(path) for folder in COMPILED for path in sorted(Path("twinserve", folder).glob("[!_]*.py"))]
+    print(f"twinserve: {', '.join(COMPILED)} compiled by mypyc")
+    modules = mypycify(["--ignore-missing-imports", *paths], group_name="twinserve._compiled")
+    for module in modules:
+        module.optional = True  # a compiler that fails leaves them pure
+    return modules
+
+
+setup(ext_modules=extensions())

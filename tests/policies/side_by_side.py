@@ -233,13 +233,17 @@ class SideBySide:
     # --- comparing ---
 
     def _compare_decision(self, batch: Batch, step: Step) -> None:
-        assert [row.seq.seq_id for row in batch.admitted] == [row.request.key for row in step.admitted]
-        assert [row.start for row in batch.admitted] == [row.start for row in step.admitted]
+        admitted = [(r.request.key, r.start, r.num_tokens, r.samples, r.is_prompt) for r in step.admitted]
+        assert [(row.seq.seq_id, *row[1:]) for row in batch.admitted] == admitted
         assert [seq.seq_id for seq in batch.preempted] == [request.key for request in step.preempted]
         assert [seq.seq_id for seq in batch.left] == [request.key for request in step.left]
         grown = [(row.request.key, row.new_blocks) for row in step.rows if row.new_blocks and row not in step.admitted]
         assert [(seq.seq_id, list(ids)) for seq, ids in batch.grown] == grown
         self._compare_totals(batch, step)
+        decodes = self.rules.composition == "mixed" or not any(row.is_prompt for row in step.rows)
+        with_row = {row.request.key for row in step.rows}
+        without = [request.key for request in self.model.running if request.key not in with_row]
+        assert (batch.usual_tokens, [seq.seq_id for seq in batch.skipped]) == (int(decodes), without * decodes)
         used = {"num_waiting": len(self.model.waiting), "num_running": len(self.model.running)}
         used["num_used_blocks"] = len(self.model.used())
         assert {name: getattr(batch, name) for name in used} == used

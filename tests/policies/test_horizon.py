@@ -123,6 +123,8 @@ def totals(batch: Batch) -> tuple:
         batch.num_sampled,
         batch.num_used_blocks,
         batch.is_prefill,
+        batch.is_ahead,
+        [seq.seq_id for seq in batch.skipped],
         [(row.seq.seq_id, row.start) for row in batch.rows],
         [seq.seq_id for seq in batch.sampled],
     )

@@ -702,6 +702,23 @@ def test_what_a_victim_would_have_computed_is_not_hit_and_its_tokens_go_to_other
     assert late.num_completion_tokens == 1
 
 
+def test_a_block_that_a_victims_row_would_have_filled_from_its_middle_on_is_not_hit():
+    class First:
+        def choose(self, running, seq):
+            return next(iter(running))
+
+    settings = {"long_prefill_token_threshold": 6, "admission": VllmAdmission(reserve_full_prompt=False)}
+    one = scheduler(num_blocks=5, budget=64, victim=First(), **settings)
+    first, second = sequence(18, 1, seq_id=0), sequence(12, 1, seq_id=1, first=100)
+    one.add(first)
+    one.add(second)
+    assert [row.num_tokens for row in step(one).rows] == [6, 6]
+    batch = step(one)
+    assert batch.preempted == [first] and batch.seqs == [second], "the first had computed 6 tokens, and got 6 more"
+    cache = one.block_manager.prefix_cache
+    assert cache is not None and cache.lookup(first.token_ids, 4)[1] == 4
+
+
 def test_preempted_requests_come_back_in_the_order_in_which_they_arrived():
     one = scheduler(num_blocks=9, block_size=4, budget=64)
     seqs = [sequence(11, 20, seq_id=0), *(sequence(7, 16, seq_id=i, first=50 * i) for i in (1, 2, 3))]

@@ -80,6 +80,11 @@ def test_salts_and_seeds_keep_caches_apart():
     assert salted.lookup([1, 2], 2) == ([0], 2)
 
 
+def test_a_requests_salt_comes_behind_the_caches():
+    salts = [("", "a"), ("a", ""), ("b", "a"), ("a", "a"), ("a", "bc"), ("ab", "c")]
+    assert len({PrefixCache(salt=salt).root(own)[0] for salt, own in salts}) == len(salts)
+
+
 def test_hashes_of_128_bits_chain_too():
     cache = PrefixCache(hash="xxh3_128")
     first = cache.store([1, 2], 0)

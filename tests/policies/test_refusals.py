@@ -99,6 +99,18 @@ def test_more_blocks_than_are_free():
     manager.check_integrity()
 
 
+def test_more_blocks_than_are_free_though_some_are():
+    manager = BlockManager(4, 2)
+    seq = Sequence([1, 2, 3])
+    manager.admit(seq, [], 3)
+    seq.num_computed_tokens = 3
+    for extend in (lambda: manager.extend(seq, 6), lambda: manager.take(3)):
+        with pytest.raises(NoFreeBlocksError, match="3 blocks are needed, 2 are free"):
+            extend()
+    assert (seq.block_table, manager.free_block_ids) == ([0, 1], [2, 3])
+    manager.check_integrity()
+
+
 def test_an_admission_rule_that_lets_nobody_in():
     class Closed:
         def lacks(self, *_):

@@ -176,6 +176,20 @@ def test_a_block_scheduled_in_this_step_is_hit_in_this_step():
     assert rows(batch) == [(0, 0, 10), (1, 8, 2)]
 
 
+@pytest.mark.xfail(strict=True, reason="registered only when the block behind it is full, if two steps are in flight")
+def test_a_block_of_known_tokens_can_be_hit_however_many_steps_are_in_flight():
+    scheduler = mixed(prefix_cache=PrefixCache())
+    seq = sequence(3, 9)
+    scheduler.add(seq)
+    for _ in range(3):
+        scheduler.schedule()
+    scheduler.postprocess(scheduler.in_flight[0], [50])
+    scheduler.schedule()
+    cache = scheduler.block_manager.prefix_cache
+    assert cache is not None and cache.lookup([0, 1, 2, 50], 4)[1] == 4
+    scheduler.check_integrity()
+
+
 def test_of_blocks_filled_alike_by_one_result_the_first_in_running_order_serves_hits():
     """Two requests decode the same text; a prompt's step comes between."""
     sides = SideBySide(Rules(num_blocks=30, block_size=1, composition="prefill-first"))

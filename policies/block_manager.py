@@ -63,6 +63,11 @@ class BlockManager:
         return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
 
     @property
+    def cacheable_tokens(self) -> int:
+        """Tokens beyond those registered with which a sequence has another block to register; ENDLESS: there is no cache."""
+        return ENDLESS if self.prefix_cache is None else self.block_size
+
+    @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
         return len(self.blocks) - len(self._blank) - len(self._cached)
@@ -114,7 +119,7 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        table, num_cached = seq.block_table, seq.num_registered_blocks
+        table, num_cached = seq.block_table, seq.num_registered_tokens // self.block_size
         blocks = self.blocks
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
@@ -126,7 +131,7 @@ class BlockManager:
             if not block.ref_count:
                 self._cached[block_id] = None
         seq.block_table = []
-        seq.num_block_tokens = seq.num_registered_blocks = 0
+        seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
 
     # --- the scheduler's calls: as many tokens as a step computes ---
@@ -194,7 +199,7 @@ class BlockManager:
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
         seq.num_cached_tokens = num_hit_tokens
-        seq.num_registered_blocks = len(hits)
+        seq.num_registered_tokens = num_hit_tokens
         self._holders[seq] = None
 
     def is_stored(self, block_hash: int | None) -> bool:
@@ -203,21 +208,21 @@ class BlockManager:
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
-        cache, first, end = self.prefix_cache, seq.num_registered_blocks, num_tokens // self.block_size
+        first, end, cache = seq.num_registered_tokens // self.block_size, num_tokens // self.block_size, self.prefix_cache
         if cache is None or first >= end:
             return
         if len(seq.block_hashes) < end:
             self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
-        seq.num_registered_blocks = end
+        seq.num_registered_tokens = end * self.block_size
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
-        num_full = num_tokens // self.block_size
-        if self.prefix_cache is not None and num_full < seq.num_registered_blocks:
-            for block_id in seq.block_table[num_full : seq.num_registered_blocks]:
+        num_full, num_known = num_tokens // self.block_size, seq.num_registered_tokens // self.block_size
+        if self.prefix_cache is not None and num_full < num_known:
+            for block_id in seq.block_table[num_full:num_known]:
                 self.prefix_cache.remove(block_id)
-            seq.num_registered_blocks = num_full
+            seq.num_registered_tokens = num_full * self.block_size
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; refused (False) while a sequence holds blocks."""
@@ -278,7 +283,7 @@ class BlockManager:
         assert not wrong, f"free blocks {wrong} are not where the cache would have them"
         for seq in self._holders:
             parent, size = cache.root(seq.salt)[1], self.block_size
-            for index in range(seq.num_registered_blocks):
+            for index in range(seq.num_registered_tokens // size):
                 entry, content = cache.get(seq.block_table[index]), None
                 if seq.prefix_key is None:
                     content = token_bytes(seq.token_ids[index * size : (index + 1) * size])

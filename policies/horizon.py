@@ -85,7 +85,7 @@ def _is_head_kept_out(scheduler: Scheduler, batch: Batch) -> bool:
     return not any(
         manager.prefix_keys(seq, range(end, end + 1)) == [refusal.last_hash]
         for seq in batch.seqs
-        if seq.num_registered_blocks < refusal.num_hits
+        if seq.num_registered_tokens < end
     )
 
 
@@ -108,7 +108,7 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
         begun += [((end - computed) // num_tokens + 1, place) for end in range(held, last, size)]
         if manager.prefix_cache is not None:
             shown = min(computed, seq.num_tokens)  # to the cache, and from now on `num_tokens` more by each decision
-            ends = range((seq.num_registered_blocks + 1) * size, shown + num_steps * num_tokens + 1, size)
+            ends = range(seq.num_registered_tokens + size, shown + num_steps * num_tokens + 1, size)
             full += [(-((shown - end) // num_tokens), place, end) for end in ends]
         seq.num_computed_tokens = last
         if seq not in chunks:

@@ -165,6 +165,7 @@ class Scheduler:
         If a sequence has to make room by going itself, those behind it get nothing in this step.
         """
         limit, left = self.long_prefill_token_threshold, self.max_num_batched_tokens - batch.num_tokens
+        cacheable = self.block_manager.cacheable_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
         for seq in seqs:
             if preempted and seq.status is not RUNNING:
@@ -194,7 +195,7 @@ class Scheduler:
                 batch.chunks.append(seq)
             else:
                 seq.num_in_flight = in_flight + 1
-            if end >= held or not seq.has_sampled:  # else no block has become full
+            if end - seq.num_registered_tokens >= cacheable:
                 self.block_manager.register(seq, min(end, seq.num_tokens))
             if not seq.has_sampled:
                 batch.prompts.append(seq)
@@ -306,7 +307,7 @@ class Scheduler:
         tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
         eos = -1 if eos_token_id is None else eos_token_id
-        is_ahead, ended = batch.is_ahead, list[Sequence]()
+        is_ahead, cacheable, ended = batch.is_ahead, self.block_manager.cacheable_tokens, list[Sequence]()
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
                 continue
@@ -318,8 +319,8 @@ class Scheduler:
                 seq.token_ids.append(token_id)
                 if (token_id == eos or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
                     reason = "stop"
-            if is_ahead and not in_flight and seq.num_computed_tokens == seq.num_block_tokens:
-                self.block_manager.register(seq, seq.num_computed_tokens)
+            if is_ahead and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
+                self.block_manager.register(seq, seq.num_computed_tokens - in_flight)
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)
@@ -371,8 +372,8 @@ class Scheduler:
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
                 least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
-                right = least // manager.block_size <= seq.num_registered_blocks <= most // manager.block_size
-                assert right, f"{seq} has {seq.num_registered_blocks} blocks registered"
+                right = least - manager.block_size < seq.num_registered_tokens <= most
+                assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
 

@@ -113,7 +113,7 @@ class Sequence:
         block_table: ids of the KV blocks held, in token order; `num_block_tokens` is how many tokens they hold.
         tokens_per_block: of the pool that it was given to.
         num_cached_tokens: tokens found in the prefix cache at the latest admission.
-        num_registered_blocks: blocks of the table that the prefix cache knows, from the first on.
+        num_registered_tokens: tokens in the blocks of the table that the prefix cache knows, from the first on.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
         finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.
         arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times in integer nanoseconds, written
@@ -125,7 +125,7 @@ class Sequence:
         "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
         "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
         "has_token_ids", "ingested_ns", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
-        "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_blocks", "num_scheduled_tokens",
+        "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens", "num_scheduled_tokens",
         "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status",
         "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
     )  # fmt: skip
@@ -163,7 +163,7 @@ class Sequence:
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
         self.tokens_per_block = BLOCK_SIZE
-        self.num_block_tokens = self.num_registered_blocks = 0
+        self.num_block_tokens = self.num_registered_tokens = 0
         self.num_cached_tokens = self.num_preemptions = 0
         self.finish_reason: str | None = None
         self.refusal: str | None = None

@@ -176,7 +176,6 @@ def test_a_block_scheduled_in_this_step_is_hit_in_this_step():
     assert rows(batch) == [(0, 0, 10), (1, 8, 2)]
 
 
-@pytest.mark.xfail(strict=True, reason="registered only when the block behind it is full, if two steps are in flight")
 def test_a_block_of_known_tokens_can_be_hit_however_many_steps_are_in_flight():
     scheduler = mixed(prefix_cache=PrefixCache())
     seq = sequence(3, 9)

@@ -85,13 +85,10 @@ class Batch:
 
     def count(self) -> None:
         """Work out the totals of contexts, once every row is there."""
-        num_kv_tokens = sum(self.starts) + self.num_tokens
-        num_pairs = num_kv_tokens
+        self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):
-            num_pairs = 0
-            for start, length in zip(self.starts, self.lengths, strict=True):
-                num_pairs += start * length + length * (length + 1) // 2
-        self.num_kv_tokens, self.num_attention_pairs = num_kv_tokens, num_pairs
+            rows = zip(self.starts, self.lengths, strict=True)
+            self.num_attention_pairs = sum([start * n + n * (n + 1) // 2 for start, n in rows])
 
     @property
     def num_decode_tokens(self) -> int:

@@ -238,19 +238,19 @@ class BlockManager:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blank, blocks, taken = self._blank, self.blocks, list[int]()
+        blank, blocks = self._blank, self.blocks
+        taken = [blank.pop() for _ in range(min(count, len(blank)))]
         while len(taken) < count:
-            if blank:
-                block_id = blank.pop()
-            elif self.num_blocks is None:
+            if self.num_blocks is None:
                 block_id = len(blocks)
                 blocks.append(Block(block_id))
             else:
                 block_id = self._cached.popitem(last=False)[0]
                 if self.prefix_cache is not None:
                     self.prefix_cache.remove(block_id)
-            blocks[block_id].ref_count = 1
             taken.append(block_id)
+        for block_id in taken:
+            blocks[block_id].ref_count = 1
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:

@@ -27,17 +27,12 @@ def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in scheduler.in_flight):
         return 1
-    steps = cap
-    chunks, prompts = set(batch.chunks), set(batch.prompts)
-    for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True):
-        if seq.has_token_ids:
-            return 1
-        if seq in chunks:  # cut by a limit that is the same until the last one
-            steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // num_tokens)
-        elif seq in prompts:
-            return 1
-        else:
-            steps = min(steps, 1 + seq.final_length - seq.num_tokens - seq.num_in_flight)
+    chunks, sampled = set(batch.chunks), batch.sampled
+    if any([seq.has_token_ids for seq in batch.seqs]) or any([seq not in chunks for seq in batch.prompts]):
+        return 1
+    steps = min([cap, *[1 + seq.final_length - seq.num_tokens - seq.num_in_flight for seq in sampled]])
+    for seq in batch.chunks:  # cut by a limit that is the same until the last one
+        steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // seq.num_scheduled_tokens)
     steps = _steps_with_room(scheduler, batch, steps)
     return steps if steps == 1 or _is_head_kept_out(scheduler, batch) else 1
 
@@ -99,14 +94,15 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
     evicted one, which was given up after all that lay behind it, so nobody can notice.
     """
     batch, manager = scheduler.in_flight[-1], scheduler.block_manager
-    size, chunks = manager.block_size, set(batch.chunks)
+    size, cacheable, chunks = manager.block_size, manager.cacheable_tokens, set(batch.chunks)
     begun: list[tuple[int, int]] = []  # number of a decision, and place of a row for which it takes a block
     full: list[tuple[int, int, int]] = []  # the same where a block becomes full, and the tokens with which it ends
     for place, (seq, num_tokens) in enumerate(zip(batch.seqs, batch.lengths, strict=True)):
         held, computed = seq.num_block_tokens, seq.num_computed_tokens
         last = computed + num_steps * num_tokens
-        begun += [((end - computed) // num_tokens + 1, place) for end in range(held, last, size)]
-        if manager.prefix_cache is not None:
+        if last > held:
+            begun += [((end - computed) // num_tokens + 1, place) for end in range(held, last, size)]
+        if last - seq.num_registered_tokens >= cacheable:
             shown = min(computed, seq.num_tokens)  # to the cache, and from now on `num_tokens` more by each decision
             ends = range(seq.num_registered_tokens + size, shown + num_steps * num_tokens + 1, size)
             full += [(-((shown - end) // num_tokens), place, end) for end in ends]

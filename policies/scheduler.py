@@ -141,7 +141,7 @@ class Scheduler:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
         is_mixed = self.composition == "mixed"
         batch = Batch(1 if is_mixed else 0)
-        self._serve([seq for seq in self._running if is_mixed or not seq.has_sampled], batch)
+        self._serve(self.running if is_mixed else [seq for seq in self._running if not seq.has_sampled], batch)
         self._admit(batch)
         if not (is_mixed or batch):
             batch.usual_tokens = 1
@@ -391,7 +391,7 @@ def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[int] |
         ValueError: they are not as many, or not 4-byte integers, or there are none for sequences with token ids.
     """
     if token_ids is None:
-        if any(seq.has_token_ids for seq in sampled):
+        if any([seq.has_token_ids for seq in sampled]):
             raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         return None
     if len(token_ids) != len(sampled):

@@ -129,10 +129,10 @@ class Replica:
             if core.must_commit:
                 if self._leap is None:
                     yield self._wait(max(launched, core.in_flight[0].end_ns or 0), _ENDS)
-                while self._leap is not None:
-                    yield self._wait(self._leap.until_ns, _ENDS)
-                    if self._leap is not None and not self._leap.extend():
-                        self._make(self._leap.num_planned)
+                while (leap := self._leap) is not None:
+                    yield self._wait(leap.until_ns, _ENDS)
+                    if self._leap is leap and not leap.extend():
+                        self._make(leap.num_planned)
                 now = now_ns(self._env)
                 for seq in core.commit(None, now):
                     self._ended(seq)

@@ -180,7 +180,7 @@ def check_class(node: ast.ClassDef, ours: type) -> None:
     attributes = set(re.findall(r"^\s*(\w+):", told[1], re.MULTILINE)) if told else set()
     attributes |= set(re.findall(r"self\.(\w+)(?:: [^=]+)? = ", ast.unparse(node)))
     for attribute in attributes:
-        is_property = isinstance(getattr(ours, attribute, None), property)
+        is_property = inspect.isdatadescriptor(getattr(ours, attribute, None))
         assert is_property or re.search(rf"self\.{attribute}\b[^=\n]*=", source), f"{node.name} has no {attribute}"
 
 
@@ -198,9 +198,9 @@ def check(named: Named, row: Row) -> None:
         check_class(named.node, ours)
         return
     decorators = [ast.unparse(item) for item in named.node.decorator_list] if named.node else []
-    assert isinstance(ours, property) == ("property" in decorators)
+    assert inspect.isdatadescriptor(ours) == ("property" in decorators)
     assert isinstance(ours, staticmethod) == ("staticmethod" in decorators)
-    if named.node is not None and not isinstance(ours, property):
+    if named.node is not None and not inspect.isdatadescriptor(ours):
         check_signature(named.node, ours)
 
 

@@ -22,8 +22,8 @@ def exceptions_of(batch: Batch) -> Exceptions:
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
     chunks = set(batch.chunks)
-    found = [(seq, num_tokens, seq not in chunks) for seq, num_tokens in zip(batch.seqs, batch.lengths, strict=True)]
-    exceptions = [entry for entry in found[:num_before] if entry[1] != usual or not entry[2]]
+    before = zip(batch.seqs[:num_before], batch.lengths, strict=False)
+    exceptions = [(seq, n, seq not in chunks) for seq, n in before if n != usual or seq in chunks]
     exceptions += [(seq, 0, False) for seq in batch.skipped]
     return sorted(exceptions, key=lambda entry: entry[0].admission_index)
 

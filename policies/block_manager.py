@@ -64,7 +64,7 @@ class BlockManager:
 
     @property
     def cacheable_tokens(self) -> int:
-        """Tokens beyond those registered with which a sequence has another block to register; ENDLESS: there is no cache."""
+        """So many tokens behind its registered ones, a sequence has a block to register; ENDLESS without a cache."""
         return ENDLESS if self.prefix_cache is None else self.block_size
 
     @property
@@ -208,13 +208,14 @@ class BlockManager:
 
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
-        first, end, cache = seq.num_registered_tokens // self.block_size, num_tokens // self.block_size, self.prefix_cache
+        cache, size = self.prefix_cache, self.block_size
+        first, end = seq.num_registered_tokens // size, num_tokens // size
         if cache is None or first >= end:
             return
         if len(seq.block_hashes) < end:
             self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
-        seq.num_registered_tokens = end * self.block_size
+        seq.num_registered_tokens = end * size
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""

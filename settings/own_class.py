@@ -16,10 +16,12 @@ from typing import Any
 
 from typing_extensions import get_protocol_members
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 _OF_MYPYC = {"__mypyc_attrs__", "__getstate__", "__setstate__"}
 """What a compiled class has beside its members."""
+RULES = ("scheduling_policy", "admission", "victim")
+"""Settings of the policies that may name a class of one's own."""
 FORM = "FILE.py:CLASS or FILE.py:CLASS(name=value, ...)"
 _TEXT = re.compile(r"(.+?\.py):(.+?)(?:@([0-9a-f]{64}))?", re.DOTALL)
 

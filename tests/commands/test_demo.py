@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import twinserve.demo as demo
+import twinserve.commands.demo as demo
 from twinserve.sim.fit import FittedLatency, StepSample
 from twinserve.sim.latency import StepFeatures
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
-from twinserve.workload import load_workload
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.workload import load_workload
 
 torch = pytest.importorskip("torch")
 
@@ -43,7 +43,7 @@ def tiny_model(monkeypatch):
         max_position_embeddings=1024,
     )
     model = LlamaForCausalLM(config).eval()
-    monkeypatch.setattr(demo, "load_llm", lambda options, settings: LLM(model, settings=settings))
+    monkeypatch.setattr(demo, "load_llm", lambda options, settings, *, progress: LLM(model, settings=settings))
     # The tiny model is some twenty times as fast as the real one, so its arrivals may be as well.
     monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, {"rate_scale": 20.0}))
 

@@ -257,6 +257,6 @@ def test_a_step_that_fails_is_one_line_and_leaves_no_record(twinserve, trace, sh
 
 
 def test_what_is_no_step_failure_is_not_hidden(twinserve, trace, shape, monkeypatch):
-    monkeypatch.setattr("twinserve.worlds.run_real", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("twinserve.worlds.run.run_real", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         twinserve("run", trace, "--model", shape, "--load-format", "dummy")

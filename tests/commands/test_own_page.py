@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from twinserve.traces.readers import write_trace
-from twinserve.traces.record import load_record
 from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.record import load_record
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
 SHAPE = {

@@ -10,13 +10,13 @@ from pathlib import Path
 import own_rules
 import pytest
 
+from twinserve.commands.progress import Bar
 from twinserve.engine.options import EngineOptions
-from twinserve.point import Job, Point, compute
-from twinserve.progress import Bar
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import load_record
-from twinserve.traces.settings import Settings
-from twinserve.worlds import load_llm, measure_steps
+from twinserve.planning.point import Job, Point, compute
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.record import load_record
+from twinserve.worlds.run import load_llm, measure_steps
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_steps_are_measured_with_an_order_of_ones_own_and_every_shape_is_admitte
     (tmp_path / "config.json").write_text(json.dumps(config))
     rules = {"scheduling_policy": f"{mine}:LastCome", "admission": f"{mine}:Roomy(spare=9)"}
     options = EngineOptions(model=str(tmp_path), load_format="dummy")
-    llm = load_llm(options, Settings.load(rules | {"num_gpu_blocks": 64}))
+    llm = load_llm(options, Settings.load(rules | {"num_gpu_blocks": 64}), progress=print)
     try:
         sizes = {"max_seqs": 2, "max_context": 64, "max_prompt": 32, "repeats": 1}
         samples = measure_steps(llm, **sizes, progress=lambda total: Bar("profile", total))

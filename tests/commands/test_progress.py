@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from twinserve import progress
+from twinserve.commands import progress
 from twinserve.policies import Batch, Sequence
 
 

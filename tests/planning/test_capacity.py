@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinserve.capacity import Found, Scale, find_capacities, largest, rows_of
-from twinserve.parallel import Workers
-from twinserve.point import Job
-from twinserve.sweep import Store, load_plan
-from twinserve.traces.errors import InputError
+from twinserve.planning.capacity import Found, Scale, find_capacities, largest, rows_of
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Job
+from twinserve.planning.sweep import Store, load_plan
+from twinserve.settings.errors import InputError
 
 OBJECTIVE = "p99 TTFT <= 1 s"
 

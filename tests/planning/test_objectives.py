@@ -2,8 +2,8 @@
 
 import pytest
 
-from twinserve.objectives import Objective, Term, cost_per_million_tokens, interval
-from twinserve.traces.errors import InputError
+from twinserve.planning.objectives import Objective, Term, cost_per_million_tokens, interval
+from twinserve.settings.errors import InputError
 
 
 def summary(ttft_p99=0.5, tpot_p99=0.03, finished=10):

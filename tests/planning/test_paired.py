@@ -10,10 +10,10 @@ from pathlib import Path
 import own_rules
 import pytest
 
-from twinserve.paired import paired
-from twinserve.traces.compare import METRICS
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import load_record
+from twinserve.planning.paired import paired
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import METRICS
+from twinserve.traces.runs.record import load_record
 
 T_975_2 = 4.302652729911275
 """Student's t at 97.5% with two degrees of freedom, from a table."""

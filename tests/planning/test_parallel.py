@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from twinserve.parallel import Workers
-from twinserve.traces.errors import InputError
+from twinserve.planning.parallel import Workers
+from twinserve.settings.errors import InputError
 
 
 def known_root(number):

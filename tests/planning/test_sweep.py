@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from twinserve import point
-from twinserve.parallel import Workers
-from twinserve.point import Job, Point, compute
-from twinserve.sweep import Store, load_plan, opened, run_points
-from twinserve.traces.errors import InputError
-from twinserve.workload import make_workload
+from twinserve.planning import point
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Job, Point, compute
+from twinserve.planning.sweep import Store, load_plan, opened, run_points
+from twinserve.settings.errors import InputError
+from twinserve.worlds.workload import make_workload
 
 PLAN = """
 trace = "{trace}"
@@ -225,7 +225,7 @@ def test_all_that_decides_a_result_is_in_its_key(plan, trace, latency, tmp_path,
     copied = tmp_path / "copied.jsonl"
     copied.write_bytes(trace.read_bytes())
     assert Job.of(Point.of(values | {"trace": str(copied)})).key == keys[0], "the name of the file decides nothing"
-    monkeypatch.setattr("twinserve.point.code_identity", lambda: "other code")
+    monkeypatch.setattr("twinserve.planning.point.code_identity", lambda: "other code")
     assert Job.of(Point.of(values)).key != keys[0]
 
 

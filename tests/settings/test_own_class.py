@@ -8,8 +8,8 @@ from typing import Protocol
 
 import pytest
 
-from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import OwnClass, anchored, build, pinned
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import OwnClass, anchored, build, pinned
 
 
 class Opener(Protocol):

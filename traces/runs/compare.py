@@ -8,9 +8,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import identity
-from twinserve.traces.record import RunRecord
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import identity
+from twinserve.traces.runs.record import RunRecord
 
 LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
 STATISTICS = ("mean", "p50", "p90", "p99")

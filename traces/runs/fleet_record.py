@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.metrics import summary_of
-from twinserve.traces.record import (
+from twinserve.settings.build_core import BY_HAND
+from twinserve.settings.errors import InputError
+from twinserve.traces.request import Request
+from twinserve.traces.runs.metrics import summary_of
+from twinserve.traces.runs.record import (
     RunRecord,
     RunRecorder,
     checked_run,
@@ -19,8 +21,6 @@ from twinserve.traces.record import (
     run_of,
     with_extra,
 )
-from twinserve.traces.request import Request
-from twinserve.traces.settings import BY_HAND
 
 REPLICAS = "replicas"
 

@@ -24,13 +24,13 @@ import orjson
 from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
 from twinserve.policies.horizon import Growth
-from twinserve.traces.digest import Digest, Exceptions
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import BY_HAND
+from twinserve.settings.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file
-from twinserve.traces.metrics import RunMetrics, summary_of
 from twinserve.traces.request import Request
-from twinserve.traces.settings import BY_HAND
-from twinserve.traces.spans import BackToBack
+from twinserve.traces.runs.digest import Digest, Exceptions
+from twinserve.traces.runs.metrics import RunMetrics, summary_of
+from twinserve.traces.runs.spans import BackToBack
 
 SCHEMA = "twinserve-run/1"
 

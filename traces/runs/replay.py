@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.traces.digest import Digest, exceptions_of
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import BY_HAND, Settings
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import RULES
 from twinserve.traces.lines import LABELS
-from twinserve.traces.record import RunRecord, decision_fields
 from twinserve.traces.request import Part, Request, TokenMaker
-from twinserve.traces.settings import BY_HAND, RULES, Settings, validated
+from twinserve.traces.runs.digest import Digest, exceptions_of
+from twinserve.traces.runs.record import RunRecord, decision_fields
 
 
 @dataclass(frozen=True)

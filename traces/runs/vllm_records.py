@@ -14,13 +14,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from twinserve.traces.errors import InputError
-from twinserve.traces.fleet_record import is_fleet, load_fleet
+from twinserve.settings.errors import InputError
 from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
-from twinserve.traces.metrics import summarize
 from twinserve.traces.readers import read_trace
-from twinserve.traces.record import SCHEMA, RunRecord, load_record
 from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
+from twinserve.traces.runs.metrics import summarize
+from twinserve.traces.runs.record import SCHEMA, RunRecord, load_record
 
 FORMAT = "vllm-run-record/1"
 MOONCAKE_TRACE = "mooncake/conversation_trace.jsonl.gz"

@@ -8,22 +8,23 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+import twinserve
+from twinserve.commands.progress import Bar, say
+from twinserve.commands.tables import comparison_table
 from twinserve.engine.options import EngineOptions
-from twinserve.progress import Bar, say
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import StepSample
 from twinserve.sim.latency import StepFeatures
-from twinserve.tables import comparison_table
-from twinserve.traces.compare import beyond, compare
-from twinserve.traces.record import RunRecord, load_record
-from twinserve.traces.replay import replay
-from twinserve.traces.settings import Settings
-from twinserve.workload import load_workload
-from twinserve.worlds import fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.traces.runs.compare import beyond, compare
+from twinserve.traces.runs.record import RunRecord, load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.worlds.workload import load_workload
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(twinserve.__file__).parent / "data"
 LIMITS = {"tpot_s.mean": 0.25}
 """How far the simulation may be from the real run."""
 ATTEMPTS = 2
@@ -69,7 +70,7 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord, list[str]]:
 
     settings = Settings.load({}, DATA / "demo.toml")
     workload = load_workload(DATA / "demo.jsonl", {})
-    profiled = load_llm(EngineOptions(), Settings())
+    profiled = load_llm(EngineOptions(), Settings(), progress=say)
     # A shared machine drifts, so its steps are measured on both sides of the run that they are to predict.
     before, busy = _measured(profiled, settings, "before")
     llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)

@@ -13,10 +13,20 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 TraceFile = Annotated[
     Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
+]
+Traces = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the public traces, for a vLLM step log whose prompts are those of one.",
+        envvar="TWINSERVE_TRACES",
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings; the engine's in [engine]. Options override it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from twinserve.capacity import Capacity
-from twinserve.objectives import Objective, Term, interval
-from twinserve.point import Result
+from twinserve.planning.capacity import Capacity
+from twinserve.planning.objectives import Objective, Term, interval
+from twinserve.planning.point import Result
+from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
-from twinserve.sweep import Plan, cost_of
-from twinserve.traces.compare import value_of
+from twinserve.traces.runs.compare import value_of
 
 _USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
 """What is shown where no objective says what counts; its limits are not."""

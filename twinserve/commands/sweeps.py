@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinserve.fleets import FleetOptions
-from twinserve.options import Json, options_of
-from twinserve.progress import Bar, say
-from twinserve.traces.settings import Settings
-from twinserve.workload import PointOptions, TraceOptions
+from twinserve.commands.options import Json, options_of
+from twinserve.commands.progress import Bar, say
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
+from twinserve.worlds.workload import PointOptions, TraceOptions
 
 Jobs = Annotated[
     int | None, typer.Option(help="Processes; one a core unless given. Results do not depend on it.", min=1)
@@ -27,9 +27,9 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Simulate every combination of settings, traces, latencies and rates that a file asks for."""
-    from twinserve.parallel import Workers
-    from twinserve.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points, write_whole
-    from twinserve.sweep_views import page_of, remarks_of, sweep_cases
+    from twinserve.commands.sweep_views import page_of, remarks_of, sweep_cases
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points, write_whole
 
     chosen = load_plan(plan)
     with opened(out) as store, Workers(jobs, ray) as workers:
@@ -70,10 +70,10 @@ def capacity(
     as_json: Json = False,
 ) -> None:
     """Find the highest rate, or the fewest replicas, that keeps an objective, and what a million tokens cost then."""
-    from twinserve.capacity import find_capacities, rows_of
-    from twinserve.parallel import Workers
-    from twinserve.sweep import lines_of, load_plan, opened, write_whole
-    from twinserve.sweep_views import capacity_cases, page_of, remarks_of
+    from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
+    from twinserve.planning.capacity import find_capacities, rows_of
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.sweep import lines_of, load_plan, opened, write_whole
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings | trace_options | fleet
@@ -95,8 +95,8 @@ def _show(lines: str, cases: list, remarks: list[str], out: Path | None, as_json
     if as_json:
         print(lines, end="")
     else:
+        from twinserve.commands.tables import case_table
         from twinserve.reports.sweep import case_columns
-        from twinserve.tables import case_table
 
         case_table(*case_columns(cases))
     if out is not None:

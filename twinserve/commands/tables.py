@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twinserve.paired import PairedDifference
-from twinserve.traces.compare import LATENCIES, STATISTICS, Comparison
+from twinserve.planning.paired import PairedDifference
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 
 def summary_table(summary: dict[str, Any]) -> None:

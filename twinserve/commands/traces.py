@@ -8,24 +8,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinserve.options import Json, TraceFile, options_of, refuse_existing
-from twinserve.progress import say
-from twinserve.workload import TraceOptions
-
-trace_app = typer.Typer(
-    help="Look at a trace, make a synthetic one, change its format, bring a public one.", no_args_is_help=True
-)
+from twinserve.commands.options import Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.progress import say
+from twinserve.worlds.workload import TraceOptions
 
 LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."
 
 
-@trace_app.command("stat")
 @options_of(TraceOptions, "trace_options")
 def trace_stat(trace: TraceFile, trace_options: dict, as_json: Json = False) -> None:
     """Lengths, rates, burstiness, reuse, and what was handled."""
-    from twinserve.tables import trace_table
+    from twinserve.commands.tables import trace_table
     from twinserve.traces.statistics import trace_statistics
-    from twinserve.workload import load_workload
+    from twinserve.worlds.workload import load_workload
 
     workload = load_workload(trace, trace_options)
     statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
@@ -35,7 +30,6 @@ def trace_stat(trace: TraceFile, trace_options: dict, as_json: Json = False) -> 
         trace_table(statistics)
 
 
-@trace_app.command("convert")
 @options_of(TraceOptions, "trace_options")
 def trace_convert(
     trace: TraceFile,
@@ -48,7 +42,7 @@ def trace_convert(
     """Write a trace, or a changed part of it, in our own format, Mooncake's or Azure's."""
     from twinserve.traces.formats.reading import with_own_private_prompts
     from twinserve.traces.readers import write_trace
-    from twinserve.workload import load_workload
+    from twinserve.worlds.workload import load_workload
 
     refuse_existing(out)
     workload = load_workload(trace, trace_options)
@@ -65,7 +59,6 @@ def trace_convert(
         say(f"in the field twinserve, as {format}'s own cannot hold it: {counts}")
 
 
-@trace_app.command("fetch")
 def trace_fetch(
     name: Annotated[str, typer.Argument(help="mooncake-conversation or azure-2023-conv.")],
     mirror: Annotated[str | None, typer.Option(help="URL of a folder that has the file, in place of GitHub.")] = None,
@@ -78,7 +71,6 @@ def trace_fetch(
     print(path)
 
 
-@trace_app.command("make")
 def trace_make(
     out: Annotated[Path, typer.Option("--out", help="The trace file to write; must not exist.")],
     requests: Annotated[int, typer.Option(help="How many, all turns counted.")] = 100,

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from twinserve.objectives import Objective, interval
-from twinserve.parallel import Workers
-from twinserve.point import Job, Point, Result, Sought, compute
-from twinserve.sweep import Case, Plan, Store, cost_of, run_points
-from twinserve.traces.errors import InputError
+from twinserve.planning.objectives import Objective, interval
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Job, Point, Result, Sought, compute
+from twinserve.planning.sweep import Case, Plan, Store, cost_of, run_points
+from twinserve.settings.errors import InputError
 
 _MOST_REPLICAS = 1024
 _MOST_RETREATS = 100

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from twinserve.settings.build_core import Settings, pinned_rule
+from twinserve.settings.config import read_table, validated
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
-from twinserve.traces.errors import InputError
-from twinserve.traces.own_class import build, pinned
-from twinserve.traces.settings import RULES, Settings, pinned_rule, read_table, validated
-from twinserve.worlds import ReplicaSpec, choose_latency, with_pool
+from twinserve.worlds.run import ReplicaSpec, choose_latency, with_pool
 
 
 def parse_outage(text: object) -> Outage:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.traces.compare import LATENCIES, STATISTICS, value_of
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
 
 CONFIDENCE = 0.95
 _TERM = re.compile(r"(\w+)\s+(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from twinserve.objectives import interval
-from twinserve.traces.compare import METRICS, check_same_trace, differing_settings, value_of
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecord
+from twinserve.planning.objectives import interval
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import METRICS, check_same_trace, differing_settings, value_of
+from twinserve.traces.runs.record import RunRecord
 
 
 @dataclass(frozen=True)

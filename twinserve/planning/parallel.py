@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 class Workers:

@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, model_validator
 
-from twinserve.fleets import FleetOptions
+import twinserve
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.roofline import RooflineLatency
-from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings, validated
-from twinserve.workload import PointOptions, TraceOptions, Workload, make_workload
-from twinserve.worlds import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
 
 Result = dict[str, Any]
 Sought = Literal["rate", "replicas"]
@@ -164,9 +166,9 @@ def trace_at(path: str) -> Trace:
 def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
-    root = Path(__file__).parent
-    modules = [root / name for name in ("fleets.py", "point.py", "workload.py", "worlds.py")]
-    for package in ("policies", "sim", "traces"):
+    root = Path(twinserve.__file__).parent
+    modules = [root / "planning" / name for name in ("fleets.py", "point.py")]
+    for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
         digest.update(f"\0{path.relative_to(root)}\0".encode() + path.read_bytes())

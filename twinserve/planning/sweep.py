@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from twinserve.objectives import Objective, cost_per_million_tokens
-from twinserve.parallel import Workers
-from twinserve.point import Job, Point, Result, compute
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import read_toml
+from twinserve.planning.objectives import Objective, cost_per_million_tokens
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Job, Point, Result, compute
+from twinserve.settings.config import read_toml
+from twinserve.settings.errors import InputError
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")

@@ -13,21 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import twinserve
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.progress import say
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
-from twinserve.traces.errors import InputError
-from twinserve.traces.fleet_record import FleetRecorder
-from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
-from twinserve.traces.vllm_records import load_run
-from twinserve.workload import Workload
+from twinserve.traces.runs.fleet_record import FleetRecorder
+from twinserve.traces.runs.record import RunRecorder
+from twinserve.traces.runs.vllm_records import load_run
+from twinserve.worlds.workload import Workload
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
@@ -40,7 +40,7 @@ ROOFLINE = "roofline:"
 
 def shipped_latencies() -> dict[str, Path]:
     """The latency files that ship, by name."""
-    folder = Path(__file__).parent / "sim" / "data"
+    folder = Path(twinserve.__file__).parent / "sim" / "data"
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
@@ -130,8 +130,11 @@ def require_engine(device: str) -> None:
     usable_device(device)
 
 
-def load_llm(options: EngineOptions, settings: Settings) -> LLM:
+def load_llm(options: EngineOptions, settings: Settings, *, progress: Callable[[str], None]) -> LLM:
     """The model that a name, a folder or a hub id stands for, ready to serve.
+
+    Args:
+        progress: called with a line as each part of the work begins, and with what was chosen.
 
     Raises:
         InputError: the engine is not installed, or the device, the model or the settings cannot be used.
@@ -141,10 +144,10 @@ def load_llm(options: EngineOptions, settings: Settings) -> LLM:
     from twinserve.engine.hub import resolve_model
     from twinserve.engine.llm import LLM
 
-    source = options.model if options.load_format == "dummy" else resolve_model(options.model, progress=say)
+    source = options.model if options.load_format == "dummy" else resolve_model(options.model, progress=progress)
     given = options.model_dump(exclude={"model"}, exclude_unset=True)
     llm = LLM(source, name=options.model, settings=settings, **given)
-    say(f"attention: {llm.attention.name} ({llm.attention.reason})")
+    progress(f"attention: {llm.attention.name} ({llm.attention.reason})")
     return llm
 
 

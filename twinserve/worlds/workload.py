@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
 from twinserve.traces import transforms
-from twinserve.traces.errors import InputError
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
-from twinserve.traces.settings import validated
 
 
 class TraceOptions(BaseModel):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from latencies import Uneven
 
 from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.sim.replica import simulate
-from twinserve.traces.metrics import RunMetrics, distribution, summarize, summary_of, token_gaps
-from twinserve.traces.record import RunRecorder, load_record, single_steps
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.metrics import RunMetrics, distribution, summarize, summary_of, token_gaps
+from twinserve.traces.runs.record import RunRecorder, load_record, single_steps
 
 KEYS = [
     *("world", "requests", "finished", "refused", "aborted", "shortened", "duration_s", "output_tok_s", "total_tok_s"),

@@ -15,13 +15,13 @@ from latencies import Uneven
 from own_rules import FirstAdmitted, LastCome
 
 from twinserve.policies import BlockManager, CacheAware, Core, PrefixCache, SamplingParams, Scheduler
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate
-from twinserve.traces.errors import InputError
-from twinserve.traces.fleet_record import FleetRecorder, load_fleet
-from twinserve.traces.record import RunRecord, RunRecorder, load_record
-from twinserve.traces.replay import replay
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.fleet_record import FleetRecorder, load_fleet
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
+from twinserve.traces.runs.replay import replay
 
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "num_gpu_blocks": 40}
 

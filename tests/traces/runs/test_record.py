@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import twinserve.traces
+import twinserve.traces.runs
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.metrics import summarize
-from twinserve.traces.record import RunRecorder, load_record, single_steps
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.metrics import summarize
+from twinserve.traces.runs.record import RunRecorder, load_record, single_steps
 
-SCHEMA = json.loads((Path(twinserve.traces.__file__).parent / "record.schema.json").read_text())
+SCHEMA = json.loads((Path(twinserve.traces.runs.__file__).parent / "record.schema.json").read_text())
 DECISIONS = SCHEMA["$defs"]["step"]["properties"].keys() - set(SCHEMA["$defs"]["step"]["required"]) - {"digest"}
 
 
@@ -319,5 +319,5 @@ def test_the_row_of_several_steps_reads_as_the_page_about_traces_says():
     assert [third[name] for name in ("decided_ns", "start_ns", "end_ns")] == [2900, 3000, 3810]
     assert (third["grown"], third["used_blocks"], third["kv_tokens"]) == ([[5, [17]]], 4, 24)
     assert [step.get("digest") for step in steps] == [None, None, None, "ab"]
-    page = (Path(__file__).resolve().parents[2] / "docs" / "traces.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "traces.md").read_text()
     assert '"repeats": ' + json.dumps(row["repeats"]) in page

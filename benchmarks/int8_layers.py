@@ -28,13 +28,13 @@ from timing import graph_us
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.commands.progress import say
 from twinserve.engine.device_queue import device_name
 from twinserve.engine.layers import int8_linear
 from twinserve.engine.layers.int8_linear import int8_product
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
-from twinserve.progress import say
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
 ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}

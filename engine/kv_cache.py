@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 if TYPE_CHECKING:
     # The models' package imports layers, and these import this module.

@@ -25,11 +25,11 @@ from twinserve.engine.models.loader import DTYPES, config_of
 from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
 from twinserve.engine.options import EngineOptions
 from twinserve.policies import CoreListener, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecorder
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner

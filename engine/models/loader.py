@@ -17,7 +17,7 @@ from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.int8 import quantize_decoder
 from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 

@@ -12,7 +12,7 @@ from twinserve.engine.kv_cache import KVCache, bytes_per_block, default_num_bloc
 from twinserve.engine.layers import PagedAttention, SdpaAttention, StepRows
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 CPU = torch.device("cpu")
 

@@ -26,12 +26,12 @@ from twinserve.engine.models import Decoder, adopt_model, load_model, random_mod
 from twinserve.engine.models.int8 import quantize_decoder
 from twinserve.engine.quantization import AbsMaxQuantizer, measure_memory
 from twinserve.policies import SamplingParams
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import write_trace
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
 
 SMOLLM2 = "smollm2-135m"
 SHAPES = [(576, 960), (1536, 576), (64, 7), (33, 130), (1, 5)]

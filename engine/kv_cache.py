@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
 from twinserve.traces.errors import InputError
-
-if TYPE_CHECKING:
-    # The models' package imports layers, and these import this module.
-    from twinserve.engine.models.config import ModelConfig
 
 CPU_BUDGET_BYTES = 1 << 30
 

@@ -20,10 +20,10 @@ from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model
 from twinserve.engine.models.dummy import dummy_model, shape_folder
-from twinserve.engine.models.int8 import quantize_decoder
 from twinserve.engine.models.loader import DTYPES, config_of
 from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
 from twinserve.engine.options import EngineOptions
+from twinserve.engine.quantization import quantize_decoder
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.errors import InputError

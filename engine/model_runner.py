@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
-from twinserve.engine.kv_cache import KVCache, default_num_blocks
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.kv_sizing import default_num_blocks
 from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep

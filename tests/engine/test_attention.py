@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from twinserve.engine.kv_cache import KVCache, bytes_per_block, default_num_blocks
+from twinserve.engine.kv_cache import KVCache, bytes_per_block
+from twinserve.engine.kv_sizing import default_num_blocks
 from twinserve.engine.layers import PagedAttention, SdpaAttention, StepRows
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig

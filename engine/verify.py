@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device, usable_device
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers import AttentionChoice, PagedAttention, StepRows, choose_attention
+from twinserve.engine.layers import AttentionChoice, AttentionMetadata, PagedAttention, choose_attention
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, ModelConfig, load_model
@@ -255,10 +255,10 @@ def _paged_hidden(decoder: Decoder, choice: AttentionChoice, token_ids: Tensor) 
     for start in range(0, len(token_ids), STEP_TOKENS):
         chunk = token_ids[start : start + STEP_TOKENS]
         end = start + len(chunk)
-        rows = StepRows(int(len(chunk) == 1), [len(chunk)], [end], [table], size)
+        metadata = AttentionMetadata(int(len(chunk) == 1), [len(chunk)], [end], [table], size)
         positions = np.arange(start, end)
         slots = to_device(slots_of(table, positions, size), device)
-        attention = PagedAttention(backend, cache, slots, backend.plan(rows, decoder.dtype, device))
+        attention = PagedAttention(backend, cache, slots, backend.plan(metadata, decoder.dtype, device))
         parts.append(decoder(chunk, to_device(positions, device), attention))
     return torch.cat(parts)
 

@@ -14,9 +14,9 @@ from result_files import RESULTS
 from sizes import SIZES
 from subject import DEFAULT_MODEL, Subject
 
+from twinserve.commands.progress import say
 from twinserve.engine.models.loader import DTYPES
-from twinserve.progress import say
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 DEFAULT_SHAPE = "smollm2-135m-shape"
 

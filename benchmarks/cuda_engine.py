@@ -13,7 +13,7 @@ import torch
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 
 MODEL = "qwen3-0.6b"
 TEMPERATURE = 0.6

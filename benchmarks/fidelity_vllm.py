@@ -27,17 +27,17 @@ from fidelity_runs import BLOCK_S, FITTED_ON, LATENCIES, PHASES, REPEATS, RUNS, 
 from result_files import RESULTS, write_json
 
 from twinserve import policies
+from twinserve.commands.progress import say
 from twinserve.policies import Batch, CoreListener
-from twinserve.progress import say
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, regime_of
 from twinserve.sim.latency import LatencyModel, ScaledLatency, StepCost, StepFeatures
 from twinserve.sim.recorded_steps import Timeline, fit_records, host_levels, step_spans
 from twinserve.sim.replica import simulate
-from twinserve.traces.metrics import summarize
-from twinserve.traces.record import RunRecord
-from twinserve.traces.replay import replay
-from twinserve.traces.settings import Settings
-from twinserve.traces.vllm_records import load_run, requests_of
+from twinserve.traces.runs.metrics import summarize
+from twinserve.traces.runs.record import RunRecord
+from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.vllm_records import load_run, requests_of
 
 STEPS = (1.04, 1.08, 1.16, 1.3)
 BISECTIONS = 4

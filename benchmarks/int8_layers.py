@@ -28,6 +28,7 @@ from timing import graph_us
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.commands.progress import say
 from twinserve.engine.device_queue import device_name
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES

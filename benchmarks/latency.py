@@ -39,7 +39,7 @@ READY = f"""
 import time
 from twinserve.engine.llm import LLM
 from twinserve.policies import SamplingParams
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 settings = Settings.load(dict(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=2048, pipeline_depth=1))
 llm = LLM({MODEL!r}, load_format="dummy", dtype="bfloat16", device="cuda", settings=settings)
 llm.generate([[1, 2, 3]], SamplingParams(temperature={TEMPERATURE}, max_tokens=1, ignore_eos=True))

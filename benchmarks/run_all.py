@@ -15,7 +15,7 @@ from pathlib import Path
 
 from command_line import options_for, parser, subjects
 
-from twinserve.progress import say
+from twinserve.commands.progress import say
 
 CYCLES = range(1, 8)
 

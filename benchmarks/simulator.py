@@ -118,11 +118,11 @@ def azure_requests(lengths: list[tuple[int, int]], num_requests: int) -> Iterato
 
 
 def run_a(traces: Path, num_requests: int, out: Path) -> None:
+    from twinserve.settings.build_core import Settings
     from twinserve.sim.roofline import DEVICES, RooflineLatency
     from twinserve.sim.shapes import SHAPES
-    from twinserve.traces.settings import Settings
-    from twinserve.workload import Workload
-    from twinserve.worlds import run_sim
+    from twinserve.worlds.run import run_sim
+    from twinserve.worlds.workload import Workload
 
     a100 = DEVICES["a100"]
     shares = {name: getattr(a100, name) / SLOWER for name in ("bandwidth_share", "flops_share")}
@@ -142,9 +142,9 @@ def run_a(traces: Path, num_requests: int, out: Path) -> None:
 
 
 def run_b(traces: Path, out: Path) -> None:
-    from twinserve.fleets import FleetOptions
-    from twinserve.workload import load_workload
-    from twinserve.worlds import run_fleet
+    from twinserve.planning.fleets import FleetOptions
+    from twinserve.worlds.run import run_fleet
+    from twinserve.worlds.workload import load_workload
 
     fleet = FleetOptions(replicas=8, router="round-robin")
     settings = {"block_size": 64, "num_gpu_blocks": 8192, "max_num_batched_tokens": 8192}

@@ -26,14 +26,14 @@ from result_files import RESULTS, write_json
 from study_page import written
 from study_plan import AZURE, MOONCAKE, OBJECTIVES, STUDIES, SYSTEM_PROMPT, TOLERANCE, Result
 
-from twinserve.capacity import find_capacities
-from twinserve.capacity import rows_of as capacity_rows
-from twinserve.objectives import interval
-from twinserve.parallel import Workers
-from twinserve.point import Point
-from twinserve.progress import say
-from twinserve.sweep import Store, load_plan, opened, run_points
-from twinserve.sweep import rows_of as sweep_rows
+from twinserve.commands.progress import say
+from twinserve.planning.capacity import find_capacities
+from twinserve.planning.capacity import rows_of as capacity_rows
+from twinserve.planning.objectives import interval
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Point
+from twinserve.planning.sweep import Store, load_plan, opened, run_points
+from twinserve.planning.sweep import rows_of as sweep_rows
 from twinserve.traces.statistics import shared_tokens
 
 MEASURED = RESULTS / "studies.json"

@@ -14,14 +14,14 @@ import torch
 from sizes import SIZES, Job, Sizes
 from torch import nn
 
+from twinserve.commands.progress import say
 from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES, shape_names
 from twinserve.engine.models.loader import DTYPES
-from twinserve.progress import say
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 
 DEFAULT_MODEL = "smollm2-135m"
 

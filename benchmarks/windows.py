@@ -18,16 +18,16 @@ from pathlib import Path
 from environment import commit, versions
 from result_files import RESULTS, write_json
 
+from twinserve.commands.progress import Bar, say
+from twinserve.commands.tables import comparison_table
 from twinserve.engine.llm import LLM
 from twinserve.engine.options import EngineOptions
-from twinserve.progress import Bar
-from twinserve.tables import comparison_table
-from twinserve.traces.compare import compare
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
-from twinserve.traces.settings import Settings
-from twinserve.workload import load_workload
-from twinserve.worlds import fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.settings.build_core import Settings
+from twinserve.traces.runs.compare import compare
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.worlds.workload import load_workload
 
 SETTINGS = Settings(max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, num_gpu_blocks=192)
 WINDOWS = {
@@ -46,7 +46,7 @@ def main() -> int:
     if arguments.traces is None:
         print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
         return 2
-    profiled = load_llm(EngineOptions(), Settings())
+    profiled = load_llm(EngineOptions(), Settings(), progress=say)
     samples = measure_steps(
         profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
     )

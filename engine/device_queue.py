@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 Made = TypeVar("Made")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twinserve.engine.sampler import sample, sample_with_temperature
 from twinserve.policies import SamplingParams
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.traces.errors import InputError
 from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecorder
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner

@@ -13,8 +13,8 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.settings.errors import RunError
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.errors import RunError
 from twinserve.traces.request import Request, TokenMaker
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from twinserve.traces.settings import read_table, validated
+from twinserve.settings.config import read_table, validated
 
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "triton", "flash", "sdpa"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from twinserve.engine.llm import LLM
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True, order=True)

@@ -26,8 +26,8 @@ from twinserve.engine.models.source import load_tokenizer
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import encode_prompt
 from twinserve.policies import SamplingParams
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 
 NEAR_TIE = 1e-4
 """Where the reference's logits of two tokens are closer than this, rounding decides between them."""

@@ -21,9 +21,9 @@ from twinserve.reports.tables import (
 )
 from twinserve.reports.text import count, percent
 from twinserve.reports.timelines import batch_figure, kv_figure
-from twinserve.traces.compare import differing_settings
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecord
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import differing_settings
+from twinserve.traces.runs.record import RunRecord
 
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 

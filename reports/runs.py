@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from twinserve.traces.compare import METRICS, value_of
-from twinserve.traces.errors import InputError
-from twinserve.traces.metrics import token_gaps
-from twinserve.traces.record import RunRecord
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import METRICS, value_of
+from twinserve.traces.runs.metrics import token_gaps
+from twinserve.traces.runs.record import RunRecord
 
 _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting", "running")
 _NEVER = np.iinfo(np.int64).max

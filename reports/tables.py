@@ -8,7 +8,7 @@ from typing import Any
 
 from twinserve.reports.runs import Run, same_trace
 from twinserve.reports.text import flat, number, percent, plain, time_unit
-from twinserve.traces.compare import Comparison, compare, differ, value_of
+from twinserve.traces.runs.compare import Comparison, compare, differ, value_of
 
 _STATISTICS = ("mean", "p50", "p90", "p99")
 _LATENCIES = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "End to end"))

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepCost, StepFeatures
-from twinserve.traces.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

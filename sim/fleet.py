@@ -12,11 +12,11 @@ from typing import Any
 import simpy
 
 from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.settings.errors import InputError
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Feeder, Replica, alarm, now_ns, simulate
 from twinserve.sim.routers import Router
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.errors import InputError
 from twinserve.traces.request import Request
 
 _DIES = -1

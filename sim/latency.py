@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from twinserve.policies import Batch
-from twinserve.traces.metrics import stayed_busy
+from twinserve.traces.runs.metrics import stayed_busy
 
 
 class StepFeatures(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from twinserve.policies import Batch, Core
 from twinserve.policies.core import Span
 from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
-from twinserve.traces.spans import BackToBack
+from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
 """Steps that cost less one by one than as columns."""

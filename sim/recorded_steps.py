@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
 from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
-from twinserve.traces.errors import InputError
-from twinserve.traces.metrics import stayed_busy
-from twinserve.traces.record import RunRecord
+from twinserve.traces.runs.metrics import stayed_busy
+from twinserve.traces.runs.record import RunRecord
 
 SEEN_NS = 150_000
 """A result that is ready so much later than the next launch was waited for; another may have been there before."""

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.shapes import SHAPES, ModelShape
-from twinserve.traces.errors import InputError
 
 GIB = 1 << 30
 MEMORY_SHARE = 0.9

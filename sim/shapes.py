@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import twinserve
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 SHAPES_FOLDER = Path(twinserve.__file__).parent / "data" / "shapes"
 """A folder a common shape with the config.json of its model; the engine makes models of random weights of them."""

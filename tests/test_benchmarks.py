@@ -33,7 +33,7 @@ from subject import EndlessTokenizer, Subject
 from work import yardstick
 
 from twinserve.engine.layers import choice
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 BENCHMARKS = {
     1: benchmark_cycle1.benchmark_naive,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twinserve.engine.layers import AttentionBackend, SdpaAttention
 from twinserve.engine.layers.attention import FlashAttention
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 PAGE = 256
 

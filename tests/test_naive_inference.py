@@ -7,7 +7,7 @@ import torch
 from guide_models import SUBJECTS, calls_of, subject
 
 from twinserve.engine.inference import generate_naive, generate_with_kv_cache
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

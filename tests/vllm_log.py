@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
-from twinserve.traces.vllm_records import FORMAT
+from twinserve.traces.runs.vllm_records import FORMAT
 
 US = 1_000
 CAPTURED = 64

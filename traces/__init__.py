@@ -1,1 +1,1 @@
-"""Requests in, run records and metrics out; alike for the simulator and for the real engine."""
+"""Requests in: formats, changes, synthetic ones; alike for the simulator and for the real engine."""

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part
 
 LARGEST = (1 << 63) - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.formats import azure, burstgpt, guidellm, mooncake, own, sharegpt, vidur, vllm_bench, weka
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
 from twinserve.traces.lines import Line, json_value, read_content, text_lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 def cache_folder(*parts: str) -> Path:

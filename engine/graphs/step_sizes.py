@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 CAPTURED_PROMPT_TOKENS = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Prompt tokens of the steps that are captured; a step is padded to the next of them."""

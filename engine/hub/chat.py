@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 def chat_prompt(tokenizer: Any, text: str) -> list[int]:

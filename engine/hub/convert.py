@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 CONVERSION_VERSION = 1
 """Of what `convert_gguf` writes; a cached folder of another version is made anew."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.engine.hub.convert import CONVERSION_VERSION, convert_gguf
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.user_cache import cache_folder
 
 Progress = Callable[[str], None]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from twinserve.engine.hub.package_index import PACKAGED_MODELS, Progress, fetch
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 EXPECTED = f"{', '.join(PACKAGED_MODELS)}, a folder with config.json and safetensors, or a hub id like owner/name"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kv_cache import KVCache
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True)

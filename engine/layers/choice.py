@@ -11,7 +11,7 @@ import torch
 from twinserve.engine.layers.attention import AttentionBackend, FlashAttention
 from twinserve.engine.layers.sdpa import SdpaAttention
 from twinserve.engine.options import Attention, Execution
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 BACKENDS: dict[str, type[AttentionBackend]] = {"flash": FlashAttention, "sdpa": SdpaAttention}
 

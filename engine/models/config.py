@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True)

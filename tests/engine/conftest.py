@@ -8,7 +8,7 @@ import pytest
 from engine_judge import Judge, Watcher, judge_of
 
 from twinserve.engine.llm import LLM
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 
 
 @pytest.fixture(params=["llama", "qwen3"])

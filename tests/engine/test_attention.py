@@ -13,7 +13,7 @@ from twinserve.engine.kv_sizing import default_num_blocks
 from twinserve.engine.layers import AttentionMetadata, PagedAttention, SdpaAttention
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, compute_on, usable_device
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 class World:

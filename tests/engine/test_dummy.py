@@ -11,9 +11,9 @@ from engine_judge import GREEDY
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, ModelConfig
 from twinserve.engine.models.dummy import SHAPES, dummy_model, shape_names
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.shapes import SHAPES as simulated_shapes
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,9 +15,9 @@ from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig, adopt_model, load_model
 from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, rotary_frequencies
 from twinserve.policies import SamplingParams
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -13,9 +13,9 @@ from flash_stand_in import AnywhereFlash
 from twinserve.engine.layers import choice
 from twinserve.engine.llm import LLM
 from twinserve.engine.model_runner import ModelRunner
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
 
 CPU = torch.device("cpu")
 every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])

@@ -11,8 +11,8 @@ from hub_stand_in import HubStandIn, closed_port
 
 from twinserve.engine.hub import chat_prompt, resolve_model
 from twinserve.engine.llm import LLM
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 
 THREE_POSSIBILITIES = "expected smollm2-135m, a folder with config.json and safetensors, or a hub id like owner/name"
 

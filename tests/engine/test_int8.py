@@ -30,12 +30,12 @@ from twinserve.engine.quantization import (
 )
 from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product, sums_int8_exactly
 from twinserve.policies import SamplingParams
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import write_trace
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
 
 SMOLLM2 = "smollm2-135m"
 PRODUCT = "twinserve.engine.quantization.int8_product"

@@ -15,9 +15,9 @@ from twinserve.engine.models import adopt_model
 from twinserve.engine.online import StepError
 from twinserve.engine.options import EngineOptions
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.errors import InputError
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request, TokenMaker
-from twinserve.traces.settings import Settings
 
 NO_DEVICES = ["gpu", "meta", "cpu:x", "cuda:01", "cuda:128"]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model, random_model
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 def attend_alone(layer, query, key, value):

@@ -8,7 +8,7 @@ from engine_judge import GREEDY
 
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.policies import BlockManager, Core, SamplingParams, Scheduler, Sequence
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 PROMPTS = [[5, 6, 7], [9] * 40, [300, 4], [11, 12, 13, 14, 15, 16, 17]]
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from twinserve.engine.hub import chat_prompt, fetch, package_index, resolve_model
 from twinserve.engine.hub.convert import convert_gguf
 from twinserve.engine.models import ModelConfig
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 HEADS, KV_HEADS = 4, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

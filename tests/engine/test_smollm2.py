@@ -19,8 +19,8 @@ from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
 from twinserve.engine.llm import LLM
 from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.traces.request import Part, Request, TokenMaker
-from twinserve.traces.settings import Settings
 
 NAME = "smollm2-135m"
 QUESTIONS = [

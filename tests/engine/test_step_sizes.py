@@ -13,7 +13,7 @@ from twinserve.engine.graphs.step_sizes import (
     StepSize,
     StepSizes,
 )
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @pytest.mark.parametrize(("max_num_seqs", "max_num_batched_tokens"), [(1, 1), (3, 70), (40, 384), (256, 8192)])

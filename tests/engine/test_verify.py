@@ -25,7 +25,7 @@ import twinserve.engine.verify as verify_module
 from twinserve.cli import main
 from twinserve.engine.models import load_model
 from twinserve.engine.verify import LOG_PROB_LIMIT, PROMPTS, TEXT, verify
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 TEXT_BYTES = list(TEXT.read_bytes())
 

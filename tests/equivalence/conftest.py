@@ -11,8 +11,8 @@ import torch
 from equivalence.real_run import RealRun, run_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from twinserve.traces.replay import replay
 from twinserve.traces.request import Request
+from twinserve.traces.runs.replay import replay
 
 LINES = pytest.StashKey[list[str]]()
 

@@ -16,9 +16,9 @@ from torch import nn
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Abort, Clock, Inbox
 from twinserve.policies import Batch, SamplingParams, Sequence
-from twinserve.traces.record import RunRecord, RunRecorder, load_record
+from twinserve.settings.build_core import Settings
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 
 
 class CountingRecorder(RunRecorder):

@@ -16,13 +16,13 @@ from torch import nn
 
 from twinserve.policies import Core, Sequence
 from twinserve.policies.scheduler import FirstCome
+from twinserve.settings.build_core import Settings
 from twinserve.traces import transforms
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.traces.record import RunRecord, load_record
-from twinserve.traces.replay import Difference, replay
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
-from twinserve.workload import load_workload
+from twinserve.traces.runs.record import RunRecord, load_record
+from twinserve.traces.runs.replay import Difference, replay
+from twinserve.worlds.workload import load_workload
 
 AZURE = Path("azure", "AzureLLMInferenceTrace_conv.csv")
 MOONCAKE = Path("mooncake", "conversation_trace.jsonl.gz")

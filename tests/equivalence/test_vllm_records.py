@@ -10,12 +10,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from vllm_log import encoded, pack, unpack, write_log
 
-import twinserve.traces
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import load_record, write_record
-from twinserve.traces.replay import replay
+import twinserve.traces.runs
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
-from twinserve.traces.vllm_records import load_run, read_vllm_record, requests_of
+from twinserve.traces.runs.record import load_record, write_record
+from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.vllm_records import load_run, read_vllm_record, requests_of
 
 MS = 1_000_000
 SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 256, "num_gpu_blocks": 24}
@@ -89,7 +89,7 @@ def test_an_import_is_read_back_and_is_decided_again(tmp_path):
     imported = read_vllm_record(log)
     write_record(imported, tmp_path / "run")
     again = load_record(tmp_path / "run")
-    schema = json.loads((Path(twinserve.traces.__file__).parent / "record.schema.json").read_text())
+    schema = json.loads((Path(twinserve.traces.runs.__file__).parent / "record.schema.json").read_text())
     for kind, rows in (("run", [again.run]), ("request", again.requests), ("step", again.steps)):
         validator = Draft202012Validator(schema | {"$ref": f"#/$defs/{kind}"})
         for row in rows:

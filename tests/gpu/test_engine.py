@@ -8,13 +8,13 @@ from engine_judge import GREEDY, Judge
 
 from twinserve.engine.llm import LLM
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request, answer_text
-from twinserve.traces.settings import Settings
-from twinserve.workload import Workload
-from twinserve.worlds import run_real
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import run_real
+from twinserve.worlds.workload import Workload
 
 pytestmark = pytest.mark.gpu
 

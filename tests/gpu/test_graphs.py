@@ -16,7 +16,7 @@ from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.models.loader import adopt_model
 from twinserve.policies import SamplingParams, Sequence
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 
 pytestmark = pytest.mark.gpu
 

@@ -9,20 +9,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("policies", "traces", "sim", "engine", "reports")
-MAY_IMPORT = {
-    "policies": set(),
-    "traces": {"policies"},
-    "sim": {"policies", "traces"},
-    "engine": {"policies", "traces"},
-    "reports": {"policies", "traces"},
-}
+FLOORS = (
+    ("policies",),
+    ("settings",),
+    ("traces",),
+    ("traces/runs",),
+    ("sim", "engine", "reports"),
+    ("twinserve/worlds",),
+    ("twinserve/planning",),
+    ("twinserve/commands",),
+    ("twinserve",),
+)
+"""The rooms, each a folder without the rooms inside it; one may import what lies on the floors below its own."""
+ROOMS = [room for floor in FLOORS for room in floor]
+FOLDERS = tuple(room for room in ROOMS if "/" not in room and room != "twinserve")
 
 
 def modules(folder: str) -> list[Path]:
     found = sorted((ROOT / folder).rglob("*.py"))
     assert found, f"{folder}/ holds no module"
     return found
+
+
+def room_of(path: str) -> str:
+    """The innermost room that holds a path, which is relative to the root."""
+    return max((room for room in ROOMS if path == room or path.startswith(f"{room}/")), key=len)
+
+
+def own_modules() -> list[str]:
+    """The paths of all modules; none is reached by two of them."""
+    found = [str(path.relative_to(ROOT)) for folder in (*FOLDERS, "twinserve") for path in modules(folder)]
+    return [path for path in found if not path.startswith(tuple(f"twinserve/{folder}/" for folder in FOLDERS))]
 
 
 def imported_names(path: Path) -> set[str]:
@@ -37,12 +54,43 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_imports_point_one_way(folder):
-    allowed = MAY_IMPORT[folder] | {folder}
-    for path in modules(folder):
-        ours = {name.split(".")[1] for name in imported_names(path) if name.startswith("twinserve.")}
-        assert ours <= allowed, f"{path} imports {sorted(ours - allowed)}"
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of what a module imports; `import twinserve` itself, which is empty, counts as none."""
+    names = [name.split(".")[1:] for name in imported_names(path) if name.startswith("twinserve.")]
+    return {room_of("/".join(parts if parts[0] in FOLDERS else ["twinserve", *parts])) for parts in names}
+
+
+def import_picture() -> str:
+    """A line a room, from the lowest: the room, and the rooms that it imports."""
+    seen: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in own_modules():
+        seen[room_of(path)] |= rooms_imported(ROOT / path) - {room_of(path)}
+    return "\n".join(f"{room + '/':<21}{', '.join(r for r in ROOMS if r in seen[room])}".rstrip() for room in ROOMS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_point_one_way(floor):
+    below = {room for rooms in FLOORS[:floor] for room in rooms}
+    for room in FLOORS[floor]:
+        paths = [path for path in own_modules() if room_of(path) == room]
+        assert paths, f"{room}/ holds no module"
+        for path in paths:
+            upwards = rooms_imported(ROOT / path) - below - {room}
+            assert not upwards, f"{path} imports {sorted(upwards)}"
+
+
+def test_the_page_shows_who_imports_whom():
+    picture = "".join(f"    {line}\n" for line in import_picture().splitlines())
+    assert picture in (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), f"docs/design.md, expected:\n{picture}"
+
+
+def test_core_is_built_in_one_module_and_in_the_guides_own_loop():
+    built = set()
+    for path in own_modules():
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Core":
+                built.add(path)
+    assert built == {"settings/build_core.py", "engine/continuous_batching.py"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -74,7 +122,7 @@ def test_policies_need_the_standard_library_and_xxhash_alone():
 
 
 def test_core_alone_calls_schedule_and_postprocess():
-    for folder in ("traces", "sim", "engine", "reports", "twinserve"):
+    for folder in (*FOLDERS[1:], "twinserve"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr in ("schedule", "postprocess"):
@@ -88,7 +136,7 @@ def in_fresh_python(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("package", ["policies", "traces", "sim", "reports"])
+@pytest.mark.parametrize("package", ["policies", "settings", "traces", "sim", "reports"])
 def test_packages_other_than_the_engine_import_without_torch(package):
     code = (
         "import sys, pkgutil, importlib\n"
@@ -104,7 +152,7 @@ def test_packages_other_than_the_engine_import_without_torch(package):
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys\n"
-        "import twinserve.cli, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.record\n"
+        "import twinserve.cli, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.runs.record\n"
         "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray', 'joblib'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

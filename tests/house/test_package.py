@@ -42,7 +42,8 @@ def test_site_packages_gets_one_name(wheel):
     [
         "py.typed",
         "policies/core.py",
-        "traces/record.schema.json",
+        "settings/build_core.py",
+        "traces/runs/record.schema.json",
         "sim/data/smollm2-135m-cpu-2-threads.json",
         "reports/page.css",
         "data/demo.jsonl",

@@ -32,6 +32,7 @@ COPIED = (
     "engine",
     "policies",
     "reports",
+    "settings",
     "sim",
     "tests",
     "traces",

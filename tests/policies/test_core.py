@@ -5,7 +5,7 @@ import random
 import pytest
 
 from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
-from twinserve.traces.digest import Digest
+from twinserve.traces.runs.digest import Digest
 
 EOS = 0
 

@@ -23,7 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
-from twinserve.traces.digest import Digest, exceptions_of
+from twinserve.traces.runs.digest import Digest, exceptions_of
 
 STEP_NS = 10
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)

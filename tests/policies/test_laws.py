@@ -159,7 +159,7 @@ import sys
 from side_by_side import EOS, build_scheduler
 from slow_model import Rules
 from twinserve.policies import Core, SamplingParams, Sequence
-from twinserve.traces.digest import Digest
+from twinserve.traces.runs.digest import Digest
 
 for seed in range(12):
     rng = random.Random(seed)

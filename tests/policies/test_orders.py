@@ -16,7 +16,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 
 
 def sequence(prompt: int, max_tokens: int = 4, *, seq_id: int, first: int | None = None, **labels) -> Sequence:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from twinserve.policies import BlockManager, CoreListener, SamplingParams, Scheduler, Sequence
+from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "policies.md"
 

@@ -246,7 +246,7 @@ PITFALLS: list[tuple[str, str, list[str]]] = [
         "a capacity that is overestimated turns a TTFT of 120 s into 64 ms: errors past saturation explode",
         "BLIS PR 480",
         [
-            "tests/cli/test_commands.py::test_compare_exits_with_1_beyond_the_limit",
+            "tests/commands/test_commands.py::test_compare_exits_with_1_beyond_the_limit",
             f"{FIT}::test_a_step_beyond_what_was_measured_is_counted_with_its_excess",
         ],
     ),
@@ -275,15 +275,15 @@ PITFALLS: list[tuple[str, str, list[str]]] = [
         "one metric's name, two definitions in simulation and reality",
         "Dynamo PR 12883",
         [
-            "tests/traces/test_metrics.py::test_gaps_equal_those_between_the_tokens_that_sequences_got",
-            "tests/traces/test_record.py::test_the_summary_is_that_of_the_rows",
+            "tests/traces/runs/test_metrics.py::test_gaps_equal_those_between_the_tokens_that_sequences_got",
+            "tests/traces/runs/test_record.py::test_the_summary_is_that_of_the_rows",
         ],
     ),
     (
         "published accuracy that nobody can recompute",
         "Vidur 72; Frontier 9, 22; AIConfigurator 1205, 1396",
         [
-            "tests/cli/test_demo.py::test_the_demo_runs_both_worlds_replays_exactly_and_writes_its_page",
+            "tests/commands/test_demo.py::test_the_demo_runs_both_worlds_replays_exactly_and_writes_its_page",
             "tests/test_benchmarks.py::test_what_is_committed_is_what_render_makes",
         ],
     ),

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 import pytest
 
 from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
-from twinserve.traces.digest import Digest
+from twinserve.traces.runs.digest import Digest
 
 EOS = 0
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.traces.record import RunRecord, RunRecorder, load_record
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 
 TRACE = {
     "path": "chat.jsonl",

@@ -13,7 +13,7 @@ import pytest
 
 from twinserve.reports.page import write_report
 from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

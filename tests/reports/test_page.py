@@ -13,9 +13,9 @@ import pytest
 
 from twinserve.reports.page import write_report
 from twinserve.reports.text import number, percent
-from twinserve.traces.compare import METRICS, compare, value_of
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecord
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import METRICS, compare, value_of
+from twinserve.traces.runs.record import RunRecord
 
 
 class Page(HTMLParser):

@@ -12,13 +12,13 @@ import pytest
 from latencies import Constant
 
 from twinserve.cli import main
-from twinserve.fleets import FleetOptions
-from twinserve.traces.fleet_record import load_fleet, load_replicas
-from twinserve.traces.replay import replay
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
-from twinserve.workload import Workload, load_workload
-from twinserve.worlds import ReplicaSpec, run_fleet
+from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import ReplicaSpec, run_fleet
+from twinserve.worlds.workload import Workload, load_workload
 
 BLOCK = 64
 

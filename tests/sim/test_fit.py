@@ -5,9 +5,9 @@ import random
 
 import pytest
 
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, choose_knots, fit, ramps
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
-from twinserve.traces.errors import InputError
 
 
 def features(decodes: int, context: int, prompt: int = 0) -> StepFeatures:

@@ -12,16 +12,16 @@ import pytest
 from latencies import Constant, Uneven
 
 from twinserve.policies import CoreListener, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
 from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
-from twinserve.traces.fleet_record import load_fleet, load_replicas
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.traces.record import load_record
-from twinserve.traces.replay import replay
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
-from twinserve.workload import Workload
-from twinserve.worlds import ReplicaSpec, run_fleet, run_sim
+from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.workload import Workload
 
 S = 10**9
 ROUTERS = {

@@ -3,11 +3,11 @@
 import pytest
 
 from twinserve.policies import BlockManager, SamplingParams, Scheduler, Sequence
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
 
 
 def prompts(*lengths: int) -> StepFeatures:

@@ -16,17 +16,17 @@ from jsonschema import Draft202012Validator
 from latencies import Uneven
 
 import twinserve.sim
-import twinserve.traces
+import twinserve.traces.runs
 from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import simulate
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.traces.record import RunRecord, RunRecorder, load_record
-from twinserve.traces.replay import replay
 from twinserve.traces.request import Request
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
+from twinserve.traces.runs.replay import replay
 
 SETTINGS = {
     "roomy": {"num_gpu_blocks": 400},
@@ -159,7 +159,7 @@ def test_any_record_is_that_of_a_simulation_step_by_step(trace, values, name, la
 
 def test_rows_of_several_steps_keep_to_the_schema(tmp_path):
     record = run(tmp_path / "run", requests_of(5), Settings.load({"num_gpu_blocks": 400}), step_by_step=False)
-    schema = json.loads((Path(twinserve.traces.__file__).parent / "record.schema.json").read_text())
+    schema = json.loads((Path(twinserve.traces.runs.__file__).parent / "record.schema.json").read_text())
     validator = Draft202012Validator({"$ref": "#/$defs/step", "$defs": schema["$defs"]})
     rows = [json.loads(line) for line in (record.path / "steps.jsonl").read_text().splitlines()]
     assert [error.message for row in rows for error in validator.iter_errors(row)] == []

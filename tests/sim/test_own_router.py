@@ -8,10 +8,10 @@ from pathlib import Path
 
 from latencies import Constant
 
+from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, simulate_fleet
 from twinserve.sim.routers import RandomChoice
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fleets.md"
 

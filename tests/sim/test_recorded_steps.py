@@ -5,12 +5,12 @@ import random
 import pytest
 from vllm_log import CAPTURED, US, write_log
 
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, regime_of
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.recorded_steps import Timeline, features_of, fit_records, host_levels, step_spans
-from twinserve.traces.errors import InputError
 from twinserve.traces.request import Part, Request
-from twinserve.traces.vllm_records import load_run
+from twinserve.traces.runs.vllm_records import load_run
 
 MS = 1_000_000
 SETTINGS = {"max_num_seqs": 48, "max_num_batched_tokens": 512, "max_model_len": 512, "num_gpu_blocks": 2000}

@@ -3,10 +3,10 @@
 import pytest
 
 from twinserve.policies import CoreListener
+from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request, answer_text
-from twinserve.traces.settings import Settings
 
 MS = 1_000_000
 

@@ -13,16 +13,16 @@ import pytest
 from latencies import Constant
 
 from twinserve.policies import CoreListener
+from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.sim.routers import LeastOutstanding
-from twinserve.traces.fleet_record import load_replicas
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.traces.record import RunRecord, load_record
 from twinserve.traces.request import Part, Request
-from twinserve.traces.settings import Settings
-from twinserve.workload import Workload
-from twinserve.worlds import ReplicaSpec, run_fleet, run_sim
+from twinserve.traces.runs.fleet_record import load_replicas
+from twinserve.traces.runs.record import RunRecord, load_record
+from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.workload import Workload
 
 SERVICE_NS = 10_000_000
 UTILISATION = 0.3

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import Trace, read_trace
-from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
-from twinserve.traces.settings import Settings
+from twinserve.traces.runs.record import RunRecorder
 
 EOS = 0
 

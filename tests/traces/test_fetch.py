@@ -10,8 +10,8 @@ from threading import Thread
 
 import pytest
 
+from twinserve.settings.errors import InputError
 from twinserve.traces import fetch as module
-from twinserve.traces.errors import InputError
 from twinserve.traces.fetch import PUBLIC_TRACES, PublicTrace, fetch
 
 CONTENT = b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n" + b"2023-11-16 18:15:46.6805900,374,44\r\n" * 50

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.formats.prefixes import Prefixes
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, PrefixKeys

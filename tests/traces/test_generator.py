@@ -7,7 +7,7 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.generator import EmpiricalLengths, LengthSpec, generate, parse_lengths
 from twinserve.traces.readers import read_trace, write_trace
 from twinserve.traces.request import Part, Request, answer_text

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Blocks, Part, Request, answer_text
 

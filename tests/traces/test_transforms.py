@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from twinserve.settings.errors import InputError
 from twinserve.traces import transforms
-from twinserve.traces.errors import InputError
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.formats.reading import private_prompt, with_own_private_prompts
 from twinserve.traces.readers import read_trace, write_trace
 from twinserve.traces.request import Part, PrefixKeys, Request, answer_text

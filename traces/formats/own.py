@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
 from twinserve.traces.lines import LABELS, Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text

@@ -7,7 +7,7 @@ sent. Nothing is known of the prompts, so each is a text of its own. Time 0 is t
 
 from __future__ import annotations
 
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.formats.reading import Reading, Rows, private_prompt
 from twinserve.traces.lines import Line
 from twinserve.traces.request import Request

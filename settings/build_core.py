@@ -1,0 +1,212 @@
+"""Settings: every switch of the policies, under vLLM's names where vLLM has it, and the Core they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from twinserve.policies import (
+    BlockManager,
+    CacheAware,
+    Core,
+    CoreListener,
+    FirstCome,
+    PrefixCache,
+    Priority,
+    Scheduler,
+    ShortestJob,
+    VllmAdmission,
+)
+from twinserve.policies.orders import Admission, Order, Victim
+from twinserve.settings.config import read_toml, validated
+from twinserve.settings.own_class import RULES, build, pinned
+
+SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
+BY_HAND = "by hand"
+"""So a record's rule begins where its settings do not name it."""
+
+
+@runtime_checkable
+class HearsRules(Protocol):
+    """A listener that wants to know by which rules a Core decides."""
+
+    def built(self, rules: dict[str, str | None]) -> None:
+        """What decides, by the names of RULES: as the settings say it, or BY_HAND and the name of its class."""
+
+
+def pinned_rule(text: str | None, info: ValidationInfo) -> str | None:
+    """A validator of RULES: a class of one's own gets the sha256 of its file, see `own_class.pinned`."""
+    if text is None:
+        return None
+    return pinned(text, SCHEDULING_POLICIES if info.field_name == "scheduling_policy" else ())
+
+
+class Settings(BaseModel):
+    """What the policies are told. The defaults are vLLM's: mixed batches, chunked prefill, prefix caching."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    composition: Literal["mixed", "prefill-first"] = "mixed"
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = Field(default=0, ge=0)
+    max_num_partial_prefills: int | None = Field(
+        default=None, ge=1, description="running requests that may have prompt tokens left to compute"
+    )
+    scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or FILE.py:CLASS")
+    scheduling_ageing: int = Field(
+        default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
+    )
+    admission: str | None = Field(default=None, description="FILE.py:CLASS: who fits, in place of vLLM's rule")
+    victim: str | None = Field(
+        default=None, description="FILE.py:CLASS: who is preempted, in place of the order's rule"
+    )
+    max_model_len: int | None = Field(default=None, ge=1)
+    block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
+    num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
+    enable_prefix_caching: bool = True
+    prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"
+    prefix_caching_seed: int = Field(default=0, ge=0)
+    scheduler_reserve_full_isl: bool = True
+    watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
+    pipeline_depth: int = Field(default=0, ge=0, le=1)
+
+    _pinned = field_validator(*RULES)(pinned_rule)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can decode"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < (self.max_model_len or 0):
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_model_len "
+                f"({self.max_model_len}) when enable_chunked_prefill is off"
+            )
+        if self.scheduling_ageing and self.scheduling_policy not in ("priority", "shortest"):
+            raise ValueError(
+                f"scheduling_ageing is {self.scheduling_ageing}, expected 0 unless scheduling_policy is priority or "
+                "shortest"
+            )
+        if self.watermark and self.num_gpu_blocks is None:
+            raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
+        if self.admission is not None and self.watermark:
+            raise ValueError(f"watermark is {self.watermark}, expected 0 beside admission")
+        if self.admission is not None and not self.scheduler_reserve_full_isl:
+            raise ValueError("scheduler_reserve_full_isl is False, expected True beside admission")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _true(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What a class that derives from this one decides is not known from its values, so they do not say it."""
+        derived = {} if type(self) is Settings else {"scheduling_policy": f"{BY_HAND}: {type(self).__name__}"}
+        return dump(self) | derived
+
+    @classmethod
+    def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
+        """Settings from `values`, over those of the TOML file `path`.
+
+        Args:
+            beside: tables of the file that are no settings.
+
+        Raises:
+            InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
+        """
+        table = {} if path is None else read_toml(path)
+        return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
+
+    def build_order(self) -> Order:
+        """A waiting queue in the order of `scheduling_policy`.
+
+        Raises:
+            InputError: it names a class of one's own that cannot be used; likewise for the other rules.
+        """
+        if self.scheduling_policy == "priority":
+            return Priority(ageing=self.scheduling_ageing)
+        if self.scheduling_policy == "shortest":
+            return ShortestJob(ageing=self.scheduling_ageing)
+        if self.scheduling_policy == "cache-aware":
+            return CacheAware()
+        if self.scheduling_policy == "fcfs":
+            return FirstCome()
+        return build(self.scheduling_policy, "scheduling_policy", Order)
+
+    def build_admission(self) -> Admission:
+        """The rule whether the next one fits: that of `admission`, or vLLM's."""
+        if self.admission is not None:
+            return build(self.admission, "admission", Admission)
+        return VllmAdmission(
+            reserve_full_prompt=self.scheduler_reserve_full_isl,
+            watermark_blocks=int(self.watermark * (self.num_gpu_blocks or 0)),
+        )
+
+    def build_victim(self) -> Victim | None:
+        """The rule who is preempted; None is the order's own."""
+        return None if self.victim is None else build(self.victim, "victim", Victim)
+
+    def check_rules(self) -> None:
+        """Refuse classes of one's own that cannot be used, before long work begins.
+
+        Raises:
+            InputError: there is one.
+        """
+        for build_rule in (self.build_order, self.build_admission, self.build_victim):
+            build_rule()
+
+    def build_core(
+        self,
+        *,
+        eos_token_id: int | None = None,
+        listener: CoreListener | None = None,
+        order: Order | None = None,
+        victim: Victim | None = None,
+    ) -> Core:
+        """A Core with these policies and nothing in it; the same for every world.
+
+        Args:
+            listener: hears the run; one that HearsRules is told what decides.
+            order: a waiting queue of one's own, in place of `scheduling_policy`. A record says that it was handed in,
+                and is not replayed without it.
+            victim: a rule of one's own who is preempted, in place of `victim`; likewise.
+
+        Raises:
+            InputError: the settings name a class of one's own that cannot be used.
+        """
+        handed = {name: rule for name, rule in (("scheduling_policy", order), ("victim", victim)) if rule is not None}
+        if isinstance(listener, HearsRules):
+            named = self.model_dump(include=set(RULES))
+            listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
+        scheduler = Scheduler(
+            BlockManager(self.num_gpu_blocks, self.block_size),
+            self.max_num_seqs,
+            composition=self.composition,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            max_num_partial_prefills=self.max_num_partial_prefills,
+            max_model_len=self.max_model_len,
+            prefix_cache=(
+                PrefixCache(hash=self.prefix_caching_hash_algo, seed=self.prefix_caching_seed)
+                if self.enable_prefix_caching
+                else None
+            ),
+            order=self.build_order() if order is None else order,
+            admission=self.build_admission(),
+            victim=self.build_victim() if victim is None else victim,
+        )
+        return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

@@ -1,0 +1,108 @@
+"""The demo, with a tiny model in place of the real one, and the data that it ships with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import twinserve.commands.demo as demo
+from twinserve.sim.fit import FittedLatency, StepSample
+from twinserve.sim.latency import StepFeatures
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.workload import load_workload
+
+torch = pytest.importorskip("torch")
+
+
+def test_the_bundled_trace_is_what_our_own_generator_makes(twinserve, tmp_path):
+    made_by = json.loads((demo.DATA / "demo.jsonl").read_text().splitlines()[0])["made_by"]
+    names = {"num_requests": "requests", "num_system_prompts": "system_prompts"}
+    options = [
+        part for name, value in made_by.items() for part in ("--" + names.get(name, name).replace("_", "-"), value)
+    ]
+    result = twinserve("trace", "make", "--out", tmp_path / "again.jsonl", *options)
+    assert result.code == 0, result.err
+    assert (tmp_path / "again.jsonl").read_bytes() == (demo.DATA / "demo.jsonl").read_bytes()
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from twinserve.engine.llm import LLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(demo, "load_llm", lambda options, settings, *, progress: LLM(model, settings=settings))
+    # The tiny model is some twenty times as fast as the real one, so its arrivals may be as well.
+    monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, {"rate_scale": 20.0}))
+
+
+def test_the_demo_runs_both_worlds_replays_exactly_and_writes_its_page(tiny_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "LIMITS", {"output_tok_s": 1e9})
+    assert demo.run_demo(tmp_path / "demo")
+    real = load_record(tmp_path / "demo" / "real")
+    assert replay(real).is_exact
+    assert len(real.requests) == 60 and all(row["finish_reason"] == "length" for row in real.requests)
+    assert any(len(row["admitted"]) > 1 for row in real.steps), "bursts"
+    assert sum(row["cached_tokens"] for row in real.requests) > 1000, "shared prefixes"
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["latency.json", "real", "report.html", "sim"]
+    assert str(Path("demo") / "report.html") in capsys.readouterr().out
+
+
+def test_the_demo_fails_beyond_its_limit_and_replaces_an_earlier_ones_results(
+    tiny_model, monkeypatch, tmp_path, capsys
+):
+    out = tmp_path / "demo"
+    (out / "real").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
+    assert not demo.run_demo(out)
+    assert "tpot_s.mean: the error is" in capsys.readouterr().err
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def steps_that_take(*factors):
+    """The steps of two shapes, each repeated once a factor."""
+    shapes = [StepFeatures(0, rows, 0, rows, 100 * rows, 100 * rows, rows) for rows in (1, 2)]
+    return [StepSample(shape, 10_000, round(1_000_000 * factor)) for shape in shapes for factor in factors]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "measured", "words"),
+    [
+        ([(1.0, 1.1), (1.1, 1.0)], 2, None),
+        ([(1.0, 2.0), (1.0, 1.1), (1.0, 1.1)], 3, None),
+        (
+            [(1.0, 1.1), (1.0, 3.0), (1.0, 2.0), (1.0, 4.0)],
+            3,
+            "after the run a step's slowest repeat took 2.0 times",
+        ),
+        ([(1.0, 1.1), (2.0, 2.2)], 2, "after the run steps took 1.99 times as long as before it"),
+    ],
+)
+def test_a_disturbed_profile_is_measured_again_so_often_and_told(
+    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, measured, words
+):
+    left = list(profiles)
+    monkeypatch.setattr(demo, "measure_steps", lambda llm, **_: steps_that_take(*left.pop(0)))
+    taken = []
+    monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))
+    monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
+    assert not demo.run_demo(tmp_path / "demo"), "a busy machine does not loosen the check"
+    assert len(profiles) - len(left) == measured
+    assert len(taken) == 8, "one profile on each side"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the machine was busy")]
+    assert len(lines) == (words is not None)
+    if words is not None:
+        assert words in lines[0]

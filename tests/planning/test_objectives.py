@@ -1,0 +1,65 @@
+"""Objectives in words, costs, and intervals over seeds."""
+
+import pytest
+
+from twinserve.planning.objectives import Objective, Term, cost_per_million_tokens, interval
+from twinserve.settings.errors import InputError
+
+
+def summary(ttft_p99=0.5, tpot_p99=0.03, finished=10):
+    rows = {"ttft_s": {"p99": ttft_p99}, "tpot_s": {"p99": tpot_p99}}
+    return {"requests": 10, "finished": finished, **rows}
+
+
+def test_terms_are_read_with_their_units():
+    objective = Objective.parse("p99 TTFT <= 1 s and P50 itl<=50ms AND mean E2E <= 0.25 s")
+    assert objective.terms == (Term("ttft_s.p99", 1.0), Term("itl_s.p50", 0.05), Term("e2e_s.mean", 0.25))
+    assert str(objective) == "p99 TTFT <= 1 s and p50 ITL <= 50 ms and mean E2E <= 250 ms"
+    assert Objective.parse(str(objective)) == objective
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "objective is '', expected terms such as"),
+        ("p99 TTFT < 1 s", "'p99 TTFT < 1 s', expected terms"),
+        ("p99 TTFT <= 1", "'p99 TTFT <= 1', expected terms"),
+        ("p99 TTFT <= 1.2.3 s", "'p99 TTFT <= 1.2.3 s', expected terms"),
+        ("p95 TTFT <= 1 s", "'p95', expected one of mean, p50, p90, p99"),
+        ("p99 TTFT <= 1 s and p99 speed <= 1 s", "'speed', expected one of ttft, tpot, itl, e2e"),
+        ("p99 TTFT <= 1 s p99 TPOT <= 1 s", "expected terms"),
+    ],
+)
+def test_other_texts_are_refused(text, words):
+    with pytest.raises(InputError, match=words):
+        Objective.parse(text)
+
+
+def test_every_limit_counts_and_a_value_at_its_limit_is_kept():
+    objective = Objective.parse("p99 TTFT <= 500 ms and p99 TPOT <= 30 ms")
+    assert objective.missed(summary()) == []
+    assert objective.missed(summary(ttft_p99=0.501)) == ["p99 TTFT <= 500 ms"]
+    assert objective.missed(summary(ttft_p99=0.501, tpot_p99=0.031)) == ["p99 TTFT <= 500 ms", "p99 TPOT <= 30 ms"]
+
+
+def test_a_run_that_serves_not_every_request_keeps_nothing():
+    assert Objective.parse("p99 TTFT <= 1 s").missed(summary(finished=8)) == ["2 requests not served"]
+    assert Objective.parse("p99 TTFT <= 1 s").missed(summary(ttft_p99=None, finished=0)) == ["10 requests not served"]
+
+
+def test_a_metric_that_is_not_defined_cannot_be_kept_or_missed():
+    with pytest.raises(InputError, match=r"tpot_s\.p99 is not defined"):
+        Objective.parse("p99 TPOT <= 1 s").missed(summary(tpot_p99=None))
+
+
+def test_a_million_tokens_cost_what_the_gpus_cost_meanwhile():
+    # 4 GPUs at 2 an hour serve 1,000 tokens/s: a million takes 1,000 s, which is 4 * 2 / 3.6.
+    assert cost_per_million_tokens(1000.0, 4, 2.0) == pytest.approx(8 / 3.6)
+    assert cost_per_million_tokens(None, 4, 2.0) is None
+
+
+def test_the_interval_is_students():
+    # scipy.stats.t.interval(0.95, 3, 2.5, sem([1, 2, 3, 4])), as printed tables have it: t(0.975, 3) = 3.1824.
+    assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((0.44574, 4.55426), abs=1e-5)
+    assert interval([7.0, 7.0]) == (7.0, 7.0)
+    assert interval([7.0]) is None

@@ -1,0 +1,138 @@
+"""Fleet records: a run record a replica, in one folder with a summary of all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from twinserve.policies import SamplingParams, Sequence
+from twinserve.settings.build_core import BY_HAND
+from twinserve.settings.errors import InputError
+from twinserve.traces.request import Request
+from twinserve.traces.runs.metrics import summary_of
+from twinserve.traces.runs.record import (
+    RunRecord,
+    RunRecorder,
+    checked_run,
+    finish_record,
+    load_record,
+    make_partial,
+    run_of,
+    with_extra,
+)
+
+REPLICAS = "replicas"
+
+
+def is_fleet(path: Path) -> bool:
+    """Is there a fleet's record in the folder?"""
+    return (Path(path) / REPLICAS).is_dir()
+
+
+def load_replicas(path: Path) -> list[RunRecord]:
+    """The records of a fleet's replicas, by number and life.
+
+    Raises:
+        InputError: one of them cannot be read, or there is none.
+    """
+    folders = [folder for folder in (Path(path) / REPLICAS).iterdir() if _place(folder) is not None]
+    if not folders:
+        raise InputError("has no replicas, expected folders named 0, 1, 2...", path=Path(path) / REPLICAS)
+    return [load_record(folder) for folder in sorted(folders, key=lambda folder: _place(folder) or (0, 0))]
+
+
+def load_fleet(path: Path) -> RunRecord:
+    """A fleet's record as that of one run: every request once, in the order in which they came in.
+
+    A request's row is that of the replica which served it; beside what other rows have, it has `replica`. There are no
+    steps, as those of different replicas go on side by side: see `load_replicas`.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    path = Path(path)
+    run = checked_run(path / "run.json")
+    rows = []
+    for record in load_replicas(path):
+        (replica, _) = _place(record.path) or (0, 0)
+        rows += [row | {"replica": replica} for row in record.requests if row["finish_reason"] is not None]
+    rows.sort(key=lambda row: (row["ingested_ns"], row["replica"], row["ingest"]))
+    return RunRecord(path, run, [row | {"ingest": number} for number, row in enumerate(rows)], [], {})
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Number and life of a replica, from its folder's name."""
+    number, _, life = folder.name.partition(".")
+    return (int(number), int(life or 0)) if number.isdecimal() and (not life or life.isdecimal()) else None
+
+
+class FleetRecorder:
+    """Writes the record of a fleet: `run.json` with the summary of all, and a run record a replica in `replicas`.
+
+    A replica that died and came back has one record for each time that it was up: `replicas/3`, `replicas/3.1`, ...
+    Each is that of a replica that ran by itself, and replays by itself; a request that was lost with its replica has no
+    `finish_reason` there, and is found again in another.
+
+    As a context manager it discards what was not closed.
+
+    Args:
+        out: the folder to write.
+        settings: those that all replicas have in common; where a replica has rules that were handed in, it says that.
+        facts: what says which trace, router and replicas it was.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+
+    def __init__(self, out: Path, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
+        self._out = Path(out)
+        self._settings, self._facts, self._device = settings, facts, device
+        self._partial = make_partial(self._out)
+        (self._partial / REPLICAS).mkdir()
+        self._lives: list[RunRecorder] = []
+        self._up: dict[int, RunRecorder] = {}
+        self._retries: dict[int, int] = {}
+
+    def begin(
+        self, replica: int, life: int, *, settings: dict[str, Any], facts: dict[str, Any], device: str
+    ) -> RunRecorder:
+        """The recorder of a replica that is up."""
+        name = str(replica) if life == 0 else f"{replica}.{life}"
+        out = self._partial / REPLICAS / name
+        recorder = RunRecorder(out, world="sim", settings=settings, facts=facts, device=device)
+        self._lives.append(recorder)
+        self._up[replica] = recorder
+        return recorder
+
+    def expect(self, request: Request, sampling: SamplingParams, replica: int) -> None:
+        """Say which request a replica will serve, before it is ingested."""
+        self._up[replica].expect(request, sampling)
+
+    def died(self, replica: int, lost: list[Sequence]) -> None:
+        """A replica is down, with what it had not answered."""
+        for seq in lost:
+            self._retries[seq.seq_id] = self._retries.get(seq.seq_id, 0) + 1
+
+    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write what is left, give the folder its name, and return the summary; see `RunRecorder.close`."""
+        for recorder in self._lives:
+            recorder.close()
+        summary = summary_of([recorder.metrics for recorder in self._lives], world="sim")
+        lost = sum(self._retries.values())
+        summary["requests"] -= lost
+        summary |= {"retried": len(self._retries), "retries": lost}
+        summary = with_extra(summary, summary_extra)
+        rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
+        by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
+        run = run_of("sim", self._settings | by_hand, self._facts, self._device, summary)
+        finish_record(self._partial, self._out, run)
+        return summary
+
+    def __enter__(self) -> FleetRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for recorder in self._lives:
+            recorder.discard()
+        shutil.rmtree(self._partial, ignore_errors=True)

@@ -1,0 +1,632 @@
+"""Run records: what happened in a run (facts) and what the policies made of it (decisions), in one folder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import platform
+import re
+import shutil
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from operator import sub
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+
+from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams, Sequence
+from twinserve.policies.core import Span
+from twinserve.policies.horizon import Growth
+from twinserve.settings.build_core import BY_HAND
+from twinserve.settings.errors import InputError
+from twinserve.traces.lines import Line, json_file, json_lines_file
+from twinserve.traces.request import Request
+from twinserve.traces.runs.digest import Digest, Exceptions
+from twinserve.traces.runs.metrics import RunMetrics, summary_of
+from twinserve.traces.runs.spans import BackToBack
+
+SCHEMA = "twinserve-run/1"
+
+_SERVED = ("stop", "length")
+_TOTALS = (
+    "usual",
+    "tokens",
+    "prompt_tokens",
+    "decode_tokens",
+    "kv_tokens",
+    "attention_pairs",
+    "sampled",
+    "used_blocks",
+    "waiting",
+    "running",
+)
+
+_AT_ONCE = 256
+"""Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """A row as its line. With json's own encoder, rows took an eighth of a simulation's time."""
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
+@dataclass(slots=True)
+class _Served:
+    """A request that came in, while the run goes on."""
+
+    number: int
+    request: Request
+    sampling: SamplingParams
+    seq: Sequence
+    cached_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class _Decided:
+    """A decision whose row is not written yet, and those that repeat it."""
+
+    batch: Batch
+    digest: int
+    exceptions: Exceptions
+    spans: Seq[Span] = ()
+    grown: Seq[tuple[int, Sequence, list[int]]] = ()
+    num_ended: int = 0
+
+
+class RunRecorder(CoreListener):
+    """Listens to a Core and writes its run record as the run goes on; the folder appears, complete, at `close`.
+
+    Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
+    manager it discards what was not closed. What it holds in memory is what is being served, a few bytes a request and
+    a step for the metrics, and of a real run the generated tokens.
+
+    Args:
+        out: the folder to write.
+        world: "sim" or "real"; a real run's record holds the generated tokens too.
+        settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
+        facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
+        device: what executed the steps, in words.
+
+    Attributes:
+        metrics: of the run, once it is closed.
+        rules: what decides, see `built`.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        world: Literal["sim", "real"],
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+        device: str | None = None,
+    ):
+        self.metrics = RunMetrics()
+        self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
+        self._out = Path(out)
+        self._world, self._settings, self._facts, self._device = world, settings, facts, device
+        self._expected: dict[int, tuple[Request, SamplingParams]] = {}
+        self._served: dict[int, _Served] = {}
+        self._outputs: dict[int, dict[str, Any]] = {}
+        self._digest = Digest()
+        self._decided: deque[_Decided] = deque()
+        self._partial = make_partial(self._out)
+        self._steps_file = self._open("steps.jsonl")
+        self._requests_file = self._open("requests.jsonl")
+        self._next_number = 0
+        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._most_calls = _AT_ONCE if world == "sim" else 1
+        self._lines: dict[int, bytes] = {}
+
+    def _open(self, name: str) -> IO[bytes]:
+        return (self._partial / name).open("wb", buffering=1 << 16)
+
+    def expect(self, request: Request, sampling: SamplingParams) -> None:
+        """Say which request the sequence with id `request.id` will come from, before it is ingested.
+
+        A sequence that was not expected is not recorded as a request. Any thread may call this.
+        """
+        self._expected[request.id] = (request, sampling)
+
+    # --- what a CoreListener hears ---
+
+    def built(self, rules: dict[str, str | None]) -> None:
+        """Settings have built the Core, by these rules: the record says them, whatever settings it was given.
+
+        A Core that was built without Settings tells nothing, and so says the record.
+        """
+        self.rules = rules
+
+    def ingested(self, seq: Sequence, number: int) -> None:
+        """A sequence came in."""
+        expected = self._expected.pop(seq.seq_id, None)
+        if expected is None:
+            self._write_request(number, b"")
+        else:
+            self._served[seq.seq_id] = _Served(number, *expected, seq)
+            self._later(self.metrics.gaps.begin, seq.seq_id, seq.sampling_params.max_tokens)
+
+    def decided(self, batch: Batch) -> None:
+        """A decision was made."""
+        for row in batch.admitted:
+            served = self._served.get(row.seq.seq_id)
+            if served is not None and served.cached_tokens is None:
+                served.cached_tokens = row.start
+        self._decided.append(_Decided(batch, self._digest.of(batch), self._digest.exceptions))
+
+    def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
+        """The latest decision was made again: its row stands for all of them."""
+        row = self._decided[-1]
+        row.spans, row.grown = spans, grown
+        row.digest = self._digest.grow(latest, [(seq, block_ids) for _, seq, block_ids in grown])
+        row.num_ended += num_committed
+
+    def committed(self, batch: Batch) -> None:
+        """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
+        oldest = self._decided[0]
+        oldest.num_ended += 1
+        if oldest.num_ended <= len(oldest.spans):
+            return
+        self._decided.popleft()
+        if not oldest.spans:
+            first = oldest.batch
+            first.start_ns = batch.decided_ns if batch.start_ns is None else batch.start_ns
+            first.end_ns = batch.end_ns
+        self._later(self._write_step, oldest)
+
+    def finished(self, seq: Sequence) -> None:
+        """A sequence has ended."""
+        served = self._served.pop(seq.seq_id, None)
+        if served is not None:
+            self._later(self._keep, served)
+
+    # --- the end ---
+
+    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write what is left, give the folder its name, and return the summary.
+
+        Steps that have not ended, as their replica died, are written if it is known when they would have.
+
+        Args:
+            summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
+                other value goes in as it is.
+        """
+        self._work_off()
+        for served in self._served.values():
+            self._keep(served)
+        self._served.clear()
+        for decided in self._decided:
+            if decided.batch.end_ns is not None:
+                self._write_step(decided)
+        self._steps_file.close()
+        self._requests_file.close()
+        summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
+        if self._world == "real":
+            outputs = [row for _, row in sorted(self._outputs.items())]
+            _write_lines(self._partial / "outputs.jsonl.gz", outputs)
+        run = run_of(self._world, self._settings | self.rules, self._facts, self._device, summary)
+        finish_record(self._partial, self._out, run)
+        return summary
+
+    def discard(self) -> None:
+        """Remove what has been written; a closed record stays."""
+        self._steps_file.close()
+        self._requests_file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> RunRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard()
+
+    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call that nothing waits for together with others, in order; in a real run, whose steps would, now."""
+        self._calls.append((call, arguments))
+        if len(self._calls) >= self._most_calls:
+            self._work_off()
+
+    def _work_off(self) -> None:
+        """Make the calls that are left to make."""
+        for call, arguments in self._calls:
+            call(*arguments)
+        self._calls.clear()
+
+    def _keep(self, served: _Served) -> None:
+        """Turn what is known of a request into its row."""
+        row = _request_row(served)
+        self.metrics.request(row)
+        self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
+        self._write_request(served.number, _line(row))
+        if self._world == "real":
+            self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
+
+    def _write_request(self, number: int, line: bytes) -> None:
+        """Write a request's row as soon as those of all that came in before it are there."""
+        self._lines[number] = line
+        while (ready := self._lines.pop(self._next_number, None)) is not None:
+            self._requests_file.write(ready)
+            self._next_number += 1
+
+    def _write_step(self, decided: _Decided) -> None:
+        """Write a step's row, and count it."""
+        batch = decided.batch
+        row = {
+            "decision": batch.decision,
+            "seen": batch.seen,
+            "aborted": _ids(batch.aborted),
+            "committed": batch.committed,
+            "decided_ns": batch.decided_ns,
+            "start_ns": batch.start_ns,
+            "end_ns": batch.end_ns,
+            "count": 1 + len(decided.spans),
+            **decision_fields(batch, decided.digest, decided.exceptions),
+        }
+        if decided.spans:
+            blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
+            row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
+        self.metrics.step(row)
+        self._steps_file.write(_line(row))
+
+
+def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
+    """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
+    if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
+        return {"end_ns": spans.periods_ns.tolist(), "start_ns": [spans.lag_ns]}
+    decided_ns, start_ns, end_ns = zip(*spans, strict=True)
+    ends = (batch.end_ns or 0, *end_ns[:-1])
+    periods = list(map(sub, end_ns, ends))
+    lags = set(map(sub, start_ns, ends)) if decided_ns == ends else set()
+    if len(lags) == 1:
+        return {"end_ns": periods, "start_ns": list(lags)}
+    return {
+        "decided_ns": list(map(sub, decided_ns, (batch.decided_ns, *decided_ns[:-1]))),
+        "end_ns": periods,
+        "start_ns": list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))),
+    }
+
+
+def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
+    """A summary with what only the caller knows; `shortened` is added to that of the summary."""
+    extra = extra or {}
+    return summary | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
+
+
+def run_of(
+    world: str, settings: dict[str, Any], facts: dict[str, Any], device: str | None, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says of a run that was made here."""
+    return {
+        "schema": SCHEMA,
+        "world": world,
+        "settings": settings,
+        "facts": facts,
+        "device": device,
+        "versions": versions(),
+        "summary": summary,
+    }
+
+
+def finish_record(partial: Path, out: Path, run: dict[str, Any]) -> None:
+    """Write run.json, and give a folder its name.
+
+    Raises:
+        InputError: `out` cannot be created.
+    """
+    text = json.dumps(run, indent=2, allow_nan=False) + "\n"
+    (partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
+
+
+def write_record(record: RunRecord, out: Path) -> None:
+    """Write a record that is in memory; complete or not there at all.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+    partial = make_partial(out)
+    try:
+        _write_lines(partial / "requests.jsonl", record.requests)
+        _write_lines(partial / "steps.jsonl", record.steps)
+        if record.has_tokens:
+            rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
+            _write_lines(partial / "outputs.jsonl.gz", rows)
+        finish_record(partial, out, record.run)
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_partial(out: Path) -> Path:
+    """Create the folder in which a record grows."""
+    if out.exists() or out.is_symlink():
+        raise InputError("exists already, expected a new folder", path=out)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            "exists already: another run is writing it, or one was killed and it can be removed", path=partial
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot be created: {error.strerror}", path=partial) from error
+    return partial
+
+
+def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
+    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
+    return {
+        "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
+        "left": _ids(batch.left),
+        "preempted": _ids(batch.preempted),
+        "usual": batch.usual_tokens,
+        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
+        "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
+        "tokens": batch.num_tokens,
+        "prompt_tokens": batch.num_prompt_tokens,
+        "decode_tokens": batch.num_decode_tokens,
+        "kv_tokens": batch.num_kv_tokens,
+        "attention_pairs": batch.num_attention_pairs,
+        "sampled": batch.num_sampled,
+        "used_blocks": batch.num_used_blocks,
+        "waiting": batch.num_waiting,
+        "running": batch.num_running,
+        "digest": f"{digest:016x}",
+    }
+
+
+def _ids(seqs: Iterable[Sequence]) -> list[int]:
+    return [seq.seq_id for seq in seqs]
+
+
+def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The steps that a step's row stands for, as a row each; but for the last, those of several have no digest.
+
+    `repeats` has the times of the steps that repeat the first, as differences from the step before, and the blocks that
+    they took: [number of the step from 1, request, block ids]. Without `decided_ns`, each was decided when the one
+    before ended, and started `start_ns[0]` after that.
+
+    A repeated decision computes for each row as many tokens more as before, so every total but blocks follows from the
+    first. A row without decisions stays so.
+    """
+    if row["count"] == 1:
+        yield row
+        return
+    first = {name: value for name, value in row.items() if name != "repeats"} | {"count": 1}
+    digest = first.pop("digest")
+    yield first
+    repeated: dict[str, Any] = {name: [] for name in ("aborted", "admitted", "left", "preempted") if name in row}
+    pairs = row.get("decode_tokens", 0) + sum(num_tokens**2 for _, num_tokens, _ in row.get("rows", ()))
+    used_blocks = row.get("used_blocks", 0)
+    grown: dict[int, list[Any]] = defaultdict(list)
+    for number, seq_id, block_ids in row["repeats"]["grown"]:
+        grown[number].append([seq_id, block_ids])
+    for number, (decided_ns, start_ns, end_ns) in enumerate(_repeated_times(row), 1):
+        used_blocks += sum(len(block_ids) for _, block_ids in grown[number])
+        step = first | repeated | {"decision": row["decision"] + number, "committed": row["committed"] + number}
+        step |= {"decided_ns": decided_ns, "start_ns": start_ns, "end_ns": end_ns}
+        if "kv_tokens" in row:
+            step["kv_tokens"] = row["kv_tokens"] + number * row["tokens"]
+            step["attention_pairs"] = row["attention_pairs"] + number * pairs
+            step |= {"grown": grown[number], "used_blocks": used_blocks}
+        yield step | ({"digest": digest} if number == row["count"] - 1 else {})
+
+
+def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """When the steps that repeat the first were decided, started and ended."""
+    times = row["repeats"]
+    ends = list(accumulate(times["end_ns"], initial=row["end_ns"]))
+    if "decided_ns" not in times:
+        (lag,) = times["start_ns"]
+        yield from zip(ends[:-1], [end + lag for end in ends[:-1]], ends[1:], strict=True)
+        return
+    decided, starts = (accumulate(times[name], initial=row[name]) for name in ("decided_ns", "start_ns"))
+    next(decided), next(starts)
+    yield from zip(decided, starts, ends[1:], strict=True)
+
+
+def _request_row(served: _Served) -> dict[str, Any]:
+    request, seq = served.request, served.seq
+    return {
+        "id": request.id,
+        "ingest": served.number,
+        "session": request.session,
+        "after": request.after,
+        "arrival_ns": request.arrival_ns,
+        "ingested_ns": seq.ingested_ns,
+        "first_scheduled_ns": seq.first_scheduled_ns,
+        "first_token_ns": seq.first_token_ns,
+        "finish_ns": seq.finish_ns,
+        "prompt_tokens": seq.num_prompt_tokens,
+        "max_tokens": seq.sampling_params.max_tokens,
+        "output_tokens": seq.num_completion_tokens,
+        "cached_tokens": served.cached_tokens or 0,
+        "preemptions": seq.num_preemptions,
+        "finish_reason": seq.finish_reason,
+        "refusal": seq.refusal,
+        "prompt": list(map(tuple, request.parts)),
+        "ignore_eos": served.sampling.ignore_eos,
+        "stop_token_ids": served.sampling.stop_token_ids,
+        **request.labels,
+    }
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a line a row; equal rows give equal bytes, packed or not."""
+    content = b"".join(map(_line, rows))
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part; torch only where something else has imported it."""
+    versions = {"python": platform.python_version(), "policies": "compiled" if IS_COMPILED else "interpreted"}
+    with suppress(PackageNotFoundError):
+        versions["twinserve"] = version("twinserve")
+    if "torch" in sys.modules:
+        versions["torch"] = str(sys.modules["torch"].__version__)
+    return versions
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run record in memory.
+
+    Attributes:
+        path: the folder.
+        run: world, settings, facts, device, versions and summary.
+        requests: a row a request, in the order in which they came in.
+        steps: a row a step, in the order of the decisions; see `single_steps`.
+        outputs: the generated tokens by request id; empty for a simulation.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    requests: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    outputs: dict[int, list[int]]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Are its tokens known? Not those of a simulation, nor of an engine whose record says `"tokens": null`."""
+        return _has_tokens(self.run)
+
+
+def load_record(path: Path) -> RunRecord:
+    """Read the run record in the folder `path`.
+
+    Decision fields other than `digest` may be missing from steps: a replay needs the facts and the digest. The record
+    of another engine, whose facts name its `source`, has the other fields and no digest.
+
+    Raises:
+        InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
+    """
+    path = Path(path)
+    run = checked_run(path / "run.json")
+    requests: list[dict[str, Any]] = []
+    taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
+    for line in json_lines_file(path / "requests.jsonl"):
+        _check_request(line)
+        requests.append(line.values)
+        for field, values in taken.items():
+            values.add(line.values[field])
+            if len(values) < len(requests):
+                raise line.error("expected another one than those of the lines before", field)
+    steps: list[dict[str, Any]] = []
+    for line in json_lines_file(path / "steps.jsonl"):
+        _check_step(line, len(steps), run["facts"].get("source") is None)
+        steps += single_steps(line.values)
+    outputs: dict[int, list[int]] = {}
+    if _has_tokens(run):
+        outputs = {line.integer("id"): line.integers("tokens") for line in json_lines_file(path / "outputs.jsonl.gz")}
+        for number, row in enumerate(requests, 1):
+            length = len(outputs.get(row["id"], ()))
+            if row["output_tokens"] != length:
+                line = Line(path / "requests.jsonl", number, row)
+                raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
+    requests.sort(key=lambda row: row["ingest"])
+    return RunRecord(path, run, requests, steps, outputs)
+
+
+def _has_tokens(run: dict[str, Any]) -> bool:
+    return run["world"] == "real" and run["facts"].get("tokens", ...) is not None
+
+
+def checked_run(path: Path) -> dict[str, Any]:
+    """The content of a run.json.
+
+    Raises:
+        InputError: it cannot be read, or a field is missing or wrong.
+    """
+    value = json_file(path)
+    if type(value) is not dict:
+        raise InputError("expected a JSON object", path=path, value=value)
+    if value.get("schema") != SCHEMA:
+        raise InputError(f"expected {SCHEMA!r}", path=path, field="schema", value=value.get("schema"))
+    if value.get("world") not in ("sim", "real"):
+        raise InputError("expected 'sim' or 'real'", path=path, field="world", value=value.get("world"))
+    for field in ("settings", "facts"):
+        if type(value.get(field)) is not dict:
+            raise InputError("expected a JSON object", path=path, field=field, value=value.get(field))
+    return value
+
+
+def _check_request(line: Line) -> None:
+    """Check every field that metrics or a replay need."""
+    line.integer("ingest")
+    for field in ("id", "arrival_ns", "ingested_ns", "output_tokens", "cached_tokens", "preemptions"):
+        line.integer(field)
+    line.integer("max_tokens", 1)
+    for field in ("session", "after", "first_scheduled_ns", "first_token_ns", "finish_ns"):
+        line.get(field)
+        line.optional_integer(field)
+    reason = line.one_of("finish_reason", (*_SERVED, "abort", "refused", None))
+    if reason in _SERVED:
+        line.integer("first_token_ns")
+        line.integer("finish_ns")
+    length = sum(part.length for part in line.parts("prompt"))
+    if line.integer("prompt_tokens") != length:
+        raise line.error(f"expected {length}, the sum of the lengths in prompt", "prompt_tokens")
+    if not isinstance(line.get("refusal"), str | None):
+        raise line.error("expected words or null", "refusal")
+    line.one_of("ignore_eos", (False, True))
+    line.integers("stop_token_ids")
+    line.labels()
+
+
+def _check_repeats(line: Line, count: int) -> None:
+    """Check what the row of several steps says of those that repeat the first."""
+    times = line.child("repeats")
+    names = ["end_ns"]
+    if "decided_ns" in times.values:
+        names += ["decided_ns", "start_ns"]
+    elif len(times.integers("start_ns")) != 1:
+        raise times.error("expected one number, as there is no decided_ns", "start_ns")
+    for name in names:
+        if len(times.integers(name)) != count - 1:
+            raise times.error(f"expected {count - 1} numbers, one less than count", name)
+    grown = times.get("grown")
+    if type(grown) is not list or not all(
+        type(entry) is list and len(entry) == 3 and type(entry[2]) is list and 1 <= entry[0] < count for entry in grown
+    ):
+        raise times.error("expected a list of [number of the step, request, block ids]", "grown")
+
+
+def _check_step(line: Line, decision: int, is_digested: bool) -> None:
+    """Check the facts and the digest, and those of the other decision fields that are there."""
+    line.one_of("decision", (decision,))
+    line.integer("committed", -1)
+    if (count := line.integer("count", 1)) > 1:
+        _check_repeats(line, count)
+    for field in ("seen", "decided_ns", "start_ns", "end_ns"):
+        line.integer(field)
+    line.integers("aborted")
+    if is_digested:
+        digest = line.get("digest")
+        if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
+            raise line.error("expected 16 hexadecimal digits", "digest", digest)
+    for field in ("left", "preempted"):
+        if field in line.values:
+            line.integers(field)
+    for field, width in (("admitted", 4), ("rows", 3)):
+        if field in line.values:
+            line.integer_lists(field, width)
+    for field in _TOTALS:
+        if field in line.values:
+            line.integer(field)

@@ -1,0 +1,145 @@
+"""Replay: decide a recorded run again from its facts alone, and say where it first differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.settings.build_core import BY_HAND, Settings
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import RULES
+from twinserve.traces.lines import LABELS
+from twinserve.traces.request import Part, Request, TokenMaker
+from twinserve.traces.runs.digest import Digest, exceptions_of
+from twinserve.traces.runs.record import RunRecord, decision_fields
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first difference between a replay and the record."""
+
+    decision: int
+    field: str
+    recorded: Any
+    replayed: Any
+
+    def __str__(self) -> str:
+        return f"decision {self.decision}: {self.field} is {self.replayed}, the record has {self.recorded}"
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """Decisions made again equal to the record's, decisions in the record, and the first difference, if any."""
+
+    equal: int
+    recorded: int
+    difference: Difference | None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.difference is None and self.equal == self.recorded
+
+
+def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) -> ReplayResult:
+    """Decide a run again from its facts: settings, requests, outputs, and what each decision could see.
+
+    Args:
+        build_core: called with `eos_token_id` in place of the recorded settings' own `build_core`.
+
+    Raises:
+        InputError: without `build_core`, the settings cannot be used: they name a file that is not there or not the
+            one that it was, or they do not name what decided.
+    """
+    build = build_core or _settings_of(record).build_core
+    digest = Digest() if any(row.get("digest") for row in record.steps) else None
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"))
+    arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
+    to_sequence = _converter(record)
+    equal = 0
+    for row in record.steps:
+        try:
+            while core.last_committed < row["committed"]:
+                core.commit(_recorded_tokens(core.in_flight[0] if core.in_flight else None, record), row["decided_ns"])
+            while core.num_ingested < row["seen"]:
+                core.ingest(to_sequence(next(arriving)), row["decided_ns"])
+            for seq_id in row["aborted"]:
+                core.abort(seq_id, row["decided_ns"])
+            batch = core.decide(row["decided_ns"])
+        except _Impossible as impossible:
+            return ReplayResult(equal, len(record.steps), Difference(row["decision"], *impossible.args))
+        except (RuntimeError, StopIteration) as error:
+            facts = {name: row[name] for name in ("seen", "committed", "aborted")}
+            difference = Difference(row["decision"], "facts", facts, f"not possible ({error or 'no such request'})")
+            return ReplayResult(equal, len(record.steps), difference)
+        if (unfollowed := _unfollowed_fact(batch, row)) is not None:
+            return ReplayResult(equal, len(record.steps), unfollowed)
+        if (unequal := _first_difference(batch, row, digest.of(batch) if digest else 0)) is not None:
+            return ReplayResult(equal, len(record.steps), unequal)
+        equal += 1
+    return ReplayResult(equal, len(record.steps), None)
+
+
+def _settings_of(record: RunRecord) -> Settings:
+    """The settings of a record, if they name all that decided."""
+    path, settings = record.path / "run.json", record.run["settings"]
+    for name in RULES:
+        if str(settings.get(name)).startswith(BY_HAND):
+            problem = "expected a class that settings can name: replay() takes this one as build_core"
+            raise InputError(problem, path=path, field=f"settings.{name}", value=settings[name])
+    return validated(Settings, settings, {}, path, within="settings.")
+
+
+class _Impossible(Exception):
+    """The facts ask for something that the replay cannot do: (field, recorded, replayed)."""
+
+
+def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
+    """From a request's row to its Sequence: with tokens where the run's are known, without for a simulation."""
+    maker = TokenMaker(**record.run["facts"]["tokens"]) if record.has_tokens else None
+
+    def convert(row: dict) -> Sequence:
+        parts = tuple(Part(*part) for part in row["prompt"])
+        labels = {name: row[name] for name in LABELS if name in row}
+        request = Request(
+            row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"], **labels
+        )
+        params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=tuple(row["stop_token_ids"]))
+        return request.to_sequence(params, maker.token_ids(request, record.outputs) if maker else None)
+
+    return convert
+
+
+def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None:
+    """The tokens that came out of a step; any token where it was discarded."""
+    if batch is None or not record.has_tokens:
+        return None
+    tokens = []
+    for seq in batch.sampled:
+        recorded, position = record.outputs[seq.seq_id], seq.num_completion_tokens
+        if seq.is_finished:
+            tokens.append(0)
+        elif position < len(recorded):
+            tokens.append(recorded[position])
+        else:
+            raise _Impossible(f"tokens of request {seq.seq_id}", f"{len(recorded)} of them", f"one more at {position}")
+    return tokens
+
+
+def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
+    """The first fact of a decision that could not be followed, such as fewer requests seen than before."""
+    followed = {"seen": batch.seen, "aborted": [seq.seq_id for seq in batch.aborted], "committed": batch.committed}
+    for field, value in followed.items():
+        if row[field] != value:
+            return Difference(batch.decision, field, row[field], value)
+    return None
+
+
+def _first_difference(batch: Batch, row: dict, digest: int) -> Difference | None:
+    """The first field of a decision that differs from the record, as far as the record keeps it."""
+    for field, value in decision_fields(batch, digest, exceptions_of(batch)).items():
+        if field in row and row[field] != value:
+            return Difference(batch.decision, field, row[field], value)
+    return None

@@ -1,0 +1,153 @@
+"""The demo: one trace in both worlds, decided identically, and the difference in time measured."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import twinserve
+from twinserve.commands.progress import Bar, say
+from twinserve.commands.tables import comparison_table
+from twinserve.engine.options import EngineOptions
+from twinserve.settings.build_core import Settings
+from twinserve.sim.fit import StepSample
+from twinserve.sim.latency import StepFeatures
+from twinserve.traces.runs.compare import beyond, compare
+from twinserve.traces.runs.record import RunRecord, load_record
+from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import fit_steps, load_llm, measure_steps, run_real, run_sim
+from twinserve.worlds.workload import load_workload
+
+if TYPE_CHECKING:
+    from twinserve.engine.llm import LLM
+
+DATA = Path(twinserve.__file__).parent / "data"
+LIMITS = {"tpot_s.mean": 0.25}
+"""How far the simulation may be from the real run."""
+ATTEMPTS = 2
+MOST_SPREAD = 1.15
+"""The machine was busy where a step's slowest repeat takes longer than so many times its fastest: alone that is 1.04,
+beside two busy processes on two cores 1.3."""
+MOST_CHANGE = 1.25
+"""Or where steps take longer than so many times as long on one side of the run as on the other."""
+
+
+def run_demo(out: Path) -> bool:
+    """Profile the model, serve the bundled trace, replay and simulate it, write the page; did it hold?
+
+    It holds if every decision of the real run was made again from its facts, and the simulated mean time per output
+    token is within 25% of the real one.
+
+    Args:
+        out: receives latency.json, real/, sim/ and report.html; those of an earlier demo are removed.
+    """
+    from twinserve.reports.page import write_report
+
+    _clear(out)
+    sim, real, busy = _both_worlds(out)
+    result = replay(real)
+    say(f"replayed from its facts: {result.equal} of {result.recorded} decisions made again")
+    if result.difference is not None:
+        print(f"first difference: {result.difference}", file=sys.stderr)
+    comparisons = compare(sim, real)
+    comparison_table(comparisons)
+    write_report([sim, real], out / "report.html")
+    print(f"page: {out / 'report.html'}\nrecord of the real run: {out / 'real'}")
+    too_far = beyond(comparisons, LIMITS)
+    if too_far and busy:
+        print(f"the machine was busy, so the steps' times cannot be relied on: {'; '.join(busy)}", file=sys.stderr)
+    for row in too_far:
+        print(row.beyond(LIMITS[row.metric]), file=sys.stderr)
+    return result.is_exact and not too_far
+
+
+def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord, list[str]]:
+    """The records of the simulated and of the real run, and what says that something else used the machine."""
+    from twinserve.engine.llm import LLM
+
+    settings = Settings.load({}, DATA / "demo.toml")
+    workload = load_workload(DATA / "demo.jsonl", {})
+    profiled = load_llm(EngineOptions(), Settings(), progress=say)
+    # A shared machine drifts, so its steps are measured on both sides of the run that they are to predict.
+    before, busy = _measured(profiled, settings, "before")
+    llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)
+    say(f"serving {len(workload.requests)} requests in real time")
+    with Bar("real", len(workload.requests)) as bar:
+        run_real(workload, llm, out=out / "real", progress=bar.ended)
+    llm.close()
+    after, busy_after = _measured(profiled, settings, "after")
+    busy += busy_after + _changed(before, after)
+    latency = fit_steps(profiled, before + after)
+    latency.save(out / "latency.json")
+    profiled.close()
+    say("simulating them")
+    facts = {"name": "SmolLM2-135M on this machine, measured for this demo", "identity": latency.identity}
+    run_sim(workload, llm.settings, latency, latency_facts=facts, out=out / "sim")
+    return load_record(out / "sim"), load_record(out / "real"), busy
+
+
+def _measured(llm: LLM, settings: Settings, when: str) -> tuple[list[StepSample], list[str]]:
+    """Step times of the shapes that the demo's settings can make, and what says that the machine was busy.
+
+    Where the repeats of a step differ too much, something else used the machine: all is measured again, up to ATTEMPTS
+    times, and the attempt of the least spread counts.
+    """
+    attempts: list[tuple[float, list[StepSample]]] = []
+    while len(attempts) < ATTEMPTS:
+        say(f"measuring the model's steps on this machine, {when} the run" + (", again" if attempts else ""))
+        samples = measure_steps(
+            llm,
+            max_seqs=settings.max_num_seqs,
+            max_context=256,
+            max_prompt=settings.max_num_batched_tokens,
+            repeats=4,
+            progress=lambda total: Bar("profile", total),
+        )
+        spread = spread_of(samples)
+        if spread <= MOST_SPREAD:
+            return samples, []
+        attempts.append((spread, samples))
+    spread, samples = min(attempts, key=lambda attempt: attempt[0])
+    words = f"{when} the run a step's slowest repeat took {spread:.1f} times as long as its fastest"
+    return samples, [f"{words}, expected at most {MOST_SPREAD}"]
+
+
+def _changed(before: list[StepSample], after: list[StepSample]) -> list[str]:
+    """What says that the machine was not as fast before the run as after it."""
+    change = change_of(before, after)
+    if 1 / MOST_CHANGE <= change <= MOST_CHANGE:
+        return []
+    return [
+        f"after the run steps took {change:.2f} times as long as before it, expected at most {MOST_CHANGE} either way"
+    ]
+
+
+def spread_of(samples: list[StepSample]) -> float:
+    """How many times as long as its fastest repeat a step's slowest took, the median over the steps' shapes."""
+    return median(max(times) / min(times) for times in _by_shape(samples).values())
+
+
+def change_of(before: list[StepSample], after: list[StepSample]) -> float:
+    """How many times as long as before steps took after, the median over the shapes in both."""
+    earlier, later = _by_shape(before), _by_shape(after)
+    return median(median(later[shape]) / median(earlier[shape]) for shape in earlier if shape in later)
+
+
+def _by_shape(samples: list[StepSample]) -> dict[StepFeatures, list[int]]:
+    """The times of each shape's repeats."""
+    repeats: dict[StepFeatures, list[int]] = {}
+    for sample in samples:
+        repeats.setdefault(sample.features, []).append((sample.host_ns or 0) + (sample.device_ns or 0))
+    return repeats
+
+
+def _clear(out: Path) -> None:
+    """Make room for the results; nothing but an earlier demo's is removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("real", "sim", "real.partial", "sim.partial"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("latency.json", "report.html"):
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""The commands that make a latency model: from steps measured here, and from those of recorded runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from twinserve.commands.options import Config, Json, Traces, options_of, refuse_existing
+from twinserve.commands.progress import Bar, say
+from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
+from twinserve.settings.build_core import Settings
+
+if TYPE_CHECKING:
+    from twinserve.sim.fit import FittedLatency
+
+
+@options_of(EngineOptions, "engine")
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - RUNNER_SETTINGS)
+def profile(
+    out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    engine: dict,
+    settings: dict,
+    max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
+    max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
+    max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
+    repeats: Annotated[int, typer.Option(help="Times that each shape is measured.", min=1)] = 5,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Measure step times of a model on this device, fit a latency model and save it."""
+    from twinserve.worlds.run import fit_steps, load_llm, measure_steps
+
+    options = EngineOptions.load(engine, config)
+    chosen = Settings.load(settings, config, beside=("engine",))
+    refuse_existing(out)
+    llm = load_llm(options, chosen, progress=say)
+    samples = measure_steps(
+        llm,
+        max_seqs=max_seqs,
+        max_context=max_context,
+        max_prompt=max_prompt,
+        repeats=repeats,
+        progress=lambda total: Bar("profile", total),
+    )
+    _save_latency(fit_steps(llm, samples), out, as_json)
+
+
+def fit(
+    runs: Annotated[list[Path], typer.Argument(help="Run records of one engine on one device, or vLLM step logs.")],
+    out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    traces: Traces = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a latency model from the steps of recorded runs and save it."""
+    from twinserve.worlds.run import fit_runs
+
+    refuse_existing(out)
+    _save_latency(fit_runs(runs, traces), out, as_json)
+
+
+def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:
+    """Save a latency model, and print it or how far off it is."""
+    fitted.save(out)
+    if as_json:
+        print(json.dumps(fitted.data))
+    else:
+        from twinserve.commands.tables import residual_table
+
+        residual_table(fitted.data)

@@ -1,0 +1,96 @@
+"""What commands share: options made from pydantic models, so that a setting has one name, one default and one
+description; arguments that several commands take; and the check of what they write."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from typer.core import TyperCommand
+
+from twinserve.settings.errors import InputError
+
+TraceFile = Annotated[
+    Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
+]
+Traces = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the public traces, for a vLLM step log whose prompts are those of one.",
+        envvar="TWINSERVE_TRACES",
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings; the engine's in [engine]. Options override it.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+
+
+class KeepsDashes(TyperCommand):
+    """A command one of whose arguments may be `--`, which parsers take for the end of the options and drop."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        at = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*args[:at], *args[at : at + 1], *args[at:]])
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Refuse an output that exists before long work begins."""
+    if out is not None and out.exists():
+        raise InputError("exists already, expected a new name", path=out)
+
+
+def options_of(model: type[BaseModel], panel: str, *, but: Collection[str] = ()) -> Callable[[Callable], Callable]:
+    """Give a command one option a field of `model`; those given reach the command as the dict `panel`.
+
+    An option that is not given is absent from the dict, so that a configuration file can set it. Pydantic itself
+    checks the values; the command line only parses them.
+
+    Args:
+        panel: the keyword argument of the command that takes the dict, and the heading in the help.
+        but: fields that are no options.
+    """
+    fields = {name: info for name, info in model.model_fields.items() if name not in but}
+
+    def decorate(command: Callable) -> Callable:
+        own = inspect.signature(command, eval_str=True)
+
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel)
+            )
+            for name, info in fields.items()
+        ]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in fields}
+            return command(**values, **{panel: {name: value for name, value in given.items() if value is not None}})
+
+        kept = [parameter for parameter in own.parameters.values() if parameter.name != panel]
+        wrapper.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *added)}
+        return wrapper
+
+    return decorate
+
+
+def _annotation(name: str, info: Any, panel: str) -> Any:
+    kind, flag = info.annotation, name.replace("_", "-")
+    if get_origin(kind) is list:
+        kind = list[str]
+    elif get_origin(kind) not in (None, Literal):
+        kind = next(arm for arm in get_args(kind) if arm is not type(None))
+    default = "none" if info.default in (None, []) else str(info.default)
+    option = typer.Option(
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+        help=f"{info.description or ''} (default: {default})".strip(),
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    return Annotated[Union[kind, None], option]  # noqa: UP007 - built at run time

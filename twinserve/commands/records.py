@@ -1,0 +1,145 @@
+"""The commands that read run records: decide again, compare, draw, and bring those of another engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinserve.commands.options import Json, Traces, refuse_existing
+from twinserve.commands.progress import say
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import RULES
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run record, or a vLLM step log.")],
+    traces: Traces = None,
+    as_json: Json = False,
+) -> None:
+    """Decide a recorded run again from its facts; exit status 1 at the first difference.
+
+    Of a fleet, each replica's in turn.
+    """
+    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
+    from twinserve.traces.runs.replay import ReplayResult
+    from twinserve.traces.runs.replay import replay as decide_again
+    from twinserve.traces.runs.vllm_records import load_run
+
+    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
+    for record in records:
+        part = decide_again(record)
+        equal += part.equal
+        if part.difference is not None:
+            difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
+            break
+    result = ReplayResult(equal, recorded, difference)
+    if as_json:
+        values = None if difference is None else vars(difference)
+        print(json.dumps({"exact": result.is_exact, "equal": equal, "recorded": recorded, "difference": values}))
+    elif result.is_exact:
+        print(f"exact: {equal} of {recorded} decisions made again")
+    else:
+        print(f"differs after {equal} of {recorded} decisions: {where}{difference}")
+    if not result.is_exact:
+        raise typer.Exit(1)
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SIM REAL | A... -- B...",
+            help="A run record of the simulator and the one that it predicts; or, paired, those of two policies.",
+        ),
+    ],
+    paired: Annotated[
+        bool, typer.Option("--paired", help="What two policies differ by: A... -- B..., as many of each.")
+    ] = False,
+    max_error: Annotated[
+        list[str] | None, typer.Option(help="METRIC=SHARE, such as tpot_s.mean=0.25; exit status 1 beyond it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Errors of a simulation against the run it predicts; or differences of two policies, with their intervals."""
+    from twinserve.commands.tables import comparison_table
+    from twinserve.traces.runs.compare import beyond, differing_settings, parse_limits
+    from twinserve.traces.runs.compare import compare as compare_records
+    from twinserve.traces.runs.vllm_records import load_run
+
+    if paired:
+        if max_error:
+            raise InputError("expected none beside paired", field="max_error", value=max_error)
+        _compare_pairs(runs, as_json)
+        return
+    limits = parse_limits(max_error or [])
+    if len(runs) != 2:
+        raise InputError("expected SIM REAL, or A... -- B... beside paired", field="runs", value=runs)
+    sim, real = (load_run(Path(run)) for run in runs)
+    comparisons = compare_records(sim, real)
+    for name in differing_settings([sim, real]):
+        if name in RULES:
+            say(f"the runs differ in {name}")
+    if as_json:
+        print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
+    else:
+        comparison_table(comparisons)
+    too_far = beyond(comparisons, limits)
+    for row in too_far:
+        say(row.beyond(limits[row.metric]))
+    if too_far:
+        raise typer.Exit(1)
+
+
+def _compare_pairs(runs: list[str], as_json: bool) -> None:
+    """Print what the runs before `--` and those after it differ by."""
+    from twinserve.commands.tables import paired_table
+    from twinserve.planning.paired import paired
+    from twinserve.traces.runs.compare import differing_settings
+    from twinserve.traces.runs.vllm_records import load_run
+
+    at = runs.index("--") if "--" in runs else 0
+    if not 0 < at < len(runs) - 1:
+        raise InputError("expected A... -- B... beside paired", field="runs", value=runs)
+    a, b = ([load_run(Path(run)) for run in side] for side in (runs[:at], runs[at + 1 :]))
+    differences = paired(a, b)
+    if names := differing_settings([a[0], b[0]]):
+        say(f"the sides differ in {', '.join(names)}")
+    if len(a) == 1:
+        say("one pair alone: no interval")
+    if as_json:
+        fields = ("a", "b", "difference", "interval")
+        print(json.dumps({row.metric: {name: getattr(row, name) for name in fields} for row in differences}))
+    else:
+        paired_table(differences)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run records; say, a simulation and the run it predicts.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML page to write; must not exist.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page from run records."""
+    from twinserve.reports.page import write_report
+    from twinserve.traces.runs.vllm_records import load_run
+
+    refuse_existing(out)
+    write_report([load_run(run) for run in runs], out)
+    print(out)
+
+
+def record_import(
+    source: Annotated[Path, typer.Argument(help="A vLLM step log.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run record to write; must not exist.")],
+    traces: Traces = None,
+) -> None:
+    """Write another engine's recorded run as a run record."""
+    from twinserve.traces.runs.record import write_record
+    from twinserve.traces.runs.vllm_records import read_vllm_record
+
+    refuse_existing(out)
+    record = read_vllm_record(source, traces)
+    write_record(record, out)
+    say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")

@@ -1,0 +1,114 @@
+"""Sweeps and capacities as a person sees them: the same cases in a table on the terminal and on a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from twinserve.planning.capacity import Capacity
+from twinserve.planning.objectives import Objective, Term, interval
+from twinserve.planning.point import Result
+from twinserve.planning.sweep import Plan, cost_of
+from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
+from twinserve.traces.runs.compare import value_of
+
+_USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
+"""What is shown where no objective says what counts; its limits are not."""
+
+COST, OUTPUT_COST, SPEED = "cost of 1M tokens", "cost of 1M output tokens", "output tokens/s"
+
+
+def sweep_cases(plan: Plan, results: list[Result]) -> list[PageCase]:
+    """A row a case of a sweep."""
+    left = iter(results)
+    cases = []
+    for case in plan.cases:
+        of_case = [next(left) for _ in case.points]
+        values = _values(plan, of_case, case.points[0].num_gpus())
+        if plan.objective is None:
+            cases.append(PageCase(case.varied, values))
+            continue
+        missed = list(dict.fromkeys(what for r in of_case for what in plan.objective.missed(r["summary"])))
+        words = {"misses": "; ".join(missed) or "nothing"}
+        cases.append(PageCase(case.varied, values, not missed, words))
+    return cases
+
+
+def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
+    """A row a case whose capacity was sought."""
+    cases = []
+    for capacity in capacities:
+        unit = "replicas" if capacity.sought == "replicas" else "rate, requests/s"
+        values = {unit: Estimate(capacity.value), "mean over seeds": Estimate(capacity.mean, capacity.interval)}
+        values["misses at"] = Estimate(capacity.failed)
+        if capacity.value is not None:
+            found = capacity.case.points[0].with_sought(capacity.sought, capacity.value)
+            values |= _values(plan, capacity.results, found.num_gpus())
+        cases.append(
+            PageCase(
+                capacity.case.varied,
+                values,
+                capacity.value is not None,
+                {"what is missed there": "; ".join(capacity.missed) or "nothing"},
+            )
+        )
+    return cases
+
+
+def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase]) -> str:
+    """The page: cost, where there is a price, or else time, against what the objective limits."""
+    objective = plan.objective or _USUAL
+    upwards = [Axis(_column(t), _column(t), None if plan.objective is None else t.limit_s) for t in objective.terms]
+    if plan.price_per_gpu_hour is None:
+        across = Axis("GPU seconds of 1M tokens", "GPU seconds of 1M tokens")
+    else:
+        across = Axis(COST, COST)
+    varied = {name for case in plan.cases for name in case.varied}
+    shared = {name: value for name, value in plan.points[0].flat().items() if name not in (*varied, "seed")}
+    return sweep_page(title, remarks, cases, shared, across, upwards)
+
+
+def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
+    """What a reader of results should know, in sentences."""
+    remarks = [f"Latency: {', '.join(dict.fromkeys(r['latency'] for r in results))}."]
+    if plan.objective is not None:
+        remarks.append(f"Objective: {plan.objective}.")
+    if plan.price_per_gpu_hour is not None:
+        remarks.append(f"Price: {plan.price_per_gpu_hour:g} a GPU-hour.")
+    beyond = [r["beyond_fit"] for r in results if "beyond_fit" in r]
+    if beyond:
+        remarks.append(f"{len(beyond)} runs leave what the latency was fitted on, by up to {max(beyond):.1f} times.")
+    short = [r for r in results if (e2e := r["summary"]["e2e_s"]["p99"]) is not None and r["span_s"] < 10 * e2e]
+    if short:
+        remarks.append(
+            f"In {len(short)} of {len(results)} runs arrivals last less than ten times the p99 end-to-end latency: a "
+            "longer trace may keep less."
+        )
+    return remarks
+
+
+def _column(term: Term) -> str:
+    name, _, statistic = term.metric.partition(".")
+    return f"{statistic} {name.removesuffix('_s').upper()}, s"
+
+
+def _values(plan: Plan, results: list[Result], num_gpus: int) -> dict[str, Estimate]:
+    values = {
+        _column(term): _estimate([value_of(r["summary"], term.metric) for r in results])
+        for term in (plan.objective or _USUAL).terms
+    }
+    values[SPEED] = _estimate([r["summary"]["output_tok_s"] for r in results])
+    if plan.price_per_gpu_hour is None:
+        seconds = cost_of(results, num_gpus, 3600.0)
+        values["GPU seconds of 1M tokens"] = Estimate(seconds["total"])
+    else:
+        cost = cost_of(results, num_gpus, plan.price_per_gpu_hour)
+        values |= {COST: Estimate(cost["total"]), OUTPUT_COST: Estimate(cost["output"])}
+    return values
+
+
+def _estimate(values: list[Any]) -> Estimate:
+    if None in values:
+        return Estimate(None)
+    return Estimate(statistics.fmean(values), interval(values))

@@ -1,0 +1,103 @@
+"""The commands that ask many simulations: a sweep, and the search for a capacity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from twinserve.commands.options import Json, options_of
+from twinserve.commands.progress import Bar, say
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
+from twinserve.worlds.workload import PointOptions, TraceOptions
+
+Jobs = Annotated[
+    int | None, typer.Option(help="Processes; one a core unless given. Results do not depend on it.", min=1)
+]
+Ray = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster that computes in place of this machine.")]
+
+
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="A TOML file, see docs/capacity.md.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of results; that of an earlier sweep is gone on with.")],
+    jobs: Jobs = None,
+    ray: Ray = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate every combination of settings, traces, latencies and rates that a file asks for."""
+    from twinserve.commands.sweep_views import page_of, remarks_of, sweep_cases
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points, write_whole
+
+    chosen = load_plan(plan)
+    with opened(out) as store, Workers(jobs, ray) as workers:
+        missing = num_missing(chosen.points, store)
+        say(f"{len(chosen.points)} points, {missing} to compute")
+        with Bar("sweep", missing) as bar:
+            results = run_points(chosen.points, store, workers, advance=bar.advance)
+        lines, cases = lines_of(rows_of(chosen, results)), sweep_cases(chosen, results)
+        remarks = remarks_of(chosen, results)
+        write_whole(out / "results.jsonl", lines)
+        write_whole(out / "page.html", page_of(f"Sweep of {plan.name}", remarks, chosen, cases))
+    _show(lines, cases, remarks, out, as_json)
+
+
+@options_of(TraceOptions, "trace_options")
+@options_of(Settings, "settings")
+@options_of(FleetOptions, "fleet", but=("group",))
+@options_of(PointOptions, "point")
+def capacity(
+    point: dict,
+    trace_options: dict,
+    settings: dict,
+    fleet: dict,
+    trace: Annotated[str | None, typer.Argument(help="A trace, unless the plan has one.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A TOML file, see docs/capacity.md; options override it.")] = None,
+    find: Annotated[
+        Literal["rate", "replicas"], typer.Option(help="The highest rate, or the fewest replicas.")
+    ] = "rate",
+    objective: Annotated[str | None, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Share of itself to which a rate is found.")] = 0.02,
+    seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.")] = None,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of results; that of an earlier one is gone on with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the highest rate, or the fewest replicas, that keeps an objective, and what a million tokens cost then."""
+    from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
+    from twinserve.planning.capacity import find_capacities, rows_of
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.sweep import lines_of, load_plan, opened, write_whole
+
+    given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
+    given |= point | settings | trace_options | fleet
+    chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
+    with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:
+        capacities = find_capacities(chosen, find, store, workers, tolerance=tolerance, advance=bar.advance)
+        lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
+        remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
+        if out is not None:
+            write_whole(out / "results.jsonl", lines)
+            write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases))
+    _show(lines, cases, remarks, out, as_json)
+
+
+def _show(lines: str, cases: list, remarks: list[str], out: Path | None, as_json: bool) -> None:
+    """Print what was found: JSON lines, or a table."""
+    for remark in remarks:
+        say(remark)
+    if as_json:
+        print(lines, end="")
+    else:
+        from twinserve.commands.tables import case_table
+        from twinserve.reports.sweep import case_columns
+
+        case_table(*case_columns(cases))
+    if out is not None:
+        say(f"{out / 'results.jsonl'}, {out / 'page.html'}")

@@ -1,0 +1,132 @@
+"""Results as tables for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twinserve.planning.paired import PairedDifference
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
+
+
+def summary_table(summary: dict[str, Any]) -> None:
+    """Print a run's summary; what was refused, shortened or dropped comes first."""
+    console = Console(width=None if Console().is_terminal else 100)
+    counts = ("requests", "finished", "refused", "aborted", "shortened", "dropped")
+    console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
+    table = Table("seconds", *STATISTICS)
+    for name in LATENCIES:
+        table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
+    console.print(table)
+    parts = [
+        f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
+        f"{summary['preemptions']} preemptions",
+        f"{summary['steps']} steps",
+        f"took {summary['wall_s']:.1f} s",
+    ]
+    if (waits := summary["device_wait_share"]) is not None:
+        parts.insert(3, f"the device waited for the host {waits:.1%} of the time")
+    if (output_tok_s := summary["output_tok_s"]) is not None:
+        rates = f"{output_tok_s:.1f} output tokens/s, {summary['total_tok_s']:.1f} in all"
+        parts.insert(0, f"{rates}, over {summary['duration_s']:.1f} s")
+    console.print("; ".join(parts))
+
+
+def comparison_table(comparisons: list[Comparison]) -> None:
+    """Print the metrics of two runs side by side."""
+    table = Table("metric", "simulated", "real", "error")
+    for row in comparisons:
+        error = "" if row.error is None else f"{row.error:+.1%}"
+        table.add_row(row.metric, _number(row.sim), _number(row.real), error)
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def paired_table(differences: list[PairedDifference]) -> None:
+    """Print what two sides differ by, metric by metric."""
+    table = Table("metric", "A", "B", "B - A", "95% of the mean B - A")
+    for row in differences:
+        limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
+        table.add_row(row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def case_table(heads: list[str], rows: list[list[str]]) -> None:
+    """Print the cases of a sweep, or their capacities."""
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def residual_table(data: dict[str, Any]) -> None:
+    """Print how well a latency model predicts shapes that were held out of its fit."""
+    table = Table("steps", "part", "mean |error|", "p90 |error|", "bias", "shapes", "samples")
+    for regime, residuals in data["residuals"].items():
+        for part in ("host", "device"):
+            errors = (f"{residuals[part][name]:.1%}" for name in ("mean_abs", "p90_abs", "bias"))
+            table.add_row(regime, part, *errors, str(residuals["shapes"]), str(residuals["samples"]))
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def trace_table(statistics: dict[str, Any]) -> None:
+    """Print what a trace holds, and what was handled."""
+    console = Console(width=None if Console().is_terminal else 100)
+    facts = statistics["trace"]
+    sessions = f" in {statistics['sessions']} sessions" if statistics["sessions"] else ""
+    console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} over {statistics['span_s']:.1f} s")
+    lengths = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
+    for name in ("prompt_tokens", "output_tokens"):
+        lengths.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
+    console.print(lengths)
+    arrivals = Table("arrivals", "")
+    arrivals.add_row("requests a second", _number(statistics["rate"]))
+    arrivals.add_row("coefficient of variation of gaps", _number(statistics["gap_cv"]))
+    for window, ratio in statistics["peak_to_mean"].items():
+        arrivals.add_row(f"peak to mean, {window} windows", _number(ratio))
+    console.print(arrivals)
+    reuse = Table("cache without end, block of", "prompt tokens hit", "hit ratio")
+    for size, hits in statistics["reuse"].items():
+        reuse.add_row(size, str(hits["hit_tokens"]), f"{hits['hit_ratio']:.2%}")
+    console.print(reuse)
+    handled = Table("what was handled", "", "requests")
+    for what in ("dropped", "clipped", "repaired"):
+        for reason, count in facts["handled"][what].items():
+            handled.add_row(what, reason, str(count))
+    for reason, count in facts["notes"].items():
+        handled.add_row("noted", reason, str(count))
+    for entry in facts["transforms"]:
+        for reason, count in entry["changed"].items():
+            handled.add_row(f"{entry['transform']} {entry['parameters']}", reason, str(count))
+    console.print(handled)
+
+
+def verify_table(report: dict[str, Any]) -> None:
+    """Print how a model as the engine runs it compares with transformers, and whether that is rounding."""
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(
+        f"{report['model']}: {report['dtype']} on {report['device']}, attention {report['attention']}, "
+        f"against transformers {report['transformers']}"
+    )
+    first = report["first_difference"]
+    where = first and (
+        f"prompt {first['prompt']}, token {first['position']}: {first['ours']}, "
+        f"transformers has {first['theirs']}, {_number(first['margin'])} above it"
+    )
+    table = Table("what", "found")
+    table.add_row("greedy sequences equal", f"{report['equal']} of {report['sequences']}, {report['tokens']} tokens")
+    table.add_row("first difference", where or "none")
+    table.add_row("near ties", str(report["near_ties"]))
+    table.add_row("prompts in chunks", str(report["chunked_prompts"]))
+    table.add_row("prompt tokens cached", str(report["cached_tokens"]))
+    table.add_row("largest log-probability difference", _number(report["log_prob_difference"]))
+    perplexities = f"{report['perplexity']:.6g}, transformers {report['reference_perplexity']:.6g}"
+    table.add_row(f"perplexity of {report['text_tokens']} tokens", perplexities)
+    console.print(table)
+    verdicts = {True: "agrees: rounding explains what differs", False: "differs by more than rounding explains"}
+    console.print(verdicts.get(report["agrees"], f"no verdict: in {report['dtype']} rounding alone changes tokens"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,116 @@
+"""The commands that look at traces, make them, change their format and bring public ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from twinserve.commands.options import Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.progress import say
+from twinserve.worlds.workload import TraceOptions
+
+LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."
+
+
+@options_of(TraceOptions, "trace_options")
+def trace_stat(trace: TraceFile, trace_options: dict, as_json: Json = False) -> None:
+    """Lengths, rates, burstiness, reuse, and what was handled."""
+    from twinserve.commands.tables import trace_table
+    from twinserve.traces.statistics import trace_statistics
+    from twinserve.worlds.workload import load_workload
+
+    workload = load_workload(trace, trace_options)
+    statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
+    if as_json:
+        print(json.dumps(statistics))
+    else:
+        trace_table(statistics)
+
+
+@options_of(TraceOptions, "trace_options")
+def trace_convert(
+    trace: TraceFile,
+    out: Annotated[Path, typer.Argument(help="The trace to write, packed if it ends in .gz; must not exist.")],
+    trace_options: dict,
+    format: Annotated[
+        Literal["ours", "mooncake", "azure"], typer.Option(help="The format to write; each holds all of any trace.")
+    ] = "ours",
+) -> None:
+    """Write a trace, or a changed part of it, in our own format, Mooncake's or Azure's."""
+    from twinserve.traces.formats.reading import with_own_private_prompts
+    from twinserve.traces.readers import write_trace
+    from twinserve.worlds.workload import load_workload
+
+    refuse_existing(out)
+    workload = load_workload(trace, trace_options)
+    beside = write_trace(
+        out,
+        with_own_private_prompts(workload.requests) if workload.facts["transforms"] else workload.requests,
+        {"made_from": workload.facts},
+        format="twinserve" if format == "ours" else format,
+        epoch_ns=workload.epoch_ns,
+    )
+    say(f"{out}: {len(workload.requests)} requests")
+    if beside:
+        counts = ", ".join(f"{name} of {count}" for name, count in beside.items())
+        say(f"in the field twinserve, as {format}'s own cannot hold it: {counts}")
+
+
+def trace_fetch(
+    name: Annotated[str, typer.Argument(help="mooncake-conversation or azure-2023-conv.")],
+    mirror: Annotated[str | None, typer.Option(help="URL of a folder that has the file, in place of GitHub.")] = None,
+) -> None:
+    """Bring a public trace into the cache, check its sha256, and say where it lies."""
+    from twinserve.traces.fetch import PUBLIC_TRACES, fetch
+
+    path = fetch(name, mirror)
+    say(f"{name}: {PUBLIC_TRACES[name].credit}")
+    print(path)
+
+
+def trace_make(
+    out: Annotated[Path, typer.Option("--out", help="The trace file to write; must not exist.")],
+    requests: Annotated[int, typer.Option(help="How many, all turns counted.")] = 100,
+    rate: Annotated[float, typer.Option(help="Requests a second in the long run.")] = 1.0,
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma or burst.")] = "poisson",
+    cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, for gamma.")] = 1.0,
+    burst_size: Annotated[int, typer.Option(help="Conversations that arrive at one instant, for burst.")] = 1,
+    prompt_tokens: Annotated[str, typer.Option(help=f"Text of a turn: {LENGTHS_HELP}")] = "lognormal:200:1",
+    output_tokens: Annotated[str, typer.Option(help=f"Answer: {LENGTHS_HELP}")] = "lognormal:60:0.7",
+    system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
+    system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,
+    turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
+    think_time_s: Annotated[float, typer.Option(help="Mean time between two turns.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Make a synthetic trace."""
+    from twinserve.traces.generator import EmpiricalLengths, generate, parse_lengths
+    from twinserve.traces.readers import write_trace
+
+    refuse_existing(out)
+    options = {
+        "seed": seed,
+        "num_requests": requests,
+        "rate": rate,
+        "arrivals": arrivals,
+        "cv": cv,
+        "burst_size": burst_size,
+        "num_system_prompts": system_prompts,
+        "system_prompt_tokens": system_prompt_tokens,
+        "turns": turns,
+        "think_time_s": think_time_s,
+    }
+    lengths = {
+        "prompt_tokens": parse_lengths(prompt_tokens, "prompt_tokens"),
+        "output_tokens": parse_lengths(output_tokens, "output_tokens"),
+    }
+    made = generate(**lengths, **options)  # type: ignore[arg-type]
+    header: dict = {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
+    drawn = {name: spec.sha256 for name, spec in lengths.items() if isinstance(spec, EmpiricalLengths)}
+    if drawn:
+        header["sha256_of_lengths"] = drawn
+    write_trace(out, made, header)
+    say(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")

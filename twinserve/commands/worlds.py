@@ -1,0 +1,123 @@
+"""The commands that replay a trace: in the simulator, on the engine, and the demo in both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twinserve.commands.options import Config, Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.progress import Bar, say
+from twinserve.engine.options import EngineOptions
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+from twinserve.worlds.workload import TraceOptions
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+LATENCY_HELP = (
+    "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, or qwen3-0.6b-h100), or "
+    "roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b."
+)
+
+
+@options_of(TraceOptions, "trace_options")
+@options_of(FleetOptions, "fleet", but=("group",))
+@options_of(Settings, "settings")
+def sim(
+    trace: TraceFile,
+    trace_options: dict,
+    fleet: dict,
+    settings: dict,
+    latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
+    latency_from: Annotated[Path | None, typer.Option(help="A run record whose own step times are used.")] = None,
+    step_by_step: Annotated[
+        bool, typer.Option("--step-by-step", help="Simulate repeated steps one by one: slower, with the same results.")
+    ] = False,
+    config: Config = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace in the simulator, on a replica or on a fleet."""
+    from twinserve.sim.fit import FittedLatency
+    from twinserve.worlds.run import run_fleet, run_sim
+    from twinserve.worlds.workload import load_workload
+
+    chosen = FleetOptions.load(fleet, config)
+    replicas, words = chosen.build_replicas(settings, config, latency, latency_from)
+    workload = load_workload(trace, trace_options)
+    for line in words:
+        say(line)
+    with Bar("sim", len(workload.requests)) as bar:
+        how: dict[str, Any] = {"out": out, "progress": bar.ended, "step_by_step": step_by_step}
+        if chosen.is_fleet:
+            router, facts = chosen.build_router(), chosen.router_facts
+            summary = run_fleet(workload, replicas, router, router_facts=facts, outages=chosen.die, **how)
+        else:
+            (alone,) = replicas
+            summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **how)
+    for model in {id(replica.latency): replica.latency for replica in replicas}.values():
+        if isinstance(model, FittedLatency) and model.num_outside:
+            say(
+                f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to "
+                f"{model.worst_excess:.1f}x"
+            )
+    _print_summary(summary, as_json)
+
+
+@options_of(TraceOptions, "trace_options")
+@options_of(EngineOptions, "engine")
+@options_of(Settings, "settings")
+def run(
+    trace: TraceFile,
+    trace_options: dict,
+    engine: dict,
+    settings: dict,
+    time_scale: Annotated[float, typer.Option(help="Arrivals come so many times later than in the trace.")] = 1.0,
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let end-of-sequence end an answer.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    config: Config = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace on the real engine, in real time."""
+    from twinserve.policies import SamplingParams
+    from twinserve.worlds.run import load_llm, run_real
+    from twinserve.worlds.workload import load_workload
+
+    options = EngineOptions.load(engine, config)
+    chosen = Settings.load(settings, config, beside=("engine",))
+    if not 0 <= time_scale < float("inf"):
+        raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
+    workload = load_workload(trace, trace_options)
+    refuse_existing(out)
+    llm = load_llm(options, chosen, progress=say)
+    params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
+    with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
+        how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
+        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
+    _print_summary(summary, as_json)
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """A run's summary: JSON, or a table for a person."""
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from twinserve.commands.tables import summary_table
+
+    summary_table(summary)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results; a previous demo's are replaced.")] = Path(
+        "reports/demo"
+    ),
+) -> None:
+    """The main job on what ships with the project: profile, serve, simulate, replay, compare, report."""
+    from twinserve.commands.demo import run_demo
+
+    if not run_demo(out):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Many simulations to decide by: fleets, sweeps over settings, objectives, and the capacity that keeps one."""

@@ -1,0 +1,245 @@
+"""Capacity: the highest rate, or the fewest replicas, that keeps an objective."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from twinserve.planning.objectives import Objective, interval
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Job, Point, Result, Sought, compute
+from twinserve.planning.sweep import Case, Plan, Store, cost_of, run_points
+from twinserve.settings.errors import InputError
+
+_MOST_REPLICAS = 1024
+_MOST_RETREATS = 100
+"""So many lower loads are tried where what each seed keeps alone is not kept by all."""
+_WIDEST = 1024.0
+"""Rates are tried up to so many times the one that the search begins with, and down to its so many-th part."""
+
+
+class Found(NamedTuple):
+    """The ends of a search: the largest number that keeps, and the one after it, which does not.
+
+    `kept` is None where no number that may be tried keeps, `failed` where every one does.
+    """
+
+    kept: int | None
+    failed: int | None
+
+
+def largest(start: int, lowest: int, highest: int, stride: int = 1) -> Generator[int, bool, Found]:
+    """Search the largest number in [lowest, highest] that keeps, if all smaller ones do.
+
+    Yields a number at a time and is sent whether it keeps: away from `start` in strides that double until the answer
+    changes, and then by bisection.
+    """
+    kept = failed = None
+    number = start
+    while kept is None or failed is None:
+        if (yield number):
+            kept = number
+            if failed is None and number == highest:
+                return Found(kept, None)
+        else:
+            failed = number
+            if kept is None and number == lowest:
+                return Found(None, failed)
+        if kept is None or failed is None:
+            number = min(highest, number + stride) if failed is None else max(lowest, number - stride)
+            stride *= 2
+    while failed - kept > 1:
+        middle = (kept + failed) // 2
+        if (yield middle):
+            kept = middle
+        else:
+            failed = middle
+    return Found(kept, failed)
+
+
+class Scale:
+    """Values of what is sought, as numbers that a search goes up while they keep.
+
+    Rates stand on a grid, each `1 + tolerance` times the one before, the same for every search: so a search ends at two
+    neighbours, and two searches share what they have computed. Replicas are numbered downwards.
+    """
+
+    def __init__(self, sought: Sought, tolerance: float):
+        self.sought, self._ratio = sought, 1 + tolerance
+
+    def value(self, number: int) -> float | int:
+        """What stands at a number."""
+        return -number if self.sought == "replicas" else float(f"{self._ratio**number:.6g}")
+
+    def search(self, point: Point) -> Generator[int, bool, Found]:
+        """A search that begins at the point's own value; at a trace's own rate where it has none."""
+        if self.sought == "replicas":
+            return largest(-point.fleet.num_replicas, -_MOST_REPLICAS, -1)
+        rate = point.rate or point.own_rate() or 1.0
+        start, reach = (round(math.log(x) / math.log(self._ratio)) for x in (rate, _WIDEST))
+        return largest(start, start - reach, start + reach, max(1, round(math.log(1.5) / math.log(self._ratio))))
+
+    def at(self, point: Point, number: int) -> Point:
+        """The point with what stands at a number."""
+        return point.with_sought(self.sought, self.value(number))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a case can do.
+
+    Attributes:
+        case: its points are those at which the search began.
+        sought: "rate" in requests a second, or "replicas".
+        value: the highest rate, or the fewest replicas, that was run with every seed and kept the objective in each;
+            None where none was found.
+        failed: the neighbour that misses it in at least one seed: the next rate, or a replica fewer; None where every
+            value that was tried keeps.
+        missed: what is missed at `failed`, in words.
+        by_seed: the same as `value`, of each seed alone; None where none was found.
+        results: of the runs at `value`, one a seed.
+        num_runs: how many runs that took, those that were in the store among them.
+    """
+
+    case: Case
+    sought: Sought
+    value: float | int | None
+    failed: float | int | None
+    missed: list[str]
+    by_seed: list[float | int | None]
+    results: list[Result] = field(repr=False)
+    num_runs: int
+
+    @property
+    def mean(self) -> float | None:
+        """Of `by_seed`."""
+        known = self._known()
+        return statistics.fmean(known) if known else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the mean over seeds; None with one seed."""
+        return interval(self._known())
+
+    def _known(self) -> list[float | int]:
+        known = [value for value in self.by_seed if value is not None]
+        return known if len(known) == len(self.by_seed) else []
+
+
+def find_capacities(
+    plan: Plan,
+    sought: Sought,
+    store: Store,
+    workers: Workers,
+    *,
+    tolerance: float = 0.02,
+    advance: Callable[[], None] | None = None,
+    compute: Callable[[Job], Result] = compute,
+) -> list[Capacity]:
+    """The capacity of every case of a plan, in their order.
+
+    Each seed of a case is a search of its own; all searches go on side by side. What every seed keeps is then run with
+    every seed, and where a seed misses it all the same, as it may where more load happens to be better than less, the
+    next lower load is tried.
+
+    Args:
+        tolerance: rates are found to such a share of themselves.
+        advance: called as each point is finished.
+
+    Raises:
+        InputError: the plan has no objective, or a point cannot be computed.
+    """
+    objective = plan.objective
+    if objective is None:
+        raise InputError("is missing, expected text such as 'p99 TTFT <= 1 s'", field="objective")
+    if not 0 < tolerance < 1:
+        raise InputError("expected a share above 0 and below 1", field="tolerance", value=tolerance)
+    scale = Scale(sought, tolerance)
+    finders = [_finder(case, scale, objective) for case in plan.cases]
+    wanted = {number: next(finder) for number, finder in enumerate(finders)}
+    found: dict[int, Capacity] = {}
+    while wanted:
+        points = [point for of_case in wanted.values() for point in of_case]
+        results = iter(run_points(points, store, workers, advance=advance, compute=compute))
+        for number, of_case in list(wanted.items()):
+            try:
+                wanted[number] = finders[number].send(list(islice(results, len(of_case))))
+            except StopIteration as end:
+                found[number] = end.value
+                del wanted[number]
+    return [found[number] for number in range(len(finders))]
+
+
+def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Point], list[Result], Capacity]:
+    """The search of a case: yields the points that it has to know next, and is sent their results."""
+    searches = [scale.search(point) for point in case.points]
+    numbers = [next(search) for search in searches]
+    found: dict[int, Found] = {}
+    missed: dict[tuple[int, int], list[str]] = {}
+    num_runs = 0
+    while live := [seed for seed in range(len(searches)) if seed not in found]:
+        num_runs += len(live)
+        results = yield [scale.at(case.points[seed], numbers[seed]) for seed in live]
+        for seed, result in zip(live, results, strict=True):
+            try:
+                missed[seed, numbers[seed]] = objective.missed(result["summary"])
+                numbers[seed] = searches[seed].send(not missed[seed, numbers[seed]])
+            except StopIteration as end:
+                found[seed] = end.value
+    kept = [found[seed].kept for seed in range(len(searches))]
+    failed = min((end for _, end in found.values() if end is not None), default=None)
+    known = [number for number in kept if number is not None]
+    number, results = None, []
+    for tried in range(min(known), min(known) - _MOST_RETREATS, -1) if len(known) == len(kept) else ():
+        num_runs += len(case.points)
+        results = yield [scale.at(point, tried) for point in case.points]
+        for seed, result in enumerate(results):
+            missed[seed, tried] = objective.missed(result["summary"])
+        if not any(missed[seed, tried] for seed in range(len(results))):
+            number = tried
+            break
+        failed = tried
+    if number is None:
+        results = []
+    reasons = dict.fromkeys(what for (_, at), words in missed.items() if at == failed for what in words)
+    return Capacity(
+        case,
+        scale.sought,
+        None if number is None else scale.value(number),
+        None if failed is None else scale.value(failed),
+        list(reasons),
+        [None if one is None else scale.value(one) for one in kept],
+        results,
+        num_runs,
+    )
+
+
+def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
+    """A row a case, in the order of the plan; with a price, `cost` is that of a million tokens at the capacity."""
+    rows = []
+    for capacity in capacities:
+        first = capacity.case.points[0]
+        row: Result = {
+            "varied": capacity.case.varied,
+            "point": first.flat(),
+            "seeds": [point.seed for point in capacity.case.points],
+            "objective": str(plan.objective),
+            "sought": capacity.sought,
+            "value": capacity.value,
+            "failed": capacity.failed,
+            "missed": capacity.missed,
+            "by_seed": capacity.by_seed,
+            "mean": capacity.mean,
+            "interval": capacity.interval,
+            "num_runs": capacity.num_runs,
+            "results": [{name: value for name, value in r.items() if name != "inputs"} for r in capacity.results],
+        }
+        if plan.price_per_gpu_hour is not None and capacity.value is not None:
+            found = first.with_sought(capacity.sought, capacity.value)
+            row["cost"] = cost_of(capacity.results, found.num_gpus(), plan.price_per_gpu_hour)
+        rows.append(row)
+    return rows

@@ -1,0 +1,158 @@
+"""Fleets as settings describe them: how many replicas, what each is, which router, and who dies when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from twinserve.settings.build_core import Settings, pinned_rule
+from twinserve.settings.config import read_table, validated
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.sim.fleet import Outage, check_outages
+from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
+from twinserve.worlds.run import ReplicaSpec, choose_latency, with_pool
+
+
+def parse_outage(text: object) -> Outage:
+    """An outage from REPLICA:FROM:TO, times in seconds; without TO the replica does not come back.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if isinstance(text, Outage):
+        return text
+    parts = text.split(":") if isinstance(text, str) else []
+    try:
+        replica, start, end = parts
+        return Outage(int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None)
+    except (ValueError, OverflowError) as error:
+        raise ValueError("REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down") from error
+
+
+class ReplicaGroup(BaseModel):
+    """Replicas that are alike; settings of their own are beside these fields."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    replicas: int = Field(default=1, ge=1)
+    latency: str | None = None
+    scheduling_policy: str | None = None
+    admission: str | None = None
+    victim: str | None = None
+
+    _pinned = field_validator(*RULES)(pinned_rule)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its own settings."""
+        return self.model_dump(exclude={"replicas", "latency"}, exclude_unset=True)
+
+
+class FleetOptions(BaseModel):
+    """A fleet. Its names are options of the command line; `group` stands in a file alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replicas: int | None = Field(default=None, ge=1, description="replicas behind a router")
+    router: str = Field(
+        default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, or FILE.py:CLASS"
+    )
+    router_seed: int = Field(default=0, description="of random: another seed, other choices")
+    max_lead_tokens: int = Field(
+        default=32_768,
+        ge=0,
+        description="of prefix-affine: passed over with so many outstanding tokens more than the least loaded",
+    )
+    die: list[Annotated[Outage, BeforeValidator(parse_outage)]] = Field(
+        default=[], description="REPLICA:FROM:TO, in seconds: a replica is down; without TO for good"
+    )
+    group: list[ReplicaGroup] = []
+
+    @field_validator("router")
+    @classmethod
+    def _pinned(cls, text: str) -> str:
+        return pinned(text, tuple(ROUTERS))
+
+    @classmethod
+    def load(cls, values: dict[str, Any], path: Path | None = None) -> FleetOptions:
+        """Options from `values`, over the table `fleet` of the TOML file `path`.
+
+        Raises:
+            InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
+        """
+        options = validated(cls, read_table(path, "fleet"), values, path, within="fleet.")
+        count = options.num_replicas
+        if options.group and options.replicas not in (None, count):
+            raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
+        try:
+            check_outages(options.die, count)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return options
+
+    @property
+    def is_fleet(self) -> bool:
+        """Was a fleet asked for, and not a replica alone?"""
+        return bool(self.model_fields_set)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas there are."""
+        return sum(group.replicas for group in self.group) if self.group else self.replicas or 1
+
+    def build_router(self) -> Router:
+        """A fresh router.
+
+        Raises:
+            InputError: it is a class of one's own that cannot be used.
+        """
+        if self.router == "random":
+            return RandomChoice(self.router_seed)
+        if self.router == "prefix-affine":
+            return PrefixAffine(self.max_lead_tokens)
+        return ROUTERS[self.router]() if self.router in ROUTERS else build(self.router, "router", Router)
+
+    @property
+    def router_facts(self) -> dict[str, Any]:
+        """What says which router it is."""
+        parameters = {"random": {"seed": self.router_seed}, "prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
+        return {"name": self.router, **parameters.get(self.router, {})}
+
+    def build_replicas(
+        self,
+        settings: dict[str, Any],
+        config: Path | None = None,
+        latency: str | None = None,
+        latency_from: Path | None = None,
+    ) -> tuple[list[ReplicaSpec], list[str]]:
+        """The replicas, those of each group with its own settings over the common ones, and what was assumed, in words.
+
+        Args:
+            settings: of all replicas, over those of the TOML file `config`.
+            latency: of the groups that name none.
+            latency_from: a run record whose own step times are used, by a replica that is alone.
+
+        Raises:
+            InputError: a setting or a latency cannot be used.
+        """
+        if self.is_fleet and latency_from is not None:
+            raise InputError(
+                "expected none: a fleet has no one run's steps", field="latency_from", value=str(latency_from)
+            )
+        specs: list[ReplicaSpec] = []
+        words: dict[str, None] = {}
+        for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
+            model, facts = choose_latency(group.latency or latency, latency_from)
+            chosen = Settings.load(settings | group.settings, config, beside=("engine", "fleet"))
+            chosen.check_rules()
+            chosen, pool = with_pool(chosen, model)
+            words[f"latency: {facts['name']} ({facts['identity']})"] = None
+            if chosen.max_model_len is None:
+                words["no context limit: max_model_len is not given"] = None
+            if pool is not None:
+                words[pool] = None
+            specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
+        return specs, list(words)

@@ -1,0 +1,103 @@
+"""What a deployment is judged by: objectives, costs, and how sure a mean over seeds is."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twinserve.settings.errors import InputError
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
+
+CONFIDENCE = 0.95
+_TERM = re.compile(r"(\w+)\s+(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
+_UNITS = {"s": 1.0, "ms": 1e-3}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A limit on one metric.
+
+    Attributes:
+        metric: its dotted name in a summary, such as "ttft_s.p99".
+        limit_s: what it may be at most, in seconds.
+    """
+
+    metric: str
+    limit_s: float
+
+    def __str__(self) -> str:
+        name, _, statistic = self.metric.partition(".")
+        limit = f"{self.limit_s:g} s" if self.limit_s >= 1 else f"{self.limit_s * 1e3:g} ms"
+        return f"{statistic} {name.removesuffix('_s').upper()} <= {limit}"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Limits that all have to be kept, by a run that serves every request."""
+
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.terms))
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        """From text such as "p99 TTFT <= 1 s and p99 TPOT <= 50 ms".
+
+        Raises:
+            InputError: the text has another form, or names what is not measured.
+        """
+        terms = []
+        for part in re.split(r"\s+and\s+", text.strip(), flags=re.IGNORECASE):
+            found = _TERM.fullmatch(part.strip())
+            try:
+                statistic, name, limit_s = found[1].lower(), found[2].lower() + "_s", float(found[3])  # type: ignore[index]
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    "expected terms such as 'p99 TTFT <= 1 s', joined by 'and'", field="objective", value=part
+                ) from error
+            for word, known in ((statistic, STATISTICS), (name, LATENCIES)):
+                if word not in known:
+                    names = ", ".join(one.removesuffix("_s") for one in known)
+                    raise InputError(f"expected one of {names}", field="objective", value=word.removesuffix("_s"))
+            terms.append(Term(f"{name}.{statistic}", limit_s * _UNITS[found[4].lower()]))  # type: ignore[index]
+        return cls(tuple(terms))
+
+    def missed(self, summary: dict[str, Any]) -> list[str]:
+        """What a run does not keep: limits, in words, and that every request is served.
+
+        Raises:
+            InputError: a metric is not defined for these requests.
+        """
+        unserved = summary["requests"] - summary["finished"]
+        missed = [f"{unserved} requests not served"] if unserved else []
+        for term in self.terms:
+            value = value_of(summary, term.metric)
+            if value is None and not unserved:
+                raise InputError(f"expected a metric that these requests have, {term.metric} is not defined")
+            if value is not None and value > term.limit_s:
+                missed.append(str(term))
+        return missed
+
+
+def cost_per_million_tokens(tokens_per_s: float | None, num_gpus: int, price_per_gpu_hour: float) -> float | None:
+    """What a million tokens cost while so many are served a second; None where none are."""
+    return price_per_gpu_hour * num_gpus / 3600 / tokens_per_s * 1e6 if tokens_per_s else None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The interval that holds the mean of what `values` are samples of, with a confidence of 95%: Student's t.
+
+    None where there is one value alone, which does not say how far others would be.
+    """
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    mean = statistics.fmean(values)
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half

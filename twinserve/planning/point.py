@@ -1,0 +1,243 @@
+"""A point of a sweep: one simulation with all that decides its result, and an identity made of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache, lru_cache
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, model_validator
+
+import twinserve
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.build_core import Settings
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
+from twinserve.sim.fit import FittedLatency
+from twinserve.sim.roofline import RooflineLatency
+from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.request import Request
+from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
+
+Result = dict[str, Any]
+Sought = Literal["rate", "replicas"]
+
+
+class Point(PointOptions):
+    """One simulation.
+
+    With `rate`, the trace's own arrivals are scaled to so many requests a second (requests - 1 over the time from the
+    first to the last), or, with `arrivals` "poisson", sessions begin at random so often that requests come at that
+    rate in the long run.
+    """
+
+    trace: str
+    settings: Settings = Settings()
+    trace_options: TraceOptions = TraceOptions()
+    fleet: FleetOptions = FleetOptions()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Point:
+        if self.arrivals == "poisson" and self.rate is None:
+            raise ValueError("arrivals is 'poisson', expected a rate beside it")
+        if self.rate is not None:
+            for name in ("rate_scale", "session_rate", "all_at_zero"):
+                if (value := getattr(self.trace_options, name)) is not None:
+                    raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
+        return self
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Point:
+        """A point from its fields; settings, trace options and those of a fleet stand beside them.
+
+        Raises:
+            InputError: a name is unknown, `trace` is missing, or a value cannot be used.
+        """
+        parts: dict[str, type[BaseModel]] = {}
+        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions}
+        known = {"trace", *PointOptions.model_fields, *(name for part in parts.values() for name in part.model_fields)}
+        for name in values:
+            if name not in known:
+                own = ", ".join(PointOptions.model_fields)
+                raise InputError(
+                    f"expected trace, {own}, a setting, a trace option or one of a fleet",
+                    field=name,
+                    value=values[name],
+                )
+        if "trace" not in values:
+            raise InputError("is missing, expected a trace file or folder", field="trace")
+        of_part = {
+            part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
+        }
+        nested = {
+            "settings": Settings.load(of_part["settings"]),
+            "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
+            "fleet": FleetOptions.load(of_part["fleet"]),
+        }
+        own_values = {name: values[name] for name in ("trace", *PointOptions.model_fields) if name in values}
+        return validated(cls, nested, own_values, None)
+
+    def with_sought(self, sought: Sought, value: float | int) -> Point:
+        """The point with another rate or with other replicas."""
+        if sought == "rate":
+            return self.model_copy(update={"rate": value})
+        fleet = self.fleet.model_dump(exclude_unset=True) | {"replicas": value}
+        return self.model_copy(update={"fleet": FleetOptions.load(fleet)})
+
+    def flat(self) -> dict[str, Any]:
+        """Every field that is not None, settings and options under their own names."""
+        own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields)}
+        fields = own | self.settings.model_dump() | self.trace_options.model_dump()
+        fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def is_random(self) -> bool:
+        """Whether another seed gives another simulation."""
+        options = self.trace_options
+        drawn = (options.spread_seed, options.shuffle_seed, options.session_rate)
+        return self.arrivals == "poisson" or self.fleet.router == "random" or any(value is not None for value in drawn)
+
+    def replicas(self) -> list[ReplicaSpec]:
+        """The replicas that serve it, each with its settings and its latency.
+
+        Raises:
+            InputError: a setting or a latency cannot be used, or the model does not fit the device.
+        """
+        return self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency)[0]
+
+    def num_gpus(self) -> int:
+        """Devices that serve it."""
+        models = [spec.latency for spec in self.replicas()]
+        return sum(model.tensor_parallel if isinstance(model, RooflineLatency) else 1 for model in models)
+
+    def own_rate(self) -> float | None:
+        """Requests a second as they arrive in the trace; None where all arrive at once."""
+        return arrival_rate(self._changed({}).requests)
+
+    def workload(self) -> Workload:
+        """The requests to replay.
+
+        Raises:
+            InputError: the trace or a trace option cannot be used, or `rate` is given and all requests arrive at once.
+        """
+        if self.rate is None:
+            return self._changed({})
+        if self.arrivals == "poisson":
+            requests = trace_at(self.trace).requests
+            sessions = {("s", r.session) if r.session is not None else ("r", r.id) for r in requests}
+            return self._changed({"session_rate": self.rate * len(sessions) / len(requests)})
+        unscaled = self._changed({})
+        own = arrival_rate(unscaled.requests)
+        if own is None:
+            raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=self.rate)
+        return unscaled.at_rate_scale(self.rate / own)
+
+    def _changed(self, changes: dict[str, float]) -> Workload:
+        options = self.trace_options.model_dump() | changes
+        for name in ("spread_seed", "shuffle_seed", "session_seed"):
+            if options[name] is not None:
+                options[name] += self.seed
+        return make_workload(trace_at(self.trace), Path(self.trace), TraceOptions(**options))
+
+
+def arrivals_span_s(requests: list[Request]) -> float:
+    """Seconds from the first arrival to the last."""
+    return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
+
+
+def arrival_rate(requests: list[Request]) -> float | None:
+    """Requests a second, from the first arrival to the last; None where all arrive at once."""
+    span_s = arrivals_span_s(requests)
+    return (len(requests) - 1) / span_s if span_s else None
+
+
+@lru_cache(maxsize=2)
+def trace_at(path: str) -> Trace:
+    """The trace of that path, kept while other points replay it."""
+    return read_trace(Path(path))
+
+
+@cache
+def code_identity() -> str:
+    """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
+    digest = hashlib.sha256(version("simpy").encode())
+    root = Path(twinserve.__file__).parent
+    modules = [root / "planning" / name for name in ("fleets.py", "point.py")]
+    for package in ("policies", "settings", "sim", "traces", "worlds"):
+        modules += sorted((root / package).glob("**/*.py"))
+    for path in modules:
+        digest.update(f"\0{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Job(NamedTuple):
+    """A point to compute, wherever that is.
+
+    Attributes:
+        inputs: all that decides the result: the fields of the point, the trace's sha256 in place of its name, the
+            replicas with the identities of their latencies, and the identity of the code.
+    """
+
+    point: Point
+    inputs: dict[str, Any]
+
+    @classmethod
+    def of(cls, point: Point) -> Job:
+        """The job that computes a point.
+
+        Raises:
+            InputError: its trace or its latency cannot be used.
+        """
+        replicas = [
+            {"count": len(list(alike)), "latency": identity, "num_gpu_blocks": blocks}
+            for (identity, blocks), alike in groupby(
+                (spec.latency_facts["identity"], spec.settings.num_gpu_blocks) for spec in point.replicas()
+            )
+        ]
+        identities = {"trace": trace_at(point.trace).sha256, "replicas": replicas, "code": code_identity()}
+        fields = {name: value for name, value in point.flat().items() if name != "latency"}
+        return cls(point, fields | identities)
+
+    @property
+    def key(self) -> str:
+        """32 hex digits that only these inputs have."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def compute(job: Job) -> Result:
+    """Simulate a point: its inputs, its workload, and the run's summary, which holds nothing of this machine.
+
+    Raises:
+        InputError: the trace, the latency or the code is no longer, or on this machine not, what was planned.
+    """
+    point = job.point
+    found = Job.of(point).inputs
+    for name in ("trace", "replicas", "code"):
+        if found[name] != job.inputs[name]:
+            raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
+    specs, workload = point.replicas(), point.workload()
+    if point.fleet.is_fleet:
+        seeded = point.fleet.model_copy(update={"router_seed": point.fleet.router_seed + point.seed})
+        summary = run_fleet(
+            workload, specs, seeded.build_router(), router_facts=seeded.router_facts, outages=seeded.die
+        )
+    else:
+        (alone,) = specs
+        summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts)
+    del summary["wall_s"]
+    result = {
+        "inputs": job.inputs,
+        "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),
+        "span_s": arrivals_span_s(workload.requests),
+        "transforms": workload.facts["transforms"],
+        "summary": summary,
+    }
+    beyond = [spec.latency for spec in specs if isinstance(spec.latency, FittedLatency) and spec.latency.num_outside]
+    if beyond:
+        result["beyond_fit"] = max(latency.worst_excess for latency in beyond)
+    return result

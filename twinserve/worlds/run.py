@@ -1,0 +1,398 @@
+"""One workload in either world: in the simulator, or on the real engine."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import twinserve
+from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
+from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+from twinserve.sim.fit import FittedLatency, StepSample, fit
+from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
+from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
+from twinserve.sim.routers import Router
+from twinserve.traces.request import Request
+from twinserve.traces.runs.fleet_record import FleetRecorder
+from twinserve.traces.runs.record import RunRecorder
+from twinserve.traces.runs.vllm_records import load_run
+from twinserve.worlds.workload import Workload
+
+if TYPE_CHECKING:
+    from twinserve.engine.llm import LLM
+
+Progress = Callable[[Sequence], None]
+
+DEFAULT_LATENCY = "smollm2-135m-cpu-2-threads"
+ROOFLINE = "roofline:"
+
+
+def shipped_latencies() -> dict[str, Path]:
+    """The latency files that ship, by name."""
+    folder = Path(twinserve.__file__).parent / "sim" / "data"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyModel, dict[str, Any]]:
+    """A latency model and what says in a record which one it was.
+
+    Args:
+        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE"; None is DEFAULT_LATENCY.
+        record: a run record whose own step times are used.
+
+    Raises:
+        InputError: both are given, or one cannot be used.
+    """
+    if record is not None:
+        if source is not None:
+            raise InputError("expected only one of latency and latency_from", field="latency", value=source)
+        rows = load_run(record).steps
+        return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
+    source = source or DEFAULT_LATENCY
+    if source.startswith(ROOFLINE):
+        roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
+        return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}
+    shipped = shipped_latencies().get(source)
+    if shipped is None and not Path(source).is_file():
+        names = ", ".join(shipped_latencies())
+        raise InputError(
+            f"expected a file, roofline:MODEL@DEVICE, or one that ships: {names}", field="latency", value=source
+        )
+    model = FittedLatency.load(shipped or Path(source))
+    about = model.data["about"]
+    name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
+    return model, {"name": name, "identity": model.identity, "about": about}
+
+
+def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str | None]:
+    """The settings with a pool as large as the device's memory allows, where that is known and none is given.
+
+    Returns:
+        The settings, and what was assumed of the pool, in words; None where it is given.
+
+    Raises:
+        InputError: the model does not fit the device.
+    """
+    if settings.num_gpu_blocks is not None:
+        return settings, None
+    if not isinstance(latency, RooflineLatency):
+        return settings, "a pool without end: num_gpu_blocks is not given"
+    try:
+        count = latency.num_blocks(settings.block_size)
+    except ValueError as error:
+        raise InputError(str(error), field="latency", value=latency.name) from error
+    words = (
+        f"num_gpu_blocks {count}: what {MEMORY_SHARE:.0%} of the memory of {latency.device.name} holds beside weights"
+    )
+    return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
+
+
+def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
+    """A latency model from the steps of recorded runs of one engine on one device.
+
+    Raises:
+        InputError: a record cannot be read, or does not show what its steps cost.
+    """
+    from twinserve.sim.recorded_steps import fit_records
+
+    records = [load_run(run, traces) for run in runs]
+    facts = records[0].run["facts"]
+    about = {
+        "model": facts.get("model", "the model"),
+        "device": records[0].run["device"],
+        "block_size": records[0].run["settings"]["block_size"],
+        "runs": [{"name": record.path.name, "trace": record.run["facts"]["trace"]["sha256"]} for record in records],
+    }
+    return fit_records(records, about)
+
+
+def require_engine(device: str) -> None:
+    """Refuse to begin where the engine is not installed, or its device is not there.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        from twinserve.engine.device_queue import usable_device
+    except ImportError as error:
+        raise InputError("the engine needs torch and transformers: pip install 'twinserve[engine]'") from error
+    usable_device(device)
+
+
+def load_llm(options: EngineOptions, settings: Settings, *, progress: Callable[[str], None]) -> LLM:
+    """The model that a name, a folder or a hub id stands for, ready to serve.
+
+    Args:
+        progress: called with a line as each part of the work begins, and with what was chosen.
+
+    Raises:
+        InputError: the engine is not installed, or the device, the model or the settings cannot be used.
+    """
+    settings.check_rules()
+    require_engine(options.device)
+    from twinserve.engine.hub import resolve_model
+    from twinserve.engine.llm import LLM
+
+    source = options.model if options.load_format == "dummy" else resolve_model(options.model, progress=progress)
+    given = options.model_dump(exclude={"model"}, exclude_unset=True)
+    llm = LLM(source, name=options.model, settings=settings, **given)
+    progress(f"attention: {llm.attention.name} ({llm.attention.reason})")
+    return llm
+
+
+def measure_steps(
+    llm: LLM, *, max_seqs: int, max_context: int, max_prompt: int, repeats: int, progress: Callable[[int], Any]
+) -> list[StepSample]:
+    """Measure the engine's steps over a grid of shapes.
+
+    Args:
+        progress: called with the number of steps to come; what it returns is a context manager with `advance`.
+    """
+    from twinserve.engine.profile import measure, shape_grid
+
+    shapes = shape_grid(max_seqs, max_context, max_prompt, llm.settings.block_size)
+    with progress(len(shapes) * (repeats + 1)) as bar:
+        steps = measure(llm, shapes, repeats=repeats, progress=bar.advance)
+    return [StepSample(StepFeatures.of(step.batch), step.host_ns, step.device_ns) for step in steps]
+
+
+def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
+    """A latency model of the engine from its measured steps."""
+    settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
+    about = llm.facts() | settings | {"device": llm.device_name}
+    del about["seed"], about["tokens"], about["eos_token_id"]
+    return fit(samples, about)
+
+
+@contextmanager
+def recording(
+    out: Path | None,
+    world: Literal["sim", "real"],
+    settings: Settings,
+    facts: dict[str, Any],
+    device: str | None = None,
+    watch: Callable[[Batch], None] | None = None,
+) -> Iterator[RunRecorder]:
+    """A recorder that writes `out`, or nothing that stays where `out` is None; `watch` hears of steps that end."""
+    make = RunRecorder if watch is None else partial(_WatchedRecorder, watch)
+    with (
+        scratch_folder(out) as folder,
+        make(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
+    ):
+        yield recorder
+
+
+class _WatchedRecorder(RunRecorder):
+    """A recorder beside which somebody else hears of the steps that end."""
+
+    def __init__(self, watch: Callable[[Batch], None], folder: Path, **options: Any):
+        super().__init__(folder, **options)
+        self._watch = watch
+
+    def committed(self, batch: Batch) -> None:
+        super().committed(batch)
+        self._watch(batch)
+
+
+@contextmanager
+def scratch_folder(out: Path | None) -> Iterator[Path]:
+    """The folder to write: `out`, or where that is None one that is removed at the end."""
+    if out is not None:
+        yield out
+        return
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        yield scratch / "run"
+    finally:
+        shutil.rmtree(scratch)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for circular garbage seldom, and not in what is there already: a simulation leaves next to none.
+
+    Looking as often as usual takes some percent of a simulation.
+    """
+    usual = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(100_000, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
+
+
+def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str, Any]:
+    """What the record of a simulated replica says beside its settings."""
+    return {"trace": facts["trace"], "latency": latency_facts, "sampling": facts["sampling"]}
+
+
+def run_sim(
+    workload: Workload,
+    settings: Settings,
+    latency: LatencyModel,
+    *,
+    latency_facts: dict[str, Any],
+    out: Path | None = None,
+    params: SamplingParams | None = None,
+    progress: Progress | None = None,
+    step_by_step: bool = False,
+) -> dict[str, Any]:
+    """Replay a workload in the simulator; its summary.
+
+    Seconds on the wall clock are in the summary and not in the record: equal runs have equal records.
+
+    Args:
+        latency_facts: says in the record which latency model it was.
+        out: the run record to write; None keeps none.
+    """
+    from twinserve.sim.replica import simulate
+
+    params = params or SamplingParams(ignore_eos=True)
+    facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
+    device = f"simulated: {latency_facts['name']}"
+    with recording(out, "sim", settings, facts, device) as recorder, _rare_collections():
+        begun = time.perf_counter()
+        simulate(
+            workload.requests,
+            settings.build_core(listener=recorder),
+            latency,
+            params=params,
+            announce=lambda request: recorder.expect(request, params),
+            progress=progress,
+            step_by_step=step_by_step,
+        )
+        wall_s = round(time.perf_counter() - begun, 3)
+        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """A replica of a fleet: its settings, its latency model, and what says in a record which model that was."""
+
+    settings: Settings
+    latency: LatencyModel
+    latency_facts: dict[str, Any]
+
+
+def run_fleet(
+    workload: Workload,
+    replicas: list[ReplicaSpec],
+    router: Router,
+    *,
+    router_facts: dict[str, Any],
+    outages: Iterable[Outage] = (),
+    out: Path | None = None,
+    params: SamplingParams | None = None,
+    progress: Progress | None = None,
+    step_by_step: bool = False,
+) -> dict[str, Any]:
+    """Replay a workload on a simulated fleet; its summary. See `run_sim`.
+
+    Args:
+        router_facts: says in the record which router it was.
+        outages: when replicas are down.
+        out: the fleet record to write; None keeps none.
+    """
+    from twinserve.sim.fleet import simulate_fleet
+
+    params = params or SamplingParams(ignore_eos=True)
+    outages = list(outages)
+    facts = {"trace": workload.facts, "sampling": asdict(params)}
+    fleet = {
+        "router": router_facts,
+        "replicas": [{"settings": spec.settings.model_dump(), "latency": spec.latency_facts} for spec in replicas],
+        "outages": [asdict(outage) for outage in outages],
+    }
+    every = [spec.settings.model_dump() for spec in replicas]
+    common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
+    device = f"simulated: {len(replicas)} replicas"
+    with (
+        scratch_folder(out) as folder,
+        FleetRecorder(folder, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
+        _rare_collections(),
+    ):
+        begun = time.perf_counter()
+        simulate_fleet(
+            workload.requests,
+            [spec.latency for spec in replicas],
+            router,
+            _RecordedFleet(recorder, replicas, facts, params),
+            params=params,
+            outages=outages,
+            progress=progress,
+            step_by_step=step_by_step,
+        )
+        wall_s = round(time.perf_counter() - begun, 3)
+        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+
+
+class _RecordedFleet(FleetListener):
+    """Has each replica's run recorded."""
+
+    def __init__(
+        self, recorder: FleetRecorder, replicas: list[ReplicaSpec], facts: dict[str, Any], params: SamplingParams
+    ):
+        self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
+
+    def begun(self, replica: int, life: int) -> Core:
+        spec = self._replicas[replica]
+        listener = self._recorder.begin(
+            replica,
+            life,
+            settings=spec.settings.model_dump(),
+            facts=sim_facts(self._facts, spec.latency_facts),
+            device=f"simulated: {spec.latency_facts['name']}",
+        )
+        return spec.settings.build_core(listener=listener)
+
+    def sent(self, request: Request, replica: int) -> None:
+        self._recorder.expect(request, self._params, replica)
+
+    def died(self, replica: int, lost: list[Sequence]) -> None:
+        self._recorder.died(replica, lost)
+
+
+def run_real(
+    workload: Workload,
+    llm: LLM,
+    *,
+    out: Path | None = None,
+    params: SamplingParams | None = None,
+    time_scale: float = 1.0,
+    progress: Progress | None = None,
+    watch: Callable[[Batch], None] | None = None,
+) -> dict[str, Any]:
+    """Replay a workload on the engine, in real time; its summary.
+
+    Args:
+        llm: its `settings` are those of the run.
+        time_scale: arrivals come so many times later than in the trace.
+        progress: called with each sequence that ends.
+        watch: called with each step that ends.
+    """
+    params = params or SamplingParams(temperature=0.0, ignore_eos=True)
+    facts = {"trace": workload.facts, "time_scale": time_scale, "sampling": asdict(params), **llm.facts()}
+    if llm.runner.device.type == "cuda":
+        llm.warm_up()
+    with recording(out, "real", llm.settings, facts, llm.device_name, watch) as recorder:
+        begun = time.perf_counter()
+        llm.run_trace(workload.requests, params=params, recorder=recorder, time_scale=time_scale, progress=progress)
+        wall_s = round(time.perf_counter() - begun, 3)
+        return recorder.close(_counts(workload) | {"wall_s": wall_s})
+
+
+def _counts(workload: Workload) -> dict[str, Any]:
+    return {"shortened": workload.shortened, "dropped": workload.dropped}

@@ -1,0 +1,134 @@
+"""A trace as a run replays it: read, changed as asked for, every change counted; and what a point of a sweep adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twinserve.settings.config import validated
+from twinserve.settings.errors import InputError
+from twinserve.traces import transforms
+from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.request import Request
+
+
+class TraceOptions(BaseModel):
+    """How a trace is changed before it is replayed; applied in this order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
+    shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
+    session_rate: float | None = Field(default=None, description="sessions begin at random, so many a second")
+    session_seed: int = Field(default=0, description="of session_rate: another seed, other times")
+    window_s: str | None = Field(default=None, description="only arrivals from START to END seconds, as START:END")
+    limit: int | None = Field(default=None, description="only the first so many requests")
+    rate_scale: float | None = Field(default=None, description="so many times the trace's rate")
+    all_at_zero: bool | None = Field(default=None, description="every request arrives at the start")
+    max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
+    max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
+
+
+class PointOptions(BaseModel):
+    """What a point of a sweep has beside its trace, settings and trace options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    latency: str | None = Field(default=None, description="a latency, as twinserve sim takes it")
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
+    arrivals: Literal["trace", "poisson"] = Field(
+        default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
+    )
+    seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests to replay and what the run record says of where they came from.
+
+    Attributes:
+        requests: with ids 0, 1, 2...
+        facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
+            counts.
+        shortened: prompts and outputs cut to a cap.
+        dropped: rows of the trace that are not replayed.
+        epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
+    """
+
+    requests: list[Request]
+    facts: dict[str, Any]
+    shortened: int
+    dropped: int
+    epoch_ns: int | None = None
+
+    def at_rate_scale(self, factor: float) -> Workload:
+        """The same requests, so many times as dense.
+
+        Raises:
+            InputError: `factor` is not a number above 0.
+        """
+        log = [*self.facts["transforms"]]
+        requests = transforms.scale_rate(self.requests, factor, log)
+        return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
+
+
+def load_workload(path: Path, options: dict[str, Any]) -> Workload:
+    """Read a trace and apply `TraceOptions` to it.
+
+    Raises:
+        InputError: the trace or an option cannot be used, or no request is left.
+    """
+    return make_workload(read_trace(path), path, validated(TraceOptions, {}, options, None))
+
+
+def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:
+    """A trace that was read from `path`, with `options` applied to it.
+
+    Raises:
+        InputError: an option cannot be used, or no request is left.
+    """
+    requests, log = _transformed(trace, options)
+    if not requests:
+        raise InputError("no request is left to replay", path=path)
+    facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
+    facts |= {"handled": trace.handled, "transforms": log}
+    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests)
+    return Workload(requests, facts, transforms.num_shortened(log), dropped, None if log else trace.epoch_ns)
+
+
+def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], transforms.TransformLog]:
+    log: transforms.TransformLog = []
+    requests = trace.requests
+    if wanted.spread_seed is not None:
+        requests = transforms.spread(requests, wanted.spread_seed, log)
+    if wanted.shuffle_seed is not None:
+        requests = transforms.shuffle(requests, wanted.shuffle_seed, log)
+    if wanted.session_rate is not None:
+        requests = transforms.start_sessions(requests, wanted.session_rate, wanted.session_seed, log)
+    if wanted.window_s is not None:
+        start, end = _window(wanted.window_s)
+        requests = transforms.window(requests, start, end, log)
+    if wanted.limit is not None:
+        requests = transforms.limit(requests, wanted.limit, log)
+    if wanted.rate_scale is not None:
+        requests = transforms.scale_rate(requests, wanted.rate_scale, log)
+    if wanted.all_at_zero:
+        requests = transforms.all_at_zero(requests, log)
+    if wanted.max_prompt_tokens is not None:
+        requests = transforms.cap_prompt_tokens(requests, wanted.max_prompt_tokens, log)
+    if wanted.max_output_tokens is not None:
+        requests = transforms.cap_output_tokens(requests, wanted.max_output_tokens, log)
+    return requests, log
+
+
+def _window(text: str) -> tuple[float, float]:
+    start, colon, end = text.partition(":")
+    try:
+        if colon:
+            return float(start), float(end)
+    except ValueError:
+        pass
+    raise InputError("expected START:END in seconds, such as 60:120", field="window_s", value=text)

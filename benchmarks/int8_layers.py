@@ -34,7 +34,6 @@ from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
 from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product
-from twinserve.progress import say
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
 ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}

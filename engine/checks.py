@@ -12,8 +12,8 @@ from twinserve.engine.layers.choice import AttentionChoice, choose_attention
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.source import ModelSource
 from twinserve.engine.options import EngineOptions
-from twinserve.traces.errors import InputError
-from twinserve.traces.settings import Settings
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True)

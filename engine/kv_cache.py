@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.models.config import ModelConfig
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 class KVCache:

@@ -9,7 +9,7 @@ from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 CPU_BUDGET_BYTES = 1 << 30
 

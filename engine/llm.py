@@ -24,8 +24,8 @@ from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import check_token_maker, default_token_maker, encode_prompt
 from twinserve.engine.serving import serve_at_once, serve_trace
 from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
-from twinserve.traces.errors import InputError
-from twinserve.traces.record import RunRecorder
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.runs.record import RunRecorder
 

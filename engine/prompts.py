@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from twinserve.engine.models.source import ModelSource
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import TokenMaker
 
 

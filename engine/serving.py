@@ -10,8 +10,8 @@ from twinserve.engine.logprobs import Heard
 from twinserve.engine.online import Clock, Executor, Inbox, TraceFeeder, serve
 from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.record import RunRecorder
 from twinserve.traces.request import Request, TokenMaker
+from twinserve.traces.runs.record import RunRecorder
 
 
 class Runner(Executor, Protocol):

@@ -11,7 +11,7 @@ from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import random_model
 from twinserve.engine.options import Quantization
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 SHAPES = Path(twinserve.__file__).parent / "data" / "shapes"
 

@@ -16,7 +16,7 @@ from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 

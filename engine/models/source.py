@@ -16,7 +16,7 @@ from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.dummy import dummy_model, shape_folder
 from twinserve.engine.models.loader import DTYPES, adopt_model, config_of, load_model
 from twinserve.engine.options import EngineOptions
-from twinserve.traces.errors import InputError
+from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True)

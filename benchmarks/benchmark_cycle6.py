@@ -21,7 +21,7 @@ from torch import Tensor
 from work import random_jobs, serve
 
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers import AttentionChoice, SdpaAttention, StepRows, choose_attention
+from twinserve.engine.layers import AttentionChoice, AttentionMetadata, SdpaAttention, choose_attention
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models.loader import DTYPES
 
@@ -90,16 +90,18 @@ def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list
     """Time of a step's attention by the paged backend and by the definition, sequence by sequence: cases, figures."""
     config = replace(subject.config, num_layers=1)
     dtype, device = DTYPES[subject.dtype], torch.device(subject.device)
-    rows = _rows(subject)
-    cache = KVCache(config, 1 + max(max(table) for table in rows.block_tables), BLOCK_SIZE, dtype, device)
+    metadata = _metadata(subject)
+    cache = KVCache(config, 1 + max(max(table) for table in metadata.block_tables), BLOCK_SIZE, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
     keys, values = (pool[0].normal_(generator=generator) for pool in (cache.keys, cache.values))
-    shape = (sum(rows.query_lens), config.num_heads, config.head_dim)
+    shape = (sum(metadata.query_lens), config.num_heads, config.head_dim)
     query = torch.randn(shape, generator=generator, dtype=dtype, device=device)
     backend = SdpaAttention()
-    plan = backend.plan(rows, dtype, device)
+    plan = backend.plan(metadata, dtype, device)
     ways = {
-        "attention by its definition, a sequence at a time": lambda: attention_by_definition(query, keys, values, rows),
+        "attention by its definition, a sequence at a time": lambda: attention_by_definition(
+            query, keys, values, metadata
+        ),
         "attention by the paged SDPA backend": lambda: backend.attend(query, keys, values, plan),
     }
     expected, found = (way() for way in ways.values())
@@ -114,16 +116,17 @@ def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list
     for name, way in ways.items():
         seconds = repeat(partial(in_every_layer, way), repeats, subject.device)
         cases.append(case(name, seconds))
-    step = f"{rows.num_single} decodes, {min(rows.context_lens)} to {max(rows.context_lens)} tokens of context, and a "
+    contexts = metadata.context_lens
+    step = f"{metadata.num_single} decodes, {min(contexts)} to {max(contexts)} tokens of context, and a "
     figures = [
-        figure("the step", f"{step}prompt of {rows.query_lens[-1]}, {len(layers)} layers"),
+        figure("the step", f"{step}prompt of {metadata.query_lens[-1]}, {len(layers)} layers"),
         figure("largest difference of the two", difference),
         figure("speed-up of the attention alone", cases[0]["median_s"] / cases[1]["median_s"], "x"),
     ]
     return cases, figures
 
 
-def _rows(subject: Subject) -> StepRows:
+def _metadata(subject: Subject) -> AttentionMetadata:
     """A step of decodes behind contexts of various lengths, longest first, and of one prompt."""
     sizes = subject.sizes
     shortest, longest = sizes.attention_prompts
@@ -134,17 +137,18 @@ def _rows(subject: Subject) -> StepRows:
         blocks = -(-context // BLOCK_SIZE)
         tables.append(np.arange(first, first + blocks))
         first += blocks
-    return StepRows(len(contexts), [1] * len(contexts) + [prompt], [*contexts, prompt], tables, BLOCK_SIZE)
+    return AttentionMetadata(len(contexts), [1] * len(contexts) + [prompt], [*contexts, prompt], tables, BLOCK_SIZE)
 
 
-def attention_by_definition(query: Tensor, keys: Tensor, values: Tensor, rows: StepRows) -> Tensor:
+def attention_by_definition(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V, every score of a sequence being in memory at once.
 
     Arguments and result are those of `AttentionBackend.attend`.
     """
     outputs, first = [], 0
-    for num_tokens, context, table in zip(rows.query_lens, rows.context_lens, rows.block_tables, strict=True):
-        slots = torch.from_numpy(slots_of(table, np.arange(context), rows.block_size)).to(query.device)
+    rows = zip(metadata.query_lens, metadata.context_lens, metadata.block_tables, strict=True)
+    for num_tokens, context, table in rows:
+        slots = torch.from_numpy(slots_of(table, np.arange(context), metadata.block_size)).to(query.device)
         row_query = query[first : first + num_tokens]
         groups = query.shape[1] // keys.shape[2]
         row_keys, row_values = (pool.flatten(0, 1)[slots].repeat_interleave(groups, dim=1) for pool in (keys, values))

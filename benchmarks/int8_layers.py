@@ -30,11 +30,10 @@ from torch.nn import functional as F
 
 from twinserve.commands.progress import say
 from twinserve.engine.device_queue import device_name
-from twinserve.engine.layers import int8_linear
-from twinserve.engine.layers.int8_linear import int8_product
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
+from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
 ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}
@@ -134,7 +133,7 @@ def _on_cpu(weights: _Weights, rows: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
-    from twinserve.engine.kernels.int8_matmul import choose_tiling
+    from twinserve.engine.quantization.int8_matmul import choose_tiling
 
     x = weights.x(rows)
 
@@ -147,7 +146,7 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         "dequantised_us": graph_us([partial(dequantised, *pair) for pair in weights.int8]),
         "plain_launch_us": _launch_us(lambda: F.linear(x, weights.plain[0])),
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
-        "fused": rows <= int8_linear.FUSED_ROWS,
+        "fused": rows <= FUSED_ROWS,
     }
     if tune and rows <= 64:
         figures |= _best_tiling(weights, x) | {
@@ -158,7 +157,8 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
 
 def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
     """The fastest of the tilings that fit a multiprocessor, and its time."""
-    from twinserve.engine.kernels.int8_matmul import SMALLEST_DOT, Tiling, int8_matmul
+    from twinserve.engine.kernels import SMALLEST_DOT
+    from twinserve.engine.quantization.int8_matmul import Tiling, int8_matmul
 
     row_block = max(SMALLEST_DOT, 1 << (len(x) - 1).bit_length())
     times: dict[Tiling, float] = {}

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from twinserve.engine.options import GPU_MEMORY_UTILIZATION
+from twinserve.engine.models.config import ModelConfig
 from twinserve.settings.errors import InputError
-
-if TYPE_CHECKING:
-    # The models' package imports layers, and these import this module.
-    from twinserve.engine.models.config import ModelConfig
-
-CPU_BUDGET_BYTES = 1 << 30
 
 
 class KVCache:
@@ -52,34 +44,3 @@ class KVCache:
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of a block in all layers, keys and values."""
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
-
-
-def default_num_blocks(
-    config: ModelConfig,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
-    step_bytes: int | None = None,
-) -> int:
-    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or what a CUDA device has left.
-
-    That is `gpu_memory_utilization` of all its memory, less what is taken already, the weights among it, and less what
-    the largest step needs for a while.
-
-    Args:
-        step_bytes: of the largest step, where it was measured; None takes a tenth of what is left.
-
-    Raises:
-        InputError: `gpu_memory_utilization` leaves nothing.
-    """
-    device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype)
-    if device.type != "cuda":
-        return max(1, CPU_BUDGET_BYTES // block_bytes)
-    free, total = torch.cuda.mem_get_info(device)
-    budget = gpu_memory_utilization * total - (total - free)
-    num_blocks = int(budget - (budget / 10 if step_bytes is None else step_bytes)) // block_bytes
-    if num_blocks < 1:
-        problem = f"expected more: of {total:,} bytes {total - free:,} are taken, and nothing is left for KV"
-        raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
-    return num_blocks

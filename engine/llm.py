@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from twinserve.engine.device_queue import compute_on, device_name, usable_device
+from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.device_queue import compute_on, device_name
 from twinserve.engine.graphs.step_sizes import GraphOptions
-from twinserve.engine.kv_cache import default_num_blocks
-from twinserve.engine.layers.choice import choose_attention
+from twinserve.engine.kv_sizing import with_pool
 from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
-from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model
-from twinserve.engine.models.dummy import dummy_model, shape_folder
-from twinserve.engine.models.int8 import quantize_decoder
-from twinserve.engine.models.loader import DTYPES, config_of
-from twinserve.engine.online import Clock, Inbox, TraceFeeder, serve
+from twinserve.engine.models import Decoder
+from twinserve.engine.models.source import ModelSource
+from twinserve.engine.online import Clock, Inbox
 from twinserve.engine.options import EngineOptions
-from twinserve.policies import CoreListener, SamplingParams, Sequence
+from twinserve.engine.prompts import check_token_maker, default_token_maker, encode_prompt
+from twinserve.engine.serving import serve_at_once, serve_trace
+from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.runs.record import RunRecorder
 
@@ -89,9 +87,8 @@ class LLM:
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
 
     Raises:
-        InputError: an option, the model, the settings, the graph options or the token maker cannot be
-            used. All that can be known without
-            the weights is refused before they are loaded.
+        InputError: an option, the model, the settings, the graph options or the token maker cannot be used. All that
+            can be known without the weights is refused before they are loaded.
     """
 
     def __init__(
@@ -108,82 +105,18 @@ class LLM:
     ):
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
         self.options = EngineOptions.load({"model": self.name, **options})
-        device = usable_device(self.options.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.config, dtype, load = _source(model, self.options)
-        self.tokenizer = tokenizer if isinstance(model, nn.Module) else load_tokenizer(Path(model))
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        ids = (own, *self.config.eos_token_ids)
-        self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
-        self.token_maker = self._checked(token_maker or self._default_token_maker())
-        settings = settings or Settings()
-        asked = settings.block_size if "block_size" in settings.model_fields_set else None
-        self.attention = choose_attention(
-            self.options.attention, self.config.head_dim, dtype, device, asked, self.options.execution
-        )
-        if graph_options is not None and not self.attention.graphs:
-            raise InputError("expected None where steps are no graphs", field="graph_options", value=graph_options)
-        self._graph_options = graph_options
-        if self.options.kv_cache_dtype == "fp8" and self.attention.name != "triton":
-            raise InputError(f"expected auto with {self.attention.name}", field="kv_cache_dtype", value="fp8")
-        self.kv_cache_dtype = torch.float8_e4m3fn if self.options.kv_cache_dtype == "fp8" else dtype
-        settings = self._within_model(settings)
-        decoder = compute_on(device, load)
-        self.settings = self._with_pool(settings, decoder)
-        self.runner = self._make_runner(decoder, self.settings)
-
-    def _within_model(self, settings: Settings) -> Settings:
-        """`settings` with what the model and the attention decide; the pool is still open."""
-        limit = self.config.max_position_embeddings
-        max_model_len = settings.max_model_len or limit
-        if max_model_len > limit:
-            problem = f"expected at most {limit}, the model's max_position_embeddings"
-            raise InputError(problem, field="max_model_len", value=max_model_len)
-        decided = {"max_model_len": max_model_len, "block_size": self.attention.block_size}
-        return Settings.load(settings.model_dump() | decided)
-
-    def _with_pool(self, settings: Settings, decoder: Decoder) -> Settings:
-        """`settings` with a pool that fits beside the weights, unless one is given."""
-        if settings.num_gpu_blocks is not None:
-            return settings
-        step_bytes = None
-        if self.attention.graphs:
-            smallest = settings.model_copy(update={"num_gpu_blocks": 1})
-            step_bytes = cast("GraphRunner", self._make_runner(decoder, smallest)).step_bytes()
-        num_blocks = default_num_blocks(
-            self.config, settings.block_size, self.kv_cache_dtype, decoder.device, self.options.gpu_memory_utilization,
-            step_bytes,
-        )  # fmt: skip
-        return settings.model_copy(update={"num_gpu_blocks": num_blocks})
-
-    def _make_runner(self, decoder: Decoder, settings: Settings) -> ModelRunner | GraphRunner:
-        """What runs the steps."""
-        assert settings.num_gpu_blocks is not None and settings.max_model_len is not None
-        if self.attention.graphs:
-            from twinserve.engine.graphs.graph_runner import GraphRunner
-
-            return GraphRunner(
-                decoder,
-                num_blocks=settings.num_gpu_blocks,
-                block_size=settings.block_size,
-                attention=cast(Literal["flash", "triton"], self.attention.name),
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=settings.max_num_batched_tokens,
-                max_model_len=settings.max_model_len,
-                kv_cache_dtype=self.kv_cache_dtype,
-                seed=self.options.seed,
-                options=self._graph_options,
-            )
-        return ModelRunner(
-            decoder,
-            self.tokenizer,
-            decoder.device,
-            num_blocks=settings.num_gpu_blocks,
-            block_size=settings.block_size,
-            attention=cast(Literal["flash", "sdpa"], self.attention.name),
-            seed=self.options.seed,
-        )
+        source = ModelSource.of(model, self.options, tokenizer)
+        self.config, self.tokenizer, self.eos_token_ids = source.config, source.tokenizer, source.eos_token_ids
+        self.token_maker = token_maker or default_token_maker(source)
+        check_token_maker(self.token_maker, source)
+        config = RunnerConfig.checked(source, self.options, settings or Settings(), graph_options)
+        self.attention, self.kv_cache_dtype = config.attention, config.kv_cache_dtype
+        decoder = compute_on(config.device, source.load)
+        config = with_pool(config, decoder)
+        self.settings = config.settings
+        self.runner = _make_runner(decoder, config, self.tokenizer)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -253,16 +186,14 @@ class LLM:
         if len(params) != len(prompts):
             problem = f"expected one, or one for each of {len(prompts)} prompts"
             raise InputError(problem, field="the number of sampling_params", value=len(params))
-        sequences = [
-            Sequence(self._encode(prompt, index), self._with_stops(params[index]), seq_id=index)
-            for index, prompt in enumerate(prompts)
+        tokens = [
+            encode_prompt(prompt, self.tokenizer, self.config.vocab_size, index) for index, prompt in enumerate(prompts)
         ]
-        inbox = Inbox()
-        for seq in sequences:
-            inbox.put(seq)
-        inbox.close()
+        sequences = [
+            Sequence(token_ids, self._with_stops(params[index]), seq_id=index) for index, token_ids in enumerate(tokens)
+        ]
         try:
-            self._serve(None, inbox, Clock(), lambda seq: None)
+            serve_at_once(self._fresh_core(), self.runner, sequences)
             return [self._completion(seq) for seq in sequences]
         finally:
             self.runner.logprobs.clear()
@@ -294,62 +225,26 @@ class LLM:
             AssertionError: an invariant of the policies does not hold at the end.
             StepError: a step failed.
         """
-        params = self._with_stops(params)
-        scaled = [replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests]
-        arrivals, inbox, clock = Arrivals(scaled), Inbox(), Clock()
+        return serve_trace(
+            self._fresh_core(recorder),
+            self.runner,
+            requests,
+            token_maker=self.token_maker,
+            params=self._with_stops(params),
+            recorder=recorder,
+            time_scale=time_scale,
+            progress=progress,
+            on_start=on_start,
+        )
 
-        def announce(request: Request) -> None:
-            if recorder is not None:
-                recorder.expect(request, params)
-
-        feeder = TraceFeeder(arrivals, inbox, clock, self.token_maker, params, announce)
-        served: list[Sequence] = []
-
-        def ended(seq: Sequence) -> None:
-            served.append(seq)
-            feeder.ended(seq)
-            if progress is not None:
-                progress(seq)
-            self.runner.logprobs.pop(seq, None)
-
-        if on_start is not None:
-            on_start(inbox, clock)
-        feeder.start()
-        try:
-            self._serve(recorder, inbox, clock, ended)
-        finally:
-            feeder.stop()
-            feeder.join()
-            self.runner.logprobs.clear()
-        feeder.check()
-        return served
-
-    def _serve(
-        self, listener: CoreListener | None, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]
-    ) -> None:
-        """Serve what comes in by fresh policies."""
+    def _fresh_core(self, listener: CoreListener | None = None) -> Core:
+        """The policies of a run, once its steps can be launched."""
         self.capture()
-        core = self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
-        serve(core, self.runner, inbox, clock, ended)
-        core.scheduler.check_integrity()
+        return self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
 
     def _with_stops(self, params: SamplingParams) -> SamplingParams:
         """`params` that also end at what ends the model's texts beside `eos_token_id`."""
         return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[1:]))))
-
-    def _encode(self, prompt: str | list[int], index: int) -> list[int]:
-        """Token ids of a prompt."""
-        if not isinstance(prompt, str):
-            vocab_size = self.config.vocab_size
-            for token_id in prompt:
-                if not 0 <= token_id < vocab_size:
-                    problem = f"expected an id from 0 to {vocab_size - 1}"
-                    raise InputError(problem, field=f"a token of prompts[{index}]", value=token_id)
-            return prompt
-        if self.tokenizer is None:
-            problem = "expected token ids, as the model has no tokenizer"
-            raise InputError(problem, field=f"prompts[{index}]", value=prompt)
-        return self.tokenizer.encode(prompt)
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids
@@ -365,54 +260,19 @@ class LLM:
             logprobs=[heard[place] for place in range(seq.num_prompt_tokens, seq.num_tokens)] if asked else None,
         )
 
-    def _default_token_maker(self) -> TokenMaker:
-        """Makes tokens from the longest run of ids that do not end a text."""
-        bounds = [-1, *sorted(self.eos_token_ids), self.config.vocab_size]
-        _, first, end = max((end - start - 1, start + 1, end) for start, end in pairwise(bounds))
-        return TokenMaker(end, first)
 
-    def _checked(self, maker: TokenMaker) -> TokenMaker:
-        """`maker`, none of whose tokens is beyond the vocabulary or ends a text."""
-        vocab_size = self.config.vocab_size
-        if not 0 <= maker.first_id < maker.vocab_size <= vocab_size:
-            raise InputError(f"expected 0 <= first_id < vocab_size <= {vocab_size}", field="token_maker", value=maker)
-        inside = [token_id for token_id in self.eos_token_ids if maker.first_id <= token_id < maker.vocab_size]
-        if inside:
-            raise InputError(f"expected ids without {inside[0]}, which ends a text", field="token_maker", value=maker)
-        return maker
+def _make_runner(decoder: Decoder, config: RunnerConfig, tokenizer: Any) -> ModelRunner | GraphRunner:
+    """What runs the steps of `decoder`."""
+    if config.attention.graphs:
+        from twinserve.engine.graphs.graph_runner import GraphRunner
 
-
-def _source(
-    model: str | Path | nn.Module, options: EngineOptions
-) -> tuple[ModelConfig, torch.dtype, Callable[[], Decoder]]:
-    """A model's shape, the dtype that it will have, and what loads it."""
-    device, dtype = options.device, DTYPES[options.dtype]
-    if isinstance(model, nn.Module) and options.load_format == "dummy":
-        raise InputError("expected auto: the model has its weights", field="load_format", value="dummy")
-    if isinstance(model, Decoder):
-        if "quantization" in options.model_fields_set and options.quantization != model.quantization:
-            problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
-            raise InputError(problem, field="quantization", value=options.quantization)
-        return model.config, model.dtype, lambda: model.to(device)
-    how: dict[str, Any] = {"dtype": dtype, "device": device}
-    if options.load_format == "dummy":
-        folder = shape_folder(cast("str | Path", model))
-
-        def random_weights() -> Decoder:
-            decoder = dummy_model(folder, seed=options.seed, **how)
-            return quantize_decoder(decoder) if options.quantization == "int8" else decoder
-
-        return ModelConfig.load(folder), dtype, random_weights
-    how["quantization"] = options.quantization
-    if isinstance(model, nn.Module):
-        return config_of(model), dtype, lambda: adopt_model(model, **how)
-    return ModelConfig.load(Path(model)), dtype, lambda: load_model(Path(model), **how)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; None if it has none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+        return GraphRunner(decoder, config)
+    return ModelRunner(
+        decoder,
+        tokenizer,
+        decoder.device,
+        num_blocks=config.num_blocks,
+        block_size=config.settings.block_size,
+        attention=cast(Literal["flash", "sdpa"], config.attention.name),
+        seed=config.options.seed,
+    )

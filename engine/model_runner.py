@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
-from twinserve.engine.kv_cache import KVCache, default_num_blocks
-from twinserve.engine.layers.attention import PagedAttention, StepRows, slots_of
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.kv_sizing import default_num_blocks
+from twinserve.engine.layers.attention import AttentionMetadata, PagedAttention, slots_of
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
@@ -28,7 +29,7 @@ class StepInput:
     """All that the model needs of a step, copied from the sequences at launch.
 
     Attributes:
-        token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `StepRows`.
+        token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
         plan: the attention backend's.
         last: [sampled], places in the flat batch of the last token of each row that samples.
         sampling: how they sample.
@@ -189,7 +190,7 @@ class ModelRunner:
         sampled = [(row, last_of_row[i]) for i, row in enumerate(rows) if row.samples]
         params = [row.seq.sampling_params for row, _ in sampled]
         uniforms = draw_uniforms(params, [row.start + row.num_tokens for row, _ in sampled], self._generator)
-        layout = StepRows(
+        metadata = AttentionMetadata(
             num_single=sum(row.num_tokens == 1 for row in ordered),
             query_lens=[row.num_tokens for row in ordered],
             context_lens=[row.start + row.num_tokens for row in ordered],
@@ -200,7 +201,7 @@ class ModelRunner:
             token_ids=self._to_device(token_ids),
             positions=self._to_device(positions),
             slots=self._to_device(self._slots(ordered, tables)),
-            plan=self._backend.plan(layout, self.model.dtype, self.device),
+            plan=self._backend.plan(metadata, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device),
             seen=self._seen(sampled),

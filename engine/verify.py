@@ -17,12 +17,14 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device, usable_device
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers import AttentionChoice, PagedAttention, StepRows, choose_attention
+from twinserve.engine.layers import AttentionChoice, AttentionMetadata, PagedAttention, choose_attention
 from twinserve.engine.layers.attention import slots_of
-from twinserve.engine.llm import LLM, load_tokenizer
+from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, ModelConfig, load_model
 from twinserve.engine.models.loader import DTYPES
+from twinserve.engine.models.source import load_tokenizer
 from twinserve.engine.options import EngineOptions
+from twinserve.engine.prompts import encode_prompt
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -153,7 +155,7 @@ def verify(
     if prompts is None:
         token_prompts = [text[start : start + min(length, limit - max_tokens)] for start, length in PROMPTS]
     else:
-        token_prompts = _encoded(prompts, tokenizer)
+        token_prompts = _encoded(prompts, tokenizer, config.vocab_size)
     window = min(WINDOW, limit)
     windows = [text[start : start + window] for start in range(0, len(text) - 1, window)]
     say(f"{folder}: generating and scoring with this engine")
@@ -197,16 +199,13 @@ def _text_ids(tokenizer: Any, vocab_size: int) -> list[int]:
     return tokenizer.encode(text) if tokenizer is not None else [byte % vocab_size for byte in text.encode()]
 
 
-def _encoded(prompts: Seq[str | list[int]], tokenizer: Any) -> list[list[int]]:
+def _encoded(prompts: Seq[str | list[int]], tokenizer: Any, vocab_size: int) -> list[list[int]]:
     """Token ids of the prompts that a user gave."""
     if not prompts:
         raise InputError("expected at least one prompt", field="prompts", value=prompts)
     encoded = []
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str) and tokenizer is None:
-            problem = "expected token ids, as the model has no tokenizer"
-            raise InputError(problem, field=f"prompts[{index}]", value=prompt)
-        encoded.append(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        encoded.append(encode_prompt(prompt, tokenizer, vocab_size, index))
         if not encoded[-1]:
             raise InputError("expected at least one token", field=f"prompts[{index}]", value=prompt)
     return encoded
@@ -256,10 +255,10 @@ def _paged_hidden(decoder: Decoder, choice: AttentionChoice, token_ids: Tensor) 
     for start in range(0, len(token_ids), STEP_TOKENS):
         chunk = token_ids[start : start + STEP_TOKENS]
         end = start + len(chunk)
-        rows = StepRows(int(len(chunk) == 1), [len(chunk)], [end], [table], size)
+        metadata = AttentionMetadata(int(len(chunk) == 1), [len(chunk)], [end], [table], size)
         positions = np.arange(start, end)
         slots = to_device(slots_of(table, positions, size), device)
-        attention = PagedAttention(backend, cache, slots, backend.plan(rows, decoder.dtype, device))
+        attention = PagedAttention(backend, cache, slots, backend.plan(metadata, decoder.dtype, device))
         parts.append(decoder(chunk, to_device(positions, device), attention))
     return torch.cat(parts)
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers import AttentionBackend, PagedAttention, StepRows
+from twinserve.engine.layers import AttentionBackend, AttentionMetadata, PagedAttention
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import Decoder
 
@@ -76,7 +76,7 @@ def engine_log_probs(decoder: Decoder, backend: AttentionBackend, texts: list[li
         rows.sort(key=lambda row: (row[2] > 1, -row[1]))
         places = [np.arange(start, start + count) for _, start, count in rows]
         slots = [slots_of(tables[i], place, BLOCK_SIZE) for (i, _, _), place in zip(rows, places, strict=True)]
-        layout = StepRows(
+        metadata = AttentionMetadata(
             num_single=sum(count == 1 for _, _, count in rows),
             query_lens=[count for _, _, count in rows],
             context_lens=[start + count for _, start, count in rows],
@@ -84,10 +84,10 @@ def engine_log_probs(decoder: Decoder, backend: AttentionBackend, texts: list[li
             block_size=BLOCK_SIZE,
         )
         token_ids = np.concatenate([texts[i][start : start + count] for i, start, count in rows])
-        plan = backend.plan(layout, decoder.dtype, device)
+        plan = backend.plan(metadata, decoder.dtype, device)
         attention = PagedAttention(backend, cache, to_device(np.concatenate(slots), device), plan)
         hidden = decoder(to_device(token_ids, device), to_device(np.concatenate(places), device), attention)
-        logits = decoder.logits(hidden).float().log_softmax(-1).cpu().split(layout.query_lens)
+        logits = decoder.logits(hidden).float().log_softmax(-1).cpu().split(metadata.query_lens)
         for (i, _, count), part in zip(rows, logits, strict=True):
             said[i].append(part)
             done[i] += count

@@ -18,8 +18,7 @@ from twinserve.engine.hub import fetch
 from twinserve.engine.hub.package_index import is_fetched
 from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model
 from twinserve.engine.models.dummy import SHAPES
-from twinserve.engine.models.int8 import quantize_decoder
-from twinserve.engine.quantization import AbsMaxQuantizer, measure_memory, quantize_model
+from twinserve.engine.quantization import AbsMaxQuantizer, measure_memory, quantize_decoder, quantize_model
 
 SMOLLM2 = "smollm2-135m"
 HELD_OUT = Path(__file__).parent / "data" / "held_out.txt"

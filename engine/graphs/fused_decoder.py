@@ -20,7 +20,7 @@ from twinserve.engine.models.rope import rotary_frequencies
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step, int32 on the device: decoding ones first, then the tokens of prompts.
+    """The rows of a step by their places in `DeviceRows`, int32 on the device: decodes, then the tokens of prompts.
 
     Attributes:
         decode_rows: [decodes], their device rows.

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
@@ -48,12 +49,8 @@ class GraphRunner:
     graphs too, unless they have more prompt tokens than any of `StepSizes`: then their kernels outlast their launches.
 
     Args:
-        num_blocks, block_size: of the pool.
-        kv_cache_dtype: of the pool; None is the model's.
-        attention: of decodes, "triton" or "flash".
-        max_num_seqs, max_num_batched_tokens, max_model_len: limits of the policies.
-        seed: of the draws for requests without a seed of their own.
-        options: what is switched off; None is nothing.
+        config: the pool, the attention of decodes ("triton" or "flash"), the limits of the policies, the seed of the
+            draws for requests without a seed of their own, and what is switched off.
 
     Attributes:
         model, device, num_blocks, block_size: as in use.
@@ -61,36 +58,31 @@ class GraphRunner:
             it out.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        *,
-        num_blocks: int,
-        block_size: int,
-        attention: Literal["triton", "flash"],
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        kv_cache_dtype: torch.dtype | None = None,
-        seed: int = 0,
-        options: GraphOptions | None = None,
-    ):
+    def __init__(self, model: Decoder, config: RunnerConfig):
         self.model, self.device = model, model.device
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self._cache = KVCache(model.config, num_blocks, block_size, kv_cache_dtype or model.dtype, self.device)
-        self._generator = random.Random(seed)
+        self.num_blocks, self.block_size = config.num_blocks, config.settings.block_size
+        self._cache = KVCache(model.config, self.num_blocks, self.block_size, config.kv_cache_dtype, self.device)
+        self._generator = random.Random(config.options.seed)
         self.logprobs: Heard = {}
-        width = -(-max_model_len // block_size)
-        self._rows = DeviceRows(max_num_seqs, width, model.config.vocab_size, num_blocks, self.device, self._generator)
-        self._decoder = FusedDecoder(
-            model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
+        max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
+        width = -(-max_model_len // self.block_size)
+        self._rows = DeviceRows(
+            max_num_seqs, width, model.config.vocab_size, self.num_blocks, self.device, self._generator
         )
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._decoder = FusedDecoder(
+            model,
+            self._cache,
+            self._rows,
+            attention=cast(Literal["triton", "flash"], config.attention.name),
+            max_decodes=max_num_seqs,
+            max_positions=max_model_len,
+        )
+        self._max_num_batched_tokens = config.settings.max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._sizes = StepSizes(max_num_seqs, max_num_batched_tokens)
-        self._options = options or GraphOptions()
+        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens)
+        self._options = config.graph_options or GraphOptions()
         self._graphs: dict[StepSize, _Graph] = {}
         self._decision = -1
         self._num_resident = 0

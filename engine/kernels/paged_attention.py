@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twinserve.engine.kernels.int8_matmul import SMALLEST_DOT
+from twinserve.engine.kernels import SMALLEST_DOT
 
 LOG2_E = log2(2.718281828459045)
 SHORTEST_SPAN = 256

@@ -1,6 +1,6 @@
 """Layers whose implementation is chosen by device."""
 
-from twinserve.engine.layers.attention import AttentionBackend, FlashAttention, PagedAttention, StepRows
+from twinserve.engine.layers.attention import AttentionBackend, AttentionMetadata, FlashAttention, PagedAttention
 from twinserve.engine.layers.choice import AttentionChoice, choose_attention
 from twinserve.engine.layers.sdpa import SdpaAttention
 
@@ -10,6 +10,6 @@ __all__ = [
     "FlashAttention",
     "PagedAttention",
     "SdpaAttention",
-    "StepRows",
+    "AttentionMetadata",
     "choose_attention",
 ]

@@ -16,8 +16,9 @@ from twinserve.settings.errors import InputError
 
 
 @dataclass(frozen=True)
-class StepRows:
-    """The rows of a step, in the order of its flat batch: rows of one token first, longest context first among them.
+class AttentionMetadata:
+    """What a step attends to, row by row in the order of its flat batch: rows of one token first, the longest context
+    first among them.
 
     Attributes:
         num_single: rows of one token.
@@ -49,7 +50,7 @@ class AttentionBackend(Protocol):
     def check(cls, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int) -> None:
         """Raise InputError for the first thing that this backend cannot do, or that it lacks here."""
 
-    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> Any:
+    def plan(self, metadata: AttentionMetadata, dtype: torch.dtype, device: torch.device) -> Any:
         """What `attend` needs to know of a step, its tensors on `device`."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
@@ -144,15 +145,15 @@ class FlashAttention:
             problem = f"expected a multiple of {cls.PAGE_MULTIPLE} for flash-attn"
             raise InputError(problem, field="block_size", value=block_size)
 
-    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> _FlashPlan:
-        first, contexts = rows.num_single, np.asarray(rows.context_lens, dtype=np.int32)
+    def plan(self, metadata: AttentionMetadata, dtype: torch.dtype, device: torch.device) -> _FlashPlan:
+        first, contexts = metadata.num_single, np.asarray(metadata.context_lens, dtype=np.int32)
         singles, prompts = None, None
         if first:
-            tables = padded_tables(rows.block_tables[:first], np.int32)
+            tables = padded_tables(metadata.block_tables[:first], np.int32)
             singles = to_device(contexts[:first], device), to_device(tables, device)
         if first < len(contexts):
-            queries = np.asarray(rows.query_lens[first:], dtype=np.int32)
-            tables = padded_tables(rows.block_tables[first:], np.int32)
+            queries = np.asarray(metadata.query_lens[first:], dtype=np.int32)
+            tables = padded_tables(metadata.block_tables[first:], np.int32)
             prompts = (
                 to_device(_cumulative(queries), device),
                 to_device(_cumulative(contexts[first:]), device),

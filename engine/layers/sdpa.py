@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twinserve.engine.device_queue import to_device
-from twinserve.engine.layers.attention import StepRows, padded_tables, slots_of
+from twinserve.engine.layers.attention import AttentionMetadata, padded_tables, slots_of
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -42,16 +42,16 @@ class SdpaAttention:
     def check(cls, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int) -> None:
         """There is nothing that it cannot do."""
 
-    def plan(self, rows: StepRows, dtype: torch.dtype, device: torch.device) -> list[_Singles | _Prompt]:
+    def plan(self, metadata: AttentionMetadata, dtype: torch.dtype, device: torch.device) -> list[_Singles | _Prompt]:
         plans: list[_Singles | _Prompt] = []
         first = 0
-        while first < rows.num_single:
-            last = self._group_end(rows, first, device)
-            plans.append(_plan_singles(rows, first, last, dtype, device))
+        while first < metadata.num_single:
+            last = self._group_end(metadata, first, device)
+            plans.append(_plan_singles(metadata, first, last, dtype, device))
             first = last
-        for row in range(rows.num_single, len(rows.query_lens)):
-            plans.append(_plan_prompt(rows, row, first, dtype, device))
-            first += rows.query_lens[row]
+        for row in range(metadata.num_single, len(metadata.query_lens)):
+            plans.append(_plan_prompt(metadata, row, first, dtype, device))
+            first += metadata.query_lens[row]
         return plans
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: list[_Singles | _Prompt]) -> Tensor:
@@ -82,8 +82,8 @@ class SdpaAttention:
         else:
             tables = list(block_table.cpu().numpy().astype(np.int64))
         queries, contexts = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-        rows = StepRows(0, queries, contexts, tables, block_size=k.shape[1])
-        return self.attend(q, k, v, self.plan(rows, q.dtype, q.device))
+        metadata = AttentionMetadata(0, queries, contexts, tables, block_size=k.shape[1])
+        return self.attend(q, k, v, self.plan(metadata, q.dtype, q.device))
 
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_table: Tensor
@@ -91,19 +91,21 @@ class SdpaAttention:
         """As `FlashAttention.decode_attention`; the lengths are read back from the device."""
         order = context_lens.argsort(descending=True)
         tables = list(block_table[order].cpu().numpy().astype(np.int64))
-        rows = StepRows(len(q), [1] * len(q), context_lens[order].tolist(), tables, block_size=k_cache.shape[1])
+        metadata = AttentionMetadata(
+            len(q), [1] * len(q), context_lens[order].tolist(), tables, block_size=k_cache.shape[1]
+        )
         output = torch.empty_like(q)
-        output[order] = self.attend(q[order], k_cache, v_cache, self.plan(rows, q.dtype, q.device))
+        output[order] = self.attend(q[order], k_cache, v_cache, self.plan(metadata, q.dtype, q.device))
         return output
 
-    def _group_end(self, rows: StepRows, first: int, device: torch.device) -> int:
+    def _group_end(self, metadata: AttentionMetadata, first: int, device: torch.device) -> int:
         """One past the last row of one token that attends together with row `first`."""
-        longest = rows.context_lens[first]
+        longest = metadata.context_lens[first]
         most = self.GATHERED_TOKENS_CPU if device.type == "cpu" else self.GATHERED_TOKENS_CUDA
-        end = min(rows.num_single, first + max(1, most // longest))
+        end = min(metadata.num_single, first + max(1, most // longest))
         shortest = longest - max(self.PADDED_TOKENS, int(longest * self.PADDED_SHARE))
         last = first + 1
-        while last < end and rows.context_lens[last] >= shortest:
+        while last < end and metadata.context_lens[last] >= shortest:
             last += 1
         return last
 
@@ -178,11 +180,13 @@ class _Prompt:
         return output.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
 
 
-def _plan_singles(rows: StepRows, first: int, last: int, dtype: torch.dtype, device: torch.device) -> _Singles:
-    contexts = np.asarray(rows.context_lens[first:last])[:, None]
-    tables = padded_tables(rows.block_tables[first:last], np.int64)
+def _plan_singles(
+    metadata: AttentionMetadata, first: int, last: int, dtype: torch.dtype, device: torch.device
+) -> _Singles:
+    contexts = np.asarray(metadata.context_lens[first:last])[:, None]
+    tables = padded_tables(metadata.block_tables[first:last], np.int64)
     places = np.arange(contexts.max())
-    slots = slots_of(tables, np.minimum(places, contexts - 1), rows.block_size)
+    slots = slots_of(tables, np.minimum(places, contexts - 1), metadata.block_size)
     mask = None
     if contexts.min() < contexts.max():
         beyond = torch.from_numpy(places >= contexts)[:, None, None]
@@ -190,7 +194,9 @@ def _plan_singles(rows: StepRows, first: int, last: int, dtype: torch.dtype, dev
     return _Singles(first, last, to_device(slots.reshape(-1), device), mask)
 
 
-def _plan_prompt(rows: StepRows, row: int, first: int, dtype: torch.dtype, device: torch.device) -> _Prompt:
-    num_tokens, context = rows.query_lens[row], rows.context_lens[row]
-    slots = slots_of(rows.block_tables[row], np.arange(context), rows.block_size)
+def _plan_prompt(
+    metadata: AttentionMetadata, row: int, first: int, dtype: torch.dtype, device: torch.device
+) -> _Prompt:
+    num_tokens, context = metadata.query_lens[row], metadata.context_lens[row]
+    slots = slots_of(metadata.block_tables[row], np.arange(context), metadata.block_size)
     return _Prompt(first, first + num_tokens, to_device(slots, device), dtype)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twinserve.engine.layers.int8_linear import Int8Embedding
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.rope import rotary_frequencies
 from twinserve.engine.options import Quantization
+from twinserve.engine.quantization import Int8Embedding
 
 
 class Attention(Protocol):
@@ -135,11 +135,9 @@ class Decoder(nn.Module):
 
     Attributes:
         dtype: of what the layers are given and give.
-        quantization: of the weights; `quantize_decoder` has a Decoder run from int8.
     """
 
     embedding: Embedding | Int8Embedding
-    quantization: Quantization = "none"
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -154,6 +152,11 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    @property
+    def quantization(self) -> Quantization:
+        """Of the weights; `quantize_decoder` has a Decoder run from int8."""
+        return "int8" if isinstance(self.embedding, Int8Embedding) else "none"
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """The last layer's normalised output.

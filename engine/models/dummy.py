@@ -10,6 +10,7 @@ import twinserve
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import random_model
+from twinserve.engine.options import Quantization
 from twinserve.settings.errors import InputError
 
 SHAPES = Path(twinserve.__file__).parent / "data" / "shapes"
@@ -38,14 +39,21 @@ def shape_folder(model: str | Path) -> Path:
 
 
 def dummy_model(
-    model: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model: str | Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
 ) -> Decoder:
     """A Decoder of a shape with random weights.
 
     Args:
         model: as `shape_folder` takes it.
+        quantization: as `random_model` takes it.
 
     Raises:
         InputError: there is no such shape, or its config asks for something that is not honoured.
     """
-    return random_model(ModelConfig.load(shape_folder(model)), seed=seed, dtype=dtype, device=device)
+    config = ModelConfig.load(shape_folder(model))
+    return random_model(config, seed=seed, dtype=dtype, device=device, quantization=quantization)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.models.int8 import quantize_decoder
 from twinserve.engine.options import Dtype, Quantization
-from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
+from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
 from twinserve.settings.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
@@ -88,8 +87,13 @@ def random_model(
     std: float = 0.02,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
 ) -> Decoder:
-    """A Decoder with weights drawn from a normal distribution of deviation `std`, norms at 1 and biases at 0."""
+    """A Decoder with weights drawn from a normal distribution of deviation `std`, norms at 1 and biases at 0.
+
+    Args:
+        quantization: "int8" draws all of them, and has the Decoder run from int8 then.
+    """
     with torch.device("meta"):
         model = Decoder(config, dtype)
     model.to_empty(device=device)
@@ -102,6 +106,8 @@ def random_model(
             parameter.zero_()
         else:
             parameter.normal_(0.0, std, generator=generator)
+    if quantization == "int8":
+        quantize_decoder(model)
     return model.eval()
 
 

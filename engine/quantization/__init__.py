@@ -1,5 +1,13 @@
-"""Weights in int8: how they are made, and how much memory a model takes."""
+"""Weights in int8: how they are made, the layers that run from them, and how much memory a model takes."""
 
+from twinserve.engine.quantization.int8_layers import Int8Embedding, Int8Linear, quantize_decoder
 from twinserve.engine.quantization.quantizer import AbsMaxQuantizer, measure_memory, quantize_model
 
-__all__ = ["AbsMaxQuantizer", "measure_memory", "quantize_model"]
+__all__ = [
+    "AbsMaxQuantizer",
+    "Int8Embedding",
+    "Int8Linear",
+    "measure_memory",
+    "quantize_decoder",
+    "quantize_model",
+]

@@ -32,9 +32,7 @@ class AbsMaxQuantizer:
                 scales would be off by more than half a step.
         """
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        # A row of zeros has no step of its own; the smallest one there is divides and keeps the zeros.
-        smallest = torch.finfo(exact.dtype).tiny
-        scale = exact.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=smallest)
+        scale = absmax_scale(exact)
         quantized = (exact / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
         return quantized, scale
 
@@ -45,6 +43,13 @@ class AbsMaxQuantizer:
         What quantize gave for 16-bit weights comes back as float32: rounded again, it would leave half a step.
         """
         return quantized.to(scale.dtype) * scale
+
+
+def absmax_scale(values: Tensor) -> Tensor:
+    """The step between two int8 numbers, [..., 1], of each row of `values` [..., row]: max(|row|) / 127."""
+    # A row of zeros has no step of its own; the smallest one there is divides and keeps the zeros.
+    smallest = torch.finfo(values.dtype).tiny
+    return values.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=smallest)
 
 
 def quantize_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

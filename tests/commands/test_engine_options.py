@@ -182,7 +182,7 @@ def test_a_run_says_which_attention_serves_and_notes_it(twinserve, trace, shape,
 def test_what_cannot_be_used_is_refused_before_weights_are_made(
     twinserve, trace, shape, monkeypatch, option, value, message
 ):
-    monkeypatch.setattr("twinserve.engine.llm.dummy_model", lambda *_, **__: pytest.fail("weights were made"))
+    monkeypatch.setattr("twinserve.engine.models.source.dummy_model", lambda *_, **__: pytest.fail("weights were made"))
     options = {"--model": shape, "--load-format": "dummy"} | {option: value}
     result = twinserve("run", trace, *(word for pair in options.items() for word in pair))
     assert (result.code, result.err) == (2, f"twinserve: {message}\n")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from twinserve.engine.kv_cache import KVCache, bytes_per_block, default_num_blocks
-from twinserve.engine.layers import PagedAttention, SdpaAttention, StepRows
+from twinserve.engine.kv_cache import KVCache, bytes_per_block
+from twinserve.engine.kv_sizing import default_num_blocks
+from twinserve.engine.layers import AttentionMetadata, PagedAttention, SdpaAttention
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig
 from twinserve.settings.errors import InputError
@@ -53,7 +54,7 @@ def attend_both(rows: list[tuple[int, int]], heads: int, kv_heads: int, block_si
     ]
     query = torch.randn(sum(tokens for _, tokens in rows), heads, 16)
     key, value = (torch.cat([kv[part, start:] for (start, _), kv in zip(rows, whole, strict=True)]) for part in (0, 1))
-    layout = StepRows(
+    metadata = AttentionMetadata(
         num_single=sum(tokens == 1 for _, tokens in rows),
         query_lens=[tokens for _, tokens in rows],
         context_lens=[start + tokens for start, tokens in rows],
@@ -61,9 +62,9 @@ def attend_both(rows: list[tuple[int, int]], heads: int, kv_heads: int, block_si
         block_size=block_size,
     )
     backend = SdpaAttention()
-    plan = backend.plan(layout, torch.float32, CPU)
+    plan = backend.plan(metadata, torch.float32, CPU)
     attention = PagedAttention(backend, cache, torch.from_numpy(np.concatenate(now)), plan)
-    queries = query.split(layout.query_lens)
+    queries = query.split(metadata.query_lens)
     expected = torch.cat([plain(q, *kv) for q, kv in zip(queries, whole, strict=True)])
     return attention(0, query, key, value), expected, plan
 
@@ -99,10 +100,10 @@ def test_a_bigger_step_after_a_smaller_one_finds_room():
     for dtype in (torch.float32, torch.bfloat16):
         for context in (5, 50):
             cache = KVCache(config_of(2, 1, 16), 4, 16, dtype, CPU)
-            rows = StepRows(1, [1], [context], [np.arange(4)], 16)
+            metadata = AttentionMetadata(1, [1], [context], [np.arange(4)], 16)
             slots = torch.arange(context)
             cache.write(0, torch.ones(context, 1, 16, dtype=dtype), torch.ones(context, 1, 16, dtype=dtype), slots)
-            plan = backend.plan(rows, dtype, CPU)
+            plan = backend.plan(metadata, dtype, CPU)
             output = backend.attend(torch.ones(1, 2, 16, dtype=dtype), cache.keys[0], cache.values[0], plan)
             torch.testing.assert_close(output, torch.ones(1, 2, 16, dtype=dtype))
 

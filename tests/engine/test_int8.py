@@ -19,12 +19,16 @@ from torch.nn import functional as F
 from twinserve.cli import main
 from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
-from twinserve.engine.layers import int8_linear
-from twinserve.engine.layers.int8_linear import FUSED_ROWS, Int8Embedding, Int8Linear, int8_product, sums_int8_exactly
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, adopt_model, load_model, random_model
-from twinserve.engine.models.int8 import quantize_decoder
-from twinserve.engine.quantization import AbsMaxQuantizer, measure_memory
+from twinserve.engine.quantization import (
+    AbsMaxQuantizer,
+    Int8Embedding,
+    Int8Linear,
+    measure_memory,
+    quantize_decoder,
+)
+from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product, sums_int8_exactly
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -34,6 +38,7 @@ from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
 
 SMOLLM2 = "smollm2-135m"
+PRODUCT = "twinserve.engine.quantization.int8_product"
 SHAPES = [(576, 960), (1536, 576), (64, 7), (33, 130), (1, 5)]
 ROWS = [1, 2, 5, 33, 130]
 NOISE = 0.05
@@ -60,7 +65,7 @@ def error(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: to
 @pytest.fixture(params=["digits", "blocks"])
 def way(request, monkeypatch) -> str:
     """Each of the two ways in which a CPU multiplies."""
-    monkeypatch.setattr(int8_linear, "sums_int8_exactly", lambda: request.param == "digits")
+    monkeypatch.setattr(f"{PRODUCT}.sums_int8_exactly", lambda: request.param == "digits")
     return request.param
 
 
@@ -83,7 +88,7 @@ def test_parts_of_a_wide_product_are_put_together(way, monkeypatch):
     weight, scale = int8_weight(64, 300)
     x = some(9, 64)
     whole = int8_product(x, weight, scale)
-    monkeypatch.setattr(int8_linear, "CACHED_NUMBERS", 1000)
+    monkeypatch.setattr(f"{PRODUCT}.CACHED_NUMBERS", 1000)
     torch.testing.assert_close(int8_product(x, weight, scale), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -111,7 +116,7 @@ def test_a_processor_without_exact_sums_is_noticed(isa):
     """oneDNN can be told to leave newer instructions alone; without those for int8, large sums are wrong."""
     code = (
         "import torch\n"
-        "from twinserve.engine.layers.int8_linear import int8_product\n"
+        "from twinserve.engine.quantization.int8_product import int8_product\n"
         "weight, x = torch.full((8, 64), 127, dtype=torch.int8), torch.full((2, 64), 3.0)\n"
         "torch.testing.assert_close(int8_product(x, weight, torch.ones(8, 1)), torch.full((2, 8), 64 * 127 * 3.0))\n"
     )
@@ -355,7 +360,7 @@ def test_the_kernel_multiplies_by_the_dequantised_weights(num_out, num_in, rows)
 
 @pytest.mark.gpu
 def test_the_kernel_writes_all_of_its_output_and_no_more():
-    from twinserve.engine.kernels import int8_matmul
+    from twinserve.engine.quantization import int8_matmul
 
     weight, scale = (tensor.cuda() for tensor in int8_weight(576, 130))
     x = some(19, 576).bfloat16().cuda()
@@ -369,7 +374,7 @@ def test_the_kernel_writes_all_of_its_output_and_no_more():
 
 @pytest.mark.gpu
 def test_a_split_sum_is_the_same_every_time():
-    from twinserve.engine.kernels.int8_matmul import choose_tiling, int8_matmul
+    from twinserve.engine.quantization.int8_matmul import choose_tiling, int8_matmul
 
     weight, scale = (tensor.cuda() for tensor in int8_weight(3072, 1024))
     for rows in (1, 32):

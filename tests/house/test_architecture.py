@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def test_core_is_built_in_one_module_and_in_the_guides_own_loop():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Core":
                 built.add(path)
     assert built == {"settings/build_core.py", "engine/continuous_batching.py"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_module_imports_itself_by_way_of_others(folder):
+    """Whatever is imported late, or for types alone, counts too; and so does a package that a name leads through."""
+    paths = {".".join(("twinserve", *path.relative_to(ROOT).with_suffix("").parts)): path for path in modules(folder)}
+    known = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    needs = {}
+    for module, path in known.items():
+        parts = [name.split(".") for name in imported_names(path)]
+        through = {".".join(part[:depth]) for part in parts for depth in range(3, len(part) + 1)}
+        needs[module] = {name for name in through & known.keys() if not f"{module}.".startswith(f"{name}.")}
+    tuple(TopologicalSorter(needs).static_order())
 
 
 def test_nothing_is_imported_under_a_bare_folder_name():

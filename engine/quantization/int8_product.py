@@ -1,4 +1,4 @@
-"""Linear layers and embeddings that run from int8 weights and a scale a row."""
+"""Matrix product with int8 weights and a scale a row, on every device."""
 
 from __future__ import annotations
 
@@ -7,66 +7,16 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from twinserve.engine.quantization.quantizer import LARGEST, absmax_scale
 
 FUSED_ROWS = 64
 """On CUDA, the most rows of a product that dequantises on the way; with more, arithmetic outweighs reading weights."""
 
 CACHED_NUMBERS = 1 << 19
 """On a CPU, the most numbers of an intermediate result, so that it stays in a core's cache."""
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with the weights scale * int8.
-
-    Args:
-        weight: [out, in], int8.
-        scale: [out, 1], float32.
-        bias: [out], or None.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None = None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., out] of `x` [..., in], in its dtype."""
-        product = int8_product(x.reshape(-1, x.shape[-1]), self.weight, self.scale)
-        product = product.view(*x.shape[:-1], len(self.weight))
-        return product if self.bias is None else product + self.bias
-
-
-class Int8Embedding(nn.Module):
-    """A table of token vectors in int8, each with a scale, that a tied output projection multiplies by as well.
-
-    Args:
-        weight: [vocabulary, hidden], int8.
-        scale: [vocabulary, 1], float32.
-        dtype: of the vectors that are looked up.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.dtype = dtype
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """The vectors [..., hidden] of `token_ids` [...]."""
-        return (self.weight[token_ids] * self.scale[token_ids]).to(self.dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden` [rows, hidden] times every token's vector, [rows, vocabulary]."""
-        return int8_product(hidden, self.weight, self.scale)
 
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -89,7 +39,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         multiply = _product_of_digits if in_digits else _product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
     if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and _has_triton():
-        from twinserve.engine.kernels.int8_matmul import int8_matmul
+        from twinserve.engine.quantization.int8_matmul import int8_matmul
 
         return int8_matmul(x.contiguous(), weight, scale)
     # Scaled after the product: int8 is exact in every dtype, a scaled weight is not.
@@ -102,27 +52,27 @@ def sums_int8_exactly() -> bool:
 
     Those without instructions for them (x86 before VNNI) add pairs of products in 16 bits, where large ones do not fit.
     """
-    largest = torch.full((2, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 64 * 127 * 127).all())
+    largest = torch.full((2, 64), LARGEST, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * LARGEST * LARGEST).all())
 
 
 def _product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The product in integers, each number of `x` in two int8 digits.
 
-    A number is step * (high + low / 254), where its row's step is max(|row|) / 127. That is 16 bits: an error of at
-    most 1 / 64,516 of the row's largest, far below that of the weights. The sums are exact, so a row's result does not
-    depend on the rows beside it.
+    A number is step * (high + low / 254), where its row's step is the scale that weights would have. That is 16 bits:
+    an error of at most 1 / 64,516 of the row's largest, far below that of the weights. The sums are exact, so a row's
+    result does not depend on the rows beside it.
     """
-    step = x.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(127)
+    step = absmax_scale(x)
     exact = x / step
     high = exact.round()
     digits = torch.empty((2, *x.shape), dtype=torch.int8)
     digits[0] = high
-    digits[1] = exact.sub_(high).mul_(254).round_()
+    digits[1] = exact.sub_(high).mul_(2 * LARGEST).round_()
     out = x.new_empty(len(x), len(weight))
     for part in _blocks(len(weight), 2 * len(x)):
         high_sums, low_sums = torch._int_mm(digits.flatten(0, 1), weight[part].T).chunk(2)
-        torch.mul(high_sums.float().add_(low_sums, alpha=1 / 254), step, out=out[:, part])
+        torch.mul(high_sums.float().add_(low_sums, alpha=1 / (2 * LARGEST)), step, out=out[:, part])
     return out.mul_(scale.T)
 
 

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SMALLEST_DOT = 16
-"""Rows of the narrowest product that tensor cores make."""
+from twinserve.engine.kernels import SMALLEST_DOT
 
 SHARED_BYTES = 160 << 10
 """Of a multiprocessor's shared memory, what the tiles in flight may take; Hopper's has 227 KiB."""

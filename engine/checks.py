@@ -1,0 +1,87 @@
+"""What a model and a device can serve of what was asked for; refused, where they cannot, before weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from twinserve.engine.device_queue import usable_device
+from twinserve.engine.graphs.step_sizes import GraphOptions
+from twinserve.engine.layers.choice import AttentionChoice, choose_attention
+from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.source import ModelSource
+from twinserve.engine.options import EngineOptions
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """What a runner of a model's steps is made from, beside the weights.
+
+    Attributes:
+        options: as they were given.
+        model: the shape of the model.
+        device: runs the steps.
+        attention: the backend, and whether the steps are graphs.
+        kv_cache_dtype: of the pool.
+        settings: of the policies, with `max_model_len` and `block_size` decided; `num_gpu_blocks` may be open until the
+            weights are loaded.
+        graph_options: what is switched off in steps that are graphs; None is nothing.
+    """
+
+    options: EngineOptions
+    model: ModelConfig
+    device: torch.device
+    attention: AttentionChoice
+    kv_cache_dtype: torch.dtype
+    settings: Settings
+    graph_options: GraphOptions | None = None
+
+    @classmethod
+    def checked(
+        cls, source: ModelSource, options: EngineOptions, settings: Settings, graph_options: GraphOptions | None = None
+    ) -> RunnerConfig:
+        """The config of what was asked for, where the model and the device can serve it.
+
+        Raises:
+            InputError: they cannot, or the device is not there.
+        """
+        device, model = usable_device(options.device), source.config
+        asked = settings.block_size if "block_size" in settings.model_fields_set else None
+        attention = choose_attention(options.attention, model.head_dim, source.dtype, device, asked, options.execution)
+        if graph_options is not None and not attention.graphs:
+            raise InputError("expected None where steps are no graphs", field="graph_options", value=graph_options)
+        if options.kv_cache_dtype == "fp8" and attention.name != "triton":
+            raise InputError(f"expected auto with {attention.name}", field="kv_cache_dtype", value="fp8")
+        kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
+        settings = _within_model(settings, model, attention.block_size)
+        return cls(options, model, device, attention, kv_cache_dtype, settings, graph_options)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence."""
+        assert self.settings.max_model_len is not None, self.settings
+        return self.settings.max_model_len
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, once that is known."""
+        assert self.settings.num_gpu_blocks is not None, self.settings
+        return self.settings.num_gpu_blocks
+
+    def with_blocks(self, num_blocks: int) -> RunnerConfig:
+        """This config with a pool of `num_blocks`."""
+        return replace(self, settings=self.settings.model_copy(update={"num_gpu_blocks": num_blocks}))
+
+
+def _within_model(settings: Settings, model: ModelConfig, block_size: int) -> Settings:
+    """`settings` with what the model and the attention decide."""
+    limit = model.max_position_embeddings
+    max_model_len = settings.max_model_len or limit
+    if max_model_len > limit:
+        problem = f"expected at most {limit}, the model's max_position_embeddings"
+        raise InputError(problem, field="max_model_len", value=max_model_len)
+    decided = {"max_model_len": max_model_len, "block_size": block_size}
+    return Settings.load(settings.model_dump() | decided)

@@ -1,0 +1,69 @@
+"""How many blocks the KV pool has where nobody says: what fits a budget beside the weights and the largest step."""
+
+from __future__ import annotations
+
+import torch
+
+from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.kv_cache import bytes_per_block
+from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.options import GPU_MEMORY_UTILIZATION
+from twinserve.settings.errors import InputError
+
+CPU_BUDGET_BYTES = 1 << 30
+
+
+def with_pool(config: RunnerConfig, decoder: Decoder) -> RunnerConfig:
+    """`config` with a pool that fits beside the weights of `decoder`, unless it has one.
+
+    Raises:
+        InputError: `gpu_memory_utilization` leaves nothing.
+    """
+    if config.settings.num_gpu_blocks is not None:
+        return config
+    step_bytes = None
+    if config.attention.graphs:
+        from twinserve.engine.graphs.graph_runner import GraphRunner
+
+        step_bytes = GraphRunner(decoder, config.with_blocks(1)).step_bytes()
+    num_blocks = default_num_blocks(
+        config.model,
+        config.settings.block_size,
+        config.kv_cache_dtype,
+        decoder.device,
+        config.options.gpu_memory_utilization,
+        step_bytes,
+    )
+    return config.with_blocks(num_blocks)
+
+
+def default_num_blocks(
+    config: ModelConfig,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    step_bytes: int | None = None,
+) -> int:
+    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or what a CUDA device has left.
+
+    That is `gpu_memory_utilization` of all its memory, less what is taken already, the weights among it, and less what
+    the largest step needs for a while.
+
+    Args:
+        step_bytes: of the largest step, where it was measured; None takes a tenth of what is left.
+
+    Raises:
+        InputError: `gpu_memory_utilization` leaves nothing.
+    """
+    device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype)
+    if device.type != "cuda":
+        return max(1, CPU_BUDGET_BYTES // block_bytes)
+    free, total = torch.cuda.mem_get_info(device)
+    budget = gpu_memory_utilization * total - (total - free)
+    num_blocks = int(budget - (budget / 10 if step_bytes is None else step_bytes)) // block_bytes
+    if num_blocks < 1:
+        problem = f"expected more: of {total:,} bytes {total - free:,} are taken, and nothing is left for KV"
+        raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
+    return num_blocks

@@ -221,8 +221,7 @@ class BlockManager:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
         num_full, num_known = num_tokens // self.block_size, seq.num_registered_tokens // self.block_size
         if self.prefix_cache is not None and num_full < num_known:
-            for block_id in seq.block_table[num_full:num_known]:
-                self.prefix_cache.remove(block_id)
+            self.prefix_cache.remove(seq.block_table[num_full:num_known])
             seq.num_registered_tokens = num_full * self.block_size
 
     def reset_prefix_cache(self) -> bool:
@@ -241,15 +240,15 @@ class BlockManager:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         blank, blocks = self._blank, self.blocks
         taken = [blank.pop() for _ in range(min(count, len(blank)))]
-        while len(taken) < count:
-            if self.num_blocks is None:
-                block_id = len(blocks)
-                blocks.append(Block(block_id))
-            else:
-                block_id = self._cached.popitem(last=False)[0]
-                if self.prefix_cache is not None:
-                    self.prefix_cache.remove(block_id)
-            taken.append(block_id)
+        missing = count - len(taken)
+        if missing and self.num_blocks is None:
+            taken += range(len(blocks), len(blocks) + missing)
+            blocks += [Block(block_id) for block_id in taken[-missing:]]
+        elif missing:
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(missing)]
+            if self.prefix_cache is not None:
+                self.prefix_cache.remove(evicted)
+            taken += evicted
         for block_id in taken:
             blocks[block_id].ref_count = 1
         return taken

@@ -124,10 +124,11 @@ def leap(scheduler: Scheduler, num_steps: int) -> Growth:
 def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[tuple[int, int]]) -> Growth:
     """Take a block for each (number of a decision, place of a row), in order."""
     grown: Growth = []
-    before = (0, 0)
+    before, size = (0, 0), scheduler.block_manager.block_size
     for entry, block_id in zip(begun, scheduler.block_manager.take(len(begun)), strict=True):
         seq = batch.seqs[entry[1]]
-        scheduler.block_manager.grow(seq, [block_id])
+        seq.block_table.append(block_id)
+        seq.num_block_tokens += size
         if entry == before and grown:
             grown[-1][2].append(block_id)
         else:

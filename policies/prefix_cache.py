@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -63,7 +62,8 @@ class PrefixCache:
         # neighbours: with a tuple for each block, the Mooncake trace on 8 replicas took a tenth longer.
         self._hashes: list[Any] = []
         self._contents: list[bytes | None] = []
-        self._parents, self._prefixes = array("q"), array("q")
+        self._parents: list[int] = []
+        self._prefixes: list[int] = []
         self._equal_hash: dict[int, list[int]] = {}  # the blocks with a hash beside the one that serves it
 
     @staticmethod
@@ -164,27 +164,29 @@ class PrefixCache:
             parent = prefix
 
     def _make_room(self, block_id: int) -> None:
-        """Grow the columns, if need be, to twice their length at least."""
-        if block_id >= len(self._hashes):
-            for column in (self._hashes, self._contents):
-                column += [None] * (block_id + 1)
-            for numbers in (self._parents, self._prefixes):
-                numbers.frombytes(bytes(8 * (block_id + 1)))
+        """Grow the columns to twice their length at least."""
+        more = [None] * (block_id + 1)
+        self._hashes += more
+        self._contents += more
+        self._parents += [self.ROOT] * (block_id + 1)
+        self._prefixes += [self.ROOT] * (block_id + 1)
 
-    def remove(self, block_id: int) -> None:
-        """Forget what a block held; another block of equal hash takes its place in `hash_to_block_id`."""
-        block_hash = self._hashes[block_id]
-        self._hashes[block_id] = self._contents[block_id] = None
-        others = self._equal_hash.get(block_hash)
-        if others is None:
-            del self.hash_to_block_id[block_hash]
-            return
-        if self.hash_to_block_id[block_hash] == block_id:
-            self.hash_to_block_id[block_hash] = others.pop(0)
-        else:
-            others.remove(block_id)
-        if not others:
-            del self._equal_hash[block_hash]
+    def remove(self, block_ids: list[int]) -> None:
+        """Forget what blocks held; another block of equal hash takes the place of each in `hash_to_block_id`."""
+        known, contents, by_hash, equal = self._hashes, self._contents, self.hash_to_block_id, self._equal_hash
+        for block_id in block_ids:
+            block_hash = known[block_id]
+            known[block_id] = contents[block_id] = None
+            others = equal.get(block_hash) if equal else None
+            if others is None:
+                del by_hash[block_hash]
+                continue
+            if by_hash[block_hash] == block_id:
+                by_hash[block_hash] = others.pop(0)
+            else:
+                others.remove(block_id)
+            if not others:
+                del equal[block_hash]
 
     def prefix_of(self, block_id: int) -> int:
         """The number of the prefix that ends with `block_id`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -104,7 +104,6 @@ class LatencyModel(Protocol):
         """The fields of a StepCost; two alone are host_ns and device_ns."""
 
 
-@runtime_checkable
 class RepeatedCosts(Protocol):
     """A latency model that says at once what steps cost that repeat one another."""
 
@@ -116,7 +115,6 @@ class RepeatedCosts(Protocol):
         """
 
 
-@runtime_checkable
 class Watching(Protocol):
     """A latency model that is told which steps were made, to know how far they lie beyond what it was made from."""
 

@@ -7,13 +7,14 @@ ever thrown away than was made, whatever the arrivals do.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from twinserve.policies import Batch, Core
 from twinserve.policies.core import Span
-from twinserve.sim.latency import LatencyModel, RepeatedCosts, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
@@ -32,7 +33,7 @@ class Leap:
 
     def __init__(self, core: Core, latency: LatencyModel, batch: Batch, num_repetitions: int, launched_ns: int):
         self._latency, self._depth = latency, core.pipeline_depth
-        self._columns = latency.repeated_costs if isinstance(latency, RepeatedCosts) else None
+        self._columns: Callable | None = getattr(latency, "repeated_costs", None)
         self._features, self._num_new_pairs = StepFeatures.of(batch), batch.num_new_pairs
         self._num_repetitions = num_repetitions
         self._ends = [before.end_ns or 0 for before in core.in_flight]

@@ -13,7 +13,7 @@ import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Core, SamplingParams, Sequence
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, Watching
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
@@ -69,7 +69,7 @@ class Replica:
         self.outstanding_requests = self.outstanding_tokens = 0
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
-        self._watching = latency if isinstance(latency, Watching) else None
+        self._watch: Callable[..., None] | None = getattr(latency, "watch", None)
         self._inbox: deque[Sequence] = deque()
         self._is_idle = False
         self._device_free = 0
@@ -117,8 +117,8 @@ class Replica:
                 if batch:
                     features = StepFeatures.of(batch, arrived)
                     cost = StepCost(*self._latency.step_cost(features))
-                    if self._watching is not None:
-                        self._watching.watch(features)
+                    if self._watch is not None:
+                        self._watch(features)
                     launched, batch.start_ns, self._device_free = cost.times(now, self._device_free)
                     arrived = 0
                 else:
@@ -168,8 +168,8 @@ class Replica:
         leap, self._leap = self._leap, None
         if leap is not None and steps:
             spans, batch = leap.spans(steps), self.core.in_flight[-1]
-            if self._watching is not None:
-                self._watching.watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
+            if self._watch is not None:
+                self._watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
             self.core.advance(spans)
             self._device_free = spans[-1][2]
 

@@ -314,3 +314,44 @@ def test_the_horizon_is_as_far_as_decisions_are_the_same_and_no_farther(block):
                 long += count > 5
                 assert horizon == count, f"seed {seed}, decision {decision}: {horizon} < {count}: {values}"
     assert exact > 1000 and long > 100, (exact, long)
+
+
+def one_request(depth: int) -> tuple[Core, Batch]:
+    """A Core that serves one long answer, and its latest decision, the first or second that decodes."""
+    values = settings_of(random.Random(0)) | {
+        "num_blocks": None,
+        "max_num_batched_tokens": 64,
+        "long_prefill_token_threshold": 0,
+        "max_model_len": None,
+        "order": FirstCome,
+        "depth": depth,
+    }
+    core = build_core(values, CoreListener())
+    core.ingest(Arrival(0, 0, 4, 50, 0, 0, "").sequence(), 0)
+    core.decide(0)
+    if depth:
+        core.decide(0)
+    core.commit(None, 1)
+    batch = core.decide(1)
+    assert core.horizon(batch, 20) == 20
+    return core, batch
+
+
+def test_there_is_no_horizon_while_the_next_step_can_be_decided():
+    core, batch = one_request(depth=1)
+    core.commit(None, 2)
+    assert core.can_decide
+    assert core.horizon(batch, 20) == 1
+
+
+def test_there_is_no_horizon_while_a_request_is_to_be_aborted():
+    core, batch = one_request(depth=0)
+    core.abort(0, 2)
+    assert core.horizon(batch, 20) == 1
+
+
+def test_only_the_latest_decision_has_a_horizon():
+    core, batch = one_request(depth=1)
+    older = core.in_flight[0]
+    assert older is not batch and not (older.admitted or older.preempted)
+    assert core.horizon(older, 20) == 1

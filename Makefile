@@ -17,7 +17,7 @@ test-compiled: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/compiled .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/compiled/site build/compiled/*.whl
 	PYTHONPATH=$(CURDIR)/build/compiled/site $(BIN)/python -P -c "from twinserve.policies import IS_COMPILED; assert IS_COMPILED"
-	PYTHONPATH=$(CURDIR)/build/compiled/site $(BIN)/pytest tests/policies tests/equivalence tests/sim tests/test_block_manager.py tests/test_prefix_cache.py tests/test_continuous_batching.py
+	PYTHONPATH=$(CURDIR)/build/compiled/site $(BIN)/pytest tests/policies tests/equivalence tests/sim tests/traces tests/test_block_manager.py tests/test_prefix_cache.py tests/test_continuous_batching.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

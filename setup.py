@@ -1,4 +1,4 @@
-"""Compiles the policies with mypyc where a C compiler is found; all else about the package is in pyproject.toml.
+"""Compiles what decides, simulates and records with mypyc, where a C compiler is found; the rest is in pyproject.toml.
 
 TWINSERVE_PURE=1 leaves them as they are. The source is the same either way, and so is what is decided.
 """
@@ -10,7 +10,17 @@ from pathlib import Path
 
 from setuptools import setup
 
-COMPILED = ("policies",)
+COMPILED = (
+    "policies/[!_]*.py",
+    "sim/leap.py",
+    "sim/replica.py",
+    "traces/arrivals.py",
+    "traces/request.py",
+    "traces/runs/digest.py",
+    "traces/runs/metrics.py",
+    "traces/runs/record.py",
+    "traces/runs/spans.py",
+)
 
 
 def extensions() -> list:
@@ -27,8 +37,8 @@ def extensions() -> list:
     except ImportError:
         print("twinserve: pure Python, as mypyc is not installed")
         return []
-    paths = [str(path) for folder in COMPILED for path in sorted(Path("twinserve", folder).glob("[!_]*.py"))]
-    print(f"twinserve: {', '.join(COMPILED)} compiled by mypyc")
+    paths = [str(path) for pattern in COMPILED for path in sorted(Path("twinserve").glob(pattern))]
+    print(f"twinserve: {len(paths)} modules compiled by mypyc")
     modules = mypycify(["--ignore-missing-imports", *paths], group_name="twinserve._compiled")
     for module in modules:
         module.optional = True  # a compiler that fails leaves them pure

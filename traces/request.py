@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import SamplingParams, Sequence
 
@@ -135,6 +136,7 @@ def merged(parts: Seq[Part]) -> list[Part]:
     return merged
 
 
+@mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of a trace.
@@ -218,6 +220,7 @@ def _with_max_tokens(params: SamplingParams, max_tokens: int) -> SamplingParams:
     return replace(params, max_tokens=max_tokens)
 
 
+@mypyc_attr(native_class=False)  # it is subclassed, and pickled
 @dataclass(frozen=True)
 class TokenMaker:
     """Makes token ids from a prompt's parts: equal parts give equal tokens, other parts give unrelated ones.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.traces.arrivals import Arrivals
@@ -24,7 +24,7 @@ from twinserve.traces.runs.record import RunRecorder
 EOS = 0
 
 
-class Witness:
+class Witness(CoreListener):
     """Passes on what a recorder hears, and writes down when each token came by looking at the sequences themselves."""
 
     def __init__(self, recorder: RunRecorder):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import orjson
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams, Sequence
 from twinserve.policies.core import Span
@@ -80,6 +81,7 @@ class _Decided:
     num_ended: int = 0
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RunRecorder(CoreListener):
     """Listens to a Core and writes its run record as the run goes on; the folder appears, complete, at `close`.
 
@@ -484,6 +486,7 @@ def versions() -> dict[str, str]:
 # --- reading ---
 
 
+@mypyc_attr(native_class=False)  # it is copied, which a frozen native class cannot be
 @dataclass(frozen=True)
 class RunRecord:
     """A run record in memory.

@@ -185,3 +185,18 @@ def test_random_runs_keep_the_pool_whole_and_are_the_same_twice(depth, compositi
         digests = random_run(seed, depth, composition)
         assert digests == random_run(seed, depth, composition)
         assert len(set(digests)) == len(digests), "the digest is a chain: no two decisions share one"
+
+
+def test_a_first_token_comes_once_however_often_a_sequence_is_preempted():
+    one = core(num_blocks=5)
+    for seq_id in (0, 1):
+        one.ingest(sequence(6, 9, seq_id=seq_id, first=1 + 50 * seq_id), 0)
+    later = one.sequences[1]
+    now, firsts = 0, []
+    while not one.is_idle:
+        batch = one.decide(now)
+        now += 1
+        one.commit([77] * batch.num_sampled, now)
+        firsts.append(later.first_token_ns)
+    assert later.num_preemptions
+    assert set(firsts) == {1}

@@ -12,6 +12,7 @@ from setuptools import setup
 
 COMPILED = (
     "policies/[!_]*.py",
+    "sim/horizon.py",
     "sim/leap.py",
     "sim/replica.py",
     "traces/arrivals.py",

@@ -8,12 +8,13 @@ from collections.abc import Sequence as Seq
 from mypy_extensions import mypyc_attr
 
 from twinserve.policies.batch import Batch
-from twinserve.policies.horizon import Growth, horizon, leap
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
 Span = tuple[int, int, int]
 """When a decision is made, and when its step starts and ends, in nanoseconds."""
+Growth = list[tuple[int, Sequence, list[int]]]
+"""Of repeated decisions, the number of one from 1 on, a sequence, and the blocks that this one gave it."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -76,6 +77,11 @@ class Core:
         return bool(self.in_flight) and not self.can_decide
 
     @property
+    def must_abort(self) -> bool:
+        """Is a request to be ended at the next decision?"""
+        return bool(self._aborts)
+
+    @property
     def is_idle(self) -> bool:
         """Is there nothing to decide and nothing in flight?"""
         return not self.in_flight and not self.sequences
@@ -136,36 +142,6 @@ class Core:
         for seq in finished:
             self._finish(seq, now_ns)
         return finished
-
-    def horizon(self, batch: Batch, cap: int) -> int:
-        """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
-
-        It is 1 where the next decision can be made before anything is committed. See `horizon.horizon`.
-        """
-        in_flight = self.in_flight
-        if self._aborts or self.can_decide or batch is not in_flight[-1] or not all(in_flight):
-            return 1
-        return horizon(self.scheduler, batch, cap)
-
-    def advance(self, spans: Seq[Span]) -> None:
-        """Repeat the latest decision, committing the oldest batch in flight before each, within its horizon.
-
-        What is decided, and all that comes of it, is what as many calls of `commit` and `decide` would have given. With
-        a horizon of k there may be up to k - 1.
-        """
-        if not spans:
-            return
-        first, before = self.in_flight[-1], list(self.in_flight)[:-1]
-        grown = leap(self.scheduler, len(spans))
-        self.in_flight = deque(self.scheduler.in_flight)
-        for batch, span in zip(reversed(self.in_flight), reversed(spans), strict=False):
-            batch.decided_ns, batch.start_ns, batch.end_ns = span
-        self.num_decisions = self.in_flight[-1].decision + 1
-        self.last_committed = self.in_flight[0].decision - 1
-        for batch in before:
-            self.listener.committed(batch)
-        num_committed = max(0, self.last_committed - first.decision + 1)
-        self.listener.repeated(first, spans, grown, num_committed, self.in_flight[-1])
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []

@@ -13,6 +13,7 @@ import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
 from twinserve.traces.arrivals import Arrivals
@@ -124,7 +125,7 @@ class Replica:
                 else:
                     batch.start_ns = self._device_free = max(now, self._device_free)
                 batch.end_ns = self._device_free
-                if (steps := core.horizon(batch, self._most_steps)) > 1:
+                if (steps := horizon(core, batch, self._most_steps)) > 1:
                     self._leap = Leap(core, self._latency, batch, steps - 1, launched)
             if core.must_commit:
                 if self._leap is None:
@@ -170,7 +171,7 @@ class Replica:
             spans, batch = leap.spans(steps), self.core.in_flight[-1]
             if self._watch is not None:
                 self._watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
-            self.core.advance(spans)
+            advance(self.core, spans)
             self._device_free = spans[-1][2]
 
 

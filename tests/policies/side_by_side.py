@@ -26,6 +26,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.sim.horizon import advance, horizon
 
 EOS = 0
 STATUS = {SequenceStatus.WAITING: "waiting", SequenceStatus.RUNNING: "running", SequenceStatus.FINISHED: "finished"}
@@ -388,10 +389,10 @@ class CoreSideBySide(SideBySide):
         latest = self.in_flight[-1][1]
         rows = [[(row.seq, *row[2:]) for row in batch.rows] for batch, _ in self.in_flight]
         is_clear = all(one == rows[0] for one in rows)
-        steps = self.core.horizon(self.in_flight[-1][0], cap)
+        steps = horizon(self.core, self.in_flight[-1][0], cap)
         assert 1 <= steps <= cap
         number = round(share * (steps - 1))
-        self.core.advance([(0, 0, 0)] * number)
+        advance(self.core, [(0, 0, 0)] * number)
         steps_of_model = [step for _, step in self.in_flight]
         grown = []
         for _ in range(number):

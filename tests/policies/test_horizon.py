@@ -23,6 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.sim.horizon import advance, horizon
 from twinserve.traces.runs.digest import Digest, exceptions_of
 
 STEP_NS = 10
@@ -246,19 +247,19 @@ class Run:
         self.seen[batch.decision] = batch.seen
         self.is_exact[batch.decision] = not (core.can_decide or batch.preempted or self._may_be_short(batch))
         self.fields[batch.decision] = fields(batch)
-        horizon = self.horizons[batch.decision] = core.horizon(batch, 1000)
-        assert horizon >= 1
-        if self.leaps and horizon > 1:
+        steps = self.horizons[batch.decision] = horizon(core, batch, 1000)
+        assert steps >= 1
+        if self.leaps and steps > 1:
             ends.append(batch.end_ns)
             spans = []
-            for _ in range(1, self.rng.choice([horizon, horizon, self.rng.randint(1, horizon)])):
+            for _ in range(1, self.rng.choice([steps, steps, self.rng.randint(1, steps)])):
                 decided = max(now, ends[-1 - core.pipeline_depth])
                 if coming and decided >= coming[0].at_ns:
                     break
                 spans.append((decided, max(decided, ends[-1]), max(decided, ends[-1]) + STEP_NS))
                 ends.append(spans[-1][2])
             if spans:
-                core.advance(spans)
+                advance(core, spans)
         core.scheduler.check_integrity()
         self.states[core.in_flight[-1].decision] = state(core)
 
@@ -304,15 +305,15 @@ def test_the_horizon_is_as_far_as_decisions_are_the_same_and_no_farther(block):
         rng = random.Random(seed)
         arrivals, values = arrivals_of(rng), settings_of(rng)
         run = Run(arrivals, values, leaps=False).serve()
-        for decision, horizon in run.horizons.items():
+        for decision, steps in run.horizons.items():
             count = repetitions(run, decision)
             if count is None:
                 continue
-            assert horizon <= count, f"seed {seed}, decision {decision}: {horizon} > {count}: {values}"
+            assert steps <= count, f"seed {seed}, decision {decision}: {steps} > {count}: {values}"
             if run.is_exact[decision]:
                 exact += 1
                 long += count > 5
-                assert horizon == count, f"seed {seed}, decision {decision}: {horizon} < {count}: {values}"
+                assert steps == count, f"seed {seed}, decision {decision}: {steps} < {count}: {values}"
     assert exact > 1000 and long > 100, (exact, long)
 
 
@@ -333,7 +334,7 @@ def one_request(depth: int) -> tuple[Core, Batch]:
         core.decide(0)
     core.commit(None, 1)
     batch = core.decide(1)
-    assert core.horizon(batch, 20) == 20
+    assert horizon(core, batch, 20) == 20
     return core, batch
 
 
@@ -341,17 +342,17 @@ def test_there_is_no_horizon_while_the_next_step_can_be_decided():
     core, batch = one_request(depth=1)
     core.commit(None, 2)
     assert core.can_decide
-    assert core.horizon(batch, 20) == 1
+    assert horizon(core, batch, 20) == 1
 
 
 def test_there_is_no_horizon_while_a_request_is_to_be_aborted():
     core, batch = one_request(depth=0)
     core.abort(0, 2)
-    assert core.horizon(batch, 20) == 1
+    assert horizon(core, batch, 20) == 1
 
 
 def test_only_the_latest_decision_has_a_horizon():
     core, batch = one_request(depth=1)
     older = core.in_flight[0]
     assert older is not batch and not (older.admitted or older.preempted)
-    assert core.horizon(older, 20) == 1
+    assert horizon(core, older, 20) == 1

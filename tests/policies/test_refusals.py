@@ -6,6 +6,7 @@ import pytest
 
 from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.policies.block_manager import NoFreeBlocksError
+from twinserve.sim.horizon import advance, horizon
 
 
 @pytest.mark.parametrize(
@@ -128,12 +129,12 @@ def test_more_repetitions_than_there_are(at_once):
     core.ingest(Sequence(None, SamplingParams(max_tokens=5), num_prompt_tokens=3, prefix_key=lambda end: end), 0)
     core.decide(0)
     core.commit(None, 1)
-    steps = core.horizon(core.decide(1), 100)
+    steps = horizon(core, core.decide(1), 100)
     assert steps == 4
     spans = [(2 + step, 2 + step, 3 + step) for step in range(steps)]
     if not at_once:
         for span in spans[:-1]:
-            core.advance([span])
+            advance(core, [span])
         spans = spans[-1:]
     with pytest.raises(AssertionError, match="steps go on past the end of Sequence"):
-        core.advance(spans)
+        advance(core, spans)

@@ -23,8 +23,7 @@ import orjson
 from mypy_extensions import mypyc_attr
 
 from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams, Sequence
-from twinserve.policies.core import Span
-from twinserve.policies.horizon import Growth
+from twinserve.policies.core import Growth, Span
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
 from twinserve.traces.lines import Line, json_file, json_lines_file

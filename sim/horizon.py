@@ -7,25 +7,28 @@ one that has them.
 
 from __future__ import annotations
 
-from twinserve.policies.batch import Batch
-from twinserve.policies.scheduler import Scheduler
-from twinserve.policies.sequence import Sequence
+from collections import deque
+from collections.abc import Sequence as Seq
 
-Growth = list[tuple[int, Sequence, list[int]]]
-"""Of repeated decisions, the number of one from 1 on, a sequence, and the blocks that this one gave it."""
+from twinserve.policies import Batch, Core, Scheduler
+from twinserve.policies.core import Growth, Span
 
 
-def horizon(scheduler: Scheduler, batch: Batch, cap: int) -> int:
-    """The most decisions that are the same, `batch`, the latest in flight, being the first of them; at most `cap`.
+def horizon(core: Core, batch: Batch, cap: int) -> int:
+    """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
-    Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where a token might
-    stop a sequence, and may be too small in these cases: a batch in flight has other rows than `batch`; somebody was
-    preempted just now; the head of the waiting queue has a token in flight, or lacks blocks that a running sequence is
-    about to compute; or the order's choice may change by itself (see `Order.is_steady`).
+    Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
+    decided before anything is committed, or where a token might stop a sequence. It may be too small in these cases: a
+    batch in flight has other rows than `batch`; somebody was preempted just now; the head of the waiting queue has a
+    token in flight, or lacks blocks that a running sequence is about to compute; or the order's choice may change by
+    itself (see `Order.is_steady`).
     """
+    scheduler, in_flight = core.scheduler, core.in_flight
+    if core.must_abort or core.can_decide or batch is not in_flight[-1] or not all(in_flight):
+        return 1
     if cap <= 1 or not batch or batch.admitted or batch.preempted:
         return 1
-    if not all(before is batch or _is_like(before, batch) for before in scheduler.in_flight):
+    if not all(before is batch or _is_like(before, batch) for before in in_flight):
         return 1
     chunks, sampled = set(batch.chunks), batch.sampled
     if any([seq.has_token_ids for seq in batch.seqs]) or any([seq not in chunks for seq in batch.prompts]):
@@ -84,7 +87,28 @@ def _is_head_kept_out(scheduler: Scheduler, batch: Batch) -> bool:
     )
 
 
-def leap(scheduler: Scheduler, num_steps: int) -> Growth:
+def advance(core: Core, spans: Seq[Span]) -> None:
+    """Repeat the latest decision, committing the oldest batch in flight before each, within its horizon.
+
+    What is decided, and all that comes of it, is what as many calls of `commit` and `decide` would have given. With a
+    horizon of k there may be up to k - 1.
+    """
+    if not spans:
+        return
+    first, before = core.in_flight[-1], list(core.in_flight)[:-1]
+    grown = _leap(core.scheduler, len(spans))
+    core.in_flight = deque(core.scheduler.in_flight)
+    for batch, span in zip(reversed(core.in_flight), reversed(spans), strict=False):
+        batch.decided_ns, batch.start_ns, batch.end_ns = span
+    core.num_decisions = core.in_flight[-1].decision + 1
+    core.last_committed = core.in_flight[0].decision - 1
+    for batch in before:
+        core.listener.committed(batch)
+    num_committed = max(0, core.last_committed - first.decision + 1)
+    core.listener.repeated(first, spans, grown, num_committed, core.in_flight[-1])
+
+
+def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
     """Commit the oldest batch and decide again what the latest one is, so many times; the blocks that this took.
 
     The batches in flight are replaced by those that are in flight then.

@@ -169,7 +169,7 @@ class Replica:
         if leap is not None and steps:
             spans, batch = leap.spans(steps), self.core.in_flight[-1]
             if self._watching is not None:
-                self._watching.watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
+                self._watching.watch(StepFeatures.of(batch).repeated(1, 0), steps)
             self.core.advance(spans)
             self._device_free = spans[-1][2]
 

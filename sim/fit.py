@@ -89,7 +89,7 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
     return knots + ordered[-1:] if len(ordered) > 1 else [knots[0], knots[0] + 1]
 
 
-GROWN = ("kv_token", "attention_pair", "decode_kv_token", "decode_span_token", "prompt_tile_token", "prompt_token")
+GROWN = ("kv_token", "attention_pair", "decode_kv_token", "decode_span_block", "prompt_tile_token", "prompt_token")
 """Coefficients of the device on what grows while a step is repeated; see `grown`."""
 
 STEADY = ("constant", "seq", "sampled", "prompt", "prompt_tile")
@@ -105,8 +105,8 @@ HOST = ("constant", "seq", "token", "arrived", "left")
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; contexts of decodes; the longest span of those; the context before the end of each
-    tile of a prompt; the longest context of a prompt.
+    All contexts; query-key pairs; contexts of decodes; the blocks of the longest span of those; the context before the
+    end of each tile of a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
@@ -114,7 +114,7 @@ def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
         features.decode_kv_tokens,
-        kernels.span(padded, features.longest_decode) if decodes else 0,
+        kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],
         features.longest_prompt,
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -65,17 +67,21 @@ class Kernels:
             tokens = max(beside + self.prompt_tokens[-1], decodes + prompt_tokens)
         return beside, tokens, beside + max(self.prompts, num_prompts)
 
-    def span(self, decodes: int, longest: Any) -> Any:
-        """The longest span of decode attention, given the padded decodes and the longest context, or several of it."""
+    def blocks(self, decodes: int, longest: Any) -> Any:
+        """Blocks of the longest span of decode attention, which are read one after another.
+
+        Where nothing is cut, a context is one span, and a token a block.
+
+        Args:
+            decodes: rows, padding included.
+            longest: the longest context, or an array of several.
+        """
         place = bisect_right(self.decode_cuts, decodes, key=lambda cut: cut[0])
         if not place:
             return longest
         _, spans, shortest, block = self.decode_cuts[place - 1]
-        if spans == 1:
-            return longest
-        span = _parts(_parts(longest, spans), block) * block
-        # A context shorter than a span is one span.
-        return _least(_most(span, shortest), longest)
+        span = _parts(_parts(longest, spans), block)
+        return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
     def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:
         """Tiles of prompts given as (start, length), and the sum of the contexts up to the end of each."""
@@ -99,15 +105,11 @@ def _at_least(sizes: tuple[int, ...], size: int) -> int:
     return sizes[place] if place < len(sizes) else size
 
 
-def _most(values: Any, least: int) -> Any:
-    """max, of a number or of each of several."""
-    return max(values, least) if isinstance(values, int) else values.clip(min=least)
+def _most(one: Any, other: Any) -> Any:
+    """max, of two numbers or of each pair in two arrays."""
+    return max(one, other) if isinstance(one, int) else np.maximum(one, other)
 
 
-def _least(values: Any, most: Any) -> Any:
-    """min, of a number or of each of several."""
-    if isinstance(most, int):
-        return min(values, most)
-    import numpy as np
-
-    return np.minimum(values, most)
+def _least(one: Any, other: Any) -> Any:
+    """min, of two numbers or of a number and each of an array."""
+    return min(one, other) if isinstance(other, int) else np.minimum(one, other)

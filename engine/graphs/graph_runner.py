@@ -18,7 +18,7 @@ from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.paged_attention import prompt_tiles, tile_tokens
+from twinserve.engine.kernels.paged_attention import decode_cuts, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
@@ -85,6 +85,7 @@ class GraphRunner:
         self._decoder = FusedDecoder(
             model, self._cache, self._rows, attention=attention, max_decodes=max_num_seqs, max_positions=max_model_len
         )
+        self._attention = attention
         self._max_num_batched_tokens = max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
@@ -115,6 +116,13 @@ class GraphRunner:
         del logits, seen, sampled, asked
         torch.cuda.empty_cache()
         return taken + GRAPH_BYTES
+
+    def kernel_facts(self) -> dict[str, Any]:
+        """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`)."""
+        facts = self._sizes.as_facts(self._options.captured) | {"prompt_tile": self._tile}
+        if self._attention == "triton":
+            facts["decode_cuts"] = decode_cuts(self._rows.scratch, self.model.config.num_kv_heads, self.model.dtype)
+        return facts
 
     def close(self) -> None:
         """Wait for what was launched."""

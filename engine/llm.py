@@ -237,6 +237,11 @@ class LLM:
         if not isinstance(self.runner, ModelRunner):
             self.runner.capture()
 
+    def fill_cache(self, seed: int) -> None:
+        """Fill the KV pool with noise where steps are graphs: on a CPU it makes no difference what is read."""
+        if not isinstance(self.runner, ModelRunner):
+            self.runner.fill_cache(seed)
+
     def generate(
         self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]
     ) -> list[Completion]:

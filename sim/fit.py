@@ -543,7 +543,7 @@ def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> li
     for _ in range(REWEIGHTINGS):
         weight = np.sqrt(counts) / scale
         # The triangle of a QR factorisation has the same least squares in as many rows as there are coefficients.
-        triangle = np.linalg.qr(np.column_stack((rows / norms, means)) * weight[:, None], mode="r")
+        triangle = np.linalg.qr(np.column_stack((rows / norms, means)) * weight[:, None]).R
         solution = nnls(triangle[:, :width], triangle[:, width], maxiter=100 * width)[0] / norms
         scale = np.maximum(rows @ solution, floor)
     return [float(f"{value:.6g}") for value in solution]

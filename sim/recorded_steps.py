@@ -165,32 +165,29 @@ class _Run:
         return list(self._own(model))
 
     def _own(self, model: FittedLatency | None) -> Iterable[StepSample]:
-        """The steps of our own engine, but for what something else than their work has held up."""
+        """The steps of our own engine; of one that something else than its work has held up, the host alone."""
         recorded = RecordedLatency(self._steps)
+        ends = [0, 0]
         before: dict[str, Any] | None = None
         for row, f in zip(self._steps, self.features, strict=True):
-            start, end = row["start_ns"], row["end_ns"]
-            launched = row.get("launched_ns")
-            if before is not None and 0 <= start - before["end_ns"] < BACK_TO_BACK_NS:
-                start = before["end_ns"]
-            device: int | None = end - start
-            if model is not None and f.seqs and device > LATE * model.step_cost(f).device_ns:
+            decided, start, end = row["decided_ns"], row["start_ns"], row["end_ns"]
+            follows = before is not None and 0 <= start - ends[-1] < BACK_TO_BACK_NS
+            device: int | None = end - (ends[-1] if follows else start)
+            if model is not None and f.seqs and end - start > LATE * model.step_cost(f).device_ns:
                 device = None
             if f.seqs and not self._depth:
                 yield StepSample(f, recorded.step_cost(f)[0], device)
             elif f.seqs:
-                if launched is None and (before is None or before["end_ns"] < row["decided_ns"]):
-                    launched = row["start_ns"]
-                launch = None if launched is None else launched - row["decided_ns"]
+                launched = row.get("launched_ns", start if ends[-1] < decided else None)
+                launch = None if launched is None else launched - decided
                 bookkeeping = None
                 if before is not None and stayed_busy(before, row):
-                    free = before.get("launched_ns") or 0
-                    result = self._steps[row["decision"] - 2]["end_ns"] if row["decision"] > 1 else 0
-                    free = max(free, result) if free else before["start_ns"]
-                    bookkeeping = max(0, row["decided_ns"] - free)
+                    # Without the launch before: its step began when it was launched, or the one before that had ended.
+                    free = max(before["launched_ns"], ends[-2]) if "launched_ns" in before else before["start_ns"]
+                    bookkeeping = max(0, decided - free)
                 host = None if launch is None or bookkeeping is None else bookkeeping + launch
                 yield StepSample(f, host, device, None, launch, bookkeeping)
-            before = row
+            before, ends = row, [ends[-1], end]
 
     def _ahead(self, model: FittedLatency | None, tail: int) -> Iterable[StepSample]:
         steps, features = self._steps, self.features

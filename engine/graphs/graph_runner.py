@@ -117,6 +117,10 @@ class GraphRunner:
         torch.cuda.empty_cache()
         return taken + GRAPH_BYTES
 
+    def fill_cache(self, seed: int) -> None:
+        """Fill the pool with noise, see `KVCache.fill`."""
+        self._cache.fill(seed)
+
     def kernel_facts(self) -> dict[str, Any]:
         """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`)."""
         facts = self._sizes.as_facts(self._options.captured) | {"prompt_tile": self._tile}

@@ -44,8 +44,8 @@ class StepSample:
 
     Attributes:
         host_ns, device_ns, lead_ns: as in StepCost.
-        launch_ns: the part of host_ns that the launch takes.
-        bookkeeping_ns: the rest of it, known also where the launch is not.
+        launch_ns, bookkeeping_ns: the parts of host_ns, the launch and the rest; where the rest is not known, host_ns
+            is the launch alone.
     """
 
     features: StepFeatures
@@ -419,20 +419,12 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
     """What was measured of a part, by the features that it depends on."""
     shapes: Shapes = defaultdict(list)
     for sample in samples:
-        features, cost = sample.features._replace(decision=0, decided_ns=0), _part_of(sample, part)
+        features, cost = sample.features._replace(decision=0, decided_ns=0), getattr(sample, f"{part}_ns")
         if cost is not None and part == "device":
             shapes[features._replace(arrived=0, left=0)].append(cost)
         elif cost is not None:
             shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=())].append(cost)
     return dict(shapes)
-
-
-def _part_of(sample: StepSample, part: str) -> int | None:
-    if part != "bookkeeping":
-        return getattr(sample, f"{part}_ns")
-    if sample.bookkeeping_ns is None and sample.host_ns is not None and sample.launch_ns is not None:
-        return sample.host_ns - sample.launch_ns
-    return sample.bookkeeping_ns
 
 
 def _one(features: StepFeatures) -> list[float]:
@@ -513,13 +505,10 @@ def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: st
     with many rows and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device
     was busy for longer, in every step there was.
     """
-    kept, launched = (
-        {features: costs for features, costs in measured.items() if features in shapes or features not in known}
-        for measured in (bookkeeping, launches)
-    )
+    kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
     width = 2 if regime == "decode" else 1
-    if launched:
+    if launched := {features: costs for features, costs in launches.items() if features in shapes}:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns
     return coefficients

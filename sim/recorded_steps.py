@@ -185,7 +185,7 @@ class _Run:
                     # Without the launch before: its step began when it was launched, or the one before that had ended.
                     free = max(before["launched_ns"], ends[-2]) if "launched_ns" in before else before["start_ns"]
                     bookkeeping = max(0, decided - free)
-                host = None if launch is None or bookkeeping is None else bookkeeping + launch
+                host = None if launch is None else launch + (bookkeeping or 0)
                 yield StepSample(f, host, device, None, launch, bookkeeping)
             before, ends = row, [ends[-1], end]
 
@@ -218,7 +218,8 @@ class _Run:
                     device = None
                 device_free = min(ready, expected)
             if f.seqs:
-                yield StepSample(f, self._host_ns(number), device, lead, launch)
+                host = self._host_ns(number)
+                yield StepSample(f, host, device, lead, launch, None if host is None else host - launch)
 
     def lead_bounds(self, model: FittedLatency) -> Iterable[int]:
         """How long before the end of its launch a captured decode step was on the device, at the least.

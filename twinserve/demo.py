@@ -134,8 +134,8 @@ def spread_of(samples: list[StepSample]) -> float:
 
 def change_of(before: list[StepSample], after: list[StepSample]) -> float:
     """How many times as long as before steps took after, the median over their shapes, which are the same."""
-    earlier, later = (map(median, _by_shape(samples)) for samples in (before, after))
-    return median(late / early for early, late in zip(earlier, later, strict=True))
+    pairs = zip(_by_shape(before), _by_shape(after), strict=True)
+    return median(median(later) / median(earlier) for earlier, later in pairs)
 
 
 def _by_shape(samples: list[StepSample]) -> list[list[int]]:

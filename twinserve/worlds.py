@@ -188,6 +188,7 @@ def measure_steps(
             step.bookkeeping_ns + step.launch_ns,
             step.device_ns,
             launch_ns=step.launch_ns,
+            bookkeeping_ns=step.bookkeeping_ns,
         )
         for step in steps
     ]

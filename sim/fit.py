@@ -350,8 +350,9 @@ def fit(
     Residuals are those of shapes held out of the fit (5 folds over shapes) and say how well the model predicts what it
     has not seen.
 
-    On the device all regimes share their coefficients, as they share their kernels, but for the constant: so prompts
-    say what decodes of as many rows cost, and the other way round. The host's are each regime's own.
+    On the device decodes and prompts share their coefficients, as they share their kernels, but for the constant: so
+    prompts say what decodes of as many rows cost, and the other way round. Where some steps are captured and others
+    are not, as with `captured_tokens`, each regime has its own, as the host's are in any case.
 
     Args:
         samples: measured steps; None where a part was not seen.
@@ -377,14 +378,10 @@ def fit(
     for regime, mine in by_regime.items():
         if (count := len(_by_shape(mine, "device"))) < 2:
             raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
-    devices = _Devices({regime: _by_shape(mine, "device") for regime, mine in by_regime.items()}, kernels)
-    solved = devices.solve()
-    errors = devices.held_out_errors() if holds_out else {}
+    devices, errors = _fit_devices(by_regime, kernels, holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
-        names = coefficient_names("device", devices.knots)
-        ns = {name: price for name, price in zip(names, solved[regime], strict=True) if price or name in FITTED}
-        fitted: dict[str, Any] = {"device": {"knots": devices.knots, "ns": ns}}
+        fitted: dict[str, Any] = {"device": devices[regime]}
         residuals = {"device": errors[regime]} if holds_out else {}
         for part in ("host", "lead"):
             shapes = _by_shape(mine, part)
@@ -406,6 +403,23 @@ def fit(
             name: [min(values), max(values)] for name in WATCHED if (values := [column[name] for column in columns])
         }
     return FittedLatency(data)
+
+
+def _fit_devices(
+    by_regime: dict[str, list[StepSample]], kernels: Kernels, holds_out: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By regime, knots and coefficients of the device, and where `holds_out`, the errors on shapes held out."""
+    fitted: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    regimes = list(by_regime)
+    for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
+        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels)
+        names = coefficient_names("device", devices.knots)
+        for regime, prices in devices.solve().items():
+            ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
+            fitted[regime] = {"knots": devices.knots, "ns": ns}
+        errors |= devices.held_out_errors() if holds_out else {}
+    return fitted, errors
 
 
 Shapes = dict[StepFeatures, list[int]]
@@ -458,7 +472,7 @@ class _Devices:
         self._names = coefficient_names("device", self.knots)
         unused = [name not in FITTED and not name.startswith("tokens_to_") for name in self._names]
         self._rows[:, unused] = 0.0
-        apart = np.stack([self._of == number for number in range(1, len(self._regimes))], axis=1)
+        apart = self._of[:, None] == np.arange(1, len(self._regimes))
         self._rows = np.concatenate((self._rows, apart.astype(float)), axis=1)
         self._counts = np.array([len(costs) for _, _, costs in ordered])
         self._means = np.array([sum(costs) / len(costs) for _, _, costs in ordered])

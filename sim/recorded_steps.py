@@ -114,6 +114,17 @@ def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatenc
     return model.with_drift([level for run in served for level in host_levels(run.record, model, run.features)])
 
 
+def steps_of(record: RunRecord) -> list[tuple[StepFeatures, int]]:
+    """The features of a run's steps, and their nanoseconds on the device, where both are known.
+
+    Raises:
+        InputError: see `fit_records`.
+    """
+    run = _Run(record, record.run["facts"].get("captured_tokens"))
+    samples = run.samples(None, 0)
+    return [(sample.features, sample.device_ns) for sample in samples if sample.device_ns is not None]
+
+
 def _captured_lead(bounds: list[int]) -> int:
     """Nearly the greatest of the bounds; the very greatest are the errors of single steps."""
     return max(0, sorted(bounds)[len(bounds) * 95 // 100]) if bounds else 0

@@ -105,7 +105,7 @@ HOST = ("constant", "seq", "token", "arrived", "left")
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; contexts of decodes; the blocks of the longest span of those; the context before the
+    All contexts; query-key pairs; what decodes read; the blocks of the longest span of those; the context before the
     end of each tile of a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
@@ -113,7 +113,7 @@ def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     return (
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
-        features.decode_kv_tokens,
+        kernels.read_tokens(decodes, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],
         features.longest_prompt,

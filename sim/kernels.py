@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+SPAN_START = 0.1
+"""What it takes to start a span of decode attention, of what it takes to read the shortest."""
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -83,6 +86,19 @@ class Kernels:
         span = _parts(_parts(longest, spans), block)
         return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
+    def read_tokens(self, decodes: int, kv_tokens: Any) -> Any:
+        """What decodes take to read their contexts, in tokens of a long span.
+
+        Longer contexts have more spans, each of which takes time to start, until there are as many as a context is cut
+        in; from then on the spans themselves are longer.
+
+        Args:
+            decodes: rows.
+            kv_tokens: the sum of their contexts, or an array of several.
+        """
+        most = max((spans * shortest for _, spans, shortest, _ in self.decode_cuts if spans > 1), default=0)
+        return kv_tokens + SPAN_START * _least(kv_tokens, decodes * most) if most else kv_tokens
+
     def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:
         """Tiles of prompts given as (start, length), and the sum of the contexts up to the end of each."""
         size = self.prompt_tile
@@ -111,5 +127,5 @@ def _most(one: Any, other: Any) -> Any:
 
 
 def _least(one: Any, other: Any) -> Any:
-    """min, of two numbers or of a number and each of an array."""
-    return min(one, other) if isinstance(other, int) else np.minimum(one, other)
+    """min, of two numbers, of a number and each of an array, or of each pair in two arrays."""
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else np.minimum(one, other)

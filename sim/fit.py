@@ -56,6 +56,13 @@ class StepSample:
     bookkeeping_ns: int | None = None
 
 
+Shapes = dict[StepFeatures, list[int]]
+"""What steps of equal features cost, in one of their parts."""
+
+Row = Callable[[StepFeatures], Seq[float]]
+"""What coefficients are on."""
+
+
 def regime_of(features: StepFeatures, captured_tokens: int | None = None) -> str:
     """The name of a step's regime.
 
@@ -381,28 +388,37 @@ def fit(
     devices, errors = _fit_devices(by_regime, kernels, holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
-        fitted: dict[str, Any] = {"device": devices[regime]}
-        residuals = {"device": errors[regime]} if holds_out else {}
-        for part in ("host", "lead"):
-            shapes = _by_shape(mine, part)
-            if part == "lead" and not shapes:
-                continue
-            solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=host_row if part == "host" else _one)
-            if part == "host" and bookkeeping:
-                solve = partial(_solve_host, bookkeeping, _by_shape(mine, "launch"), shapes, regime)
-            elif len(shapes) < 2:
-                raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
-            fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
-            if holds_out and len(shapes) >= FOLDS:
-                residuals[part] = _errors(_held_out(shapes, solve, host_row if part == "host" else _one))
-        data["regimes"][regime] = fitted
+        others, residuals = _fit_host(regime, mine, bookkeeping, holds_out)
+        data["regimes"][regime] = {"device": devices[regime]} | others
         features = {sample.features for sample in mine}
+        residuals |= {"device": errors[regime]} if holds_out else {}
         data["residuals"][regime] = residuals | {"shapes": len(features), "samples": len(mine)}
         columns = [watched(shape) for shape in features]
         data["range"][regime] = {
             name: [min(values), max(values)] for name in WATCHED if (values := [column[name] for column in columns])
         }
     return FittedLatency(data)
+
+
+def _fit_host(
+    regime: str, samples: list[StepSample], bookkeeping: Shapes, holds_out: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Knots and coefficients of the host, and of the lead if there is one; where `holds_out`, the errors of both."""
+    fitted: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    for part, row_of in (("host", host_row), ("lead", _one)):
+        shapes = _by_shape(samples, part)
+        if part == "lead" and not shapes:
+            continue
+        solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=row_of)
+        if part == "host" and bookkeeping:
+            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime)
+        elif len(shapes) < 2:
+            raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
+        fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
+        if holds_out and len(shapes) >= FOLDS:
+            errors[part] = _errors(_held_out(shapes, solve, row_of))
+    return fitted, errors
 
 
 def _fit_devices(
@@ -420,13 +436,6 @@ def _fit_devices(
             fitted[regime] = {"knots": devices.knots, "ns": ns}
         errors |= devices.held_out_errors() if holds_out else {}
     return fitted, errors
-
-
-Shapes = dict[StepFeatures, list[int]]
-"""What steps of equal features cost, in one of their parts."""
-
-Row = Callable[[StepFeatures], Seq[float]]
-"""What coefficients are on."""
 
 
 def _by_shape(samples: list[StepSample], part: str) -> Shapes:

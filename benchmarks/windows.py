@@ -48,7 +48,13 @@ def main() -> int:
         return 2
     profiled = load_llm(EngineOptions(), Settings(), progress=say)
     samples = measure_steps(
-        profiled, max_seqs=8, max_context=512, max_prompt=128, repeats=6, progress=lambda total: Bar("profile", total)
+        profiled,
+        shapes=64,
+        max_seqs=8,
+        max_context=512,
+        max_prompt=128,
+        repeats=6,
+        progress=lambda total: Bar("profile", total),
     )
     latency = fit_steps(profiled, samples)
     profiled.close()

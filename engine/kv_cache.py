@@ -35,6 +35,14 @@ class KVCache:
             problem = f"expected fewer: {size:,} bytes of KV do not fit the memory of {device}"
             raise InputError(problem, field="num_gpu_blocks", value=num_blocks) from error
 
+    def fill(self, seed: int) -> None:
+        """Let every block hold the same noise, as real keys and values are no zeros."""
+        shape = self.keys[0].shape[1:]
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(shape, generator=generator).to(self.keys[0].device, self.keys[0].dtype)
+        for pool in (*self.keys, *self.values):
+            pool.copy_(noise.expand(pool.shape))
+
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Store `key` and `value` [tokens, kv_heads, head_dim] in the slots `slots` [tokens] of a layer."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)

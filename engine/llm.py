@@ -133,17 +133,21 @@ class LLM:
 
         Every option of the engine is among them, as it is in use: what "auto" came to, a Decoder's own dtype.
         """
-        return self.options.model_dump() | {
-            "shape": asdict(self.config),
-            "dtype": str(self.runner.model.dtype).removeprefix("torch."),
-            "quantization": self.runner.model.quantization,
-            "kv_cache_dtype": str(self.kv_cache_dtype).removeprefix("torch."),
-            "attention": self.attention.name,
-            "attention_reason": self.attention.reason,
-            "execution": "graphs" if self.attention.graphs else "eager",
-            "eos_token_id": self.eos_token_id,
-            "tokens": asdict(self.token_maker),
-        }
+        return (
+            self.options.model_dump()
+            | {
+                "shape": asdict(self.config),
+                "dtype": str(self.runner.model.dtype).removeprefix("torch."),
+                "quantization": self.runner.model.quantization,
+                "kv_cache_dtype": str(self.kv_cache_dtype).removeprefix("torch."),
+                "attention": self.attention.name,
+                "attention_reason": self.attention.reason,
+                "execution": "graphs" if self.attention.graphs else "eager",
+                "eos_token_id": self.eos_token_id,
+                "tokens": asdict(self.token_maker),
+            }
+            | ({} if isinstance(self.runner, ModelRunner) else {"kernels": self.runner.kernel_facts()})
+        )
 
     def close(self) -> None:
         """End the runner's thread."""
@@ -165,6 +169,11 @@ class LLM:
         """Capture the graphs of the steps, if they are graphs and that was not done; serving does so by itself."""
         if not isinstance(self.runner, ModelRunner):
             self.runner.capture()
+
+    def fill_cache(self, seed: int) -> None:
+        """Fill the KV pool with noise where steps are graphs: on a CPU it makes no difference what is read."""
+        if not isinstance(self.runner, ModelRunner):
+            self.runner.fill_cache(seed)
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]

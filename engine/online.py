@@ -130,6 +130,7 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
             batch = core.decide(clock())
             with _failing_as_step(batch):
                 launched.append((batch, executor.launch(batch)))
+            batch.launched_ns = clock()
             for seq in batch.aborted:
                 ended(seq)
         if core.must_commit:

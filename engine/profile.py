@@ -1,95 +1,160 @@
-"""Measures what steps of given shapes cost on this device, through the same Core and runner that serve."""
+"""Measures what steps cost on this device, through the same Core and runner that serve.
+
+Which steps: those of a design that fills the space of what traffic makes, not a grid. Each shape is run some steps in a
+row, as it would be in service: where steps are graphs, one step ahead, so that the device goes from one to the next
+and is as warm, and as hidden is the host, as under load.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from twinserve.engine.llm import LLM
+from twinserve.engine.online import StepHandle
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 
+MOST_PROMPTS = 16
+"""Prompts in a step of the design at most."""
+
+BACK_TO_BACK_NS = 100_000
+"""A step that starts so soon after the end of the one before it had to wait for that."""
+
+LEAST_CONTEXT = 64
+"""Where the design's contexts begin, on average over a step."""
+
 
 @dataclass(frozen=True, order=True)
 class StepShape:
-    """A step to measure: `decodes` sequences of about `context` tokens each decode one more, beside them a chunk of
-    `prompt` tokens of one sequence, of which `start` tokens were computed before."""
+    """A step to measure.
 
-    decodes: int
-    context: int
-    prompt: int = 0
-    start: int = 0
+    Attributes:
+        contexts: tokens of each sequence that decodes, the one that it computes included; 2 at least.
+        prompts: (start, tokens) of each prompt: tokens that an earlier request has left in the cache, a multiple of the
+            block size, and those that are computed.
+        shares: the prompts have those before them in common.
+    """
 
-    @property
-    def contexts(self) -> list[int]:
-        """Tokens of each decoding sequence: from half of `context` to one and a half times as many, as real batches
-        are uneven and an even one is cheaper to attend to."""
-        return [self.context // 2 + self.context * (2 * i + 1) // (2 * self.decodes) for i in range(self.decodes)]
+    contexts: tuple[int, ...] = ()
+    prompts: tuple[tuple[int, int], ...] = ()
+    shares: bool = False
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, those that the step generates included."""
-        return max([self.start + self.prompt + 1, *(context + 2 for context in self.contexts)])
+        """Tokens of the longest sequence, the one that a prompt generates included."""
+        return max((*self.contexts, *(start + length + 1 for start, length in self.prompts)))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the prompts compute."""
+        return sum(length for _, length in self.prompts)
 
     @property
     def kv_tokens(self) -> int:
         """KV tokens that the step holds."""
-        return sum(self.contexts) + self.decodes + self.start + self.prompt
+        return sum(self.contexts) + sum(map(sum, self.prompts))
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step that was run, what the device took for it and what the host took around that, in nanoseconds."""
+    """A step that was run, what the device took for it, and the host: before the decision, and from there on until it
+    was launched; in nanoseconds.
+
+    Attributes:
+        arrived: requests that came in since the decision before.
+    """
 
     batch: Batch
-    host_ns: int
+    arrived: int
+    bookkeeping_ns: int
+    launch_ns: int
     device_ns: int
 
 
-def shape_grid(max_seqs: int, max_context: int, max_prompt: int, block_size: int) -> list[StepShape]:
-    """Decodes by size and context; prompt chunks alone, behind earlier chunks, and beside decodes.
+def design(
+    count: int, *, max_seqs: int, max_context: int, max_prompt: int, block_size: int, pool_tokens: int, seed: int = 0
+) -> list[StepShape]:
+    """Shapes that fill the space of steps evenly, by a scrambled Sobol sequence.
+
+    Two of five are decodes alone, one of four prompts alone, the others both. Numbers of decodes, contexts and prompt
+    tokens are even in their logarithm; contexts within a step go from all alike to widely uneven. Of prompts, half
+    begin behind earlier tokens, so that there are pieces of all lengths behind contexts of all lengths, and a quarter
+    of those share them.
 
     Args:
+        count: shapes; a power of two fills best.
         max_seqs: the most decodes.
         max_context: the longest context.
         max_prompt: the most prompt tokens in a step.
-        block_size: a chunk behind earlier ones begins at a multiple of it.
+        block_size: a prompt behind earlier tokens begins at a multiple of it.
+        pool_tokens: contexts are cut to what the pool has room for.
+        seed: another seed, other shapes; the same, the same.
     """
-    sizes = _rising(1, max_seqs)
-    contexts = _rising(64, max_context * 2 // 3)[::2]
-    # Captured steps are padded to sizes like 256, 384 and 512; these lie between them as prompts do on average.
-    chunks = [*(chunk * 5 // 6 for chunk in _rising(8, max_prompt)[:-1]), max_prompt]
-    shapes = {StepShape(size, context) for size in sizes for context in contexts}
-    shapes |= {StepShape(0, 0, chunk) for chunk in chunks}
-    starts = [context // block_size * block_size for context in contexts[1:]]
-    shapes |= {StepShape(0, 0, chunk, start) for chunk in chunks[1::2] for start in starts}
-    beside = contexts[len(contexts) // 2]
-    shapes |= {StepShape(size, beside, chunk) for size in sizes[1::2] for chunk in chunks[::2]}
-    return sorted(shape for shape in shapes if shape.start + shape.prompt <= max_context or not shape.start)
+    from scipy.stats import qmc
+
+    points = qmc.Sobol(9, seed=seed).random(count)
+    shapes = []
+    for kind, rows, context, spread, number, tokens, behind, start, shares in points.tolist():
+        decodes = prompts = 0
+        if kind < 0.4 or kind >= 0.65:
+            decodes = _between(1, max_seqs, rows)
+        if kind >= 0.4:
+            prompts = _between(1, min(MOST_PROMPTS, max_prompt), number)
+        share = pool_tokens // 2
+        mean = min(_between(LEAST_CONTEXT, max_context, context), share // max(1, decodes))
+        contexts = [max(2, size) for size in _uneven(decodes, mean, 1.2 * spread, max_context)]
+        total = _between(prompts, max_prompt, tokens) if prompts else 0
+        lengths = _uneven(prompts, total // max(1, prompts), 1.2 * spread, max_context - 1)
+        room = min(max_context - 1 - max(lengths, default=0), share // max(1, prompts))
+        begin = (
+            _between(block_size, room, start) // block_size * block_size if behind < 0.5 and room > block_size else 0
+        )
+        starts = [begin * (place + 1) // prompts // block_size * block_size for place in range(prompts)]
+        shapes.append(
+            StepShape(tuple(contexts), tuple(zip(starts, _cut(lengths, max_prompt), strict=True)), shares < 0.25)
+        )
+    return shapes
 
 
-def _rising(first: int, last: int) -> list[int]:
-    """first, 2 first, 3 first, 4 first, 6 first, 8 first, 12 first, ... below `last`, and `last`."""
-    values = [first] if first < last else []
-    value = first * 2
-    while value < last:
-        values += [value] if value * 3 // 2 >= last else [value, value * 3 // 2]
-        value *= 2
-    return [*values, last]
+def _between(least: int, most: int, share: float) -> int:
+    """From the least to the most, even in the logarithm."""
+    return max(least, min(most, round(least * (most / least) ** share))) if most > least else least
+
+
+def _uneven(count: int, mean: int, spread: float, most: int) -> list[int]:
+    """So many numbers of about this mean, quantiles of a lognormal distribution."""
+    normal = NormalDist()
+    factors = [2.718281828 ** (spread * normal.inv_cdf((place + 0.5) / count)) for place in range(count)]
+    scale = mean * count / sum(factors) if count else 0.0
+    return [max(1, min(most, round(factor * scale))) for factor in factors][::-1]
+
+
+def _cut(lengths: list[int], most: int) -> list[int]:
+    """The numbers, smaller from the last one on where their sum is more than `most`."""
+    lengths = list(lengths)
+    place = len(lengths) - 1
+    while (beyond := sum(lengths) - most) > 0:
+        lengths[place] = max(1, lengths[place] - beyond)
+        place -= 1
+    return lengths
 
 
 def measure(
     llm: LLM, shapes: list[StepShape], *, repeats: int, seed: int = 0, progress: Callable[[], None] | None = None
 ) -> list[MeasuredStep]:
-    """Run each shape `repeats` times, all in random order, after a warm-up of each.
+    """Run each shape `repeats` steps in a row, after one that warms it up; the shapes in random order.
 
-    The sequences of a step are put in place without computing them: what their KV holds does not change its cost.
+    The sequences of a step are put in place without computing them. The pool is filled with noise before: keys and
+    values of zero would be read at less power, and so faster where power is what limits a device.
 
     Args:
-        progress: called after each step.
+        progress: called after each step that counts.
 
     Raises:
         InputError: a shape does not fit the model's context or the KV pool.
@@ -97,100 +162,128 @@ def measure(
     settings = llm.settings
     pool = (settings.num_gpu_blocks or 0) * settings.block_size
     for shape in shapes:
-        if shape.longest > (settings.max_model_len or shape.longest):
+        if shape.longest + repeats + 2 > (settings.max_model_len or shape.longest + repeats + 2):
             raise InputError(f"expected contexts below {settings.max_model_len}", field="shape", value=shape)
-        if shape.kv_tokens + 2 * (shape.decodes + 2) * settings.block_size > pool:
+        if _blocks_of(shape, repeats, settings.block_size) * settings.block_size > pool:
             raise InputError(f"expected at most the {pool} tokens of the KV pool", field="shape", value=shape)
     llm.capture()
-    order = [shape for shape in shapes for _ in range(repeats)]
+    llm.fill_cache(seed)
+    order = list(shapes)
     random.Random(seed).shuffle(order)
-    steps = []
-    for number, shape in enumerate([*shapes, *order]):
-        step = _measure_one(llm, shape)
-        if number >= len(shapes):
+    steps: list[MeasuredStep] = []
+    for shape in order:
+        for step in _steps_of(llm, shape, repeats):
             steps.append(step)
-        if progress is not None:
-            progress()
+            if progress is not None:
+                progress()
     return steps
 
 
-def _measure_one(llm: LLM, shape: StepShape) -> MeasuredStep:
-    """Put the sequences of a shape in place, then run its step for real.
+def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep]:
+    """Put the sequences of a shape in place, then run its steps for real; all but the first count.
 
-    Where steps are graphs, decodes have a step before it, which the device still runs when this one is launched. It
-    has brought the sequences to the device, and hides what a launch takes, as it does while requests are served.
+    Decodes go on from step to step; each step brings prompts of its own, which have left once it is known.
     """
-    core = _core_for(llm, shape)
     texts = _Texts(llm)
-    step_before = llm.attention.graphs and shape.decodes > 0
-    for context in shape.contexts:
-        core.ingest(texts.sequence(context - step_before, max_tokens=3 + step_before), 0)
-    _pretend(core)
-    late = None
-    if shape.prompt:
-        prefix = texts.tokens(shape.start)
-        if prefix:
-            # A first request leaves its blocks in the prefix cache, so that the measured one starts behind them.
-            core.ingest(Sequence(prefix, SamplingParams(max_tokens=1, ignore_eos=True), seq_id=-1), 0)
-            _pretend(core)
-        tokens = prefix + texts.tokens(shape.prompt)
-        late = Sequence(tokens, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), seq_id=-2)
-    before = llm.runner.launch(core.decide(0)) if step_before else None
-    begun = time.perf_counter_ns()
-    if late is not None:
-        core.ingest(late, 0)
-    batch = core.decide(0)
-    step = llm.runner.launch(batch)
-    if before is not None:
-        launched = time.perf_counter_ns()
-        token_ids = before.result()
-        waited_ns = time.perf_counter_ns() - launched
-        core.commit(token_ids, 0)
-        host_ns = time.perf_counter_ns() - begun - waited_ns
-        core.commit(step.result(), 0)
-    else:
-        core.commit(step.result(), 0)
-        host_ns = time.perf_counter_ns() - begun - (step.end_ns - step.start_ns)
-    _check(batch, shape)
-    return MeasuredStep(batch, host_ns, step.end_ns - step.start_ns)
+    core = _core_for(llm, shape, repeats)
+    _put_in_place(core, texts, shape, repeats)
+    coming = [texts.prompts(shape) for _ in range(repeats + 1)]
+    depth = core.pipeline_depth
+    in_flight: deque[tuple[Batch, StepHandle, int, int]] = deque()
+    free = time.perf_counter_ns()
+    ended = 0
+    for number in range(repeats + 1 + depth):
+        if number <= repeats:
+            for seq in coming[number]:
+                core.ingest(seq, 0)
+            decided = time.perf_counter_ns()
+            batch = core.decide(0)
+            handle = llm.runner.launch(batch)
+            launched = time.perf_counter_ns()
+            _check(batch, shape, number)
+            in_flight.append((batch, handle, decided - free, launched - decided))
+            free = launched
+        if number >= depth:
+            batch, handle, bookkeeping_ns, launch_ns = in_flight.popleft()
+            token_ids = handle.result()
+            if not depth:  # the host waits until the step has begun, and for as long as it runs
+                launch_ns = max(launch_ns, handle.start_ns - decided)
+            free = max(free, handle.end_ns)
+            core.commit(token_ids, 0)
+            follows = 0 <= handle.start_ns - ended < BACK_TO_BACK_NS
+            device_ns = handle.end_ns - (ended if follows else handle.start_ns)
+            ended = handle.end_ns
+            if number > depth:
+                yield MeasuredStep(batch, len(shape.prompts), bookkeeping_ns, launch_ns, device_ns)
 
 
-def _core_for(llm: LLM, shape: StepShape) -> Core:
+def _blocks_of(shape: StepShape, repeats: int, size: int) -> int:
+    """Blocks that hold a shape's sequences while its steps are run, those of three steps' prompts among them."""
+    decodes = sum(-(-(context + repeats + 2) // size) for context in shape.contexts)
+    prompts = sum(-(-length // size) + 1 for _, length in shape.prompts)
+    starts = [start // size for start, _ in shape.prompts]
+    return decodes + 3 * prompts + (max(starts) if shape.shares and starts else sum(starts)) + 2
+
+
+def _core_for(llm: LLM, shape: StepShape, repeats: int) -> Core:
     """Policies that put a shape in place in one step."""
+    most = len(shape.contexts) + 3 * len(shape.prompts) + 2
     return Settings(
-        max_num_seqs=shape.decodes + 2,
-        max_num_batched_tokens=shape.kv_tokens + shape.decodes + 2,
+        max_num_seqs=most,
+        max_num_batched_tokens=shape.kv_tokens + most,
         max_model_len=llm.settings.max_model_len,
         block_size=llm.settings.block_size,
         # No more blocks than the shape needs: making the policies' pool would cost more than the step.
-        num_gpu_blocks=shape.kv_tokens // llm.settings.block_size + 2 * (shape.decodes + 2),
+        num_gpu_blocks=_blocks_of(shape, repeats, llm.settings.block_size),
         pipeline_depth=int(llm.attention.graphs),
     ).build_core()
 
 
 class _Texts:
-    """Makes prompts that share nothing."""
+    """Makes prompts that share nothing but what they are to share."""
 
     def __init__(self, llm: LLM):
         self._maker = llm.token_maker
         self._rng = random.Random(0)
+        self._before: dict[int, list[int]] = {}
 
     def tokens(self, count: int) -> list[int]:
-        return [self._rng.randrange(self._maker.first_id, self._maker.vocab_size) for _ in range(count)]
+        """So many tokens that nobody else has."""
+        return self._rng.choices(range(self._maker.first_id, self._maker.vocab_size), k=count)
 
-    def sequence(self, count: int, max_tokens: int) -> Sequence:
-        return Sequence(self.tokens(count), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+    def sequence(self, token_ids: list[int], max_tokens: int) -> Sequence:
+        """A request."""
+        return Sequence(token_ids, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+
+    def before(self, shape: StepShape) -> list[list[int]]:
+        """What the prompts of a shape begin behind, that of each or, where they share it, the longest."""
+        starts = [start for start, _ in shape.prompts]
+        for place, start in enumerate([max(starts, default=0)] if shape.shares else starts):
+            self._before.setdefault(place, self.tokens(start))
+        return [tokens for tokens in self._before.values() if tokens]
+
+    def prompts(self, shape: StepShape) -> list[Sequence]:
+        """The prompts of one more step."""
+        self.before(shape)
+        return [
+            self.sequence(self._before[0 if shape.shares else place][:start] + self.tokens(length), 1)
+            for place, (start, length) in enumerate(shape.prompts)
+        ]
 
 
-def _pretend(core: Core) -> None:
-    """Decide and commit a step that is never run."""
-    if core.can_decide:
+def _put_in_place(core: Core, texts: _Texts, shape: StepShape, repeats: int) -> None:
+    """Let the decodes of a shape have their contexts, and the cache what its prompts begin behind."""
+    for context in shape.contexts:
+        core.ingest(texts.sequence(texts.tokens(context - 1), repeats + 4), 0)
+    for tokens in texts.before(shape):
+        core.ingest(texts.sequence(tokens, 1), 0)
+    while core.can_decide and any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in core.sequences.values()):
         batch = core.decide(0)
         core.commit([0] * batch.num_sampled, 0)
 
 
-def _check(batch: Batch, shape: StepShape) -> None:
+def _check(batch: Batch, shape: StepShape, number: int) -> None:
     """The step was of the shape that was asked for."""
     decided = (batch.num_decode_tokens, batch.num_prompt_tokens, batch.num_kv_tokens)
-    wanted = (shape.decodes, shape.prompt, shape.kv_tokens)
+    wanted = (len(shape.contexts), shape.prompt_tokens, shape.kv_tokens + number * len(shape.contexts))
     assert decided == wanted, f"decided (decodes, prompt, KV tokens) {decided}, wanted {wanted}"

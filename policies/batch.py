@@ -43,7 +43,8 @@ class Batch:
         num_attention_pairs: each query counted against each key that it attends.
         is_ahead: it was decided while the step before was in flight.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
-        decision, seen, committed, decided_ns, start_ns, end_ns: facts, written by Core and by the executor.
+        decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core, by the loop around
+            it, and by the executor.
     """
 
     def __init__(self, usual_tokens: int) -> None:
@@ -64,6 +65,7 @@ class Batch:
         self.is_ahead = False
         self.decision = self.committed = -1
         self.seen = self.decided_ns = 0
+        self.launched_ns: int | None = None
         self.start_ns: int | None = None
         self.end_ns: int | None = None
 

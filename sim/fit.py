@@ -1,4 +1,4 @@
-"""FittedLatency: step costs linear in a few physical features, fitted from measured steps."""
+"""FittedLatency: step costs linear in what the kernels of a step do, fitted from measured steps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinserve.settings.errors import InputError
+from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.roofline import RooflineLatency, device_of
+from twinserve.sim.shapes import ModelShape
 
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA = "twinserve-latency/1"
+SCHEMA = "twinserve-latency/2"
+FIRST_SCHEMA = "twinserve-latency/1"
+"""Files without `kernels`: their steps are not padded, and they have no floor."""
+
 REGIMES = ("decode", "prompt", "eager")
 PARTS = ("host", "device", "lead")
-RANGE_FIELDS = ("seqs", "prompt_tokens", "decode_tokens", "kv_tokens")
 FOLDS = 5
 DRIFT_NS = 250_000_000
 REWEIGHTINGS = 4
+
+GROWING = ("kv_tokens", "attention_pairs", "longest_decode", "longest_prompt")
+"""Features that grow while a step is repeated."""
+
+WATCHED = ("seqs", "prompt_tokens", "decode_tokens", "sampled", "num_prompts", "arrived", "left", *GROWING)
+"""Features that cost something, whose range is kept."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class StepSample:
 
     Attributes:
         host_ns, device_ns, lead_ns: as in StepCost.
-        launch_ns: the part of host_ns that the launch takes; the rest is bookkeeping.
+        launch_ns, bookkeeping_ns: the parts of host_ns, the launch and the rest; where the rest is not known, host_ns
+            is the launch alone.
     """
 
     features: StepFeatures
@@ -41,6 +53,14 @@ class StepSample:
     device_ns: int | None
     lead_ns: int | None = None
     launch_ns: int | None = None
+    bookkeeping_ns: int | None = None
+
+
+Shapes = dict[StepFeatures, list[int]]
+"""What steps of equal features cost, in one of their parts."""
+
+Row = Callable[[StepFeatures], Seq[float]]
+"""What coefficients are on."""
 
 
 def regime_of(features: StepFeatures, captured_tokens: int | None = None) -> str:
@@ -76,14 +96,47 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
     return knots + ordered[-1:] if len(ordered) > 1 else [knots[0], knots[0] + 1]
 
 
-def design_row(features: StepFeatures, part: str, knots: Seq[int]) -> list[float]:
-    """The features that a cost is linear in; `coefficient_names` names them."""
-    if part == "lead":
-        return [1.0]
-    if part == "host":
-        return [1.0, features.seqs, features.tokens, features.arrived, features.left]
-    pairs = features.attention_pairs if features.prompt_tokens else 0
-    return [1.0, features.kv_tokens, pairs, features.seqs, features.sampled, *ramps(features.tokens, knots)]
+GROWN = ("kv_token", "attention_pair", "decode_kv_token", "decode_span_block", "prompt_tile_token", "prompt_token")
+"""Coefficients of the device on what grows while a step is repeated; see `grown`."""
+
+STEADY = ("constant", "seq", "sampled", "prompt", "prompt_tile")
+"""Coefficients of the device on what does not, but for the ramps over its tokens; see `steady`."""
+
+FITTED = ("constant", "sampled", "prompt", "prompt_tile", *GROWN[2:])
+"""Coefficients of the device that a fit gives; files of the first schema have the others."""
+
+HOST = ("constant", "seq", "token", "arrived", "left")
+"""Coefficients of the host."""
+
+
+def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
+    """What GROWN are coefficients on; columns where the features have columns.
+
+    All contexts; query-key pairs; what decodes read; the blocks of the longest span of those; the context before the
+    end of each tile of a prompt; the longest context of a prompt.
+    """
+    decodes, prompts = features.decode_tokens, features.prompts
+    padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
+    return (
+        features.kv_tokens,
+        features.attention_pairs if features.prompt_tokens else 0,
+        kernels.read_tokens(decodes, features.decode_kv_tokens),
+        kernels.blocks(padded, features.longest_decode) if decodes else 0,
+        kernels.tiles(prompts)[1],
+        features.longest_prompt,
+    )
+
+
+def steady(features: StepFeatures, kernels: Kernels) -> tuple[float, ...]:
+    """What STEADY are coefficients on, and behind it the tokens that are computed, padding included."""
+    num_prompts = len(features.prompts)
+    _, tokens, sampled = kernels.padded(features.decode_tokens, features.prompt_tokens, num_prompts, features.sampled)
+    return 1.0, features.seqs, sampled, num_prompts, kernels.tiles(features.prompts)[0], tokens
+
+
+def host_row(features: StepFeatures) -> list[float]:
+    """What HOST are coefficients on."""
+    return [1.0, features.seqs, features.tokens, features.arrived, features.left]
 
 
 def coefficient_names(part: str, knots: Seq[int]) -> list[str]:
@@ -91,8 +144,8 @@ def coefficient_names(part: str, knots: Seq[int]) -> list[str]:
     if part == "lead":
         return ["constant"]
     if part == "host":
-        return ["constant", "seq", "token", "arrived", "left"]
-    return ["constant", "kv_token", "attention_pair", "seq", "sampled", *(f"tokens_to_{knot}" for knot in knots[1:])]
+        return list(HOST)
+    return [*STEADY, *GROWN, *(f"tokens_to_{knot}" for knot in knots[1:])]
 
 
 @dataclass
@@ -100,8 +153,10 @@ class FittedLatency:
     """Costs from a latency file.
 
     Attributes:
-        data: the file's content (schema "twinserve-latency/1"). `captured_tokens`, where it is there, is the most
-            tokens of a step that is launched as a captured graph; a part or a coefficient that is absent costs nothing.
+        data: the file's content (schema "twinserve-latency/2" or 1). `captured_tokens`, where it is there, is the most
+            tokens of a step that is launched as a captured graph; `kernels`, how steps are padded and cut; a part or a
+            coefficient that is absent costs nothing.
+        kernels: of `data`.
         num_outside: steps made beyond the range that was measured (see `watch`).
         worst_excess: the largest ratio of a feature to the end of its range among them.
     """
@@ -110,11 +165,14 @@ class FittedLatency:
     num_outside: int = 0
     worst_excess: float = 1.0
     _terms: dict[tuple[str, str], tuple[list[int], list[float]]] = field(default_factory=dict)
-    _latest: tuple[tuple, tuple[int, float, int, float, float]] = ((), (0, 0.0, 0, 0.0, 0.0))
+    _prices: dict[str, list[float]] = field(default_factory=dict)
+    _latest: tuple[tuple, tuple[int, float, int]] = ((), (0, 0.0, 0))
 
     def __post_init__(self) -> None:
         self._captured_tokens: int | None = self.data.get("captured_tokens")
         self._drift: list[float] = self.data.get("drift", [])
+        self.kernels = Kernels.load(self.data.get("kernels", {}))
+        self._floor = floor_of(self.data["about"]) if self.data.get("schema") == SCHEMA else None
         for regime in REGIMES[: 2 if self._captured_tokens is None else 3]:
             for part in PARTS:
                 fitted = self.data["regimes"][regime].get(part)
@@ -123,6 +181,8 @@ class FittedLatency:
                 if fitted is not None:
                     knots, ns = fitted["knots"], fitted["ns"]
                     self._terms[regime, part] = knots, [ns.get(name, 0.0) for name in coefficient_names(part, knots)]
+                    if part == "device":
+                        self._prices[regime] = [ns.get(name, 0.0) for name in GROWN]
 
     @property
     def identity(self) -> str:
@@ -161,60 +221,77 @@ class FittedLatency:
         return FittedLatency(self.data | {"captured_tokens": captured_tokens})
 
     def step_cost(self, features: StepFeatures) -> StepCost:
-        """What a step with these features costs."""
+        """What a step with these features costs; on the device no less than it must (see `floor_of`)."""
         regime = regime_of(features, self._captured_tokens)
-        host, device, lead, kv_token_ns, pair_ns = self._parts_of(regime, features)
-        device_ns = round(device + (features.kv_tokens * kv_token_ns + features.attention_pairs * pair_ns))
+        host, _, lead = self._steady(regime, features)
         if self._drift:
             level = self._drift[features.decided_ns // DRIFT_NS % len(self._drift)]
             host, lead = round(host * level), round(lead * level)
+        device_ns = round(self._device(regime, features))
+        if self._floor is not None:
+            device_ns = max(device_ns, self._floor.step_cost(features)[1])
         return StepCost(host, device_ns, lead)
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray] | None:
+    def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
         """See RepeatedCosts; None where the host drifts, or a step begins before it is launched."""
         import numpy as np
 
-        first = features.repeated(1, num_new_pairs, 0)
+        first = features.repeated(1, 0)
         regime = regime_of(first, self._captured_tokens)
-        host, device, lead, kv_token_ns, pair_ns = self._parts_of(regime, first)
+        host, _, lead = self._steady(regime, first)
         if self._drift or lead:
             return None
-        numbers = np.arange(count)
-        kv_tokens = first.kv_tokens + features.tokens * numbers
-        pairs = first.attention_pairs + num_new_pairs * numbers
-        return host, np.rint(device + (kv_tokens * kv_token_ns + pairs * pair_ns)).astype(np.int64)
+        columns = features.repeated(np.arange(1, count + 1), 0)  # type: ignore[arg-type]
+        devices_ns = np.full(count, np.rint(self._device(regime, columns))).astype(np.int64)
+        if self._floor is not None:
+            np.maximum(devices_ns, self._floor.repeated_costs(features, count)[1], out=devices_ns)
+        return host, devices_ns
 
-    def _parts_of(self, regime: str, features: StepFeatures) -> tuple[int, float, int, float, float]:
-        """Nanoseconds: of the host; of the device, whatever the contexts; of the lead; of a context token, and of a
-        query-key pair."""
-        short = features._replace(decision=0, kv_tokens=0, attention_pairs=0, decided_ns=0)
-        known, parts = self._latest
-        if short != known:
-            host, device, lead = (self._cost(regime, part, short) for part in PARTS)
-            _, kv_token_ns, pair_ns = self._terms[regime, "device"][1][:3]
-            parts = round(host), device, round(lead), kv_token_ns, pair_ns if features.prompt_tokens else 0.0
-            self._latest = short, parts
-        return parts
+    def _device(self, regime: str, features: StepFeatures) -> Any:
+        """Nanoseconds on the device, of a step or, where the features have columns, of several."""
+        _, device, _ = self._steady(regime, features)
+        prices = self._prices[regime]
+        return device + sum(ns * x for ns, x in zip(prices, grown(features, self.kernels), strict=True) if ns)
 
-    def _cost(self, regime: str, part: str, features: StepFeatures) -> float:
-        if (regime, part) not in self._terms:
-            return 0.0
-        knots, coefficients = self._terms[regime, part]
-        row = design_row(features, part, knots)
-        return sum(x * ns for x, ns in zip(row, coefficients, strict=True))
+    def _steady(self, regime: str, features: StepFeatures) -> tuple[int, float, int]:
+        """Nanoseconds, whatever the contexts: of the host, of the device, and of the lead."""
+        key = features[1:4], features[6:9], tuple(length for _, length in features.prompts)
+        if key != self._latest[0]:
+            values = steady(features, self.kernels)
+            knots, ns = self._terms[regime, "device"]
+            row = [*values[:-1], *(0.0 for _ in GROWN), *ramps(values[-1], knots)]
+            device = sum(x * price for x, price in zip(row, ns, strict=True))
+            _, prices = self._terms[regime, "host"]
+            host = sum(x * price for x, price in zip(host_row(features), prices, strict=True))
+            lead = self._terms.get((regime, "lead"), ([], [0.0]))[1][0]
+            self._latest = key, (round(host), device, round(lead))
+        return self._latest[1]
 
     def watch(self, features: StepFeatures, count: int = 1) -> None:
         """Note that steps were made, as far as they lie beyond what was measured: one with these features, and those
         that repeat it, whose contexts have each row's tokens more from step to step."""
         tops = self.data["range"][regime_of(features, self._captured_tokens)]
-        excess = max(getattr(features, name) / max(1, top) for name, (_, top) in tops.items() if name != "kv_tokens")
-        top = max(1, tops["kv_tokens"][1])
-        last = features.kv_tokens + (count - 1) * features.tokens
-        longest = max(excess, last / top)
-        if longest > 1.0:
-            within = 0 if excess > 1.0 else max(0, (top - features.kv_tokens) // features.tokens + 1)
-            self.num_outside += count - within
-            self.worst_excess = max(self.worst_excess, longest)
+        first = watched(features)
+        last = first if count == 1 else first | watched(features.repeated(count - 1, 0))
+        excess = max(value / max(1, tops[name][1]) for name, value in last.items() if name in tops)
+        if excess <= 1.0:
+            return
+        self.worst_excess = max(self.worst_excess, excess)
+        within = count
+        for name, value in first.items():
+            if name in tops and last[name] > (top := max(1, tops[name][1])):
+                within = min(within, self._within(features, name, top, count) if value <= top else 0)
+        self.num_outside += count - within
+
+    @staticmethod
+    def _within(features: StepFeatures, name: str, top: int, count: int) -> int:
+        """How many of the steps, of which the first is within the range of a feature and the last is not, are."""
+        low, high = 1, count - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            is_within = watched(features.repeated(middle - 1, 0))[name] <= top
+            low, high = (middle, high) if is_within else (low, middle - 1)
+        return low
 
     @classmethod
     def load(cls, path: Path) -> FittedLatency:
@@ -230,8 +307,8 @@ class FittedLatency:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"expected JSON: {error}", path=path) from error
         found = data.get("schema") if isinstance(data, dict) else None
-        if found != SCHEMA:
-            raise InputError(f"expected {SCHEMA!r}", path=path, field="schema", value=found)
+        if found not in (SCHEMA, FIRST_SCHEMA):
+            raise InputError(f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}", path=path, field="schema", value=found)
         try:
             return cls(data)
         except (KeyError, TypeError, AttributeError) as error:
@@ -246,138 +323,265 @@ class FittedLatency:
             file.write("\n")
 
 
+def watched(features: StepFeatures) -> dict[str, int]:
+    """The features that cost something, by name."""
+    return {name: len(features.prompts) if name == "num_prompts" else getattr(features, name) for name in WATCHED}
+
+
+def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
+    """What a step must take at the least, where the model and the device are known: their roofline at its full peaks.
+
+    None for weights or KV of other than two bytes, and for devices without data.
+    """
+    shape, device = about.get("shape"), device_of(str(about.get("device")))
+    types = {about.get("dtype"), about.get("kv_cache_dtype")}
+    if shape is None or device is None or about.get("quantization") != "none" or types != {"bfloat16"}:
+        return None
+    return RooflineLatency(
+        ModelShape.of_facts(str(about.get("model")), shape), replace(device, bandwidth_share=1.0, flops_share=1.0)
+    )
+
+
 def fit(
-    samples: list[StepSample], about: dict[str, Any], captured_tokens: int | None = None, *, holds_out: bool = True
+    samples: list[StepSample],
+    about: dict[str, Any],
+    captured_tokens: int | None = None,
+    kernels: Kernels | None = None,
+    *,
+    holds_out: bool = True,
 ) -> FittedLatency:
-    """Fit what steps cost in each regime, non-negative, on relative error.
+    """Fit what steps cost, non-negative, on relative error.
 
     Coefficients come from non-negative least squares. A row is divided by the cost that the fit before it gave, which
     makes errors relative and sums right: dividing by the measured cost would pull the fit to the cheap steps.
     Residuals are those of shapes held out of the fit (5 folds over shapes) and say how well the model predicts what it
     has not seen.
 
+    On the device decodes and prompts share their coefficients, as they share their kernels, but for the constant: so
+    prompts say what decodes of as many rows cost, and the other way round. Where some steps are captured and others
+    are not, as with `captured_tokens`, each regime has its own, as the host's are in any case.
+
     Args:
         samples: measured steps; None where a part was not seen.
         about: what was measured, where and with what; copied into the file.
         captured_tokens: the most tokens of a step that is launched as a captured graph; None where none is.
+        kernels: how the engine pads and cuts steps; None where it does not.
         holds_out: work out the residuals too.
 
     Raises:
         ValueError: a regime has fewer than 2 shapes.
     """
+    kernels = kernels or Kernels()
     data: dict[str, Any] = {"schema": SCHEMA, "about": about, "regimes": {}, "residuals": {}, "range": {}}
     if captured_tokens is not None:
         data["captured_tokens"] = captured_tokens
+    if kernels != Kernels():
+        data["kernels"] = kernels.as_dict()
+    regimes = REGIMES[: 2 if captured_tokens is None else 3]
+    by_regime = {
+        regime: [sample for sample in samples if regime_of(sample.features, captured_tokens) == regime]
+        for regime in regimes
+    }
+    for regime, mine in by_regime.items():
+        if (count := len(_by_shape(mine, "device"))) < 2:
+            raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
+    devices, errors = _fit_devices(by_regime, kernels, holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
-    for regime in REGIMES[: 2 if captured_tokens is None else 3]:
-        mine = [sample for sample in samples if regime_of(sample.features, captured_tokens) == regime]
-        fitted, residuals = {}, {}
-        for part in PARTS:
-            shapes = _by_shape(mine, part)
-            if part == "lead" and not shapes:
-                continue
-            if len(shapes) < 2:
-                raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
-            if part == "host" and bookkeeping:
-                solve = partial(_solve_host, bookkeeping, _by_shape(mine, "launch"), regime)
-            else:
-                solve = partial(_solve, part=part)
-            knots, coefficients = solve(shapes)
-            names = coefficient_names(part, knots)
-            fitted[part] = {"knots": knots, "ns": dict(zip(names, coefficients, strict=True))}
-            if holds_out:
-                residuals[part] = _held_out_errors(shapes, part, solve)
-        data["regimes"][regime] = fitted
+    for regime, mine in by_regime.items():
+        others, residuals = _fit_host(regime, mine, bookkeeping, holds_out)
+        data["regimes"][regime] = {"device": devices[regime]} | others
         features = {sample.features for sample in mine}
+        residuals |= {"device": errors[regime]} if holds_out else {}
         data["residuals"][regime] = residuals | {"shapes": len(features), "samples": len(mine)}
+        columns = [watched(shape) for shape in features]
         data["range"][regime] = {
-            name: [min(values), max(values)]
-            for name in RANGE_FIELDS
-            if (values := [getattr(shape, name) for shape in features])
+            name: [min(values), max(values)] for name in WATCHED if (values := [column[name] for column in columns])
         }
     return FittedLatency(data)
 
 
-Shapes = dict[StepFeatures, list[int]]
-"""What steps of equal features cost, in one of their parts."""
+def _fit_host(
+    regime: str, samples: list[StepSample], bookkeeping: Shapes, holds_out: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Knots and coefficients of the host, and of the lead if there is one; where `holds_out`, the errors of both."""
+    fitted: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    for part, row_of in (("host", host_row), ("lead", _one)):
+        shapes = _by_shape(samples, part)
+        if part == "lead" and not shapes:
+            continue
+        solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=row_of)
+        if part == "host" and bookkeeping:
+            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime)
+        elif len(shapes) < 2:
+            raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
+        fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
+        if holds_out and len(shapes) >= FOLDS:
+            errors[part] = _errors(_held_out(shapes, solve, row_of))
+    return fitted, errors
 
-Solution = tuple[list[int], list[float]]
-"""Knots and coefficients."""
+
+def _fit_devices(
+    by_regime: dict[str, list[StepSample]], kernels: Kernels, holds_out: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By regime, knots and coefficients of the device, and where `holds_out`, the errors on shapes held out."""
+    fitted: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    regimes = list(by_regime)
+    for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
+        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels)
+        names = coefficient_names("device", devices.knots)
+        for regime, prices in devices.solve().items():
+            ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
+            fitted[regime] = {"knots": devices.knots, "ns": ns}
+        errors |= devices.held_out_errors() if holds_out else {}
+    return fitted, errors
 
 
 def _by_shape(samples: list[StepSample], part: str) -> Shapes:
+    """What was measured of a part, by the features that it depends on."""
     shapes: Shapes = defaultdict(list)
     for sample in samples:
-        if part == "bookkeeping":
-            known = sample.host_ns is not None and sample.launch_ns is not None
-            cost = sample.host_ns - sample.launch_ns if known else None  # type: ignore[operator]
-        else:
-            cost = getattr(sample, f"{part}_ns")
-        if cost is not None:
-            shapes[sample.features._replace(decision=0, decided_ns=0)].append(cost)
+        features, cost = sample.features._replace(decision=0, decided_ns=0), getattr(sample, f"{part}_ns")
+        if cost is not None and part == "device":
+            shapes[features._replace(arrived=0, left=0)].append(cost)
+        elif cost is not None:
+            shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=())].append(cost)
     return dict(shapes)
 
 
-def _solve(shapes: Shapes, part: str) -> Solution:
-    """Knots and coefficients for one part of one regime."""
-    knots = choose_knots([features.tokens for features in shapes])
-    return knots, _least_squares(shapes, lambda features: design_row(features, part, knots))
+def _one(features: StepFeatures) -> list[float]:
+    return [1.0]
 
 
-def _solve_host(bookkeeping: Shapes, launches: Shapes, regime: str, shapes: Shapes) -> Solution:
-    """The host's coefficients where launches were measured, from those of `shapes` alone.
+class _Devices:
+    """The shapes of all regimes, for a fit in which they share all but the constant.
+
+    Attributes:
+        knots: of the ramps over the padded tokens.
+    """
+
+    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels):
+        import numpy as np
+
+        self._regimes = list(shapes)
+        ordered = [
+            (number, features, costs)
+            for number, mine in enumerate(shapes.values())
+            for features, costs in sorted(mine.items())
+        ]
+        values = [(*steady(features, kernels), *grown(features, kernels)) for _, features, _ in ordered]
+        width = len(STEADY)
+        self.knots = choose_knots([int(row[width]) for row in values])
+        self._of = np.array([number for number, _, _ in ordered])
+        self._rows = np.array([
+            [*row[:width], *row[width + 1 :], *ramps(row[width], self.knots)] for row in values
+        ])  # fmt: skip
+        # A constant for each regime, of which the first stands for all, stands where the common one did.
+        self._names = coefficient_names("device", self.knots)
+        unused = [name not in FITTED and not name.startswith("tokens_to_") for name in self._names]
+        self._rows[:, unused] = 0.0
+        apart = self._of[:, None] == np.arange(1, len(self._regimes))
+        self._rows = np.concatenate((self._rows, apart.astype(float)), axis=1)
+        self._counts = np.array([len(costs) for _, _, costs in ordered])
+        self._means = np.array([sum(costs) / len(costs) for _, _, costs in ordered])
+
+    def solve(self) -> dict[str, list[float]]:
+        """The coefficients of each regime."""
+        common = least_squares(self._rows, self._means, self._counts)
+        width = len(self._names)
+        extra = [0.0, *common[width:]]
+        return {regime: [common[0] + extra[number], *common[1:width]] for number, regime in enumerate(self._regimes)}
+
+    def held_out_errors(self) -> dict[str, dict[str, float]]:
+        """By regime, the errors on shapes that were held out."""
+        import numpy as np
+
+        predicted = np.zeros(len(self._means))
+        for fold in range(FOLDS):
+            held_out = np.arange(len(predicted)) % FOLDS == fold
+            if held_out.all() or not held_out.any():
+                continue
+            kept = ~held_out
+            coefficients = least_squares(self._rows[kept], self._means[kept], self._counts[kept])
+            predicted[held_out] = self._rows[held_out] @ coefficients
+        return {
+            regime: _errors((predicted[self._of == number], self._means[self._of == number]))
+            for number, regime in enumerate(self._regimes)
+        }
+
+
+def _solve(shapes: Shapes, row_of: Row) -> list[float]:
+    """The coefficients of one part of one regime."""
+    import numpy as np
+
+    rows = np.array([row_of(features) for features in shapes], dtype=float)
+    counts = np.array([len(costs) for costs in shapes.values()])
+    return least_squares(rows, np.array([sum(costs) / len(costs) for costs in shapes.values()]), counts)
+
+
+def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
+    """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
     Bookkeeping costs the same whatever the regime. What a launch takes is a constant, and for a captured decode step a
     constant and a cost a row: a host that happens to be slow lets the queue grow, so that over a run slow launches go
-    with many rows and tokens, though neither makes them slow.
+    with many rows and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device
+    was busy for longer, in every step there was.
     """
-    kept = {
-        features: costs for features, costs in bookkeeping.items() if features in shapes or features not in launches
-    }
-    coefficients = _least_squares(kept, lambda features: design_row(features, "host", []))
+    kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
+    coefficients = _solve(kept, host_row)
     width = 2 if regime == "decode" else 1
-    measured = {features: costs for features, costs in launches.items() if features in shapes}
-    for index, ns in enumerate(_least_squares(measured, lambda features: design_row(features, "host", [])[:width])):
-        coefficients[index] += ns
-    return [], coefficients
+    if launched := {features: costs for features, costs in launches.items() if features in shapes}:
+        for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
+            coefficients[index] += ns
+    return coefficients
 
 
-def _least_squares(shapes: Shapes, row_of: Callable[[StepFeatures], list[float]]) -> list[float]:
-    """Non-negative coefficients by relative error."""
+def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
+    """Non-negative coefficients by relative error.
+
+    Args:
+        rows: [shapes, coefficients]
+        means, counts: [shapes]: what each cost on average, and how often it was measured.
+    """
     import numpy as np
     from scipy.optimize import nnls
 
-    rows = np.array([row_of(features) for features in shapes])
-    counts = np.array([len(costs) for costs in shapes.values()])
-    means = np.array([sum(costs) / len(costs) for costs in shapes.values()])
     norms = np.where((size := np.linalg.norm(rows, axis=0)) > 0, size, 1.0)
     floor = max(1.0, float(means.mean()) / 100)
     scale = np.maximum(means, max(1.0, float(means.mean())))
+    width = rows.shape[1]
     solution = norms
     for _ in range(REWEIGHTINGS):
         weight = np.sqrt(counts) / scale
-        solution = nnls(rows / norms * weight[:, None], means * weight)[0] / norms
+        # The triangle of a QR factorisation has the same least squares in as many rows as there are coefficients.
+        triangle = np.linalg.qr(np.column_stack((rows / norms, means)) * weight[:, None]).R
+        solution = nnls(triangle[:, :width], triangle[:, width], maxiter=100 * width)[0] / norms
         scale = np.maximum(rows @ solution, floor)
     return [float(f"{value:.6g}") for value in solution]
 
 
-def _held_out_errors(shapes: Shapes, part: str, solve: Callable[[Shapes], Solution]) -> dict[str, float]:
-    """Relative errors on the means of held-out shapes; `total` is that of their sum."""
+def _held_out(shapes: Shapes, solve: Callable[[Shapes], list[float]], row_of: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and measured, of shapes that were held out."""
     import numpy as np
 
-    order = sorted(shapes, key=lambda f: (f.tokens, f.kv_tokens, f.attention_pairs, f.seqs, f.arrived, f.left))
+    order = sorted(shapes)
     pairs: list[tuple[float, float]] = []
     for fold in range(FOLDS):
-        held_out = order[fold::FOLDS]
         training = {features: shapes[features] for number, features in enumerate(order) if number % FOLDS != fold}
-        if not held_out or not training:
-            continue
-        knots, coefficients = solve(training)
-        for features in held_out:
-            costs = shapes[features]
-            mean = max(1.0, sum(costs) / len(costs))
-            pairs.append((float(np.dot(design_row(features, part, knots), coefficients)), mean))
+        coefficients = solve(training)
+        for features in order[fold::FOLDS]:
+            pairs.append((float(np.dot(row_of(features), coefficients)), sum(shapes[features]) / len(shapes[features])))
     predicted, measured = np.array(pairs).T
+    return predicted, measured
+
+
+def _errors(pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Relative errors of what was predicted against what was measured; `total` is that of their sum."""
+    import numpy as np
+
+    predicted, measured = pairs
+    measured = np.maximum(measured, 1.0)
     errors = predicted / measured - 1.0
     size = np.abs(errors)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ class StepFeatures(NamedTuple):
         arrived: requests that came in since the decision before.
         left: sequences that ended since the decision before.
         decided_ns: when the step was decided.
+        longest_decode: the longest context among the rows of `decode_tokens`, after the step.
+        prompts: (start, length) of each row of `prompt_tokens`: the position of its first token and its tokens.
     """
 
     decision: int
@@ -36,10 +39,19 @@ class StepFeatures(NamedTuple):
     arrived: int = 0
     left: int = 0
     decided_ns: int = 0
+    longest_decode: int = 0
+    prompts: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
+        prompts: tuple[tuple[int, int], ...] = ()
+        decode_starts: Iterable[int] = batch.starts
+        if batch.prompts:
+            inside = set(batch.prompts)
+            rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
+            prompts = tuple((start, length) for seq, start, length in rows if seq in inside)
+            decode_starts = (start for seq, start, _ in rows if seq not in inside)
         return cls(
             batch.decision,
             len(batch),
@@ -51,20 +63,43 @@ class StepFeatures(NamedTuple):
             arrived,
             len(batch.left),
             batch.decided_ns,
+            max(decode_starts, default=-1) + 1,
+            prompts,
         )
 
-    def repeated(self, number: int, num_new_pairs: int, decided_ns: int) -> StepFeatures:
-        """The features of the `number`-th repetition of the step, each of which attends so many pairs more."""
+    def repeated(self, number: int, decided_ns: int) -> StepFeatures:
+        """The features of the `number`-th repetition of the step: every context has grown by the tokens of its row.
+
+        With an array of numbers, what grows are arrays, too: the features of several repetitions, as columns.
+        """
         return StepFeatures(
             self.decision + number,
             self.seqs,
             self.prompt_tokens,
             self.decode_tokens,
             self.kv_tokens + number * self.tokens,
-            self.attention_pairs + number * num_new_pairs,
+            self.attention_pairs + number * self.num_new_pairs,
             self.sampled,
             decided_ns=decided_ns,
+            longest_decode=self.longest_decode + number if self.decode_tokens else 0,
+            prompts=tuple((start + number * length, length) for start, length in self.prompts),
         )
+
+    @property
+    def num_new_pairs(self) -> int:
+        """By how much `attention_pairs` is larger when the step is repeated."""
+        return self.decode_tokens + sum(length * length for _, length in self.prompts)
+
+    @property
+    def decode_kv_tokens(self) -> int:
+        """The sum of the contexts of the rows of `decode_tokens`."""
+        return self.kv_tokens - sum(start + length for start, length in self.prompts)
+
+    @property
+    def longest_prompt(self) -> int:
+        """The longest context among the rows of `prompt_tokens`, after the step."""
+        ends = [start + length for start, length in self.prompts]
+        return max(ends, default=0) if not ends or isinstance(ends[0], int) else np.maximum.reduce(ends)
 
     @property
     def tokens(self) -> int:
@@ -107,11 +142,10 @@ class LatencyModel(Protocol):
 class RepeatedCosts(Protocol):
     """A latency model that says at once what steps cost that repeat one another."""
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray] | None:
+    def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
         """host_ns, the same for all, and device_ns, as int64, of the `count` steps that repeat one with these features.
 
-        They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns. Of each step,
-        `num_new_pairs` is how many query-key pairs it has more than the one before.
+        They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns.
         """
 
 

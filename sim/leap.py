@@ -34,7 +34,7 @@ class Leap:
     def __init__(self, core: Core, latency: LatencyModel, batch: Batch, num_repetitions: int, launched_ns: int):
         self._latency, self._depth = latency, core.pipeline_depth
         self._columns: Callable | None = getattr(latency, "repeated_costs", None)
-        self._features, self._num_new_pairs = StepFeatures.of(batch), batch.num_new_pairs
+        self._features = StepFeatures.of(batch)
         self._num_repetitions = num_repetitions
         self._ends = [before.end_ns or 0 for before in core.in_flight]
         self._spans: list[Span] = []
@@ -81,7 +81,7 @@ class Leap:
             if costs:
                 cost = costs[number - planned - 1]
             else:
-                features = self._features.repeated(number, self._num_new_pairs, decided)
+                features = self._features.repeated(number, decided)
                 cost = StepCost(*self._latency.step_cost(features))
             launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
@@ -94,8 +94,8 @@ class Leap:
         left = self._num_repetitions - planned
         if self._columns is None or (left < _FEW and not self._back_to_back):
             return None
-        before = self._features.repeated(planned, self._num_new_pairs, 0) if planned else self._features
-        return self._columns(before, self._num_new_pairs, min(max(planned, _FIRST_COLUMN), left))
+        before = self._features.repeated(planned, 0) if planned else self._features
+        return self._columns(before, min(max(planned, _FIRST_COLUMN), left))
 
     def _add_columns(self, host_ns: int, devices_ns: np.ndarray) -> None:
         """Plan steps each of which is decided when the one before has ended."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from twinserve.policies import Batch, CoreListener
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
+from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.traces.runs.metrics import stayed_busy
 from twinserve.traces.runs.record import RunRecord
+from twinserve.traces.runs.replay import replay
 
 SEEN_NS = 150_000
 """A result that is ready so much later than the next launch was waited for; another may have been there before."""
+
+BACK_TO_BACK_NS = 100_000
+"""A step that starts so soon after the end of the one before it had to wait for that."""
 
 AFTER_LAUNCH_NS = 600_000
 """A step launched kernel by kernel that ends sooner after its launch may have been held up by the launch."""
@@ -31,23 +38,52 @@ STEADINESS = 0.01
 """What a change of the host's level costs, beside a relative error of the steps' time; both are squared."""
 
 
-def features_of(row: dict[str, Any], before: dict[str, Any] | None) -> StepFeatures:
-    """The features of a recorded step, `before` being the row of the decision before it."""
-    if row["usual"]:
-        seqs = row["running"] - sum(not entry[1] for entry in row["rows"])
-    else:
-        seqs = len(row["admitted"]) + sum(bool(entry[1]) for entry in row["rows"])
-    return StepFeatures(
-        row["decision"],
-        seqs,
-        row["prompt_tokens"],
-        row["decode_tokens"],
-        row["kv_tokens"],
-        row["attention_pairs"],
-        row["sampled"],
-        row["seen"] - (before["seen"] if before else 0),
-        len(row["left"]),
-        row["decided_ns"],
+def features_of(record: RunRecord) -> list[StepFeatures]:
+    """The features of each recorded step; its rows follow from the facts, by deciding it again.
+
+    Raises:
+        InputError: the decisions are not made again.
+    """
+    rows = _Rows()
+    result = replay(record, listener=rows)
+    if not result.is_exact:
+        raise InputError(f"its decisions are not made again: {result.difference}", path=record.path)
+    before, features = 0, []
+    for row, found in zip(record.steps, rows.features, strict=True):
+        features.append(found._replace(arrived=row["seen"] - before))
+        before = row["seen"]
+    return features
+
+
+class _Rows(CoreListener):
+    """Notes the features of what is decided."""
+
+    def __init__(self) -> None:
+        self.features: list[StepFeatures] = []
+
+    def decided(self, batch: Batch) -> None:
+        self.features.append(StepFeatures.of(batch))
+
+
+def kernels_of(record: RunRecord) -> Kernels:
+    """How the engine of a run pads and cuts its steps, as its facts say it."""
+    facts, settings = record.run["facts"], record.run["settings"]
+    if "kernels" in facts:
+        return Kernels.load(facts["kernels"])
+    if facts.get("execution") != "graphs" or facts["attention"] != "triton":
+        return Kernels()
+    # Records of the first schema do not say it; this is what the engine did that wrote them.
+    shape, most = facts["shape"], settings["max_num_seqs"]
+    sizes = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+    largest = bisect_left(sizes, settings["max_num_batched_tokens"])
+    heads, group = shape["num_kv_heads"], shape["num_heads"] // shape["num_kv_heads"]
+    return Kernels(
+        decodes=tuple(sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})),
+        prompt_tokens=sizes[: largest + 1],
+        decodes_beside=(0, *(size for size in (16, 64) if size < most), most),
+        prompts=32,
+        decode_cuts=((1, 16, 64, 64), (-(-128 // heads), 8, 256, 128), (-(-1024 // heads), 1, 256, 128)),
+        prompt_tile=max(1, 128 // (1 << (group - 1).bit_length())),
     )
 
 
@@ -62,17 +98,31 @@ def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatenc
         raise InputError("expected runs of one engine", field="captured_tokens", value=sorted(captured, key=str))
     captured_tokens = captured.pop()
     runs = [_Run(record, captured_tokens) for record in records]
+    kernels = runs[0].kernels
+    if any(run.kernels != kernels for run in runs):
+        raise InputError("expected runs of one engine, with the same sizes of steps", field="kernels")
     model: FittedLatency | None = None
-    for rounds_left in reversed(range(ROUNDS if any(run.is_ahead for run in runs) else 1)):
+    for rounds_left in reversed(range(ROUNDS)):
         tail = 0 if model is None else _captured_lead([ns for run in runs for ns in run.lead_bounds(model)])
         samples = [sample for run in runs for sample in run.samples(model, tail)]
         try:
-            model = fit(samples, about, captured_tokens, holds_out=not rounds_left)
+            model = fit(samples, about, captured_tokens, kernels, holds_out=not rounds_left)
         except ValueError as error:
             raise InputError(f"{error}; a fit needs runs with more of them") from error
     assert model is not None
-    served = [record for record in records if not _is_profile(record)]
-    return model.with_drift([level for record in served for level in host_levels(record, model)])
+    served = [run for run in runs if run.is_log and not _is_profile(run.record)]
+    return model.with_drift([level for run in served for level in host_levels(run.record, model, run.features)])
+
+
+def steps_of(record: RunRecord) -> list[tuple[StepFeatures, int]]:
+    """The features of a run's steps, and their nanoseconds on the device, where both are known.
+
+    Raises:
+        InputError: see `fit_records`.
+    """
+    run = _Run(record, record.run["facts"].get("captured_tokens"))
+    samples = run.samples(None, 0)
+    return [(sample.features, sample.device_ns) for sample in samples if sample.device_ns is not None]
 
 
 def _captured_lead(bounds: list[int]) -> int:
@@ -83,40 +133,75 @@ def _captured_lead(bounds: list[int]) -> int:
 class _Run:
     """The steps of one run, and what can be known of each.
 
-    A record of our own engine has a step's start and end on the device, so host and device are known. In the log of
-    an engine that decides one step ahead, the host's work lies between a launch, or the result that it then waited
-    for, and the next launch. A result is seen when it is waited for: where it was ready well after the next launch,
-    the step's end is known, else it is a bound. A step launched kernel by kernel is computed while it is launched, so
-    it starts when the launch has begun or the step before has ended; what a captured launch takes is preparation.
+    A record of our own engine has a step's start and end on the device, so host and device are known. One step ahead,
+    its bookkeeping goes from when the step before was launched, or the result that was then waited for, to the
+    decision. Its launch is known from `launched_ns`; a record of the first schema lacks it, and shows it only where the
+    device stood idle until then.
+
+    In the log of an engine that decides one step ahead, the host's work lies between a launch, or the result that it
+    then waited for, and the next launch. A result is seen when it is waited for: where it was ready well after the next
+    launch, the step's end is known, else it is a bound. A step launched kernel by kernel is computed while it is
+    launched, so it starts when the launch has begun or the step before has ended; what a captured launch takes is
+    preparation.
+
+    Attributes:
+        features: of each step.
+        kernels: of the engine.
+        is_log: it is the log of another engine; `is_ahead`: of one that decides one step ahead.
     """
 
     def __init__(self, record: RunRecord, captured_tokens: int | None):
         if record.run["world"] != "real":
             raise InputError("expected the record of a real run, whose steps were measured", path=record.path)
-        self._captured_tokens = captured_tokens
+        self.record, self._captured_tokens = record, captured_tokens
         steps = record.steps
         if not steps or any("running" not in row for row in steps):
             raise InputError("expected steps with their decisions", path=record.path)
         self._steps = steps
-        self._features = [features_of(row, before) for row, before in zip(steps, [None, *steps[:-1]], strict=True)]
-        foreign = record.run["facts"].get("source") is not None
-        self.is_ahead = foreign and record.run["settings"]["pipeline_depth"] == 1
+        self.is_log = record.run["facts"].get("source") is not None
+        self._depth = record.run["settings"]["pipeline_depth"]
+        self.is_ahead = self.is_log and self._depth == 1
         if self.is_ahead and any(row["launched_ns"] is None for row in steps):
             raise InputError(
                 "the ends of its launches were not recorded, so host and device cannot be told apart", path=record.path
             )
-        if foreign and not self.is_ahead:
+        if self.is_log and not self.is_ahead:
             raise InputError("its launches are not recorded, so host and device cannot be told apart", path=record.path)
+        self.features, self.kernels = features_of(record), kernels_of(record)
 
     def samples(self, model: FittedLatency | None, captured_lead_ns: int) -> Iterable[StepSample]:
         """What is known of each step; `model`, if there is one, tells how long steps ran whose end was not seen."""
-        if not self.is_ahead:
-            recorded = RecordedLatency(self._steps)
-            return [StepSample(f, *recorded.step_cost(f)) for f in self._features if f.seqs]
-        return self._ahead(model, captured_lead_ns)
+        if self.is_ahead:
+            return self._ahead(model, captured_lead_ns)
+        return list(self._own(model))
+
+    def _own(self, model: FittedLatency | None) -> Iterable[StepSample]:
+        """The steps of our own engine; of one that something else than its work has held up, the host alone."""
+        recorded = RecordedLatency(self._steps)
+        ends = [0, 0]
+        before: dict[str, Any] | None = None
+        for row, f in zip(self._steps, self.features, strict=True):
+            decided, start, end = row["decided_ns"], row["start_ns"], row["end_ns"]
+            follows = before is not None and 0 <= start - ends[-1] < BACK_TO_BACK_NS
+            device: int | None = end - (ends[-1] if follows else start)
+            if model is not None and f.seqs and end - start > LATE * model.step_cost(f).device_ns:
+                device = None
+            if f.seqs and not self._depth:
+                yield StepSample(f, recorded.step_cost(f)[0], device)
+            elif f.seqs:
+                launched = row.get("launched_ns", start if ends[-1] < decided else None)
+                launch = None if launched is None else launched - decided
+                bookkeeping = None
+                if before is not None and stayed_busy(before, row):
+                    # Without the launch before: its step began when it was launched, or the one before that had ended.
+                    free = max(before["launched_ns"], ends[-2]) if "launched_ns" in before else before["start_ns"]
+                    bookkeeping = max(0, decided - free)
+                host = None if launch is None else launch + (bookkeeping or 0)
+                yield StepSample(f, host, device, None, launch, bookkeeping)
+            before, ends = row, [ends[-1], end]
 
     def _ahead(self, model: FittedLatency | None, tail: int) -> Iterable[StepSample]:
-        steps, features = self._steps, self._features
+        steps, features = self._steps, self.features
         captured = [
             row["launched_ns"] - row["schedule_end_ns"]
             for row, f in zip(steps, features, strict=True)
@@ -144,7 +229,8 @@ class _Run:
                     device = None
                 device_free = min(ready, expected)
             if f.seqs:
-                yield StepSample(f, self._host_ns(number), device, lead, launch)
+                host = self._host_ns(number)
+                yield StepSample(f, host, device, lead, launch, None if host is None else host - launch)
 
     def lead_bounds(self, model: FittedLatency) -> Iterable[int]:
         """How long before the end of its launch a captured decode step was on the device, at the least.
@@ -155,7 +241,7 @@ class _Run:
         if not self.is_ahead:
             return
         was_seen = True
-        for f, row, following in zip(self._features, self._steps, self._steps[1:], strict=False):
+        for f, row, following in zip(self.features, self._steps, self._steps[1:], strict=False):
             is_seen = row["output_ready_ns"] - following["launched_ns"] > SEEN_NS
             if f.seqs and is_seen and not was_seen and regime_of(f, self._captured_tokens) == "decode":
                 yield model.step_cost(f).device_ns - (row["output_ready_ns"] - row["launched_ns"])
@@ -176,16 +262,19 @@ class _Run:
         return row["launched_ns"] - free
 
 
-def host_levels(record: RunRecord, model: FittedLatency) -> list[float]:
+def host_levels(record: RunRecord, model: FittedLatency, features: list[StepFeatures] | None = None) -> list[float]:
     """How slow a run's host was, as multiples of the model's host time, each for DRIFT_NS of the run.
 
     It needs no launch times: the level is that at which the model's steps, one step at a time and given what was
     scheduled, take as long as they took. Where the device alone decides how long that is, the level before goes on.
+
+    Args:
+        features: of the run's steps, where they are known already.
     """
     even = model.with_drift([])
     bins: dict[int, list[tuple[StepCost, int, int]]] = defaultdict(list)
-    for features, free, following in step_spans(record):
-        bins[features.decided_ns // DRIFT_NS].append((even.step_cost(features), free, following))
+    for step, free, following in step_spans(record, features):
+        bins[step.decided_ns // DRIFT_NS].append((even.step_cost(step), free, following))
     levels: list[float] = []
     timeline, level = Timeline(record), 1.0
     for number in range(max(bins, default=-1) + 1):
@@ -204,7 +293,9 @@ def host_levels(record: RunRecord, model: FittedLatency) -> list[float]:
     return levels
 
 
-def step_spans(record: RunRecord) -> Iterator[tuple[StepFeatures, int, int]]:
+def step_spans(
+    record: RunRecord, features: list[StepFeatures] | None = None
+) -> Iterator[tuple[StepFeatures, int, int]]:
     """The steps that followed another without a rest: features, and when the host was free before and after.
 
     The host is free when it has launched a step and has the result that it then waits for. Our engine decides the next
@@ -212,12 +303,12 @@ def step_spans(record: RunRecord) -> Iterator[tuple[StepFeatures, int, int]]:
     """
     steps, depth = record.steps, record.run["settings"]["pipeline_depth"]
     is_log = "output_ready_ns" in steps[0]
+    features = features or features_of(record)
     freed = [row["output_ready_ns"] for row in steps] if is_log else [row["decided_ns"] for row in steps[depth + 1 :]]
     for number in range(depth + 1, min(len(steps), depth + len(freed))):
         before, row = steps[number - 1 : number + 1]
-        features = features_of(row, before)
-        if features.seqs and stayed_busy(before, row):
-            yield features, freed[number - depth - 1], freed[number - depth]
+        if features[number].seqs and stayed_busy(before, row):
+            yield features[number], freed[number - depth - 1], freed[number - depth]
 
 
 class Timeline:

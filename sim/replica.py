@@ -170,7 +170,7 @@ class Replica:
         if leap is not None and steps:
             spans, batch = leap.spans(steps), self.core.in_flight[-1]
             if self._watch is not None:
-                self._watch(StepFeatures.of(batch).repeated(1, batch.num_new_pairs, 0), steps)
+                self._watch(StepFeatures.of(batch).repeated(1, 0), steps)
             advance(self.core, spans)
             self._device_free = spans[-1][2]
 

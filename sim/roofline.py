@@ -87,6 +87,11 @@ DEVICES = {
 }
 
 
+def device_of(name: str) -> Device | None:
+    """The device that a driver's name stands for, such as "NVIDIA H100 80GB HBM3"; None if it is not among DEVICES."""
+    return next((device for device in DEVICES.values() if device.name in name.replace("-", " ").split()), None)
+
+
 class RooflineLatency:
     """The roofline of each operation of a step, summed (Williams, Waterman and Patterson, CACM 52(4), 2009).
 
@@ -167,10 +172,10 @@ class RooflineLatency:
         attention = max(features.attention_pairs * self._pair_ns, features.kv_tokens * self._kv_token_ns)
         return self._host(features), round(self._matrices(features.tokens, features.sampled) + attention)
 
-    def repeated_costs(self, features: StepFeatures, num_new_pairs: int, count: int) -> tuple[int, np.ndarray]:
+    def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray]:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
         numbers = np.arange(1.0, count + 1)
-        pairs_ns = (numbers * num_new_pairs + features.attention_pairs) * self._pair_ns
+        pairs_ns = (numbers * features.num_new_pairs + features.attention_pairs) * self._pair_ns
         costs_ns = (numbers * features.tokens + features.kv_tokens) * self._kv_token_ns
         np.maximum(pairs_ns, costs_ns, out=costs_ns)
         costs_ns += self._matrices(features.tokens, features.sampled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class ModelShape:
     def as_dict(self) -> dict[str, Any]:
         """The sizes by name."""
         return asdict(self)
+
+    @classmethod
+    def of_facts(cls, name: str, facts: dict[str, Any]) -> ModelShape:
+        """The shape that an engine's facts describe."""
+        sizes = {field.name: facts[field.name] for field in fields(cls) if type(facts.get(field.name)) is int}
+        return cls(name, **sizes, tied=facts["tie_word_embeddings"])
 
     @classmethod
     def load(cls, path: Path) -> ModelShape:

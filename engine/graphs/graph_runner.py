@@ -19,7 +19,7 @@ from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.paged_attention import prompt_tiles, tile_tokens
+from twinserve.engine.kernels.paged_attention import decode_cuts, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
@@ -69,11 +69,12 @@ class GraphRunner:
         self._rows = DeviceRows(
             max_num_seqs, width, model.config.vocab_size, self.num_blocks, self.device, self._generator
         )
+        self._attention = cast(Literal["triton", "flash"], config.attention.name)
         self._decoder = FusedDecoder(
             model,
             self._cache,
             self._rows,
-            attention=cast(Literal["triton", "flash"], config.attention.name),
+            attention=self._attention,
             max_decodes=max_num_seqs,
             max_positions=max_model_len,
         )
@@ -107,6 +108,17 @@ class GraphRunner:
         del logits, seen, sampled, asked
         torch.cuda.empty_cache()
         return taken + GRAPH_BYTES
+
+    def fill_cache(self, seed: int) -> None:
+        """Fill the pool with noise, see `KVCache.fill`."""
+        self._cache.fill(seed)
+
+    def kernel_facts(self) -> dict[str, Any]:
+        """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`)."""
+        facts = self._sizes.as_facts(self._options.captured) | {"prompt_tile": self._tile}
+        if self._attention == "triton":
+            facts["decode_cuts"] = decode_cuts(self._rows.scratch, self.model.config.num_kv_heads, self.model.dtype)
+        return facts
 
     def close(self) -> None:
         """Wait for what was launched."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from twinserve.settings.errors import InputError
 
@@ -72,6 +72,14 @@ class StepSizes:
             for decodes in self._decodes_beside
         ]
         return {"all": mixed[::-1] + decodes[::-1], "decodes": decodes[::-1], "none": []}[which]
+
+    def as_facts(self, which: Captured) -> dict[str, Any]:
+        """The sizes of these steps, as the facts of a run name them."""
+        facts: dict[str, Any] = {"decodes": self._decodes} if which != "none" else {}
+        if which == "all":
+            beside = {"prompt_tokens": list(self._prompt_tokens), "decodes_beside": self._decodes_beside}
+            facts |= beside | {"prompts": CAPTURED_PROMPTS}
+        return facts
 
     def padded(self, step: StepSize) -> StepSize:
         """The smallest size that can be captured and has room for a step, or the step's own if there is none."""

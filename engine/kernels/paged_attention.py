@@ -249,6 +249,17 @@ def decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
     return DecodeCut(16, 64, 64, warps=4, stages=4)
 
 
+def decode_cuts(most: int, kv_heads: int, dtype: torch.dtype) -> list[list[int]]:
+    """[rows, splits, shortest, block] of each cut that steps of up to `most` rows have, from so many rows on."""
+    cuts: list[list[int]] = []
+    for rows in range(1, most + 1):
+        cut = decode_cut(rows, kv_heads, dtype)
+        values = [cut.splits, cut.shortest, cut.block]
+        if not cuts or cuts[-1][1:] != values:
+            cuts.append([rows, *values])
+    return cuts
+
+
 def _precision(dtype: torch.dtype) -> str:
     """float32 is multiplied as float32, not as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -119,7 +119,7 @@ def test_steps_are_measured_with_an_order_of_ones_own_and_every_shape_is_admitte
     options = EngineOptions(model=str(tmp_path), load_format="dummy")
     llm = load_llm(options, Settings.load(rules | {"num_gpu_blocks": 64}), progress=print)
     try:
-        sizes = {"max_seqs": 2, "max_context": 64, "max_prompt": 32, "repeats": 1}
+        sizes = {"shapes": 16, "max_seqs": 2, "max_context": 64, "max_prompt": 32, "repeats": 1}
         samples = measure_steps(llm, **sizes, progress=lambda total: Bar("profile", total))
     finally:
         llm.close()

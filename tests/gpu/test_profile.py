@@ -1,14 +1,20 @@
-"""What is measured is what serves: steps are graphs, of sequences that the device knows already."""
+"""What is measured is what serves: steps are graphs, launched one step ahead, of sequences that the device knows."""
 
 from __future__ import annotations
 
 import pytest
 
 from twinserve.engine.profile import StepShape, measure
+from twinserve.sim.kernels import Kernels
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [StepShape(4, 64), StepShape(2, 64, prompt=32), StepShape(0, 0, prompt=32), StepShape(0, 0, 32, start=256)]
+SHAPES = [
+    StepShape((64,) * 4),
+    StepShape((64, 90), ((0, 32),)),
+    StepShape((), ((0, 20), (0, 12))),
+    StepShape((), ((256, 32),)),
+]
 
 
 def test_measured_steps_are_graphs_and_decodes_go_on_from_a_step_before(qwen3, serving, monkeypatch):
@@ -21,9 +27,14 @@ def test_measured_steps_are_graphs_and_decodes_go_on_from_a_step_before(qwen3, s
         return run(changes, graph, inputs, *others)
 
     monkeypatch.setattr(llm.runner, "_run", watched)
-    steps = measure(llm, SHAPES, repeats=1)
-    assert len(steps) == len(SHAPES)
-    assert all(is_graph for is_graph, _ in ran)
-    # Of the shapes, each measured twice, two have decodes and so a step before; that of decodes alone goes on from it.
-    assert len(ran) == 2 * (len(SHAPES) + 2)
-    assert sum(is_resident for _, is_resident in ran) == 2
+    steps = measure(llm, SHAPES, repeats=2)
+    assert len(steps) == 2 * len(SHAPES)
+    assert len(ran) == 3 * len(SHAPES) and all(is_graph for is_graph, _ in ran)
+    assert sum(is_resident for _, is_resident in ran) == 2, "those of decodes alone go on from the step before"
+
+
+def test_the_facts_of_a_run_say_how_its_steps_are_padded_and_cut(qwen3, serving):
+    llm = serving(qwen3, "triton", max_model_len=512, max_num_batched_tokens=256)
+    kernels = Kernels.load(llm.facts()["kernels"])
+    assert kernels.prompt_tokens[-1] == 256 and kernels.decodes[-1] == llm.settings.max_num_seqs
+    assert kernels.decode_cuts[0][0] == 1

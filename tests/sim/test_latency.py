@@ -36,9 +36,19 @@ def test_unequal_contexts_are_added_up_and_not_averaged():
     assert decodes(100, 1900).kv_tokens == decodes(1000, 1000).kv_tokens == 2000
 
 
+def test_rows_are_told_apart_by_what_they_compute():
+    assert prompts(20, 30).prompts == ((0, 20), (0, 30))
+    assert prompts(20).longest_decode == 0
+    step = decodes(100, 1900)
+    assert (step.longest_decode, step.prompts, step.decode_kv_tokens) == (1900, (), 2000)
+    assert step.repeated(3, 0).longest_decode == 1903
+
+
 def fitted(ns_per_token: int) -> FittedLatency:
-    shapes = [StepFeatures(0, n, 0, n, n * c, n * c, n) for n in (1, 2, 4, 8) for c in (64, 256)]
-    shapes += [StepFeatures(0, 1, p, 0, p, p * (p + 1) // 2, 1) for p in (8, 16, 32, 64)]
+    shapes = [
+        StepFeatures(0, n, 0, n, n * c, n * c, n, longest_decode=c) for n in (1, 2, 4, 8) for c in (64, 256, 1200)
+    ]
+    shapes += [StepFeatures(0, 1, p, 0, p, p * (p + 1) // 2, 1, prompts=((0, p),)) for p in (8, 16, 32, 64)]
     return fit([StepSample(shape, 1000, 10_000 + ns_per_token * shape.tokens) for shape in shapes * 4], {})
 
 

@@ -1,15 +1,21 @@
 """Latency models fitted from recorded runs: known costs are found again, and what cannot be known is not guessed."""
 
 import random
+from functools import partial
 
 import pytest
 from vllm_log import CAPTURED, US, write_log
 
+from twinserve.policies import SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, regime_of
+from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.recorded_steps import Timeline, features_of, fit_records, host_levels, step_spans
+from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 from twinserve.traces.runs.vllm_records import load_run
 
 MS = 1_000_000
@@ -48,9 +54,7 @@ def model(record):
 
 
 def recorded_features(record, regime: str) -> list[StepFeatures]:
-    rows = zip(record.steps, [None, *record.steps[:-1]], strict=True)
-    features = [features_of(row, before) for row, before in rows]
-    return [f for f in features if f.seqs and regime_of(f, CAPTURED) == regime]
+    return [f for f in features_of(record) if f.seqs and regime_of(f, CAPTURED) == regime]
 
 
 @pytest.mark.parametrize("regime", ["decode", "prompt", "eager"])
@@ -160,8 +164,8 @@ def test_the_features_of_a_row_are_those_of_its_batch(tmp_path):
     log = write_log(tmp_path / "log", requests(60), SETTINGS | {"num_gpu_blocks": 60}, cost=noting)
     rows = load_run(log).steps
     assert sum(len(row["preempted"]) for row in rows) > 0
-    told = [features_of(row, before) for row, before in zip(rows, [None, *rows[:-1]], strict=True)]
-    assert [features for features in told if features.seqs] == seen
+    assert [features for features in features_of(load_run(log)) if features.seqs] == seen
+    assert any(len(features.prompts) > 1 for features in seen) and any(features.longest_decode for features in seen)
 
 
 def test_launches_that_were_not_recorded_are_not_guessed(tmp_path, record):
@@ -179,3 +183,85 @@ def test_a_simulation_is_no_measurement(record):
     simulated = type(record)(record.path, record.run | {"world": "sim"}, record.requests, record.steps, {})
     with pytest.raises(InputError, match="expected the record of a real run"):
         fit_records([simulated], {})
+
+
+KERNELS = Kernels(decodes=(1, 2, 4, 8, 16, 32, 48), prompt_tokens=(32, 128, 512), decodes_beside=(0, 16, 48), prompts=8)
+
+
+class Own:
+    """Costs of an engine of ours: bookkeeping before a decision, a launch after it, and the device."""
+
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        return StepCost(sum(self.host(features)), self.device(features))
+
+    def host(self, features: StepFeatures) -> tuple[int, int]:
+        return 40 * US + 5 * US * features.seqs + 20 * US * features.left, 300 * US + 100 * US * bool(features.prompts)
+
+    def device(self, features: StepFeatures) -> int:
+        _, tokens, _ = KERNELS.padded(features.decode_tokens, features.prompt_tokens, len(features.prompts), 0)
+        return 1200 * US + 4 * US * tokens + 90 * features.decode_kv_tokens + 300 * KERNELS.tiles(features.prompts)[1]
+
+
+def own_record(folder, depth: int, *, says_launches: bool = True) -> RunRecord:
+    """A real run of ours as it would have been with the costs of `Own`."""
+    settings = Settings.load(SETTINGS | {"pipeline_depth": depth})
+    facts = {"tokens": None, "trace": {"sha256": ""}, "kernels": KERNELS.as_dict()}
+    with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts=facts) as recorder:
+        params = SamplingParams(ignore_eos=True)
+        core = settings.build_core(listener=recorder)
+        announce = partial(recorder.expect, sampling=params)
+        simulate(requests(250), core, Own(), params=params, announce=announce, step_by_step=True)
+        recorder.close()
+    record = load_record(folder)
+    record.run["world"] = "real"
+    for row, features in zip(record.steps, features_of(record), strict=True):
+        bookkeeping, launch = Own().host(features)
+        if depth:
+            row["decided_ns"] += bookkeeping
+        if says_launches:
+            row["launched_ns"] = row["decided_ns"] + launch
+    return record
+
+
+@pytest.mark.parametrize("says_launches", [True, False])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_run_of_ours_gives_its_costs_whether_or_not_the_host_waited_for_the_device(tmp_path, depth, says_launches):
+    record = own_record(tmp_path / "run", depth, says_launches=says_launches)
+    model = fit_records([record], {})
+    for features in [features for features in features_of(record) if features.seqs][::50]:
+        host, device, lead = model.step_cost(features)
+        assert device == pytest.approx(Own().device(features), rel=0.03)
+        bookkeeping, launch = Own().host(features)
+        if says_launches or not depth:
+            assert host == pytest.approx(bookkeeping + launch, rel=0.1)
+        else:
+            assert bookkeeping * 0.9 < host < (bookkeeping + launch) * 1.1, "a launch that was hidden is not guessed"
+        assert lead == 0
+    assert model.data["kernels"] == KERNELS.as_dict() and not model.drift
+
+
+def test_the_run_that_was_fitted_on_comes_out_as_it_was(tmp_path):
+    record = own_record(tmp_path / "run", 1)
+    core = Settings.load(record.run["settings"]).build_core()
+    ended: list[Sequence] = []
+    simulate(
+        requests(250), core, fit_records([record], {}), params=SamplingParams(ignore_eos=True), progress=ended.append
+    )
+    measured = sum(row["finish_ns"] - row["arrival_ns"] for row in record.requests)
+    assert sum(seq.finish_ns - seq.arrival_ns for seq in ended) == pytest.approx(measured, rel=0.01)
+
+
+def test_runs_whose_steps_have_other_sizes_are_not_fitted_together(tmp_path):
+    one, other = (own_record(tmp_path / name, 1) for name in "ab")
+    other.run["facts"]["kernels"] = Kernels().as_dict()
+    with pytest.raises(InputError, match="expected runs of one engine, with the same sizes of steps"):
+        fit_records([one, other], {})
+
+
+def test_a_step_that_something_held_up_is_left_out(tmp_path):
+    record = own_record(tmp_path / "run", 0)
+    before = fit_records([record], {})
+    late = record.steps[len(record.steps) // 2]
+    late["end_ns"] += 100 * MS
+    features = features_of(record)[late["decision"]]
+    assert fit_records([record], {}).step_cost(features).device_ns == before.step_cost(features).device_ns

@@ -32,7 +32,9 @@ from twinserve.traces.runs.digest import Digest, Exceptions
 from twinserve.traces.runs.metrics import RunMetrics, summary_of
 from twinserve.traces.runs.spans import BackToBack
 
-SCHEMA = "twinserve-run/1"
+SCHEMA = "twinserve-run/2"
+FIRST_SCHEMA = "twinserve-run/1"
+"""Of records that lack when a step was launched, and how its engine pads and cuts steps."""
 
 _SERVED = ("stop", "length")
 _TOTALS = (
@@ -273,6 +275,8 @@ class RunRecorder(CoreListener):
             "count": 1 + len(decided.spans),
             **decision_fields(batch, decided.digest, decided.exceptions),
         }
+        if batch.launched_ns is not None:
+            row["launched_ns"] = batch.launched_ns
         if decided.spans:
             blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
             row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
@@ -559,8 +563,9 @@ def checked_run(path: Path) -> dict[str, Any]:
     value = json_file(path)
     if type(value) is not dict:
         raise InputError("expected a JSON object", path=path, value=value)
-    if value.get("schema") != SCHEMA:
-        raise InputError(f"expected {SCHEMA!r}", path=path, field="schema", value=value.get("schema"))
+    if value.get("schema") not in (SCHEMA, FIRST_SCHEMA):
+        problem = f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}"
+        raise InputError(problem, path=path, field="schema", value=value.get("schema"))
     if value.get("world") not in ("sim", "real"):
         raise InputError("expected 'sim' or 'real'", path=path, field="world", value=value.get("world"))
     for field in ("settings", "facts"):
@@ -618,6 +623,8 @@ def _check_step(line: Line, decision: int, is_digested: bool) -> None:
         _check_repeats(line, count)
     for field in ("seen", "decided_ns", "start_ns", "end_ns"):
         line.integer(field)
+    if "launched_ns" in line.values:
+        line.integer("launched_ns")
     line.integers("aborted")
     if is_digested:
         digest = line.get("digest")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND, Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
@@ -43,11 +43,14 @@ class ReplayResult:
         return self.difference is None and self.equal == self.recorded
 
 
-def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) -> ReplayResult:
+def replay(
+    record: RunRecord, *, build_core: Callable[..., Core] | None = None, listener: CoreListener | None = None
+) -> ReplayResult:
     """Decide a run again from its facts: settings, requests, outputs, and what each decision could see.
 
     Args:
-        build_core: called with `eos_token_id` in place of the recorded settings' own `build_core`.
+        build_core: called with `eos_token_id` and `listener` in place of the recorded settings' own `build_core`.
+        listener: hears the decisions as they are made again.
 
     Raises:
         InputError: without `build_core`, the settings cannot be used: they name a file that is not there or not the
@@ -55,7 +58,7 @@ def replay(record: RunRecord, *, build_core: Callable[..., Core] | None = None) 
     """
     build = build_core or _settings_of(record).build_core
     digest = Digest() if any(row.get("digest") for row in record.steps) else None
-    core = build(eos_token_id=record.run["facts"].get("eos_token_id"))
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener)
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
     to_sequence = _converter(record)
     equal = 0

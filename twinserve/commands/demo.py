@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import twinserve
 from twinserve.commands.progress import Bar, say
@@ -14,7 +15,6 @@ from twinserve.commands.tables import comparison_table
 from twinserve.engine.options import EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import StepSample
-from twinserve.sim.latency import StepFeatures
 from twinserve.traces.runs.compare import beyond, compare
 from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.replay import replay
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DATA = Path(twinserve.__file__).parent / "data"
 LIMITS = {"tpot_s.mean": 0.25}
 """How far the simulation may be from the real run."""
+SHAPES = 32
+"""Shapes of steps that are measured on each side of the run."""
 ATTEMPTS = 2
 MOST_SPREAD = 1.15
 """The machine was busy where a step's slowest repeat takes longer than so many times its fastest: alone that is 1.04,
@@ -100,6 +102,7 @@ def _measured(llm: LLM, settings: Settings, when: str) -> tuple[list[StepSample]
         say(f"measuring the model's steps on this machine, {when} the run" + (", again" if attempts else ""))
         samples = measure_steps(
             llm,
+            shapes=SHAPES,
             max_seqs=settings.max_num_seqs,
             max_context=256,
             max_prompt=settings.max_num_batched_tokens,
@@ -127,21 +130,25 @@ def _changed(before: list[StepSample], after: list[StepSample]) -> list[str]:
 
 def spread_of(samples: list[StepSample]) -> float:
     """How many times as long as its fastest repeat a step's slowest took, the median over the steps' shapes."""
-    return median(max(times) / min(times) for times in _by_shape(samples).values())
+    return median(max(times) / min(times) for times in _by_shape(samples))
 
 
 def change_of(before: list[StepSample], after: list[StepSample]) -> float:
-    """How many times as long as before steps took after, the median over the shapes in both."""
-    earlier, later = _by_shape(before), _by_shape(after)
-    return median(median(later[shape]) / median(earlier[shape]) for shape in earlier if shape in later)
+    """How many times as long as before steps took after, the median over their shapes, which are the same."""
+    pairs = zip(_by_shape(before), _by_shape(after), strict=True)
+    return median(median(later) / median(earlier) for earlier, later in pairs)
 
 
-def _by_shape(samples: list[StepSample]) -> dict[StepFeatures, list[int]]:
-    """The times of each shape's repeats."""
-    repeats: dict[StepFeatures, list[int]] = {}
-    for sample in samples:
-        repeats.setdefault(sample.features, []).append((sample.host_ns or 0) + (sample.device_ns or 0))
-    return repeats
+def _by_shape(samples: list[StepSample]) -> list[list[int]]:
+    """The times of each shape's repeats, which lie together and differ in their contexts alone."""
+    return [
+        [(sample.host_ns or 0) + (sample.device_ns or 0) for sample in repeats]
+        for _, repeats in groupby(samples, key=_shape_of)
+    ]
+
+
+def _shape_of(sample: StepSample) -> tuple[Any, ...]:
+    return sample.features.prompts, sample.features.seqs, sample.features.decode_tokens
 
 
 def _clear(out: Path) -> None:

@@ -23,10 +23,11 @@ def profile(
     out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
     engine: dict,
     settings: dict,
+    shapes: Annotated[int, typer.Option(help="Shapes of steps that are measured.", min=16)] = 128,
     max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
     max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
     max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
-    repeats: Annotated[int, typer.Option(help="Times that each shape is measured.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Steps of each shape that count.", min=1)] = 5,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -39,6 +40,7 @@ def profile(
     llm = load_llm(options, chosen, progress=say)
     samples = measure_steps(
         llm,
+        shapes=shapes,
         max_seqs=max_seqs,
         max_context=max_context,
         max_prompt=max_prompt,

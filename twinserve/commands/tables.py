@@ -65,7 +65,8 @@ def residual_table(data: dict[str, Any]) -> None:
     table = Table("steps", "part", "mean |error|", "p90 |error|", "bias", "shapes", "samples")
     for regime, residuals in data["residuals"].items():
         for part in ("host", "device"):
-            errors = (f"{residuals[part][name]:.1%}" for name in ("mean_abs", "p90_abs", "bias"))
+            found = residuals.get(part)
+            errors = (f"{found[name]:.1%}" if found else "-" for name in ("mean_abs", "p90_abs", "bias"))
             table.add_row(regime, part, *errors, str(residuals["shapes"]), str(residuals["samples"]))
     Console(width=None if Console().is_terminal else 100).print(table)
 

@@ -20,6 +20,7 @@ from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
@@ -114,6 +115,7 @@ def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
         "block_size": records[0].run["settings"]["block_size"],
         "runs": [{"name": record.path.name, "trace": record.run["facts"]["trace"]["sha256"]} for record in records],
     }
+    about |= {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
     return fit_records(records, about)
 
 
@@ -152,19 +154,47 @@ def load_llm(options: EngineOptions, settings: Settings, *, progress: Callable[[
 
 
 def measure_steps(
-    llm: LLM, *, max_seqs: int, max_context: int, max_prompt: int, repeats: int, progress: Callable[[int], Any]
+    llm: LLM,
+    *,
+    shapes: int,
+    max_seqs: int,
+    max_context: int,
+    max_prompt: int,
+    repeats: int,
+    seed: int = 0,
+    progress: Callable[[int], Any],
 ) -> list[StepSample]:
-    """Measure the engine's steps over a grid of shapes.
+    """Measure the engine's steps over a design of so many shapes; those of one shape lie together.
 
     Args:
+        seed: of the design.
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
     """
-    from twinserve.engine.profile import measure, shape_grid
+    from twinserve.engine.profile import design, measure
 
-    shapes = shape_grid(max_seqs, max_context, max_prompt, llm.settings.block_size)
-    with progress(len(shapes) * (repeats + 1)) as bar:
-        steps = measure(llm, shapes, repeats=repeats, progress=bar.advance)
-    return [StepSample(StepFeatures.of(step.batch), step.host_ns, step.device_ns) for step in steps]
+    settings = llm.settings
+    limit = (settings.max_model_len or max_context) - repeats - 2
+    chosen = design(
+        shapes,
+        max_seqs=max_seqs,
+        max_context=min(max_context, limit),
+        max_prompt=max_prompt,
+        block_size=settings.block_size,
+        pool_tokens=(settings.num_gpu_blocks or 0) * settings.block_size,
+        seed=seed,
+    )
+    with progress(len(chosen) * repeats) as bar:
+        steps = measure(llm, chosen, repeats=repeats, seed=seed, progress=bar.advance)
+    return [
+        StepSample(
+            StepFeatures.of(step.batch, step.arrived),
+            step.bookkeeping_ns + step.launch_ns,
+            step.device_ns,
+            launch_ns=step.launch_ns,
+            bookkeeping_ns=step.bookkeeping_ns,
+        )
+        for step in steps
+    ]
 
 
 def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
@@ -172,7 +202,7 @@ def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
     del about["seed"], about["tokens"], about["eos_token_id"]
-    return fit(samples, about)
+    return fit(samples, about, kernels=Kernels.load(about.pop("kernels", {})))
 
 
 @contextmanager

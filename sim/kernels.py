@@ -1,0 +1,131 @@
+"""Kernels: how an engine cuts and pads a step, as far as it decides what the step costs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+SPAN_START = 0.1
+"""What it takes to start a span of decode attention, of what it takes to read the shortest."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The sizes to which captured steps are padded, and how attention is cut; by default nothing is padded or cut.
+
+    An engine says them in its facts, a latency file keeps them.
+
+    Attributes:
+        decodes: rows of captured steps of decodes alone, rising.
+        prompt_tokens: prompt tokens of captured steps with prompts, rising.
+        decodes_beside: decodes of captured steps with prompts, rising.
+        prompts: prompts that a captured step has room for.
+        decode_cuts: (rows, spans, shortest, block), by rising rows: from so many padded rows on, decode attention cuts
+            each context in up to `spans` spans, whole blocks of tokens and at least `shortest` long.
+        prompt_tile: tokens of a prompt that attend together; each tile reads the whole context before it.
+    """
+
+    decodes: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    decodes_beside: tuple[int, ...] = ()
+    prompts: int = 0
+    decode_cuts: tuple[tuple[int, int, int, int], ...] = ()
+    prompt_tile: int = 64
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> Kernels:
+        """From plain values, as `as_dict` gives them.
+
+        Raises:
+            TypeError: a name is not known.
+        """
+        values = dict(data)
+        cuts = tuple(tuple(cut) for cut in values.pop("decode_cuts", ()))
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(decode_cuts=cuts, **tuples)  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sizes by name, as plain values."""
+        return asdict(self)
+
+    def padded(self, decodes: int, prompt_tokens: int, num_prompts: int, sampled: int) -> tuple[int, int, int]:
+        """(decodes, tokens, rows that are sampled) that a step computes, padding included.
+
+        A step beyond the captured sizes is not padded, but never counted as less than the largest one that is: it does
+        not cost less, and what it costs shall not fall where work is added.
+        """
+        if not prompt_tokens:
+            size = _at_least(self.decodes, decodes)
+            return size, size, size if self.decodes else sampled
+        if not self.prompt_tokens:
+            return decodes, decodes + prompt_tokens, sampled
+        beside = _at_least(self.decodes_beside, decodes)
+        if prompt_tokens <= self.prompt_tokens[-1]:
+            tokens = beside + _at_least(self.prompt_tokens, prompt_tokens)
+        else:
+            tokens = max(beside + self.prompt_tokens[-1], decodes + prompt_tokens)
+        return beside, tokens, beside + max(self.prompts, num_prompts)
+
+    def blocks(self, decodes: int, longest: Any) -> Any:
+        """Blocks of the longest span of decode attention, which are read one after another.
+
+        Where nothing is cut, a context is one span, and a token a block.
+
+        Args:
+            decodes: rows, padding included.
+            longest: the longest context, or an array of several.
+        """
+        place = bisect_right(self.decode_cuts, decodes, key=lambda cut: cut[0])
+        if not place:
+            return longest
+        _, spans, shortest, block = self.decode_cuts[place - 1]
+        span = _parts(_parts(longest, spans), block)
+        return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
+
+    def read_tokens(self, decodes: int, kv_tokens: Any) -> Any:
+        """What decodes take to read their contexts, in tokens of a long span.
+
+        Longer contexts have more spans, each of which takes time to start, until there are as many as a context is cut
+        in; from then on the spans themselves are longer.
+
+        Args:
+            decodes: rows.
+            kv_tokens: the sum of their contexts, or an array of several.
+        """
+        most = max((spans * shortest for _, spans, shortest, _ in self.decode_cuts if spans > 1), default=0)
+        return kv_tokens + SPAN_START * _least(kv_tokens, decodes * most) if most else kv_tokens
+
+    def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+        """Tiles of prompts given as (start, length), and the sum of the contexts up to the end of each."""
+        size = self.prompt_tile
+        tiles = contexts = 0
+        for start, length in prompts:
+            count = _parts(length, size)
+            tiles += count
+            contexts += count * start + size * (count * (count - 1) // 2) + length
+        return tiles, contexts
+
+
+def _parts(size: Any, part: int) -> Any:
+    """How many parts of a size it takes, the last one less than full."""
+    return -(-size // part)
+
+
+def _at_least(sizes: tuple[int, ...], size: int) -> int:
+    """The smallest of the sizes that has room, or the size itself if there is none."""
+    place = bisect_left(sizes, size)
+    return sizes[place] if place < len(sizes) else size
+
+
+def _most(one: Any, other: Any) -> Any:
+    """max, of two numbers or of each pair in two arrays."""
+    return max(one, other) if isinstance(one, int) else np.maximum(one, other)
+
+
+def _least(one: Any, other: Any) -> Any:
+    """min, of two numbers, of a number and each of an array, or of each pair in two arrays."""
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else np.minimum(one, other)

@@ -1,0 +1,77 @@
+"""The profiler: a design that is the same for a seed and within its limits, and steps of the shapes asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from twinserve.engine.profile import StepShape, design, measure
+from twinserve.settings.errors import InputError
+from twinserve.sim.latency import StepFeatures
+
+LIMITS = {"max_seqs": 256, "max_context": 8000, "max_prompt": 2048, "block_size": 16, "pool_tokens": 400_000}
+
+
+def test_a_seed_gives_the_same_shapes_and_another_seed_others():
+    assert design(64, **LIMITS, seed=3) == design(64, **LIMITS, seed=3) != design(64, **LIMITS, seed=4)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}])
+def test_every_shape_is_within_the_limits(limits):
+    for shape in design(256, **limits):
+        assert shape.contexts or shape.prompts
+        assert len(shape.contexts) <= limits["max_seqs"] and shape.prompt_tokens <= limits["max_prompt"]
+        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= limits["pool_tokens"]
+        assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
+        assert all(context >= 2 for context in shape.contexts)
+
+
+def test_the_design_has_the_steps_that_traffic_makes():
+    shapes = design(128, **LIMITS)
+    decodes = [shape for shape in shapes if not shape.prompts]
+    beside = [shape for shape in shapes if shape.prompts and shape.contexts]
+    assert min(len(decodes), len(beside), len(shapes) - len(decodes) - len(beside)) >= 25
+    assert {math.ceil(math.log2(len(shape.contexts))) for shape in decodes} == set(range(9)), "every power of two"
+    assert {math.ceil(math.log2(len(shape.contexts))) for shape in beside} >= set(range(1, 9))
+    assert any(len(shape.prompts) >= 8 for shape in shapes)
+    assert any(length < 100 and start > 2000 for shape in shapes for start, length in shape.prompts), "a last piece"
+    assert any(shape.shares and any(start for start, _ in shape.prompts) for shape in shapes)
+    unevenness = [max(shape.contexts) * len(shape.contexts) / sum(shape.contexts) for shape in decodes]
+    assert min(unevenness) < 1.2 and max(unevenness) > 4
+
+
+SHAPES = [
+    StepShape((40, 90)),
+    StepShape((), ((0, 20), (0, 7))),
+    StepShape((30,), ((32, 9), (64, 5)), shares=True),
+    StepShape((30,), ((32, 9), (48, 5))),
+]
+
+
+def test_each_shape_is_run_some_steps_in_a_row_and_what_is_measured_is_that_shape(llama, serving):
+    llm = serving(llama, max_model_len=256)
+    steps = measure(llm, SHAPES, repeats=3)
+    assert len(steps) == 3 * len(SHAPES)
+    found = [StepFeatures.of(step.batch, step.arrived) for step in steps]
+    for first in range(0, len(found), 3):
+        one, *others = found[first : first + 3]
+        shape = next(
+            shape for shape in SHAPES if shape.prompts == one.prompts and len(shape.contexts) == one.decode_tokens
+        )
+        assert one.longest_decode == (max(shape.contexts) + 1 if shape.contexts else 0), "the first step does not count"
+        assert [other.prompts for other in others] == [one.prompts] * 2
+        assert [other.decode_kv_tokens - one.decode_kv_tokens for other in others] == [
+            number * one.decode_tokens for number in (1, 2)
+        ]
+        assert all(features.arrived == features.left == len(shape.prompts) for features in others)
+    assert all(step.device_ns > 0 and step.launch_ns > 0 and step.bookkeeping_ns >= 0 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [(StepShape((300,)), "expected contexts below 256"), (StepShape((200,) * 30), "expected at most the 4096 tokens")],
+)
+def test_a_shape_without_room_is_refused(llama, serving, shape, words):
+    with pytest.raises(InputError, match=words):
+        measure(serving(llama, max_model_len=256), [shape], repeats=1)

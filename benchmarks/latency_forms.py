@@ -29,7 +29,9 @@ from twinserve.sim.replica import simulate
 from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.vllm_records import requests_of
 
-Predict = Callable[[StepFeatures], float]
+Predict = Callable[[list[StepFeatures]], list[float]]
+"""From features to nanoseconds on the device."""
+
 Steps = list[tuple[StepFeatures, int]]
 """Features and nanoseconds on the device."""
 
@@ -47,7 +49,7 @@ def tokens_and_pairs(steps: Steps, model: FittedLatency) -> Predict:
         knots, coefficients = fitted[bool(features.prompt_tokens)]
         return float(np.dot(_token_row(features, knots), coefficients))
 
-    return predict
+    return lambda steps: list(map(predict, steps))
 
 
 def _token_row(f: StepFeatures, knots: list[int]) -> list[float]:
@@ -57,7 +59,7 @@ def _token_row(f: StepFeatures, knots: list[int]) -> list[float]:
 
 def kernels(steps: Steps, model: FittedLatency) -> Predict:
     """The form of `twinserve fit`."""
-    return lambda features: model.step_cost(features).device_ns
+    return lambda steps: [float(model.step_cost(features).device_ns) for features in steps]
 
 
 def trees(steps: Steps, model: FittedLatency) -> Predict:
@@ -69,7 +71,7 @@ def trees(steps: Steps, model: FittedLatency) -> Predict:
         max_iter=300, learning_rate=0.08, min_samples_leaf=10, monotonic_cst=[1] * rows.shape[1], random_state=0
     )
     booster.fit(rows, np.log([ns for _, ns in steps]))
-    return lambda features: float(np.exp(booster.predict(np.array([_tree_row(features, model.kernels)]))[0]))
+    return lambda steps: np.exp(booster.predict([_tree_row(f, model.kernels) for f in steps])).tolist()
 
 
 def _tree_row(f: StepFeatures, cut: Kernels) -> list[float]:
@@ -90,13 +92,13 @@ class _Latency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         host, _, lead = self._model.step_cost(features)
-        return StepCost(host, round(self._predict(features)), lead)
+        return StepCost(host, round(self._predict([features])[0]), lead)
 
 
 def judge(record: RunRecord, steps: Steps, predict: Predict, model: FittedLatency) -> dict[str, float]:
     """Relative errors: of sums and of single steps on the device, and of simulated means."""
     measured = np.array([ns for _, ns in steps])
-    predicted = np.array([predict(f) for f, _ in steps])
+    predicted = np.array(predict([f for f, _ in steps]))
     errors = np.abs(predicted / measured - 1.0)
     has_prompt = np.array([bool(f.prompt_tokens) for f, _ in steps])
     result = {"sum": float(predicted.sum() / measured.sum() - 1.0)}

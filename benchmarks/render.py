@@ -166,9 +166,10 @@ def simulator_section(simulator: dict[str, Any]) -> str:
         "",
         f"{circumstances(simulator)} Medians of {simulator['repeats']} runs, taken in turns on the same core, limits "
         "in brackets. The simulation goes from the first arrival to the last answer, metrics and the record's rows "
-        "included; the whole process has Python's start, reading the trace and the record on disk beside it. ai-dynamo "
-        "replays the same requests with the same settings in virtual time; its latency is its own polynomial, it does "
-        "not count steps, and it prints a summary where the others write a record of every step.",
+        "included; the whole process has Python's start, reading the trace and the record on disk beside it. Other "
+        "work on the machine lengthens both, and hardly what of them the process had the core. ai-dynamo replays the "
+        "same requests with the same settings in virtual time; its latency is its own polynomial, it does not count "
+        "steps, and it prints a summary where the others write a record of every step.",
         "",
         *table(heads, rows),
         f"Measured earlier with others' own code, as shipped: {'; '.join(earlier)}.",

@@ -62,8 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 WORKERS = {"a": 1, "b": 8}
 
-# Measured on (a) and (b) with others' own code, as shipped, in November 2026; the versions of the first three were not
-# noted.
+# Measured on (a) and (b) with others' own code, as shipped, by November 2026; of the first three no version was noted.
 ELSEWHERE = {
     "Vidur, with its output": {"a": 34.0},
     "Vidur": {"a": 13.3},

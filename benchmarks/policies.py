@@ -1,11 +1,15 @@
 """What the policies cost: a step's decision and its result, hashing, hits, and many sequences that end at once.
 
-    python benchmarks/policies.py [--json FILE] [--repeats 25] [--quick]
+    python benchmarks/policies.py [--json FILE] [--repeats 25] [--quick] [--other NAME=FOLDER ...] [--turns 5]
 
 Microseconds on one core, the minimum and the median of the repeats. A decode-only step is `schedule` + `postprocess`
 (choosing, block tables, hashing full blocks, checking stops, tokens handed over as the list that the engine hands over;
 prefix caching on, no listener). A mixed step is the same beside a prompt of which each step computes 256 tokens.
 --quick takes fewer repeats and no step of 1,024 sequences.
+
+With --other, other copies of twinserve do the same in turns with the one that is imported, each in a process of its own
+on the same core: another commit's checkout, or a compiled wheel, as benchmarks/simulator.py says. Every figure is then
+the median of the turns.
 """
 
 from __future__ import annotations
@@ -14,16 +18,22 @@ import argparse
 import gc
 import importlib.util
 import itertools
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, machine
+from copies import Copy, add_other, medians, policies, stay_on_one_core, with_imported
+from environment import ROOT, command, machine
 from result_files import write_json
 
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
@@ -211,15 +221,41 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--quick", action="store_true")
+    add_other(parser)
+    parser.add_argument("--turns", type=int, default=5, help="of the copies, where there are others")
     arguments = parser.parse_args()
-    repeats, running = (2, RUNNING[:-1]) if arguments.quick else (arguments.repeats, RUNNING)
+    load_before = os.getloadavg()[0]
+    if arguments.other:
+        stay_on_one_core()
+        measured = with_imported(arguments.other, parser)
+        copies = in_turns(measured, arguments.turns, arguments.repeats, arguments.quick)
+    else:
+        copies = {policies(): measure(arguments.repeats, arguments.quick)}
+    results = copies.pop(policies()) | {
+        "policies": policies(),
+        "others": copies,
+        "command": command(),
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "load_before": load_before,
+        "turns": arguments.turns if arguments.other else 1,
+        "repeats": 2 if arguments.quick else arguments.repeats,
+        "elsewhere": ELSEWHERE,
+    }
+    report(results)
+    if arguments.json is not None:
+        write_json(arguments.json, results)
+    return 0
+
+
+def measure(repeats: int, is_quick: bool) -> dict[str, Any]:
+    """All figures of the policies that this process imports."""
+    repeats, running = (2, RUNNING[:-1]) if is_quick else (repeats, RUNNING)
     decode, mixed = step_costs(repeats, running), mixed_costs(repeats, running)
     ends = ends_costs(repeats)
     small, large = rates(repeats, 1 << 13), rates(repeats, 1 << 17)
     slow = {str(count): slow_step_us(count) for count in running if count <= 64}
-    results = {
-        "command": f"python benchmarks/policies.py{' --quick' if arguments.quick else ''}",
-        "machine": machine(),
+    return {
         "step_us": {size: {count: cost["min"] for count, cost in costs.items()} for size, costs in decode.items()},
         "step_median_us": {
             size: {count: cost["median"] for count, cost in costs.items()} for size, costs in decode.items()
@@ -232,12 +268,28 @@ def main() -> int:
             for pool, found in ((1 << 13, small), (1 << 17, large))
         },
         "slow_model_step_us": slow,
-        "elsewhere": ELSEWHERE,
     }
-    report(results)
-    if arguments.json is not None:
-        write_json(arguments.json, results)
-    return 0
+
+
+def in_turns(copies: list[Copy], turns: int, repeats: int, is_quick: bool) -> dict[str, dict[str, Any]]:
+    """The figures of several copies, by name: every number the median of turns in which each was measured once."""
+    found: dict[str, list[dict[str, Any]]] = {copy.name: [] for copy in copies}
+    for turn in range(turns):
+        for copy in copies:
+            found[copy.name].append(run_copy(copy, repeats, is_quick))
+            print(f"turn {turn + 1}, {copy.name}: {found[copy.name][-1]['step_us']}", file=sys.stderr)
+    return {name: medians(of_copy) for name, of_copy in found.items()}
+
+
+def run_copy(copy: Copy, repeats: int, is_quick: bool) -> dict[str, Any]:
+    """The figures of a copy, by this script or its own in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="policies-") as name:
+        path = Path(name) / "policies.json"
+        options = ["--json", str(path), "--repeats", str(repeats), *["--quick"] * is_quick]
+        started = [*copy.command(Path(__file__)), *options]
+        subprocess.run(started, env=copy.environment(), check=True, stdout=subprocess.DEVNULL)
+        results = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in results.items() if key.endswith(("_us", "_s"))}
 
 
 def report(results: dict[str, Any]) -> None:

@@ -24,10 +24,13 @@ DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 """The devices that every page tells of, measured or not, in this order."""
 NOTHING = "–"
 SIMULATIONS: dict[str, tuple[str, float, float, float]] = {
-    "a": ("10,000 requests of the Azure conversation trace, 1 replica", 1.0, 3.0, 150.0),
-    "b": ("the Mooncake conversation trace, 12,031 requests, 8 replicas", 3.5, 6.0, 150.0),
+    "a": ("10,000 requests of the Azure conversation trace, 1 replica", 0.5, 0.9, 150.0),
+    "b": ("the Mooncake conversation trace, 12,031 requests, 8 replicas", 3.0, 3.6, 150.0),
 }
-"""What benchmarks/simulator.py runs; at most how many seconds of simulation, seconds in all, and MB that may take."""
+"""What benchmarks/simulator.py runs; at most how many seconds of simulation, seconds in all, and MB that may take with
+compiled policies."""
+STEPS = {"step_us": "decodes alone", "mixed_step_us": "decodes beside a chunk of 256 tokens"}
+"""What benchmarks/policies.py runs, of which the page shows the cost of a step."""
 
 INTRODUCTION = """\
 # What each cycle buys
@@ -48,9 +51,12 @@ def main() -> int:
     parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parsing.parse_args()
     results = load(arguments.results)
-    simulator = arguments.results / "simulator.json"
-    measured = json.loads(simulator.read_text(encoding="utf-8")) if simulator.exists() else None
-    texts = {arguments.out: results_page(results, measured)}
+    costs = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in ("policies", "simulator")
+        if (path := arguments.results / f"{name}.json").exists()
+    }
+    texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -74,56 +80,126 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
-def results_page(results: list[dict[str, Any]], simulator: dict[str, Any] | None) -> str:
-    """The page of all results; `simulator`, if it was measured, has what the simulator takes."""
+def results_page(
+    results: list[dict[str, Any]],
+    policies: dict[str, Any] | None = None,
+    simulator: dict[str, Any] | None = None,
+) -> str:
+    """The page of all results; with what the policies and the simulator take, where those were measured."""
     parts = [INTRODUCTION]
     if not results:
         parts.append("Nothing is measured yet.\n")
     for _, group in groupby(results, key=lambda result: (result["device"], result["model"])):
         parts.append(section(list(group)))
+    if policies is not None:
+        parts.append(policies_section(policies))
     if simulator is not None:
         parts.append(simulator_section(simulator))
     return "\n".join(parts)
 
 
+def in_turns(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The copies that were measured in turns, by name, the imported one last."""
+    return measured["others"] | {measured["policies"]: measured}
+
+
+def circumstances(measured: dict[str, Any]) -> str:
+    """On what, when and by what something was measured, and how busy the machine was with other work."""
+    machine = measured["machine"]
+    return (
+        f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, {measured['date']}, by "
+        f"`{measured['command']}`; the load average before was {number(measured['load_before'])}."
+    )
+
+
+def policies_section(policies: dict[str, Any]) -> str:
+    """What a step of the policies costs, by copy, beside others' policies."""
+    copies = in_turns(policies)
+    elsewhere = policies["elsewhere"]
+    rows = []
+    for what, words in STEPS.items():
+        for size, costs in policies[what].items():
+            for running in costs:
+                cells = [number(copy[what][size][running]) for copy in copies.values()]
+                if what == "step_us":
+                    cells += [
+                        number_or_nothing(other["step_us"].get(size, {}).get(running)) for other in elsewhere.values()
+                    ]
+                else:
+                    cells += [NOTHING] * len(elsewhere)
+                rows.append([words, size, f"{int(running):,}", *cells])
+    lines = [
+        "## A step of the policies",
+        "",
+        f"Microseconds of `schedule` and `postprocess`. {circumstances(policies)} The least of {policies['repeats']} "
+        f"repeats; the median of {policies['turns']} such turns. What others take was measured with their own code, as "
+        "shipped, on a like machine.",
+        "",
+        *table(["Step", "Block size", "Running", *copies, *elsewhere], rows, numbers=True),
+    ]
+    return "\n".join(lines)
+
+
 def simulator_section(simulator: dict[str, Any]) -> str:
-    """What the simulator takes for two runs, beside its limits and others, and how that grows."""
-    machine = simulator["machine"]
-    rows, growth = [], []
-    for point, (what, limit_s, limit_wall_s, limit_mb) in SIMULATIONS.items():
-        if point in simulator:
-            run = simulator[point]
-            others = [f"{who} {seconds(s[point])}" for who, s in simulator["elsewhere_s"].items() if point in s]
-            rows.append(
-                [
-                    f"({point}) {what}",
-                    f"{run['steps']:,}",
-                    f"{seconds(run['loop_s'])}{within(run['loop_s'], limit_s, seconds)}",
-                    f"{seconds(run['wall_s'])}{within(run['wall_s'], limit_wall_s, seconds)}",
-                    f"{megabytes(run['peak_rss_mb'])}{within(run['peak_rss_mb'], limit_mb, megabytes)}",
-                    ", ".join(others),
-                ]
-            )
+    """What the simulator takes for two runs, by copy and beside others, and how that grows."""
+    rows = []
+    for point, (what, *limits) in SIMULATIONS.items():
+        for name, runs in in_turns(simulator).items():
+            if point in runs:
+                run = runs[point]
+                who = f"{name} {run['version']}" if "version" in run else name
+                rows.append([f"({point}) {what}", who, *simulation_cells(run, limits if name == "compiled" else None)])
+    growth = []
     for run in simulator.get("growth", {}).values():
         each = f"{number(1e6 * run['loop_s'] / run['requests'])} us"
         counts = [f"{run['requests']:,}", f"{run['steps']:,}"]
         growth.append(
             [*counts, seconds(run["loop_s"]), each, megabytes(run["peak_rss_mb"]), megabytes(run["record_mb"])]
         )
+    earlier = [
+        f"{who} {' and '.join(f'{seconds(value)} for ({point})' for point, value in taken.items())}"
+        for who, taken in simulator["elsewhere_s"].items()
+    ]
+    heads = ["Run", "Simulator", "Steps", "Simulation", "Whole process", "Of that on the core", "Memory"]
     lines = [
         "## The simulator",
         "",
-        f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, by "
-        f"`{simulator['command']}`; medians of {simulator['repeats']} runs. The simulation goes from the first arrival "
-        "to the last answer, metrics and the record's rows included; the whole process has Python's start, reading the "
-        "trace and the record on disk beside it. What others take was measured with their own code, as shipped.",
+        f"{circumstances(simulator)} Medians of {simulator['repeats']} runs, taken in turns on the same core, limits "
+        "in brackets. The simulation goes from the first arrival to the last answer, metrics and the record's rows "
+        "included; the whole process has Python's start, reading the trace and the record on disk beside it. Other "
+        "work on the machine lengthens both, and hardly what of them the process had the core. ai-dynamo replays the "
+        "same requests with the same settings in virtual time; its latency is its own polynomial, it does not count "
+        "steps, and it prints a summary where the others write a record of every step.",
         "",
-        *table(["Run", "Steps", "Simulation (limit)", "Whole process (limit)", "Memory (limit)", "Others"], rows),
+        *table(heads, rows),
+        f"Measured earlier with others' own code, as shipped: {'; '.join(earlier)}.",
+        "",
     ]
     if growth:
-        lines += ["Growth of (a) with its requests, each measured once:", ""]
+        lines += [f"Growth of (a), {simulator['policies']}, with its requests, each measured once:", ""]
         lines += table(["Requests", "Steps", "Simulation", "A request", "Memory", "Record"], growth, numbers=True)
     return "\n".join(lines)
+
+
+def simulation_cells(run: dict[str, Any], limits: list[float] | None) -> list[str]:
+    """A run's steps, seconds and memory, with whether limits are kept."""
+    loop_s, wall_s, memory_mb = run["loop_s"], run["wall_s"], run["peak_rss_mb"]
+    told = ["", "", ""]
+    if limits is not None:
+        words = (seconds, seconds, megabytes)
+        told = [within(*one) for one in zip((loop_s, wall_s, memory_mb), limits, words, strict=True)]
+    return [
+        f"{run['steps']:,}" if "steps" in run else NOTHING,
+        f"{seconds(loop_s)}{told[0]}",
+        f"{seconds(wall_s)}{told[1]}",
+        seconds(run["cpu_s"]),
+        f"{megabytes(memory_mb)}{told[2]}",
+    ]
+
+
+def number_or_nothing(value: float | None) -> str:
+    """A number, where there is one."""
+    return NOTHING if value is None else number(value)
 
 
 def within(value: float, limit: float, words: Callable[[float], str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -24,15 +25,19 @@ import benchmark_cycle5
 import benchmark_cycle6
 import benchmark_cycle7
 import command_line
+import copies
 import flash_stand_in
 import render
 import run_all
+import simulator
 from environment import ROOT, commit, device_folder
 from sizes import SIZES
 from subject import EndlessTokenizer, Subject
 from work import yardstick
 
+import twinserve
 from twinserve.engine.layers import choice
+from twinserve.policies import IS_COMPILED
 from twinserve.settings.errors import InputError
 
 BENCHMARKS = {
@@ -281,6 +286,99 @@ def test_a_card_has_a_folder(card, short, monkeypatch):
     assert device_folder("cuda") == short
 
 
+# --- copies of twinserve in turns, and another simulator ---
+
+
+def test_a_checkout_is_measured_by_its_own_script_and_a_wheel_by_this_one(tmp_path):
+    script = ROOT / "benchmarks" / "simulator.py"
+    wheel = copies.Copy("wheel", tmp_path)
+    assert wheel.command(script) == [sys.executable, str(script)]
+    own = tmp_path / "benchmarks" / "simulator.py"
+    own.parent.mkdir()
+    own.write_text("")
+    assert wheel.command(script) == [sys.executable, str(own)]
+    assert wheel.environment()["PYTHONPATH"] == str(tmp_path)
+
+
+def test_the_imported_copy_says_what_its_policies_are():
+    assert (copies.imported().folder / "twinserve" / "__init__.py").samefile(twinserve.__file__)
+    assert copies.imported().name == copies.policies() == ("compiled" if IS_COMPILED else "interpreted")
+
+
+@pytest.mark.parametrize("text", ["twinserve", "=.", "before=no-such-folder"])
+def test_a_copy_that_is_none_is_refused(text, capsys):
+    parser = argparse.ArgumentParser()
+    copies.add_other(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--other", text])
+    assert f"{text!r}, expected NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_two_copies_of_one_name_are_refused(capsys):
+    parser = argparse.ArgumentParser()
+    copies.add_other(parser)
+    others = parser.parse_args(["--other", f"{copies.policies()}={ROOT}"]).other
+    with pytest.raises(SystemExit):
+        copies.with_imported(others, parser)
+    assert f"--other: {copies.policies()}, {copies.policies()}, expected each name once" in capsys.readouterr().err
+
+
+def test_turns_give_the_median_of_every_number():
+    found = [{"step_us": {"16": {"1": value}}, "slow_model_step_us": {"256": None}} for value in (3.0, 9.0, 1.0)]
+    assert copies.medians(found) == {"step_us": {"16": {"1": 3.0}}, "slow_model_step_us": {"256": None}}
+
+
+def test_runs_are_taken_in_turns_and_their_medians_told():
+    begun = []
+
+    def runner(name: str, seconds: list[float]) -> simulator.Measured:
+        def run(point: str, num_requests: int) -> dict:
+            begun.append(name + point)
+            return timed(steps=num_requests, loop_s=seconds.pop())
+
+        return run
+
+    runners = {"x": runner("x", [1.0, 5.0, 2.0]), "y": runner("y", [4.0, 4.0, 8.0])}
+    found = simulator.measure(runners, ["a"], 7, repeats=3)
+    assert begun == ["xa", "ya"] * 3
+    assert found == {"x": {"a": timed(7, loop_s=2.0)}, "y": {"a": timed(7, loop_s=4.0)}}
+
+
+STAND_IN = """
+from types import SimpleNamespace
+def run_trace_replay(path, **options):
+    lines = open(path).readlines()
+    assert options["extra_engine_args"] == {"engine": {"block_size": 64}}, options
+    assert (options["num_workers"], options["router_mode"], options["trace_block_size"]) == (8, "round_robin", 512)
+    return SimpleNamespace(summary=dict(num_requests=len(lines), completed_requests=len(lines), wall_time_ms=1500.0))
+"""
+
+
+def test_the_other_simulator_is_told_the_trace_and_the_settings(monkeypatch, tmp_path):
+    (tmp_path / "dynamo").mkdir()
+    (tmp_path / "dynamo" / "replay.py").write_text(STAND_IN)
+    (tmp_path / "ai_dynamo-9.8.dist-info").mkdir()
+    (tmp_path / "ai_dynamo-9.8.dist-info" / "METADATA").write_text("Name: ai-dynamo\nVersion: 9.8\n")
+    (tmp_path / "b.jsonl").write_text("{}\n{}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    traces = {"b": (tmp_path / "b.jsonl", {"block_size": 64})}
+    run = simulator.run_peer(Path(sys.executable), traces, "b", 2)
+    assert (run["requests"], run["version"], run["loop_s"]) == (2, "9.8", 1.5)
+    assert run["cpu_s"] > 0 and run["peak_rss_mb"] > 1
+
+
+def test_the_other_simulator_gets_the_same_requests_and_no_shared_prefixes(public_traces, tmp_path):
+    written = simulator.write_peer_traces(public_traces, tmp_path)
+    lines = [json.loads(line) for line in written["a"][0].read_text().splitlines()]
+    ours = list(simulator.azure_requests(simulator.azure_lengths(public_traces), 10_000))
+    told = [(line["input_length"], line["output_length"], round(line["timestamp"] * 1e6)) for line in lines]
+    assert told == [(request.prompt_tokens, request.max_tokens, request.arrival_ns) for request in ours]
+    hashes = [hash_id for line in lines for hash_id in line["hash_ids"]]
+    assert len(hashes) == len(set(hashes)) == sum(-(-line["input_length"] // 512) for line in lines)
+    assert len(written["b"][0].read_text().splitlines()) == 12_031
+    assert written["a"][1]["num_gpu_blocks"] == 28_252 and written["b"][1]["num_gpu_blocks"] == 8192
+
+
 # --- rendering ---
 
 
@@ -373,26 +471,70 @@ def test_a_page_gets_its_figures_between_its_marks(monkeypatch, tmp_path):
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
-def test_what_the_simulator_takes_stands_beside_its_limits(monkeypatch, tmp_path):
-    run = {"loop_s": 0.5, "wall_s": 0.75, "peak_rss_mb": 160.0, "requests": 1000, "steps": 5433, "record_mb": 2.0}
-    simulator = {
-        "a": run,
-        "b": run,
-        "command": "python x.py",
-        "machine": {"python": "3.11", "cpu": "CPU", "cores": 2},
-        "repeats": 3,
-        "elsewhere_s": {"another": {"a": 34.0}, "a third": {"a": 6.8, "b": 14.2}},
-        "growth": {"1000": run},
+def timed(steps: int | None = None, **fields) -> dict:
+    """A run as benchmarks/simulator.py writes it; with steps if it counts them."""
+    run = {"loop_s": 0.5, "wall_s": 1.25, "cpu_s": 0.75, "peak_rss_mb": 160.0, "requests": 1000, "record_mb": 2.0}
+    return run | ({} if steps is None else {"steps": steps}) | fields
+
+
+CIRCUMSTANCES = {
+    "policies": "compiled",
+    "command": "python x.py",
+    "date": "2026-01-02",
+    "machine": {"python": "3.11", "cpu": "CPU", "cores": 2},
+    "load_before": 1.5,
+    "repeats": 3,
+    "turns": 5,
+}
+
+
+def rows_below(heading: str, page: Path) -> list[str]:
+    """The rows of the first tables below a heading, without their heads."""
+    lines = page.read_text().splitlines()
+    return [line for line in lines[lines.index(heading) :] if line.startswith("| ") and "---" not in line][1:]
+
+
+def test_what_the_simulator_takes_stands_beside_other_copies_and_its_limits(monkeypatch, tmp_path):
+    simulator = CIRCUMSTANCES | {
+        "a": timed(5433),
+        "b": timed(9),
+        "others": {"interpreted": {"a": timed(5433, loop_s=2.0)}, "peer": {"a": timed(version="1.6"), "b": timed()}},
+        "elsewhere_s": {"another": {"a": 34.0}, "a third 1.2": {"a": 6.8, "b": 14.2}},
+        "growth": {"1000": timed(5433)},
     }
     results = written(tmp_path / "results", measured(1, 10.0))
     (results / "simulator.json").write_text(json.dumps(simulator))
     rendered(monkeypatch, results, tmp_path)
-    lines = (tmp_path / "results.md").read_text().splitlines()
-    rows = [line for line in lines[lines.index("## The simulator") :] if line.startswith("| ")]
-    memory = "160 MB (150 MB: missed)"
-    assert f"| 500 ms (1.00 s: kept) | 750 ms (3.00 s: kept) | {memory} | another 34.0 s, a third 6.80 s |" in rows[2]
-    assert f"| 500 ms (3.50 s: kept) | 750 ms (6.00 s: kept) | {memory} | a third 14.2 s |" in rows[3]
-    assert rows[-1] == "| 1,000 | 5,433 | 500 ms | 500 us | 160 MB | 2.00 MB |"
+    cells = [row.strip("| ").split(" | ") for row in rows_below("## The simulator", tmp_path / "results.md")]
+    assert [row[0][:3] for row in cells[:5]] == ["(a)", "(a)", "(a)", "(b)", "(b)"]
+    assert [row[1:] for row in cells[:3]] == [
+        ["interpreted", "5,433", "2.00 s", "1.25 s", "750 ms", "160 MB"],
+        ["peer 1.6", "–", "500 ms", "1.25 s", "750 ms", "160 MB"],
+        ["compiled", "5,433", "500 ms (500 ms: kept)", "1.25 s (900 ms: missed)", "750 ms", "160 MB (150 MB: missed)"],
+    ]
+    assert cells[4][3:5] == ["500 ms (3.00 s: kept)", "1.25 s (3.60 s: kept)"]
+    assert cells[-1] == ["1,000", "5,433", "500 ms", "500 us", "160 MB", "2.00 MB"]
+    text = (tmp_path / "results.md").read_text()
+    assert "another 34.0 s for (a); a third 1.2 6.80 s for (a) and 14.2 s for (b)." in text
+    assert (
+        "On one of 2 cores (CPU), Python 3.11, 2026-01-02, by `python x.py`; the load average before was 1.50." in text
+    )
+
+
+def test_what_a_step_costs_stands_beside_other_copies_and_others(monkeypatch, tmp_path):
+    def costs(alone: float, beside: float) -> dict:
+        return {"step_us": {"16": {"1": alone, "1024": alone}}, "mixed_step_us": {"16": {"1": beside}}}
+
+    policies = CIRCUMSTANCES | costs(1.0, 2.0) | {"others": {"before": costs(3.0, 4.0)}}
+    policies["elsewhere"] = {"an engine": {"step_us": {"16": {"1": 18}}}}
+    results = written(tmp_path / "results", measured(1, 10.0))
+    (results / "policies.json").write_text(json.dumps(policies))
+    rendered(monkeypatch, results, tmp_path)
+    assert rows_below("## A step of the policies", tmp_path / "results.md") == [
+        "| decodes alone | 16 | 1 | 3.00 | 1.00 | 18 |",
+        "| decodes alone | 16 | 1,024 | 3.00 | 1.00 | – |",
+        "| decodes beside a chunk of 256 tokens | 16 | 1 | 4.00 | 2.00 | – |",
+    ]
 
 
 @pytest.mark.parametrize(

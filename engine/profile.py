@@ -78,7 +78,15 @@ class MeasuredStep:
 
 
 def design(
-    count: int, *, max_seqs: int, max_context: int, max_prompt: int, block_size: int, pool_tokens: int, seed: int = 0
+    count: int,
+    *,
+    max_seqs: int,
+    max_context: int,
+    max_prompt: int,
+    block_size: int,
+    pool_tokens: int,
+    max_rows: int,
+    seed: int = 0,
 ) -> list[StepShape]:
     """Shapes that fill the space of steps evenly, by a scrambled Sobol sequence.
 
@@ -94,6 +102,7 @@ def design(
         max_prompt: the most prompt tokens in a step.
         block_size: a prompt behind earlier tokens begins at a multiple of it.
         pool_tokens: contexts are cut to what the pool has room for.
+        max_rows: sequences that the runner can hold; the prompts of two steps are among them, one being in flight.
         seed: another seed, other shapes; the same, the same.
     """
     from scipy.stats import qmc
@@ -103,9 +112,10 @@ def design(
     for kind, rows, context, spread, number, tokens, behind, start, shares in points.tolist():
         decodes = prompts = 0
         if kind < 0.4 or kind >= 0.65:
-            decodes = _between(1, max_seqs, rows)
+            decodes = _between(1, min(max_seqs, max_rows), rows)
         if kind >= 0.4:
-            prompts = _between(1, min(MOST_PROMPTS, max_prompt), number)
+            prompts = _between(1, min(MOST_PROMPTS, max_prompt, max_rows // 2), number)
+            decodes = min(decodes, max_rows - 2 * prompts)
         share = pool_tokens // 2
         mean = min(_between(LEAST_CONTEXT, max_context, context), share // max(1, decodes))
         contexts = [max(2, size) for size in _uneven(decodes, mean, 1.2 * spread, max_context)]

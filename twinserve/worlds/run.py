@@ -181,6 +181,7 @@ def measure_steps(
         max_prompt=max_prompt,
         block_size=settings.block_size,
         pool_tokens=(settings.num_gpu_blocks or 0) * settings.block_size,
+        max_rows=settings.max_num_seqs,
         seed=seed,
     )
     with progress(len(chosen) * repeats) as bar:

@@ -82,7 +82,7 @@ def steps_of(options: argparse.Namespace, work: Path) -> list[Step]:
     """The steps that were asked for, in order; what they write goes into `work`."""
     python = [sys.executable, "-m"]
     engine = ["--device", "cuda", "--dtype", "bfloat16", "--model", options.model, "--load-format", "dummy"]
-    sizes = ["--max-seqs", "256", "--max-context", "8192", "--max-prompt", "2048"]
+    sizes = ["--shapes", "512", "--max-seqs", "256", "--max-context", "8192", "--max-prompt", "2048"]
     cycles = ["--device", "cuda", "--shape", options.model, "--out", str(work / "cycles")]
     cycles += ["--commit", options.commit] if options.commit else []
     junit = f"--junitxml={options.out.resolve() / 'junit.xml'}"

@@ -69,6 +69,7 @@ class ModelRunner:
         attention: the attention backend in use, and why.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
+        num_launched: steps launched, for whoever wants to know whether another has launched any.
 
     Raises:
         InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.
@@ -99,6 +100,7 @@ class ModelRunner:
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self.logprobs: Heard = {}
+        self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
     def close(self) -> None:
@@ -164,6 +166,7 @@ class ModelRunner:
 
     def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepHandle:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
+        self.num_launched += 1
         step_input = self._snapshot(rows, tokens) if rows else None
         before = self._previous[0] if self._previous else None
         sampled = [row for row in rows if row.samples]

@@ -64,6 +64,7 @@ class GraphRunner:
         self._cache = KVCache(model.config, self.num_blocks, self.block_size, config.kv_cache_dtype, self.device)
         self._generator = random.Random(config.options.seed)
         self.logprobs: Heard = {}
+        self.num_launched = 0
         max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
         width = -(-max_model_len // self.block_size)
         self._rows = DeviceRows(
@@ -148,6 +149,7 @@ class GraphRunner:
         Raises:
             ValueError: a sequence's blocks are not of this runner's pool.
         """
+        self.num_launched += 1
         if batch.decision != self._decision + 1 or batch.decision <= 0:
             # Another run, or decisions in between that were not launched: what the device knows is of no use.
             self._rows.clear()

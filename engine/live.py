@@ -1,4 +1,4 @@
-"""A Core that lives on: requests and aborts come in from any thread, and who follows a request is told of its tokens."""
+"""A Core that lives on: requests and aborts come in from any thread, and who follows a request hears of its tokens."""
 
 from __future__ import annotations
 
@@ -97,8 +97,11 @@ class Live(ABC):
     def walk(self) -> None:
         """Serve what comes in until the inbox is closed and everything has ended."""
 
-    def submit(self, seqs: Seq[Sequence], follower: Follower) -> None:
+    def submit(self, make: Callable[[int], Seq[Sequence]], follower: Follower) -> None:
         """Let sequences in, all of them before the next decision.
+
+        Args:
+            make: makes them, told when they arrive; whatever is made by a later call arrives no earlier.
 
         Raises:
             RunError: it is closed, or has failed.
@@ -106,6 +109,7 @@ class Live(ABC):
         with self._lock:
             if self._is_closed:
                 raise RunError("nothing more is served: the engine is closed") from self.error
+            seqs = make(self.clock())
             self._following.followers.update(dict.fromkeys(seqs, follower))
             self.inbox.put(*seqs)
 
@@ -122,6 +126,11 @@ class Live(ABC):
         """
         ended, left = threading.Event(), set(seqs)
 
+        def make(now_ns: int) -> Seq[Sequence]:
+            for seq in seqs:
+                seq.arrival_ns = now_ns
+            return seqs
+
         def told(some: list[Sequence]) -> None:
             left.difference_update([seq for seq in some if seq.is_finished])
             if not left or self.error is not None:
@@ -137,10 +146,18 @@ class Live(ABC):
                 raise self.error
 
         if seqs:
-            self.submit(seqs, told)
+            self.submit(make, told)
         else:
             ended.set()
         return wait
+
+    def abort_all(self) -> None:
+        """Abort whatever is being served."""
+        self.abort(list(self._following.followers))
+
+    def join(self) -> None:
+        """Wait until it has been closed, or has failed."""
+        self._thread.join()
 
     def close(self) -> None:
         """Let nothing more in, and wait until everything has ended.
@@ -179,9 +196,7 @@ class AsyncLLM(Live):
 
     clock: Clock
 
-    def __init__(
-        self, build_core: Callable[[CoreListener], Core], runner: Executor, listeners: Seq[CoreListener] = ()
-    ):
+    def __init__(self, build_core: Callable[[CoreListener], Core], runner: Executor, listeners: Seq[CoreListener] = ()):
         super().__init__(build_core, listeners)
         self.clock = Clock()
         self.num_launched = 0

@@ -172,7 +172,7 @@ def test_aborted_sequences_free_their_blocks_and_a_closed_core_takes_no_more(lla
     llm = serving(llama, num_gpu_blocks=64)
     live, heard = llm.live(), SimpleQueue()
     seqs = [Sequence([5 + i] * 20, SamplingParams(max_tokens=900, ignore_eos=True)) for i in range(3)]
-    live.submit(seqs, heard.put)
+    live.submit(lambda now_ns: seqs, heard.put)
     heard.get(timeout=60)
     live.abort(seqs[:2])
     live.abort(seqs)
@@ -180,7 +180,7 @@ def test_aborted_sequences_free_their_blocks_and_a_closed_core_takes_no_more(lla
     assert [seq.finish_reason for seq in seqs] == ["abort"] * 3
     assert live.core.scheduler.block_manager.num_used_blocks == 0
     with pytest.raises(RunError, match="nothing more is served"):
-        live.submit([Sequence([5])], heard.put)
+        live.submit(lambda now_ns: [Sequence([5])], heard.put)
 
 
 def test_a_model_that_nobody_holds_any_more_ends_its_loop(llama):

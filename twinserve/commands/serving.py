@@ -1,0 +1,68 @@
+"""The command that serves over HTTP, in either world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinserve.commands.options import Config, options_of, refuse_existing
+from twinserve.commands.progress import say
+from twinserve.commands.worlds import LATENCY_HELP
+from twinserve.engine.options import EngineOptions
+from twinserve.serving.options import ServeOptions
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+
+
+@options_of(ServeOptions, "server")
+@options_of(EngineOptions, "engine")
+@options_of(Settings, "settings")
+def serve(
+    server: dict,
+    engine: dict,
+    settings: dict,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Serve a simulated replica in real time: no model, no GPU.")
+    ] = False,
+    latency: Annotated[str | None, typer.Option(help=f"With --simulate: {LATENCY_HELP}")] = None,
+    output_tokens: Annotated[
+        str | None,
+        typer.Option(help="With --simulate: how long answers are, fixed:N or lognormal:MEAN:CV; default: max_tokens."),
+    ] = None,
+    time_scale: Annotated[
+        float, typer.Option(help="With --simulate: a simulated second takes so many on the wall.")
+    ] = 1.0,
+    record: Annotated[Path | None, typer.Option(help="Folder of the run record to write; must not exist.")] = None,
+    config: Config = None,
+) -> None:
+    """Serve OpenAI's interface over HTTP, from the engine or from a simulated replica."""
+    options = ServeOptions.load(server, config)
+    chosen = Settings.load(settings, config, beside=("engine", "serve", "fleet"))
+    chosen.check_rules()
+    refuse_existing(record)
+    try:
+        from twinserve.serving import run
+    except ImportError as error:
+        raise InputError("the server needs FastAPI and uvicorn: pip install 'twinserve[serve]'") from error
+    model: run.SimulatedModel | run.EngineModel
+    if simulate:
+        from twinserve.traces.generator import LengthSpec
+        from twinserve.worlds.run import choose_latency, with_pool
+
+        if not 0 < time_scale < float("inf"):
+            raise InputError("expected a number > 0", field="time_scale", value=time_scale)
+        lengths = None if output_tokens is None else LengthSpec.parse(output_tokens, "output_tokens")
+        costs, facts = choose_latency(latency, None)
+        chosen, words = with_pool(chosen, costs)
+        if words is not None:
+            say(words)
+        name = str(facts.get("about", {}).get("model", facts["name"]))
+        model = run.SimulatedModel(name, chosen, costs, facts, lengths, time_scale)
+    else:
+        for field, value in (("latency", latency), ("output_tokens", output_tokens)):
+            if value is not None:
+                raise InputError("expected --simulate beside it", field=field, value=value)
+        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say)
+    run.serve(options, model, record=record, say=say)

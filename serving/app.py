@@ -110,7 +110,7 @@ class Server:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
         backend.check(body)
         most = self.options.max_num_queued_reqs
-        if most is not None and len(backend.live.core.scheduler.waiting) + len(prompts) * body.n > most:
+        if most is not None and backend.num_waiting >= most:
             raise ApiError(f"the queue is full: at most {most} requests wait", HTTPStatus.TOO_MANY_REQUESTS)
         number = None if session is None else self._sessions[session]
         asks = []

@@ -80,6 +80,11 @@ class Backend(ABC):
         """The most tokens of prompt and answer together; None is no limit."""
         return self.settings.max_model_len
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have come in and were never scheduled yet."""
+        return sum(seq.first_scheduled_ns is None and not seq.is_finished for seq in self._said)
+
     @abstractmethod
     def start(self, listeners: Seq[CoreListener]) -> None:
         """Begin to serve, heard by `listeners`."""

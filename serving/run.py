@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +25,7 @@ from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.latency import LatencyModel
 from twinserve.traces.generator import LengthSpec
+from twinserve.traces.runs.concealed import ConcealedTokens, as_they_are
 from twinserve.traces.runs.record import RunRecorder
 from twinserve.worlds.run import load_llm
 
@@ -64,19 +66,23 @@ class EngineModel:
 
     Attributes:
         say: called with a line as each part of the work begins.
+        records_tokens: a record holds the tokens themselves, and not only which prefixes are equal.
     """
 
     options: EngineOptions
     settings: Settings
     say: Callable[[str], None]
+    records_tokens: bool = False
 
     def backend(self, record: Path | None) -> Backend:
         """The backend, which writes the run record `record`; the weights are loaded here."""
         llm = load_llm(self.options, self.settings, progress=self.say)
-        llm.warm_up()
+        if llm.runner.device.type == "cuda":
+            llm.warm_up()
         recorder = None
         if record is not None:
             how: dict[str, Any] = {"settings": llm.settings.model_dump(), "device": llm.device_name}
+            how["tokens"] = as_they_are if self.records_tokens else ConcealedTokens()
             recorder = RunRecorder(record, world="real", facts=_facts() | llm.facts(), **how)
         return EngineBackend(llm, recorder)
 
@@ -87,16 +93,25 @@ def _facts() -> dict[str, Any]:
     return {"trace": trace, "sampling": asdict(SamplingParams())}
 
 
+class Model(Protocol):
+    """What a service serves; `SimulatedModel` and `EngineModel` are such."""
+
+    def backend(self, record: Path | None) -> Backend:
+        """The backend, which writes the run record `record`; it may take long to make."""
+
+
 class _Uvicorn(uvicorn.Server):
     """A server that ends without a signal's default action, and says where it listens."""
 
     def __init__(self, config: uvicorn.Config, say: Callable[[str], None]):
         super().__init__(config)
         self._say = say
+        self.url: str | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        is_main = threading.current_thread() is threading.main_thread()
+        loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM) if is_main else ()
         for number in signals:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         try:
@@ -110,69 +125,85 @@ class _Uvicorn(uvicorn.Server):
         for listening in self.servers:
             for socket in listening.sockets:
                 host, port, *_ = socket.getsockname()
-                self._say(f"listening at http://{host}:{port}")
+                self.url = f"http://{host}:{port}"
+                self._say(f"listening at {self.url}")
 
 
-def serve(
-    options: ServeOptions,
-    model: SimulatedModel | EngineModel,
-    *,
-    record: Path | None = None,
-    say: Callable[[str], None],
-) -> dict[str, Any] | None:
-    """Serve until SIGINT or SIGTERM; then what runs may end within `shutdown_timeout`, and the record is closed.
+class Service:
+    """A server and its life: it listens, gets its backend, serves, drains, and closes its record.
 
     Args:
         record: the folder of the run record to write; None writes none.
         say: called with a line for the person who serves.
 
-    Returns:
-        The record's summary, if one is written.
-
-    Raises:
-        InputError: the model, or something else that was given, cannot be used.
-        RunError: the engine has failed.
+    Attributes:
+        url: where it listens, once it does.
     """
-    server = Server(options)
-    life = _Life(server, model, record, say)
-    config = uvicorn.Config(
-        make_app(server, life.lifespan),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=options.shutdown_timeout,
-    )
-    life.uvicorn = _Uvicorn(config, say)
-    try:
-        life.uvicorn.run()
-    except SystemExit as error:  # uvicorn's, where it cannot listen
-        raise InputError("cannot be listened at", field="port", value=options.port) from error
-    if life.error is not None:
-        raise life.error
-    return life.summary
-
-
-class _Life:
-    """What begins and ends with the server."""
-
-    uvicorn: uvicorn.Server
 
     def __init__(
-        self, server: Server, model: SimulatedModel | EngineModel, record: Path | None, say: Callable[[str], None]
+        self,
+        options: ServeOptions,
+        model: Model,
+        *,
+        record: Path | None = None,
+        say: Callable[[str], None],
     ):
-        self.error: BaseException | None = None
-        self.summary: dict[str, Any] | None = None
-        self._server, self._model, self._record, self._say = server, model, record, say
+        self._server = Server(options)
+        self._model, self._record, self._say = model, record, say
+        self._error: BaseException | None = None
+        self._summary: dict[str, Any] | None = None
+        self._is_over = False
+        config = uvicorn.Config(
+            make_app(self._server, self._lifespan),
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=options.shutdown_timeout,
+        )
+        self._uvicorn = _Uvicorn(config, say)
+
+    @property
+    def url(self) -> str | None:
+        return self._uvicorn.url
+
+    @property
+    def backend(self) -> Backend | None:
+        """What serves; None before it is there."""
+        return self._server.backend
+
+    def run(self) -> dict[str, Any] | None:
+        """Serve until SIGINT, SIGTERM or `stop`; what runs then may end within `shutdown_timeout`.
+
+        Returns:
+            The record's summary, if one is written.
+
+        Raises:
+            InputError: the model, or something else that was given, cannot be used.
+            RunError: the engine has failed.
+        """
+        try:
+            self._uvicorn.run()
+        except SystemExit as error:  # uvicorn's, where it cannot listen
+            options = self._server.options
+            raise InputError("cannot be listened at", field="port", value=options.port) from error
+        if self._error is not None:
+            raise self._error
+        return self._summary
+
+    def stop(self) -> None:
+        """End as at a signal; from any thread."""
+        self._uvicorn.should_exit = True
 
     @asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Make the backend while the server listens already, and end it with the server."""
         serving = asyncio.create_task(self._serve())
         yield
+        self._is_over = True
         if (backend := self._server.backend) is not None:
             backend.live.abort_all()
-            await asyncio.to_thread(backend.live.close)
+            backend.live.no_more()
         await serving
 
     async def _serve(self) -> None:
@@ -180,17 +211,19 @@ class _Life:
         backend = None
         try:
             backend = await asyncio.to_thread(self._model.backend, self._record)
+            if self._is_over:
+                return
             self._start(backend)
             await asyncio.to_thread(backend.live.join)
-            self.error = backend.live.error
-            if backend.recorder is not None and self.error is None:
-                self.summary = backend.recorder.close()
+            self._error = backend.live.error
+            if backend.recorder is not None and self._error is None:
+                self._summary = backend.recorder.close()
         except BaseException as error:
-            self.error = error
+            self._error = error
         finally:
             if backend is not None and backend.recorder is not None:
                 backend.recorder.discard()
-            self.uvicorn.should_exit = True
+            self._uvicorn.should_exit = True
 
     def _start(self, backend: Backend) -> None:
         metrics = ServerMetrics(

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import orjson
 
@@ -47,6 +47,14 @@ _TOTALS = (
     "waiting",
     "running",
 )
+
+
+class KeptTokens(Protocol):
+    """What a record holds in place of a request's tokens, such as `ConcealedTokens`."""
+
+    def __call__(self, token_ids: Seq[int], *, ends_by_token: bool) -> list[int]:
+        """Numbers in place of a prompt and its answer; see `ConcealedTokens`."""
+
 
 _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
@@ -93,6 +101,8 @@ class RunRecorder(CoreListener):
         settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
         device: what executed the steps, in words.
+        tokens: of a real run whose prompts nobody can make again: what is kept of a request's tokens, prompt and
+            answer; None keeps the answers alone, as they are.
 
     Attributes:
         metrics: of the run, once it is closed.
@@ -110,11 +120,13 @@ class RunRecorder(CoreListener):
         settings: dict[str, Any],
         facts: dict[str, Any],
         device: str | None = None,
+        tokens: KeptTokens | None = None,
     ):
         self.metrics = RunMetrics()
         self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
         self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
+        self._tokens = tokens
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
         self._served: dict[int, _Served] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
@@ -249,7 +261,14 @@ class RunRecorder(CoreListener):
         self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
         self._write_request(served.number, _line(row))
         if self._world == "real":
-            self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
+            self._outputs[served.number] = {"id": served.request.id} | self._kept_tokens(served.seq)
+
+    def _kept_tokens(self, seq: Sequence) -> dict[str, list[int]]:
+        """What is kept of a sequence's tokens."""
+        if self._tokens is None:
+            return {"tokens": seq.completion_token_ids}
+        kept = self._tokens(seq.token_ids, ends_by_token=seq.finish_reason == "stop")
+        return {"prompt": kept[: seq.num_prompt_tokens], "tokens": kept[seq.num_prompt_tokens :]}
 
     def _write_request(self, number: int, line: bytes) -> None:
         """Write a request's row as soon as those of all that came in before it are there."""
@@ -494,6 +513,7 @@ class RunRecord:
         requests: a row a request, in the order in which they came in.
         steps: a row a step, in the order of the decisions; see `single_steps`.
         outputs: the generated tokens by request id; empty for a simulation.
+        prompts: the prompts' tokens by request id, where the record holds them.
     """
 
     path: Path
@@ -501,6 +521,7 @@ class RunRecord:
     requests: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     outputs: dict[int, list[int]]
+    prompts: dict[int, list[int]]
 
     @property
     def has_tokens(self) -> bool:
@@ -533,15 +554,19 @@ def load_record(path: Path) -> RunRecord:
         _check_step(line, len(steps), run["facts"].get("source") is None)
         steps += single_steps(line.values)
     outputs: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
     if _has_tokens(run):
-        outputs = {line.integer("id"): line.integers("tokens") for line in json_lines_file(path / "outputs.jsonl.gz")}
+        for line in json_lines_file(path / "outputs.jsonl.gz"):
+            outputs[line.integer("id")] = line.integers("tokens")
+            if "prompt" in line.values:
+                prompts[line.integer("id")] = line.integers("prompt")
         for number, row in enumerate(requests, 1):
             length = len(outputs.get(row["id"], ()))
             if row["output_tokens"] != length:
                 line = Line(path / "requests.jsonl", number, row)
                 raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
     requests.sort(key=lambda row: row["ingest"])
-    return RunRecord(path, run, requests, steps, outputs)
+    return RunRecord(path, run, requests, steps, outputs, prompts)
 
 
 def _has_tokens(run: dict[str, Any]) -> bool:

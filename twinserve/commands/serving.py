@@ -35,6 +35,9 @@ def serve(
         float, typer.Option(help="With --simulate: a simulated second takes so many on the wall.")
     ] = 1.0,
     record: Annotated[Path | None, typer.Option(help="Folder of the run record to write; must not exist.")] = None,
+    record_tokens: Annotated[
+        bool, typer.Option("--record-tokens", help="Record the tokens themselves, not only which prefixes are equal.")
+    ] = False,
     config: Config = None,
 ) -> None:
     """Serve OpenAI's interface over HTTP, from the engine or from a simulated replica."""
@@ -46,7 +49,7 @@ def serve(
         from twinserve.serving import run
     except ImportError as error:
         raise InputError("the server needs FastAPI and uvicorn: pip install 'twinserve[serve]'") from error
-    model: run.SimulatedModel | run.EngineModel
+    model: run.Model
     if simulate:
         from twinserve.traces.generator import LengthSpec
         from twinserve.worlds.run import choose_latency, with_pool
@@ -64,5 +67,5 @@ def serve(
         for field, value in (("latency", latency), ("output_tokens", output_tokens)):
             if value is not None:
                 raise InputError("expected --simulate beside it", field=field, value=value)
-        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say)
-    run.serve(options, model, record=record, say=say)
+        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens)
+    run.Service(options, model, record=record, say=say).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -84,24 +85,51 @@ class _Answer:
         return piece
 
 
+class Wakes:
+    """Follows all sequences of an event loop, which it wakes once for all that have got something.
+
+    Args:
+        loop: may be busy; what comes meanwhile is taken together.
+
+    Attributes:
+        events: set when a sequence has got something.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.events: dict[Sequence, asyncio.Event] = {}
+        self._loop = loop
+        self._told: deque[list[Sequence]] = deque()
+        self._is_due = False
+
+    def __call__(self, seqs: list[Sequence]) -> None:
+        """Hear of sequences; in the thread of Core."""
+        self._told.append(seqs)
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_due = False
+        while self._told:
+            for seq in self._told.popleft():
+                if (event := self.events.get(seq)) is not None:
+                    event.set()
+
+
 class Answers:
     """The answers that one HTTP request asks for; to be made on the server's event loop.
 
     Args:
         asks: one an answer.
+        wakes: of the event loop.
 
     Raises:
         RunError: nothing is served any more.
     """
 
-    def __init__(self, backend: Backend, asks: Seq[Ask], body: Generation):
+    def __init__(self, backend: Backend, asks: Seq[Ask], body: Generation, wakes: Wakes):
         self._backend = backend
-        self._event, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def follower(seqs: list[Sequence]) -> None:
-            if not self._event.is_set():
-                loop.call_soon_threadsafe(self._event.set)
-
+        self._event = asyncio.Event()
         tokenizer, how = backend.tokenizer, {"include_stop": body.include_stop_str_in_output}
         how["skip_special_tokens"] = body.skip_special_tokens
         self._answers = [
@@ -112,8 +140,11 @@ class Answers:
                 seq,
                 None if tokenizer is None else AnswerText(tokenizer, ask.prompt, stops=body.stops, **how),
             )
-            for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, follower), strict=True))
+            for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, wakes), strict=True))
         ]
+        wakes.events |= {answer.seq: self._event for answer in self._answers}
+        self._wakes = wakes
+        self._event.set()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -153,4 +184,5 @@ class Answers:
         finally:
             self._backend.live.abort([answer.seq for answer in self._answers])
             for answer in self._answers:
+                del self._wakes.events[answer.seq]
                 self._backend.ended(answer.seq, answer.ask)

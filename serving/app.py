@@ -17,9 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from twinserve.serving.answers import Answers, Piece
+from twinserve.serving.answers import Answers, Piece, Wakes
 from twinserve.serving.backends import Ask, Backend
 from twinserve.serving.formats import ChatFormat, CompletionFormat, Format
 from twinserve.serving.metrics import ServerMetrics
@@ -45,12 +47,14 @@ class Server:
 
     Attributes:
         backend: None while it is being made; until then every path says 503.
+        metrics, wakes: there with the backend.
     """
 
     def __init__(self, options: ServeOptions):
         self.options = options
         self.backend: Backend | None = None
         self.metrics: ServerMetrics | None = None
+        self.wakes: Wakes
         self._sessions: dict[str, int] = defaultdict(lambda: len(self._sessions))
 
     @property
@@ -130,6 +134,21 @@ class Server:
         return asks
 
 
+class _Keyed:
+    """Asks those who call /v1 for one of some keys."""
+
+    def __init__(self, app: ASGIApp, keys: list[str]):
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in self._keys):
+                await JSONResponse({"error": "Unauthorized"}, HTTPStatus.UNAUTHORIZED)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -> FastAPI:
     """The application."""
     options, own_version = server.options, versions().get("twinserve", "unknown")
@@ -139,13 +158,8 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
-    @app.middleware("http")
-    async def keyed(request: Request, call_next: Callable[[Request], Coroutine[Any, Any, Response]]) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        is_open = not options.api_key or request.method == "OPTIONS" or not request.url.path.startswith("/v1")
-        if is_open or any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in options.api_key):
-            return await call_next(request)
-        return JSONResponse({"error": "Unauthorized"}, HTTPStatus.UNAUTHORIZED)
+    if options.api_key:
+        app.add_middleware(_Keyed, keys=options.api_key)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
@@ -273,7 +287,8 @@ async def _answer(
     server: Server, body: Generation, prompts: list[list[int]], form: Format, request: Request
 ) -> Response:
     """The response to a request for answers: as they come, or as a whole."""
-    answers = Answers(server.ready, server.asks(body, prompts, request.headers.get(SESSION_HEADER)), body)
+    asks = server.asks(body, prompts, request.headers.get(SESSION_HEADER))
+    answers = Answers(server.ready, asks, body, server.wakes)
     pieces = answers.pieces()
     if not body.stream:
         return await _unless_gone(request, _whole(form, answers, pieces))

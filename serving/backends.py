@@ -229,7 +229,7 @@ class SimulatedBackend(Backend):
             raise ApiError("logprobs are not served by a simulation, which has no probabilities", param="logprobs")
 
     def tokens(self, seq: Sequence, start: int) -> list[int]:
-        return stand_in(seq.seq_id, seq.num_completion_tokens)[start:]
+        return stand_in(seq.seq_id, range(start, seq.num_completion_tokens))
 
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
         if self._lengths is not None and not ask.params.ignore_eos:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from twinserve.policies import Batch, Core, CoreListener, Sequence
@@ -33,6 +36,27 @@ class _UnderBothNames(Collector):
             own.name = metric.name.replace(PREFIX, OWN_PREFIX)
             own.samples = [sample._replace(name=sample.name.replace(PREFIX, OWN_PREFIX)) for sample in metric.samples]
             yield own
+
+
+class _Gaps(Collector):
+    """A histogram, under several names, of values that come many at a time; prometheus_client's own takes one."""
+
+    def __init__(self, names: dict[str, str], labels: dict[str, str], buckets: tuple[float, ...]):
+        self._names, self._labels, self._bounds = names, labels, buckets
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+
+    def add(self, value: float, count: int) -> None:
+        """Take in a value that came so many times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        for name, text in self._names.items():
+            family = HistogramMetricFamily(PREFIX + name, text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), buckets, self._sum)
+            yield family
 
 
 class ServerMetrics(CoreListener):
@@ -66,9 +90,10 @@ class ServerMetrics(CoreListener):
         )
         self._step_tokens = histogram("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
-        self._gap = histogram("inter_token_latency_seconds", "Between two tokens of an answer.", _GAPS)
+        names = ("inter_token_latency_seconds", "time_per_output_token_seconds")
+        self._gaps = _Gaps(dict.fromkeys(names, "Between two tokens of an answer."), self._labels, _GAPS)
+        self._registry.register(self._gaps)
         self._tpot = histogram("request_time_per_output_token_seconds", "An answer's mean time of a token.", _GAPS)
-        self._tpot_too = histogram("time_per_output_token_seconds", "Between two tokens of an answer.", _GAPS)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST)
         self._queue = histogram("request_queue_time_seconds", "From arrival to the first decision.", _REQUEST)
         self._prefill = histogram("request_prefill_time_seconds", "From there to the first token.", _REQUEST)
@@ -117,19 +142,21 @@ class ServerMetrics(CoreListener):
     def committed(self, batch: Batch) -> None:
         if batch.num_tokens:
             self._step_tokens.observe(batch.num_tokens)
-        latest, now_ns, count = self._latest, batch.end_ns or 0, 0
+        latest, now_ns = self._latest, batch.end_ns or 0
+        gaps: Counts[int] = Counts()
         for seq in batch.sampled:
-            if seq.is_finished and seq.finish_ns is not None:
+            if seq.finish_ns is not None:
                 continue
-            count += 1
             before_ns, latest[seq] = latest.get(seq), now_ns
-            if before_ns is None:
+            if before_ns is not None:
+                gaps[now_ns - before_ns] += 1
+            else:
+                self._generation_tokens.inc()
                 self._prompt_tokens.inc(seq.num_prompt_tokens)
                 self._ttft.observe(((seq.first_token_ns or now_ns) - seq.arrival_ns) / 1e9)
-            else:
-                self._gap.observe((now_ns - before_ns) / 1e9)
-                self._tpot_too.observe((now_ns - before_ns) / 1e9)
-        self._generation_tokens.inc(count)
+        for gap_ns, count in gaps.items():
+            self._gaps.add(gap_ns / 1e9, count)
+            self._generation_tokens.inc(count)
 
     def finished(self, seq: Sequence) -> None:
         self._latest.pop(seq, None)

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from twinserve.engine.options import EngineOptions
 from twinserve.policies import CoreListener, SamplingParams
+from twinserve.serving.answers import Wakes
 from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
 from twinserve.serving.metrics import ServerMetrics
@@ -237,5 +238,6 @@ class Service:
         metrics.watch(live.core, backend.settings.num_gpu_blocks, backend.settings.block_size)
         if isinstance(live, LiveReplica):
             metrics.gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
+        self._server.wakes = Wakes(asyncio.get_running_loop())
         self._server.metrics, self._server.backend = metrics, backend
         self._say(f"serving {backend.name}")

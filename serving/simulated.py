@@ -48,10 +48,10 @@ class StandInTokenizer:
         return self.encode(said + "<assistant>\n" * add_generation_prompt)
 
 
-def stand_in(request_id: int, count: int) -> list[int]:
-    """The tokens of an answer that says nothing: a word each, by the request's number."""
-    words = [_WORDS[(request_id * 7 + place * (1 + request_id % 5)) % len(_WORDS)] for place in range(count)]
-    return [int.from_bytes(word if place else word.strip(), "big") for place, word in enumerate(words)]
+def stand_in(request_id: int, places: range) -> list[int]:
+    """Tokens of an answer that says nothing, at these places: a word each, by the request's number."""
+    words = [_WORDS[(request_id * 7 + place * (1 + request_id % 5)) % len(_WORDS)] for place in places]
+    return [int.from_bytes(word if place else word.strip(), "big") for place, word in zip(places, words, strict=True)]
 
 
 class ScaledClock(Clock):

@@ -134,7 +134,7 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_is_known():
 @pytest.mark.parametrize("number", range(9))
 def test_stand_in_answers_are_encoded_to_the_tokens_they_were_made_of(number):
     tokenizer = StandInTokenizer()
-    said = stand_in(number, 50)
+    said = stand_in(number, range(50))
     assert tokenizer.encode(tokenizer.decode(said)) == said
     asked = [{"role": "user", "content": "hello"}]
     prompt = tokenizer.apply_chat_template(asked)

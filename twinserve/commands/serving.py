@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -68,4 +69,5 @@ def serve(
             if value is not None:
                 raise InputError("expected --simulate beside it", field=field, value=value)
         model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens)
+    sys.setswitchinterval(5e-4)  # Core decides in a thread beside the event loop's, and waits for it that long
     run.Service(options, model, record=record, say=say).run()

@@ -89,6 +89,7 @@ class LLM:
         settings: as in use, nothing left open.
         attention: the attention backend in use, and why.
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
+        sampling_defaults: what the model's generation config says of sampling; `generate` takes none of it.
 
     Raises:
         InputError: an option, the model, the settings, the graph options or the token maker cannot be used. All that
@@ -113,6 +114,7 @@ class LLM:
             torch.set_num_threads(threads)
         source = ModelSource.of(model, self.options, tokenizer)
         self.config, self.tokenizer, self.eos_token_ids = source.config, source.tokenizer, source.eos_token_ids
+        self.sampling_defaults = source.sampling_defaults
         self.token_maker = token_maker or default_token_maker(source)
         check_token_maker(self.token_maker, source)
         config = RunnerConfig.checked(source, self.options, settings or Settings(), graph_options)
@@ -284,8 +286,24 @@ class LLM:
         return self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
 
     def with_stops(self, params: SamplingParams) -> SamplingParams:
-        """`params` that also end at what ends the model's texts beside `eos_token_id`."""
-        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[1:]))))
+        """`params` that also end at what ends the model's texts beside `eos_token_id`, and at that where the sampler
+        has to know it.
+
+        Raises:
+            InputError: they ask for something that these steps cannot do.
+        """
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(params, name) and self.attention.graphs:
+                problem = "expected 0 where steps are graphs: --execution eager has it"
+                raise InputError(problem, field=name, value=getattr(params, name))
+        for token_id, _ in params.logit_bias:
+            if not 0 <= token_id < self.config.vocab_size:
+                problem = f"expected an id from 0 to {self.config.vocab_size - 1}"
+                raise InputError(problem, field="a token of logit_bias", value=token_id)
+        first = 0 if params.min_tokens and not params.ignore_eos else 1
+        return replace(
+            params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[first:])))
+        )
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids

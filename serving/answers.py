@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twinserve.policies import Sequence
 from twinserve.serving.backends import Ask, Backend
@@ -40,13 +40,19 @@ class Piece:
 
 
 class _Answer:
-    """One sequence that is being served, and its text."""
+    """One sequence that is being served, and its text.
 
-    def __init__(self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None):
+    Args:
+        stop_ids: tokens that end it beside those that end its sequence.
+    """
+
+    def __init__(
+        self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None, stop_ids: Seq[int]
+    ):
         self.index, self.ask, self.seq = index, ask, seq
         self.num_tokens = 0
         self.is_done = False
-        self._backend, self._text = backend, text
+        self._backend, self._text, self._stop_ids = backend, text, stop_ids
 
     def take(self) -> Piece | None:
         """What is new; None if nothing is.
@@ -60,6 +66,8 @@ class _Answer:
         token_ids = self._backend.tokens(seq, self.num_tokens)
         if reason is None and not token_ids:
             return None
+        if self._stop_ids and (ends := [place for place, token in enumerate(token_ids) if token in self._stop_ids]):
+            token_ids, reason = token_ids[: ends[0] + 1], "stop"
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
         if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
             piece.finish_reason = "stop"
@@ -130,8 +138,9 @@ class Answers:
     def __init__(self, backend: Backend, asks: Seq[Ask], body: Generation, wakes: Wakes):
         self._backend = backend
         self._event = asyncio.Event()
-        tokenizer, how = backend.tokenizer, {"include_stop": body.include_stop_str_in_output}
-        how["skip_special_tokens"] = body.skip_special_tokens
+        tokenizer = backend.tokenizer
+        how: dict[str, Any] = {"include_stop": body.include_stop_str_in_output}
+        how |= {"skip_special_tokens": body.skip_special_tokens, "min_tokens": body.min_tokens}
         self._answers = [
             _Answer(
                 backend,
@@ -139,6 +148,7 @@ class Answers:
                 ask,
                 seq,
                 None if tokenizer is None else AnswerText(tokenizer, ask.prompt, stops=body.stops, **how),
+                (body.stop_token_ids or ()) if body.ignore_eos else (),
             )
             for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, wakes), strict=True))
         ]

@@ -112,7 +112,6 @@ class Server:
             )
         if body.stops and backend.tokenizer is None:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
-        backend.check(body)
         most = self.options.max_num_queued_reqs
         if most is not None and backend.num_waiting >= most:
             raise ApiError(f"the queue is full: at most {most} requests wait", HTTPStatus.TOO_MANY_REQUESTS)
@@ -127,9 +126,7 @@ class Server:
                     param="max_tokens" if len(prompt) < longest else "prompt",
                 )
             for choice in range(body.n):
-                params = body.sampling_params(
-                    backend.defaults, backend.max_tokens(body.token_limit, len(prompt)), choice
-                )
+                params = backend.params(body, backend.max_tokens(body.token_limit, len(prompt)), choice)
                 asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or ""))
         return asks
 

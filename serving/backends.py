@@ -61,7 +61,6 @@ class Backend(ABC):
         live: the Core, once `start` has been called.
         eos_token_id: the token that ends a text; None if none does.
         vocab_size: token ids are below it.
-        defaults: sampling parameters where a request leaves them open.
     """
 
     live: Live
@@ -70,7 +69,6 @@ class Backend(ABC):
 
     def __init__(self, name: str, settings: Settings, tokenizer: Any, recorder: RunRecorder | None = None):
         self.name, self.settings, self.tokenizer, self.recorder = name, settings, tokenizer, recorder
-        self.defaults: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._parts = PartMaker(settings.block_size)
         self._said: dict[Sequence, tuple[Part, ...]] = {}
@@ -94,11 +92,11 @@ class Backend(ABC):
         """The most tokens of an answer for which a request asks so many, or leaves it open."""
 
     @abstractmethod
-    def check(self, body: Generation) -> None:
-        """Refuse what this backend cannot do.
+    def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
+        """How the tokens of one choice are chosen.
 
         Raises:
-            ApiError: it asks for such a thing.
+            ApiError: the body asks for something that this backend cannot do.
         """
 
     def check_prompt(self, prompt: Seq[int]) -> None:
@@ -154,12 +152,17 @@ class Backend(ABC):
 
 
 class EngineBackend(Backend):
-    """A model on the engine."""
+    """A model on the engine.
 
-    def __init__(self, llm: LLM, recorder: RunRecorder | None = None):
+    Args:
+        takes_defaults: what a request leaves open is sampled as the model's generation config says.
+    """
+
+    def __init__(self, llm: LLM, recorder: RunRecorder | None = None, *, takes_defaults: bool = True):
         super().__init__(llm.name, llm.settings, llm.tokenizer, recorder)
         self.eos_token_id, self.vocab_size = llm.eos_token_id, llm.config.vocab_size
         self._llm = llm
+        self._defaults: dict[str, Any] = dict(llm.sampling_defaults) if takes_defaults else {}
 
     def start(self, listeners: Seq[CoreListener]) -> None:
         self.live = self._llm.live(listeners)
@@ -168,9 +171,13 @@ class EngineBackend(Backend):
         assert self.max_model_len is not None
         return asked or self.max_model_len - num_prompt_tokens
 
-    def check(self, body: Generation) -> None:
+    def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
         if body.stop_token_ids:
             self.check_prompt(body.stop_token_ids)
+        try:
+            return self._llm.with_stops(body.sampling_params(self._defaults, max_tokens, choice))
+        except ValueError as error:
+            raise ApiError(str(error)) from error
 
     def tokens(self, seq: Sequence, start: int) -> list[int]:
         return seq.token_ids[seq.num_prompt_tokens + start :]
@@ -183,7 +190,7 @@ class EngineBackend(Backend):
         self._llm.runner.logprobs.pop(seq, None)
 
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
-        return request.to_sequence(self._llm.with_stops(ask.params), ask.prompt)
+        return request.to_sequence(ask.params, ask.prompt)
 
 
 class SimulatedBackend(Backend):
@@ -224,16 +231,18 @@ class SimulatedBackend(Backend):
         room = 1 << 20 if self.max_model_len is None else self.max_model_len - num_prompt_tokens
         return asked or (min(STAND_IN_TOKENS, room) if self._lengths is None else room)
 
-    def check(self, body: Generation) -> None:
+    def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
         if body.num_logprobs is not None:
             raise ApiError("logprobs are not served by a simulation, which has no probabilities", param="logprobs")
+        return body.sampling_params({}, max_tokens, choice)
 
     def tokens(self, seq: Sequence, start: int) -> list[int]:
         return stand_in(seq.seq_id, range(start, seq.num_completion_tokens))
 
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
         if self._lengths is not None and not ask.params.ignore_eos:
-            request = replace(request, max_tokens=min(request.max_tokens, self._lengths.draw(self._random)))
+            drawn = max(ask.params.min_tokens, self._lengths.draw(self._random))
+            request = replace(request, max_tokens=min(request.max_tokens, drawn))
         return request.to_sequence(ask.params)
 
 

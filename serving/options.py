@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,10 @@ class ServeOptions(BaseModel):
     allowed_origins: list[str] = Field(default=[], description="origins whose pages browsers let call; * is any")
     max_num_queued_reqs: int | None = Field(
         default=None, ge=1, description="requests that may wait; 429 for those beyond"
+    )
+    generation_config: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="sampling that a request leaves open: auto, as the model's generation config says; vllm: as it is",
     )
     max_logprobs: int = Field(default=20, ge=0, description="the most log-probabilities a token may be asked for")
     shutdown_timeout: int = Field(

@@ -16,7 +16,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "best_of": (None, 1),
     "documents": (None, []),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_choice": (None,),
@@ -25,11 +24,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "logits_processors": (None, []),
-    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
-    "presence_penalty": (None, 0),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
@@ -97,6 +93,10 @@ class Generation(Fields):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -115,6 +115,10 @@ class Generation(Fields):
             raise ValueError("Stream options can only be defined when `stream=True`.")
         if self.cache_salt == "":
             raise ValueError("Parameter 'cache_salt' must be a non-empty string if provided.")
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
+            raise ValueError(f"min_tokens must be less than or equal to max_tokens={self.token_limit}.")
+        if any(not -100 <= bias <= 100 for bias in (self.logit_bias or {}).values()):
+            raise ValueError("logit_bias must have numbers from -100 to 100.")
         if any(not stop for stop in self.stops):
             raise ValueError("stop cannot contain an empty string.")
         return self
@@ -149,6 +153,10 @@ class Generation(Fields):
             seed=None if self.seed is None else self.seed + choice,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
             logprobs=self.num_logprobs,
         )
 

@@ -68,12 +68,14 @@ class EngineModel:
     Attributes:
         say: called with a line as each part of the work begins.
         records_tokens: a record holds the tokens themselves, and not only which prefixes are equal.
+        takes_defaults: what a request leaves open is sampled as the model's generation config says.
     """
 
     options: EngineOptions
     settings: Settings
     say: Callable[[str], None]
     records_tokens: bool = False
+    takes_defaults: bool = True
 
     def backend(self, record: Path | None) -> Backend:
         """The backend, which writes the run record `record`; the weights are loaded here."""
@@ -85,7 +87,7 @@ class EngineModel:
             how: dict[str, Any] = {"settings": llm.settings.model_dump(), "device": llm.device_name}
             how["tokens"] = as_they_are if self.records_tokens else ConcealedTokens()
             recorder = RunRecorder(record, world="real", facts=_facts() | llm.facts(), **how)
-        return EngineBackend(llm, recorder)
+        return EngineBackend(llm, recorder, takes_defaults=self.takes_defaults)
 
 
 def _facts() -> dict[str, Any]:

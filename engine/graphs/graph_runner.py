@@ -218,7 +218,8 @@ class GraphRunner:
         places = to_device(np.array([one.place for one in special]), self.device)
         rows = to_device(np.array([one.device_row for one in special]), self.device)
         params = [one.row.seq.sampling_params for one in special]
-        plan = SamplingPlan.of(params, [one.draw for one in special], self.device)
+        generated = [one.row.start + one.row.num_tokens - one.row.seq.num_prompt_tokens for one in special]
+        plan = SamplingPlan.of(params, [one.draw for one in special], self.device, generated)
         logits = logits[places]
         if plan.penalised is None:
             tokens = plan.sample(logits)

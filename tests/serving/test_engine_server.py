@@ -71,6 +71,28 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_its_text(serving):
     assert choice.text == text_of("abc", tokens[:place])
 
 
+def test_stop_token_ids_end_an_answer_that_ignores_the_end_of_the_text(serving):
+    running, tokens = serving(TinyModel()), alone("abc", 12)
+    stop = next(token for token in tokens[2:] if token not in tokens[:2])
+    body = {"stop_token_ids": [stop], "ignore_eos": True, "return_token_ids": True}
+    done = running.client().completions.create(
+        model="tiny", prompt="abc", max_tokens=900, temperature=0, extra_body=body
+    )
+    choice = done.choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+    assert choice.token_ids == tokens[: tokens.index(stop) + 1]
+
+
+def test_biases_and_least_lengths_reach_the_sampler(serving):
+    client = serving(TinyModel()).client()
+    how = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+    biased = client.completions.create(**how, logit_bias={"77": 100}, extra_body=IDS).choices[0]
+    assert biased.token_ids == [77] * 8
+    ended = client.completions.create(**how, logit_bias={"2": 100}, extra_body=IDS | {"min_tokens": 5}).choices[0]
+    assert (len(ended.token_ids), ended.token_ids[5], ended.finish_reason) == (6, 2, "stop")
+    assert 2 not in ended.token_ids[:5]
+
+
 def test_logprobs_come_with_their_tokens_streamed_or_not(serving):
     client = serving(TinyModel()).client()
     how = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "temperature": 0, "logprobs": True, "top_logprobs": 3}
@@ -174,7 +196,10 @@ def test_what_cannot_be_served_by_the_engine_is_refused(serving):
         ({"prompt": "a", "logprobs": 21}, "logprobs is 21, expected at most 20"),
         ({"prompt": "a", "max_tokens": 60}, "this request can never be served: needs 4 blocks"),
         ({"prompt": "a", "max_tokens": 60, "stream": True}, "this request can never be served: needs 4 blocks"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is not served here"),
+        ({"prompt": "a", "logit_bias": {"512": 1}}, "a token of logit_bias is 512, expected an id from 0 to 511"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias must have numbers from -100 to 100"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens must be less than or equal to max_tokens=16"),
+        ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs is not served here"),
     ):
         response = httpx.post(url, json=body)
         assert (response.status_code, message in response.json()["error"]["message"]) == (400, True), response.text

@@ -68,6 +68,7 @@ def serve(
         for field, value in (("latency", latency), ("output_tokens", output_tokens)):
             if value is not None:
                 raise InputError("expected --simulate beside it", field=field, value=value)
-        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens)
+        takes_defaults = options.generation_config == "auto"
+        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens, takes_defaults)
     sys.setswitchinterval(5e-4)  # Core decides in a thread beside the event loop's, and waits for it that long
     run.Service(options, model, record=record, say=say).run()

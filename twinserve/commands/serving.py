@@ -71,4 +71,44 @@ def serve(
         takes_defaults = options.generation_config == "auto"
         model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens, takes_defaults)
     sys.setswitchinterval(5e-4)  # Core decides in a thread beside the event loop's, and waits for it that long
-    run.Service(options, model, record=record, say=say).run()
+    summary = run.Service(options, model, record=record, say=say).run()
+    if summary is not None:
+        counts = ", ".join(f"{summary[name]} {name}" for name in ("requests", "finished", "aborted", "refused"))
+        say(f"{counts}; recorded in {record}")
+
+
+def top(
+    url: Annotated[str, typer.Argument(help="Of the server, this one or vLLM's: http://HOST:PORT.")],
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+) -> None:
+    """Watch a server by its metrics page: queues, KV cache, tokens a second, latencies."""
+    import time
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    from rich.live import Live
+
+    from twinserve.commands.tables import top_table
+
+    try:
+        from twinserve.serving.top import Reading, rows
+    except ImportError as error:
+        raise InputError("metrics need prometheus_client: pip install 'twinserve[serve]'") from error
+    page = f"{url.rstrip('/').removesuffix('/metrics')}/metrics"
+
+    def read() -> Reading:
+        try:
+            with urlopen(page, timeout=10) as response:
+                return Reading.of(response.read().decode(), time.monotonic(), page)
+        except (URLError, OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot be read: {error}", path=page) from error
+
+    before, now = None, read()
+    with Live(top_table(url, rows(now, before)), auto_refresh=False) as live:
+        while not once:
+            time.sleep(interval)
+            before, now = now, read()
+            live.update(top_table(url, rows(now, before)), refresh=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -53,10 +54,10 @@ class SimulatedModel:
         """The backend, which writes the run record `record`."""
         recorder = None
         if record is not None:
-            facts = _facts() | {"latency": self.latency_facts, "time_scale": self.time_scale}
+            facts = {"latency": self.latency_facts, "time_scale": self.time_scale, "sampling": asdict(SamplingParams())}
             device = f"simulated: {self.latency_facts['name']}"
             how: dict[str, Any] = {"settings": self.settings.model_dump(), "facts": facts, "device": device}
-            recorder = RunRecorder(record, world="sim", **how)
+            recorder = LiveRecorder(record, world="sim", **how)
         how = {"lengths": self.lengths, "time_scale": self.time_scale, "recorder": recorder}
         return SimulatedBackend(self.name, self.settings, self.latency, **how)
 
@@ -86,14 +87,19 @@ class EngineModel:
         if record is not None:
             how: dict[str, Any] = {"settings": llm.settings.model_dump(), "device": llm.device_name}
             how["tokens"] = as_they_are if self.records_tokens else ConcealedTokens()
-            recorder = RunRecorder(record, world="real", facts=_facts() | llm.facts(), **how)
+            facts = llm.facts() | {"sampling": asdict(SamplingParams())}
+            recorder = LiveRecorder(record, world="real", facts=facts, **how)
         return EngineBackend(llm, recorder, takes_defaults=self.takes_defaults)
 
 
-def _facts() -> dict[str, Any]:
-    """What the record of live traffic says of where its requests came from."""
-    trace = {"path": "live", "format": "live", "sha256": "", "notes": [], "handled": {}, "transforms": []}
-    return {"trace": trace, "sampling": asdict(SamplingParams())}
+class LiveRecorder(RunRecorder):
+    """Writes the run record of live traffic, whose trace is its own requests.jsonl: so a simulation of that is of the
+    same trace."""
+
+    def last_facts(self, folder: Path) -> dict[str, Any]:
+        digest = hashlib.sha256((folder / "requests.jsonl").read_bytes()).hexdigest()
+        trace = {"path": "requests.jsonl", "format": "twinserve-record", "sha256": digest, "notes": {}}
+        return {"trace": trace | {"handled": {}, "transforms": []}}
 
 
 class Model(Protocol):

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from twinserve.engine.llm import LLM
 from twinserve.serving.backends import Backend, EngineBackend
 from twinserve.serving.options import ServeOptions
-from twinserve.serving.run import Model, Service, SimulatedModel
+from twinserve.serving.run import LiveRecorder, Model, Service, SimulatedModel
 from twinserve.settings.build_core import Settings
 from twinserve.traces.runs.concealed import ConcealedTokens
-from twinserve.traces.runs.record import RunRecorder
 
 FACTS: dict[str, Any] = {"name": "round numbers", "identity": "test"}
 
@@ -52,9 +51,8 @@ class TinyModel:
         self.llm = LLM(judge_of("llama").model, tokenizer=byte_tokenizer(), name="tiny", settings=settings)
         recorder = None
         if record is not None:
-            facts = {"trace": {"path": "live", "format": "live", "sha256": ""}} | self.llm.facts()
             how: dict[str, Any] = {"settings": self.llm.settings.model_dump(), "tokens": ConcealedTokens(key=1)}
-            recorder = RunRecorder(record, world="real", facts=facts, **how)
+            recorder = LiveRecorder(record, world="real", facts=self.llm.facts(), **how)
         return EngineBackend(self.llm, recorder)
 
 

@@ -16,6 +16,7 @@ from live_servers import TinyModel, byte_tokenizer, simulated
 
 from twinserve.engine.online import StepError
 from twinserve.policies import SamplingParams
+from twinserve.traces.readers import read_trace
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
 
@@ -158,18 +159,23 @@ def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(
 
 def test_a_conversation_hits_its_own_answers_and_replays_exactly_without_its_text(serving, tmp_path):
     running = serving(TinyModel(), record=tmp_path / "run")
-    client, messages = running.client(), [{"role": "user", "content": "begin " * 6}]
-    cached = []
+    client, prompt, cached = running.client(), list(range(3, 40)), []
     for _ in range(3):
-        chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=40, seed=1)
-        cached.append(chat.usage.prompt_tokens_details.cached_tokens)
-        messages += [{"role": "assistant", "content": chat.choices[0].message.content}, *CHAT]
-    assert cached[0] == 0 and cached[1] >= 48
+        done = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=40, seed=1, extra_body=IDS | {"ignore_eos": True}
+        )
+        cached.append(done.usage.prompt_tokens_details.cached_tokens)
+        prompt += [*done.choices[0].token_ids, 7, 8]
+    assert cached == [0, 64, 112]
     running.stop()
     record = load_record(tmp_path / "run")
     assert replay(record).is_exact
     numbers = [number for row in record.prompts.values() for number in row]
     assert min(numbers) >= 1 << 31
+    trace = read_trace(tmp_path / "run" / "requests.jsonl")
+    assert trace.sha256 == record.run["facts"]["trace"]["sha256"]
+    assert [request.after for request in trace.requests] == [None, 0, 1]
+    assert [request.max_tokens for request in trace.requests] == [len(tokens) for tokens in record.outputs.values()]
 
 
 def test_a_client_that_goes_away_frees_its_blocks(serving):

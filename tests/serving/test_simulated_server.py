@@ -19,7 +19,7 @@ from twinserve.serving.protocol import NOT_SERVED
 from twinserve.settings.build_core import Settings
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec
-from twinserve.traces.request import Part, Request
+from twinserve.traces.readers import read_trace
 from twinserve.traces.runs.record import RunRecorder, load_record
 from twinserve.traces.runs.replay import replay
 
@@ -290,10 +290,7 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     asyncio.run(crowd())
     running.stop()
     live = load_record(tmp_path / "live")
-    requests = [
-        Request(row["id"], row["arrival_ns"], tuple(Part(*part) for part in row["prompt"]), row["max_tokens"])
-        for row in live.requests
-    ]
+    requests = read_trace(tmp_path / "live" / "requests.jsonl").requests
     settings = Settings.model_validate(live.run["settings"])
     with RunRecorder(tmp_path / "sim", world="sim", settings=settings.model_dump(), facts={}) as recorder:
         core = settings.build_core(listener=recorder)
@@ -302,7 +299,8 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
         )
         recorder.close()
     again = load_record(tmp_path / "sim")
-    assert [row["finish_ns"] for row in again.requests] == [row["finish_ns"] for row in live.requests]
+    begun = live.requests[0]["arrival_ns"]
+    assert [row["finish_ns"] + begun for row in again.requests] == [row["finish_ns"] for row in live.requests]
     assert [row.get("digest") for row in again.steps][-1] == live.steps[-1]["digest"]
 
 

@@ -226,9 +226,14 @@ class RunRecorder(CoreListener):
         if self._world == "real":
             outputs = [row for _, row in sorted(self._outputs.items())]
             _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        run = run_of(self._world, self._settings | self.rules, self._facts, self._device, summary)
+        facts = self._facts | self.last_facts(self._partial)
+        run = run_of(self._world, self._settings | self.rules, facts, self._device, summary)
         finish_record(self._partial, self._out, run)
         return summary
+
+    def last_facts(self, folder: Path) -> dict[str, Any]:
+        """Facts that are known once the rows are written to `folder`, over those from before; here there are none."""
+        return {}
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""

@@ -1,8 +1,8 @@
 """A run record's requests.jsonl: the requests of a run, live traffic for one, as a trace to be replayed elsewhere.
 
 A request asks for as many tokens as it got: what ended its answer then is not known elsewhere. Prompts are parts of
-texts, without a word of what they said. A prompt that holds answers waits for the last of them, so that it is not sent before
-it can be. What was refused is left out. Time 0 is the first request.
+texts, without a word of what they said. A prompt that holds answers waits for the last of them, so that it is not sent
+before it can be. What was refused is left out. Time 0 is the first request.
 """
 
 from __future__ import annotations

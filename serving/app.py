@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -40,6 +40,7 @@ from twinserve.settings.errors import RunError
 from twinserve.traces.runs.record import versions
 
 SESSION_HEADER = "x-session-id"
+Made = TypeVar("Made")
 
 
 class Server:
@@ -288,12 +289,14 @@ async def _answer(
     answers = Answers(server.ready, asks, body, server.wakes)
     pieces = answers.pieces()
     if not body.stream:
-        return await _unless_gone(request, _whole(form, answers, pieces))
-    try:
-        first = await anext(pieces)  # what cannot be served says so before the response has begun
-    except BaseException:
-        await pieces.aclose()
-        raise
+        return await _unless_gone(request, _whole(form, answers, pieces)) or Response(status_code=499)
+
+    async def begun() -> Piece:
+        return await anext(pieces)
+
+    first = await _unless_gone(request, begun())  # what cannot be served says so before the response has begun
+    if first is None:
+        return Response(status_code=499)
     return StreamingResponse(_events(form, answers, first, pieces), media_type="text/event-stream")
 
 
@@ -328,20 +331,18 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What `work` gives, which is cancelled if the client goes away before."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made | None:
+    """What `work` gives; None if the client goes away before, and `work` is cancelled."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    made, left = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        return Response(status_code=499)
+        await asyncio.wait((made, left), return_when=asyncio.FIRST_COMPLETED)
+        return made.result() if made.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        made.cancel()
+        left.cancel()
+        await asyncio.gather(made, left, return_exceptions=True)

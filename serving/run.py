@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -131,11 +132,23 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        for listening in self.servers:
-            for socket in listening.sockets:
-                host, port, *_ = socket.getsockname()
-                self.url = f"http://{host}:{port}"
-                self._say(f"listening at {self.url}")
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._say(f"listening at {self.url}")
+
+
+def _listening(options: ServeOptions) -> socket.socket:
+    """A socket that is bound where the server is to listen.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family)
+    except OSError as error:
+        problem = f"cannot be listened at: {error.strerror or error}"
+        raise InputError(problem, field="host and port", value=f"{options.host}:{options.port}") from error
 
 
 class Service:
@@ -191,11 +204,8 @@ class Service:
             InputError: the model, or something else that was given, cannot be used.
             RunError: the engine has failed.
         """
-        try:
-            self._uvicorn.run()
-        except SystemExit as error:  # uvicorn's, where it cannot listen
-            options = self._server.options
-            raise InputError("cannot be listened at", field="port", value=options.port) from error
+        with _listening(self._server.options) as listener:
+            self._uvicorn.run([listener])
         if self._error is not None:
             raise self._error
         return self._summary

@@ -105,3 +105,16 @@ def test_sockets_that_are_half_closed_or_break_off_lose_no_block_and_no_request(
     running.stop()
     reasons = [row["finish_reason"] for row in load_record(tmp_path / "run").requests]
     assert reasons.count("abort") == 6 and reasons.count("length") == 1
+
+
+def test_a_client_that_leaves_before_its_turn_is_not_served(serving, tmp_path):
+    running = serving(simulated(max_num_seqs=1), record=tmp_path / "run")
+    first = ask(running, max_tokens=400, stream=True)
+    first.recv(10)
+    ask(running, max_tokens=900, stream=True).close()
+    read_all(first)
+    first.close()
+    running.settle()
+    running.stop()
+    rows = load_record(tmp_path / "run").requests
+    assert [(row["finish_reason"], row["output_tokens"]) for row in rows] == [("length", 400), ("abort", 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import socket
@@ -12,10 +13,15 @@ import httpx
 import openai
 import pytest
 from engine_judge import judge_of
-from live_servers import TinyModel, byte_tokenizer, simulated
+from live_servers import Running, TinyModel, byte_tokenizer, simulated
 
+from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepError
 from twinserve.policies import SamplingParams
+from twinserve.serving.backends import EngineBackend
+from twinserve.serving.protocol import CompletionRequest
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.readers import read_trace
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
@@ -212,8 +218,6 @@ def test_what_cannot_be_served_by_the_engine_is_refused(serving):
 
 
 def test_an_engine_that_fails_tells_its_clients_and_ends_the_server(tmp_path):
-    from live_servers import Running
-
     model = TinyModel()
     running = Running(model, record=tmp_path / "run").wait()
     model.llm.runner.model.logits = lambda hidden: hidden[10_000]
@@ -256,8 +260,22 @@ def test_at_shutdown_what_runs_may_end_within_the_time_and_is_aborted_after_it(s
     assert all(row["finish_reason"] in ("length", "abort") for row in rows) and len(rows) == 2
 
 
-def test_sampling_defaults_are_those_of_openai():
-    from twinserve.serving.protocol import CompletionRequest
+def test_what_a_request_leaves_open_is_as_the_generation_config_says(tmp_path):
+    judge_of("llama").model.save_pretrained(tmp_path)
+    said = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True, "eos_token_id": [2, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    llm = LLM(tmp_path, settings=Settings(num_gpu_blocks=8))
+    body = CompletionRequest(prompt=[5], top_p=0.5)
+    params = EngineBackend(llm).params(body, 16, 0)
+    assert (params.temperature, params.top_k, params.top_p, params.stop_token_ids) == (0.6, 20, 0.5, (7,))
+    plain = EngineBackend(llm, takes_defaults=False).params(body, 16, 0)
+    assert (plain.temperature, plain.top_k) == (1.0, 0)
+    llm.close()
+    (tmp_path / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(InputError, match="generation_config.json: temperature is 'hot', expected a number"):
+        LLM(tmp_path)
 
+
+def test_sampling_without_defaults_is_that_of_openai():
     params = CompletionRequest(prompt="a").sampling_params({}, 16, 0)
     assert params == SamplingParams(temperature=1.0, max_tokens=16)

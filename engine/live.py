@@ -14,6 +14,8 @@ from twinserve.policies.horizon import Growth
 from twinserve.settings.build_core import HearsRules
 from twinserve.settings.errors import RunError
 
+BuildCore = Callable[[CoreListener], Core]
+
 Follower = Callable[[list[Sequence]], None]
 """Called in the loop's thread with sequences that may have got a token, or have ended; it reads which from them."""
 
@@ -67,27 +69,32 @@ class Following(CoreListener):
 
 
 class Live(ABC):
-    """One Core, and the one thread that walks it for as long as it is open.
+    """One Core, or those of several replicas, and the one thread that walks them for as long as it is open.
 
     Args:
-        build_core: called with the listener.
+        build_cores: each called with the listener.
         listeners: hear what Core says, in the loop's thread; a metrics page, a run record.
 
     Attributes:
-        core: written by the loop's thread alone; others may read its counts.
+        cores: written by the loop's thread alone; others may read their counts.
         error: what ended the loop before it was closed; then nothing is served any more.
     """
 
     clock: Callable[[], int]
 
-    def __init__(self, build_core: Callable[[CoreListener], Core], listeners: Seq[CoreListener] = ()):
+    def __init__(self, build_cores: Seq[BuildCore], listeners: Seq[CoreListener] = ()):
         self._following = Following(listeners)
-        self.core = build_core(self._following)
+        self.cores = [build_core(self._following) for build_core in build_cores]
         self.inbox = Inbox()
         self.error: BaseException | None = None
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="core", daemon=True)
+
+    @property
+    def is_idle(self) -> bool:
+        """Is nothing being served?"""
+        return all(core.is_idle for core in self.cores)
 
     def start(self) -> None:
         """Start the loop."""
@@ -179,7 +186,8 @@ class Live(ABC):
     def _run(self) -> None:
         try:
             self.walk()
-            self.core.scheduler.check_integrity()
+            for core in self.cores:
+                core.scheduler.check_integrity()
         except BaseException as error:
             with self._lock:
                 self.error, self._is_closed = error, True
@@ -192,12 +200,17 @@ class AsyncLLM(Live):
 
     Args:
         runner: runs the steps; nobody else may launch any while this is open.
+
+    Attributes:
+        core: the one of `cores`.
+        num_launched: steps launched.
     """
 
     clock: Clock
 
-    def __init__(self, build_core: Callable[[CoreListener], Core], runner: Executor, listeners: Seq[CoreListener] = ()):
-        super().__init__(build_core, listeners)
+    def __init__(self, build_core: BuildCore, runner: Executor, listeners: Seq[CoreListener] = ()):
+        super().__init__([build_core], listeners)
+        (self.core,) = self.cores
         self.clock = Clock()
         self.num_launched = 0
         self._runner = runner

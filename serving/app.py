@@ -85,6 +85,7 @@ class Server:
             if tokenizer is None:
                 raise ApiError("expected token ids, as the model has no tokenizer", param="prompt")
             return list(tokenizer.encode(prompt, add_special_tokens=special))
+        self.ready.check_prompt(prompt)
         return prompt
 
     def chat(self, messages: list[Message], **how: Any) -> list[int]:

@@ -10,16 +10,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from twinserve.engine.live import Follower, Live
+from twinserve.engine.live import BuildCore, Follower, Live
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.serving.parts import PartMaker
 from twinserve.serving.protocol import ApiError, Generation
-from twinserve.serving.simulated import LiveReplica, StandInTokenizer, stand_in
+from twinserve.serving.simulated import LiveReplicas, StandInTokenizer, stand_in
 from twinserve.settings.build_core import Settings
-from twinserve.sim.latency import LatencyModel
+from twinserve.sim.routers import Router
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.record import RunRecorder
+from twinserve.worlds.run import ReplicaSpec
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
@@ -194,34 +195,41 @@ class EngineBackend(Backend):
 
 
 class SimulatedBackend(Backend):
-    """A simulated replica; its answers say nothing, and are as long as they are asked to be.
+    """Simulated replicas; their answers say nothing, and are as long as they are asked to be.
 
     Args:
-        latency: what a step costs.
+        replicas: the settings of the first are those of the endpoint.
+        router: which replica serves a request.
         lengths: how long answers would be if nothing cut them short; None is as long as is asked for.
         seed: of the lengths.
         time_scale: a simulated second takes so many on the wall.
     """
 
+    live: LiveReplicas
+
     def __init__(
         self,
         name: str,
-        settings: Settings,
-        latency: LatencyModel,
+        replicas: Seq[ReplicaSpec],
+        router: Router,
         *,
         lengths: LengthSpec | None = None,
         seed: int = 0,
         time_scale: float = 1.0,
         recorder: RunRecorder | None = None,
     ):
-        super().__init__(name, settings, StandInTokenizer(), recorder)
-        self._latency, self._lengths, self._time_scale = latency, lengths, time_scale
+        super().__init__(name, replicas[0].settings, StandInTokenizer(), recorder)
+        self._replicas, self._router, self._lengths, self._time_scale = replicas, router, lengths, time_scale
         self._random = random.Random(seed)
 
     def start(self, listeners: Seq[CoreListener]) -> None:
-        self.live = LiveReplica(
-            lambda listener: self.settings.build_core(listener=listener),
-            self._latency,
+        def build(spec: ReplicaSpec) -> BuildCore:
+            return lambda listener: spec.settings.build_core(listener=listener)
+
+        self.live = LiveReplicas(
+            [build(spec) for spec in self._replicas],
+            [spec.latency for spec in self._replicas],
+            self._router,
             listeners,
             time_scale=self._time_scale,
         )
@@ -243,7 +251,9 @@ class SimulatedBackend(Backend):
         if self._lengths is not None and not ask.params.ignore_eos:
             drawn = max(ask.params.min_tokens, self._lengths.draw(self._random))
             request = replace(request, max_tokens=min(request.max_tokens, drawn))
-        return request.to_sequence(ask.params)
+        seq = request.to_sequence(ask.params)
+        self.live.requests[seq] = request
+        return seq
 
 
 def _concealed(salt: str) -> str:

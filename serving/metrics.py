@@ -6,6 +6,7 @@ import copy
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,6 +14,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from twinserve.policies import Batch, Core, CoreListener, Sequence
+from twinserve.settings.build_core import Settings
 
 PREFIX, OWN_PREFIX = "vllm:", "twinserve:"
 
@@ -104,23 +106,28 @@ class ServerMetrics(CoreListener):
         self._longest = histogram("request_max_num_generation_tokens", "Tokens of the longest answer.", _TOKENS)
         self._limits = histogram("request_params_max_tokens", "Tokens that a request allows.", _TOKENS)
 
-    def watch(self, core: Core, num_gpu_blocks: int | None, block_size: int) -> None:
-        """Say on the page how full the queues and the pool of `core` are."""
-        manager, scheduler = core.scheduler.block_manager, core.scheduler
-        self.gauge("num_requests_running", "Requests that run.", lambda: len(scheduler.running))
-        self.gauge("num_requests_waiting", "Requests that wait.", lambda: len(scheduler.waiting))
-        self.gauge(
-            "kv_cache_usage_perc",
-            "Share of the KV blocks in use; 1 is all.",
-            lambda: manager.num_used_blocks / num_gpu_blocks if num_gpu_blocks else 0.0,
-        )
-        config = {"block_size": str(block_size), "num_gpu_blocks": str(num_gpu_blocks)}
+    def watch(self, cores: Seq[Core], settings: Settings) -> None:
+        """Say on the page how full the queues and the pools of `cores` are; those of a fleet together."""
+        schedulers = [core.scheduler for core in cores]
+
+        def usage() -> float:
+            pools = [scheduler.block_manager for scheduler in schedulers]
+            return sum(pool.num_used_blocks for pool in pools) / sum(pool.num_blocks or 1 << 62 for pool in pools)
+
+        for name, text, read in (
+            ("num_requests_running", "Requests that run.", lambda: sum(len(one.running) for one in schedulers)),
+            ("num_requests_waiting", "Requests that wait.", lambda: sum(len(one.waiting) for one in schedulers)),
+            ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", usage),
+        ):
+            gauge = Gauge(PREFIX + name, text, list(self._labels), registry=self._registry)
+            gauge.labels(**self._labels).set_function(read)
+        config = {name: str(getattr(settings, name)) for name in ("block_size", "num_gpu_blocks")}
         info = Gauge(f"{PREFIX}cache_config_info", "The pool.", [*self._labels, *config], registry=self._registry)
         info.labels(**self._labels, **config).set(1)
 
-    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Say on the page what `read` gives."""
-        gauge = Gauge(PREFIX + name, text, list(self._labels), registry=self._registry)
+    def own_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Say on the page, under our name alone, what `read` gives."""
+        gauge = Gauge(OWN_PREFIX + name, text, list(self._labels), registry=self._page)
         gauge.labels(**self._labels).set_function(read)
 
     def page(self) -> bytes:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,14 +24,14 @@ from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
-from twinserve.serving.simulated import LiveReplica
+from twinserve.serving.simulated import LiveReplicas
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.sim.latency import LatencyModel
+from twinserve.sim.routers import Router
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.runs.concealed import ConcealedTokens, as_they_are
 from twinserve.traces.runs.record import RunRecorder
-from twinserve.worlds.run import load_llm
+from twinserve.worlds.run import ReplicaSpec, load_llm
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,41 @@ class SimulatedModel:
 
     Attributes:
         name: of the model.
-        latency, latency_facts: what a step costs, and what says in a record which model that is.
+        replicas: one, or a fleet's.
+        router: which of them serves a request.
         lengths: how long answers would be if nothing cut them short; None is as long as is asked for.
         time_scale: a simulated second takes so many on the wall.
     """
 
     name: str
-    settings: Settings
-    latency: LatencyModel
-    latency_facts: dict[str, Any]
+    replicas: Seq[ReplicaSpec]
+    router: Router
     lengths: LengthSpec | None = None
     time_scale: float = 1.0
 
     def backend(self, record: Path | None) -> Backend:
-        """The backend, which writes the run record `record`."""
+        """The backend, which writes the run record `record`.
+
+        Raises:
+            InputError: of a fleet nothing is recorded, or `record` cannot be written.
+        """
         recorder = None
         if record is not None:
-            facts = {"latency": self.latency_facts, "time_scale": self.time_scale, "sampling": asdict(SamplingParams())}
-            device = f"simulated: {self.latency_facts['name']}"
-            how: dict[str, Any] = {"settings": self.settings.model_dump(), "facts": facts, "device": device}
+            if len(self.replicas) > 1:
+                raise InputError(
+                    "expected none: live traffic of a fleet is not recorded", field="record", value=str(record)
+                )
+            (alone,) = self.replicas
+            facts = {
+                "latency": alone.latency_facts,
+                "time_scale": self.time_scale,
+                "sampling": asdict(SamplingParams()),
+            }
+            device = f"simulated: {alone.latency_facts['name']}"
+            how: dict[str, Any] = {"settings": alone.settings.model_dump(), "facts": facts, "device": device}
             recorder = LiveRecorder(record, world="sim", **how)
         how = {"lengths": self.lengths, "time_scale": self.time_scale, "recorder": recorder}
-        return SimulatedBackend(self.name, self.settings, self.latency, **how)
+        return SimulatedBackend(self.name, self.replicas, self.router, **how)
 
 
 @dataclass(frozen=True)
@@ -253,9 +267,9 @@ class Service:
             listeners.append(backend.recorder)
         backend.start(listeners)
         live = backend.live
-        metrics.watch(live.core, backend.settings.num_gpu_blocks, backend.settings.block_size)
-        if isinstance(live, LiveReplica):
-            metrics.gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
+        metrics.watch(live.cores, backend.settings)
+        if isinstance(live, LiveReplicas):
+            metrics.own_gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
         self._server.wakes = Wakes(asyncio.get_running_loop())
         self._server.metrics, self._server.backend = metrics, backend
         self._say(f"serving {backend.name}")

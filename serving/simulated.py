@@ -1,21 +1,22 @@
-"""A simulated replica that answers in real time, and the stand-in text of its answers."""
+"""Simulated replicas that answer in real time, and the stand-in text of its answers."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import simpy
 from simpy.events import URGENT
 
-from twinserve.engine.live import Live
+from twinserve.engine.live import BuildCore, Live
 from twinserve.engine.online import Abort, Clock
-from twinserve.policies import Core, CoreListener, Sequence
+from twinserve.policies import CoreListener, Sequence
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Replica, alarm, now_ns
+from twinserve.sim.routers import Router
+from twinserve.traces.request import Request
 
 _PIECE = re.compile(rb"\n|[^\S\n]?\S{1,3}|\S{1,4}|\s")
 _WORDS = [
@@ -65,36 +66,44 @@ class ScaledClock(Clock):
         return round(super().__call__() / self.time_scale)
 
 
-class LiveReplica(Live):
-    """A simulated replica whose requests come in as they are sent, and whose steps end when they are due.
+class LiveReplicas(Live):
+    """Simulated replicas whose requests come in as they are sent, and whose steps end when they are due.
 
     A request arrives when it is submitted, to the nanosecond, whatever this process does just then: only what it says
     comes later, by `lag_s`. So a simulation of what arrived decides the same.
 
     Args:
+        latencies: what a step costs, one a Core.
+        router: chooses a replica for each request.
         time_scale: a simulated second takes so many on the wall.
 
     Attributes:
+        requests: of the sequences that are submitted, to be put in before them; those that are routed are taken out.
         lag_s: by how much the latest steps were simulated later than they were due, in seconds on the wall.
     """
 
     def __init__(
         self,
-        build_core: Callable[[CoreListener], Core],
-        latency: LatencyModel,
+        build_cores: Seq[BuildCore],
+        latencies: Seq[LatencyModel],
+        router: Router,
         listeners: Seq[CoreListener] = (),
         *,
         time_scale: float = 1.0,
     ):
-        super().__init__(build_core, listeners)
+        super().__init__(build_cores, listeners)
         self.clock: ScaledClock = ScaledClock(time_scale)
+        self.requests: dict[Sequence, Request] = {}
         self.lag_s = 0.0
-        self._latency = latency
+        self._latencies, self._router = latencies, router
 
     def walk(self) -> None:
         env = simpy.Environment()
-        replica = Replica(env, self.core, self._latency, lambda seq: None, step_by_step=True)
-        while not (self.inbox.closed and self.core.is_idle and env.peek() == float("inf")):
+        replicas = [
+            Replica(env, core, latency, lambda seq: None, index=index, step_by_step=True)
+            for index, (core, latency) in enumerate(zip(self.cores, self._latencies, strict=True))
+        ]
+        while not (self.inbox.closed and self.is_idle and env.peek() == float("inf")):
             due_ns = env.peek()
             items = self._wait(due_ns)
             with self._lock:
@@ -102,10 +111,12 @@ class LiveReplica(Live):
                 until_ns = self.clock()
             for item in items:
                 if isinstance(item, Abort):
-                    replica.abort(item.seq_id)
+                    for replica in replicas:
+                        replica.abort(item.seq_id)
                 else:
                     _run(env, item.arrival_ns)
-                    replica.submit(item)
+                    place = self._router.choose(self.requests.pop(item), replicas)
+                    replicas[place].submit(item)
             _run(env, until_ns)
             self.lag_s = self._wall_s(self.clock() - due_ns) if due_ns < until_ns else 0.0
 

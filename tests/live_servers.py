@@ -15,11 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from twinserve.engine.llm import LLM
+from twinserve.policies import Core
 from twinserve.serving.backends import Backend, EngineBackend
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.run import LiveRecorder, Model, Service, SimulatedModel
 from twinserve.settings.build_core import Settings
+from twinserve.sim.routers import LeastOutstanding
 from twinserve.traces.runs.concealed import ConcealedTokens
+from twinserve.worlds.run import ReplicaSpec
 
 FACTS: dict[str, Any] = {"name": "round numbers", "identity": "test"}
 
@@ -56,10 +59,11 @@ class TinyModel:
         return EngineBackend(self.llm, recorder)
 
 
-def simulated(time_scale: float = 1.0, lengths: Any = None, **settings: Any) -> SimulatedModel:
-    """A replica whose steps cost round numbers."""
+def simulated(time_scale: float = 1.0, lengths: Any = None, replicas: int = 1, **settings: Any) -> SimulatedModel:
+    """Replicas whose steps cost round numbers."""
     chosen = Settings.load({"num_gpu_blocks": 256, "max_model_len": 1024} | settings)
-    return SimulatedModel("round", chosen, fitted(), FACTS, lengths, time_scale)
+    specs = [ReplicaSpec(chosen, fitted(), FACTS)] * replicas
+    return SimulatedModel("round", specs, LeastOutstanding(), lengths, time_scale)
 
 
 class Running:
@@ -89,16 +93,21 @@ class Running:
         return self.service.url
 
     @property
-    def core(self) -> Any:
+    def cores(self) -> list[Core]:
         assert self.service.backend is not None
-        return self.service.backend.live.core
+        return self.service.backend.live.cores
+
+    @property
+    def core(self) -> Core:
+        (core,) = self.cores
+        return core
 
     def client(self, kind: type = openai.OpenAI, **options: Any) -> Any:
         return kind(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60} | options)
 
     def settle(self) -> None:
         """Wait until nothing is served any more."""
-        while not self.core.is_idle:
+        while not all(core.is_idle for core in self.cores):
             time.sleep(0.01)
 
     def stop(self) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path,
     [
         (("--latency", "x"), "latency is 'x', expected --simulate beside it"),
         (("--output-tokens", "fixed:3"), "output_tokens is 'fixed:3', expected --simulate beside it"),
+        (("--replicas", "2"), "replicas is 2, expected --simulate beside it"),
         (("--simulate", "--output-tokens", "long"), "output_tokens is 'long', expected"),
         (("--simulate", "--time-scale", "0"), "time_scale is 0.0, expected a number > 0"),
         (("--simulate", "--latency", "nowhere"), "latency is 'nowhere', expected a file"),

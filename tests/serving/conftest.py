@@ -24,6 +24,6 @@ def serving() -> Iterator[Callable[..., Running]]:
     yield make
     for running in made:
         running.stop()
-        manager = running.core.scheduler.block_manager
-        running.core.scheduler.check_integrity()
-        assert manager.num_used_blocks == 0
+        for core in running.cores:
+            core.scheduler.check_integrity()
+            assert core.scheduler.block_manager.num_used_blocks == 0

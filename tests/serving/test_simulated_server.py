@@ -17,6 +17,7 @@ from shell import fitted
 from twinserve.policies import SamplingParams
 from twinserve.serving.protocol import NOT_SERVED
 from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.readers import read_trace
@@ -81,6 +82,7 @@ def test_the_next_turn_of_a_conversation_hits_the_answer_of_the_turn_before(serv
         ("completions", {"prompt": [5] * 1024}, 400, "maximum context length is 1024 tokens; the prompt has 1024"),
         ("completions", {"prompt": []}, 400, "the prompt has no tokens"),
         ("completions", {"prompt": [-1]}, 400, "token id -1, expected ids from 0"),
+        ("completions", {"prompt": [-1], "echo": True}, 400, "token id -1, expected ids from 0"),
         ("completions", {"prompt": "a", "stream_options": {}}, 400, "can only be defined when `stream=True`"),
         ("completions", {"prompt": "a", "stop": ["", "b"]}, 400, "stop cannot contain an empty string"),
         ("completions", {"prompt": "a", "logprobs": 1}, 400, "logprobs are not served by a simulation"),
@@ -230,7 +232,8 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     assert said["vllm:num_requests_running"] == said["vllm:kv_cache_usage_perc"] == 0
     own = {name.replace("twinserve:", "vllm:"): value for name, value in said.items() if name.startswith("twinserve:")}
     theirs = {name: value for name, value in said.items() if name.startswith("vllm:")}
-    assert own.keys() == theirs.keys() and own["vllm:generation_tokens_total"] == theirs["vllm:generation_tokens_total"]
+    assert own.keys() - theirs.keys() == {"vllm:simulation_lag_seconds"} and not theirs.keys() - own.keys()
+    assert own["vllm:generation_tokens_total"] == theirs["vllm:generation_tokens_total"]
 
 
 def test_200_clients_with_random_aborts_lose_nothing_and_the_record_replays_exactly(serving, tmp_path):
@@ -302,6 +305,26 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     begun = live.requests[0]["arrival_ns"]
     assert [row["finish_ns"] + begun for row in again.requests] == [row["finish_ns"] for row in live.requests]
     assert [row.get("digest") for row in again.steps][-1] == live.steps[-1]["digest"]
+
+
+def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router(serving, tmp_path):
+    running = serving(simulated(replicas=3))
+
+    async def crowd():
+        async with running.client(openai.AsyncOpenAI) as client:
+            asks = [client.completions.create(model="round", prompt="a b", max_tokens=40, n=2) for _ in range(6)]
+            stream = await client.completions.create(model="round", prompt="c", max_tokens=900, stream=True)
+            await stream.close()
+            return await asyncio.gather(*asks)
+
+    assert all(done.usage.completion_tokens == 80 for done in asyncio.run(crowd()))
+    running.settle()
+    counts = [core.num_ingested for core in running.cores]
+    assert sum(counts) == 13 and min(counts) >= 3
+    assert scraped(running.url)["vllm:request_success_totallength"] == 12
+    alone = Running(simulated(replicas=2), record=tmp_path / "run")
+    with pytest.raises(InputError, match="live traffic of a fleet is not recorded"):
+        alone.wait().stop()
 
 
 def test_the_page_of_the_interface_is_there(serving):

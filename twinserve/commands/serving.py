@@ -12,16 +12,19 @@ from twinserve.commands.options import Config, options_of, refuse_existing
 from twinserve.commands.progress import say
 from twinserve.commands.worlds import LATENCY_HELP
 from twinserve.engine.options import EngineOptions
+from twinserve.planning.fleets import FleetOptions
 from twinserve.serving.options import ServeOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 
 
 @options_of(ServeOptions, "server")
+@options_of(FleetOptions, "fleet", but=("group", "die"))
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def serve(
     server: dict,
+    fleet: dict,
     engine: dict,
     settings: dict,
     simulate: Annotated[
@@ -43,8 +46,6 @@ def serve(
 ) -> None:
     """Serve OpenAI's interface over HTTP, from the engine or from a simulated replica."""
     options = ServeOptions.load(server, config)
-    chosen = Settings.load(settings, config, beside=("engine", "serve", "fleet"))
-    chosen.check_rules()
     refuse_existing(record)
     try:
         from twinserve.serving import run
@@ -53,19 +54,22 @@ def serve(
     model: run.Model
     if simulate:
         from twinserve.traces.generator import LengthSpec
-        from twinserve.worlds.run import choose_latency, with_pool
 
         if not 0 < time_scale < float("inf"):
             raise InputError("expected a number > 0", field="time_scale", value=time_scale)
         lengths = None if output_tokens is None else LengthSpec.parse(output_tokens, "output_tokens")
-        costs, facts = choose_latency(latency, None)
-        chosen, words = with_pool(chosen, costs)
-        if words is not None:
-            say(words)
+        of_fleet = FleetOptions.load(fleet, config)
+        if of_fleet.die:
+            raise InputError("expected none: a live replica does not die", field="die", value=str(of_fleet.die[0]))
+        replicas, words = of_fleet.build_replicas(settings, config, latency)
+        for line in words:
+            say(line)
+        facts = replicas[0].latency_facts
         name = str(facts.get("about", {}).get("model", facts["name"]))
-        model = run.SimulatedModel(name, chosen, costs, facts, lengths, time_scale)
+        model = run.SimulatedModel(name, replicas, of_fleet.build_router(), lengths, time_scale)
     else:
-        for field, value in (("latency", latency), ("output_tokens", output_tokens)):
+        chosen = Settings.load(settings, config, beside=("engine", "serve"))
+        for field, value in (("latency", latency), ("output_tokens", output_tokens), *fleet.items()):
             if value is not None:
                 raise InputError("expected --simulate beside it", field=field, value=value)
         takes_defaults = options.generation_config == "auto"

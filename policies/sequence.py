@@ -62,11 +62,7 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "a number in [0, 1] (0 keeps every token)"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "a number > 0 (1 changes nothing)"),
-            (
-                "min_tokens",
-                0 <= self.min_tokens <= self.max_tokens,
-                f"an integer from 0 to {self.max_tokens}, max_tokens",
-            ),
+            ("min_tokens", self.min_tokens >= 0, "an integer >= 0"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "an integer >= 0, or None"),

@@ -127,8 +127,11 @@ class Server:
                     f"{body.token_limit or 1} are asked for.",
                     param="max_tokens" if len(prompt) < longest else "prompt",
                 )
+            max_tokens = backend.max_tokens(body.token_limit, len(prompt))
+            if body.min_tokens > max_tokens:
+                raise ApiError(f"min_tokens is {body.min_tokens}, expected at most {max_tokens}", param="min_tokens")
             for choice in range(body.n):
-                params = backend.params(body, backend.max_tokens(body.token_limit, len(prompt)), choice)
+                params = backend.params(body, max_tokens, choice)
                 asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or ""))
         return asks
 

@@ -115,8 +115,6 @@ class Generation(Fields):
             raise ValueError("Stream options can only be defined when `stream=True`.")
         if self.cache_salt == "":
             raise ValueError("Parameter 'cache_salt' must be a non-empty string if provided.")
-        if self.token_limit is not None and self.min_tokens > self.token_limit:
-            raise ValueError(f"min_tokens must be less than or equal to max_tokens={self.token_limit}.")
         if any(not -100 <= bias <= 100 for bias in (self.logit_bias or {}).values()):
             raise ValueError("logit_bias must have numbers from -100 to 100.")
         if any(not stop for stop in self.stops):

@@ -210,7 +210,7 @@ def test_what_cannot_be_served_by_the_engine_is_refused(serving):
         ({"prompt": "a", "max_tokens": 60, "stream": True}, "this request can never be served: needs 4 blocks"),
         ({"prompt": "a", "logit_bias": {"512": 1}}, "a token of logit_bias is 512, expected an id from 0 to 511"),
         ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias must have numbers from -100 to 100"),
-        ({"prompt": "a", "min_tokens": 17}, "min_tokens must be less than or equal to max_tokens=16"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens is 17, expected at most 16"),
         ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs is not served here"),
     ):
         response = httpx.post(url, json=body)

@@ -58,7 +58,7 @@ def load_fleet(path: Path) -> RunRecord:
         (replica, _) = _place(record.path) or (0, 0)
         rows += [row | {"replica": replica} for row in record.requests if row["finish_reason"] is not None]
     rows.sort(key=lambda row: (row["ingested_ns"], row["replica"], row["ingest"]))
-    return RunRecord(path, run, [row | {"ingest": number} for number, row in enumerate(rows)], [], {}, {})
+    return RunRecord(path, run, [row | {"ingest": number} for number, row in enumerate(rows)], [], {})
 
 
 def _place(folder: Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import platform
@@ -526,7 +527,7 @@ class RunRecord:
     requests: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     outputs: dict[int, list[int]]
-    prompts: dict[int, list[int]]
+    prompts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def has_tokens(self) -> bool:

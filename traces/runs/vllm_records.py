@@ -103,7 +103,7 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
         }
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"expected a step log of format {FORMAT!r}, but {error!r}", path=path) from error
-    return RunRecord(path, whole, rows, steps, {}, {})
+    return RunRecord(path, whole, rows, steps, {})
 
 
 def requests_of(record: RunRecord) -> list[Request]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from twinserve.engine.logprobs import TokenLogprobs
 
 
+_MOST_APART = 16
+"""So many tokens that have come together are still said one by one; of a stream that is further behind, all at once."""
+
+
 @dataclass
 class Piece:
     """What one answer has got since its last piece.
@@ -66,6 +70,8 @@ class _Answer:
         token_ids = self._backend.tokens(seq, self.num_tokens)
         if reason is None and not token_ids:
             return None
+        if 1 < len(token_ids) <= _MOST_APART:
+            token_ids, reason = token_ids[:1], None
         if self._stop_ids and (ends := [place for place, token in enumerate(token_ids) if token in self._stop_ids]):
             token_ids, reason = token_ids[: ends[0] + 1], "stop"
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
@@ -186,9 +192,9 @@ class Answers:
                 await self._event.wait()
                 self._event.clear()
                 for answer in left:
-                    if (piece := answer.take()) is not None:
+                    while not answer.is_done and (piece := answer.take()) is not None:
                         yield piece
-                    elif (error := self._backend.live.error) is not None:
+                    if not answer.is_done and (error := self._backend.live.error) is not None:
                         raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
                 left = [answer for answer in left if not answer.is_done]
         finally:

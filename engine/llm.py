@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +17,7 @@ from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import compute_on, device_name
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kv_sizing import with_pool
+from twinserve.engine.live import AsyncLLM
 from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder
@@ -22,7 +25,7 @@ from twinserve.engine.models.source import ModelSource
 from twinserve.engine.online import Clock, Inbox
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import check_token_maker, default_token_maker, encode_prompt
-from twinserve.engine.serving import serve_at_once, serve_trace
+from twinserve.engine.serving import serve_trace
 from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -59,11 +62,12 @@ class Completion:
 class LLM:
     """A model ready to serve.
 
-    Each run (`generate`, `run_trace`) has fresh policies, and so an empty pool and prefix cache: what it decides does
-    not depend on the runs before it, and nothing is hit whose KV another run, or another Core on the same runner, has
-    overwritten. A step that fails, for want of the device's memory say, ends its run with a StepError, which names the
-    step and its batch: what the requests of the run had is dropped with its policies, every block is free again, and
-    the next run is served.
+    `generate` may be called from any number of threads: their prompts share one Core, its pool and its prefix cache,
+    which live on from call to call, so that a later call hits the prefixes of an earlier one. `run_trace` has fresh
+    policies: what it decides does not depend on what was served before. It waits for calls of `generate` and they for
+    it, and the Core after it is a fresh one, as is that after another Core's steps on the same runner: nothing is hit
+    whose KV somebody else has overwritten. A step that fails, for want of the device's memory say, ends what is served
+    with a StepError, which names the step and its batch: every block is free again, and the next call is served.
 
     Args:
         model: a Hugging Face folder, a Decoder, or a transformers model (whose weights are copied); with
@@ -85,6 +89,7 @@ class LLM:
         settings: as in use, nothing left open.
         attention: the attention backend in use, and why.
         eos_token_ids: the tokens that end a text, the tokenizer's own first.
+        sampling_defaults: what the model's generation config says of sampling; `generate` takes none of it.
 
     Raises:
         InputError: an option, the model, the settings, the graph options or the token maker cannot be used. All that
@@ -109,6 +114,7 @@ class LLM:
             torch.set_num_threads(threads)
         source = ModelSource.of(model, self.options, tokenizer)
         self.config, self.tokenizer, self.eos_token_ids = source.config, source.tokenizer, source.eos_token_ids
+        self.sampling_defaults = source.sampling_defaults
         self.token_maker = token_maker or default_token_maker(source)
         check_token_maker(self.token_maker, source)
         config = RunnerConfig.checked(source, self.options, settings or Settings(), graph_options)
@@ -117,6 +123,8 @@ class LLM:
         config = with_pool(config, decoder)
         self.settings = config.settings
         self.runner = _make_runner(decoder, config, self.tokenizer)
+        self._live: AsyncLLM | None = None
+        self._guard = threading.Lock()
 
     @property
     def eos_token_id(self) -> int | None:
@@ -150,7 +158,9 @@ class LLM:
         )
 
     def close(self) -> None:
-        """End the runner's thread."""
+        """Wait for what is being served, and end."""
+        with self._guard:
+            self._end_live()
         self.runner.close()
 
     def warm_up(self) -> None:
@@ -198,14 +208,27 @@ class LLM:
         tokens = [
             encode_prompt(prompt, self.tokenizer, self.config.vocab_size, index) for index, prompt in enumerate(prompts)
         ]
-        sequences = [
-            Sequence(token_ids, self._with_stops(params[index]), seq_id=index) for index, token_ids in enumerate(tokens)
-        ]
+        sequences = [Sequence(token_ids, self.with_stops(own)) for token_ids, own in zip(tokens, params, strict=True)]
         try:
-            serve_at_once(self._fresh_core(), self.runner, sequences)
+            with self._guard:
+                wait = self._live_core().begin(sequences)
+            wait()
             return [self._completion(seq) for seq in sequences]
         finally:
-            self.runner.logprobs.clear()
+            for seq in sequences:
+                self.runner.logprobs.pop(seq, None)
+
+    def live(self, listeners: Seq[CoreListener] = ()) -> AsyncLLM:
+        """A fresh Core that serves until it is closed, heard by `listeners`.
+
+        What was served before has ended then. Until it is closed, nothing else may be served.
+        """
+        with self._guard:
+            self._end_live()
+            self.capture()
+            live = AsyncLLM(self._core, self.runner, listeners)
+        live.start()
+        return live
 
     def run_trace(
         self,
@@ -234,26 +257,62 @@ class LLM:
             AssertionError: an invariant of the policies does not hold at the end.
             StepError: a step failed.
         """
-        return serve_trace(
-            self._fresh_core(recorder),
-            self.runner,
-            requests,
-            token_maker=self.token_maker,
-            params=self._with_stops(params),
-            recorder=recorder,
-            time_scale=time_scale,
-            progress=progress,
-            on_start=on_start,
-        )
+        with self._guard:
+            self._end_live()
+            self.capture()
+            return serve_trace(
+                self._core(recorder),
+                self.runner,
+                requests,
+                token_maker=self.token_maker,
+                params=self.with_stops(params),
+                recorder=recorder,
+                time_scale=time_scale,
+                progress=progress,
+                on_start=on_start,
+            )
 
-    def _fresh_core(self, listener: CoreListener | None = None) -> Core:
-        """The policies of a run, once its steps can be launched."""
-        self.capture()
+    def _live_core(self) -> AsyncLLM:
+        """The Core of `generate`; a fresh one where there is none whose KV is as it left it."""
+        live, num_launched = self._live, self.runner.num_launched
+        if live is None or live.error is not None or (live.core.is_idle and live.num_launched != num_launched):
+            self._end_live()
+            self.capture()
+            self.runner.num_launched = 0
+            live = self._live = AsyncLLM(self._core, self.runner)
+            live.start()
+            weakref.finalize(self, live.no_more)
+        return live
+
+    def _end_live(self) -> None:
+        """Wait for what `generate` serves, and drop its Core."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.close()
+
+    def _core(self, listener: CoreListener | None) -> Core:
+        """Fresh policies."""
         return self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
 
-    def _with_stops(self, params: SamplingParams) -> SamplingParams:
-        """`params` that also end at what ends the model's texts beside `eos_token_id`."""
-        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[1:]))))
+    def with_stops(self, params: SamplingParams) -> SamplingParams:
+        """`params` that also end at what ends the model's texts beside `eos_token_id`, and at that where the sampler
+        has to know it.
+
+        Raises:
+            InputError: they ask for something that these steps cannot do.
+        """
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(params, name) and self.attention.graphs:
+                problem = "expected 0 where steps are graphs: --execution eager has it"
+                raise InputError(problem, field=name, value=getattr(params, name))
+        for token_id, _ in params.logit_bias:
+            if not 0 <= token_id < self.config.vocab_size:
+                problem = f"expected an id from 0 to {self.config.vocab_size - 1}"
+                raise InputError(problem, field="a token of logit_bias", value=token_id)
+        first = 0 if params.min_tokens and not params.ignore_eos else 1
+        return replace(
+            params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[first:])))
+        )
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids

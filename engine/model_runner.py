@@ -20,7 +20,7 @@ from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.online import StepHandle
-from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
+from twinserve.engine.sampler import SamplingPlan, counts_tokens, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, Sequence
 
 
@@ -35,6 +35,8 @@ class StepInput:
         sampling: how they sample.
         seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
             of their last tokens; None where there is no such row.
+        generated: likewise for each generated token of each row with a presence or frequency penalty, and (row, place)
+            for each of them whose last token the step before samples.
         late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
     """
 
@@ -45,6 +47,7 @@ class StepInput:
     last: Tensor
     sampling: SamplingPlan
     seen: tuple[Tensor, Tensor] | None
+    generated: tuple[Tensor, Tensor] | None
     late: tuple[Tensor, Tensor] | None
 
 
@@ -69,6 +72,7 @@ class ModelRunner:
         attention: the attention backend in use, and why.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
+        num_launched: steps launched, for whoever wants to know whether another has launched any.
 
     Raises:
         InputError: the attention backend cannot serve this model, device or block size, or the pool does not fit.
@@ -99,6 +103,7 @@ class ModelRunner:
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self.logprobs: Heard = {}
+        self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
     def close(self) -> None:
@@ -164,6 +169,7 @@ class ModelRunner:
 
     def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepHandle:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
+        self.num_launched += 1
         step_input = self._snapshot(rows, tokens) if rows else None
         before = self._previous[0] if self._previous else None
         sampled = [row for row in rows if row.samples]
@@ -189,7 +195,9 @@ class ModelRunner:
                 sources.append(self._sampled_before(row))
         sampled = [(row, last_of_row[i]) for i, row in enumerate(rows) if row.samples]
         params = [row.seq.sampling_params for row, _ in sampled]
-        uniforms = draw_uniforms(params, [row.start + row.num_tokens for row, _ in sampled], self._generator)
+        lengths = [row.start + row.num_tokens for row, _ in sampled]
+        uniforms = draw_uniforms(params, lengths, self._generator)
+        answers = [length - row.seq.num_prompt_tokens for length, (row, _) in zip(lengths, sampled, strict=True)]
         metadata = AttentionMetadata(
             num_single=sum(row.num_tokens == 1 for row in ordered),
             query_lens=[row.num_tokens for row in ordered],
@@ -203,8 +211,9 @@ class ModelRunner:
             slots=self._to_device(self._slots(ordered, tables)),
             plan=self._backend.plan(metadata, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
-            sampling=SamplingPlan.of(params, uniforms, self.device),
+            sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
+            generated=self._generated(sampled),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
         )
 
@@ -214,9 +223,20 @@ class ModelRunner:
         if not penalised:
             return None
         known = [row.seq.token_ids[: row.start + row.num_tokens] for row, _ in penalised]
-        rows = np.repeat(np.arange(len(known)), [len(tokens) for tokens in known])
-        pairs = self._to_device(np.stack((rows, np.concatenate(known))))
-        return pairs, self._to_device([place for _, place in penalised])
+        return self._to_device(_pairs(known)), self._to_device([place for _, place in penalised])
+
+    def _generated(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
+        """`StepInput.generated` for the rows that sample, each with the place of its last token."""
+        counted = [(row, place) for row, place in sampled if counts_tokens(row.seq.sampling_params)]
+        if not counted:
+            return None
+        known = [row.seq.token_ids[row.seq.num_prompt_tokens : row.start + row.num_tokens] for row, _ in counted]
+        late = [
+            (number, place)
+            for number, (row, place) in enumerate(counted)
+            if row.start + row.num_tokens > row.seq.num_tokens
+        ]
+        return self._to_device(_pairs(known)), self._to_device(np.array(late, np.int64).reshape(-1, 2))
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         """The block table of each row, all of them within the pool."""
@@ -262,10 +282,26 @@ class ModelRunner:
             seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
             mark_seen(seen, *pairs)
             seen.scatter_(1, token_ids[last][:, None], True)
-        tokens = step.sampling.sample(logits, seen)
+        tokens = step.sampling.sample(logits, seen, self._counts(step, token_ids, logits))
         if asked:
             asked.take(logits, tokens)
         return tokens
+
+    def _counts(self, step: StepInput, token_ids: Tensor, logits: Tensor) -> Tensor | None:
+        """How often each token was generated, of the rows that are penalised for it: [counted, vocab]."""
+        if step.generated is None or step.sampling.counted is None:
+            return None
+        (rows, tokens), late = step.generated
+        counts = torch.zeros(len(step.sampling.counted), logits.shape[-1], device=self.device)
+        ones = torch.ones(1, device=self.device)
+        counts.index_put_((rows, tokens), ones, accumulate=True)
+        return counts.index_put_((late[:, 0], token_ids[late[:, 1]]), ones, accumulate=True)
+
+
+def _pairs(tokens: Seq[list[int]]) -> np.ndarray:
+    """(row, token) for each token of each row: [2, tokens]."""
+    rows = np.repeat(np.arange(len(tokens)), [len(row) for row in tokens])
+    return np.stack((rows, np.concatenate([np.array(row, np.int64) for row in tokens])))
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

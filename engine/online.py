@@ -73,29 +73,27 @@ class Inbox:
     """What comes in from other threads: sequences, aborts, and the word that nothing more will come."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Sequence | Abort | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Sequence | Abort, ...]] = SimpleQueue()
         self.closed = False
 
-    def put(self, item: Sequence | Abort) -> None:
-        """Hand in a sequence or an abort."""
-        self._queue.put(item)
+    def put(self, *items: Sequence | Abort) -> None:
+        """Hand in sequences or aborts, which are taken together."""
+        self._queue.put(items)
 
     def close(self) -> None:
         """Say that nothing more will come."""
-        self._queue.put(None)
+        self._queue.put(())
 
-    def take(self, *, wait: bool) -> list[Sequence | Abort]:
-        """Everything handed in so far; with `wait`, at least one item unless the inbox is closed."""
+    def take(self, *, wait: bool, timeout_s: float | None = None) -> list[Sequence | Abort]:
+        """Everything handed in so far; with `wait`, at least one item unless the inbox is closed or time runs out."""
         items: list[Sequence | Abort] = []
         while True:
             try:
-                item = self._queue.get(block=wait and not items and not self.closed)
+                taken = self._queue.get(wait and not items and not self.closed, timeout_s)
             except Empty:
                 return items
-            if item is None:
-                self.closed = True
-            else:
-                items.append(item)
+            items += taken
+            self.closed |= not taken
 
 
 class Clock:

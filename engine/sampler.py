@@ -24,7 +24,13 @@ _EVERY_TOKEN = 1 << 62
 def is_plain(params: SamplingParams) -> bool:
     """Do `params` ask for nothing but the most probable token, or one by temperature?"""
     keeps_all = params.temperature < GREEDY_BELOW or (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
-    return keeps_all and params.repetition_penalty == 1.0 and params.logprobs is None
+    changes = params.repetition_penalty != 1.0 or params.min_tokens or params.logit_bias or counts_tokens(params)
+    return keeps_all and not changes and params.logprobs is None
+
+
+def counts_tokens(params: SamplingParams) -> bool:
+    """Do `params` penalise tokens that were generated before?"""
+    return params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def greedy_sample(logits: Tensor) -> int:
@@ -53,6 +59,8 @@ def sample(
     *,
     generator: random.Random | None = None,
     seen: Tensor | None = None,
+    generated: Seq[int] | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """A token for each row of `logits` [rows, vocab].
 
@@ -61,15 +69,18 @@ def sample(
         positions: the place of each row's new token in its sequence, from 0; it makes a seeded row's draw.
         generator: draws for rows without a seed.
         seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
+        generated: how many tokens of each row's answer there are; None is none.
+        counts: [counted, vocab], float; of each row with a presence or frequency penalty, how often each token was
+            generated.
 
     Returns:
         [rows], int64
 
     Raises:
-        ValueError: `seen` has not a row for each row with a repetition penalty.
+        ValueError: `seen` or `counts` has not a row for each row with such a penalty.
     """
     draws = draw_uniforms(params, positions, generator or random.Random())
-    return SamplingPlan.of(params, draws, logits.device).sample(logits, seen)
+    return SamplingPlan.of(params, draws, logits.device, generated).sample(logits, seen, counts)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -114,6 +125,10 @@ class SamplingPlan:
         min_p: [drawn, 1], the share of the largest probability kept; None where every row keeps all.
         penalised: [penalised], the rows with a repetition penalty; None where there is none.
         penalties: [penalised, 1], float32.
+        added: rows, tokens and what is added to their logits, [added] each: biases, and minus infinity for stop tokens
+            that come too early; None where there is nothing.
+        counted: [counted], the rows with a presence or frequency penalty; None where there is none.
+        frequencies, presences: [counted, 1], float32, their penalties.
     """
 
     rows: Tensor
@@ -124,10 +139,20 @@ class SamplingPlan:
     min_p: Tensor | None
     penalised: Tensor | None
     penalties: Tensor
+    added: tuple[Tensor, Tensor, Tensor] | None
+    counted: Tensor | None
+    frequencies: Tensor
+    presences: Tensor
 
     @classmethod
-    def of(cls, params: Seq[SamplingParams], uniforms: Seq[float], device: torch.device) -> SamplingPlan:
-        """The plan for rows with `params`, each with its uniform number."""
+    def of(
+        cls,
+        params: Seq[SamplingParams],
+        uniforms: Seq[float],
+        device: torch.device,
+        generated: Seq[int] | None = None,
+    ) -> SamplingPlan:
+        """The plan for rows with `params`, each with its uniform number, and its answer's tokens so far: None is 0."""
         rows = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
         drawn = [params[row] for row in rows]
 
@@ -138,6 +163,7 @@ class SamplingPlan:
         top_p = [param.top_p for param in drawn]
         min_p = [param.min_p for param in drawn]
         penalised = [row for row, param in enumerate(params) if param.repetition_penalty != 1.0]
+        counted = [row for row, param in enumerate(params) if counts_tokens(param)]
         return cls(
             rows=to_device(torch.tensor(rows, dtype=torch.int64), device),
             temperatures=column([param.temperature for param in drawn], torch.float32),
@@ -147,24 +173,35 @@ class SamplingPlan:
             min_p=column(min_p, torch.float32) if any(p > 0.0 for p in min_p) else None,
             penalised=to_device(torch.tensor(penalised), device) if penalised else None,
             penalties=column([params[row].repetition_penalty for row in penalised], torch.float32),
+            added=_added(params, generated or [0] * len(params), device),
+            counted=to_device(torch.tensor(counted), device) if counted else None,
+            frequencies=column([params[row].frequency_penalty for row in counted], torch.float32),
+            presences=column([params[row].presence_penalty for row in counted], torch.float32),
         )
 
-    def sample(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """A token [rows] for each row of `logits` [rows, vocab].
 
         Args:
             seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
+            counts: [counted, vocab], float; of each row with a presence or frequency penalty, how often each token was
+                generated.
 
         Raises:
-            ValueError: `seen` has not a row for each row with a repetition penalty.
+            ValueError: `seen` or `counts` has not a row for each row with such a penalty.
         """
+        if self.added is not None:
+            rows, tokens, values = self.added
+            logits = logits.float().index_put((rows, tokens), values, accumulate=True)
         if self.penalised is not None:
-            if seen is None or seen.shape != (len(self.penalised), logits.shape[-1]):
-                shape, expected = None if seen is None else tuple(seen.shape), (len(self.penalised), logits.shape[-1])
-                raise ValueError(f"seen is of shape {shape}, expected {expected}")
+            seen = _shaped("seen", seen, self.penalised, logits)
             chosen = logits[self.penalised].float()
             lowered = torch.where(chosen > 0, chosen / self.penalties, chosen * self.penalties)
             logits = logits.float().index_copy(0, self.penalised, torch.where(seen, lowered, chosen))
+        if self.counted is not None:
+            counts = _shaped("counts", counts, self.counted, logits)
+            lowered = logits[self.counted].float() - self.frequencies * counts - self.presences * (counts > 0)
+            logits = logits.float().index_copy(0, self.counted, lowered)
         tokens = logits.argmax(dim=-1)
         if not len(self.rows):
             return tokens
@@ -180,13 +217,45 @@ class SamplingPlan:
         return tokens.index_copy(0, self.rows, drawn[:, 0])
 
     def _kept(self, scaled: Tensor) -> Tensor:
-        """Which tokens top-k, then top-p, keep; of equal logits the lower ids first."""
+        """Which tokens top-k, which keeps all that are as probable as the last, then top-p, keep; of equal logits top-p
+        takes the lower ids first."""
         logits, order = scaled.sort(dim=-1, descending=True, stable=True)
         kept = torch.ones_like(order, dtype=torch.bool)
         if self.top_k is not None:
-            kept = torch.arange(order.shape[-1], device=order.device) < self.top_k
+            kept = logits >= logits.gather(1, self.top_k.clamp(max=order.shape[-1]) - 1)
         if self.top_p is not None:
             probabilities = logits.masked_fill(~kept, -torch.inf).softmax(dim=-1)
             before = probabilities.cumsum(dim=-1) - probabilities
             kept = kept & ((before < self.top_p) | (self.top_p >= 1.0))
         return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def _added(
+    params: Seq[SamplingParams], generated: Seq[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`SamplingPlan.added`."""
+    found: list[tuple[int, int, float]] = []
+    for row, (param, count) in enumerate(zip(params, generated, strict=True)):
+        found += [(row, token, bias) for token, bias in param.logit_bias]
+        if count < param.min_tokens:
+            found += [(row, token, -torch.inf) for token in param.stop_token_ids]
+    if not found:
+        return None
+    rows, tokens, values = zip(*found, strict=True)
+    return (
+        to_device(torch.tensor(rows), device),
+        to_device(torch.tensor(tokens), device),
+        to_device(torch.tensor(values, dtype=torch.float32), device),
+    )
+
+
+def _shaped(name: str, values: Tensor | None, rows: Tensor, logits: Tensor) -> Tensor:
+    """`values`, which have a row for each of `rows`.
+
+    Raises:
+        ValueError: they have not.
+    """
+    shape, expected = None if values is None else tuple(values.shape), (len(rows), logits.shape[-1])
+    if values is None or shape != expected:
+        raise ValueError(f"{name} is of shape {shape}, expected {expected}")
+    return values

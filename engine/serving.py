@@ -1,4 +1,4 @@
-"""A whole run: prompts that come at once, or the requests of a trace as they arrive."""
+"""A whole run: the requests of a trace as they arrive."""
 
 from __future__ import annotations
 
@@ -22,20 +22,6 @@ class Runner(Executor, Protocol):
     """
 
     logprobs: Heard
-
-
-def serve_at_once(core: Core, runner: Runner, sequences: Iterable[Sequence]) -> None:
-    """Serve sequences that come all at once, until each has ended.
-
-    Raises:
-        StepError: a step failed.
-    """
-    inbox = Inbox()
-    for seq in sequences:
-        inbox.put(seq)
-    inbox.close()
-    serve(core, runner, inbox, Clock(), lambda seq: None)
-    core.scheduler.check_integrity()
 
 
 def serve_trace(

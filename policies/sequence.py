@@ -34,7 +34,9 @@ class SamplingParams:
     came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). With a `seed` a request's tokens
     are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does;
     `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each generated token and of so many
-    most probable ones, by the model's own distribution: before penalty and temperature.
+    most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to the
+    logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
+    logits of tokens that were generated before, `frequency_penalty` as often as they were.
     """
 
     temperature: float = 1.0
@@ -47,6 +49,10 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (
@@ -56,6 +62,9 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "a number in [0, 1] (0 keeps every token)"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "a number > 0 (1 changes nothing)"),
+            ("min_tokens", self.min_tokens >= 0, "an integer >= 0"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "an integer >= 0, or None"),
         ):
             if not is_right:

@@ -72,6 +72,7 @@ class Replica:
         self._most_steps = 1 if step_by_step else 4096
         self._watch: Callable[..., None] | None = getattr(latency, "watch", None)
         self._inbox: deque[Sequence] = deque()
+        self._aborts: list[int] = []
         self._is_idle = False
         self._device_free = 0
         self._leap: Leap | None = None
@@ -86,7 +87,17 @@ class Replica:
         if self._is_idle:
             self._is_idle = False
             self._resume_at(now_ns(self._env), _DECIDES)
-        elif self._leap is not None:
+        else:
+            self._cut_leap()
+
+    def abort(self, seq_id: int) -> None:
+        """End a request at the next decision, unless it has ended by then."""
+        self._aborts.append(seq_id)
+        self._cut_leap()
+
+    def _cut_leap(self) -> None:
+        """Make the decisions that were planned up to now; what came in is seen by the next."""
+        if self._leap is not None:
             made = self._leap.num_before(now_ns(self._env))
             until = self._leap.decided_ns(made)
             self._make(made)
@@ -112,9 +123,14 @@ class Replica:
                     self._ended(seq)
                     if self._others_come():
                         yield self._wait(now, _DECIDES)
+            for seq_id in self._aborts:
+                core.abort(seq_id, now)
+            self._aborts.clear()
             launched = now
             if core.can_decide:
                 batch = core.decide(now)
+                for seq in batch.aborted:
+                    self._ended(seq)
                 if batch:
                     features = StepFeatures.of(batch, arrived)
                     cost = StepCost(*self._latency.step_cost(features))

@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.formats import azure, burstgpt, guidellm, mooncake, own, sharegpt, vidur, vllm_bench, weka
+from twinserve.traces.formats import (
+    azure,
+    burstgpt,
+    guidellm,
+    mooncake,
+    own,
+    recorded,
+    sharegpt,
+    vidur,
+    vllm_bench,
+    weka,
+)
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
 from twinserve.traces.lines import Line, json_value, read_content, text_lines
 from twinserve.traces.request import Request
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 
-_JSON_LINES = (own, mooncake, sharegpt)
+_JSON_LINES = (own, mooncake, sharegpt, recorded)
 _TABLES = (azure, vidur, burstgpt)
 _DOCUMENTS = (weka, vllm_bench, guidellm)
 _NAMES = ", ".join(format.NAME for format in (*_JSON_LINES, *_TABLES, *_DOCUMENTS))

@@ -11,6 +11,7 @@ from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_fetch, model_verify
 from twinserve.commands.options import KeepsDashes
 from twinserve.commands.records import compare, record_import, replay, report
+from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
 from twinserve.commands.worlds import demo, run, sim
@@ -40,6 +41,8 @@ app.command()(report)
 app.command()(profile)
 app.command()(fit)
 app.command()(generate)
+app.command()(serve)
+app.command()(top)
 app.command()(demo)
 trace_app.command("stat")(trace_stat)
 trace_app.command("convert")(trace_convert)

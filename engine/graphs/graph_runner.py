@@ -64,6 +64,7 @@ class GraphRunner:
         self._cache = KVCache(model.config, self.num_blocks, self.block_size, config.kv_cache_dtype, self.device)
         self._generator = random.Random(config.options.seed)
         self.logprobs: Heard = {}
+        self.num_launched = 0
         max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
         width = -(-max_model_len // self.block_size)
         self._rows = DeviceRows(
@@ -160,6 +161,7 @@ class GraphRunner:
         Raises:
             ValueError: a sequence's blocks are not of this runner's pool.
         """
+        self.num_launched += 1
         if batch.decision != self._decision + 1 or batch.decision <= 0:
             # Another run, or decisions in between that were not launched: what the device knows is of no use.
             self._rows.clear()
@@ -228,7 +230,8 @@ class GraphRunner:
         places = to_device(np.array([one.place for one in special]), self.device)
         rows = to_device(np.array([one.device_row for one in special]), self.device)
         params = [one.row.seq.sampling_params for one in special]
-        plan = SamplingPlan.of(params, [one.draw for one in special], self.device)
+        generated = [one.row.start + one.row.num_tokens - one.row.seq.num_prompt_tokens for one in special]
+        plan = SamplingPlan.of(params, [one.draw for one in special], self.device, generated)
         logits = logits[places]
         if plan.penalised is None:
             tokens = plan.sample(logits)

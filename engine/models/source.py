@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.dummy import dummy_model, shape_folder
 from twinserve.engine.models.loader import DTYPES, adopt_model, config_of, load_model
 from twinserve.engine.options import EngineOptions
 from twinserve.settings.errors import InputError
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""The sampling parameters that a generation config may have."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class ModelSource:
         dtype: that its weights will have.
         load: loads the weights.
         tokenizer: None if it has none.
+        sampling_defaults: those of SAMPLING that its generation_config.json says.
     """
 
     config: ModelConfig
     dtype: torch.dtype
     load: Callable[[], Decoder]
     tokenizer: Any = None
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str | Path | nn.Module, options: EngineOptions, tokenizer: Any = None) -> ModelSource:
@@ -59,7 +64,8 @@ class ModelSource:
             load = partial(dummy_model, shape, seed=options.seed, **how)
             return cls(ModelConfig.load(shape), dtype, load, load_tokenizer(Path(model)))
         folder = Path(model)
-        return cls(ModelConfig.load(folder), dtype, partial(load_model, folder, **how), load_tokenizer(folder))
+        load = partial(load_model, folder, **how)
+        return cls(ModelConfig.load(folder), dtype, load, load_tokenizer(folder), _sampling_defaults(folder))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -73,6 +79,21 @@ def _check_quantization(model: Decoder, options: EngineOptions) -> None:
     if "quantization" in options.model_fields_set and options.quantization != model.quantization:
         problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
         raise InputError(problem, field="quantization", value=options.quantization)
+
+
+def _sampling_defaults(folder: Path) -> dict[str, float]:
+    """What a folder's generation_config.json says of sampling.
+
+    Raises:
+        InputError: it cannot be read, or says something else than a number.
+    """
+    path = folder / "generation_config.json"
+    said = read_json(path) if path.exists() else {}
+    found = {name: said[name] for name in SAMPLING if said.get(name) is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float):
+            raise InputError("expected a number", path=path, field=name, value=value)
+    return found
 
 
 def load_tokenizer(folder: Path) -> Any:

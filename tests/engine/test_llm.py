@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from twinserve.engine.online import StepError
 from twinserve.engine.options import EngineOptions
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
-from twinserve.settings.errors import InputError
+from twinserve.settings.errors import InputError, RunError
 from twinserve.traces.request import Part, Request, TokenMaker
 
 NO_DEVICES = ["gpu", "meta", "cpu:x", "cuda:01", "cuda:128"]
@@ -121,17 +124,73 @@ def test_completions_come_in_the_order_of_their_prompts(llama, serving):
         llama.check(prompts[index], completions[index].token_ids)
 
 
-def test_a_run_hits_nothing_of_the_runs_before_it(llama, serving):
-    """Another Core may have overwritten it."""
+def test_a_call_hits_the_prefixes_of_the_calls_before_it_unless_another_core_has_run(llama, serving):
+    """It may have overwritten them."""
     llm, prompt = serving(llama, num_gpu_blocks=16), list(range(5, 65))
-    before = llm.generate([prompt, prompt], GREEDY)
+    before = llm.generate([prompt], GREEDY)[0]
+    again = llm.generate([prompt], GREEDY)[0]
+    assert (before.num_cached_tokens, again.num_cached_tokens) == (0, 48)
     core = llm.settings.build_core()
     core.ingest(Sequence([9] * 150, GREEDY), 0)
     while not core.is_idle:
         core.commit(llm.runner.execute(core.decide(0)), 0)
-    assert llm.generate([prompt, prompt], GREEDY) == before
-    assert [completion.num_cached_tokens for completion in before] == [0, 48]
-    llama.check(prompt, before[0].token_ids)
+    assert llm.generate([prompt], GREEDY) == [before]
+    assert again.token_ids == before.token_ids
+    llama.check(prompt, before.token_ids)
+    llm.run_trace([Request(0, 0, (Part(0, 0, 150),), 5)], params=GREEDY)
+    assert llm.generate([prompt, prompt], GREEDY)[0] == before
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_threads_get_the_tokens_of_their_own_prompts(llama, serving, pipeline_depth):
+    llm = serving(llama, pipeline_depth=pipeline_depth, num_gpu_blocks=24, max_num_seqs=6)
+    prompts = [[5 + i] * (10 + 7 * i) for i in range(8)]
+    params = [SamplingParams(temperature=0.0, max_tokens=10 + i, ignore_eos=True, logprobs=1) for i in range(8)]
+    alone = [llm.generate([prompt], own)[0] for prompt, own in zip(prompts, params, strict=True)]
+
+    def ask(place):
+        return llm.generate([prompts[place], prompts[-1 - place]], [params[place], params[-1 - place]])
+
+    with ThreadPoolExecutor(8) as threads:
+        for place, (own, other) in enumerate(threads.map(ask, [*range(8)] * 3)):
+            place %= 8
+            assert own.token_ids == alone[place].token_ids and other.token_ids == alone[-1 - place].token_ids
+            assert len(own.logprobs) == 10 + place
+    assert not llm.runner.logprobs
+
+
+def test_a_step_that_fails_ends_what_is_served_and_the_next_call_is_served(llama, serving, monkeypatch):
+    llm = serving(llama)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner.model, "logits", lambda hidden: torch.full((), torch.nan)[5])
+        with pytest.raises(StepError, match=r"step 0 failed \(2 rows"):
+            llm.generate([[5, 6], [7, 8]], GREEDY)
+    llama.check([5, 6], llm.generate([[5, 6]], GREEDY)[0].token_ids)
+
+
+def test_aborted_sequences_free_their_blocks_and_a_closed_core_takes_no_more(llama, serving):
+    llm = serving(llama, num_gpu_blocks=64)
+    live, heard = llm.live(), SimpleQueue()
+    seqs = [Sequence([5 + i] * 20, SamplingParams(max_tokens=900, ignore_eos=True)) for i in range(3)]
+    live.submit(lambda now_ns: seqs, heard.put)
+    heard.get(timeout=60)
+    live.abort(seqs[:2])
+    live.abort(seqs)
+    live.close()
+    assert [seq.finish_reason for seq in seqs] == ["abort"] * 3
+    assert live.core.scheduler.block_manager.num_used_blocks == 0
+    with pytest.raises(RunError, match="nothing more is served"):
+        live.submit(lambda now_ns: [Sequence([5])], heard.put)
+
+
+def test_a_model_that_nobody_holds_any_more_ends_its_loop(llama):
+    llm = LLM(llama.model, settings=Settings.load({"num_gpu_blocks": 8}))
+    llm.generate([[5]], GREEDY)
+    thread = llm._live._thread
+    del llm
+    gc.collect()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 def test_texts_are_encoded_and_decoded(llama):

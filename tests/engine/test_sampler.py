@@ -34,7 +34,8 @@ def expected(params: SamplingParams) -> torch.Tensor:
     ranked = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
     ranked = [token for token in ranked if probabilities[token] >= params.min_p * max(probabilities)]
     if params.top_k:
-        ranked = ranked[: params.top_k]
+        last = probabilities[ranked[: params.top_k][-1]]
+        ranked = [token for token in ranked if probabilities[token] >= last]
     total = sum(probabilities[token] for token in ranked)
     kept, mass = [], 0.0
     for token in ranked:
@@ -65,6 +66,7 @@ def test_the_guides_temperature():
         SamplingParams(temperature=0.5),
         SamplingParams(temperature=3.0, top_k=3),
         SamplingParams(top_k=1),
+        SamplingParams(top_k=2),
         SamplingParams(top_k=100),
         SamplingParams(top_p=0.8),
         SamplingParams(top_p=1e-9),
@@ -122,9 +124,10 @@ def test_a_penalty_without_the_tokens_before_is_refused():
         sample(LOGITS[None], [penalised], [0], seen=torch.zeros(2, 6, dtype=torch.bool))
 
 
-def test_equal_logits_beyond_top_k_keep_the_lower_ids():
-    tokens = sample(torch.zeros(500, 10), [SamplingParams(top_k=3)] * 500, range(500), generator=random.Random(0))
-    assert set(tokens.tolist()) == {0, 1, 2}
+def test_tokens_as_probable_as_the_last_of_top_k_are_kept():
+    logits = torch.tensor([3.0, 1.0, 2.0, 2.0, 2.0, 0.0])
+    tokens = sample(logits.expand(500, -1), [SamplingParams(top_k=2)] * 500, range(500), generator=random.Random(0))
+    assert set(tokens.tolist()) == {0, 2, 3, 4}
 
 
 def test_a_seeded_row_draws_alike_in_any_batch():
@@ -171,3 +174,21 @@ def test_rows_without_a_seed_draw_from_the_generator_in_order():
 def iter_draws(seed: int, count: int):
     generator = random.Random(seed)
     return (generator.random() for _ in range(count))
+
+
+def test_biases_are_added_and_stop_tokens_wait_for_the_least_length():
+    params = [replace(GREEDY, logit_bias=((3, 5.0), (1, -1.5))), replace(GREEDY, stop_token_ids=(1,), min_tokens=3)]
+    assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 2]).tolist() == [3, 2]
+    assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 3]).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3)])
+def test_presence_and_frequency_penalties_are_by_their_definition(frequency, presence):
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    counts = torch.randint(0, 4, (4, 50), generator=torch.Generator().manual_seed(3)).float()
+    params = SamplingParams(temperature=0.0, frequency_penalty=frequency, presence_penalty=presence)
+    exact = logits - frequency * counts - presence * (counts > 0)
+    rows = sample(torch.cat((logits, logits)), [params] * 4 + [GREEDY] * 4, range(8), counts=counts)
+    assert rows.tolist() == [*exact.argmax(-1).tolist(), *logits.argmax(-1).tolist()]
+    with pytest.raises(ValueError, match=r"counts is of shape None, expected \(4, 50\)"):
+        sample(logits, [params] * 4, range(4))

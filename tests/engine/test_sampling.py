@@ -156,3 +156,21 @@ def test_the_logprobs_of_a_run_that_fails_go_with_it(llama, serving, monkeypatch
     with pytest.raises(StepError):
         llm.generate([[5, 6, 7]], params)
     assert not llm.runner.logprobs
+
+
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_a_frequency_penalty_counts_what_was_generated_the_token_in_flight_too(llama, serving, pipeline_depth):
+    """Against the model alone, token by token; prompts do not count, preemptions change nothing."""
+    llm = serving(llama, pipeline_depth=pipeline_depth, num_gpu_blocks=7, max_num_seqs=4)
+    prompts = [[5 + number] * (12 + number) for number in range(4)]
+    params = SamplingParams(0.0, 25, ignore_eos=True, frequency_penalty=1.5, presence_penalty=0.5)
+    for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
+        tokens = list(prompt)
+        for token in completion.token_ids:
+            logits = llama.model(torch.tensor([tokens])).logits[0, -1]
+            counts = torch.bincount(torch.tensor(tokens[len(prompt) :], dtype=torch.int64), minlength=512)
+            lowered = logits - 1.5 * counts - 0.5 * (counts > 0)
+            assert lowered[token] > lowered.max() - 1e-3
+            tokens.append(token)
+    plain = llm.generate(prompts, SamplingParams(0.0, 25, ignore_eos=True))
+    assert len({*plain[0].token_ids}) < len({*llm.generate(prompts, params)[0].token_ids})

@@ -16,7 +16,7 @@ FLOORS = (
     ("traces/runs",),
     ("sim", "engine", "reports"),
     ("twinserve/worlds",),
-    ("twinserve/planning",),
+    ("twinserve/planning", "serving"),
     ("twinserve/commands",),
     ("twinserve",),
 )
@@ -136,7 +136,7 @@ def in_fresh_python(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("package", ["policies", "settings", "traces", "sim", "reports"])
+@pytest.mark.parametrize("package", ["policies", "settings", "traces", "sim", "reports", "serving"])
 def test_packages_other_than_the_engine_import_without_torch(package):
     code = (
         "import sys, pkgutil, importlib\n"
@@ -153,7 +153,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys\n"
         "import twinserve.cli, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.runs.record\n"
-        "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray', 'joblib'}\n"
+        "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray', 'joblib', 'fastapi', 'uvicorn'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert in_fresh_python(code) == "[]\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import platform
@@ -17,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import orjson
 from mypy_extensions import mypyc_attr
@@ -49,6 +50,14 @@ _TOTALS = (
     "waiting",
     "running",
 )
+
+
+class KeptTokens(Protocol):
+    """What a record holds in place of a request's tokens, such as `ConcealedTokens`."""
+
+    def __call__(self, token_ids: Seq[int], *, ends_by_token: bool) -> list[int]:
+        """Numbers in place of a prompt and its answer; see `ConcealedTokens`."""
+
 
 _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
@@ -96,6 +105,8 @@ class RunRecorder(CoreListener):
         settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
         device: what executed the steps, in words.
+        tokens: of a real run whose prompts nobody can make again: what is kept of a request's tokens, prompt and
+            answer; None keeps the answers alone, as they are.
 
     Attributes:
         metrics: of the run, once it is closed.
@@ -113,11 +124,13 @@ class RunRecorder(CoreListener):
         settings: dict[str, Any],
         facts: dict[str, Any],
         device: str | None = None,
+        tokens: KeptTokens | None = None,
     ):
         self.metrics = RunMetrics()
         self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
         self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
+        self._tokens = tokens
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
         self._served: dict[int, _Served] = {}
         self._outputs: dict[int, dict[str, Any]] = {}
@@ -217,9 +230,14 @@ class RunRecorder(CoreListener):
         if self._world == "real":
             outputs = [row for _, row in sorted(self._outputs.items())]
             _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        run = run_of(self._world, self._settings | self.rules, self._facts, self._device, summary)
+        facts = self._facts | self.last_facts(self._partial)
+        run = run_of(self._world, self._settings | self.rules, facts, self._device, summary)
         finish_record(self._partial, self._out, run)
         return summary
+
+    def last_facts(self, folder: Path) -> dict[str, Any]:
+        """Facts that are known once the rows are written to `folder`, over those from before; here there are none."""
+        return {}
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""
@@ -252,7 +270,14 @@ class RunRecorder(CoreListener):
         self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
         self._write_request(served.number, _line(row))
         if self._world == "real":
-            self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
+            self._outputs[served.number] = {"id": served.request.id} | self._kept_tokens(served.seq)
+
+    def _kept_tokens(self, seq: Sequence) -> dict[str, list[int]]:
+        """What is kept of a sequence's tokens."""
+        if self._tokens is None:
+            return {"tokens": seq.completion_token_ids}
+        kept = self._tokens(seq.token_ids, ends_by_token=seq.finish_reason == "stop")
+        return {"prompt": kept[: seq.num_prompt_tokens], "tokens": kept[seq.num_prompt_tokens :]}
 
     def _write_request(self, number: int, line: bytes) -> None:
         """Write a request's row as soon as those of all that came in before it are there."""
@@ -500,6 +525,7 @@ class RunRecord:
         requests: a row a request, in the order in which they came in.
         steps: a row a step, in the order of the decisions; see `single_steps`.
         outputs: the generated tokens by request id; empty for a simulation.
+        prompts: the prompts' tokens by request id, where the record holds them.
     """
 
     path: Path
@@ -507,6 +533,7 @@ class RunRecord:
     requests: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     outputs: dict[int, list[int]]
+    prompts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def has_tokens(self) -> bool:
@@ -539,15 +566,19 @@ def load_record(path: Path) -> RunRecord:
         _check_step(line, len(steps), run["facts"].get("source") is None)
         steps += single_steps(line.values)
     outputs: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
     if _has_tokens(run):
-        outputs = {line.integer("id"): line.integers("tokens") for line in json_lines_file(path / "outputs.jsonl.gz")}
+        for line in json_lines_file(path / "outputs.jsonl.gz"):
+            outputs[line.integer("id")] = line.integers("tokens")
+            if "prompt" in line.values:
+                prompts[line.integer("id")] = line.integers("prompt")
         for number, row in enumerate(requests, 1):
             length = len(outputs.get(row["id"], ()))
             if row["output_tokens"] != length:
                 line = Line(path / "requests.jsonl", number, row)
                 raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
     requests.sort(key=lambda row: row["ingest"])
-    return RunRecord(path, run, requests, steps, outputs)
+    return RunRecord(path, run, requests, steps, outputs, prompts)
 
 
 def _has_tokens(run: dict[str, Any]) -> bool:

@@ -110,7 +110,9 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
             row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"], **labels
         )
         params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=tuple(row["stop_token_ids"]))
-        return request.to_sequence(params, maker.token_ids(request, record.outputs) if maker else None)
+        if maker is None:
+            return request.to_sequence(params)
+        return request.to_sequence(params, record.prompts.get(request.id) or maker.token_ids(request, record.outputs))
 
     return convert
 

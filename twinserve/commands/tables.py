@@ -131,3 +131,11 @@ def verify_table(report: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def top_table(url: str, rows: list[tuple[str, str]]) -> Table:
+    """What a server's metrics page says, to be shown again and again."""
+    table = Table(url, "")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -146,7 +146,7 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | group.settings, config, beside=("engine", "fleet"))
+            chosen = Settings.load(settings | group.settings, config, beside=("engine", "serve", "fleet"))
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None

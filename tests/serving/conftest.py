@@ -1,0 +1,29 @@
+"""Fixtures of the server's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_servers import Running
+
+from twinserve.serving.run import Model
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., Running]]:
+    """Makes services, and stops them; their policies hold together at the end, with no block in use."""
+    made: list[Running] = []
+
+    def make(model: Model, record: Path | None = None, **options: Any) -> Running:
+        made.append(Running(model, record, **options))
+        return made[-1].wait()
+
+    yield make
+    for running in made:
+        running.stop()
+        for core in running.cores:
+            core.scheduler.check_integrity()
+            assert core.scheduler.block_manager.num_used_blocks == 0

@@ -1,0 +1,120 @@
+"""Clients that are no library: a page in a browser, slow readers, sockets that are half closed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from live_servers import Running, simulated
+
+from twinserve.traces.runs.record import load_record
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+PAGE = """<!doctype html><title>stream</title><script>
+const stream = async url => {
+  const body = JSON.stringify({prompt: "a", max_tokens: 30, stream: true});
+  const response = await fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body});
+  let pieces = 0, text = "";
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (;;) {
+    const {done, value} = await reader.read();
+    if (done) return {pieces, text};
+    pieces += 1;
+    text += value;
+  }
+};
+</script>"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    """The origin of a page that streams."""
+    (tmp_path / "index.html").write_text(PAGE)
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="none of chromium, chromium-browser and google-chrome is on the PATH")
+def test_a_page_streams_where_its_origin_is_allowed_and_nowhere_else(serving, site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    allowed, closed = serving(simulated(5.0), allowed_origins=[site]), serving(simulated())
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto(site)
+        said = page.evaluate(f"stream('{allowed.url}/v1/completions')")
+        with pytest.raises(playwright.Error, match="Failed to fetch"):
+            page.evaluate(f"stream('{closed.url}/v1/completions')")
+        browser.close()
+    assert said["pieces"] > 3 and said["text"].endswith("data: [DONE]\n\n")
+
+
+def ask(running: Running, **fields: object) -> socket.socket:
+    """A socket over which a completion was asked for."""
+    body = json.dumps({"prompt": "a", "ignore_eos": True} | fields).encode()
+    lines = ["POST /v1/completions HTTP/1.1", "host: x", "connection: close", "content-type: application/json"]
+    host, port = running.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall("\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    content = b""
+    while piece := connection.recv(65536):
+        content += piece
+    return content
+
+
+def test_a_reader_that_is_slow_gets_everything_and_keeps_nobody_waiting(serving):
+    running = serving(simulated(0.01, num_gpu_blocks=4096, max_model_len=60_000))
+    slow = ask(running, max_tokens=50_000, stream=True)
+    slow.recv(1000)
+    with ask(running, max_tokens=5) as quick:
+        assert b'"completion_tokens":5' in read_all(quick)
+    running.settle()
+    content = read_all(slow)
+    slow.close()
+    assert content.count(b" ") > 50_000 and content.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+
+
+def test_sockets_that_are_half_closed_or_break_off_lose_no_block_and_no_request(serving, tmp_path):
+    running = serving(simulated(), record=tmp_path / "run")
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as cut:
+        cut.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    gone = [ask(running, max_tokens=900, stream=place % 2 == 0) for place in range(6)]
+    while len(running.core.sequences) < 6:
+        pass
+    for connection in gone:
+        connection.shutdown(socket.SHUT_WR)
+        connection.close()
+    assert running.client().completions.create(model="round", prompt="b", max_tokens=3).usage.completion_tokens == 3
+    running.settle()
+    running.stop()
+    reasons = [row["finish_reason"] for row in load_record(tmp_path / "run").requests]
+    assert reasons.count("abort") == 6 and reasons.count("length") == 1
+
+
+def test_a_client_that_leaves_before_its_turn_is_not_served(serving, tmp_path):
+    running = serving(simulated(max_num_seqs=1), record=tmp_path / "run")
+    first = ask(running, max_tokens=400, stream=True)
+    first.recv(10)
+    ask(running, max_tokens=900, stream=True).close()
+    read_all(first)
+    first.close()
+    running.settle()
+    running.stop()
+    rows = load_record(tmp_path / "run").requests
+    assert [(row["finish_reason"], row["output_tokens"]) for row in rows] == [("length", 400), ("abort", 0)]

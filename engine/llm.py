@@ -124,6 +124,7 @@ class LLM:
         self.settings = config.settings
         self.runner = _make_runner(decoder, config, self.tokenizer)
         self._live: AsyncLLM | None = None
+        self._forgotten: weakref.finalize | None = None
         self._guard = threading.Lock()
 
     @property
@@ -281,13 +282,14 @@ class LLM:
             self.runner.num_launched = 0
             live = self._live = AsyncLLM(self._core, self.runner)
             live.start()
-            weakref.finalize(self, live.no_more)
+            self._forgotten = weakref.finalize(self, live.no_more)
         return live
 
     def _end_live(self) -> None:
         """Wait for what `generate` serves, and drop its Core."""
         live, self._live = self._live, None
-        if live is not None:
+        if live is not None and self._forgotten is not None:
+            self._forgotten.detach()  # it would keep the runner, and so the pool, for as long as this object is there
             live.close()
 
     def _core(self, listener: CoreListener | None) -> Core:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -191,6 +192,16 @@ def test_a_model_that_nobody_holds_any_more_ends_its_loop(llama):
     gc.collect()
     thread.join(timeout=60)
     assert not thread.is_alive()
+
+
+def test_a_closed_llm_holds_its_runner_and_so_the_pool_no_more_than_its_attribute_does(llama):
+    llm = LLM(llama.model, settings=Settings.load({"num_gpu_blocks": 16}))
+    llm.generate([[5, 6, 7]], GREEDY)
+    runner = weakref.ref(llm.runner)
+    llm.close()
+    del llm.runner
+    gc.collect()
+    assert runner() is None
 
 
 def test_texts_are_encoded_and_decoded(llama):

@@ -10,19 +10,28 @@ from twinserve.engine.profile import StepShape, design, measure
 from twinserve.sim.latency import StepFeatures
 from twinserve.traces.errors import InputError
 
-LIMITS = {"max_seqs": 256, "max_context": 8000, "max_prompt": 2048, "block_size": 16, "pool_tokens": 400_000}
+LIMITS = {
+    "max_seqs": 256,
+    "max_context": 8000,
+    "max_prompt": 2048,
+    "block_size": 16,
+    "num_blocks": 25_000,
+    "repeats": 5,
+}
+
+SMALL = {"max_seqs": 2, "max_context": 64, "max_prompt": 32, "block_size": 16, "num_blocks": 64, "repeats": 1}
 
 
 def test_a_seed_gives_the_same_shapes_and_another_seed_others():
     assert design(64, **LIMITS, seed=3) == design(64, **LIMITS, seed=3) != design(64, **LIMITS, seed=4)
 
 
-@pytest.mark.parametrize("limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}])
+@pytest.mark.parametrize("limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}, SMALL])
 def test_every_shape_is_within_the_limits(limits):
     for shape in design(256, **limits):
         assert shape.contexts or shape.prompts
         assert len(shape.contexts) <= limits["max_seqs"] and shape.prompt_tokens <= limits["max_prompt"]
-        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= limits["pool_tokens"]
+        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= 16 * limits["num_blocks"]
         assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
         assert all(context >= 2 for context in shape.contexts)
 

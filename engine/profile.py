@@ -104,6 +104,9 @@ def design(
         num_blocks: of the pool; contexts are cut to half of it, and sequences left out that have no room while a shape
             is run `repeats` times.
         seed: another seed, other shapes; the same, the same.
+
+    Raises:
+        InputError: the pool has no room for most of the shapes.
     """
     from scipy.stats import qmc
 
@@ -131,6 +134,9 @@ def design(
             shape = replace(shape, contexts=shape.contexts[:-1], prompts=shape.prompts[: len(shape.prompts) * 3 // 4])
         if shape.contexts or shape.prompts:
             shapes.append(shape)
+    if 2 * len(shapes) < count:
+        problem = f"expected more: most steps to measure do not fit the {num_blocks * block_size} tokens of the KV pool"
+        raise InputError(problem, field="num_gpu_blocks", value=num_blocks)
     return shapes
 
 

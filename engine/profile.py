@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from twinserve.engine.llm import LLM
@@ -84,8 +84,9 @@ def design(
     max_context: int,
     max_prompt: int,
     block_size: int,
-    pool_tokens: int,
+    num_blocks: int,
     max_rows: int,
+    repeats: int,
     seed: int = 0,
 ) -> list[StepShape]:
     """Shapes that fill the space of steps evenly, by a scrambled Sobol sequence.
@@ -101,9 +102,13 @@ def design(
         max_context: the longest context.
         max_prompt: the most prompt tokens in a step.
         block_size: a prompt behind earlier tokens begins at a multiple of it.
-        pool_tokens: contexts are cut to what the pool has room for.
+        num_blocks: of the pool; contexts are cut to half of it, and sequences left out that have no room while a shape
+            is run `repeats` times.
         max_rows: sequences that the runner can hold; the prompts of two steps are among them, one being in flight.
         seed: another seed, other shapes; the same, the same.
+
+    Raises:
+        InputError: the pool has no room for most of the shapes.
     """
     from scipy.stats import qmc
 
@@ -116,7 +121,7 @@ def design(
         if kind >= 0.4:
             prompts = _between(1, min(MOST_PROMPTS, max_prompt, max_rows // 2), number)
             decodes = min(decodes, max_rows - 2 * prompts)
-        share = pool_tokens // 2
+        share = num_blocks * block_size // 2
         mean = min(_between(LEAST_CONTEXT, max_context, context), share // max(1, decodes))
         contexts = [max(2, size) for size in _uneven(decodes, mean, 1.2 * spread, max_context)]
         total = _between(prompts, max_prompt, tokens) if prompts else 0
@@ -126,9 +131,15 @@ def design(
             _between(block_size, room, start) // block_size * block_size if behind < 0.5 and room > block_size else 0
         )
         starts = [begin * (place + 1) // prompts // block_size * block_size for place in range(prompts)]
-        shapes.append(
-            StepShape(tuple(contexts), tuple(zip(starts, _cut(lengths, max_prompt), strict=True)), shares < 0.25)
-        )
+        pieces = tuple(zip(starts, _cut(lengths, max_prompt), strict=True))
+        shape = StepShape(tuple(contexts), pieces, shares < 0.25)
+        while _blocks_of(shape, repeats, block_size) > num_blocks:
+            shape = replace(shape, contexts=shape.contexts[:-1], prompts=shape.prompts[: len(shape.prompts) * 3 // 4])
+        if shape.contexts or shape.prompts:
+            shapes.append(shape)
+    if 2 * len(shapes) < count:
+        problem = f"expected more: most steps to measure do not fit the {num_blocks * block_size} tokens of the KV pool"
+        raise InputError(problem, field="num_gpu_blocks", value=num_blocks)
     return shapes
 
 

@@ -219,7 +219,7 @@ def test_what_a_run_can_be_is_profiled_and_the_latency_file_says_what_it_was(twi
         ("--kv-cache-dtype", "fp8", "kv_cache_dtype is 'fp8', expected auto with sdpa"),
         ("--execution", "graphs", "device is 'cpu', expected cuda: graphs run on NVIDIA GPUs"),
         ("--block-size", 0, "block_size is 0, expected: Input should be greater than or equal to 1"),
-        ("--num-gpu-blocks", 2, "expected at most the 32 tokens of the KV pool"),
+        ("--num-gpu-blocks", 2, "most steps to measure do not fit the 32 tokens of the KV pool"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused(twinserve, shape, tmp_path, option, value, message):

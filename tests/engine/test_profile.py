@@ -15,8 +15,19 @@ LIMITS = {
     "max_context": 8000,
     "max_prompt": 2048,
     "block_size": 16,
-    "pool_tokens": 400_000,
+    "num_blocks": 25_000,
     "max_rows": 256,
+    "repeats": 5,
+}
+
+SMALL = {
+    "max_seqs": 2,
+    "max_context": 64,
+    "max_prompt": 32,
+    "block_size": 16,
+    "num_blocks": 64,
+    "max_rows": 8,
+    "repeats": 1,
 }
 
 
@@ -25,14 +36,14 @@ def test_a_seed_gives_the_same_shapes_and_another_seed_others():
 
 
 @pytest.mark.parametrize(
-    "limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}, LIMITS | {"max_rows": 20}]
+    "limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}, LIMITS | {"max_rows": 20}, SMALL]
 )
 def test_every_shape_is_within_the_limits(limits):
     for shape in design(256, **limits):
         assert shape.contexts or shape.prompts
         assert len(shape.contexts) <= limits["max_seqs"] and shape.prompt_tokens <= limits["max_prompt"]
         assert len(shape.contexts) + 2 * len(shape.prompts) <= limits["max_rows"]
-        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= limits["pool_tokens"]
+        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= 16 * limits["num_blocks"]
         assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
         assert all(context >= 2 for context in shape.contexts)
 

@@ -180,8 +180,9 @@ def measure_steps(
         max_context=min(max_context, limit),
         max_prompt=max_prompt,
         block_size=settings.block_size,
-        pool_tokens=(settings.num_gpu_blocks or 0) * settings.block_size,
+        num_blocks=settings.num_gpu_blocks or 0,
         max_rows=settings.max_num_seqs,
+        repeats=repeats,
         seed=seed,
     )
     with progress(len(chosen) * repeats) as bar:

@@ -19,12 +19,10 @@ from twinserve.engine.online import StepHandle
 from twinserve.policies import Batch, Core, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.traces.runs.spans import device_ns
 
 MOST_PROMPTS = 16
 """Prompts in a step of the design at most."""
-
-BACK_TO_BACK_NS = 100_000
-"""A step that starts so soon after the end of the one before it had to wait for that."""
 
 LEAST_CONTEXT = 64
 """Where the design's contexts begin, on average over a step."""
@@ -212,7 +210,7 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
     depth = core.pipeline_depth
     in_flight: deque[tuple[Batch, StepHandle, int, int]] = deque()
     free = time.perf_counter_ns()
-    ended = 0
+    ended: int | None = None
     for number in range(repeats + 1 + depth):
         if number <= repeats:
             for seq in coming[number]:
@@ -231,11 +229,10 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
                 launch_ns = max(launch_ns, handle.start_ns - decided)
             free = max(free, handle.end_ns)
             core.commit(token_ids, 0)
-            follows = 0 <= handle.start_ns - ended < BACK_TO_BACK_NS
-            device_ns = handle.end_ns - (ended if follows else handle.start_ns)
+            device = device_ns(handle.start_ns, handle.end_ns, ended)
             ended = handle.end_ns
             if number > depth:
-                yield MeasuredStep(batch, len(shape.prompts), bookkeeping_ns, launch_ns, device_ns)
+                yield MeasuredStep(batch, len(shape.prompts), bookkeeping_ns, launch_ns, device)
 
 
 def _blocks_of(shape: StepShape, repeats: int, size: int) -> int:

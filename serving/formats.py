@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twinserve.serving.answers import Answers, Piece
-from twinserve.serving.protocol import ChatCompletionRequest, CompletionRequest, Generation, StreamOptions
-
-if TYPE_CHECKING:
-    pass
+from twinserve.serving.protocol import CompletionRequest, Generation, StreamOptions
 
 
 class Format(ABC):
@@ -158,9 +155,6 @@ class ChatFormat(Format):
     """/v1/chat/completions."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str, body: ChatCompletionRequest, tokenizer: Any):
-        super().__init__(model, body, tokenizer)
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text}

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from twinserve.policies import Batch, Core, CoreListener, Sequence
+from twinserve.policies.block_manager import ENDLESS
 from twinserve.settings.build_core import Settings
 
 PREFIX, OWN_PREFIX = "vllm:", "twinserve:"
@@ -112,7 +113,7 @@ class ServerMetrics(CoreListener):
 
         def usage() -> float:
             pools = [scheduler.block_manager for scheduler in schedulers]
-            return sum(pool.num_used_blocks for pool in pools) / sum(pool.num_blocks or 1 << 62 for pool in pools)
+            return sum(pool.num_used_blocks for pool in pools) / sum(pool.num_blocks or ENDLESS for pool in pools)
 
         for name, text, read in (
             ("num_requests_running", "Requests that run.", lambda: sum(len(one.running) for one in schedulers)),

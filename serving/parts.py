@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
-import xxhash
-
+from twinserve.policies import PrefixCache
 from twinserve.traces.request import Part, answer_text, merged
 
 
@@ -41,12 +39,11 @@ class PartMaker:
 
     def _learn(self, token_ids: Seq[int], own: Seq[Part]) -> list[Part]:
         """The parts of the whole blocks of some tokens; those of `own` for a block that was not known, and is now."""
-        size, packed = self._block_size, array("I", token_ids).tobytes()
+        size = self._block_size
         found: list[Part] = []
-        digest = 0
+        digest = -1
         for start in range(0, len(token_ids) - size + 1, size):
-            block = digest.to_bytes(8, "little") + packed[4 * start : 4 * (start + size)]
-            digest = xxhash.xxh3_64_intdigest(block)
+            digest = PrefixCache.compute_hash(list(token_ids[start : start + size]), digest)
             if digest not in self._known:
                 self._known[digest] = tuple(_cut(own, range(start, start + size)))
             found += self._known[digest]

@@ -41,7 +41,7 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
 
 
 def _is_like(before: Batch, batch: Batch) -> bool:
-    """Have two batches the same rows, but for their lengths?"""
+    """Have two batches the same rows, but for where they start?"""
     is_like = before.seqs == batch.seqs and before.lengths == batch.lengths
     return is_like and before.chunks == batch.chunks and before.prompts == batch.prompts
 

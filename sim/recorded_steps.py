@@ -16,12 +16,10 @@ from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.traces.runs.metrics import stayed_busy
 from twinserve.traces.runs.record import RunRecord
 from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.spans import device_ns
 
 SEEN_NS = 150_000
 """A result that is ready so much later than the next launch was waited for; another may have been there before."""
-
-BACK_TO_BACK_NS = 100_000
-"""A step that starts so soon after the end of the one before it had to wait for that."""
 
 AFTER_LAUNCH_NS = 600_000
 """A step launched kernel by kernel that ends sooner after its launch may have been held up by the launch."""
@@ -182,8 +180,7 @@ class _Run:
         before: dict[str, Any] | None = None
         for row, f in zip(self._steps, self.features, strict=True):
             decided, start, end = row["decided_ns"], row["start_ns"], row["end_ns"]
-            follows = before is not None and 0 <= start - ends[-1] < BACK_TO_BACK_NS
-            device: int | None = end - (ends[-1] if follows else start)
+            device: int | None = device_ns(start, end, None if before is None else ends[-1])
             if model is not None and f.seqs and end - start > LATE * model.step_cost(f).device_ns:
                 device = None
             if f.seqs and not self._depth:

@@ -1,4 +1,4 @@
-"""Spans of steps that repeat one another, as columns."""
+"""When steps ran: how long the device worked on one, and the spans of those that repeat one another, as columns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 import numpy as np
 
 from twinserve.policies.core import Span
+
+BACK_TO_BACK_NS = 100_000
+"""A step that starts so soon after the end of the one before it had to wait for that."""
+
+
+def device_ns(start_ns: int, end_ns: int, ended_ns: int | None) -> int:
+    """How long the device worked on a step: from the end of the one before, `ended_ns`, where it followed at once."""
+    if ended_ns is not None and 0 <= start_ns - ended_ns < BACK_TO_BACK_NS:
+        return end_ns - ended_ns
+    return end_ns - start_ns
 
 
 class BackToBack(Seq[Span]):

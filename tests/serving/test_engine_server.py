@@ -8,6 +8,7 @@ import math
 import random
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -246,11 +247,13 @@ def test_at_shutdown_what_runs_may_end_within_the_time_and_is_aborted_after_it(s
         except httpx.HTTPError as error:
             reasons[count] = type(error)
 
-    threads = [threading.Thread(target=ask, args=(count,)) for count in (2, 990)]
-    for thread in threads:
-        thread.start()
+    short, long = threads = [threading.Thread(target=ask, args=(count,)) for count in (2, 990)]
+    long.start()
+    while not running.core.sequences and 990 not in reasons:
+        time.sleep(0.001)
+    short.start()
     while len(running.core.sequences) < 2 and 2 not in reasons:
-        pass
+        time.sleep(0.001)
     running.stop()
     for thread in threads:
         thread.join()

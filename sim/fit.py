@@ -105,7 +105,7 @@ STEADY = ("constant", "seq", "sampled", "prompt", "prompt_tile")
 FITTED = ("constant", "sampled", "prompt", "prompt_tile", *GROWN[2:])
 """Coefficients of the device that a fit gives; files of the first schema have the others."""
 
-HOST = ("constant", "seq", "token", "arrived", "left")
+HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 """Coefficients of the host."""
 
 
@@ -136,7 +136,7 @@ def steady(features: StepFeatures, kernels: Kernels) -> tuple[float, ...]:
 
 def host_row(features: StepFeatures) -> list[float]:
     """What HOST are coefficients on."""
-    return [1.0, features.seqs, features.tokens, features.arrived, features.left]
+    return [1.0, features.seqs, len(features.prompts), features.tokens, features.arrived, features.left]
 
 
 def coefficient_names(part: str, knots: Seq[int]) -> list[str]:
@@ -219,6 +219,11 @@ class FittedLatency:
         if self._captured_tokens is None:
             raise ValueError("this latency knows no steps beyond captured graphs, so it cannot have fewer of them")
         return FittedLatency(self.data | {"captured_tokens": captured_tokens})
+
+    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None) -> FittedLatency:
+        """The model of the same engine under these limits, which say to what sizes its steps are padded."""
+        sizes = self.kernels.at(max_num_seqs, max_num_batched_tokens)
+        return self if sizes == self.kernels else FittedLatency(self.data | {"kernels": sizes.as_dict()})
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """What a step with these features costs; on the device no less than it must (see `floor_of`)."""
@@ -446,7 +451,8 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
         if cost is not None and part == "device":
             shapes[features._replace(arrived=0, left=0)].append(cost)
         elif cost is not None:
-            shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=())].append(cost)
+            prompts = ((0, 0),) * len(features.prompts)
+            shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=prompts)].append(cost)
     return dict(shapes)
 
 
@@ -523,14 +529,13 @@ def _solve(shapes: Shapes, row_of: Row) -> list[float]:
 def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
     """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
-    Bookkeeping costs the same whatever the regime. What a launch takes is a constant, and for a captured decode step a
-    constant and a cost a row: a host that happens to be slow lets the queue grow, so that over a run slow launches go
-    with many rows and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device
-    was busy for longer, in every step there was.
+    Bookkeeping costs the same whatever the regime. What a launch takes is a constant and a cost a row, and with prompts
+    one a prompt and a token. A launch that was never seen costs nothing: the device was busy for longer, in every step
+    there was.
     """
     kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
-    width = 2 if regime == "decode" else 1
+    width = 2 if regime == "decode" else 4
     if launched := {features: costs for features, costs in launches.items() if features in shapes}:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns

@@ -36,13 +36,15 @@ from twinserve.worlds.workload import Workload
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
 
-SATURATION_S = 8.0
+SATURATION_S = 7.0
 """Seconds of overload after which every request is aborted."""
 
-SETTLED_S = 3.0
+SETTLED_S = 2.5
 """Seconds of overload after which what ends is counted."""
 
-PROFILE = {"shapes": 512, "max_context": MODEL_LEN - 64, "max_prompt": 8192, "repeats": 5}
+PROFILE: dict[str, Any] = {"max_context": MODEL_LEN - 64, "max_prompt": 8192, "repeats": 4}
+SHAPES = {16: 512, 256: 256}
+"""Shapes of a profile, by the size of a block."""
 PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)
 
 PIECE_S = {"profile": 75.0, "window": WINDOW_S + 16.0, "saturation": SATURATION_S + 4.0, "capture": 25.0}
@@ -119,9 +121,9 @@ class Recording:
         from twinserve.engine.llm import LLM
         from twinserve.engine.options import EngineOptions
 
-        options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "load_format": "dummy"}
+        options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
         if before is None:
-            return load_llm(EngineOptions(model=shape, **options), settings, progress=print)
+            return load_llm(EngineOptions(model=shape, load_format="dummy", **options), settings, progress=print)
         weights, makes = before.runner.model, before.token_maker
         before.runner = before._live = None  # type: ignore[assignment]
         import gc
@@ -135,8 +137,10 @@ class Recording:
     def _profile(self, llm: LLM, path: Path) -> None:
         """Measure the engine's steps; every sample is kept."""
         begun = time.monotonic()
-        samples = measure_steps(llm, max_seqs=llm.settings.max_num_seqs, progress=_Silent, **PROFILE)
-        about = llm.facts() | llm.settings.model_dump() | {"device": llm.device_name}
+        settings = llm.settings
+        count = SHAPES[settings.block_size]
+        samples = measure_steps(llm, shapes=count, max_seqs=settings.max_num_seqs, progress=_Silent, **PROFILE)
+        about = llm.facts() | settings.model_dump() | {"device": llm.device_name}
         rows = [
             [list(sample.features), sample.host_ns, sample.device_ns, sample.launch_ns, sample.bookkeeping_ns]
             for sample in samples

@@ -96,13 +96,16 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
     return knots + ordered[-1:] if len(ordered) > 1 else [knots[0], knots[0] + 1]
 
 
-GROWN = ("kv_token", "attention_pair", "decode_kv_token", "decode_span_block", "prompt_tile_token", "prompt_token")
+GROWN = (
+    "kv_token", "attention_pair", "decode_kv_token", "decode_cut_token", "decode_span_block", "prompt_tile_token",
+    "prompt_token",
+)  # fmt: skip
 """Coefficients of the device on what grows while a step is repeated; see `grown`."""
 
-STEADY = ("constant", "seq", "sampled", "prompt", "prompt_tile")
+STEADY = ("constant", "seq", "sampled", "decoding", "prompt", "prompt_tile")
 """Coefficients of the device on what does not, but for the ramps over its tokens; see `steady`."""
 
-FITTED = ("constant", "sampled", "prompt", "prompt_tile", *GROWN[2:])
+FITTED = ("constant", *STEADY[2:], *GROWN[2:])
 """Coefficients of the device that a fit gives; files of the first schema have the others."""
 
 HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
@@ -112,15 +115,16 @@ HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; what decodes read; the blocks of the longest span of those; the context before the
-    end of each tile of a prompt; the longest context of a prompt.
+    All contexts; query-key pairs; what decodes read, and how much of it in spans that had to be started; the blocks of
+    the longest of those; the context before the end of each tile of a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
     return (
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
-        kernels.read_tokens(decodes, features.decode_kv_tokens),
+        features.decode_kv_tokens,
+        kernels.cut_tokens(decodes, padded, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],
         features.longest_prompt,
@@ -131,7 +135,8 @@ def steady(features: StepFeatures, kernels: Kernels) -> tuple[float, ...]:
     """What STEADY are coefficients on, and behind it the tokens that are computed, padding included."""
     num_prompts = len(features.prompts)
     _, tokens, sampled = kernels.padded(features.decode_tokens, features.prompt_tokens, num_prompts, features.sampled)
-    return 1.0, features.seqs, sampled, num_prompts, kernels.tiles(features.prompts)[0], tokens
+    decoding = 1.0 if features.decode_tokens else 0.0
+    return 1.0, features.seqs, sampled, decoding, num_prompts, kernels.tiles(features.prompts)[0], tokens
 
 
 def host_row(features: StepFeatures) -> list[float]:
@@ -478,7 +483,8 @@ class _Devices:
         ]
         values = [(*steady(features, kernels), *grown(features, kernels)) for _, features, _ in ordered]
         width = len(STEADY)
-        self.knots = choose_knots([int(row[width]) for row in values])
+        counts = [int(row[width]) for row in values]
+        self.knots = sorted({*choose_knots(counts), *(set(counts) & set(kernels.tokens))})
         self._of = np.array([number for number, _, _ in ordered])
         self._rows = np.array([
             [*row[:width], *row[width + 1 :], *ramps(row[width], self.knots)] for row in values

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 
-SPAN_START = 0.1
-"""What it takes to start a span of decode attention, of what it takes to read the shortest."""
-
 
 @dataclass(frozen=True)
 class Kernels:
@@ -105,18 +102,20 @@ class Kernels:
         span = _parts(_parts(longest, spans), block)
         return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
-    def read_tokens(self, decodes: int, kv_tokens: Any) -> Any:
-        """What decodes take to read their contexts, in tokens of a long span.
+    def cut_tokens(self, decodes: int, padded: int, kv_tokens: Any) -> Any:
+        """How much of their contexts decodes read in spans that had to be started, in tokens.
 
-        Longer contexts have more spans, each of which takes time to start, until there are as many as a context is cut
-        in; from then on the spans themselves are longer.
+        Longer contexts have more spans, until there are as many as a context is cut in; from then on the spans
+        themselves are longer.
 
         Args:
             decodes: rows.
+            padded: rows, padding included.
             kv_tokens: the sum of their contexts, or an array of several.
         """
-        most = max((spans * shortest for _, spans, shortest, _ in self.decode_cuts if spans > 1), default=0)
-        return kv_tokens + SPAN_START * _least(kv_tokens, decodes * most) if most else kv_tokens
+        place = bisect_right(self.decode_cuts, padded, key=lambda cut: cut[0])
+        _, spans, shortest, _ = self.decode_cuts[place - 1] if place else (0, 1, 0, 0)
+        return _least(kv_tokens, decodes * spans * shortest) if spans > 1 else 0 * kv_tokens
 
     def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:
         """Tiles of prompts given as (start, length), and the sum of the contexts up to the end of each."""

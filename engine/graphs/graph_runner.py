@@ -85,7 +85,7 @@ class GraphRunner:
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens)
+        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
         self._options = config.graph_options or GraphOptions()
         self._memory_share = config.options.gpu_memory_utilization
         self._graphs: dict[StepSize, _Graph] = {}

@@ -12,6 +12,12 @@ CAPTURED_TOKENS = (16, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 
 """Tokens of the steps with prompts that are captured; a step is padded to the next of them. Products of matrices are
 worked out in tiles of 128 rows, so that a few tokens more than a multiple of it can cost as much as a tile."""
 
+CAPTURED_BEYOND = (2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
+"""Tokens of further steps, of models that are so small that launching their kernels one by one would take longer."""
+
+LAUNCHED_FLOP = 7e12
+"""Floating point operations that an H200 works for as long as a step's kernels take to be launched one by one."""
+
 CAPTURED_PROMPTS = 32
 """Prompts of a captured step at most."""
 
@@ -60,13 +66,15 @@ class StepSizes:
 
     Args:
         max_num_seqs, max_num_batched_tokens: limits of the policies.
+        token_flop: floating point operations that the model's layers take for a token.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, token_flop: float):
         sizes = (1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 32))
         self._decodes = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
-        most = bisect_left(CAPTURED_TOKENS, max_num_batched_tokens)
-        self._tokens = CAPTURED_TOKENS[: most + 1]
+        most = LAUNCHED_FLOP / token_flop
+        tokens = CAPTURED_TOKENS + tuple(size for size in CAPTURED_BEYOND if size <= most)
+        self._tokens = tokens[: bisect_left(tokens, max_num_batched_tokens) + 1]
         self._decodes_beside = [0, *(size for size in (16, 64, 256) if size < max_num_seqs), max_num_seqs]
 
     def captured(self, which: Captured) -> list[StepSize]:

@@ -21,11 +21,14 @@ import tarfile
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from environment import cuda_facts, device_folder
-from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SMALL, WINDOW_S, Group
+from environment import ROOT, cuda_facts, device_folder
+from fidelity_numbers import numbers, profile, saturation
+from fidelity_text import page, plot
+from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SETTLED_S, SMALL, WINDOW_S, Group
 from result_files import RESULTS, write_json
 
 from twinserve.policies import SamplingParams, Sequence
@@ -35,12 +38,6 @@ from twinserve.worlds.workload import Workload
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
-
-SATURATION_S = 7.0
-"""Seconds of overload after which every request is aborted."""
-
-SETTLED_S = 2.5
-"""Seconds of overload after which what ends is counted."""
 
 PROFILE: dict[str, Any] = {"max_context": MODEL_LEN - 64, "max_prompt": 8192, "repeats": 4}
 SHAPES = {16: 512, 256: 256}
@@ -224,6 +221,53 @@ class _Silent:
         pass
 
 
+def results_of(card: str) -> dict[str, Any]:
+    """Every number of the page, from the records of a card."""
+    from joblib import Parallel, delayed
+
+    folder = RESULTS / card / "fidelity"
+    models = {path.name.removesuffix(".json.gz"): profile(path) for path in sorted(folder.glob("profile-*.json.gz"))}
+    by_group = {group.name: f"profile-{group.shape}-b{group.settings['block_size']}" for group in GROUPS}
+    jobs = [
+        (path, models[by_group[group.name]])
+        for group in GROUPS
+        for name, _ in group.windows
+        if (path := folder / f"{name}.tar.xz").exists()
+    ]
+    windows = Parallel(n_jobs=-1)(delayed(numbers)(path, model) for path, model in jobs)
+    measured = json.loads((folder / "saturation.json").read_text())
+    rates = {}
+    for group in GROUPS:
+        if (real := measured["requests_per_s"].get(group.name)) is not None:
+            rates[group.name] = {"real": real, "sim": saturation(group, models[by_group[group.name]])}
+    return {
+        "card": card,
+        "device": measured["card"],
+        "decisions": [sum(window.replayed[place] for window in windows) for place in (0, 1)],
+        "residuals": {name: model.data["residuals"] for name, model in models.items()},
+        "saturation": rates,
+        "windows": {window.name: asdict(window) for window in windows},
+    }
+
+
+def write_page(card: str, check: bool) -> int:
+    """Recompute every number and write it down; with `check`, say which are others than those written down."""
+    path, docs = RESULTS / card / "fidelity.json", ROOT / "docs"
+    results = json.loads(json.dumps(results_of(card)))
+    texts = {docs / "fidelity.md": page(results), docs / "fidelity.svg": plot(results["windows"])}
+    if not check:
+        write_json(path, results)
+        for file, text in texts.items():
+            file.write_text(text)
+        return 0
+    before = json.loads(path.read_text())
+    parted = [name for name in results if results[name] != before.get(name)]
+    parted += [str(file.relative_to(ROOT)) for file, text in texts.items() if file.read_text() != text]
+    if parted:
+        print(f"fidelity.py: not as it was: {', '.join(parted)}", file=sys.stderr)
+    return 1 if parted else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -231,7 +275,12 @@ def main() -> int:
     recording.add_argument("--out", type=Path, required=True)
     recording.add_argument("--seconds", type=float, default=540.0)
     recording.add_argument("--shape", choices=(SMALL, LARGE), action="append")
+    making = commands.add_parser("page", help="recompute every number from the records, and write the page")
+    making.add_argument("--card", default="h200")
+    making.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    if arguments.command == "page":
+        return write_page(arguments.card, arguments.check)
     part = Recording(arguments.out, RESULTS / device_folder("cuda") / "fidelity", arguments.seconds)
     return 0 if all(part.shape(shape) for shape in arguments.shape or (SMALL, LARGE)) else 3
 

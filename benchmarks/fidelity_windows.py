@@ -22,6 +22,12 @@ from twinserve.traces.request import Request
 WINDOW_S = 20.0
 """Seconds in which the requests of a window arrive."""
 
+SATURATION_S = 7.0
+"""Seconds of overload after which every request is aborted."""
+
+SETTLED_S = 2.5
+"""Seconds of overload after which what ends is counted."""
+
 FILES = {"azure": "azure/AzureLLMInferenceTrace_conv.csv", "mooncake": "mooncake/conversation_trace.jsonl.gz"}
 """Public traces, beneath the folder that holds them."""
 

@@ -16,7 +16,6 @@ from twinserve.engine.graphs.step_sizes import (
 from twinserve.settings.errors import InputError
 from twinserve.sim.kernels import Kernels
 
-
 LARGE = 1e10
 """Floating point operations for a token of a model of which no step beyond 2,048 tokens is captured."""
 

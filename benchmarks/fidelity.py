@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
 
 PROFILE: dict[str, Any] = {"max_context": MODEL_LEN - 64, "max_prompt": 8192, "repeats": 4}
-SHAPES = {16: 512, 256: 256}
+SHAPES = {16: 448, 256: 192}
 """Shapes of a profile, by the size of a block."""
 PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)
 

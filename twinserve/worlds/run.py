@@ -20,6 +20,7 @@ from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.intervals import Intervals, uncertainty_of, with_uncertainty
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
@@ -204,7 +205,13 @@ def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
     del about["seed"], about["tokens"], about["eos_token_id"]
-    return fit(samples, about, kernels=Kernels.load(about.pop("kernels", {})))
+    kernels = Kernels.load(about.pop("kernels", {}))
+
+    def refit(kept: list[StepSample]) -> FittedLatency:
+        return fit(kept, about, kernels=kernels, holds_out=False)
+
+    model = fit(samples, about, kernels=kernels)
+    return with_uncertainty(model, uncertainty_of(model, refit, [], samples))
 
 
 @contextmanager
@@ -281,6 +288,7 @@ def run_sim(
     params: SamplingParams | None = None,
     progress: Progress | None = None,
     step_by_step: bool = False,
+    intervals: Intervals | None = None,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -289,6 +297,7 @@ def run_sim(
     Args:
         latency_facts: says in the record which latency model it was.
         out: the run record to write; None keeps none.
+        intervals: the limits of its metrics, for the summary.
     """
     from twinserve.sim.replica import simulate
 
@@ -307,7 +316,7 @@ def run_sim(
             step_by_step=step_by_step,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
 
 
 @dataclass(frozen=True)
@@ -330,6 +339,7 @@ def run_fleet(
     params: SamplingParams | None = None,
     progress: Progress | None = None,
     step_by_step: bool = False,
+    intervals: Intervals | None = None,
 ) -> dict[str, Any]:
     """Replay a workload on a simulated fleet; its summary. See `run_sim`.
 
@@ -368,7 +378,7 @@ def run_fleet(
             step_by_step=step_by_step,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
 
 
 class _RecordedFleet(FleetListener):
@@ -426,5 +436,6 @@ def run_real(
         return recorder.close(_counts(workload) | {"wall_s": wall_s})
 
 
-def _counts(workload: Workload) -> dict[str, Any]:
-    return {"shortened": workload.shortened, "dropped": workload.dropped}
+def _counts(workload: Workload, intervals: Intervals | None = None) -> dict[str, Any]:
+    counts: dict[str, Any] = {"shortened": workload.shortened, "dropped": workload.dropped}
+    return counts if intervals is None else counts | {"intervals": intervals}

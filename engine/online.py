@@ -187,22 +187,29 @@ class TraceFeeder(threading.Thread):
 
     def run(self) -> None:
         try:
-            while request := self._next():
-                token_ids = self._tokens.token_ids(request, self._answers)
+            while (coming := self._next()) is not None:
+                request, seq = coming
                 self._announce(request)
-                self._inbox.put(request.to_sequence(self._params, token_ids))
+                self._inbox.put(seq)
         except BaseException as error:
             self._error = error
         finally:
             self._inbox.close()
 
-    def _next(self) -> Request | None:
-        """Wait for the next arrival; None when there will be none."""
-        with self._changed:
-            while not self._stopped and not self._arrivals.is_empty:
-                due_ns = self._arrivals.next_ns
-                wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
-                if wait_s is not None and wait_s <= 0:
-                    return self._arrivals.pop()
-                self._changed.wait(wait_s)
-        return None
+    def _next(self) -> tuple[Request, Sequence] | None:
+        """Wait for the next arrival, its prompt made before it is due; None when there will be none."""
+        made: tuple[Request, Sequence] | None = None
+        while True:
+            with self._changed:
+                if self._stopped or self._arrivals.is_empty:
+                    return None
+                request, due_ns = self._arrivals.peek(), self._arrivals.next_ns
+                if request is None or (made is not None and made[0] is request):
+                    wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
+                    if made is not None and wait_s is not None and wait_s <= 0:
+                        self._arrivals.pop()
+                        return made
+                    self._changed.wait(wait_s)
+                    continue
+            token_ids = self._tokens.token_ids(request, self._answers)
+            made = request, request.to_sequence(self._params, token_ids)

@@ -11,6 +11,7 @@ from twinserve.settings.build_core import Settings, pinned_rule
 from twinserve.settings.config import read_table, validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
@@ -150,6 +151,8 @@ class FleetOptions(BaseModel):
             chosen = Settings.load(settings | group.settings, config, beside=("engine", "serve", "fleet"))
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
+            if isinstance(model, FittedLatency):
+                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None

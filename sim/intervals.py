@@ -119,17 +119,22 @@ def varied(model: FittedLatency, draw: Draw) -> FittedLatency:
         InputError: see `Uncertainty.of`.
     """
     sure = Uncertainty.of(model)
+    device = {name: math.exp(sure.device[name] * draw.device[name] + sure.card * draw.card) for name in REGIMES}
     host = math.exp(math.hypot(sure.host, sure.host_drift) * draw.host)
+    begin = int(draw.phase * len(model.drift))
+    return scaled(model, device, host).with_drift(model.drift[begin:] + model.drift[:begin])
+
+
+def scaled(model: FittedLatency, device: Mapping[str, float], host: float) -> FittedLatency:
+    """The model with the device's time, by regime, and the host's so many times as long."""
     regimes = {}
     for regime, parts in model.data["regimes"].items():
-        device = math.exp(sure.device[regime] * draw.device[regime] + sure.card * draw.card)
-        factors = {"device": device, "host": host, "lead": host}
+        factors = {"device": device[regime], "host": host, "lead": host}
         regimes[regime] = {
             part: fitted | {"ns": {name: ns * factors[part] for name, ns in fitted["ns"].items()}}
             for part, fitted in parts.items()
         }
-    begin = int(draw.phase * len(model.drift))
-    return FittedLatency(model.data | {"regimes": regimes}).with_drift(model.drift[begin:] + model.drift[:begin])
+    return FittedLatency(model.data | {"regimes": regimes})
 
 
 def with_uncertainty(model: FittedLatency, uncertainty: Uncertainty) -> FittedLatency:

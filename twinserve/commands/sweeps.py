@@ -71,7 +71,7 @@ def capacity(
 ) -> None:
     """Find the highest rate, or the fewest replicas, that keeps an objective, and what a million tokens cost then."""
     from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
-    from twinserve.planning.capacity import find_capacities, rows_of
+    from twinserve.planning.capacity import find_capacities, rows_of, with_intervals
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, load_plan, opened, write_whole
 
@@ -80,6 +80,7 @@ def capacity(
     chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
     with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:
         capacities = find_capacities(chosen, find, store, workers, tolerance=tolerance, advance=bar.advance)
+        capacities = with_intervals(capacities, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
         if out is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from twinserve.planning.paired import PairedDifference
+from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 
@@ -20,6 +22,13 @@ def summary_table(summary: dict[str, Any]) -> None:
     for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
+    if limits := summary.get("intervals"):
+        spread = Table(f"{COVERAGE:.0%} limits", *STATISTICS)
+        for name in LATENCIES:
+            pairs = (limits.get(f"{name}.{statistic}") for statistic in STATISTICS)
+            spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
+        console.print(spread)
+        console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",
@@ -131,6 +140,10 @@ def verify_table(report: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _range(limits: Sequence[float] | None) -> str:
+    return "-" if limits is None else " to ".join(f"{limit:.3g}" for limit in limits)
 
 
 def top_table(url: str, rows: list[tuple[str, str]]) -> Table:

@@ -14,7 +14,8 @@ from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
-from twinserve.worlds.run import ReplicaSpec, choose_latency, with_pool
+from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
+from twinserve.worlds.workload import Workload
 
 
 def parse_outage(text: object) -> Outage:
@@ -159,3 +160,18 @@ class FleetOptions(BaseModel):
                 words[pool] = None
             specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
         return specs, list(words)
+
+    def serve(
+        self, workload: Workload, replicas: list[ReplicaSpec], *, seed: int = 0, **options: Any
+    ) -> dict[str, Any]:
+        """Simulate a workload on the replicas; the summary. See `run_sim` and `run_fleet`, whose options it takes.
+
+        Args:
+            seed: is added to that of a random router.
+        """
+        if not self.is_fleet:
+            (alone,) = replicas
+            return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
+        seeded = self.model_copy(update={"router_seed": self.router_seed + seed})
+        router, facts = seeded.build_router(), seeded.router_facts
+        return run_fleet(workload, replicas, router, router_facts=facts, outages=self.die, **options)

@@ -31,6 +31,16 @@ class TraceOptions(BaseModel):
     max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
     max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
 
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives another workload."""
+        return any(value is not None for value in (self.spread_seed, self.shuffle_seed, self.session_rate))
+
+    def with_seed(self, number: int) -> TraceOptions:
+        """The options with a number added to every seed."""
+        seeds = {name: getattr(self, name) for name in ("spread_seed", "shuffle_seed", "session_seed")}
+        return self.model_copy(update={name: seed + number for name, seed in seeds.items() if seed is not None})
+
 
 class PointOptions(BaseModel):
     """What a point of a sweep has beside its trace, settings and trace options."""
@@ -81,7 +91,21 @@ def load_workload(path: Path, options: dict[str, Any]) -> Workload:
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    return make_workload(read_trace(path), path, validated(TraceOptions, {}, options, None))
+    return load_workloads(path, options, 1)[0]
+
+
+def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Workload]:
+    """So many workloads of one kind: with the seeds of the options, and with those after them.
+
+    They are alike where nothing is random.
+
+    Raises:
+        InputError: the trace or an option cannot be used, or no request is left.
+    """
+    trace, chosen = read_trace(path), validated(TraceOptions, {}, options, None)
+    if not chosen.is_random:
+        return [make_workload(trace, path, chosen)] * count
+    return [make_workload(trace, path, chosen.with_seed(number)) for number in range(count)]
 
 
 def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:

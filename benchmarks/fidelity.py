@@ -13,7 +13,6 @@ can be cut into parts. `page` needs neither: it writes docs/fidelity.md and the 
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import sys
@@ -21,19 +20,20 @@ import tarfile
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from environment import ROOT, cuda_facts, device_folder
-from fidelity_numbers import numbers, profile, saturation
+from fidelity_numbers import numbers, saturation
 from fidelity_text import page, plot
-from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SETTLED_S, SMALL, WINDOW_S, Group
+from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SMALL, WINDOW_S, Group, served_rate
 from result_files import RESULTS, write_json
 
-from twinserve.policies import SamplingParams, Sequence
+from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
-from twinserve.worlds.run import load_llm, measure_steps, run_real
+from twinserve.sim.profiles import Profile
+from twinserve.worlds.run import fit_profile, load_llm, measure_steps, profile_of, run_real
 from twinserve.worlds.workload import Workload
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Recording:
         groups = [group for group in GROUPS if group.shape == shape]
         model: LLM | None = None
         for block_size in sorted({group.settings["block_size"] for group in groups}):
-            name = f"profile-{shape}-b{block_size}.json.gz"
+            name = f"profile-{shape}-b{block_size}.jsonl.gz"
             if self._is_done(name):
                 continue
             if not self._has("profile"):
@@ -137,15 +137,10 @@ class Recording:
         settings = llm.settings
         count = SHAPES[settings.block_size]
         samples = measure_steps(llm, shapes=count, max_seqs=settings.max_num_seqs, progress=_Silent, **PROFILE)
-        about = llm.facts() | settings.model_dump() | {"device": llm.device_name}
-        rows = [
-            [list(sample.features), sample.host_ns, sample.device_ns, sample.launch_ns, sample.bookkeeping_ns]
-            for sample in samples
-        ]
-        facts = cuda_facts(None) | {"seconds": round(time.monotonic() - begun, 1)}
-        with gzip.open(path, "wt") as file:
-            json.dump({"facts": facts, "about": about, "samples": rows}, file)
-        print(f"{path.name}: {len(rows)} steps, {facts['seconds']} s", flush=True)
+        measured = profile_of(llm, samples)
+        seconds = round(time.monotonic() - begun, 1)
+        replace(measured, about=measured.about | {"measured": cuda_facts(None) | {"seconds": seconds}}).save(path)
+        print(f"{path.name}: {len(samples)} steps, {seconds} s", flush=True)
 
     def _saturate(self, group: Group, llm: LLM) -> None:
         """Measure how many requests a second end while more come in than can be served."""
@@ -164,17 +159,12 @@ class Recording:
             begun.extend((inbox, clock))
             threading.Thread(target=abort_all, daemon=True).start()
 
-        ended = llm.run_trace(
-            [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9],
-            params=PARAMS,
-            on_start=on_start,
-        )
-        served = [seq for seq in ended if seq.finish_reason == "length" and _is_settled(seq)]
-        queued = sum(seq.finish_reason == "abort" for seq in ended)
-        rate = len(served) / (SATURATION_S - SETTLED_S)
-        self._saturation[group.name] = round(rate, 3)
-        print(f"{group.name}: saturates at {rate:.1f} requests/s, {queued} were queued or running", flush=True)
-        if queued < len(ended) / 10:
+        requests = [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9]
+        ended = llm.run_trace(requests, params=PARAMS, on_start=on_start)
+        queued = sum(seq.first_token_ns is None for seq in ended)
+        rate = self._saturation[group.name] = served_rate(ended, requests)
+        print(f"{group.name}: saturates at {rate:.1f} requests/s, {queued} were still queued", flush=True)
+        if queued < 10:
             raise RuntimeError(f"{group.name}: {group.guess} requests/s are served, so they do not saturate it")
         write_json(self._out / "saturation.json", cuda_facts(None) | {"requests_per_s": self._saturation})
 
@@ -201,10 +191,6 @@ class Recording:
         print(f"{name}: {summary['steps']} steps, TPOT {tpot:.2f} ms, TTFT {ttft:.1f} ms", flush=True)
 
 
-def _is_settled(seq: Sequence) -> bool:
-    return seq.finish_ns is not None and SETTLED_S <= seq.finish_ns / 1e9 <= SATURATION_S
-
-
 class _Silent:
     """Progress that nobody sees."""
 
@@ -226,7 +212,10 @@ def results_of(card: str) -> dict[str, Any]:
     from joblib import Parallel, delayed
 
     folder = RESULTS / card / "fidelity"
-    models = {path.name.removesuffix(".json.gz"): profile(path) for path in sorted(folder.glob("profile-*.json.gz"))}
+    models = {
+        path.name.removesuffix(".jsonl.gz"): fit_profile(Profile.load(path))
+        for path in sorted(folder.glob("profile-*.jsonl.gz"))
+    }
     by_group = {group.name: f"profile-{group.shape}-b{group.settings['block_size']}" for group in GROUPS}
     jobs = [
         (path, models[by_group[group.name]])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import tarfile
 import tempfile
 from collections import defaultdict
@@ -13,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fidelity_windows import GROUPS, SATURATION_S, SETTLED_S, Group
+from fidelity_windows import GROUPS, SATURATION_S, Group, served_rate
 
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
-from twinserve.sim.fit import FittedLatency, StepSample, fit
-from twinserve.sim.kernels import Kernels
+from twinserve.sim.fit import FittedLatency
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.recorded_steps import steps_of
 from twinserve.sim.replica import simulate
@@ -57,25 +54,6 @@ def kind_of(features: StepFeatures) -> str:
     if features.prompt_tokens:
         return KINDS[4] if features.decode_tokens else KINDS[3]
     return KINDS[0] if features.seqs < 16 else KINDS[1] if features.seqs < 128 else KINDS[2]
-
-
-def profile(path: Path) -> FittedLatency:
-    """The latency model of a profile's samples."""
-    with gzip.open(path, "rt") as file:
-        data = json.load(file)
-    samples = [
-        StepSample(
-            StepFeatures(*features[:-1])._replace(prompts=tuple(map(tuple, features[-1]))),
-            host,
-            device,
-            None,
-            launch,
-            bookkeeping,
-        )
-        for features, host, device, launch, bookkeeping in data["samples"]
-    ]
-    about = data["about"]
-    return fit(samples, about, kernels=Kernels.load(about["kernels"]))
 
 
 @contextmanager
@@ -215,5 +193,4 @@ def saturation(group: Group, model: FittedLatency) -> float:
         params=SamplingParams(ignore_eos=True),
         progress=ended.append,
     )
-    settled = [seq for seq in ended if SETTLED_S <= (seq.finish_ns or 0) / 1e9 <= SATURATION_S]
-    return round(len(settled) / (SATURATION_S - SETTLED_S), 3)
+    return served_rate(ended, requests)

@@ -2,7 +2,7 @@
 
 Settings come as an array in which each pair of values occurs: composition, token budget, block size, prefix cache,
 sequences, and a pool that is ample or so small that it preempts. Loads are shares of what a workload saturates at under
-the same settings, which is measured first.
+the same settings, which is measured first. A budget of 512 beside 1,024 sequences is none: each has to have a token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from twinserve.policies import Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.traces import transforms
 from twinserve.traces.generator import LengthSpec, generate
@@ -119,6 +120,19 @@ class Group:
         return transforms.renumbered(moved)
 
 
+def served_rate(seqs: list[Sequence], requests: list[Request]) -> float:
+    """Requests a second that are served while more come in: by the tokens that were generated between SETTLED_S and
+    SATURATION_S, each request's from its first to its last as if at equal distances."""
+    tokens = 0.0
+    for seq in seqs:
+        begin, end = (seq.first_token_ns or 0) / 1e9, (seq.finish_ns or 0) / 1e9
+        if seq.num_completion_tokens > 1 and end > begin:
+            share = max(0.0, min(end, SATURATION_S) - max(begin, SETTLED_S)) / (end - begin)
+            tokens += seq.num_completion_tokens * share
+    each = sum(request.max_tokens for request in requests) / len(requests)
+    return round(tokens / each / (SATURATION_S - SETTLED_S), 3)
+
+
 def traces_folder() -> Path:
     """The folder of the public traces."""
     return Path(os.environ.get("TWINSERVE_TRACES", "."))
@@ -152,17 +166,17 @@ def _group(
 SMALL, LARGE = "qwen3-0.6b", "llama-3-8b"
 
 GROUPS = [
-    _group(SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.5, 0.8, 0.95), 200, (0.8, 0.95)),
-    _group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.5, 0.8, 0.95), 100, (0.95,)),
-    _group(SMALL, "azure", "mixed", 512, 1024, 16, False, 60_000, (0.95,), 150),
-    _group(SMALL, "bursty", "mixed", 2048, 64, 16, True, 60_000, (0.5, 0.8), 200, (0.8,)),
+    _group(SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.95, 0.8), 200, (0.95,)),
+    _group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.95, 0.8), 100),
+    _group(SMALL, "bursty", "mixed", 2048, 64, 16, True, 60_000, (0.8, 0.5), 200, (0.8,)),
+    _group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 400, (0.8,)),
+    _group(SMALL, "azure", "mixed", 2048, 256, 256, False, 520, (0.8, 0.5), 150),
     _group(SMALL, "bursty", "prefill-first", 2048, 1024, 16, False, 8_000, (0.8, 0.95), 250),
+    _group(SMALL, "azure", "mixed", 2048, 1024, 16, False, 60_000, (0.95,), 200),
     _group(SMALL, "azure", "prefill-first", 8192, 64, 16, False, 4_000, (0.8,), 150),
     _group(SMALL, "sessions", "mixed", 512, 64, 256, True, 240, (0.8, 0.95), 200),
     _group(SMALL, "mooncake", "prefill-first", 512, 256, 256, True, 3_700, (0.8,), 60),
-    _group(SMALL, "azure", "mixed", 2048, 256, 256, False, 520, (0.8,), 150),
-    _group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.5, 0.8), 400, (0.8,)),
-    _group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40),
+    _group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
     _group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),
     _group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 60),
 ]

@@ -38,11 +38,13 @@ class StepShape:
         prompts: (start, tokens) of each prompt: tokens that an earlier request has left in the cache, a multiple of the
             block size, and those that are computed.
         shares: the prompts have those before them in common.
+        common: tokens with which all contexts begin, a multiple of the block size.
     """
 
     contexts: tuple[int, ...] = ()
     prompts: tuple[tuple[int, int], ...] = ()
     shares: bool = False
+    common: int = 0
 
     @classmethod
     def of(cls, batch: Batch, block_size: int) -> StepShape:
@@ -103,7 +105,7 @@ def design(
     Two of five are decodes alone, one of four prompts alone, the others both. Numbers of decodes, contexts and prompt
     tokens are even in their logarithm; contexts within a step go from all alike to widely uneven. Of prompts, half
     begin behind earlier tokens, so that there are pieces of all lengths behind contexts of all lengths, and a quarter
-    of those share them.
+    of those share them. In a third of the steps with decodes, these have a beginning in common.
 
     Args:
         count: shapes; a power of two fills best.
@@ -121,9 +123,9 @@ def design(
     """
     from scipy.stats import qmc
 
-    points = qmc.Sobol(9, seed=seed).random(count)
+    points = qmc.Sobol(10, seed=seed).random(count)
     shapes = []
-    for kind, rows, context, spread, number, tokens, behind, start, shares in points.tolist():
+    for kind, rows, context, spread, number, tokens, behind, start, shares, common in points.tolist():
         decodes = prompts = 0
         if kind < 0.4 or kind >= 0.65:
             decodes = _between(1, min(max_seqs, max_rows), rows)
@@ -141,7 +143,9 @@ def design(
         )
         starts = [begin * (place + 1) // prompts // block_size * block_size for place in range(prompts)]
         pieces = tuple(zip(starts, _cut(lengths, max_prompt), strict=True))
-        shape = StepShape(tuple(contexts), pieces, shares < 0.25)
+        whole = (min(contexts, default=1) - 1) // block_size * block_size
+        alike = _between(block_size, whole, 3 * common) // block_size * block_size if whole and 3 * common < 1 else 0
+        shape = StepShape(tuple(contexts), pieces, shares < 0.25, alike if decodes > 1 else 0)
         shape = _cut_to(shape, num_blocks, repeats, block_size)
         if shape.contexts or shape.prompts:
             shapes.append(shape)
@@ -347,8 +351,9 @@ class _Texts:
 
 def _put_in_place(core: Core, texts: _Texts, shape: StepShape, repeats: int) -> None:
     """Let the decodes of a shape have their contexts, and the cache what its prompts begin behind."""
+    common = texts.tokens(shape.common)
     for context in shape.contexts:
-        core.ingest(texts.sequence(texts.tokens(context - 1), repeats + 4), 0)
+        core.ingest(texts.sequence(common + texts.tokens(context - 1 - shape.common), repeats + 4), 0)
     for tokens in texts.before(shape):
         core.ingest(texts.sequence(tokens, 1), 0)
     while core.can_decide and any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in core.sequences.values()):

@@ -31,6 +31,9 @@ FOLDS = 5
 DRIFT_NS = 250_000_000
 REWEIGHTINGS = 4
 
+LAUNCHES = 40
+"""Launches with prompts that tell what a prompt and a token of them cost."""
+
 GROWING = ("kv_tokens", "attention_pairs", "longest_decode", "longest_prompt")
 """Features that grow while a step is repeated."""
 
@@ -97,8 +100,8 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
 
 
 GROWN = (
-    "kv_token", "attention_pair", "decode_kv_token", "decode_cut_token", "decode_span_block", "prompt_tile_token",
-    "prompt_token",
+    "kv_token", "attention_pair", "decode_kv_token", "decode_shared_token", "decode_cut_token", "decode_span_block",
+    "prompt_tile_token", "prompt_token",
 )  # fmt: skip
 """Coefficients of the device on what grows while a step is repeated; see `grown`."""
 
@@ -115,15 +118,17 @@ HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; what decodes read, and how much of it in spans that had to be started; the blocks of
-    the longest of those; the context before the end of each tile of a prompt; the longest context of a prompt.
+    All contexts; query-key pairs; what decodes read from the pool, and what another row has read just now; how much of
+    both in spans that had to be started; the blocks of the longest of those; the context before the end of each tile of
+    a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
     return (
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
-        features.decode_kv_tokens,
+        features.decode_kv_tokens - features.shared_tokens,
+        features.shared_tokens,
         kernels.cut_tokens(decodes, padded, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],
@@ -457,7 +462,8 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
             shapes[features._replace(arrived=0, left=0)].append(cost)
         elif cost is not None:
             prompts = ((0, 0),) * len(features.prompts)
-            shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=prompts)].append(cost)
+            unseen = {"kv_tokens": 0, "attention_pairs": 0, "longest_decode": 0, "shared_tokens": 0}
+            shapes[features._replace(prompts=prompts, **unseen)].append(cost)
     return dict(shapes)
 
 
@@ -536,13 +542,14 @@ def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: st
     """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
     Bookkeeping costs the same whatever the regime. What a launch takes is a constant and a cost a row, and with prompts
-    one a prompt and a token. A launch that was never seen costs nothing: the device was busy for longer, in every step
-    there was.
+    one a prompt and a token, or where few were seen the constant alone. A launch that was never seen costs nothing: the
+    device was busy for longer, in every step there was.
     """
     kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
-    width = 2 if regime == "decode" else 4
-    if launched := {features: costs for features, costs in launches.items() if features in shapes}:
+    launched = {features: costs for features, costs in launches.items() if features in shapes}
+    width = 2 if regime == "decode" else 4 if len(launched) >= LAUNCHES else 1
+    if launched:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns
     return coefficients

@@ -27,6 +27,8 @@ class StepFeatures(NamedTuple):
         decided_ns: when the step was decided.
         longest_decode: the longest context among the rows of `decode_tokens`, after the step.
         prompts: (start, length) of each row of `prompt_tokens`: the position of its first token and its tokens.
+        shared_tokens: of the tokens of `kv_tokens` that decodes read, those in blocks that another row reads as well,
+            but for the first of these; as far as all that run are rows of the step.
     """
 
     decision: int
@@ -41,6 +43,7 @@ class StepFeatures(NamedTuple):
     decided_ns: int = 0
     longest_decode: int = 0
     prompts: tuple[tuple[int, int], ...] = ()
+    shared_tokens: int = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
@@ -52,6 +55,8 @@ class StepFeatures(NamedTuple):
             rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
             prompts = tuple((start, length) for seq, start, length in rows if seq in inside)
             decode_starts = (start for seq, start, _ in rows if seq not in inside)
+        held = sum([len(seq.block_table) for seq in batch.seqs]) - batch.num_used_blocks
+        decode_kv_tokens = batch.num_kv_tokens - sum([start + length for start, length in prompts])
         return cls(
             batch.decision,
             len(batch),
@@ -65,6 +70,7 @@ class StepFeatures(NamedTuple):
             batch.decided_ns,
             max(decode_starts, default=-1) + 1,
             prompts,
+            min(held * batch.seqs[0].tokens_per_block, decode_kv_tokens) if held > 0 else 0,
         )
 
     def repeated(self, number: int, decided_ns: int) -> StepFeatures:
@@ -83,6 +89,7 @@ class StepFeatures(NamedTuple):
             decided_ns=decided_ns,
             longest_decode=self.longest_decode + number if self.decode_tokens else 0,
             prompts=tuple((start + number * length, length) for start, length in self.prompts),
+            shared_tokens=self.shared_tokens,
         )
 
     @property

@@ -19,7 +19,7 @@ SCHEMA = "twinserve-profile/1"
 
 COUNTS = (
     "seqs", "prompt_tokens", "decode_tokens", "kv_tokens", "attention_pairs", "sampled", "arrived", "left",
-    "longest_decode",
+    "longest_decode", "shared_tokens",
 )  # fmt: skip
 """Features of a step that are a number; `prompts` is the other."""
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from fidelity_windows import GROUPS, SATURATION_S, Group, served_rate
 
+from twinserve.planning.prediction import prediction_intervals
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
-from twinserve.sim.fit import FittedLatency
+from twinserve.sim.fit import REGIMES, FittedLatency
+from twinserve.sim.intervals import scaled
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.recorded_steps import steps_of
 from twinserve.sim.replica import simulate
@@ -97,6 +99,7 @@ class Window:
         real, sim: METRICS of the run and of its simulation, preemptions and hits.
         bias: the factor on all step times, less 1, that would explain the error of the mean TPOT.
         kinds: by kind of step, measured and modelled seconds on the device, given what was decided.
+        limits: of METRICS, within which nine of ten are to lie.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Window:
     sim: dict[str, float]
     bias: float
     kinds: dict[str, tuple[float, float]]
+    limits: dict[str, tuple[float, float]]
 
     def error(self, metric: str) -> float:
         """Relative."""
@@ -125,18 +129,20 @@ def numbers(path: Path, model: FittedLatency) -> Window:
             sums = kinds[kind_of(features)]
             sums[0] += device_ns / 1e9
             sums[1] += latency.step_cost(features).device_ns / 1e9
-        window = run["facts"]["trace"]["window"]
-        sim = _summary(workload, settings, latency)
-        real = run["summary"]
+        sim, real = _summary(workload, settings, latency), run["summary"]
+        limits = prediction_intervals(workload, settings, latency)
+        name = path.name.removesuffix(".tar.xz")
+        group = group_of(record).name
         return Window(
-            path.name.removesuffix(".tar.xz"),
-            window["load"],
-            window["group"],
+            name,
+            float(name.removeprefix(f"{group}-").removesuffix("-again")),
+            group,
             (result.equal, result.recorded),
             _chosen(real),
             _chosen(sim),
             _bias(workload, settings, latency, value(real, "tpot_s.mean"), value(sim, "tpot_s.mean")),
             {kind: (round(taken, 6), round(said, 6)) for kind, (taken, said) in sorted(kinds.items())},
+            {metric: limits[metric] for metric in METRICS},
         )
 
 
@@ -149,18 +155,6 @@ def _summary(workload: Workload, settings: Settings, latency: FittedLatency) -> 
     return run_sim(workload, settings, latency, latency_facts={"name": "profile", "identity": latency.identity})
 
 
-def scaled(latency: FittedLatency, factor: float) -> FittedLatency:
-    """The same model with all times so many times as long."""
-    regimes = {
-        regime: {
-            part: fitted | {"ns": {name: ns * factor for name, ns in fitted["ns"].items()}}
-            for part, fitted in parts.items()
-        }
-        for regime, parts in latency.data["regimes"].items()
-    }
-    return FittedLatency(latency.data | {"regimes": regimes})
-
-
 def _bias(workload: Workload, settings: Settings, latency: FittedLatency, real: float, sim: float) -> float:
     """By how much the model's step times are too long: the factor whose inverse would give the real mean TPOT.
 
@@ -169,7 +163,9 @@ def _bias(workload: Workload, settings: Settings, latency: FittedLatency, real: 
     tried = [(1.0, sim)]
     factor = 1.0 / BIASED if sim > real else BIASED
     for _ in range(3):
-        found = value(_summary(workload, settings, scaled(latency, factor)), "tpot_s.mean")
+        found = value(
+            _summary(workload, settings, scaled(latency, dict.fromkeys(REGIMES, factor), factor)), "tpot_s.mean"
+        )
         tried.append((factor, found))
         (one, low), (other, high) = sorted(tried, key=lambda pair: abs(pair[1] - real))[:2]
         if low == high or abs(low / real - 1.0) < 1e-3:

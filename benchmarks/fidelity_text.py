@@ -10,6 +10,8 @@ from fidelity_numbers import KINDS, METRICS
 from pages import prose, table
 from svg import INK, LINE, MUTED, Drawing
 
+from twinserve.sim.intervals import NUM_DRAWS
+
 Result = dict[str, Any]
 
 TARGETS = {
@@ -59,6 +61,7 @@ def page(results: Result) -> str:
         *_every(windows),
         *_kinds(windows),
         *_saturation(results["saturation"]),
+        *_limits(windows),
         *_ranking(windows),
         *_worst(windows),
     ]
@@ -140,6 +143,34 @@ def _saturation(rates: dict[str, Result]) -> list[str]:
         "",
         *prose("Requests that end a second while more come in than can be served, measured and simulated."),
         *table(["workload and settings", "measured", "simulated", "error"], rows, numbers=True),
+    ]
+
+
+def covered(windows: dict[str, Result]) -> dict[str, tuple[int, int]]:
+    """By metric, in how many windows the measured value lies within the limits, of how many."""
+    found = {}
+    for metric in METRICS:
+        inside = [w["limits"][metric][0] <= w["real"][metric] <= w["limits"][metric][1] for w in windows.values()]
+        found[metric] = sum(inside), len(inside)
+    return found
+
+
+def _limits(windows: dict[str, Result]) -> list[str]:
+    counts = covered(windows)
+    rows = []
+    for metric, (inside, of) in counts.items():
+        widths = [(w["limits"][metric][1] - w["limits"][metric][0]) / w["sim"][metric] / 2 for w in windows.values()]
+        rows.append([METRICS[metric], f"{inside} of {of}", f"{median(widths):.1%}", f"{max(widths):.1%}"])
+    share = sum(inside for inside, _ in counts.values()) / sum(of for _, of in counts.values())
+    return [
+        "## How sure it says it is",
+        "",
+        *prose(
+            f"""The limits of `twinserve sim --intervals`, within which nine of ten values are to lie, are those of
+            {NUM_DRAWS} simulations a window. {share:.0%} of the measured values lie within them. Half the width of a
+            metric's limits over its prediction:"""
+        ),
+        *table(["", "within", "median", "widest"], rows, numbers=True),
     ]
 
 

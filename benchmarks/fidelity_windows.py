@@ -166,8 +166,10 @@ def _group(
 SMALL, LARGE = "qwen3-0.6b", "llama-3-8b"
 
 GROUPS = [
-    _group(SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.95, 0.8), 200, (0.95,)),
-    _group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.95, 0.8), 100),
+    _group(
+        SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.95, 0.8, 0.73, 0.62, 0.39), 200, (0.95, 0.73, 0.62)
+    ),
+    _group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.95, 0.8, 0.5, 0.42, 0.26), 100, (0.5,)),
     _group(SMALL, "bursty", "mixed", 2048, 64, 16, True, 60_000, (0.8, 0.5), 200, (0.8,)),
     _group(SMALL, "azure", "mixed", 2048, 256, 256, False, 520, (0.8, 0.5), 150),
     _group(SMALL, "bursty", "prefill-first", 2048, 1024, 16, False, 8_000, (0.8, 0.95), 250),

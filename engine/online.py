@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -106,6 +107,36 @@ class Clock:
         return time.perf_counter_ns() - self.origin_ns
 
 
+class _RareCollections:
+    """How many are inside `rare_collections`, and the thresholds to go back to when the last leaves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._usual = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._usual = gc.get_threshold()
+                gc.freeze()
+                gc.set_threshold(100_000, *self._usual[1:])
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                gc.set_threshold(*self._usual)
+                gc.unfreeze()
+
+
+rare_collections = _RareCollections()
+"""Inside it, circular garbage is looked for seldom, and not in what is there already: whoever walks a Core leaves next
+to none. Looking as often as usual takes some percent of a simulation, and a search through everything holds an engine
+up for longer than many steps take."""
+
+
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
@@ -117,6 +148,12 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
         StepError: a step could not be launched or failed. Nothing of `core` is of use then: it still holds what it
             decided.
     """
+    with rare_collections:
+        _serve(core, executor, inbox, clock, ended)
+
+
+def _serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
+    """The loop of `serve`."""
     launched: deque[tuple[Batch, StepHandle]] = deque()
     while True:
         for item in inbox.take(wait=core.is_idle):

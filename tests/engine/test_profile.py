@@ -46,6 +46,7 @@ def test_every_shape_is_within_the_limits(limits):
         assert shape.longest <= limits["max_context"] and shape.kv_tokens <= 16 * limits["num_blocks"]
         assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
         assert all(context >= 2 for context in shape.contexts)
+        assert shape.common % 16 == 0 and shape.common < min(shape.contexts, default=1)
 
 
 def test_the_design_has_the_steps_that_traffic_makes():
@@ -58,6 +59,7 @@ def test_the_design_has_the_steps_that_traffic_makes():
     assert any(len(shape.prompts) >= 8 for shape in shapes)
     assert any(length < 100 and start > 2000 for shape in shapes for start, length in shape.prompts), "a last piece"
     assert any(shape.shares and any(start for start, _ in shape.prompts) for shape in shapes)
+    assert len({shape.common for shape in shapes if len(shape.contexts) > 8}) > 4, "beginnings in common of many lengths"
     unevenness = [max(shape.contexts) * len(shape.contexts) / sum(shape.contexts) for shape in decodes]
     assert min(unevenness) < 1.2 and max(unevenness) > 4
 
@@ -67,6 +69,7 @@ SHAPES = [
     StepShape((), ((0, 20), (0, 7))),
     StepShape((30,), ((32, 9), (64, 5)), shares=True),
     StepShape((30,), ((32, 9), (48, 5))),
+    StepShape((90, 70, 60), common=48),
 ]
 
 
@@ -82,6 +85,7 @@ def test_each_shape_is_run_some_steps_in_a_row_and_what_is_measured_is_that_shap
         )
         assert one.longest_decode == (max(shape.contexts) + 1 if shape.contexts else 0), "the first step does not count"
         assert [other.prompts for other in others] == [one.prompts] * 2
+        assert one.shared_tokens == shape.common * max(0, len(shape.contexts) - 1)
         assert [other.decode_kv_tokens - one.decode_kv_tokens for other in others] == [
             number * one.decode_tokens for number in (1, 2)
         ]

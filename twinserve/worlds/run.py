@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
+from twinserve.engine.online import rare_collections
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
@@ -302,22 +302,6 @@ def scratch_folder(out: Path | None) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Look for circular garbage seldom, and not in what is there already: a simulation leaves next to none.
-
-    Looking as often as usual takes some percent of a simulation.
-    """
-    usual = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(100_000, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-        gc.unfreeze()
-
-
 def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str, Any]:
     """What the record of a simulated replica says beside its settings."""
     return {"trace": facts["trace"], "latency": latency_facts, "sampling": facts["sampling"]}
@@ -349,7 +333,7 @@ def run_sim(
     params = params or SamplingParams(ignore_eos=True)
     facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
     device = f"simulated: {latency_facts['name']}"
-    with recording(out, "sim", settings, facts, device) as recorder, _rare_collections():
+    with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
         begun = time.perf_counter()
         simulate(
             workload.requests,
@@ -409,7 +393,7 @@ def run_fleet(
     with (
         scratch_folder(out) as folder,
         FleetRecorder(folder, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
-        _rare_collections(),
+        rare_collections,
     ):
         begun = time.perf_counter()
         simulate_fleet(

@@ -10,7 +10,7 @@ from mypy_extensions import mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 62
+ENDLESS: Final = 1 << 60
 """More blocks than anybody asks for."""
 
 

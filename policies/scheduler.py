@@ -18,8 +18,8 @@ COMPOSITIONS = ("prefill-first", "mixed")
 RUNNING: Final = SequenceStatus.RUNNING
 FINISHED: Final = SequenceStatus.FINISHED
 
-UNLIMITED: Final = 1 << 62
-"""A limit that is none; an integer, as all limits are."""
+UNLIMITED: Final = 1 << 60
+"""A limit that is none; an integer, as all limits are, and of few enough bits to be a machine's own when compiled."""
 
 
 class Refusal(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,13 +44,17 @@ class StepFeatures(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
-        prompts: tuple[tuple[int, int], ...] = ()
-        decode_starts: Iterable[int] = batch.starts
-        if batch.prompts:
+        prompts: list[tuple[int, int]] = []
+        longest_decode = 0
+        if not batch.prompts:
+            longest_decode = max(batch.starts, default=-1) + 1
+        else:
             inside = set(batch.prompts)
-            rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
-            prompts = tuple((start, length) for seq, start, length in rows if seq in inside)
-            decode_starts = (start for seq, start, _ in rows if seq not in inside)
+            for place, start in enumerate(batch.starts):
+                if batch.seqs[place] in inside:
+                    prompts.append((start, batch.lengths[place]))
+                elif start >= longest_decode:
+                    longest_decode = start + 1
         return cls(
             batch.decision,
             len(batch),
@@ -63,8 +66,8 @@ class StepFeatures(NamedTuple):
             arrived,
             len(batch.left),
             batch.decided_ns,
-            max(decode_starts, default=-1) + 1,
-            prompts,
+            longest_decode,
+            tuple(prompts),
         )
 
     def repeated(self, number: int, decided_ns: int) -> StepFeatures:

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from twinserve.policies import Batch, Core
+from twinserve.policies import Core
 from twinserve.policies.core import Span
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.traces.runs.spans import BackToBack
@@ -24,17 +24,20 @@ _FIRST_COLUMN = 32
 
 
 class Leap:
-    """The repetitions of a batch, the latest one of `core`, as far as they are planned.
+    """The repetitions of the latest batch of `core`, as far as they are planned.
 
     Args:
+        features: of the batch.
         num_repetitions: how many there are at most; one at least.
         launched_ns: when the batch is launched.
     """
 
-    def __init__(self, core: Core, latency: LatencyModel, batch: Batch, num_repetitions: int, launched_ns: int):
+    def __init__(
+        self, core: Core, latency: LatencyModel, features: StepFeatures, num_repetitions: int, launched_ns: int
+    ):
         self._latency, self._depth = latency, core.pipeline_depth
         self._columns: Callable | None = getattr(latency, "repeated_costs", None)
-        self._features = StepFeatures.of(batch)
+        self.features = features
         self._num_repetitions = num_repetitions
         self._ends = [before.end_ns or 0 for before in core.in_flight]
         self._spans: list[Span] = []
@@ -81,7 +84,7 @@ class Leap:
             if costs:
                 cost = costs[number - planned - 1]
             else:
-                features = self._features.repeated(number, decided)
+                features = self.features.repeated(number, decided)
                 cost = StepCost(*self._latency.step_cost(features))
             launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
@@ -94,7 +97,7 @@ class Leap:
         left = self._num_repetitions - planned
         if self._columns is None or (left < _FEW and not self._back_to_back):
             return None
-        before = self._features.repeated(planned, 0) if planned else self._features
+        before = self.features.repeated(planned, 0) if planned else self.features
         return self._columns(before, min(max(planned, _FIRST_COLUMN), left))
 
     def _add_columns(self, host_ns: int, devices_ns: np.ndarray) -> None:

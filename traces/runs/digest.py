@@ -21,11 +21,15 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    chunks = set(batch.chunks)
-    before = zip(batch.seqs[:num_before], batch.lengths, strict=False)
-    exceptions = [(seq, n, seq not in chunks) for seq, n in before if n != usual or seq in chunks]
-    exceptions += [(seq, 0, False) for seq in batch.skipped]
-    return sorted(exceptions, key=lambda entry: entry[0].admission_index)
+    chunks, seqs, exceptions = set(batch.chunks), batch.seqs, Exceptions()
+    for place in range(num_before):
+        seq, num_tokens = seqs[place], batch.lengths[place]
+        if num_tokens != usual or seq in chunks:
+            exceptions.append((seq, num_tokens, seq not in chunks))
+    if batch.skipped:
+        exceptions += [(seq, 0, False) for seq in batch.skipped]
+        exceptions.sort(key=lambda entry: entry[0].admission_index)
+    return exceptions
 
 
 class Digest:

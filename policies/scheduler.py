@@ -307,7 +307,8 @@ class Scheduler:
         tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
         eos = -1 if eos_token_id is None else eos_token_id
-        is_ahead, cacheable, ended = batch.is_ahead, self.block_manager.cacheable_tokens, list[Sequence]()
+        is_ahead, cacheable = batch.is_ahead, self.block_manager.cacheable_tokens
+        ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
                 continue

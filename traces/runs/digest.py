@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from array import array
 from struct import Struct
+from typing import Final
 
 import xxhash
 
 from twinserve.policies import Batch, Sequence
 
-_MASK = (1 << 64) - 1
+_MASK: Final = (1 << 64) - 1
+_HALF: Final = (1 << 32) - 1
 _PACKED = Struct("=5Q").pack
 
 
@@ -21,7 +23,8 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    chunks, seqs, exceptions = set(batch.chunks), batch.seqs, Exceptions()
+    exceptions: Exceptions = []
+    chunks, seqs = set(batch.chunks), batch.seqs
     for place in range(num_before):
         seq, num_tokens = seqs[place], batch.lengths[place]
         if num_tokens != usual or seq in chunks:
@@ -46,6 +49,8 @@ class Digest:
         self.exceptions: Exceptions = []
         self._chain = 0
         self._grown = 0
+        self._low: list[int] = []  # by block id, the lower half of its number in the sum of what grew
+        self._high: list[int] = []
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
@@ -67,11 +72,18 @@ class Digest:
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
-        total = self._grown
+        low = high = 0  # apart, as numbers of 64 bits cost several times those of 32
+        lows, highs = self._low, self._high
         for seq, block_ids in grown:
             own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
+            own_low, own_high = own & _HALF, own >> 32 & _HALF
             for block_id in block_ids:
-                total += own ^ (block_id + 1) * 0xBF58476D1CE4E5B9
-        self._grown = total & _MASK
+                while block_id >= len(lows):
+                    number = (len(lows) + 1) * 0xBF58476D1CE4E5B9
+                    lows.append(number & _HALF)
+                    highs.append(number >> 32 & _HALF)
+                low += own_low ^ lows[block_id]
+                high += own_high ^ highs[block_id]
+        self._grown = (self._grown + low + (high << 32)) & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
         return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

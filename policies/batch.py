@@ -89,9 +89,8 @@ class Batch:
 
     def count(self) -> None:
         """Work out who samples and the totals of contexts, once every row is there."""
-        chunks, self.sampled = set(self.chunks), self.seqs
-        if chunks:
-            self.sampled = [seq for seq in self.seqs if seq not in chunks]
+        chunks = set(self.chunks)
+        self.sampled = [seq for seq in self.seqs if seq not in chunks] if chunks else self.seqs
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):
             for place, n in enumerate(self.lengths):
@@ -106,11 +105,6 @@ class Batch:
     def num_sampled(self) -> int:
         """Sequences that sample a token."""
         return len(self.seqs) - len(self.chunks)
-
-    @property
-    def num_new_pairs(self) -> int:
-        """By how much `num_attention_pairs` is larger when the decision is repeated."""
-        return self.num_tokens if self.num_tokens == len(self.seqs) else sum(n * n for n in self.lengths)
 
     @property
     def is_prefill(self) -> bool:
@@ -134,7 +128,7 @@ class Batch:
         batch.starts = [start + num_steps * self.lengths[place] for place, start in enumerate(self.starts)]
         batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
         batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens
-        batch.num_attention_pairs = self.num_attention_pairs + num_steps * self.num_new_pairs
+        batch.num_attention_pairs = self.num_attention_pairs + num_steps * sum([n * n for n in self.lengths])
         batch.num_waiting, batch.num_running = self.num_waiting, self.num_running
         batch.decision, batch.committed = self.decision + num_steps, self.committed + num_steps
         batch.seen, batch.decided_ns = self.seen, self.decided_ns

@@ -21,7 +21,7 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool and the number of block tables that hold it; its neighbours in a FreeList, else itself."""
+    """One block of the KV pool, the number of block tables that hold it, and its neighbours in a FreeList."""
 
     __slots__ = ("after", "before", "block_id", "ref_count")
 
@@ -43,40 +43,35 @@ class FreeList:
 
     def __init__(self) -> None:
         self._ends = Block(-1)  # lies before the first and after the last
-        self._size = 0
+        self.size = 0
 
     def append(self, block: Block) -> None:
         """Put a block behind the others."""
-        ends = self._ends
-        last = ends.before
+        ends, last = self._ends, self._ends.before
         block.before, block.after = last, ends
         last.after = ends.before = block
-        self._size += 1
+        self.size += 1
 
     def remove(self, block: Block) -> None:
         """Take out a block."""
         before, after = block.before, block.after
         before.after, after.before = after, before
-        self._size -= 1
+        self.size -= 1
 
     def take(self, count: int) -> list[int]:
         """Take out the first `count` blocks; their ids."""
         block_ids: list[int] = []
-        ends = self._ends
-        first = ends.after
+        block = self._ends.after
         for _ in range(count):
-            block_ids.append(first.block_id)
-            first = first.after
-        ends.after, first.before = first, ends
-        self._size -= count
+            block_ids.append(block.block_id)
+            block = block.after
+        self._ends.after, block.before = block, self._ends
+        self.size -= count
         return block_ids
-
-    def __len__(self) -> int:
-        return self._size
 
     def __iter__(self) -> Iterator[int]:
         block = self._ends.after
-        for _ in range(self._size):
+        for _ in range(self.size):
             yield block.block_id
             block = block.after
 
@@ -105,7 +100,7 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
 
     @property
     def cacheable_tokens(self) -> int:
@@ -115,7 +110,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - len(self._cached)
+        return len(self.blocks) - len(self._blank) - self._cached.size
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -265,7 +260,7 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self._blank[:0] = reversed(self._cached.take(len(self._cached)))
+            self._blank[:0] = reversed(self._cached.take(self._cached.size))
         return True
 
     def take(self, count: int) -> list[int]:
@@ -274,8 +269,7 @@ class BlockManager:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         blank, blocks = self._blank, self.blocks
         first = max(0, len(blank) - count)
-        taken = blank[first:]
-        taken.reverse()
+        taken = blank[first:][::-1]
         del blank[first:]
         missing = count - len(taken)
         if missing and self.num_blocks is None:
@@ -325,6 +319,7 @@ class BlockManager:
                 if seq.prefix_key is None:
                     content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
                 expected = seq.block_hashes[index], content, parent
-                is_right = entry is not None and (entry.hash, entry.content, entry.parent) == expected
-                assert entry is not None and is_right, f"{seq}: block {index} is {entry}, not {expected}"
+                assert entry is not None, f"{seq}: block {index} is not stored, expected {expected}"
+                found = entry.hash, entry.content, entry.parent
+                assert found == expected, f"{seq}: block {index} is {found}, not {expected}"
                 parent = entry.prefix

@@ -30,9 +30,6 @@ class CachedBlock:
         self.content: bytes | None = None
         self.parent = self.prefix = PrefixCache.ROOT
 
-    def __repr__(self) -> str:
-        return f"CachedBlock({self.hash}, {self.content!r}, parent={self.parent}, prefix={self.prefix})"
-
 
 class PrefixCache:
     """Full KV blocks by the hash of their tokens, chained over the prefix.
@@ -103,7 +100,7 @@ class PrefixCache:
         """Store a full block of tokens behind the stored prefix with `prefix_hash` (-1: none, else a KeyError if no
         block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
-        parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
+        parent = self.ROOT if is_first else self._known[self.hash_to_block_id[prefix_hash]].prefix
         packed = token_bytes(token_ids)
         hashes, contents = list[int](), list[bytes | None]()
         self.extend_chain(hashes, contents, packed, len(packed), self.root_hash if is_first else prefix_hash)
@@ -146,18 +143,15 @@ class PrefixCache:
                 known.append(CachedBlock())
             block = known[block_id]
             if block.hash is not None:
-                raise ValueError(f"block {block_id} is stored already, as {block}")
-            equal_id = None
+                raise ValueError(f"block {block_id} is stored already, with hash {block.hash}")
+            self._last_prefix += 1
+            block.hash, block.content, block.parent, block.prefix = block_hash, content, parent, self._last_prefix
             if by_hash.setdefault(block_hash, block_id) != block_id:
                 equal_id = self._find(block_hash, content, parent)
+                if equal_id is not None:
+                    block.prefix = known[equal_id].prefix
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
-            block.hash, block.content, block.parent = block_hash, content, parent
-            if equal_id is None:
-                self._last_prefix += 1
-                parent = self._last_prefix
-            else:
-                parent = known[equal_id].prefix
-            block.prefix = parent
+            parent = block.prefix
 
     def remove(self, block_ids: list[int]) -> None:
         """Forget what blocks held; another block of equal hash takes the place of each in `hash_to_block_id`."""
@@ -176,10 +170,6 @@ class PrefixCache:
                 others.remove(block_id)
             if not others:
                 del equal[block_hash]
-
-    def prefix_of(self, block_id: int) -> int:
-        """The number of the prefix that ends with `block_id`."""
-        return self._known[block_id].prefix
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""

@@ -35,7 +35,9 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
         return 1
     steps = cap
     for seq in sampled:
-        steps = min(steps, 1 + seq.final_length - seq.num_tokens - seq.num_in_flight)
+        left = 1 + seq.final_length - seq.num_tokens - seq.num_in_flight
+        if left < steps:
+            steps = left
     for seq in batch.chunks:  # cut by a limit that is the same until the last one
         steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // seq.num_scheduled_tokens)
     steps = _steps_with_room(scheduler, batch, steps)

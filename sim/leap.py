@@ -19,7 +19,7 @@ from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
 """Steps that cost less one by one than as columns."""
-_FIRST_COLUMN = 32
+_FIRST_COLUMN = 256
 """Steps of the first piece that is worked out as columns: fewer cost as much."""
 
 
@@ -104,8 +104,10 @@ class Leap:
         """Plan steps each of which is decided when the one before has ended."""
         known = self._back_to_back
         periods = devices_ns + host_ns
-        begin = self._decided[0] if known is None else known.instants_ns[-1]
-        instants = np.concatenate(([begin], begin + periods.cumsum()))
+        instants = np.empty(len(periods) + 1, np.int64)
+        instants[0] = self._decided[0] if known is None else known.instants_ns[-1]
+        instants[1:] = periods
+        instants.cumsum(out=instants)
         if known is not None:
             instants = np.concatenate((known.instants_ns, instants[1:]))
             periods = np.concatenate((known.periods_ns, periods))

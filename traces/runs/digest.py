@@ -73,13 +73,15 @@ class Digest:
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
         low = high = 0  # apart, as numbers of 64 bits cost several times those of 32
-        lows, highs = self._low, self._high
+        lows, highs, num_known = self._low, self._high, len(self._low)
         for seq, block_ids in grown:
-            own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
-            own_low, own_high = own & _HALF, own >> 32 & _HALF
+            own_low = (seq.arrival_index + 1) * 0x7F4A7C15  # of 0x9E3779B97F4A7C15 times the number, the halves
+            own_high = (seq.arrival_index + 1) * 0x9E3779B9 + (own_low >> 32) & _HALF
+            own_low &= _HALF
             for block_id in block_ids:
-                while block_id >= len(lows):
-                    number = (len(lows) + 1) * 0xBF58476D1CE4E5B9
+                while block_id >= num_known:
+                    num_known += 1
+                    number = num_known * 0xBF58476D1CE4E5B9
                     lows.append(number & _HALF)
                     highs.append(number >> 32 & _HALF)
                 low += own_low ^ lows[block_id]

@@ -268,9 +268,7 @@ class BlockManager:
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         blank, blocks = self._blank, self.blocks
-        first = max(0, len(blank) - count)
-        taken = blank[first:][::-1]
-        del blank[first:]
+        taken = [blank.pop() for _ in range(min(count, len(blank)))]
         missing = count - len(taken)
         if missing and self.num_blocks is None:
             taken += range(len(blocks), len(blocks) + missing)

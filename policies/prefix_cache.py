@@ -74,8 +74,8 @@ class PrefixCache:
         """Add the blocks that tokens (see `token_bytes`) fill behind a chain, which begins with `root_hash`."""
         digest, length, seed = self._digest, self._hash_bytes, self.seed
         before = hashes[-1] if hashes else root_hash
-        for begin in range(0, len(packed), block_bytes):
-            content = packed[begin : begin + block_bytes]
+        for number in range(len(packed) // block_bytes):
+            content = packed[number * block_bytes : (number + 1) * block_bytes]
             before = digest(content if before == -1 else before.to_bytes(length, "little") + content, seed)
             hashes.append(before)
             contents.append(content)

@@ -130,12 +130,16 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
     for place, seq in enumerate(batch.seqs):
         num_tokens, held, computed = batch.lengths[place], seq.num_block_tokens, seq.num_computed_tokens
         last = computed + num_steps * num_tokens
-        for end in range(held, last, size):
+        end = held
+        while end < last:
             begun.append(((end - computed) // num_tokens + 1) * num_rows + place)
+            end += size
         if last - seq.num_registered_tokens >= cacheable:
             shown = min(computed, seq.num_tokens)  # to the cache, and from now on `num_tokens` more by each decision
-            for end in range(seq.num_registered_tokens + size, shown + num_steps * num_tokens + 1, size):
+            end = seq.num_registered_tokens + size
+            while end <= shown + num_steps * num_tokens:
                 full.append(-((shown - end) // num_tokens) * num_rows + place)
+                end += size
         seq.num_computed_tokens = last
         if seq not in chunks:
             seq.num_tokens += num_steps

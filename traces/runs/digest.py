@@ -11,7 +11,6 @@ import xxhash
 from twinserve.policies import Batch, Sequence
 
 _MASK: Final = (1 << 64) - 1
-_HALF: Final = (1 << 32) - 1
 _PACKED = Struct("=5Q").pack
 
 
@@ -23,12 +22,9 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    exceptions: Exceptions = []
-    chunks, seqs = set(batch.chunks), batch.seqs
-    for place in range(num_before):
-        seq, num_tokens = seqs[place], batch.lengths[place]
-        if num_tokens != usual or seq in chunks:
-            exceptions.append((seq, num_tokens, seq not in chunks))
+    chunks, seqs, lengths = set(batch.chunks), batch.seqs, batch.lengths
+    places = [place for place in range(num_before) if lengths[place] != usual or seqs[place] in chunks]
+    exceptions = [(seqs[place], lengths[place], seqs[place] not in chunks) for place in places]
     if batch.skipped:
         exceptions += [(seq, 0, False) for seq in batch.skipped]
         exceptions.sort(key=lambda entry: entry[0].admission_index)
@@ -49,8 +45,7 @@ class Digest:
         self.exceptions: Exceptions = []
         self._chain = 0
         self._grown = 0
-        self._low: list[int] = []  # by block id, the lower half of its number in the sum of what grew
-        self._high: list[int] = []
+        self._numbers: list[int] = []  # by block id, what stands for it in the sum of what grew
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
@@ -72,20 +67,14 @@ class Digest:
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
-        low = high = 0  # apart, as numbers of 64 bits cost several times those of 32
-        lows, highs, num_known = self._low, self._high, len(self._low)
+        total, numbers, num_known = self._grown, self._numbers, len(self._numbers)
         for seq, block_ids in grown:
-            own_low = (seq.arrival_index + 1) * 0x7F4A7C15  # of 0x9E3779B97F4A7C15 times the number, the halves
-            own_high = (seq.arrival_index + 1) * 0x9E3779B9 + (own_low >> 32) & _HALF
-            own_low &= _HALF
+            own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
             for block_id in block_ids:
                 while block_id >= num_known:
                     num_known += 1
-                    number = num_known * 0xBF58476D1CE4E5B9
-                    lows.append(number & _HALF)
-                    highs.append(number >> 32 & _HALF)
-                low += own_low ^ lows[block_id]
-                high += own_high ^ highs[block_id]
-        self._grown = (self._grown + low + (high << 32)) & _MASK
+                    numbers.append(num_known * 0xBF58476D1CE4E5B9 & _MASK)
+                total += own ^ numbers[block_id]
+        self._grown = total & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
         return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

@@ -13,8 +13,10 @@ from setuptools import setup
 COMPILED = (
     "policies/[!_]*.py",
     "sim/horizon.py",
+    "sim/latency.py",
     "sim/leap.py",
     "sim/replica.py",
+    "sim/roofline.py",
     "traces/arrivals.py",
     "traces/request.py",
     "traces/runs/digest.py",

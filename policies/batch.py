@@ -33,6 +33,7 @@ class Batch:
         seqs, starts, lengths: of each row the sequence, the position of its first token, and its number of tokens.
         chunks, prompts: those of `seqs` that do not sample, as more of what they know is left to compute; and those
             that had sampled nothing since they were admitted.
+        sampled: those of `seqs` that sample a token.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
         grown: block tables of running sequences that became longer, with the new blocks.
@@ -54,6 +55,7 @@ class Batch:
         self.lengths: list[int] = []
         self.chunks: list[Sequence] = []
         self.prompts: list[Sequence] = []
+        self.sampled: list[Sequence] = []
         self.admitted: list[Row] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -86,11 +88,14 @@ class Batch:
         return row
 
     def count(self) -> None:
-        """Work out the totals of contexts, once every row is there."""
+        """Work out who samples and the totals of contexts, once every row is there."""
+        chunks = set(self.chunks)
+        self.sampled = [seq for seq in self.seqs if seq not in chunks] if chunks else self.seqs
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):
-            rows = zip(self.starts, self.lengths, strict=True)
-            self.num_attention_pairs = sum([start * n + n * (n + 1) // 2 for start, n in rows])
+            for place, n in enumerate(self.lengths):
+                if n > 1:  # all but its last token attend to keys beside those that are counted
+                    self.num_attention_pairs += (n - 1) * (2 * self.starts[place] + n) // 2
 
     @property
     def num_decode_tokens(self) -> int:
@@ -100,19 +105,6 @@ class Batch:
     def num_sampled(self) -> int:
         """Sequences that sample a token."""
         return len(self.seqs) - len(self.chunks)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that sample a token, in running order."""
-        if not self.chunks:
-            return self.seqs
-        chunks = set(self.chunks)
-        return [seq for seq in self.seqs if seq not in chunks]
-
-    @property
-    def num_new_pairs(self) -> int:
-        """By how much `num_attention_pairs` is larger when the decision is repeated."""
-        return self.num_tokens if self.num_tokens == len(self.seqs) else sum(n * n for n in self.lengths)
 
     @property
     def is_prefill(self) -> bool:
@@ -132,11 +124,11 @@ class Batch:
         """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
         batch = Batch(self.usual_tokens)
         batch.seqs, batch.lengths, batch.chunks, batch.prompts = self.seqs, self.lengths, self.chunks, self.prompts
-        batch.skipped, batch.is_ahead = self.skipped, self.is_ahead
-        batch.starts = [start + num_steps * n for start, n in zip(self.starts, self.lengths, strict=True)]
+        batch.sampled, batch.skipped, batch.is_ahead = self.sampled, self.skipped, self.is_ahead
+        batch.starts = [start + num_steps * self.lengths[place] for place, start in enumerate(self.starts)]
         batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
         batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens
-        batch.num_attention_pairs = self.num_attention_pairs + num_steps * self.num_new_pairs
+        batch.num_attention_pairs = self.num_attention_pairs + num_steps * sum([n * n for n in self.lengths])
         batch.num_waiting, batch.num_running = self.num_waiting, self.num_running
         batch.decision, batch.committed = self.decision + num_steps, self.committed + num_steps
         batch.seen, batch.decided_ns = self.seen, self.decided_ns

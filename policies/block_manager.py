@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
 from mypy_extensions import mypyc_attr
@@ -10,7 +11,7 @@ from mypy_extensions import mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 62
+ENDLESS: Final = 1 << 60
 """More blocks than anybody asks for."""
 
 
@@ -20,13 +21,14 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool and the number of block tables that hold it."""
+    """One block of the KV pool, the number of block tables that hold it, and its neighbours in a FreeList."""
 
-    __slots__ = ("block_id", "ref_count")
+    __slots__ = ("after", "before", "block_id", "ref_count")
 
     def __init__(self, block_id: int):
         self.block_id = block_id
         self.ref_count = 0
+        self.before = self.after = self
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
@@ -34,6 +36,44 @@ class Block:
 
     def __repr__(self) -> str:
         return f"Block({self.block_id}, ref_count={self.ref_count})"
+
+
+class FreeList:
+    """Blocks in the order of their next use, linked through themselves, so that one can leave wherever it is."""
+
+    def __init__(self) -> None:
+        self._ends = Block(-1)  # lies before the first and after the last
+        self.size = 0
+
+    def append(self, block: Block) -> None:
+        """Put a block behind the others."""
+        ends, last = self._ends, self._ends.before
+        block.before, block.after = last, ends
+        last.after = ends.before = block
+        self.size += 1
+
+    def remove(self, block: Block) -> None:
+        """Take out a block."""
+        before, after = block.before, block.after
+        before.after, after.before = after, before
+        self.size -= 1
+
+    def take(self, count: int) -> list[int]:
+        """Take out the first `count` blocks; their ids."""
+        block_ids: list[int] = []
+        block = self._ends.after
+        for _ in range(count):
+            block_ids.append(block.block_id)
+            block = block.after
+        self._ends.after, block.before = block, self._ends
+        self.size -= count
+        return block_ids
+
+    def __iter__(self) -> Iterator[int]:
+        block = self._ends.after
+        for _ in range(self.size):
+            yield block.block_id
+            block = block.after
 
 
 class BlockManager:
@@ -53,14 +93,14 @@ class BlockManager:
         self.block_size = block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free ones that can be, in the order of their next use
+        self._cached = FreeList()  # free ones that can be
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
 
     @property
     def cacheable_tokens(self) -> int:
@@ -70,7 +110,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - len(self._cached)
+        return len(self.blocks) - len(self._blank) - self._cached.size
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -129,7 +169,7 @@ class BlockManager:
             block = blocks[block_id]
             block.ref_count -= 1
             if not block.ref_count:
-                self._cached[block_id] = None
+                self._cached.append(block)
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
@@ -139,16 +179,6 @@ class BlockManager:
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that `seq` lacks for `num_tokens` tokens beyond those it has computed."""
         return -(-(seq.num_computed_tokens + num_tokens) // self.block_size) - len(seq.block_table)
-
-    def extend(self, seq: Sequence, num_tokens: int) -> list[int]:
-        """Grow the table of `seq` by the blocks of `num_tokens` more computed tokens; the ids of the new blocks.
-
-        Like every call that takes blocks, it raises NoFreeBlocksError and changes nothing if too few are free.
-        """
-        missing = self.num_missing(seq, num_tokens)
-        new_ids = self.take(missing) if missing > 0 else []
-        self.grow(seq, new_ids)
-        return new_ids
 
     def grow(self, seq: Sequence, block_ids: list[int]) -> None:
         """Put taken blocks at the end of the table of `seq`."""
@@ -194,7 +224,7 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                del self._cached[block_id]
+                self._cached.remove(block)
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
@@ -230,8 +260,7 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self._blank[:0] = reversed(list(self._cached))
-            self._cached.clear()
+            self._blank[:0] = reversed(self._cached.take(self._cached.size))
         return True
 
     def take(self, count: int) -> list[int]:
@@ -245,7 +274,7 @@ class BlockManager:
             taken += range(len(blocks), len(blocks) + missing)
             blocks += [Block(block_id) for block_id in taken[-missing:]]
         elif missing:
-            evicted = [self._cached.popitem(last=False)[0] for _ in range(missing)]
+            evicted = self._cached.take(missing)
             if self.prefix_cache is not None:
                 self.prefix_cache.remove(evicted)
             taken += evicted
@@ -288,5 +317,7 @@ class BlockManager:
                 if seq.prefix_key is None:
                     content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
                 expected = seq.block_hashes[index], content, parent
-                assert entry is not None and entry[:3] == expected, f"{seq}: block {index} is {entry}, not {expected}"
+                assert entry is not None, f"{seq}: block {index} is not stored, expected {expected}"
+                found = entry.hash, entry.content, entry.parent
+                assert found == expected, f"{seq}: block {index} is {found}, not {expected}"
                 parent = entry.prefix

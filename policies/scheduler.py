@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence as Seq
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
@@ -18,8 +18,8 @@ COMPOSITIONS = ("prefill-first", "mixed")
 RUNNING: Final = SequenceStatus.RUNNING
 FINISHED: Final = SequenceStatus.FINISHED
 
-UNLIMITED: Final = 1 << 62
-"""A limit that is none; an integer, as all limits are."""
+UNLIMITED: Final = 1 << 60
+"""A limit that is none; an integer, as all limits are, and of few enough bits to be a machine's own when compiled."""
 
 
 class Refusal(NamedTuple):
@@ -307,7 +307,9 @@ class Scheduler:
         tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
         eos = -1 if eos_token_id is None else eos_token_id
-        is_ahead, cacheable, ended = batch.is_ahead, self.block_manager.cacheable_tokens, list[Sequence]()
+        may_stop = tokens is not None and eos in tokens
+        is_ahead, cacheable = batch.is_ahead, self.block_manager.cacheable_tokens
+        ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
                 continue
@@ -317,7 +319,7 @@ class Scheduler:
             if tokens is not None:
                 token_id = tokens[place]
                 seq.token_ids.append(token_id)
-                if (token_id == eos or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
+                if (may_stop or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
                     reason = "stop"
             if is_ahead and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
                 self.block_manager.register(seq, seq.num_computed_tokens - in_flight)
@@ -351,9 +353,8 @@ class Scheduler:
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
-            return f"may have to compute {most} tokens in a step, but max_num_batched_tokens is " + (
-                f"{self.max_num_batched_tokens} and chunked prefill is off"
-            )
+            limit = f"max_num_batched_tokens is {self.max_num_batched_tokens} and chunked prefill is off"
+            return f"may have to compute {most} tokens in a step, but {limit}"
         return None
 
     def check_integrity(self) -> None:
@@ -367,8 +368,7 @@ class Scheduler:
             known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
             assert seq.status is RUNNING and 0 < computed <= known, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            needed = manager.blocks_for(computed)
-            assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
+            assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
                 least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
@@ -384,7 +384,7 @@ def _limit(name: str, value: int | None) -> int:
     return UNLIMITED if value is None else value
 
 
-def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[int] | None:
+def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[Any] | None:
     """The tokens of a step as a list, one for each sequence that samples; None in a simulation.
 
     Raises:
@@ -397,6 +397,7 @@ def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[int] |
     if len(token_ids) != len(sampled):
         raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(sampled)}")
     try:
-        return array("I", token_ids).tolist()
+        packed = array("I", token_ids)
+        return token_ids if isinstance(token_ids, list) else packed.tolist()
     except (OverflowError, TypeError) as error:
         raise ValueError(f"tokens are {list(token_ids)}, expected integers of 4 bytes") from error

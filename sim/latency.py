@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,15 +47,24 @@ class StepFeatures(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
-        prompts: tuple[tuple[int, int], ...] = ()
-        decode_starts: Iterable[int] = batch.starts
-        if batch.prompts:
+        prompts: list[tuple[int, int]] = []
+        longest_decode = 0
+        if not batch.prompts:
+            longest_decode = max(batch.starts, default=-1) + 1
+        else:
             inside = set(batch.prompts)
-            rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
-            prompts = tuple((start, length) for seq, start, length in rows if seq in inside)
-            decode_starts = (start for seq, start, _ in rows if seq not in inside)
-        held = sum([len(seq.block_table) for seq in batch.seqs]) - batch.num_used_blocks
-        decode_kv_tokens = batch.num_kv_tokens - sum([start + length for start, length in prompts])
+            for place, start in enumerate(batch.starts):
+                if batch.seqs[place] in inside:
+                    prompts.append((start, batch.lengths[place]))
+                elif start >= longest_decode:
+                    longest_decode = start + 1
+        num_shared = -batch.num_used_blocks
+        for seq in batch.seqs:
+            num_shared += len(seq.block_table)
+        shared_tokens = 0
+        if num_shared > 0:
+            prompt_kv_tokens = sum([start + length for start, length in prompts])
+            shared_tokens = min(num_shared * batch.seqs[0].tokens_per_block, batch.num_kv_tokens - prompt_kv_tokens)
         return cls(
             batch.decision,
             len(batch),
@@ -68,9 +76,9 @@ class StepFeatures(NamedTuple):
             arrived,
             len(batch.left),
             batch.decided_ns,
-            max(decode_starts, default=-1) + 1,
-            prompts,
-            min(held * batch.seqs[0].tokens_per_block, decode_kv_tokens) if held > 0 else 0,
+            longest_decode,
+            tuple(prompts),
+            shared_tokens,
         )
 
     def repeated(self, number: int, decided_ns: int) -> StepFeatures:

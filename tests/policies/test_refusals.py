@@ -92,8 +92,8 @@ def test_more_blocks_than_are_free():
     manager.admit(seq, [], 3)
     manager.admit(other, [], 1)
     seq.num_computed_tokens = 3
-    assert manager.extend(seq, 1) == []
-    for extend in (lambda: manager.extend(seq, 2), lambda: manager.take(1)):
+    assert (manager.num_missing(seq, 1), manager.num_missing(seq, 2)) == (0, 1)
+    for extend in (lambda: manager.grow(seq, manager.take(1)), lambda: manager.take(1)):
         with pytest.raises(NoFreeBlocksError, match="0 are free"):
             extend()
     assert len(seq.block_table) == 2 and len(other.block_table) == 1
@@ -105,7 +105,8 @@ def test_more_blocks_than_are_free_though_some_are():
     seq = Sequence([1, 2, 3])
     manager.admit(seq, [], 3)
     seq.num_computed_tokens = 3
-    for extend in (lambda: manager.extend(seq, 6), lambda: manager.take(3)):
+    assert manager.num_missing(seq, 6) == 3
+    for extend in (lambda: manager.grow(seq, manager.take(3)), lambda: manager.take(3)):
         with pytest.raises(NoFreeBlocksError, match="3 blocks are needed, 2 are free"):
             extend()
     assert (seq.block_table, manager.free_block_ids) == ([0, 1], [2, 3])

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,6 +77,7 @@ class _Served:
     sampling: SamplingParams
     seq: Sequence
     cached_tokens: int | None = None
+    has_begun: bool = False
 
 
 @dataclass(slots=True)
@@ -140,8 +141,8 @@ class RunRecorder(CoreListener):
         self._steps_file = self._open("steps.jsonl")
         self._requests_file = self._open("requests.jsonl")
         self._next_number = 0
-        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        self._most_calls = _AT_ONCE if world == "sim" else 1
+        self._waiting: list[_Served | _Decided] = []
+        self._most_waiting = _AT_ONCE if world == "sim" else 1
         self._lines: dict[int, bytes] = {}
 
     def _open(self, name: str) -> IO[bytes]:
@@ -169,8 +170,9 @@ class RunRecorder(CoreListener):
         if expected is None:
             self._write_request(number, b"")
         else:
-            self._served[seq.seq_id] = _Served(number, *expected, seq)
-            self._later(self.metrics.gaps.begin, seq.seq_id, seq.sampling_params.max_tokens)
+            request, sampling = expected
+            served = self._served[seq.seq_id] = _Served(number, request, sampling, seq)
+            self._later(served)
 
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
@@ -198,13 +200,13 @@ class RunRecorder(CoreListener):
             first = oldest.batch
             first.start_ns = batch.decided_ns if batch.start_ns is None else batch.start_ns
             first.end_ns = batch.end_ns
-        self._later(self._write_step, oldest)
+        self._later(oldest)
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended."""
         served = self._served.pop(seq.seq_id, None)
         if served is not None:
-            self._later(self._keep, served)
+            self._later(served)
 
     # --- the end ---
 
@@ -251,17 +253,24 @@ class RunRecorder(CoreListener):
     def __exit__(self, *exception: object) -> None:
         self.discard()
 
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Make a call that nothing waits for together with others, in order; in a real run, whose steps would, now."""
-        self._calls.append((call, arguments))
-        if len(self._calls) >= self._most_calls:
+    def _later(self, event: _Served | _Decided) -> None:
+        """Write what a request's begin, a step or a request's end says together with others, in order; in a real run,
+        whose steps would wait for that, now."""
+        self._waiting.append(event)
+        if len(self._waiting) >= self._most_waiting:
             self._work_off()
 
     def _work_off(self) -> None:
-        """Make the calls that are left to make."""
-        for call, arguments in self._calls:
-            call(*arguments)
-        self._calls.clear()
+        """Write what is left to write."""
+        for event in self._waiting:
+            if isinstance(event, _Decided):
+                self._write_step(event)
+            elif event.has_begun:
+                self._keep(event)
+            else:
+                event.has_begun = True
+                self.metrics.gaps.begin(event.seq.seq_id, event.seq.sampling_params.max_tokens)
+        self._waiting.clear()
 
     def _keep(self, served: _Served) -> None:
         """Turn what is known of a request into its row."""
@@ -405,7 +414,7 @@ def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[s
         "preempted": _ids(batch.preempted),
         "usual": batch.usual_tokens,
         "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
-        "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
+        "grown": [[seq.seq_id, block_ids] for seq, block_ids in batch.grown],
         "tokens": batch.num_tokens,
         "prompt_tokens": batch.num_prompt_tokens,
         "decode_tokens": batch.num_decode_tokens,

@@ -44,19 +44,13 @@ class Piece:
 
 
 class _Answer:
-    """One sequence that is being served, and its text.
+    """One sequence that is being served, and its text."""
 
-    Args:
-        stop_ids: tokens that end it beside those that end its sequence.
-    """
-
-    def __init__(
-        self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None, stop_ids: Seq[int]
-    ):
+    def __init__(self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None):
         self.index, self.ask, self.seq = index, ask, seq
         self.num_tokens = 0
         self.is_done = False
-        self._backend, self._text, self._stop_ids = backend, text, stop_ids
+        self._backend, self._text = backend, text
 
     def take(self) -> Piece | None:
         """What is new; None if nothing is.
@@ -72,8 +66,6 @@ class _Answer:
             return None
         if 1 < len(token_ids) <= _MOST_APART:
             token_ids, reason = token_ids[:1], None
-        if self._stop_ids and (ends := [place for place, token in enumerate(token_ids) if token in self._stop_ids]):
-            token_ids, reason = token_ids[: ends[0] + 1], "stop"
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
         if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
             piece.finish_reason = "stop"
@@ -154,7 +146,6 @@ class Answers:
                 ask,
                 seq,
                 None if tokenizer is None else AnswerText(tokenizer, ask.prompt, stops=body.stops, **how),
-                (body.stop_token_ids or ()) if body.ignore_eos else (),
             )
             for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, wakes), strict=True))
         ]

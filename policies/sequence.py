@@ -33,9 +33,9 @@ class SamplingParams:
     share of the most probable token's probability. `repetition_penalty` divides the positive logits of the tokens that
     came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). With a `seed` a request's tokens
     are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does,
-    which `ignore_eos` alone switches off. `logprobs` asks for the log-probabilities of each generated token and of so many
-    most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to the
-    logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
+    which alone `ignore_eos` switches off. `logprobs` asks for the log-probabilities of each generated token and of so
+    many most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to
+    the logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
     logits of tokens that were generated before, `frequency_penalty` as often as they were.
     """
 

@@ -127,7 +127,8 @@ def test_seeded_choices_repeat_and_differ_from_one_another(serving):
 
 
 def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(serving, tmp_path):
-    running = serving(TinyModel({"num_gpu_blocks": 40, "max_num_seqs": 8}), record=tmp_path / "run")
+    model = TinyModel({"num_gpu_blocks": 40, "max_num_seqs": 8})
+    running = serving(model, record=tmp_path / "run", segment_bytes=20_000)
     prompts = [f"{number} " + "tell me " * (number % 5) for number in range(12)]
     expected = {prompt: alone(prompt, 24) for prompt in prompts}
     draws = random.Random(3)
@@ -160,6 +161,7 @@ def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(
     running.stop()
     record = load_record(tmp_path / "run")
     assert len(record.requests) == 60 and sum(row["cached_tokens"] for row in record.requests) > 0
+    assert len(list((tmp_path / "run" / "segments").iterdir())) > 3
     result = replay(record)
     assert result.is_exact, result.difference
 
@@ -179,7 +181,7 @@ def test_a_conversation_hits_its_own_answers_and_replays_exactly_without_its_tex
     assert replay(record).is_exact
     numbers = [number for row in record.prompts.values() for number in row]
     assert min(numbers) >= 1 << 31
-    trace = read_trace(tmp_path / "run" / "requests.jsonl")
+    trace = read_trace(tmp_path / "run")
     assert trace.sha256 == record.run["facts"]["trace"]["sha256"]
     assert [request.after for request in trace.requests] == [None, 0, 1]
     assert [request.max_tokens for request in trace.requests] == [len(tokens) for tokens in record.outputs.values()]
@@ -227,7 +229,8 @@ def test_an_engine_that_fails_tells_its_clients_and_ends_the_server(tmp_path):
     with pytest.raises(StepError):
         running._thread.join()
         running.stop()
-    assert not (tmp_path / "run").exists()
+    [row] = load_record(tmp_path / "run").requests
+    assert (row["finish_reason"], row["output_tokens"]) == (None, 0)
 
 
 @pytest.mark.parametrize("world", [TinyModel, simulated])

@@ -17,12 +17,13 @@ from shell import fitted
 from twinserve.policies import SamplingParams
 from twinserve.serving.protocol import NOT_SERVED
 from twinserve.settings.build_core import Settings
-from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.readers import read_trace
+from twinserve.traces.runs.fleet_record import load_replicas
 from twinserve.traces.runs.record import RunRecorder, load_record
 from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.vllm_records import load_run
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -215,9 +216,10 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     for number in range(6):
         client.completions.create(model="round", prompt="once upon a time " * 9, n=6, max_tokens=10 + 5 * number)
     said = scraped(running.url)
-    summary = running.stop()
+    counts = running.stop()
     record = load_record(tmp_path / "run")
-    rows = record.requests
+    rows, summary = record.requests, record.run["summary"]
+    assert counts == {"requests": 36, "length": 36}
     assert said["vllm:num_preemptions_total"] == sum(row["preemptions"] for row in rows) > 0
     assert said["vllm:prompt_tokens_total"] == sum(row["prompt_tokens"] for row in rows) == summary["prompt_tokens"]
     assert said["vllm:generation_tokens_total"] == sum(row["output_tokens"] for row in rows)
@@ -294,7 +296,7 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     asyncio.run(crowd())
     running.stop()
     live = load_record(tmp_path / "live")
-    requests = read_trace(tmp_path / "live" / "requests.jsonl").requests
+    requests = read_trace(tmp_path / "live").requests
     settings = Settings.model_validate(live.run["settings"])
     with RunRecorder(tmp_path / "sim", world="sim", settings=settings.model_dump(), facts={}) as recorder:
         core = settings.build_core(listener=recorder)
@@ -308,8 +310,8 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     assert [row.get("digest") for row in again.steps][-1] == live.steps[-1]["digest"]
 
 
-def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router(serving, tmp_path):
-    running = serving(simulated(replicas=3))
+def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router_and_is_recorded(serving, tmp_path):
+    running = serving(simulated(replicas=3), record=tmp_path / "fleet", segment_bytes=4000)
 
     async def crowd():
         async with running.client(openai.AsyncOpenAI) as client:
@@ -323,9 +325,13 @@ def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router(serving, 
     counts = [core.num_ingested for core in running.cores]
     assert sum(counts) == 13 and min(counts) >= 3
     assert scraped(running.url)["vllm:request_success_totallength"] == 12
-    alone = Running(simulated(replicas=2), record=tmp_path / "run")
-    with pytest.raises(InputError, match="live traffic of a fleet is not recorded"):
-        alone.wait().stop()
+    assert running.stop() == {"requests": 13, "length": 12, "abort": 1}
+    replicas = load_replicas(tmp_path / "fleet")
+    assert [len(record.requests) for record in replicas] == counts
+    assert all(replay(record).is_exact and len(record.steps) for record in replicas)
+    fleet = load_run(tmp_path / "fleet")
+    assert (len(fleet.requests), fleet.run["summary"]["finished"]) == (13, 12)
+    assert len(read_trace(tmp_path / "fleet").requests) == 13
 
 
 def test_the_page_of_the_interface_is_there(serving):

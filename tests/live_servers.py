@@ -23,6 +23,7 @@ from twinserve.serving.recording import LiveRecord, RecordOptions
 from twinserve.serving.run import Model, Service, SimulatedModel
 from twinserve.settings.build_core import Settings
 from twinserve.sim.routers import LeastOutstanding
+from twinserve.traces.runs.segments import KeptTokens
 from twinserve.worlds.run import ReplicaSpec
 
 FACTS: dict[str, Any] = {"name": "round numbers", "identity": "test"}
@@ -52,7 +53,8 @@ class TinyModel:
 
     def backend(self, record: RecordOptions | None) -> Backend:
         settings = Settings.load({"block_size": 16, "num_gpu_blocks": 256} | self.settings)
-        self.llm = LLM(judge_of("llama").model, tokenizer=byte_tokenizer(), name="tiny", settings=settings)
+        how: dict[str, Any] = {"tokenizer": byte_tokenizer(), "name": "tiny", "settings": settings}
+        self.llm = LLM(judge_of("llama").model, **how, threads=1)  # two teams of threads wait for each other
         kept = None
         if record is not None:
             kept = LiveRecord.of_engine(record, self.llm.settings, self.llm.facts(), self.llm.device_name)
@@ -76,13 +78,14 @@ class Running:
         *,
         segment_bytes: int = 64 << 20,
         segment_s: float = 60.0,
+        tokens: KeptTokens | None = None,
         **options: Any,
     ):
-        kept = None if record is None else RecordOptions(record, segment_bytes=segment_bytes, segment_s=segment_s)
+        kept = None if record is None else RecordOptions(record, tokens, segment_bytes, segment_s)
         self.service = Service(ServeOptions(port=0, **options), model, record=kept, say=lambda line: None)
         self.counts: Counter[str] | None = None
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twinserve.serving.answers import Answers, Piece, Wakes
 from twinserve.serving.backends import Ask, Backend
 from twinserve.serving.formats import ChatFormat, CompletionFormat, Format
+from twinserve.serving.limits import BodyLimits
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.protocol import (
@@ -160,6 +161,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
+    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), stall_s=options.client_timeout)
     if options.api_key:
         app.add_middleware(_Keyed, keys=options.api_key)
 

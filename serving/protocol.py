@@ -53,7 +53,8 @@ class ApiError(Exception):
 
 def error_body(message: str, status: HTTPStatus, param: str | None = None) -> dict[str, Any]:
     """An error as vLLM says it."""
-    kinds = {400: "BadRequestError", 404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+    kinds = {400: "BadRequestError", 404: "NotFoundError", 408: "RequestTimeoutError", 413: "PayloadTooLargeError"}
+    kinds |= {429: "RateLimitError", 503: "ServiceUnavailableError"}
     kind = kinds.get(status, status.phrase)
     return {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
 

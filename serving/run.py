@@ -20,6 +20,7 @@ from twinserve.engine.options import EngineOptions
 from twinserve.serving.answers import Wakes
 from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
+from twinserve.serving.limits import give_up_after
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
@@ -191,6 +192,7 @@ class Service:
             RunError: the engine has failed.
         """
         with _listening(self._server.options) as listener:
+            give_up_after(listener, self._server.options.client_timeout)
             self._uvicorn.run([listener])
         if self._error is not None:
             raise self._error

@@ -38,7 +38,7 @@ class Piece:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -50,6 +50,7 @@ class _Answer:
         self.index, self.ask, self.seq = index, ask, seq
         self.num_tokens = 0
         self.is_done = False
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._backend, self._text = backend, text
 
     def take(self) -> Piece | None:
@@ -66,6 +67,9 @@ class _Answer:
             return None
         if 1 < len(token_ids) <= _MOST_APART:
             token_ids, reason = token_ids[:1], None
+        if self.num_tokens == 0 and token_ids and self.ask.prompt_logprobs is not None:
+            of_prompt = self._backend.logprobs(seq)
+            self.prompt_logprobs = [None, *(of_prompt[place] for place in range(1, seq.num_prompt_tokens))]
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
         if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
             piece.finish_reason = "stop"
@@ -170,6 +174,14 @@ class Answers:
     def num_completion_tokens(self) -> int:
         """Of all answers, so far."""
         return sum(answer.num_tokens for answer in self._answers)
+
+    def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The tokens of an answer's prompt, and their log-probabilities where they were asked for; the first has none.
+
+        They are known once the answer has begun.
+        """
+        answer = self._answers[index]
+        return answer.ask.prompt, answer.prompt_logprobs or []
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What comes, until every answer has ended; whatever ends this before aborts what is left.

@@ -109,10 +109,9 @@ class Server:
         backend, longest = self.ready, self.ready.max_model_len
         if body.priority and backend.settings.scheduling_policy == "fcfs":
             raise ApiError("priority is served with --scheduling-policy priority alone", param="priority")
-        if (body.num_logprobs or 0) > self.options.max_logprobs:
-            raise ApiError(
-                f"logprobs is {body.num_logprobs}, expected at most {self.options.max_logprobs}", param="logprobs"
-            )
+        for name, asked in (("logprobs", body.num_logprobs), ("prompt_logprobs", body.num_prompt_logprobs)):
+            if (asked or 0) > self.options.max_logprobs:
+                raise ApiError(f"{name} is {asked}, expected at most {self.options.max_logprobs}", param=name)
         if body.stops and backend.tokenizer is None:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
         most = self.options.max_num_queued_reqs
@@ -133,7 +132,7 @@ class Server:
                 raise ApiError(f"min_tokens is {body.min_tokens}, expected at most {max_tokens}", param="min_tokens")
             for choice in range(body.n):
                 params = backend.params(body, max_tokens, choice)
-                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or ""))
+                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or "", body.num_prompt_logprobs))
         return asks
 
 

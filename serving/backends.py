@@ -41,6 +41,7 @@ class Ask:
         session: the conversation it belongs to.
         priority: smaller is more urgent.
         salt: requests of different salts never share blocks.
+        prompt_logprobs: how many log-probabilities are asked for of each token of the prompt; None is none.
     """
 
     prompt: list[int]
@@ -48,6 +49,7 @@ class Ask:
     session: int | None = None
     priority: int = 0
     salt: str = ""
+    prompt_logprobs: int | None = None
 
 
 class Backend(ABC):
@@ -126,9 +128,15 @@ class Backend(ABC):
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
         """The sequence of a request, which the record has been told of by the time it comes in."""
 
-    def _concealed(self, salt: str) -> str:
-        """A salt as it is known beyond this process, where it may be a secret."""
-        return hashlib.blake2b(salt.encode(), key=self._secret, digest_size=8).hexdigest() if salt else ""
+    def _concealed(self, salt: str, alone: int | None) -> str:
+        """A salt as it is known beyond this process, where it may be a secret.
+
+        Args:
+            alone: the number of a request that computes all of its prompt, and so shares no block with any other.
+        """
+        if not salt and alone is None:
+            return ""
+        return hashlib.blake2b(f"{alone} {salt}".encode(), key=self._secret, digest_size=8).hexdigest()
 
     def submit(self, asks: Seq[Ask], follower: Follower) -> list[Sequence]:
         """Let requests in, all of them before the next decision.
@@ -142,7 +150,8 @@ class Backend(ABC):
 
         def make(now_ns: int) -> list[Sequence]:
             for number, ask, parts in made:
-                labels = {"session": ask.session, "priority": ask.priority, "salt": self._concealed(ask.salt)}
+                salt = self._concealed(ask.salt, None if ask.prompt_logprobs is None else number)
+                labels = {"session": ask.session, "priority": ask.priority, "salt": salt}
                 request = Request(number, now_ns, parts, ask.params.max_tokens, **labels)  # type: ignore[arg-type]
                 seqs.append(self._sequence(request, ask))
             return seqs
@@ -177,6 +186,9 @@ class EngineBackend(Backend):
         return asked or self.max_model_len - num_prompt_tokens
 
     def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
+        if body.num_prompt_logprobs is not None and self._llm.attention.graphs:
+            problem = "log-probabilities of prompts are not served where steps are graphs: --execution eager has them"
+            raise ApiError(problem, param="prompt_logprobs")
         if body.stop_token_ids:
             self.check_prompt(body.stop_token_ids)
         try:
@@ -193,9 +205,12 @@ class EngineBackend(Backend):
     def ended(self, seq: Sequence, ask: Ask) -> None:
         super().ended(seq, ask)
         self._llm.runner.logprobs.pop(seq, None)
+        self._llm.runner.prompt_asks.pop(seq, None)
 
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
         seq = request.to_sequence(ask.params, ask.prompt)
+        if ask.prompt_logprobs is not None:
+            self._llm.runner.prompt_asks[seq] = ask.prompt_logprobs
         if self.record is not None:
             self.record.recorders[0].expect(request, seq.sampling_params)
         return seq
@@ -255,7 +270,7 @@ class SimulatedBackend(Backend):
         return asked or (min(STAND_IN_TOKENS, room) if self._lengths is None else room)
 
     def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
-        if body.num_logprobs is not None:
+        if body.num_logprobs is not None or body.num_prompt_logprobs is not None:
             raise ApiError("logprobs are not served by a simulation, which has no probabilities", param="logprobs")
         return body.sampling_params({}, max_tokens, choice)
 

@@ -79,6 +79,7 @@ def test_the_next_turn_of_a_conversation_hits_the_answer_of_the_turn_before(serv
     [
         ("completions", {"model": "other", "prompt": "a"}, 404, "The model `other` does not exist."),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens: Input should be greater"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1}, 400, "logprobs are not served by a simulation"),
         ("completions", {"prompt": "a", "max_tokens": 1024}, 400, "maximum context length is 1024 tokens; the prompt"),
         ("completions", {"prompt": [5] * 1024}, 400, "maximum context length is 1024 tokens; the prompt has 1024"),
         ("completions", {"prompt": []}, 400, "the prompt has no tokens"),

@@ -225,7 +225,9 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     assert said["vllm:prompt_tokens_total"] == sum(row["prompt_tokens"] for row in rows) == summary["prompt_tokens"]
     assert said["vllm:generation_tokens_total"] == sum(row["output_tokens"] for row in rows)
     assert said["vllm:request_success_totallength"] == len(rows) == summary["finished"] == 36
-    assert said["vllm:prefix_cache_hits_total"] == summary["cached_tokens"]
+    assert said["vllm:prefix_cache_hits_total"] == said["vllm:prompt_tokens_cached_total"] == summary["cached_tokens"]
+    computed = sum(row["prompt_tokens"] - row["cached_tokens"] for row in rows)
+    assert said["vllm:request_prefill_kv_computed_tokens_sum"] == computed
     for name, first, last in (
         ("time_to_first_token", "arrival_ns", "first_token_ns"),
         ("e2e_request_latency", "arrival_ns", "finish_ns"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
@@ -103,22 +104,25 @@ class Wakes:
 
     Attributes:
         events: set when a sequence has got something.
+        lag_s: how long the latest wake came after what it told of: so much later do streams go out.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.events: dict[Sequence, asyncio.Event] = {}
         self._loop = loop
+        self.lag_s = 0.0
         self._told: deque[list[Sequence]] = deque()
-        self._is_due = False
+        self._is_due, self._due_s = False, 0.0
 
     def __call__(self, seqs: list[Sequence]) -> None:
         """Hear of sequences; in the thread of Core."""
         self._told.append(seqs)
         if not self._is_due:
-            self._is_due = True
+            self._is_due, self._due_s = True, time.perf_counter()
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
+        self.lag_s = time.perf_counter() - self._due_s
         self._is_due = False
         while self._told:
             for seq in self._told.popleft():
@@ -183,8 +187,10 @@ class Answers:
         answer = self._answers[index]
         return answer.ask.prompt, answer.prompt_logprobs or []
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What comes, until every answer has ended; whatever ends this before aborts what is left.
+    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+        """What comes, as much as is there at a time, until every answer has ended.
+
+        Whatever ends this before aborts what is left.
 
         Raises:
             ApiError: a request was refused, or the engine has failed.
@@ -194,12 +200,15 @@ class Answers:
             while left:
                 await self._event.wait()
                 self._event.clear()
+                found: list[Piece] = []
                 for answer in left:
                     while not answer.is_done and (piece := answer.take()) is not None:
-                        yield piece
-                    if not answer.is_done and (error := self._backend.live.error) is not None:
-                        raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
+                        found.append(piece)
                 left = [answer for answer in left if not answer.is_done]
+                if found:
+                    yield found
+                if left and (error := self._backend.live.error) is not None:
+                    raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         finally:
             self._backend.live.abort([answer.seq for answer in self._answers])
             for answer in self._answers:

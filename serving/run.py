@@ -250,6 +250,7 @@ class Service:
         metrics.watch(live.cores, backend.settings)
         if isinstance(live, LiveReplicas):
             metrics.own_gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
-        self._server.wakes = Wakes(asyncio.get_running_loop())
+        wakes = self._server.wakes = Wakes(asyncio.get_running_loop())
+        metrics.own_gauge("stream_lag_seconds", "How late streams hear of what is there for them.", lambda: wakes.lag_s)
         self._server.metrics, self._server.backend = metrics, backend
         self._say(f"serving {backend.name}")

@@ -238,7 +238,8 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     assert said["vllm:num_requests_running"] == said["vllm:kv_cache_usage_perc"] == 0
     own = {name.replace("twinserve:", "vllm:"): value for name, value in said.items() if name.startswith("twinserve:")}
     theirs = {name: value for name, value in said.items() if name.startswith("vllm:")}
-    assert own.keys() - theirs.keys() == {"vllm:simulation_lag_seconds"} and not theirs.keys() - own.keys()
+    lags = {"vllm:simulation_lag_seconds", "vllm:stream_lag_seconds"}
+    assert own.keys() - theirs.keys() == lags and not theirs.keys() - own.keys()
     assert own["vllm:generation_tokens_total"] == theirs["vllm:generation_tokens_total"]
 
 

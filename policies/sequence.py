@@ -32,10 +32,10 @@ class SamplingParams:
     `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 keep the whole vocabulary; `min_p` is a
     share of the most probable token's probability. `repetition_penalty` divides the positive logits of the tokens that
     came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). With a `seed` a request's tokens
-    are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does;
-    `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each generated token and of so many
-    most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to the
-    logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
+    are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does,
+    which alone `ignore_eos` switches off. `logprobs` asks for the log-probabilities of each generated token and of so
+    many most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to
+    the logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
     logits of tokens that were generated before, `frequency_penalty` as often as they were.
     """
 
@@ -72,7 +72,7 @@ class SamplingParams:
 
     def stops(self, token_id: int, eos_token_id: int) -> bool:
         """Does the token end a sequence, whatever its length?"""
-        return (token_id == eos_token_id or token_id in self.stop_token_ids) and not self.ignore_eos
+        return (token_id == eos_token_id and not self.ignore_eos) or token_id in self.stop_token_ids
 
 
 _next_seq_id = itertools.count()

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from twinserve.traces.formats import (
     weka,
 )
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
-from twinserve.traces.lines import Line, json_value, read_content, text_lines
+from twinserve.traces.lines import Line, json_lines_file, json_value, read_content, text_lines
 from twinserve.traces.request import Request
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
@@ -45,7 +46,8 @@ class Trace:
     Attributes:
         requests: numbered in the order of their arrival.
         format: the name of its format.
-        sha256: of the file's content, unpacked; of a folder, of its files' names and sha256.
+        sha256: of the file's content, unpacked; of a record in several files, of all together; of a folder of
+            conversations, of its files' names and sha256.
         notes: how many requests have what a reader of results should know of: `same_instant` as the request before,
             `repeated_prompt` of an earlier request, `private_prompt` (shared with nothing because nothing is known of
             it), `one_token_output` (no time between tokens).
@@ -62,14 +64,16 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace: a file in any of the formats, or a folder of WEKA's conversations.
+    """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
 
     Raises:
         InputError: the file cannot be read, its format is unknown, a value is missing or wrong, or times go backwards.
     """
     path = Path(path)
     reading = Reading()
-    if path.is_dir():
+    if path.is_dir() and recorded.is_record(path):
+        name, (rows, sha256) = recorded.NAME, _record(path, reading)
+    elif path.is_dir():
         name, (rows, sha256) = weka.NAME, _folder(path, reading)
     else:
         content = read_content(path)
@@ -175,6 +179,25 @@ def _first_object(lines: list[str], path: Path) -> tuple[dict[str, Any], bool]:
         if len(lines) == 1:
             raise
     return json_value("\n".join(lines), path, nan=True), False
+
+
+def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:
+    """The rows of a run record, and the sha256 of the files that hold them."""
+    paths = recorded.request_files(folder)
+    lines = (line for path in paths for line in json_lines_file(path))
+    return recorded.rows_of(lines, reading), sha256_of(paths)
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """The sha256 of what files hold, unpacked, one after the other.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(read_content(path))
+    return digest.hexdigest()
 
 
 def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:

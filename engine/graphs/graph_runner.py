@@ -57,6 +57,8 @@ class GraphRunner:
         model, device, num_blocks, block_size: as in use.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
+        prompt_asks: None may ask for the log-probabilities of prompts here: a graph leaves no more than the logits of
+            what it samples.
     """
 
     def __init__(self, model: Decoder, config: RunnerConfig):
@@ -65,6 +67,7 @@ class GraphRunner:
         self._cache = KVCache(model.config, self.num_blocks, self.block_size, config.kv_cache_dtype, self.device)
         self._generator = random.Random(config.options.seed)
         self.logprobs: Heard = {}
+        self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
         width = -(-max_model_len // self.block_size)
@@ -207,7 +210,7 @@ class GraphRunner:
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
         self._places = [places[row.seq] for row in rows if row.samples]
         in_order = _InOrder(step, self._places)
-        return LogprobStep(in_order, asked, self.logprobs) if asked else in_order
+        return LogprobStep(in_order, [asked], self.logprobs) if asked else in_order
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""

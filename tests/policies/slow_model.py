@@ -333,8 +333,8 @@ class SlowModel:
                 request.tokens.append(token)
             if request.status == RUNNING:
                 self._register(request, request.computed - request.in_flight)
-            stops = token is not None and (token == self.rules.eos or token in request.stop_tokens)
-            if stops and not request.ignore_eos:
+            is_eos = token == self.rules.eos and not request.ignore_eos
+            if token is not None and (is_eos or token in request.stop_tokens):
                 request.reason = "stop"
             elif request.known >= self.final_length(request):
                 request.reason = "length"

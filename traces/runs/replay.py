@@ -109,7 +109,9 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
         request = Request(
             row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"], **labels
         )
-        params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=tuple(row["stop_token_ids"]))
+        # Before ignore_eos left them alone, records said stop tokens that it had switched off.
+        stops = () if row["ignore_eos"] and row["finish_reason"] != "stop" else tuple(row["stop_token_ids"])
+        params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=stops)
         if maker is None:
             return request.to_sequence(params)
         return request.to_sequence(params, record.prompts.get(request.id) or maker.token_ids(request, record.outputs))

@@ -176,7 +176,7 @@ GROUPS = [
     _group(SMALL, "azure", "mixed", 2048, 1024, 16, False, 60_000, (0.95,), 200),
     _group(SMALL, "azure", "prefill-first", 8192, 64, 16, False, 4_000, (0.8,), 150),
     _group(SMALL, "sessions", "mixed", 512, 64, 256, True, 240, (0.8, 0.95), 200),
-    _group(SMALL, "mooncake", "prefill-first", 512, 256, 256, True, 3_700, (0.8,), 60),
+    _group(SMALL, "bursty", "prefill-first", 512, 256, 16, False, 60_000, (0.8,), 200),
     _group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 1000, (0.8,)),
     _group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
     _group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),

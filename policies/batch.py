@@ -42,6 +42,7 @@ class Batch:
         num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
         num_attention_pairs: each query counted against each key that it attends.
         is_ahead: it was decided while the step before was in flight.
+        lost_prompts: rows of prompts were taken back, as their sequences were preempted.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
         decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core, by the loop around
             it, and by the executor.
@@ -62,7 +63,7 @@ class Batch:
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
         self.num_waiting = self.num_running = self.num_used_blocks = 0
-        self.is_ahead = False
+        self.is_ahead = self.lost_prompts = False
         self.decision = self.committed = -1
         self.seen = self.decided_ns = 0
         self.launched_ns: int | None = None
@@ -83,6 +84,7 @@ class Batch:
         if row.is_prompt:
             self.prompts.remove(seq)
             self.num_prompt_tokens -= row.num_tokens
+            self.lost_prompts = True
         return row
 
     def count(self) -> None:

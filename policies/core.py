@@ -43,6 +43,7 @@ class Core:
 
     It reads no clock and never waits: `now_ns` is handed in. Decisions may run ahead of results by `pipeline_depth`
     steps: at 0 a step's tokens are known before the next is decided, at 1 the next is decided while they are in flight.
+    A pipeline of r ranks has r in flight; the Scheduler is told of it (`pipeline_parallel_size`).
     An abort takes effect at the next decision, so that the facts between two decisions need no order among themselves.
     """
 
@@ -54,8 +55,8 @@ class Core:
         eos_token_id: int | None = None,
         listener: CoreListener | None = None,
     ):
-        if pipeline_depth not in (0, 1):
-            raise ValueError(f"pipeline_depth is {pipeline_depth}, expected 0 or 1")
+        if pipeline_depth < 0:
+            raise ValueError(f"pipeline_depth is {pipeline_depth}, expected an integer >= 0")
         self.scheduler = scheduler
         self.pipeline_depth = pipeline_depth
         self.eos_token_id = eos_token_id

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.vllm_versions import nearest_version
 from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request
@@ -128,6 +129,7 @@ def _settings(found: dict[str, Any], path: Path) -> dict[str, Any]:
     if found["policy"] != "fcfs":
         raise InputError("expected 'fcfs'", path=path / "run.json", field="settings.policy", value=found["policy"])
     return {name: found[name] for name in _COPIED_SETTINGS} | {
+        "vllm_version": nearest_version(found["vllm"]),
         "num_gpu_blocks": found["num_gpu_blocks"] - 1,
         "pipeline_depth": found["max_concurrent_batches"] - 1,
     }

@@ -38,19 +38,16 @@ class Block:
 
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
-
     There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
     A sequence's blocks are given up from its last to its first. Those that the prefix cache knows are used again once
-    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head.
-    """
+    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head."""
 
     def __init__(self, num_blocks: int | None, block_size: int):
         if num_blocks is not None and num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}, expected an integer >= 1")
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}, expected an integer >= 1")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
         self._cached: OrderedDict[int, None] = OrderedDict()  # free ones that can be, in the order of their next use
@@ -92,8 +89,6 @@ class BlockManager:
             raise ValueError("this BlockManager serves another PrefixCache already")
         self.prefix_cache = prefix_cache
 
-    # --- the guide's calls: a sequence's whole known length at once ---
-
     def can_allocate(self, seq: Sequence) -> bool:
         """Are there free blocks for all tokens that `seq` knows?"""
         return self.blocks_for(seq.num_tokens) <= self.num_free_blocks
@@ -103,11 +98,8 @@ class BlockManager:
         self.admit(seq, [], seq.num_tokens)
 
     def allocate_with_cache(self, seq: Sequence, prefix_cache: PrefixCache) -> None:
-        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix.
-
-        `seq.num_cached_tokens` becomes the number of tokens found; at least the last known token is left to compute.
-        The full blocks of `seq` are in the cache from now on.
-        """
+        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix: in all
+        `num_cached_tokens`, never the last known one. Its full blocks are in the cache from now on."""
         self.bind(prefix_cache)
         hits = self.find_hits(seq)
         self.admit(seq, hits, seq.num_tokens - len(hits) * self.block_size)
@@ -133,8 +125,6 @@ class BlockManager:
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
-
-    # --- the scheduler's calls: as many tokens as a step computes ---
 
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that `seq` lacks for `num_tokens` tokens beyond those it has computed."""
@@ -164,10 +154,8 @@ class BlockManager:
         return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
-        """The hashes of the blocks that end with so many tokens of a sequence without token ids.
-
-        The key of a prefix tells it from every other, so that no content has to be compared.
-        """
+        """The hashes of the blocks that end with so many tokens of a sequence without token ids. Each tells its prefix
+        from every other, so that no content has to be compared."""
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
         each = getattr(seq.prefix_key, "each", None)
         keys = list(map(seq.prefix_key, ends)) if each is None else each(ends)
@@ -177,10 +165,8 @@ class BlockManager:
         return [key ^ mask for key in keys]
 
     def blocks_to_take(self, hits: list[int], num_tokens: int) -> int:
-        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks.
-
-        A hit block that nobody holds is free until then, so it counts.
-        """
+        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks; of these, those
+        that nobody holds are free until then, so they count."""
         return self.blocks_for(num_tokens) - sum([self.blocks[block_id].ref_count > 0 for block_id in hits])
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:

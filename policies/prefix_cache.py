@@ -10,19 +10,14 @@ import xxhash
 
 from twinserve.policies.sequence import token_bytes
 
-HASHES: dict[str, tuple[Callable[[bytes, int], int], int]] = {
-    "xxh64": (xxhash.xxh64_intdigest, 8),
-    "xxh3_128": (xxhash.xxh3_128_intdigest, 16),
-}
+HASHES: dict[str, tuple[Callable[[bytes, int], int], int]]
+HASHES = {"xxh64": (xxhash.xxh64_intdigest, 8), "xxh3_128": (xxhash.xxh3_128_intdigest, 16)}
 """By name: the hash of (bytes, seed), and its length in bytes."""
 
 
 class CachedBlock(NamedTuple):
-    """What the cache knows of a block it holds.
-
-    `prefix` numbers the block's whole content, prefix included: two cached blocks have the same number exactly when
-    the same tokens fill them after the same prefix. `parent` is the number of the prefix before the block.
-    """
+    """What the cache knows of a block: `prefix` numbers its content with all before it, so that equal ones have equal
+    numbers; `parent` is the number of the prefix before it."""
 
     hash: int
     content: bytes | None
@@ -33,14 +28,10 @@ class CachedBlock(NamedTuple):
 class PrefixCache:
     """Full KV blocks by the hash of their tokens, chained over the prefix.
 
-    A hit compares the tokens and the prefix as well as the hash, so that a collision costs a miss and never gives one
-    request the KV of another. Of blocks with equal content the one stored first serves hits; another takes over when
-    it goes.
-
-    Args:
-        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer of 16 bytes.
-        seed: seeds the hash, so that hashes cannot be predicted from outside.
-        salt: begins every chain; caches with different salts share nothing. A sequence's own salt comes behind it.
+    A hit compares tokens and prefix as well as the hash, so that a collision costs a miss and never gives one request
+    the KV of another. Of blocks with equal content the one stored first serves hits. `hash` is "xxh64", "xxh3_128", or
+    a function of (bytes, seed) that returns a non-negative integer of 16 bytes; the seed makes hashes unpredictable.
+    `salt` begins every chain, before a sequence's own: caches with different ones share nothing.
     """
 
     ROOT = 0
@@ -58,8 +49,7 @@ class PrefixCache:
         """Forget every block."""
         self.hash_to_block_id: dict[int, int] = {}
         self._roots = {"": (self.root_hash, self.ROOT)}
-        # By block id, the fields of a CachedBlock, None if it is not stored. As columns, each is found beside its
-        # neighbours: with a tuple for each block, the Mooncake trace on 8 replicas took a tenth longer.
+        # By block id, the fields of a CachedBlock, None if it is not stored; as columns, since tuples took longer.
         self._hashes: list[Any] = []
         self._contents: list[bytes | None] = []
         self._parents: list[int] = []
@@ -104,7 +94,7 @@ class PrefixCache:
         """Store a full block of tokens behind the stored prefix with `prefix_hash` (-1: none, else a KeyError if no
         block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
-        parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
+        parent = self.ROOT if is_first else self._prefixes[self.hash_to_block_id[prefix_hash]]
         packed = token_bytes(token_ids)
         hashes, contents = list[int](), list[bytes | None]()
         self.extend_chain(hashes, contents, packed, len(packed), self.root_hash if is_first else prefix_hash)
@@ -156,9 +146,7 @@ class PrefixCache:
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
             if equal_id is None:
                 self._last_prefix += 1
-                prefix = self._last_prefix
-            else:
-                prefix = prefixes[equal_id]
+            prefix = self._last_prefix if equal_id is None else prefixes[equal_id]
             known[block_id], stored[block_id] = block_hash, content
             parents[block_id], prefixes[block_id] = parent, prefix
             parent = prefix
@@ -188,16 +176,10 @@ class PrefixCache:
             if not others:
                 del equal[block_hash]
 
-    def prefix_of(self, block_id: int) -> int:
-        """The number of the prefix that ends with `block_id`."""
-        return self._prefixes[block_id]
-
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""
-        if block_id not in self:
-            return None
         columns = self._hashes, self._contents, self._parents, self._prefixes
-        return CachedBlock._make(column[block_id] for column in columns)
+        return CachedBlock._make(column[block_id] for column in columns) if block_id in self else None
 
     def __contains__(self, block_id: int) -> bool:
         return block_id < len(self._hashes) and self._hashes[block_id] is not None

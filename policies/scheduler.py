@@ -9,10 +9,10 @@ from typing import Final, NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
-from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
+from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
-from twinserve.policies.vllm_rules import UNLIMITED, VllmRules
+from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
@@ -21,11 +21,8 @@ FINISHED: Final = SequenceStatus.FINISHED
 
 
 class Refusal(NamedTuple):
-    """Why the next sequence was not admitted: what was looked at, and how many hits might change that.
-
-    While the facts are the same, blocks only become fewer; `last_hash` is that of the last hit needed, None if it can
-    never be one.
-    """
+    """Why the next sequence was not admitted: what was looked at, and how many hits might change that. While the facts
+    are the same, blocks only become fewer. `last_hash` is that of the last hit needed, None if it can never be one."""
 
     facts: tuple
     num_hits: int
@@ -43,18 +40,16 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step; None is none.
         enable_chunked_prefill: a prompt larger than what is left of the budget is computed in several steps.
         long_prefill_token_threshold: the most tokens of one sequence in a step; 0 is no limit.
-        max_num_partial_prefills: while so many running sequences have prompt tokens left to compute, nobody is admitted
-            who would be one more of them; None is no limit.
+        max_num_partial_prefills: running sequences that may have prompt tokens left to compute; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
-        pipeline_parallel_size: ranks of a pipeline; a sequence that samples in a step rests in the next so many less one.
+        pipeline_parallel_size: ranks of a pipeline, for vLLM's own orders; who samples rests in so many steps less one.
         order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
             come, vLLM's rule, and the order's own rule.
         rules: what differs between versions of vLLM; by default the newest's.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
-        in_flight: decided batches that `postprocess` has not seen, oldest first. Under prefill-first, at most one when
-            the next is decided.
+        in_flight: decided batches that `postprocess` has not seen, oldest first; under prefill-first, at most one.
     """
 
     def __init__(
@@ -77,8 +72,7 @@ class Scheduler:
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        self.block_manager = block_manager
-        self.composition = composition
+        self.block_manager, self.composition = block_manager, composition
         self.enable_chunked_prefill = enable_chunked_prefill
         self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
         self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
@@ -86,7 +80,7 @@ class Scheduler:
         self.long_prefill_token_threshold = _limit("long_prefill_token_threshold", long_prefill_token_threshold or None)
         self.max_model_len = _limit("max_model_len", max_model_len)
         self.pipeline_parallel_size = _limit("pipeline_parallel_size", pipeline_parallel_size)
-        self.rules = VllmRules.newest() if rules is None else rules
+        self.rules = VllmRules(PrefillInterval()) if rules is None else rules
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
@@ -108,16 +102,9 @@ class Scheduler:
         """The admitted sequences, in the order of their admission."""
         return list(self._running)
 
-    # --- what comes in ---
-
     def add(self, seq: Sequence) -> bool:
-        """Put a new sequence into the waiting queue, or refuse one that can never be served.
-
-        A refused sequence is FINISHED with `finish_reason` "refused" and `refusal` in words; the result is then False.
-
-        Raises:
-            ValueError: it was added before.
-        """
+        """Put a new sequence into the waiting queue, or refuse one that can never be served: then it is FINISHED with
+        `finish_reason` "refused" and `refusal` in words, and the result is False. ValueError if it was added before."""
         if seq.arrival_index >= 0 or seq.is_finished:
             raise ValueError(f"{seq} cannot be added: it was added before, expected a new sequence")
         most = seq.num_prompt_tokens + seq.sampling_params.max_tokens
@@ -141,8 +128,6 @@ class Scheduler:
     def is_finished(self) -> bool:
         """Has every sequence that was added ended?"""
         return not self.waiting and not self._running
-
-    # --- the decision ---
 
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
@@ -174,9 +159,9 @@ class Scheduler:
 
     def _begin(self) -> list[Sequence]:
         """Work out what holds for this decision; the running sequences that may get tokens."""
-        seqs, interval, num_requests = self.running, self.rules.interval, len(self._running) + len(self.waiting)
-        threshold, budget = self.long_prefill_token_threshold, self.max_num_batched_tokens
-        self._threshold = self.rules.threshold.in_force(threshold, num_requests, budget)
+        seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
+        many = len(seqs) + len(self.waiting)
+        self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
         if interval.steps > 1:
             interval.is_held = interval.holds(seqs)
         if interval.is_held:
@@ -234,9 +219,7 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch, passed_over: list[Sequence]) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
-
-        Those behind it that get nothing for that are added to `passed_over`.
-        """
+        Those behind it that get nothing for that are added to `passed_over`."""
         manager, place, num_before = self.block_manager, seq.admission_index, 0
         missing = manager.num_missing(seq, num_tokens)
         while seq.status is RUNNING and missing > manager.num_free_blocks:
@@ -244,9 +227,8 @@ class Scheduler:
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             num_before += not self._preempt(victim, batch) and victim.admission_index < place
-        if num_before:
-            behind = [other for other in self._running if other.admission_index > place]
-            passed_over += self.rules.victim_before.passed_over(behind, num_before)
+        if num_before and self.rules.victim_before.skips:
+            passed_over += [other for other in self._running if other.admission_index > place][:num_before]
         if seq.status is not RUNNING:
             return False
         block_ids = manager.take(missing)
@@ -255,10 +237,8 @@ class Scheduler:
         return True
 
     def _admit(self, batch: Batch) -> None:
-        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption.
-
-        A head that was preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried.
-        """
+        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
+        preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
         while not batch.preempted:
             budget = self.max_num_batched_tokens - batch.num_tokens
@@ -291,11 +271,8 @@ class Scheduler:
 
     def find_admission(self, budget: int) -> tuple[Sequence, list[int], int] | None:
         """Who is admitted next with so many tokens left in the step: the sequence, its cached blocks and the number of
-        its tokens; None if nobody is.
-
-        Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
-        happened, so that a waiting prompt is not looked up in every step.
-        """
+        its tokens; None if nobody is. A refusal is remembered while running sequences do no more than grow, so that a
+        waiting prompt is not looked up in every step."""
         if not self.has_place(budget):
             return None
         seq, manager, refusal = self.waiting.peek(), self.block_manager, self.refusal
@@ -325,10 +302,8 @@ class Scheduler:
         return None
 
     def _preempt(self, seq: Sequence, batch: Batch) -> bool:
-        """Take a running sequence's blocks away; it will compute them again when it is admitted again.
-
-        What it got in this very step is taken back, so nobody can hit a block that no step computes. Had it got any?
-        """
+        """Take a running sequence's blocks away; it will compute them again when it is admitted again. What it got in
+        this very step is taken back, so nobody can hit a block that no step computes; had it got any?"""
         row = batch.remove(seq)
         self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
@@ -342,16 +317,13 @@ class Scheduler:
         batch.preempted.append(seq)
         return row is not None
 
-    # --- the result ---
-
     def postprocess(
         self, seqs: Batch | list[Sequence], token_ids: Seq[int] | None, eos_token_id: int | None = None
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
-        or is None in a simulation, which has no tokens. Anything else raises ValueError. `eos_token_id` ends a
-        sequence, unless its `ignore_eos` is set.
+        or is None in a simulation. ValueError for anything else. `eos_token_id` ends a sequence, unless it ignores it.
         """
         batch = self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
@@ -405,9 +377,8 @@ class Scheduler:
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
-            return f"may have to compute {most} tokens in a step, but max_num_batched_tokens is " + (
-                f"{self.max_num_batched_tokens} and chunked prefill is off"
-            )
+            limit = f"max_num_batched_tokens is {self.max_num_batched_tokens} and chunked prefill is off"
+            return f"may have to compute {most} tokens in a step, but {limit}"
         return None
 
     def check_integrity(self) -> None:
@@ -418,15 +389,13 @@ class Scheduler:
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
         for seq in self._running:
-            known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
-            assert seq.status is RUNNING and 0 < computed <= known, f"running: {seq}"
+            computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
+            assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            needed = manager.blocks_for(computed)
-            assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
+            assert len(seq.block_table) == manager.blocks_for(computed), f"{seq}, {len(seq.block_table)} blocks"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
-                least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
-                right = least - manager.block_size < seq.num_registered_tokens <= most
+                right = least - manager.block_size < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
@@ -439,14 +408,11 @@ def _limit(name: str, value: int | None) -> int:
 
 
 def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[int] | None:
-    """The tokens of a step as a list, one for each sequence that samples; None in a simulation.
-
-    Raises:
-        ValueError: they are not as many, or not 4-byte integers, or there are none for sequences with token ids.
-    """
+    """The tokens of a step as a list, one for each sequence that samples; None in a simulation. ValueError if they are
+    not as many, not 4-byte integers, or none for sequences with token ids."""
+    if token_ids is None and any([seq.has_token_ids for seq in sampled]):
+        raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
     if token_ids is None:
-        if any([seq.has_token_ids for seq in sampled]):
-            raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         return None
     if len(token_ids) != len(sampled):
         raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(sampled)}")

@@ -1,4 +1,4 @@
-"""What changed in vLLM's scheduler from 0.24.0 (June 2026) to 0.33.0 (November 2026): each rule, an object."""
+"""vLLM's rules, each an object: whom it admits, and what changed from 0.24.0 (June 2026) to 0.33.0 (November 2026)."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ from typing import Final, NamedTuple
 
 from mypy_extensions import mypyc_attr
 
+from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.sequence import Sequence
 
-UNLIMITED: Final = 1 << 62
-"""A limit that is none; an integer, as all limits are."""
+UNLIMITED: Final = 1 << 60
+"""A limit that is none; an integer, as all limits are, and of few enough bits to be a machine's own when compiled."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class SelfPreemption:
-    """Does a sequence that has to make room by going itself end the pass over those that run?
+class VllmAdmission:
+    """vLLM's rule: what is needed must be free: with `reserve_full_prompt` for all tokens that the sequence knows, else
+    for its first step's; and `watermark_blocks` besides, while anything is running."""
 
-    vLLM 0.24: yes, those behind it get nothing in this step. 0.33: no, there may be room for them now.
-    """
+    def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
+        if watermark_blocks < 0:
+            raise ValueError(f"watermark_blocks is {watermark_blocks}, expected an integer >= 0")
+        self.reserve_full_prompt, self.watermark_blocks = reserve_full_prompt, watermark_blocks
 
-    def __init__(self, *, ends_pass: bool = False):
-        self.ends_pass = ends_pass
-
-
-@mypyc_attr(allow_interpreted_subclasses=True)
-class VictimBefore:
-    """Where the pass goes on after a victim that stood before the sequence which needed room.
-
-    vLLM 0.33: behind that sequence. 0.24 passes over one more for each such victim that had got no tokens in the step.
-    """
-
-    def __init__(self, *, skips: bool = False):
-        self.skips = skips
-
-    def passed_over(self, behind: list[Sequence], num_victims: int) -> list[Sequence]:
-        """Those of the sequences `behind` that get nothing, where so many victims without tokens stood before."""
-        return behind[:num_victims] if self.skips else []
+    def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
+        covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
+        margin = 0 if is_alone else self.watermark_blocks
+        return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
-class LongPrefillThreshold:
-    """How `long_prefill_token_threshold` binds in a step.
+class SelfPreemption(NamedTuple):
+    """Does a sequence that has to make room by going itself end the pass? In vLLM 0.24 it does, in 0.33 it does not."""
 
-    vLLM 0.24: always. 0.33: not a request that is alone; and if `adaptive`, never below the budget's share of each.
-    """
+    ends_pass: bool = False
 
-    def __init__(self, *, binds_alone: bool = False, adaptive: bool = False):
-        self.binds_alone, self.adaptive = binds_alone, adaptive
+
+class VictimBefore(NamedTuple):
+    """Where the pass goes on after victims that stood before the sequence which needed room: in vLLM 0.33 behind that
+    sequence; in 0.24 it `skips` as many more as there were such victims without tokens in the step."""
+
+    skips: bool = False
+
+
+class LongPrefillThreshold(NamedTuple):
+    """How `long_prefill_token_threshold` binds: in vLLM 0.24 always; in 0.33 not a request that is alone, and where it
+    is `adaptive`, it is the budget's share of each request at least."""
+
+    binds_alone: bool = False
+    adaptive: bool = False
 
     def in_force(self, threshold: int, num_requests: int, budget: int) -> int:
         """The most tokens of a sequence, with so many that run or wait before the decision."""
@@ -59,11 +60,8 @@ class LongPrefillThreshold:
 class PrefillInterval:
     """vLLM 0.33's `prefill_schedule_interval`: between two steps with prompt work, `steps` - 1 for decodes alone.
 
-    A step for decodes alone is *held*, unless nothing decodes or the last one that was not held left somebody waiting.
-
-    Attributes:
-        num_since: steps with tokens since the last with prompt work.
-        is_saturated, is_held: did somebody stay waiting; is the present, or latest, decision for decodes alone?
+    These are *held*, but not if nothing decodes, or if the last decision that was not left somebody waiting
+    (`is_saturated`). `num_since` counts the steps since the last with prompt work; `is_held`: is the latest decision?
     """
 
     def __init__(self, steps: int = 1):
@@ -78,7 +76,7 @@ class PrefillInterval:
         return not is_due and any([seq.has_sampled for seq in running])
 
     def end(self, num_steps: int, is_prompt_work: bool, leaves_waiting: bool | None) -> None:
-        """Count steps that were decided alike; `leaves_waiting` None where that cannot be told, after a preemption."""
+        """Count steps that were decided alike; `leaves_waiting` is None after a preemption, which tells nothing."""
         self.num_since = 0 if is_prompt_work else self.num_since + num_steps
         if leaves_waiting is not None and not self.is_held:
             self.is_saturated = leaves_waiting
@@ -91,13 +89,9 @@ class PrefillInterval:
 
 
 class VllmRules(NamedTuple):
-    """The rules that changed, one object each; they belong to one Scheduler. By default those of vLLM 0.33."""
+    """The rules that changed, for one Scheduler, as the interval counts its steps."""
 
-    self_preemption: SelfPreemption
-    victim_before: VictimBefore
-    threshold: LongPrefillThreshold
     interval: PrefillInterval
-
-    @staticmethod
-    def newest() -> VllmRules:
-        return VllmRules(SelfPreemption(), VictimBefore(), LongPrefillThreshold(), PrefillInterval())
+    self_preemption: SelfPreemption = SelfPreemption()
+    victim_before: VictimBefore = VictimBefore()
+    threshold: LongPrefillThreshold = LongPrefillThreshold()

@@ -85,8 +85,8 @@ def build_rules(
     given = {name: value for name, value in chosen.items() if value is not None}
     value = {rule.setting: rule.at(version) for rule in CHANGED} | given
     return VllmRules(
+        PrefillInterval(prefill_schedule_interval),
         SelfPreemption(ends_pass=value["self_preemption_ends_pass"]),
         VictimBefore(skips=value["victim_before_skips"]),
         LongPrefillThreshold(binds_alone=value["long_prefill_token_threshold_binds_alone"], adaptive=adaptive),
-        PrefillInterval(prefill_schedule_interval),
     )

@@ -75,10 +75,10 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
         admission=VllmAdmission(reserve_full_prompt=rules.reserve_full_prompt, watermark_blocks=rules.watermark_blocks),
         pipeline_parallel_size=rules.ranks,
         rules=VllmRules(
+            PrefillInterval(rules.interval),
             SelfPreemption(ends_pass=rules.self_ends),
             VictimBefore(skips=rules.victim_skips),
             LongPrefillThreshold(binds_alone=rules.binds_alone, adaptive=rules.adaptive),
-            PrefillInterval(rules.interval),
         ),
     )
 

@@ -67,9 +67,9 @@ def build_core(values: dict[str, Any], listener: CoreListener) -> Core:
         prefix_cache=PrefixCache() if values["caches"] else None,
         order=values["order"](),
         admission=VllmAdmission(reserve_full_prompt=values["reserve"], watermark_blocks=values["watermark"]),
-        rules=VllmRules.newest()._replace(
+        rules=VllmRules(
+            PrefillInterval(values["interval"]),
             threshold=LongPrefillThreshold(binds_alone=values["binds_alone"], adaptive=values["adaptive"]),
-            interval=PrefillInterval(values["interval"]),
         ),
     )
     return Core(scheduler, pipeline_depth=values["depth"], listener=listener)
@@ -337,6 +337,7 @@ def one_request(depth: int) -> tuple[Core, Batch]:
         "max_model_len": None,
         "order": FirstCome,
         "depth": depth,
+        "interval": 1,
     }
     core = build_core(values, CoreListener())
     core.ingest(Arrival(0, 0, 4, 50, 0, 0, "").sequence(), 0)

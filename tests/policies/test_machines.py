@@ -139,9 +139,10 @@ class Machine(RuleBasedStateMachine):
     def decide(self):
         self.sides.decide()
 
-    @precondition(lambda self: self.sides.in_flight)
+    @precondition(lambda self: len(self.sides.in_flight) > (self.depth if self.depth > 1 else 0))
     @rule(data=st.data())
     def commit(self, data):
+        """The oldest in flight; a pipeline gives nothing before it is full."""
         number = len(self.sides.in_flight[0][1].sampled)
         self.sides.commit(data.draw(st.lists(st.sampled_from(OUTPUT), min_size=number, max_size=number)))
 

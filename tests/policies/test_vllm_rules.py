@@ -45,10 +45,10 @@ def rules(
     interval: int = 1,
 ) -> VllmRules:
     return VllmRules(
+        PrefillInterval(interval),
         SelfPreemption(ends_pass=ends_pass),
         VictimBefore(skips=skips),
         LongPrefillThreshold(binds_alone=binds_alone, adaptive=adaptive),
-        PrefillInterval(interval),
     )
 
 
@@ -312,6 +312,6 @@ def test_a_rule_of_ones_own_is_an_ordinary_class():
         def in_force(self, threshold, num_requests, budget):
             return budget // 2
 
-    one = scheduler(rules=VllmRules.newest()._replace(threshold=Half()))
+    one = scheduler(rules=VllmRules(PrefillInterval(), threshold=Half()))
     one.add(request(0, 50))
     assert given(step(one)) == {0: 32}

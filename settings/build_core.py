@@ -144,17 +144,26 @@ class Settings(BaseModel):
         return dump(self) | derived
 
     @classmethod
-    def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
+    def load(
+        cls,
+        values: dict[str, Any],
+        path: Path | None = None,
+        *,
+        beside: Collection[str] = (),
+        defaults: dict[str, Any] | None = None,
+    ) -> Settings:
         """Settings from `values`, over those of the TOML file `path`.
 
         Args:
             beside: tables of the file that are no settings.
+            defaults: hold where neither says otherwise, in place of the model's own.
 
         Raises:
             InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
         """
         table = {} if path is None else read_toml(path)
-        return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
+        table = (defaults or {}) | {name: value for name, value in table.items() if name not in beside}
+        return validated(cls, table, values, path)
 
     @classmethod
     def recorded(cls, values: dict[str, Any], path: Path) -> Settings:

@@ -14,6 +14,7 @@ from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.worlds.run import ReplicaSpec, choose_latency, with_pool
+from twinserve.worlds.vllm_like import like_of
 
 
 def parse_outage(text: object) -> Outage:
@@ -127,6 +128,7 @@ class FleetOptions(BaseModel):
         config: Path | None = None,
         latency: str | None = None,
         latency_from: Path | None = None,
+        like: str | None = None,
     ) -> tuple[list[ReplicaSpec], list[str]]:
         """The replicas, those of each group with its own settings over the common ones, and what was assumed, in words.
 
@@ -134,6 +136,7 @@ class FleetOptions(BaseModel):
             settings: of all replicas, over those of the TOML file `config`.
             latency: of the groups that name none.
             latency_from: a run record whose own step times are used, by a replica that is alone.
+            like: see `like_of`; what it says holds where settings, group and file say nothing.
 
         Raises:
             InputError: a setting or a latency cannot be used.
@@ -146,7 +149,15 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | group.settings, config, beside=("engine", "serve", "fleet"))
+            vllm = like_of(like, group.latency or latency)
+            if vllm is not None:
+                words[str(vllm)] = None
+            chosen = Settings.load(
+                settings | group.settings,
+                config,
+                beside=("engine", "serve", "fleet"),
+                defaults=vllm.settings if vllm else None,
+            )
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None

@@ -2,19 +2,23 @@
 
     python tests/vllm_world.py SITE [WORKLOAD ...]     a line a policy and workload; exit status 1 if one parts
 
-SITE is a vLLM 0.33 wheel unpacked without its binaries (docs/vllm.md says how), with what it imports. The scheduler, its
-KV-cache manager and its block pool run as shipped, on a CPU; only the model is missing, so tokens are made up. One step
-is in flight when the next is decided, here as there.
+SITE is a vLLM 0.33 wheel unpacked without its binaries (docs/vllm.md says how), with what it imports. The scheduler,
+its KV-cache manager and its block pool run as shipped, on a CPU; only the model is missing, so tokens are made up. One
+step is in flight when the next is decided, here as there. Then the recorder: what it wrote is decided again, and what
+it costs is measured, on the workloads and on 256 requests that decode.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import re
+import statistics
 import sys
 import tempfile
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import product
@@ -87,6 +91,12 @@ def workloads() -> list[Workload]:
             arrivals.append(Arrival(step, request, tokens, rng.randint(*output), f"tenant {rng.randrange(3)}"))
         made.append(Workload(name, arrivals, blocks, seqs, budget))
     return made
+
+
+def many_decodes() -> Workload:
+    """256 requests that decode side by side, in a pool that is large enough."""
+    arrivals = [Arrival(0, i, [1000 * i + at for at in range(32)], 300, "") for i in range(256)]
+    return Workload("256 decodes", arrivals, 8000, 256, 8192)
 
 
 def token(request: int, number: int) -> int:
@@ -217,9 +227,7 @@ class VllmWorld:
                 "free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             }
         )
-        sampling = [
-            name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk
-        ]
+        sampling = [name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk]
         self._in_flight.append((output, sampling))
         if len(self._in_flight) > 1:
             self._process(*self._in_flight.popleft())
@@ -262,6 +270,34 @@ def first_difference(ours: list[Step], theirs: list[Step]) -> str | None:
     return None if len(ours) == len(theirs) else f"{len(ours)} steps, vLLM took {len(theirs)}"
 
 
+def watch_recorder(workload: Workload, folder: Path) -> tuple[str, bool]:
+    """A run by RecordingScheduler, decided again from its journal; what is found, and whether all is equal.
+
+    The share is of what vLLM's scheduler takes without it, the middle ones of five runs each.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from twinserve.traces.runs.replay import replay
+    from twinserve.traces.runs.vllm_records import load_run
+    from twinserve.vllm import RecordingScheduler
+
+    seconds: dict[type, list[float]] = {AsyncScheduler: [], RecordingScheduler: []}
+    for number in range(5):
+        for kind, taken in seconds.items():
+            options = {"record": str(folder / f"{workload.name}-{number}")} if kind is RecordingScheduler else {}
+            world = VllmWorld(workload, build_vllm(workload, kind, options))
+            gc.collect()
+            begun = time.process_time()
+            world.run()
+            taken.append(time.process_time() - begun)
+    record = load_run(folder / f"{workload.name}-0")
+    result = replay(record)
+    plain, recorded = (statistics.median(taken) for taken in seconds.values())
+    found = "equal" if result.is_exact else str(result.difference)
+    told = f"{result.equal:5} of {result.recorded} decisions made again, {recorded / plain - 1:+.1%} time  {found}"
+    return told, result.is_exact
+
+
 def main() -> int:
     site, names = sys.argv[1], sys.argv[2:]
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -280,6 +316,11 @@ def main() -> int:
             parted += difference is not None
             told = f"{len(ours):5} steps {preemptions:4} preemptions  {difference or 'equal'}"
             print(f"{name:28} {workload.name:16} {told}", flush=True)
+        for workload in [*workloads(), many_decodes()]:
+            if not names or workload.name in names:
+                told, is_exact = watch_recorder(workload, Path(folder))
+                parted += not is_exact
+                print(f"{'recorder':28} {workload.name:16} {told}", flush=True)
     return 1 if parted else 0
 
 

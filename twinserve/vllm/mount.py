@@ -214,13 +214,15 @@ class _Gate:
 
 
 class MountedScheduler(AsyncScheduler):
-    """vLLM 0.33's asynchronous scheduler with rules of ours, named in `--additional-config` under "twinserve" as settings
-    name them: `scheduling_policy`, `scheduling_ageing`, `admission`, `victim`.
+    """vLLM 0.33's asynchronous scheduler with rules of ours, named under "twinserve" in `--additional-config` as
+    settings name them: `scheduling_policy`, `scheduling_ageing`, `admission`, `victim`.
 
     Raises:
         InputError: another version of vLLM, an unknown option, a class that cannot be used, or a rule that vLLM's
             interface cannot carry beside what else is asked of it.
     """
+
+    kv_cache_manager: Any
 
     def __init__(self, vllm_config: Any, *args: Any, **options: Any):
         settings = mounted_settings(vllm_config)
@@ -230,12 +232,13 @@ class MountedScheduler(AsyncScheduler):
         self.admission: Admission | None = settings.build_admission() if settings.admission is not None else None
         self._victim = settings.build_victim() or order.victim
         self._ranks: dict[str, int] = {}
-        self._blocks = VllmBlocks(self.kv_cache_manager, self._sequences, self.block_size)
+        manager = self.kv_cache_manager
+        self._blocks = VllmBlocks(manager, self._sequences, self.block_size)
         if hasattr(order, "bind"):
             order.bind(self._blocks)
         self.waiting = OrderQueue(order, self._sequences, self._blocks)
         self.policy = SchedulingPolicy.PRIORITY  # so that the last rank goes, wherever it runs
-        self.kv_cache_manager = _Gate(self.kv_cache_manager, self)
+        self.kv_cache_manager = _Gate(manager, self)
 
     def choose_victim(self, request: Request) -> None:
         """Give the one that the victim rule chooses the last rank, until it has been preempted."""

@@ -202,6 +202,36 @@ def test_an_admission_with_one_token_left_is_not_held_and_does_not_begin_the_int
     assert [given(step(one)) for _ in range(3)] == [{0: 1, 1: 1}, {0: 1, 1: 1}, {0: 1, 1: 1, 2: 6}]
 
 
+def test_a_prompt_that_got_tokens_and_was_preempted_in_the_same_step_begins_the_interval_again():
+    one = scheduler(3, long_prefill_token_threshold=4, rules=rules(interval=2))
+    one.add(request(0, 12, 1, priority=9))
+    one.add(request(1, 3))
+    assert [given(step(one)) for _ in range(2)] == [{0: 4, 1: 3}, {1: 1}]
+    batch = step(one)
+    assert [seq.seq_id for seq in batch.preempted] == [0] and given(batch) == {1: 1}
+    assert one.rules.interval.num_since == 0
+    assert (given(step(one)), one.rules.interval.num_since) == ({1: 1}, 1), "0 is held though it waits"
+
+
+def test_whether_the_queue_drains_is_not_judged_in_a_step_that_preempts():
+    one = scheduler(3, long_prefill_token_threshold=4, rules=rules(interval=2))
+    one.add(request(0, 12, 1, priority=9))
+    one.add(request(1, 3))
+    batches = [step(one) for _ in range(3)]
+    assert batches[-1].preempted and len(one.waiting) == 1 and not one.rules.interval.is_saturated
+
+
+def test_a_step_without_tokens_does_not_count_in_the_interval():
+    core = Core(scheduler(rules=rules(interval=3)), pipeline_depth=1)
+    core.ingest(request(0, 4, 2), 0)
+    for _ in range(2):
+        core.decide(0)
+        if len(core.in_flight) > 1:
+            core.commit([7], 0)
+    since = core.scheduler.rules.interval.num_since
+    assert not core.decide(0) and core.scheduler.rules.interval.num_since == since, "its last token is in flight"
+
+
 def test_nothing_is_held_while_nothing_decodes():
     one = scheduler(long_prefill_token_threshold=4, rules=rules(interval=5, binds_alone=True))
     one.add(request(0, 12))

@@ -43,8 +43,7 @@ class Core:
 
     It reads no clock and never waits: `now_ns` is handed in. Decisions run ahead of results by `pipeline_depth` steps:
     0, 1, or the ranks of a pipeline (see `Scheduler`). An abort takes effect at the next decision, so that the facts
-    between two decisions need no order among themselves.
-    """
+    between two decisions need no order among themselves."""
 
     def __init__(
         self,

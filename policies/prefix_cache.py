@@ -31,8 +31,7 @@ class PrefixCache:
     A hit compares tokens and prefix as well as the hash, so that a collision costs a miss and never gives one request
     the KV of another. Of blocks with equal content the one stored first serves hits. `hash` is "xxh64", "xxh3_128", or
     a function of (bytes, seed) that returns a non-negative integer of 16 bytes; the seed makes hashes unpredictable.
-    `salt` begins every chain, before a sequence's own: caches with different ones share nothing.
-    """
+    `salt` begins every chain, before a sequence's own: caches with different ones share nothing."""
 
     ROOT = 0
 

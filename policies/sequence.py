@@ -105,8 +105,7 @@ class Sequence:
         salt: sequences of different salts never share blocks.
 
     Attributes:
-        seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        arrival_index, admission_index: how many others were accepted, and admitted, before it.
+        seq_id: its owner's name for it. arrival_index, admission_index: how many were accepted, admitted before it.
         token_ids, num_tokens: prompt and generated tokens known so far (no ids in a simulation); their number.
         num_computed_tokens: tokens whose KV exists or is being computed by a launched step.
         num_in_flight: tokens that launched steps will sample and that are not known yet.

@@ -61,8 +61,7 @@ class PrefillInterval:
     """vLLM 0.33's `prefill_schedule_interval`: between two steps with prompt work, `steps` - 1 for decodes alone.
 
     These are *held*, but not if nothing decodes, or if the last decision that was not left somebody waiting
-    (`is_saturated`). `num_since` counts the steps since the last with prompt work; `is_held`: is the latest decision?
-    """
+    (`is_saturated`). `num_since` counts the steps since the last with prompt work. `is_held`: is the latest one?"""
 
     def __init__(self, steps: int = 1):
         if steps < 1:

@@ -302,6 +302,7 @@ def main() -> int:
     site, names = sys.argv[1], sys.argv[2:]
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])  # it asks itself about models
     from twinserve.vllm import MountedScheduler
 
     parted = 0

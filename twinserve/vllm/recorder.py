@@ -95,7 +95,7 @@ class RecordingScheduler(AsyncScheduler):
             raise InputError("is missing, expected a new folder", field="additional_config.twinserve.record")
         most_steps = int(chosen.get("most_steps", _MOST_STEPS))
         self._journal = Journal(Path(chosen["record"]), settings_of(vllm_config, self.block_size), most_steps)
-        self._hashed_tokens = getattr(self, "hash_block_size", self.block_size)  # 0.24 hashes whole blocks
+        self._hashed_tokens = int(getattr(self, "hash_block_size", None) or self.block_size)  # 0.24 hashes whole blocks
         self._numbers: dict[str, int] = {}
         self._num_requests = self._num_steps = 0
         self._before: dict[str, int] = {}

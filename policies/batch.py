@@ -9,11 +9,8 @@ from twinserve.policies.sequence import Sequence
 
 
 class Row(NamedTuple):
-    """One sequence's part of a step: `num_tokens` tokens from position `start` on.
-
-    `samples`: the step reaches the sequence's last known token, so it samples the next one. `is_prompt`: the sequence
-    has sampled nothing since it was admitted, so its tokens are prompt (or recomputed) tokens, however few.
-    """
+    """One sequence's part of a step: `num_tokens` tokens from position `start` on. `samples`: the step reaches the last
+    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted."""
 
     seq: Sequence
     start: int
@@ -23,29 +20,24 @@ class Row(NamedTuple):
 
 
 class Batch:
-    """One decision: the rows of a step, their totals, and what changed since the decision before.
-
-    Rows lie as columns, in running order, since a list a column costs a third of an object a row; `rows` makes Rows of
-    them. Unpacks as the pair `seqs, is_prefill`.
+    """One decision: the rows of a step, as columns in running order, their totals, and what changed since the decision
+    before. Unpacks as the pair `seqs, is_prefill`.
 
     Attributes:
         usual_tokens: what a running sequence gets that is not a prompt: 1, or 0 in a step for prompts alone.
         seqs, starts, lengths: of each row the sequence, the position of its first token, and its number of tokens.
-        chunks, prompts: those of `seqs` that do not sample, as more of what they know is left to compute; and those
-            that had sampled nothing since they were admitted.
+        chunks, prompts: those of `seqs` that do not sample; those that had sampled nothing since they were admitted.
         sampled: those of `seqs` that sample a token.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
         grown: block tables of running sequences that became longer, with the new blocks.
-        skipped: running sequences that got nothing in a step that decodes, as budget or room did not reach them, or
-            their last token is in flight.
+        skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
         num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
         num_attention_pairs: each query counted against each key that it attends.
-        is_ahead: it was decided while the step before was in flight.
+        is_ahead, lost_prompts: the step before was in flight; a prompt's row was taken back, as it was preempted.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
-        decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core, by the loop around
-            it, and by the executor.
+        decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core and its callers.
     """
 
     def __init__(self, usual_tokens: int) -> None:
@@ -64,7 +56,7 @@ class Batch:
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
         self.num_waiting = self.num_running = self.num_used_blocks = 0
-        self.is_ahead = False
+        self.is_ahead = self.lost_prompts = False
         self.decision = self.committed = -1
         self.seen = self.decided_ns = 0
         self.launched_ns: int | None = None
@@ -85,6 +77,7 @@ class Batch:
         if row.is_prompt:
             self.prompts.remove(seq)
             self.num_prompt_tokens -= row.num_tokens
+            self.lost_prompts = True
         return row
 
     def count(self) -> None:

@@ -26,16 +26,12 @@ class Block:
     __slots__ = ("after", "before", "block_id", "ref_count")
 
     def __init__(self, block_id: int):
-        self.block_id = block_id
-        self.ref_count = 0
+        self.block_id, self.ref_count = block_id, 0
         self.before = self.after = self
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
         self.ref_count = 0
-
-    def __repr__(self) -> str:
-        return f"Block({self.block_id}, ref_count={self.ref_count})"
 
 
 class FreeList:
@@ -78,19 +74,15 @@ class FreeList:
 
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
-
     There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
     A sequence's blocks are given up from its last to its first. Those that the prefix cache knows are used again once
-    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head.
-    """
+    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head."""
 
     def __init__(self, num_blocks: int | None, block_size: int):
-        if num_blocks is not None and num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}, expected an integer >= 1")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, expected an integer >= 1")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected an integer >= 1")
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
         self._cached = FreeList()  # free ones that can be
@@ -132,8 +124,6 @@ class BlockManager:
             raise ValueError("this BlockManager serves another PrefixCache already")
         self.prefix_cache = prefix_cache
 
-    # --- the guide's calls: a sequence's whole known length at once ---
-
     def can_allocate(self, seq: Sequence) -> bool:
         """Are there free blocks for all tokens that `seq` knows?"""
         return self.blocks_for(seq.num_tokens) <= self.num_free_blocks
@@ -143,11 +133,8 @@ class BlockManager:
         self.admit(seq, [], seq.num_tokens)
 
     def allocate_with_cache(self, seq: Sequence, prefix_cache: PrefixCache) -> None:
-        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix.
-
-        `seq.num_cached_tokens` becomes the number of tokens found; at least the last known token is left to compute.
-        The full blocks of `seq` are in the cache from now on.
-        """
+        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix: in all
+        `num_cached_tokens`, never the last known one. Its full blocks are in the cache from now on."""
         self.bind(prefix_cache)
         hits = self.find_hits(seq)
         self.admit(seq, hits, seq.num_tokens - len(hits) * self.block_size)
@@ -159,8 +146,7 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        table, num_cached = seq.block_table, seq.num_registered_tokens // self.block_size
-        blocks = self.blocks
+        table, blocks, num_cached = seq.block_table, self.blocks, seq.num_registered_tokens // self.block_size
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
             blocks[block_id].reset()
@@ -173,8 +159,6 @@ class BlockManager:
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
-
-    # --- the scheduler's calls: as many tokens as a step computes ---
 
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that `seq` lacks for `num_tokens` tokens beyond those it has computed."""
@@ -194,23 +178,17 @@ class BlockManager:
         return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
-        """The hashes of the blocks that end with so many tokens of a sequence without token ids.
-
-        The key of a prefix tells it from every other, so that no content has to be compared.
-        """
+        """The hashes of the blocks that end with so many tokens of a sequence without token ids. Each tells its prefix
+        from every other, so that no content has to be compared."""
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
         each = getattr(seq.prefix_key, "each", None)
-        keys = list(map(seq.prefix_key, ends)) if each is None else each(ends)
-        if not seq.salt:
-            return keys
+        keys: list[int] = list(map(seq.prefix_key, ends)) if each is None else each(ends)
         mask = self.prefix_cache.root(seq.salt)[0]
-        return [key ^ mask for key in keys]
+        return [key ^ mask for key in keys] if seq.salt else keys
 
     def blocks_to_take(self, hits: list[int], num_tokens: int) -> int:
-        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks.
-
-        A hit block that nobody holds is free until then, so it counts.
-        """
+        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks; of these, those
+        that nobody holds are free until then, so they count."""
         return self.blocks_for(num_tokens) - sum([self.blocks[block_id].ref_count > 0 for block_id in hits])
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
@@ -228,8 +206,7 @@ class BlockManager:
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
-        seq.num_cached_tokens = num_hit_tokens
-        seq.num_registered_tokens = num_hit_tokens
+        seq.num_cached_tokens = seq.num_registered_tokens = num_hit_tokens
         self._holders[seq] = None
 
     def is_stored(self, block_hash: int | None) -> bool:
@@ -242,8 +219,7 @@ class BlockManager:
         first, end = seq.num_registered_tokens // size, num_tokens // size
         if cache is None or first >= end:
             return
-        if len(seq.block_hashes) < end:
-            self._identify(seq, end)
+        self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
         seq.num_registered_tokens = end * size
 
@@ -303,8 +279,9 @@ class BlockManager:
         free, used, cache = self.free_block_ids, self.used_block_ids, self.prefix_cache
         assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
         holders = Counter(block_id for seq in self._holders for block_id in seq.block_table)
-        for block in self.blocks:
-            assert block.ref_count == holders[block.block_id], f"{block} is in {holders[block.block_id]} block tables"
+        for block_id, block in enumerate(self.blocks):
+            held = block.ref_count, holders[block_id]
+            assert held[0] == held[1], f"block {block_id}: ref_count {held[0]}, in {held[1]} block tables"
         if cache is None:
             return
         wrong = [block_id for block_id in self._blank if block_id in cache]
@@ -317,7 +294,6 @@ class BlockManager:
                 if seq.prefix_key is None:
                     content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
                 expected = seq.block_hashes[index], content, parent
-                assert entry is not None, f"{seq}: block {index} is not stored, expected {expected}"
-                found = entry.hash, entry.content, entry.parent
-                assert found == expected, f"{seq}: block {index} is {found}, not {expected}"
+                found = None if entry is None else (entry.hash, entry.content, entry.parent)
+                assert entry is not None and found == expected, f"{seq}: block {index} is {found}, not {expected}"
                 parent = entry.prefix

@@ -9,19 +9,14 @@ import xxhash
 
 from twinserve.policies.sequence import token_bytes
 
-HASHES: dict[str, tuple[Callable[[bytes, int], int], int]] = {
-    "xxh64": (xxhash.xxh64_intdigest, 8),
-    "xxh3_128": (xxhash.xxh3_128_intdigest, 16),
-}
+HASHES: dict[str, tuple[Callable[[bytes, int], int], int]]
+HASHES = {"xxh64": (xxhash.xxh64_intdigest, 8), "xxh3_128": (xxhash.xxh3_128_intdigest, 16)}
 """By name: the hash of (bytes, seed), and its length in bytes."""
 
 
 class CachedBlock:
-    """What the cache knows of a block; `hash` is None while it does not hold it.
-
-    `prefix` numbers the block's whole content, prefix included: two cached blocks have the same number exactly when
-    the same tokens fill them after the same prefix. `parent` is the number of the prefix before the block.
-    """
+    """What the cache knows of a block; `hash` is None while it does not hold it. `prefix` numbers its content with all
+    before it, so that equal ones have equal numbers; `parent` is the number of the prefix before it."""
 
     __slots__ = ("content", "hash", "parent", "prefix")
 
@@ -34,15 +29,10 @@ class CachedBlock:
 class PrefixCache:
     """Full KV blocks by the hash of their tokens, chained over the prefix.
 
-    A hit compares the tokens and the prefix as well as the hash, so that a collision costs a miss and never gives one
-    request the KV of another. Of blocks with equal content the one stored first serves hits; another takes over when
-    it goes.
-
-    Args:
-        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer of 16 bytes.
-        seed: seeds the hash, so that hashes cannot be predicted from outside.
-        salt: begins every chain; caches with different salts share nothing. A sequence's own salt comes behind it.
-    """
+    A hit compares tokens and prefix as well as the hash, so that a collision costs a miss and never gives one request
+    the KV of another. Of blocks with equal content the one stored first serves hits. `hash` is "xxh64", "xxh3_128", or
+    a function of (bytes, seed) that returns a non-negative integer of 16 bytes; the seed makes hashes unpredictable.
+    `salt` begins every chain, before a sequence's own: caches with different ones share nothing."""
 
     ROOT: Final = 0
 
@@ -163,12 +153,11 @@ class PrefixCache:
             others = equal.get(block_hash) if equal else None
             if others is None:
                 del by_hash[block_hash]
-                continue
-            if by_hash[block_hash] == block_id:
+            elif by_hash[block_hash] == block_id:
                 by_hash[block_hash] = others.pop(0)
             else:
                 others.remove(block_id)
-            if not others:
+            if others is not None and not others:
                 del equal[block_hash]
 
     def get(self, block_id: int) -> CachedBlock | None:

@@ -18,15 +18,17 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
     Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
-    decided before anything is committed, or where a token might stop a sequence. It may be too small in these cases: a
-    batch in flight has other rows than `batch`; somebody was preempted just now; the head of the waiting queue has a
-    token in flight, or lacks blocks that a running sequence is about to compute; or the order's choice may change by
-    itself (see `Order.is_steady`).
+    decided before anything is committed, where a token might stop a sequence, or in a pipeline of ranks. It may be too
+    small in these cases: a batch in flight has other rows than `batch`; somebody was preempted just now; the head of
+    the waiting queue has a token in flight, or lacks blocks that a running sequence is about to compute; a prefill
+    interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
     if core.must_abort or core.can_decide or batch is not in_flight[-1] or not all(in_flight):
         return 1
-    if cap <= 1 or not batch or batch.admitted or batch.preempted:
+    if (interval := scheduler.rules.interval).steps > 1:
+        cap = min(cap, interval.num_alike(scheduler.running))
+    if cap <= 1 or scheduler.pipeline_parallel_size > 1 or not batch or batch.admitted or batch.preempted:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in in_flight):
         return 1
@@ -145,6 +147,8 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
             seq.num_tokens += num_steps
             past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
             assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
+    if (interval := scheduler.rules.interval).steps > 1:
+        interval.end(num_steps, bool(batch.prompts), None)
     grown = _take_blocks(scheduler, batch, sorted(begun))
     for entry in sorted(full):
         seq = batch.seqs[entry % num_rows]

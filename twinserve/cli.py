@@ -14,6 +14,7 @@ from twinserve.commands.records import compare, record_import, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
+from twinserve.commands.upgrades import tune, upgrade
 from twinserve.commands.worlds import demo, run, sim
 from twinserve.settings.errors import InputError, RunError
 
@@ -33,6 +34,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(record_app, name="record")
 app.command()(sweep)
 app.command()(capacity)
+app.command()(upgrade)
+app.command()(tune)
 app.command()(sim)
 app.command()(run)
 app.command()(replay)

@@ -59,7 +59,7 @@ def test_the_design_has_the_steps_that_traffic_makes():
     assert any(len(shape.prompts) >= 8 for shape in shapes)
     assert any(length < 100 and start > 2000 for shape in shapes for start, length in shape.prompts), "a last piece"
     assert any(shape.shares and any(start for start, _ in shape.prompts) for shape in shapes)
-    assert len({shape.common for shape in shapes if len(shape.contexts) > 8}) > 4, "beginnings in common of many lengths"
+    assert len({shape.common for shape in shapes if len(shape.contexts) > 8}) > 4, "beginnings of many lengths"
     unevenness = [max(shape.contexts) * len(shape.contexts) / sum(shape.contexts) for shape in decodes]
     assert min(unevenness) < 1.2 and max(unevenness) > 4
 

@@ -6,6 +6,7 @@ import pytest
 
 from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.policies.block_manager import NoFreeBlocksError
+from twinserve.policies.vllm_rules import PrefillInterval
 from twinserve.sim.horizon import advance, horizon
 
 
@@ -73,9 +74,19 @@ def test_a_sequence_that_was_added_before(ends):
     assert (seq.finish_reason, len(scheduler.waiting)) == (reason, waiting)
 
 
-def test_a_pipeline_deeper_than_one_step():
-    with pytest.raises(ValueError, match="pipeline_depth is 2, expected 0 or 1"):
-        Core(Scheduler(BlockManager(4, 4)), pipeline_depth=2)
+def test_a_pipeline_of_less_than_no_step():
+    with pytest.raises(ValueError, match="pipeline_depth is -1, expected an integer >= 0"):
+        Core(Scheduler(BlockManager(4, 4)), pipeline_depth=-1)
+
+
+def test_a_pipeline_of_no_rank():
+    with pytest.raises(ValueError, match="pipeline_parallel_size is 0, expected an integer >= 1"):
+        Scheduler(BlockManager(4, 4), pipeline_parallel_size=0)
+
+
+def test_a_prefill_interval_of_no_step():
+    with pytest.raises(ValueError, match="prefill_schedule_interval is 0, expected an integer >= 1"):
+        PrefillInterval(0)
 
 
 def test_a_block_that_is_stored_already():

@@ -8,7 +8,6 @@ from typing import Any
 
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND, Settings
-from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
 from twinserve.traces.lines import LABELS
@@ -92,7 +91,7 @@ def _settings_of(record: RunRecord) -> Settings:
         if str(settings.get(name)).startswith(BY_HAND):
             problem = "expected a class that settings can name: replay() takes this one as build_core"
             raise InputError(problem, path=path, field=f"settings.{name}", value=settings[name])
-    return validated(Settings, settings, {}, path, within="settings.")
+    return Settings.recorded(settings, path)
 
 
 class _Impossible(Exception):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twinserve.planning.paired import PairedDifference
+from twinserve.planning.upgrade import Change
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
@@ -59,6 +60,19 @@ def paired_table(differences: list[PairedDifference]) -> None:
         limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
         table.add_row(row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
     Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def change_table(changes: list[Change]) -> None:
+    """Print what each change of an upgrade moves, and by how much."""
+    table = Table("change", "metric", "before", "after", "difference", "95% of the mean difference")
+    for change in changes:
+        for number, row in enumerate(change.moved):
+            limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
+            name = "" if number else change.name
+            table.add_row(name, row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
+        if not change.moved:
+            table.add_row(change.name, "nothing moves", "", "", "", "")
+    Console(width=None if Console().is_terminal else 140).print(table)
 
 
 def case_table(heads: list[str], rows: list[list[str]]) -> None:

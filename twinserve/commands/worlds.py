@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from twinserve.commands.options import Config, Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.options import (
+    VLLM_ARGS_HELP,
+    Config,
+    Json,
+    TraceFile,
+    options_of,
+    refuse_existing,
+    settings_of_vllm,
+)
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.worlds.workload import TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 LATENCY_HELP = (
@@ -39,6 +47,8 @@ def sim(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say within which limits metrics lie nine times out of ten.")
     ] = False,
+    like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
+    vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
     out: Out = None,
     as_json: Json = False,
@@ -51,7 +61,8 @@ def sim(
     from twinserve.worlds.workload import load_workloads
 
     chosen = FleetOptions.load(fleet, config)
-    replicas, words = chosen.build_replicas(settings, config, latency, latency_from)
+    settings = settings_of_vllm(vllm_args) | settings
+    replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
     refuse_existing(out)
     for line in words:

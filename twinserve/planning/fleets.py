@@ -15,6 +15,7 @@ from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
+from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
 
 
@@ -129,6 +130,7 @@ class FleetOptions(BaseModel):
         config: Path | None = None,
         latency: str | None = None,
         latency_from: Path | None = None,
+        like: str | None = None,
     ) -> tuple[list[ReplicaSpec], list[str]]:
         """The replicas, those of each group with its own settings over the common ones, and what was assumed, in words.
 
@@ -136,6 +138,7 @@ class FleetOptions(BaseModel):
             settings: of all replicas, over those of the TOML file `config`.
             latency: of the groups that name none.
             latency_from: a run record whose own step times are used, by a replica that is alone.
+            like: see `like_of`; what it says holds where settings, group and file say nothing.
 
         Raises:
             InputError: a setting or a latency cannot be used.
@@ -148,7 +151,15 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | group.settings, config, beside=("engine", "serve", "fleet"))
+            vllm = like_of(like, group.latency or latency)
+            if vllm is not None:
+                words[str(vllm)] = None
+            chosen = Settings.load(
+                settings | group.settings,
+                config,
+                beside=("engine", "serve", "fleet"),
+                defaults=vllm.settings if vllm else None,
+            )
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
             if isinstance(model, FittedLatency):

@@ -24,6 +24,7 @@ from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.vllm_like import OWN, like_of
 from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
 
 Result = dict[str, Any]
@@ -77,8 +78,9 @@ class Point(PointOptions):
         of_part = {
             part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
         }
+        like = like_of(values.get("like"), values.get("latency"))
         nested = {
-            "settings": Settings.load(of_part["settings"]),
+            "settings": Settings.load(of_part["settings"], defaults=like.settings if like else None),
             "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
             "fleet": FleetOptions.load(of_part["fleet"]),
         }
@@ -109,7 +111,7 @@ class Point(PointOptions):
         Raises:
             InputError: a setting or a latency cannot be used, or the model does not fit the device.
         """
-        replicas = self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency)[0]
+        replicas = self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency, like=OWN)[0]
         return replicas if self.draw is None else varied_replicas(replicas, draws()[self.draw])
 
     def draws(self) -> list[Point]:

@@ -14,6 +14,11 @@ from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 
+LIKE_HELP = (
+    "vllm-VERSION@DEVICE[:offline], whose defaults hold where nothing is set, or own for twinserve's; "
+    "unless given, the newest vLLM's on the device of a roofline"
+)
+
 
 class TraceOptions(BaseModel):
     """How a trace is changed before it is replayed; applied in this order."""
@@ -53,6 +58,7 @@ class PointOptions(BaseModel):
         default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
     )
     seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
+    like: str | None = Field(default=None, description=LIKE_HELP)
 
 
 @dataclass(frozen=True)

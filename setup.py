@@ -40,7 +40,9 @@ def extensions() -> list:
         return []
     paths = [str(path) for pattern in COMPILED for path in sorted(Path("twinserve").glob(pattern))]
     print(f"twinserve: {len(paths)} modules compiled by mypyc")
-    modules = mypycify(["--ignore-missing-imports", "--no-warn-unused-ignores", *paths], group_name="twinserve._compiled")
+    modules = mypycify(
+        ["--ignore-missing-imports", "--no-warn-unused-ignores", *paths], group_name="twinserve._compiled"
+    )
     for module in modules:
         module.optional = True  # a compiler that fails leaves them pure
     return modules

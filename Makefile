@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-compiled lint bench
+.PHONY: demo test test-compiled lint bench fidelity
 
 demo: $(INSTALLED)
 	$(BIN)/twinserve demo
@@ -26,6 +26,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
+
+# Every number of docs/fidelity.md again, from the records that ship; fails where one is another.
+fidelity: $(INSTALLED)
+	$(BIN)/python benchmarks/fidelity.py page --check
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

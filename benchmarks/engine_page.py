@@ -90,13 +90,16 @@ def _opening() -> list[str]:
             itself is one CUDA graph (`graph_runner.py`): it reads its rows, runs the layers, samples, and writes the
             sampled tokens back into the rows, so the next step can be launched before anybody has read them. With
             `--pipeline-depth 1` the next step is decided and launched while this one runs.""",
-            """Decodes are captured for every number of rows up to 4 and every multiple of 8; steps with up to 2,048
-            prompt tokens by how many there are. Longer ones are launched kernel by kernel, as the device is busy longer
-            than their launches take. A layer is nine kernels: four matrix products by cuBLAS, and ours in Triton for
-            residual and norm (twice), query-key norm with rotation and KV store, attention, and the gated activation.
-            Decode attention has all query heads of a KV head in one program and splits long contexts where few rows
-            would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple of 16 is
-            served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
+            """Decodes are captured for every number of rows up to 4, every multiple of 8 up to 256 and of 32
+            beyond; steps with prompts by how many tokens they have. In these the decodes lie first and the
+            prompts right behind them, so that a step is padded once, to a size that suits the products of
+            matrices; how many rows attend as decodes is a number of its own. Up to 2,048 tokens are captured,
+            and more where launching a small model's kernels one by one would take longer than running them. A
+            layer is nine kernels: four matrix products by cuBLAS, and ours in Triton for residual and norm
+            (twice), query-key norm with rotation and KV store, attention, and the gated activation. Decode
+            attention has all query heads of a KV head in one program and splits long contexts where few rows
+            would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple
+            of 16 is served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
             """The graph samples the best token of a row, or one by temperature. Rows that ask for more (`top_k`,
             `top_p`, `min_p`, `repetition_penalty`, `logprobs`) are sampled again behind it, by the kernels of the
             eager path. For one with a repetition penalty the device keeps which tokens came before, a byte for each

@@ -256,7 +256,7 @@ class FittedLatency:
         host, _, lead = self._steady(regime, first)
         if self._drift or lead:
             return None
-        columns = features.repeated(np.arange(1, count + 1), 0)  # type: ignore[arg-type]
+        columns = features.repeated(np.arange(1, count + 1), 0)
         devices_ns = np.full(count, np.rint(self._device(regime, columns))).astype(np.int64)
         if self._floor is not None:
             np.maximum(devices_ns, self._floor.repeated_costs(features, count)[1], out=devices_ns)

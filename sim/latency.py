@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import Batch
 from twinserve.traces.runs.metrics import stayed_busy
+
+Count = Any
+"""An integer; where features stand for several steps, a column of them."""
 
 
 class StepFeatures(NamedTuple):
@@ -30,18 +34,18 @@ class StepFeatures(NamedTuple):
             but for the first of these; as far as all that run are rows of the step.
     """
 
-    decision: int
+    decision: Count
     seqs: int
     prompt_tokens: int
     decode_tokens: int
-    kv_tokens: int
-    attention_pairs: int
+    kv_tokens: Count
+    attention_pairs: Count
     sampled: int
     arrived: int = 0
     left: int = 0
     decided_ns: int = 0
-    longest_decode: int = 0
-    prompts: tuple[tuple[int, int], ...] = ()
+    longest_decode: Count = 0
+    prompts: tuple[tuple[Count, int], ...] = ()
     shared_tokens: int = 0
 
     @classmethod
@@ -81,7 +85,7 @@ class StepFeatures(NamedTuple):
             shared_tokens,
         )
 
-    def repeated(self, number: int, decided_ns: int) -> StepFeatures:
+    def repeated(self, number: Count, decided_ns: int) -> StepFeatures:
         """The features of the `number`-th repetition of the step: every context has grown by the tokens of its row.
 
         With an array of numbers, what grows are arrays, too: the features of several repetitions, as columns.
@@ -106,12 +110,12 @@ class StepFeatures(NamedTuple):
         return self.decode_tokens + sum(length * length for _, length in self.prompts)
 
     @property
-    def decode_kv_tokens(self) -> int:
+    def decode_kv_tokens(self) -> Count:
         """The sum of the contexts of the rows of `decode_tokens`."""
         return self.kv_tokens - sum(start + length for start, length in self.prompts)
 
     @property
-    def longest_prompt(self) -> int:
+    def longest_prompt(self) -> Count:
         """The longest context among the rows of `prompt_tokens`, after the step."""
         ends = [start + length for start, length in self.prompts]
         return max(ends, default=0) if not ends or isinstance(ends[0], int) else np.maximum.reduce(ends)
@@ -171,6 +175,7 @@ class Watching(Protocol):
         """`count` steps were made: one with these features, and those that repeat it."""
 
 
+@mypyc_attr(native_class=False)  # it may be subclassed, and pickled
 class ScaledLatency:
     """Another model's costs, all times a factor."""
 
@@ -182,6 +187,7 @@ class ScaledLatency:
         return StepCost(*(round(ns * self._factor) for ns in self._latency.step_cost(features)))
 
 
+@mypyc_attr(native_class=False)  # it may be subclassed, and pickled
 class RecordedLatency:
     """A recorded run's own times, by the number of the step.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepFeatures
@@ -20,6 +21,7 @@ RESERVED_BYTES = 2 * 10**9
 ALL_REDUCE_NS = 10_000
 
 
+@mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
 @dataclass(frozen=True)
 class Device:
     """What a device can do.
@@ -92,6 +94,7 @@ def device_of(name: str) -> Device | None:
     return next((device for device in DEVICES.values() if device.name in name.replace("-", " ").split()), None)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True, serializable=True)
 class RooflineLatency:
     """The roofline of each operation of a step, summed (Williams, Waterman and Patterson, CACM 52(4), 2009).
 

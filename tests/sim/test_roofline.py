@@ -1,6 +1,7 @@
 """RooflineLatency: worked out by hand, and never less than what must be read or computed."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,21 @@ def test_the_name_says_whether_the_device_was_measured_and_the_identity_changes_
     other = RooflineLatency(measured.shape, replace(measured.device, bandwidth=3e12), 2)
     assert len({measured.identity, datasheet.identity, other.identity}) == 3
     assert RooflineLatency.parse("llama-3-8b@h100:tp=2").identity == measured.identity
+
+
+class FreeHost(RooflineLatency):
+    """A roofline of one's own, whose host takes no time."""
+
+    def step_cost(self, features):
+        return 0, super().step_cost(features)[1]
+
+
+def test_a_roofline_can_be_built_upon_and_pickled_compiled_or_not():
+    latency = FreeHost(SHAPES["llama-3-8b"], DEVICES["h100"])
+    features = StepFeatures(0, 2, 0, 2, 20, 20, 2)
+    host_ns, device_ns = RooflineLatency(SHAPES["llama-3-8b"], DEVICES["h100"]).step_cost(features)
+    assert host_ns > 0 and latency.step_cost(features) == (0, device_ns)
+    assert pickle.loads(pickle.dumps(latency)).step_cost(features) == (0, device_ns)
 
 
 def test_every_device_has_a_source_and_a_basis():

@@ -52,7 +52,7 @@ def write_report(records: list[RunRecord], out: Path) -> None:
         out: the HTML file to write; its folder is made where there is none.
 
     Raises:
-        InputError: there is no record, a summary lacks a number, or `out` exists or cannot be written.
+        InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():

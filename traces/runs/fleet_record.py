@@ -34,12 +34,25 @@ def load_replicas(path: Path) -> list[RunRecord]:
     """The records of a fleet's replicas, by number and life.
 
     Raises:
-        InputError: one of them cannot be read, or there is none.
+        InputError: one of them cannot be read, or they are not all of the fleet's.
     """
-    folders = [folder for folder in (Path(path) / REPLICAS).iterdir() if _place(folder) is not None]
+    path = Path(path)
+    summary = checked_run(path / "run.json")["summary"]
+    folders = [folder for folder in (path / REPLICAS).iterdir() if _place(folder) is not None]
     if not folders:
-        raise InputError("has no replicas, expected folders named 0, 1, 2...", path=Path(path) / REPLICAS)
-    return [load_record(folder) for folder in sorted(folders, key=lambda folder: _place(folder) or (0, 0))]
+        raise InputError("has no replicas, expected folders named 0, 1, 2...", path=path / REPLICAS)
+    records = [load_record(folder) for folder in sorted(folders, key=lambda folder: _place(folder) or (0, 0))]
+    expected = {name: summary[name] for name in ("requests", "finished", "refused", "aborted", "steps")}
+    expected["requests"] += summary.get("retries", 0)
+    for name, number in expected.items():
+        found = sum(record.run["summary"][name] for record in records)
+        if found != number:
+            raise InputError(
+                f"the record is not whole: the {len(records)} folders have {found} {name}, expected {number}, as "
+                "run.json has it",
+                path=path / REPLICAS,
+            )
+    return records
 
 
 def load_fleet(path: Path) -> RunRecord:

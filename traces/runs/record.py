@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import platform
-import re
 import shutil
 import sys
 from collections import defaultdict, deque
@@ -31,6 +31,7 @@ from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.request import Request
 from twinserve.traces.runs.digest import Digest, Exceptions
 from twinserve.traces.runs.metrics import RunMetrics, summary_of
+from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
 SCHEMA = "twinserve-run/2"
@@ -38,18 +39,22 @@ FIRST_SCHEMA = "twinserve-run/1"
 """Of records that lack when a step was launched, and how its engine pads and cuts steps."""
 
 _SERVED = ("stop", "length")
-_TOTALS = (
-    "usual",
-    "tokens",
+_SAID_BY_REQUESTS = (
+    "finished",
+    "refused",
+    "aborted",
+    "duration_s",
+    "output_tok_s",
+    "total_tok_s",
+    "ttft_s",
+    "tpot_s",
+    "e2e_s",
+    "cached_tokens",
     "prompt_tokens",
-    "decode_tokens",
-    "kv_tokens",
-    "attention_pairs",
-    "sampled",
-    "used_blocks",
-    "waiting",
-    "running",
+    "output_tokens",
+    "preemptions",
 )
+"""Of a summary, what the requests' rows alone say."""
 
 
 class KeptTokens(Protocol):
@@ -535,6 +540,24 @@ class RunRecord:
     outputs: dict[int, list[int]]
     prompts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
+    def told(self, *names: str) -> Any:
+        """What its run.json says at a place, such as `told("facts", "trace", "sha256")`.
+
+        Raises:
+            InputError: it says nothing there.
+        """
+        value: Any = self.run
+        for depth, name in enumerate(names, 1):
+            if not isinstance(value, dict) or name not in value:
+                raise InputError("is missing", path=self.path / "run.json", field=".".join(names[:depth]))
+            value = value[name]
+        return value
+
+    @property
+    def num_unanswered(self) -> int:
+        """Requests that came in, and whose end is not in the record."""
+        return sum(row["finish_reason"] is None for row in self.requests)
+
     @property
     def has_tokens(self) -> bool:
         """Are its tokens known? Not those of a simulation, nor of an engine whose record says `"tokens": null`."""
@@ -548,7 +571,8 @@ def load_record(path: Path) -> RunRecord:
     of another engine, whose facts name its `source`, has the other fields and no digest.
 
     Raises:
-        InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
+        InputError: a file is missing or broken, another version wrote it, a field is missing or wrong, or the files are
+            not all of one run: rows are missing, say.
     """
     path = Path(path)
     run = checked_run(path / "run.json")
@@ -562,23 +586,91 @@ def load_record(path: Path) -> RunRecord:
             if len(values) < len(requests):
                 raise line.error("expected another one than those of the lines before", field)
     steps: list[dict[str, Any]] = []
+    num_rows = 0
     for line in json_lines_file(path / "steps.jsonl"):
         _check_step(line, len(steps), run["facts"].get("source") is None)
         steps += single_steps(line.values)
+        num_rows += 1
+    _check_ends(path, run["summary"], requests, len(steps), num_rows)
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, list[int]] = {}
     if _has_tokens(run):
-        for line in json_lines_file(path / "outputs.jsonl.gz"):
-            outputs[line.integer("id")] = line.integers("tokens")
-            if "prompt" in line.values:
-                prompts[line.integer("id")] = line.integers("prompt")
-        for number, row in enumerate(requests, 1):
-            length = len(outputs.get(row["id"], ()))
-            if row["output_tokens"] != length:
-                line = Line(path / "requests.jsonl", number, row)
-                raise line.error(f"expected {length}, the number of tokens in outputs.jsonl.gz", "output_tokens")
+        _read_outputs(path, requests, outputs, prompts)
+    _check_summary(path, run["summary"], requests)
     requests.sort(key=lambda row: row["ingest"])
     return RunRecord(path, run, requests, steps, outputs, prompts)
+
+
+def _read_outputs(
+    path: Path, requests: list[dict[str, Any]], outputs: dict[int, list[int]], prompts: dict[int, list[int]]
+) -> None:
+    """Read the tokens of a run; each request has as many as its row says."""
+    rows = {row["id"]: (number, row) for number, row in enumerate(requests, 1)}
+    for line in json_lines_file(path / "outputs.jsonl.gz"):
+        check_output(line)
+        request_id = line.values["id"]
+        if request_id not in rows or request_id in outputs:
+            raise line.error("expected a request of requests.jsonl, and each once", "id")
+        outputs[request_id] = line.values["tokens"]
+        if "prompt" in line.values:
+            prompts[request_id] = line.values["prompt"]
+    for number, row in rows.values():
+        counts = [("output_tokens", len(outputs.get(row["id"], ())))]
+        if row["id"] in prompts:
+            counts.append(("prompt_tokens", len(prompts[row["id"]])))
+        for field, count in counts:
+            if row[field] != count:
+                line = Line(path / "requests.jsonl", number, row)
+                raise line.error(f"expected {count}, the number of tokens in outputs.jsonl.gz", field)
+
+
+def _check_ends(
+    path: Path, summary: dict[str, Any], requests: list[dict[str, Any]], num_steps: int, num_rows: int
+) -> None:
+    """Hold the numbers of rows against the summary, which was written when all were there.
+
+    Raises:
+        InputError: rows are missing, or there are more.
+    """
+    for name, number, found, line in (
+        ("steps", summary["steps"], num_steps, num_rows),
+        ("requests", summary["requests"], len(requests), len(requests)),
+    ):
+        if found != number:
+            raise InputError(
+                f"the record is not whole: it ends here after {found} {name}, expected {number}, as run.json has it",
+                path=path / f"{name}.jsonl",
+                line=line,
+            )
+
+
+def _check_summary(path: Path, summary: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+    """Hold the summary against the requests' rows.
+
+    Raises:
+        InputError: they are not of one run.
+    """
+    metrics = RunMetrics()
+    for row in requests:
+        metrics.request(row)
+    found = summary_of([metrics])
+    for name in _SAID_BY_REQUESTS:
+        values, expected = (of[name] if isinstance(of[name], dict) else {"": of[name]} for of in (summary, found))
+        for statistic, value in values.items():
+            if not _is_same(value, expected[statistic]):
+                raise InputError(
+                    f"the record is not of one piece: expected {expected[statistic]!r}, as requests.jsonl has it",
+                    path=path / "run.json",
+                    field=f"summary.{name}" + (f".{statistic}" if statistic else ""),
+                    value=value,
+                )
+
+
+def _is_same(value: float | None, expected: float | None) -> bool:
+    """Are two numbers alike but for rounding?"""
+    if value is None or expected is None:
+        return value is expected
+    return math.isclose(value, expected, rel_tol=1e-9)
 
 
 def _has_tokens(run: dict[str, Any]) -> bool:
@@ -597,76 +689,47 @@ def checked_run(path: Path) -> dict[str, Any]:
     if value.get("schema") not in (SCHEMA, FIRST_SCHEMA):
         problem = f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}"
         raise InputError(problem, path=path, field="schema", value=value.get("schema"))
-    if value.get("world") not in ("sim", "real"):
-        raise InputError("expected 'sim' or 'real'", path=path, field="world", value=value.get("world"))
-    for field in ("settings", "facts"):
-        if type(value.get(field)) is not dict:
-            raise InputError("expected a JSON object", path=path, field=field, value=value.get(field))
+    check_run(Line(path, None, value))
     return value
 
 
 def _check_request(line: Line) -> None:
-    """Check every field that metrics or a replay need."""
-    line.integer("ingest")
-    for field in ("id", "arrival_ns", "ingested_ns", "output_tokens", "cached_tokens", "preemptions"):
-        line.integer(field)
-    line.integer("max_tokens", 1)
-    for field in ("session", "after", "first_scheduled_ns", "first_token_ns", "finish_ns"):
-        line.get(field)
-        line.optional_integer(field)
-    reason = line.one_of("finish_reason", (*_SERVED, "abort", "refused", None))
-    if reason in _SERVED:
-        line.integer("first_token_ns")
-        line.integer("finish_ns")
-    length = sum(part.length for part in line.parts("prompt"))
-    if line.integer("prompt_tokens") != length:
+    """Check a request's row, and what its fields say of one another."""
+    check_request(line)
+    row = line.values
+    if row["finish_reason"] in _SERVED:
+        line.integer("first_token_ns", row["arrival_ns"])
+        line.integer("finish_ns", row["first_token_ns"])
+    length = sum([length for _, _, length in row["prompt"]])
+    if row["prompt_tokens"] != length:
         raise line.error(f"expected {length}, the sum of the lengths in prompt", "prompt_tokens")
-    if not isinstance(line.get("refusal"), str | None):
-        raise line.error("expected words or null", "refusal")
-    line.one_of("ignore_eos", (False, True))
-    line.integers("stop_token_ids")
-    line.labels()
-
-
-def _check_repeats(line: Line, count: int) -> None:
-    """Check what the row of several steps says of those that repeat the first."""
-    times = line.child("repeats")
-    names = ["end_ns"]
-    if "decided_ns" in times.values:
-        names += ["decided_ns", "start_ns"]
-    elif len(times.integers("start_ns")) != 1:
-        raise times.error("expected one number, as there is no decided_ns", "start_ns")
-    for name in names:
-        if len(times.integers(name)) != count - 1:
-            raise times.error(f"expected {count - 1} numbers, one less than count", name)
-    grown = times.get("grown")
-    if type(grown) is not list or not all(
-        type(entry) is list and len(entry) == 3 and type(entry[2]) is list and 1 <= entry[0] < count for entry in grown
-    ):
-        raise times.error("expected a list of [number of the step, request, block ids]", "grown")
 
 
 def _check_step(line: Line, decision: int, is_digested: bool) -> None:
-    """Check the facts and the digest, and those of the other decision fields that are there."""
-    line.one_of("decision", (decision,))
-    line.integer("committed", -1)
-    if (count := line.integer("count", 1)) > 1:
-        _check_repeats(line, count)
-    for field in ("seen", "decided_ns", "start_ns", "end_ns"):
-        line.integer(field)
-    if "launched_ns" in line.values:
-        line.integer("launched_ns")
-    line.integers("aborted")
+    """Check a step's row, and what its fields say of one another."""
+    check_step(line)
+    row = line.values
+    if row["decision"] != decision:
+        raise line.error(f"expected {decision}", "decision")
     if is_digested:
-        digest = line.get("digest")
-        if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
-            raise line.error("expected 16 hexadecimal digits", "digest", digest)
-    for field in ("left", "preempted"):
-        if field in line.values:
-            line.integers(field)
-    for field, width in (("admitted", 4), ("rows", 3)):
-        if field in line.values:
-            line.integer_lists(field, width)
-    for field in _TOTALS:
-        if field in line.values:
-            line.integer(field)
+        line.get("digest")
+    if row["count"] > 1:
+        _check_repeats(line.child("repeats"), row["count"])
+        if "kv_tokens" in row:
+            for field in ("tokens", "decode_tokens", "attention_pairs", "used_blocks", "rows"):
+                line.get(field)
+
+
+def _check_repeats(times: Line, count: int) -> None:
+    """Check that the row of several steps says as much as it stands for."""
+    names = ["end_ns"]
+    if "decided_ns" in times.values:
+        names += ["decided_ns", "start_ns"]
+    elif len(times.values["start_ns"]) != 1:
+        raise times.error("expected one number, as there is no decided_ns", "start_ns")
+    for name in names:
+        if len(times.values[name]) != count - 1:
+            raise times.error(f"expected {count - 1} numbers, one less than count", name)
+    for entry in times.values["grown"]:
+        if entry[0] >= count:
+            raise times.error(f"expected numbers of steps below count ({count})", "grown", entry)

@@ -91,6 +91,10 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
         log = _Log(run, requests, _step_rows(path / "steps.jsonl.gz"), path)
         rows = log.request_rows(_prompts(run, requests, path, traces))
         steps = log.steps
+        for name, found in (("steps", len(steps)), ("requests", len(requests))):
+            if found != run["summary"][name]:
+                problem = f"the log is not whole: it ends here after {found} {name}, expected {run['summary'][name]}"
+                raise InputError(f"{problem}, as run.json has it", path=path / f"{name}.jsonl.gz", line=found)
         whole = {
             "schema": SCHEMA,
             "world": "real",
@@ -101,7 +105,9 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
             # When a step started on the device is not in a log.
             "summary": summarize(rows, steps, world="real", wall_s=run["wall_s"]) | {"device_wait_share": None},
         }
-    except (KeyError, TypeError, IndexError) as error:
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"expected a step log of format {FORMAT!r}, but {error!r}", path=path) from error
     return RunRecord(path, whole, rows, steps, {})
 

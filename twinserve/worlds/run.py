@@ -59,6 +59,8 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
         if source is not None:
             raise InputError("expected only one of latency and latency_from", field="latency", value=source)
         rows = load_run(record).steps
+        if not rows:
+            raise InputError("has no steps, expected the record of a run or of a replica", path=record)
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
     source = source or DEFAULT_LATENCY
     if source.startswith(ROOFLINE):
@@ -111,9 +113,9 @@ def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
     facts = records[0].run["facts"]
     about = {
         "model": facts.get("model", "the model"),
-        "device": records[0].run["device"],
-        "block_size": records[0].run["settings"]["block_size"],
-        "runs": [{"name": record.path.name, "trace": record.run["facts"]["trace"]["sha256"]} for record in records],
+        "device": records[0].told("device"),
+        "block_size": records[0].told("settings", "block_size"),
+        "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
     about |= {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
     return fit_records(records, about)

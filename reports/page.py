@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from twinserve.reports.tables import (
 )
 from twinserve.reports.text import count, percent
 from twinserve.reports.timelines import batch_figure, kv_figure
-from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing, write_whole
 from twinserve.traces.runs.compare import differing_settings
 from twinserve.traces.runs.record import RunRecord
 
@@ -55,21 +54,8 @@ def write_report(records: list[RunRecord], out: Path) -> None:
         InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise InputError("exists already, expected a new name", path=out)
-    content = _page(runs_of(records)).encode("utf-8", "replace")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            partial.rename(out)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", path=out) from error
+    refuse_existing(out)
+    write_whole(out, _page(runs_of(records)))
 
 
 def _page(runs: list[Run]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
 from twinserve.traces.formats import (
     azure,
     burstgpt,
@@ -131,18 +132,9 @@ def write_trace(
             lines.append(line)
             beside.update(dict.fromkeys(said, 1))
         text = "".join(lines)
-    _write(path, text.encode())
+    content = text.encode()
+    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return dict(beside)
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with path.open("xb") as file:
-            file.write(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-    except FileExistsError as error:
-        raise InputError("exists already, expected a new file", path=path) from error
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", path=path) from error
 
 
 def _recognise(lines: list[str], path: Path, reading: Reading) -> tuple[str, Rows]:

@@ -356,7 +356,7 @@ def test_nothing_half_written_stays(tmp_path, sim, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     folder = tmp_path / "pages"
     with pytest.raises(InputError, match="No space left"):
         write_report([sim], folder / "report.html")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import WholeFolder
 from twinserve.traces.request import Request
 from twinserve.traces.runs.metrics import summary_of
 from twinserve.traces.runs.record import (
@@ -17,7 +18,6 @@ from twinserve.traces.runs.record import (
     checked_run,
     finish_record,
     load_record,
-    make_partial,
     run_of,
     with_extra,
 )
@@ -90,7 +90,7 @@ class FleetRecorder:
     As a context manager it discards what was not closed.
 
     Args:
-        out: the folder to write.
+        out: the folder to write; None writes nothing, and leaves the metrics.
         settings: those that all replicas have in common; where a replica has rules that were handed in, it says that.
         facts: what says which trace, router and replicas it was.
 
@@ -98,11 +98,9 @@ class FleetRecorder:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
 
-    def __init__(self, out: Path, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
-        self._out = Path(out)
+    def __init__(self, out: Path | None, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
         self._settings, self._facts, self._device = settings, facts, device
-        self._partial = make_partial(self._out)
-        (self._partial / REPLICAS).mkdir()
+        self._folder = None if out is None else WholeFolder(Path(out))
         self._lives: list[RunRecorder] = []
         self._up: dict[int, RunRecorder] = {}
         self._retries: dict[int, int] = {}
@@ -112,7 +110,7 @@ class FleetRecorder:
     ) -> RunRecorder:
         """The recorder of a replica that is up."""
         name = str(replica) if life == 0 else f"{replica}.{life}"
-        out = self._partial / REPLICAS / name
+        out = None if self._folder is None else self._folder.partial / REPLICAS / name
         recorder = RunRecorder(out, world="sim", settings=settings, facts=facts, device=device)
         self._lives.append(recorder)
         self._up[replica] = recorder
@@ -138,14 +136,19 @@ class FleetRecorder:
         summary = with_extra(summary, summary_extra)
         rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
         by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
-        run = run_of("sim", self._settings | by_hand, self._facts, self._device, summary)
-        finish_record(self._partial, self._out, run)
+        if self._folder is not None:
+            finish_record(self._folder, run_of("sim", self._settings | by_hand, self._facts, self._device, summary))
         return summary
 
     def __enter__(self) -> FleetRecorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for recorder in self._lives:
             recorder.discard()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.discard()
+            if isinstance(error, OSError):
+                raise InputError(f"cannot be written: {error.strerror or error}", path=self._folder.out) from error

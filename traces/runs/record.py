@@ -7,7 +7,6 @@ import gzip
 import json
 import math
 import platform
-import shutil
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 
 import orjson
@@ -27,6 +27,7 @@ from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams,
 from twinserve.policies.core import Growth, Span
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import Nowhere, WholeFolder, writing
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.request import Request
 from twinserve.traces.runs.digest import Digest, Exceptions
@@ -105,7 +106,7 @@ class RunRecorder(CoreListener):
     a step for the metrics, and of a real run the generated tokens.
 
     Args:
-        out: the folder to write.
+        out: the folder to write; None writes nothing, and leaves the metrics.
         world: "sim" or "real"; a real run's record holds the generated tokens too.
         settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
@@ -123,7 +124,7 @@ class RunRecorder(CoreListener):
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         *,
         world: Literal["sim", "real"],
         settings: dict[str, Any],
@@ -133,7 +134,6 @@ class RunRecorder(CoreListener):
     ):
         self.metrics = RunMetrics()
         self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
-        self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
         self._tokens = tokens
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
@@ -141,7 +141,7 @@ class RunRecorder(CoreListener):
         self._outputs: dict[int, dict[str, Any]] = {}
         self._digest = Digest()
         self._decided: deque[_Decided] = deque()
-        self._partial = make_partial(self._out)
+        self._folder = None if out is None else WholeFolder(Path(out))
         self._steps_file = self._open("steps.jsonl")
         self._requests_file = self._open("requests.jsonl")
         self._next_number = 0
@@ -150,7 +150,7 @@ class RunRecorder(CoreListener):
         self._lines: dict[int, bytes] = {}
 
     def _open(self, name: str) -> IO[bytes]:
-        return (self._partial / name).open("wb", buffering=1 << 16)
+        return Nowhere() if self._folder is None else (self._folder.partial / name).open("wb", buffering=1 << 16)
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
@@ -229,16 +229,21 @@ class RunRecorder(CoreListener):
         for decided in self._decided:
             if decided.batch.end_ns is not None:
                 self._write_step(decided)
-        self._steps_file.close()
-        self._requests_file.close()
         summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
-        if self._world == "real":
-            outputs = [row for _, row in sorted(self._outputs.items())]
-            _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        facts = self._facts | self.last_facts(self._partial)
-        run = run_of(self._world, self._settings | self.rules, facts, self._device, summary)
-        finish_record(self._partial, self._out, run)
+        if self._folder is not None:
+            self._finish(self._folder, summary)
         return summary
+
+    def _finish(self, folder: WholeFolder, summary: dict[str, Any]) -> None:
+        """Write what is known at the end, and give the folder its name."""
+        with writing(folder.out):
+            self._steps_file.close()
+            self._requests_file.close()
+            if self._world == "real":
+                outputs = [row for _, row in sorted(self._outputs.items())]
+                _write_lines(folder.partial / "outputs.jsonl.gz", outputs)
+            facts = self._facts | self.last_facts(folder.partial)
+        finish_record(folder, run_of(self._world, self._settings | self.rules, facts, self._device, summary))
 
     def last_facts(self, folder: Path) -> dict[str, Any]:
         """Facts that are known once the rows are written to `folder`, over those from before; here there are none."""
@@ -246,15 +251,22 @@ class RunRecorder(CoreListener):
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""
-        self._steps_file.close()
-        self._requests_file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        for file in (self._steps_file, self._requests_file):
+            # What is still in its buffer may have no room on the disk.
+            with suppress(OSError):
+                file.close()
+        if self._folder is not None:
+            self._folder.discard()
 
     def __enter__(self) -> RunRecorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.discard()
+        if self._folder is not None and isinstance(error, OSError):
+            raise InputError(f"cannot be written: {error.strerror or error}", path=self._folder.out) from error
 
     def _later(self, call: Callable[..., None], *arguments: Any) -> None:
         """Make a call that nothing waits for together with others, in order; in a real run, whose steps would, now."""
@@ -352,18 +364,16 @@ def run_of(
     }
 
 
-def finish_record(partial: Path, out: Path, run: dict[str, Any]) -> None:
+def finish_record(folder: WholeFolder, run: dict[str, Any]) -> None:
     """Write run.json, and give a folder its name.
 
     Raises:
-        InputError: `out` cannot be created.
+        InputError: it cannot be written.
     """
     text = json.dumps(run, indent=2, allow_nan=False) + "\n"
-    (partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
-    try:
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
+    with writing(folder.out):
+        (folder.partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+    folder.finish()
 
 
 def write_record(record: RunRecord, out: Path) -> None:
@@ -372,34 +382,14 @@ def write_record(record: RunRecord, out: Path) -> None:
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
-    partial = make_partial(out)
-    try:
-        _write_lines(partial / "requests.jsonl", record.requests)
-        _write_lines(partial / "steps.jsonl", record.steps)
-        if record.has_tokens:
-            rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
-            _write_lines(partial / "outputs.jsonl.gz", rows)
-        finish_record(partial, out, record.run)
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def make_partial(out: Path) -> Path:
-    """Create the folder in which a record grows."""
-    if out.exists() or out.is_symlink():
-        raise InputError("exists already, expected a new folder", path=out)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError(
-            "exists already: another run is writing it, or one was killed and it can be removed", path=partial
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=partial) from error
-    return partial
+    with WholeFolder(out) as folder:
+        with writing(out):
+            _write_lines(folder.partial / "requests.jsonl", record.requests)
+            _write_lines(folder.partial / "steps.jsonl", record.steps)
+            if record.has_tokens:
+                rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
+                _write_lines(folder.partial / "outputs.jsonl.gz", rows)
+        finish_record(folder, record.run)
 
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:

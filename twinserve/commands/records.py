@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from twinserve.commands.options import Json, Traces, refuse_existing
+from twinserve.commands.options import Json, Traces
 from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 from twinserve.settings.own_class import RULES
 
 

@@ -11,6 +11,7 @@ from twinserve.commands.options import Json, options_of
 from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
+from twinserve.settings.files import write_whole
 from twinserve.worlds.workload import PointOptions, TraceOptions
 
 Jobs = Annotated[
@@ -29,7 +30,7 @@ def sweep(
     """Simulate every combination of settings, traces, latencies and rates that a file asks for."""
     from twinserve.commands.sweep_views import page_of, remarks_of, sweep_cases
     from twinserve.planning.parallel import Workers
-    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points, write_whole
+    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points
 
     chosen = load_plan(plan)
     with opened(out) as store, Workers(jobs, ray) as workers:
@@ -39,8 +40,8 @@ def sweep(
             results = run_points(chosen.points, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, results)), sweep_cases(chosen, results)
         remarks = remarks_of(chosen, results)
-        write_whole(out / "results.jsonl", lines)
-        write_whole(out / "page.html", page_of(f"Sweep of {plan.name}", remarks, chosen, cases))
+        write_whole(out / "results.jsonl", lines, replaces=True)
+        write_whole(out / "page.html", page_of(f"Sweep of {plan.name}", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
 
 
@@ -73,7 +74,7 @@ def capacity(
     from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
     from twinserve.planning.capacity import find_capacities, rows_of
     from twinserve.planning.parallel import Workers
-    from twinserve.planning.sweep import lines_of, load_plan, opened, write_whole
+    from twinserve.planning.sweep import lines_of, load_plan, opened
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings | trace_options | fleet
@@ -83,8 +84,8 @@ def capacity(
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
         if out is not None:
-            write_whole(out / "results.jsonl", lines)
-            write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases))
+            write_whole(out / "results.jsonl", lines, replaces=True)
+            write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.options import Json, TraceFile, options_of
 from twinserve.commands.progress import say
+from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import TraceOptions
 
 LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."

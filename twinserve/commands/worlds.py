@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from twinserve.commands.options import Config, Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.options import Config, Json, TraceFile, options_of
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import TraceOptions
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, Result, compute
 from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import lock_file, write_whole
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")
@@ -134,8 +133,7 @@ class Store:
             if folder.exists() and not (folder / "points").is_dir() and any(folder.iterdir()):
                 raise InputError("expected a new name, or the folder of an earlier sweep", path=folder)
             (folder / "points").mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_file(folder / "lock")
         except BlockingIOError as error:
             raise InputError("is in use by another sweep", path=folder) from error
         except OSError as error:
@@ -160,7 +158,7 @@ class Store:
         """Keep the result of a job."""
         self._known[job.key] = json.loads(json.dumps(result))
         if self._folder is not None:
-            write_whole(self._path(job), json.dumps(result) + "\n")
+            write_whole(self._path(job), json.dumps(result) + "\n", replaces=True)
 
     def _path(self, job: Job) -> Path:
         assert self._folder is not None
@@ -180,16 +178,6 @@ def opened(folder: Path | None) -> Iterator[Store]:
         yield store
     finally:
         store.close()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that its name never stands for a part of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def run_points(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -218,38 +216,22 @@ def recording(
     device: str | None = None,
     watch: Callable[[Batch], None] | None = None,
 ) -> Iterator[RunRecorder]:
-    """A recorder that writes `out`, or nothing that stays where `out` is None; `watch` hears of steps that end."""
+    """A recorder that writes `out`, or nothing where `out` is None; `watch` hears of steps that end."""
     make = RunRecorder if watch is None else partial(_WatchedRecorder, watch)
-    with (
-        scratch_folder(out) as folder,
-        make(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
-    ):
+    with make(out, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder:
         yield recorder
 
 
 class _WatchedRecorder(RunRecorder):
     """A recorder beside which somebody else hears of the steps that end."""
 
-    def __init__(self, watch: Callable[[Batch], None], folder: Path, **options: Any):
-        super().__init__(folder, **options)
+    def __init__(self, watch: Callable[[Batch], None], out: Path | None, **options: Any):
+        super().__init__(out, **options)
         self._watch = watch
 
     def committed(self, batch: Batch) -> None:
         super().committed(batch)
         self._watch(batch)
-
-
-@contextmanager
-def scratch_folder(out: Path | None) -> Iterator[Path]:
-    """The folder to write: `out`, or where that is None one that is removed at the end."""
-    if out is not None:
-        yield out
-        return
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        yield scratch / "run"
-    finally:
-        shutil.rmtree(scratch)
 
 
 @contextmanager
@@ -354,8 +336,7 @@ def run_fleet(
     common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
     device = f"simulated: {len(replicas)} replicas"
     with (
-        scratch_folder(out) as folder,
-        FleetRecorder(folder, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
+        FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         _rare_collections(),
     ):
         begun = time.perf_counter()

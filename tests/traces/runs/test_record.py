@@ -174,7 +174,7 @@ def test_a_record_that_was_never_closed_leaves_nothing_behind(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match="exists already, expected a new folder"):
+    with pytest.raises(InputError, match="exists already, expected a new name"):
         recorder(tmp_path / "run")
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_another_run_is_writing_is_refused(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be created"):
+    with pytest.raises(InputError, match="cannot be written"):
         recorder(tmp_path / "file" / "run")
 
 

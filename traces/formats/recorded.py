@@ -7,6 +7,7 @@ before it can be. What was refused is left out. Time 0 is the first request.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from twinserve.traces.formats.reading import Reading, Rows
@@ -14,10 +15,10 @@ from twinserve.traces.lines import Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
 NAME = "twinserve-record"
-KEYS = {"ingest"}
+FIELDS = ("ingest", "finish_reason", "arrival_ns")
 
 
-def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     found: list[tuple[Line, int]] = []
     for line in json_lines(lines, path):

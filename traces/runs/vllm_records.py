@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
+from twinserve.traces.lines import Content, json_file, json_lines_file, json_value
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
@@ -122,11 +122,12 @@ def requests_of(record: RunRecord) -> list[Request]:
 
 def _step_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows as dicts; `launched` is None where it was not recorded."""
-    for number, text in enumerate(text_lines(read_content(path), path), 1):
-        values = json_value(text, path)
-        if not isinstance(values, list) or not len(_ROW) - 1 <= len(values) <= len(_ROW):
-            raise InputError(f"expected a list of {len(_ROW) - 1} or {len(_ROW)} values", path=path, line=number)
-        yield dict(zip(_ROW, [*values, None][: len(_ROW)], strict=True))
+    with Content(path) as content:
+        for number, text in enumerate(content, 1):
+            values = json_value(text, path, number)
+            if not isinstance(values, list) or not len(_ROW) - 1 <= len(values) <= len(_ROW):
+                raise InputError(f"expected a list of {len(_ROW) - 1} or {len(_ROW)} values", path=path, line=number)
+            yield dict(zip(_ROW, [*values, None][: len(_ROW)], strict=True))
 
 
 def _settings(found: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def trace_stat(trace: TraceFile, trace_options: dict, as_json: Json = False) -> 
     from twinserve.traces.statistics import trace_statistics
     from twinserve.worlds.workload import load_workload
 
-    workload = load_workload(trace, trace_options)
+    workload = load_workload(trace, trace_options, is_replayed=False)
     statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
     if as_json:
         print(json.dumps(statistics))
@@ -46,7 +46,7 @@ def trace_convert(
     from twinserve.worlds.workload import load_workload
 
     refuse_existing(out)
-    workload = load_workload(trace, trace_options)
+    workload = load_workload(trace, trace_options, is_replayed=False)
     beside = write_trace(
         out,
         with_own_private_prompts(workload.requests) if workload.facts["transforms"] else workload.requests,

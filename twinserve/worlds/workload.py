@@ -31,6 +31,15 @@ class TraceOptions(BaseModel):
     max_prompt_tokens: int | None = Field(default=None, description="cut longer prompts to their first tokens")
     max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
 
+    @property
+    def read(self) -> dict[str, Any]:
+        """As far as a trace has to be read: arguments of `read_trace`."""
+        if any(value is not None for value in (self.spread_seed, self.shuffle_seed, self.session_rate)):
+            return {}
+        if self.window_s is not None:
+            return {"until_s": _window(self.window_s)[1]}
+        return {} if self.limit is None or self.limit < 1 else {"limit": self.limit}
+
 
 class PointOptions(BaseModel):
     """What a point of a sweep has beside its trace, settings and trace options."""
@@ -75,27 +84,36 @@ class Workload:
         return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
 
 
-def load_workload(path: Path, options: dict[str, Any]) -> Workload:
-    """Read a trace and apply `TraceOptions` to it.
+def load_workload(path: Path, options: dict[str, Any], *, is_replayed: bool = True) -> Workload:
+    """Read a trace, as far as it is wanted, and apply `TraceOptions` to it.
+
+    Args:
+        is_replayed: whether it has to be known when requests come.
 
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    return make_workload(read_trace(path), path, validated(TraceOptions, {}, options, None))
+    wanted = validated(TraceOptions, {}, options, None)
+    return make_workload(read_trace(path, **wanted.read), path, wanted, is_replayed=is_replayed)
 
 
-def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:
+def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replayed: bool = True) -> Workload:
     """A trace that was read from `path`, with `options` applied to it.
 
     Raises:
-        InputError: an option cannot be used, or no request is left.
+        InputError: an option cannot be used, no request is left, or the trace does not say when requests come and no
+            option does.
     """
+    if is_replayed and not trace.is_timed and options.session_rate is None and not options.all_at_zero:
+        raise InputError(
+            f"a {trace.format} file does not say when requests come: expected session_rate, or all_at_zero", path=path
+        )
     requests, log = _transformed(trace, options)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
-    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests)
+    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
     return Workload(requests, facts, transforms.num_shortened(log), dropped, None if log else trace.epoch_ns)
 
 
@@ -121,6 +139,9 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
         requests = transforms.cap_prompt_tokens(requests, wanted.max_prompt_tokens, log)
     if wanted.max_output_tokens is not None:
         requests = transforms.cap_output_tokens(requests, wanted.max_output_tokens, log)
+    if trace.num_unread:
+        # The window, or the limit, behind whose end nothing was read comes first.
+        log[0]["changed"]["requests_dropped"] += trace.num_unread
     return requests, log
 
 

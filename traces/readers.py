@@ -58,6 +58,8 @@ _JSON_LINES: tuple[tuple[frozenset[str], Any], ...] = (
 _DOCUMENTS = (weka, vllm_bench, sglang_bench, guidellm)
 _ARRAYS = (sharegpt_v3, inference_perf)
 _TABLES = (azure, vidur, burstgpt, splitwise, servegen)
+_STREAMED = {form.NAME for form in (mooncake, bailian, sharegpt, *_TABLES)}
+"""Formats that are read a line at a time."""
 _NEIGHBOURS = {
     "an AIBrix workload": {"timestamp", "requests"},
     "a batch of OpenAI's interface": {"custom_id", "body"},
@@ -115,7 +117,9 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     with Content(path) as content:
         name, rows = _recognise(content, path, reading)
         requests, is_whole = _read(rows, limit, until_s)
-        num_unread = 0 if is_whole else content.rest_of_lines()
+        num_unread = 0
+        if not is_whole:
+            num_unread = content.rest_of_lines() if name in _STREAMED else sum(1 for _ in rows)
         return _trace(name, requests, content.sha256(), reading, path, num_unread)
 
 

@@ -35,7 +35,8 @@ _DEFINITIONS = (
     ("Device waits", "the share of the duration in which the device had work but stood idle, waiting for the host"),
     ("Error", "(simulated − real) / real"),
     ("Refused", "requests that could never be served: too long for the context or for the pool"),
-    ("Shortened", "prompts and answers cut to a cap, and answers ended by the context's length"),
+    ("Shortened", "answers that ended with fewer tokens than they asked for, because of the context's length"),
+    ("Capped", "requests whose prompt or answer was cut to a cap before the run"),
     ("Dropped", "requests of the trace that were not replayed"),
 )
 
@@ -86,7 +87,9 @@ def _headline(run: Run) -> str:
     """What was run, on what, with what, and what became of the requests; every count is said, 0 too."""
     summary = run.summary
     counts = [f"{summary['finished']:,} finished"]
-    counts += [_counted(summary.get(what, 0), what) for what in ("refused", "shortened", "dropped", "aborted")]
+    counts += [
+        _counted(summary.get(what, 0), what) for what in ("refused", "shortened", "capped", "dropped", "aborted")
+    ]
     unfinished = summary["requests"] - summary["finished"] - summary["refused"] - summary["aborted"]
     if unfinished:
         counts.append(_counted(unfinished, "unfinished"))

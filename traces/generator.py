@@ -126,7 +126,7 @@ def generate(
     """Synthetic requests in the order of their arrival, the first one at 0.
 
     Conversations of `turns` requests begin at random times. A later turn's prompt is the prompt before it, the answer
-    to that, and new text; it arrives when that answer is complete, at the earliest a think time after the turn before.
+    to that, and new text; it arrives a think time after that answer is complete.
     Each aspect has a random stream of its own: another rate leaves the lengths as they are.
 
     Args:
@@ -143,7 +143,7 @@ def generate(
         num_system_prompts: texts of which each conversation has one, chosen uniformly, at its start; 0 is none.
         system_prompt_tokens: length of each of them.
         turns: requests in a conversation; the last conversation may have fewer.
-        think_time_s: mean, in seconds, of the exponential time between the arrivals of two turns.
+        think_time_s: mean, in seconds, of the exponential time from an answer to the next turn.
 
     Raises:
         InputError: a value is out of range.
@@ -225,14 +225,15 @@ def _are_of_one_trace(prompt_tokens: Lengths, output_tokens: Lengths) -> bool:
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:
     """The turns of one conversation; `opening` has the id and time of the first, and what its prompt begins with."""
     parts = opening.parts
-    arrival_ns = opening.arrival_ns
+    arrival_ns, think_ns = opening.arrival_ns, 0
     for number in range(opening.id, opening.id + turns):
         parts = (*parts, Part(next(draws.texts), 0, next(draws.prompt_tokens)))
         max_tokens = next(draws.max_tokens)
         after = number - 1 if number > opening.id else None
-        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after)
+        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after, think_ns)
         parts = (*parts, Part(answer_text(number), 0, max_tokens))
-        arrival_ns += next(draws.think_ns)
+        think_ns = next(draws.think_ns)
+        arrival_ns += think_ns
 
 
 def _gaps(rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_size: int) -> Iterator[float]:

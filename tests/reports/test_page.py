@@ -180,7 +180,7 @@ def test_the_first_line_says_what_was_simulated_and_that_nothing_was_left_out(pa
         .visible.partition("sim – twinserve report ")[2]
         .startswith(
             "sim sim: simulated with latency model a line; trace chat.jsonl; 80 requests: "
-            "80 finished, 0 refused, 0 shortened, 0 dropped, 0 aborted."
+            "80 finished, 0 refused, 0 shortened, 0 capped, 0 dropped, 0 aborted."
         )
     )
 
@@ -192,8 +192,8 @@ def test_the_first_line_counts_what_was_refused_shortened_dropped_and_aborted(pa
     shown = page(with_run(record, summary=summary))
     finished, refused, shortened = (summary[name] for name in ("finished", "refused", "shortened"))
     expected = (
-        f"80 requests: {finished} finished, {refused} refused , {shortened} shortened , 7 dropped , 2 aborted , "
-        "1 unfinished ."
+        f"80 requests: {finished} finished, {refused} refused , {shortened} shortened , 0 capped, "
+        "7 dropped , 2 aborted , 1 unfinished ."
     )
     assert expected in shown.visible
 

@@ -64,7 +64,8 @@ def fleet_run(folder: Path, requests: list[Request], replicas: list[ReplicaSpec]
 def run_json(run: Path) -> dict:
     """The content of a run.json, but for what the summary says of the workload and of the wall clock."""
     content = json.loads((run / "run.json").read_text())
-    content["summary"].pop("dropped", None)
+    for name in ("capped", "dropped"):
+        content["summary"].pop(name, None)
     del content["summary"]["wall_s"]
     return content
 
@@ -112,7 +113,7 @@ def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, router, latency
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_death_loses_nothing(tmp_path, router):
-    requests = requests_of(3)
+    requests = requests_of(5)
     summary = fleet_run(tmp_path / "fleet", requests, specs(*[Uneven()] * 3), router, outages=OUTAGES)
     assert summary["retried"] > 0
     assert summary["requests"] == summary["finished"] == len(requests)

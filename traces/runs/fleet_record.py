@@ -19,7 +19,6 @@ from twinserve.traces.runs.record import (
     finish_record,
     load_record,
     run_of,
-    with_extra,
 )
 
 REPLICAS = "replicas"
@@ -133,7 +132,7 @@ class FleetRecorder:
         lost = sum(self._retries.values())
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
-        summary = with_extra(summary, summary_extra)
+        summary |= summary_extra or {}
         rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
         by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
         if self._folder is not None:

@@ -219,8 +219,7 @@ class RunRecorder(CoreListener):
         Steps that have not ended, as their replica died, are written if it is known when they would have.
 
         Args:
-            summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
-                other value goes in as it is.
+            summary_extra: joins the summary.
         """
         self._work_off()
         for served in self._served.values():
@@ -229,7 +228,7 @@ class RunRecorder(CoreListener):
         for decided in self._decided:
             if decided.batch.end_ns is not None:
                 self._write_step(decided)
-        summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
+        summary = summary_of([self.metrics], world=self._world) | (summary_extra or {})
         if self._folder is not None:
             self._finish(self._folder, summary)
         return summary
@@ -341,12 +340,6 @@ def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
         "end_ns": periods,
         "start_ns": list(map(sub, start_ns, (batch.start_ns or 0, *start_ns[:-1]))),
     }
-
-
-def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
-    """A summary with what only the caller knows; `shortened` is added to that of the summary."""
-    extra = extra or {}
-    return summary | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
 
 
 def run_of(

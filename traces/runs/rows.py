@@ -139,6 +139,7 @@ class Summary(TypedDict):
     preemptions: Natural
     steps: Natural
     device_wait_share: NotRequired[Number | None]
+    capped: NotRequired[Natural]
     dropped: NotRequired[Natural]
     retries: NotRequired[Natural]
 

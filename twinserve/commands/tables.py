@@ -12,9 +12,9 @@ from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 
 def summary_table(summary: dict[str, Any]) -> None:
-    """Print a run's summary; what was refused, shortened or dropped comes first."""
+    """Print a run's summary; what was refused, shortened, capped or dropped comes first."""
     console = Console(width=None if Console().is_terminal else 100)
-    counts = ("requests", "finished", "refused", "aborted", "shortened", "dropped")
+    counts = ("requests", "finished", "refused", "aborted", "shortened", "capped", "dropped")
     console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
     table = Table("seconds", *STATISTICS)
     for name in LATENCIES:

@@ -84,7 +84,7 @@ def trace_make(
     system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
     system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,
     turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
-    think_time_s: Annotated[float, typer.Option(help="Mean time between two turns.")] = 0.0,
+    think_time_s: Annotated[float, typer.Option(help="Mean time from an answer to the next turn.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Make a synthetic trace."""

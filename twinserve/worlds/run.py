@@ -410,4 +410,4 @@ def run_real(
 
 
 def _counts(workload: Workload) -> dict[str, Any]:
-    return {"shortened": workload.shortened, "dropped": workload.dropped}
+    return {"capped": workload.capped, "dropped": workload.dropped}

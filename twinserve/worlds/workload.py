@@ -62,14 +62,14 @@ class Workload:
         requests: with ids 0, 1, 2...
         facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
             counts.
-        shortened: prompts and outputs cut to a cap.
+        capped: requests whose prompt or answer was cut to a cap.
         dropped: rows of the trace that are not replayed.
         epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
     """
 
     requests: list[Request]
     facts: dict[str, Any]
-    shortened: int
+    capped: int
     dropped: int
     epoch_ns: int | None = None
 
@@ -108,16 +108,17 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
         raise InputError(
             f"a {trace.format} file does not say when requests come: expected session_rate, or all_at_zero", path=path
         )
-    requests, log = _transformed(trace, options)
+    requests, capped, log = _transformed(trace, options)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
     dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
-    return Workload(requests, facts, transforms.num_shortened(log), dropped, None if log else trace.epoch_ns)
+    return Workload(requests, facts, capped, dropped, None if log else trace.epoch_ns)
 
 
-def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], transforms.TransformLog]:
+def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], int, transforms.TransformLog]:
+    """The requests that are wanted, how many of them were cut to a cap, and what was changed."""
     log: transforms.TransformLog = []
     requests = trace.requests
     if wanted.spread_seed is not None:
@@ -135,6 +136,7 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
         requests = transforms.scale_rate(requests, wanted.rate_scale, log)
     if wanted.all_at_zero:
         requests = transforms.all_at_zero(requests, log)
+    whole = requests
     if wanted.max_prompt_tokens is not None:
         requests = transforms.cap_prompt_tokens(requests, wanted.max_prompt_tokens, log)
     if wanted.max_output_tokens is not None:
@@ -142,7 +144,12 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
     if trace.num_unread:
         # The window, or the limit, behind whose end nothing was read comes first.
         log[0]["changed"]["requests_dropped"] += trace.num_unread
-    return requests, log
+    capped = sum(
+        (one.prompt_tokens, one.max_tokens) != (other.prompt_tokens, other.max_tokens)
+        for one, other in zip(whole, requests, strict=True)
+        if one is not other
+    )
+    return requests, capped, log
 
 
 def _window(text: str) -> tuple[float, float]:

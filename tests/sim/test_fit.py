@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import twinserve.sim.fit as fits
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import (
     DRIFT_NS,
     FIRST_SCHEMA,
+    FOLDS,
     WATCHED,
     FittedLatency,
     StepSample,
@@ -215,7 +217,7 @@ def test_a_latency_file_is_read_back_as_it_was_written(tmp_path):
     again = FittedLatency.load(tmp_path / "latency.json")
     assert again.identity == model.identity
     assert again.step_cost(features(5, 77)) == model.step_cost(features(5, 77))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="exists already"):
         model.save(tmp_path / "latency.json")
 
 
@@ -314,3 +316,26 @@ def test_the_host_drifts_by_the_time_of_the_decision_and_phases_begin_elsewhere(
     assert levels(model) == pytest.approx([1, 2, 3, 4, 1], rel=1e-3)
     assert [levels(phase)[0] for phase in model.phases(2)] == pytest.approx([1, 3], rel=1e-3)
     assert levels(model.with_drift([])) == pytest.approx([1] * 5)
+
+
+def test_residuals_are_those_of_shapes_that_the_fit_has_not_seen(monkeypatch):
+    """The fits behind the residuals, of the host and of the device, each leave some shapes out, and each shape once."""
+    solved: list[set[tuple[float, ...]]] = []
+    least_squares = fits.least_squares
+
+    def watched_solve(rows, means, counts):
+        solved.append(set(map(tuple, means[:, None].round(3).tolist())))
+        return least_squares(rows, means, counts)
+
+    monkeypatch.setattr(fits, "least_squares", watched_solve)
+    noisy = samples(0.1)
+    fit(noisy, ABOUT, holds_out=False)
+    whole, solved[:] = list(solved), []
+    fit(noisy, ABOUT)
+    kept = [shapes for shapes in solved if shapes not in whole]
+    held_out = [(every, every - shapes) for shapes in kept for every in whole if shapes < every]
+    assert len(kept) == len(held_out) == len(whole) * FOLDS
+    for every in whole:
+        folds = [left_out for of, left_out in held_out if of == every]
+        assert len(folds) == FOLDS and all(folds)
+        assert sum(map(len, folds)) == len(set.union(*folds)) == len(every)

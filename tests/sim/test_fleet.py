@@ -315,3 +315,13 @@ def test_every_event_of_a_replica_is_heard_by_its_own_listener():
     )
     assert sorted(heard) == [(0, 0), (0, 1), (1, 0)]
     assert sorted(number for ended in heard.values() for number in ended) == list(range(20))
+
+
+def test_a_replica_that_came_back_takes_as_long_as_it_did(tmp_path):
+    requests = [Request(n, n * S, (Part(n, 0, 5),), 1) for n in range(6)]
+    replicas = specs(Constant(10), Constant(1000))
+    fleet_run(tmp_path / "fleet", requests, replicas, "round-robin", outages=[Outage(1, S // 2, 2 * S + 1)])
+    records = {record.path.name: record for record in load_replicas(tmp_path / "fleet")}
+    durations = {name: {step["end_ns"] - step["start_ns"] for step in record.steps} for name, record in records.items()}
+    assert durations["1.1"] and durations["1.1"].isdisjoint(durations["0"])
+    assert durations["1.1"] == {replicas[1].latency.step_cost(None)[1]}

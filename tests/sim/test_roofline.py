@@ -160,3 +160,15 @@ def test_a_config_that_lacks_a_size_or_has_experts_is_refused(tmp_path, change, 
     with pytest.raises(InputError) as error:
         ModelShape.load(tmp_path)
     assert words in str(error.value)
+
+
+def test_two_devices_pay_for_two_all_reduces_a_layer_and_what_they_move(monkeypatch):
+    tokens = 7
+
+    def cost(link: float, all_reduce_ns: int) -> int:
+        monkeypatch.setattr("twinserve.sim.roofline.ALL_REDUCE_NS", all_reduce_ns)
+        return RooflineLatency(TINY, replace(ROUND, link=link), 2).step_cost(decode(tokens, 100))[1]
+
+    moved_ns = tokens * 64 * 2 / (ROUND.link / 1e9)
+    assert cost(ROUND.link, 0) - cost(float("inf"), 0) == TINY.num_layers * 2 * moved_ns
+    assert cost(ROUND.link, 10_000) - cost(ROUND.link, 0) == TINY.num_layers * 2 * 10_000

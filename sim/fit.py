@@ -16,9 +16,10 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.files import write_whole
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.latency_file import check_latency_file
 from twinserve.sim.roofline import RooflineLatency, device_of
 from twinserve.sim.shapes import ModelShape
-from twinserve.traces.lines import json_file
+from twinserve.traces.lines import Line, json_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -306,9 +307,10 @@ class FittedLatency:
         found = data.get("schema") if isinstance(data, dict) else None
         if found not in (SCHEMA, FIRST_SCHEMA):
             raise InputError(f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}", path=path, field="schema", value=found)
+        check_latency_file(Line(path, None, data))
         try:
             return cls(data)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"expected a latency file as `twinserve profile` writes it, lacks {error}", path=path
             ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_REQUESTS
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
@@ -175,16 +176,17 @@ def _check(
     think_time_s: float,
 ) -> None:
     """Raise an InputError for the first argument that is out of range."""
-    require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
-    require(0 < rate < math.inf, "rate", rate, "requests per second > 0")
+    most = MOST_REQUESTS
+    require(1 <= num_requests <= most, "num_requests", num_requests, f"an integer from 1 to {most}")
+    require(1e-9 <= rate < math.inf, "rate", rate, "requests per second >= 1e-9")
     require(arrivals in get_args(Arrivals), "arrivals", arrivals, f"one of {', '.join(get_args(Arrivals))}")
-    require(0 < cv < math.inf, "cv", cv, "a number > 0")
+    require(1e-3 <= cv <= 1e3, "cv", cv, "a number from 0.001 to 1000")
     require(burst_size >= 1, "burst_size", burst_size, "an integer >= 1")
     require(num_system_prompts >= 0, "num_system_prompts", num_system_prompts, "an integer >= 0")
     least = min(num_system_prompts, 1)
     require(system_prompt_tokens >= least, "system_prompt_tokens", system_prompt_tokens, f"an integer >= {least}")
     require(turns >= 1, "turns", turns, "an integer >= 1")
-    require(0 <= think_time_s < math.inf, "think_time_s", think_time_s, "seconds >= 0")
+    require(0 <= think_time_s <= 1e6, "think_time_s", think_time_s, "seconds from 0 to 1e6")
 
 
 class _Draws(NamedTuple):

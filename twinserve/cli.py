@@ -116,7 +116,9 @@ def _run(signals: _Signals) -> int:
 def _say(what: object, code: int) -> int:
     """Say on stderr, where there is one, how a command ends."""
     if sys.stderr is not None:
-        print("twinserve:", " ".join(str(what).split()), file=sys.stderr)
+        from twinserve.settings.errors import printable
+
+        print("twinserve:", printable(" ".join(str(what).split())), file=sys.stderr)
     return code
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, Strict, with_config
 from typing_extensions import TypedDict
 
-from twinserve.settings.errors import InputError
-from twinserve.traces.lines import LARGEST, Line
+from twinserve.traces.kinds import checker
+from twinserve.traces.lines import LARGEST
 
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -186,38 +185,7 @@ class Run(TypedDict):
     summary: Summary
 
 
-def _checker(kind: Any) -> Callable[[Line], None]:
-    """Checks a line against a kind.
-
-    Its InputError names the field, the place in it, what is there and what was expected.
-    """
-    check = TypeAdapter(kind).validate_python
-
-    def checked(line: Line) -> None:
-        try:
-            check(line.values)
-        except ValidationError as error:
-            raise _refusal(line, error) from error
-
-    return checked
-
-
-def _refusal(line: Line, error: ValidationError) -> InputError:
-    first = error.errors(include_url=False, include_context=False)[0]
-    steps = list(first["loc"])
-    value: Any = line.values
-    names: list[str] = []
-    while steps and isinstance(value, dict) and isinstance(steps[0], str) and steps[0] in value:
-        names.append(str(steps.pop(0)))
-        value = value[names[-1]]
-    if first["type"] == "missing" and len(steps) == 1 and isinstance(steps[0], str):
-        return InputError("is missing", path=line.path, line=line.number, field=".".join([*names, steps[0]]))
-    place = "".join(f"[{step}]" for step in steps if isinstance(step, int))
-    problem = f"expected: {first['msg']}" + (f", at {place}" if place else "")
-    return InputError(problem, path=line.path, line=line.number, field=".".join(names), value=value)
-
-
-check_request = _checker(RequestRow)
-check_step = _checker(StepRow)
-check_output = _checker(OutputRow)
-check_run = _checker(Run)
+check_request = checker(RequestRow)
+check_step = checker(StepRow)
+check_output = checker(OutputRow)
+check_run = checker(Run)

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from twinserve.policies import Batch, Sequence
+from twinserve.settings.errors import printable
 
 SECONDS_BETWEEN_STATES = 0.5
 
@@ -15,7 +16,7 @@ def say(text: str) -> None:
     """Say on stderr what is going on, or what should be known beside a result."""
     # Without a stderr, print() would say it among the results.
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Bar:

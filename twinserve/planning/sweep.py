@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from twinserve.planning.point import Job, Point, Result, compute
 from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import lock_file, write_whole
+from twinserve.settings.limits import MOST_POINTS
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")
@@ -83,6 +85,10 @@ def _plan(values: dict[str, Any]) -> Plan:
     if text is not None and type(text) is not str:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
     cases = []
+    num_points = seeds * _num_cases(values)
+    if num_points > MOST_POINTS:
+        problem = f"expected a plan of at most {MOST_POINTS} points, seeds counted (TWINSERVE_MOST_POINTS)"
+        raise InputError(problem, field="points", value=num_points)
     for varied in _variations(values):
         first = Point.of(shared | varied)
         if seeds > 1 and not first.is_random():
@@ -93,6 +99,13 @@ def _plan(values: dict[str, Any]) -> Plan:
             )
         cases.append(Case(varied, [first.model_copy(update={"seed": first.seed + number}) for number in range(seeds)]))
     return Plan(cases, None if text is None else Objective.parse(text), price)
+
+
+def _num_cases(values: dict[str, Any]) -> int:
+    """How many combinations there are, as far as lists are lists."""
+    grid, listed = values.get("grid"), values.get("list", [{}])
+    lengths = [len(choices) for choices in grid.values() if isinstance(choices, list)] if isinstance(grid, dict) else []
+    return math.prod(lengths) * (len(listed) if isinstance(listed, list) else 1)
 
 
 def _variations(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -148,8 +161,9 @@ class Store:
         if job.key not in self._known and self._folder is not None and self._path(job).exists():
             try:
                 result = json.loads(self._path(job).read_text(encoding="utf-8"))
-                assert result["inputs"] == job.inputs
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                if result["inputs"] != job.inputs or not isinstance(result["summary"], dict):
+                    raise ValueError("another point's")
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise InputError("is not what a sweep wrote, remove it", path=self._path(job)) from error
             self._known[job.key] = result
         return self._known.get(job.key)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_TOKENS
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
@@ -18,7 +19,7 @@ from twinserve.traces.request import Request
 class TraceOptions(BaseModel):
     """How a trace is changed before it is replayed; applied in this order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
     shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
@@ -109,6 +110,11 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
             f"a {trace.format} file does not say when requests come: expected session_rate, or all_at_zero", path=path
         )
     requests, capped, log = _transformed(trace, options)
+    for request in requests if is_replayed else ():
+        if max(request.prompt_tokens, request.max_tokens) > MOST_TOKENS:
+            most = f"expected at most {MOST_TOKENS} tokens in a prompt and in an answer (TWINSERVE_MOST_TOKENS)"
+            value = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
+            raise InputError(most, path=path, field=f"request {request.id}", value=value)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}

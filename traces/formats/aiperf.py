@@ -28,9 +28,10 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     found: list[tuple[Line, Request]] = []
     latest: dict[str, Request] = {}
     for number, line in enumerate(json_lines(lines, path)):
-        before = latest.get(name) if (name := line.values.get("session_id")) is not None else None
+        name = line.values.get("session_id")
         if name is not None and type(name) not in (str, int):
             raise line.error("expected text", "session_id")
+        before = None if name is None else latest.get(name)
         parts = _parts(line, number)
         if before is None:
             arrival_ns = _ms(line, "timestamp", reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class ModelShape:
         Raises:
             InputError: it cannot be read, or lacks a size.
         """
-        path = path / "config.json" if path.is_dir() else path
+        path = path / "config.json" if os.path.isdir(path) else path
         config = json_file(path)
         if not isinstance(config, dict):
             raise InputError("expected a JSON object", path=path)

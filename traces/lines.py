@@ -247,10 +247,14 @@ class Content:
     def _reading(self) -> Iterator[None]:
         try:
             yield
+        except InputError:
+            raise
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"expected a whole gzip file: {error}", path=self._path) from error
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", path=self._path) from error
+        except ValueError as error:  # of a name that holds NUL
+            raise InputError(f"cannot be read: {error}", path=self._path) from error
 
     def __enter__(self) -> Content:
         return self

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     """
     path = Path(path)
     reading = Reading()
-    if path.is_dir():
+    if os.path.isdir(path):  # which is no error for any name
         rows, sha256 = _folder(path, reading)
         requests, _ = _read(rows, limit, until_s)
         return _trace(weka.NAME, requests, sha256, reading, path)

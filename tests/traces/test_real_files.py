@@ -351,3 +351,10 @@ def test_a_trace_is_read_as_far_as_it_is_wanted(tmp_path, options, kept):
     assert wanted.facts["sha256"] == whole.facts["sha256"]
     (tmp_path / "broken").write_text(json_lines(rows[:10]) + "broken\n" * 40)
     assert load_workload(tmp_path / "broken", options).requests == wanted.requests
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\nb", "\udcff", "no/such/place"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, name):
+    with pytest.raises(InputError) as error:
+        read_trace(tmp_path / name)
+    assert "cannot be read: " in str(error.value) and "\n" not in str(error.value)

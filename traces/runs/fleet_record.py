@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ REPLICAS = "replicas"
 
 def is_fleet(path: Path) -> bool:
     """Is there a fleet's record in the folder?"""
-    return (Path(path) / REPLICAS).is_dir()
+    return os.path.isdir(Path(path) / REPLICAS)
 
 
 def load_replicas(path: Path) -> list[RunRecord]:

@@ -149,8 +149,10 @@ class Store:
             self._lock = lock_file(folder / "lock")
         except BlockingIOError as error:
             raise InputError("is in use by another sweep", path=folder) from error
-        except OSError as error:
-            raise InputError(f"cannot be written: {error.strerror}", path=folder) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot be written: {getattr(error, 'strerror', None) or error}", path=folder) from error
 
     def get(self, job: Job) -> Result | None:
         """The result of a job that was finished before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
         roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
         return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}
     shipped = shipped_latencies().get(source)
-    if shipped is None and not Path(source).is_file():
+    if shipped is None and not os.path.isfile(source):
         names = ", ".join(shipped_latencies())
         raise InputError(
             f"expected a file, roofline:MODEL@DEVICE, or one that ships: {names}", field="latency", value=source

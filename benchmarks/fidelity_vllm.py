@@ -229,7 +229,7 @@ def simulated(record: RunRecord, latency: LatencyModel, arrivals: list[int] | No
     if arrivals is not None:
         requests = [replace(request, arrival_ns=ns) for request, ns in zip(requests, arrivals, strict=True)]
     with suppress(Ended):
-        simulate(requests, Settings.load(record.run["settings"]).build_core(listener=outcome), latency)
+        simulate(requests, Settings.recorded(record.run["settings"], record.path).build_core(listener=outcome), latency)
     return metrics(record, [row for row in outcome.rows if not is_cut or row["finish_ns"] <= wall_ns])
 
 

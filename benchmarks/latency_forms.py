@@ -106,7 +106,7 @@ def judge(record: RunRecord, steps: Steps, predict: Predict, model: FittedLatenc
         result[f"{name}_sum"] = float(predicted[kind].sum() / measured[kind].sum() - 1.0)
         result[f"{name}_step"] = float(errors[kind].mean())
     ended: list[Sequence] = []
-    core = Settings.load(record.run["settings"]).build_core()
+    core = Settings.recorded(record.run["settings"], record.path).build_core()
     simulate(requests_of(record), core, _Latency(predict, model), progress=ended.append)
     firsts = [(seq.first_token_ns or 0) - seq.arrival_ns for seq in ended]
     later = [

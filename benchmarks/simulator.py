@@ -180,7 +180,7 @@ def run_b(traces: Path, out: Path) -> None:
     from twinserve.worlds.workload import load_workload
 
     fleet = FleetOptions(replicas=WORKERS["b"], router="round-robin")
-    replicas, _ = fleet.build_replicas(SETTINGS["b"], latency="roofline:llama-3-8b@h100")
+    replicas, _ = fleet.build_replicas(SETTINGS["b"], latency="roofline:llama-3-8b@h100", like="own")
     workload = load_workload(traces / MOONCAKE, {})
     print(json.dumps(run_fleet(workload, replicas, fleet.build_router(), router_facts=fleet.router_facts, out=out)))
 

@@ -66,11 +66,11 @@ def bandwidth() -> float:
 
 
 def pool(contexts: list[int], block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of a layer, and block tables that lie about in it."""
+    """Keys and values of a layer, and block tables that lie about in it; the last is nobody's."""
     width = max(contexts) // block_size + 1
-    blocks = len(contexts) * width
+    blocks = (len(contexts) + 1) * width
     keys = torch.randn(blocks, block_size, KV_HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
-    tables = torch.randperm(blocks, device="cuda").view(len(contexts), width).int()
+    tables = torch.randperm(blocks, device="cuda").view(len(contexts) + 1, width).int()
     return keys, torch.randn_like(keys), tables
 
 
@@ -101,7 +101,7 @@ def decode_table(read_gb_s: float) -> Iterator[dict[str, Any]]:
             keys,
             values,
             cache_seqlens=positions + 1,
-            block_table=tables,
+            block_table=tables[:-1],
             causal=True,
         )
         times["flash-attn, blocks of 256"] = graph_us([flash] * CALLS)
@@ -141,7 +141,7 @@ def prefill_table() -> Iterator[dict[str, Any]]:
         ends = torch.tensor([0, *contexts], device="cuda").cumsum(0).int()
         most = max(count for _, count in spans), max(contexts)
         flash = partial(
-            flash_attn_varlen_func, query, keys, values, queries, ends, *most, causal=True, block_table=tables
+            flash_attn_varlen_func, query, keys, values, queries, ends, *most, causal=True, block_table=tables[:-1]
         )
         operations = sum(4 * HEADS * SIZE * (start * count + count * count / 2) for start, count in spans)
         measured: dict[str, Any] = {"prompts": name}
@@ -159,7 +159,7 @@ def step_row(llm: LLM, decodes: int, context: int, read_gb_s: float) -> dict[str
     """A step of decodes: its time, its kernels, and what its bytes alone would take."""
     runner = llm.runner
     assert not isinstance(runner, ModelRunner), "its steps are no graphs"
-    rows, graph = runner._rows, runner._graphs[runner._sizes.padded(StepSize(decodes))]
+    rows, graph = runner._rows, runner._graphs[runner._sizes.padded(StepSize(decodes, decodes))]
     graph.inputs.fill_(rows.scratch)
     graph.inputs[:decodes] = torch.arange(decodes, dtype=torch.int32)
     width = (context + 100) // runner.block_size + 1

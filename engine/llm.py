@@ -298,7 +298,7 @@ class LLM:
 
     def with_stops(self, params: SamplingParams) -> SamplingParams:
         """`params` that also end at what ends the model's texts beside `eos_token_id`, and at that where the sampler
-        has to know it.
+        has to know it; unless they ignore the end of a text.
 
         Raises:
             InputError: they ask for something that these steps cannot do.
@@ -311,10 +311,10 @@ class LLM:
             if not 0 <= token_id < self.config.vocab_size:
                 problem = f"expected an id from 0 to {self.config.vocab_size - 1}"
                 raise InputError(problem, field="a token of logit_bias", value=token_id)
-        first = 0 if params.min_tokens and not params.ignore_eos else 1
-        return replace(
-            params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self.eos_token_ids[first:])))
-        )
+        if params.ignore_eos:
+            return params
+        ends = self.eos_token_ids if params.min_tokens else self.eos_token_ids[1:]
+        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *ends))))
 
     def _completion(self, seq: Sequence) -> Completion:
         token_ids = seq.completion_token_ids

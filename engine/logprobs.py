@@ -1,7 +1,8 @@
-"""Log-probabilities of sampled tokens: taken behind the sampling, read with the tokens of the step."""
+"""Log-probabilities of sampled tokens and of prompts: taken behind the model, read with the tokens of the step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -18,12 +19,14 @@ class TokenLogprobs:
     """Natural logarithms of probabilities that the model gave a token: before penalty, temperature and all else.
 
     Attributes:
-        logprob: of the token that was generated.
+        logprob: of the token that was generated, or that the prompt has.
         top: (token id, log-probability) of the most probable tokens, the most probable first.
+        rank: of a prompt's token, how many are at least as probable; None for generated ones.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int | None = None
 
 
 Heard = dict[Sequence, dict[int, TokenLogprobs]]
@@ -68,6 +71,58 @@ class AskedLogprobs:
             of_seq[row.start + row.num_tokens] = TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))[:count])
 
 
+class PromptLogprobs:
+    """The log-probabilities of prompts' tokens that rows of one step can give; false if none is asked for.
+
+    Args:
+        rows: all of the step, in the order of its flat batch.
+        asks: how many most probable tokens are asked for at each place, by sequence.
+        heard: what is known already, as of a prompt that is computed again.
+    """
+
+    _AT_ONCE = 256
+    """Rows of the vocabulary's size that are there together."""
+
+    def __init__(self, rows: Seq[Row], asks: Mapping[Sequence, int], heard: Heard) -> None:
+        self._asked: list[tuple[Sequence, int, int]] = []
+        self._flat: list[int] = []
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        begin = 0
+        for row in rows if asks else ():
+            if (count := asks.get(row.seq)) is not None:
+                known = heard.get(row.seq, {})
+                end = min(row.start + row.num_tokens, row.seq.num_prompt_tokens - 1)
+                places = [place for place in range(row.start + 1, end + 1) if place not in known]
+                self._asked += [(row.seq, place, count) for place in places]
+                self._flat += [begin + place - 1 - row.start for place in places]
+            begin += row.num_tokens
+
+    def __bool__(self) -> bool:
+        return bool(self._asked)
+
+    def take(self, hidden: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
+        """Take what was asked for from the model's output `hidden` [tokens, hidden_size] of the flat batch."""
+        flat = to_device(torch.tensor(self._flat), hidden.device)
+        tokens = to_device(torch.tensor([seq.token_ids[place] for seq, place, _ in self._asked]), hidden.device)
+        most = max(count for _, _, count in self._asked)
+        for places, own in zip(flat.split(self._AT_ONCE), tokens.split(self._AT_ONCE), strict=True):
+            logprobs = logits_of(hidden[places]).float().log_softmax(dim=-1)
+            chosen = logprobs.gather(1, own[:, None])
+            ranks = (logprobs >= chosen).sum(dim=-1, keepdim=True)
+            top, token_ids = logprobs.topk(min(most, logprobs.shape[-1]))
+            values, numbers = torch.cat((chosen, top), dim=1), torch.cat((ranks, token_ids), dim=1)
+            self._taken.append((to_host(values), to_host(numbers)))
+
+    def read(self, heard: Heard) -> None:
+        """Write what was taken into `heard`, but for sequences that have ended."""
+        values = [row for taken, _ in self._taken for row in taken.tolist()]
+        numbers = [row for _, taken in self._taken for row in taken.tolist()]
+        for (seq, place, count), (chosen, *top), (rank, *ids) in zip(self._asked, values, numbers, strict=True):
+            if not seq.is_finished:
+                most_probable = tuple(zip(ids, top, strict=True))[:count]
+                heard.setdefault(seq, {})[place] = TokenLogprobs(chosen, most_probable, rank)
+
+
 class LogprobStep:
     """A launched step of which log-probabilities are asked; a `twinserve.engine.online.StepHandle`.
 
@@ -75,12 +130,13 @@ class LogprobStep:
         heard: where they go with `result`.
     """
 
-    def __init__(self, step: StepHandle, asked: AskedLogprobs, heard: Heard) -> None:
+    def __init__(self, step: StepHandle, asked: Seq[AskedLogprobs | PromptLogprobs], heard: Heard) -> None:
         self._step, self._asked, self._heard = step, asked, heard
         self.start_ns = self.end_ns = 0
 
     def result(self) -> list[int]:
         tokens = self._step.result()
         self.start_ns, self.end_ns = self._step.start_ns, self._step.end_ns
-        self._asked.read(self._heard)
+        for asked in self._asked:
+            asked.read(self._heard)
         return tokens

@@ -16,7 +16,7 @@ from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
 from twinserve.engine.layers.attention import AttentionMetadata, PagedAttention, slots_of
 from twinserve.engine.layers.choice import choose_attention
-from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
+from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.online import StepHandle
@@ -38,6 +38,7 @@ class StepInput:
         generated: likewise for each generated token of each row with a presence or frequency penalty, and (row, place)
             for each of them whose last token the step before samples.
         late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
+        prompts: the log-probabilities of prompts that are asked for.
     """
 
     token_ids: Tensor
@@ -49,6 +50,7 @@ class StepInput:
     seen: tuple[Tensor, Tensor] | None
     generated: tuple[Tensor, Tensor] | None
     late: tuple[Tensor, Tensor] | None
+    prompts: PromptLogprobs
 
 
 class ModelRunner:
@@ -72,6 +74,8 @@ class ModelRunner:
         attention: the attention backend in use, and why.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
+        prompt_asks: of the sequences that ask for the log-probabilities of their prompts, for how many most probable
+            tokens at each place.
         num_launched: steps launched, for whoever wants to know whether another has launched any.
 
     Raises:
@@ -103,6 +107,7 @@ class ModelRunner:
         self._generator = random.Random(seed)
         self._queue = CudaQueue(self.device) if self.device.type == "cuda" else CpuQueue()
         self.logprobs: Heard = {}
+        self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
 
@@ -176,7 +181,8 @@ class ModelRunner:
         asked = AskedLogprobs(sampled)
         step = self._queue.submit(lambda: self._compute(step_input, before, asked))
         self._previous = step, {row.seq: index for index, row in enumerate(sampled)}
-        return LogprobStep(step, asked, self.logprobs) if asked else step
+        every = [one for one in (asked, step_input.prompts if step_input else None) if one]
+        return LogprobStep(step, every, self.logprobs) if every else step
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
@@ -215,6 +221,7 @@ class ModelRunner:
             seen=self._seen(sampled),
             generated=self._generated(sampled),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
+            prompts=PromptLogprobs(ordered, self.prompt_asks, self.logprobs),
         )
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
@@ -276,6 +283,8 @@ class ModelRunner:
             token_ids = token_ids.index_copy(0, places, before.tokens[sources])
         attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
         hidden = self.model(token_ids, step.positions, attention)
+        if step.prompts:
+            step.prompts.take(hidden, self.model.logits)
         logits, seen = self.model.logits(hidden[step.last]), None
         if step.seen is not None:
             pairs, last = step.seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -106,6 +107,36 @@ class Clock:
         return time.perf_counter_ns() - self.origin_ns
 
 
+class _RareCollections:
+    """How many are inside `rare_collections`, and the thresholds to go back to when the last leaves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._usual = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._usual = gc.get_threshold()
+                gc.freeze()
+                gc.set_threshold(100_000, *self._usual[1:])
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                gc.set_threshold(*self._usual)
+                gc.unfreeze()
+
+
+rare_collections = _RareCollections()
+"""Inside it, circular garbage is looked for seldom, and not in what is there already: whoever walks a Core leaves next
+to none. Looking as often as usual takes some percent of a simulation, and a search through everything holds an engine
+up for longer than many steps take."""
+
+
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
@@ -117,6 +148,12 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
         StepError: a step could not be launched or failed. Nothing of `core` is of use then: it still holds what it
             decided.
     """
+    with rare_collections:
+        _serve(core, executor, inbox, clock, ended)
+
+
+def _serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
+    """The loop of `serve`."""
     launched: deque[tuple[Batch, StepHandle]] = deque()
     while True:
         for item in inbox.take(wait=core.is_idle):
@@ -187,22 +224,29 @@ class TraceFeeder(threading.Thread):
 
     def run(self) -> None:
         try:
-            while request := self._next():
-                token_ids = self._tokens.token_ids(request, self._answers)
+            while (coming := self._next()) is not None:
+                request, seq = coming
                 self._announce(request)
-                self._inbox.put(request.to_sequence(self._params, token_ids))
+                self._inbox.put(seq)
         except BaseException as error:
             self._error = error
         finally:
             self._inbox.close()
 
-    def _next(self) -> Request | None:
-        """Wait for the next arrival; None when there will be none."""
-        with self._changed:
-            while not self._stopped and not self._arrivals.is_empty:
-                due_ns = self._arrivals.next_ns
-                wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
-                if wait_s is not None and wait_s <= 0:
-                    return self._arrivals.pop()
-                self._changed.wait(wait_s)
-        return None
+    def _next(self) -> tuple[Request, Sequence] | None:
+        """Wait for the next arrival, its prompt made before it is due; None when there will be none."""
+        made: tuple[Request, Sequence] | None = None
+        while True:
+            with self._changed:
+                if self._stopped or self._arrivals.is_empty:
+                    return None
+                request, due_ns = self._arrivals.peek(), self._arrivals.next_ns
+                if request is None or (made is not None and made[0] is request):
+                    wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
+                    if made is not None and wait_s is not None and wait_s <= 0:
+                        self._arrivals.pop()
+                        return made
+                    self._changed.wait(wait_s)
+                    continue
+            token_ids = self._tokens.token_ids(request, self._answers)
+            made = request, request.to_sequence(self._params, token_ids)

@@ -1,17 +1,18 @@
 """Measures what steps cost on this device, through the same Core and runner that serve.
 
-Which steps: those of a design that fills the space of what traffic makes, not a grid. Each shape is run some steps in a
-row, as it would be in service: where steps are graphs, one step ahead, so that the device goes from one to the next
-and is as warm, and as hidden is the host, as under load.
+Which steps: those of a design that fills the space of what traffic makes, not a grid; and some that a trace makes,
+where one is given. Each shape is run some steps in a row, as it would be in service: where steps are graphs, one step
+ahead, so that the device goes from one to the next and is as warm, and as hidden is the host, as under load.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from statistics import NormalDist
 
 from twinserve.engine.llm import LLM
@@ -37,11 +38,23 @@ class StepShape:
         prompts: (start, tokens) of each prompt: tokens that an earlier request has left in the cache, a multiple of the
             block size, and those that are computed.
         shares: the prompts have those before them in common.
+        common: tokens with which all contexts begin, a multiple of the block size.
     """
 
     contexts: tuple[int, ...] = ()
     prompts: tuple[tuple[int, int], ...] = ()
     shares: bool = False
+    common: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, block_size: int) -> StepShape:
+        """The shape of a decided step; a prompt begins at the block in which it really does."""
+        inside = set(batch.prompts)
+        rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
+        return cls(
+            tuple(sorted((max(2, start + 1) for seq, start, _ in rows if seq not in inside), reverse=True)),
+            tuple((start // block_size * block_size, length) for seq, start, length in rows if seq in inside),
+        )
 
     @property
     def longest(self) -> int:
@@ -92,7 +105,7 @@ def design(
     Two of five are decodes alone, one of four prompts alone, the others both. Numbers of decodes, contexts and prompt
     tokens are even in their logarithm; contexts within a step go from all alike to widely uneven. Of prompts, half
     begin behind earlier tokens, so that there are pieces of all lengths behind contexts of all lengths, and a quarter
-    of those share them.
+    of those share them. In a third of the steps with decodes, these have a beginning in common.
 
     Args:
         count: shapes; a power of two fills best.
@@ -110,9 +123,9 @@ def design(
     """
     from scipy.stats import qmc
 
-    points = qmc.Sobol(9, seed=seed).random(count)
+    points = qmc.Sobol(10, seed=seed).random(count)
     shapes = []
-    for kind, rows, context, spread, number, tokens, behind, start, shares in points.tolist():
+    for kind, rows, context, spread, number, tokens, behind, start, shares, common in points.tolist():
         decodes = prompts = 0
         if kind < 0.4 or kind >= 0.65:
             decodes = _between(1, min(max_seqs, max_rows), rows)
@@ -130,15 +143,62 @@ def design(
         )
         starts = [begin * (place + 1) // prompts // block_size * block_size for place in range(prompts)]
         pieces = tuple(zip(starts, _cut(lengths, max_prompt), strict=True))
-        shape = StepShape(tuple(contexts), pieces, shares < 0.25)
-        while _blocks_of(shape, repeats, block_size) > num_blocks:
-            shape = replace(shape, contexts=shape.contexts[:-1], prompts=shape.prompts[: len(shape.prompts) * 3 // 4])
+        whole = (min(contexts, default=1) - 1) // block_size * block_size
+        alike = _between(block_size, whole, 3 * common) // block_size * block_size if whole and 3 * common < 1 else 0
+        shape = StepShape(tuple(contexts), pieces, shares < 0.25, alike if decodes > 1 else 0)
+        shape = _cut_to(shape, num_blocks, repeats, block_size)
         if shape.contexts or shape.prompts:
             shapes.append(shape)
     if 2 * len(shapes) < count:
         problem = f"expected more: most steps to measure do not fit the {num_blocks * block_size} tokens of the KV pool"
         raise InputError(problem, field="num_gpu_blocks", value=num_blocks)
     return shapes
+
+
+def _cut_to(shape: StepShape, num_blocks: int, repeats: int, block_size: int) -> StepShape:
+    """The shape with as many of its sequences as a pool of so many blocks holds while it is run."""
+    while _blocks_of(shape, repeats, block_size) > num_blocks:
+        shape = replace(shape, contexts=shape.contexts[:-1], prompts=shape.prompts[: len(shape.prompts) * 3 // 4])
+    return shape
+
+
+def covering(
+    made: Iterable[StepShape],
+    count: int,
+    *,
+    max_context: int,
+    block_size: int,
+    num_blocks: int,
+    max_rows: int,
+    repeats: int,
+    seed: int = 0,
+) -> list[StepShape]:
+    """Some of the shapes that were made, from all over the space of their features.
+
+    Shapes are alike whose decodes, their contexts, prompts, prompt tokens and the longest context before them lie
+    between the same powers of two. One of each kind is taken at random, then another of each, until there are `count`:
+    steps that are rare are there as well as those that are frequent.
+
+    Args:
+        max_context, block_size, num_blocks, max_rows, repeats: as of `design`; sequences for which there is no room are
+            left out.
+    """
+    shapes = set()
+    for shape in made:
+        contexts = [context for context in shape.contexts if context < max_context]
+        prompts = [(start, length) for start, length in shape.prompts if start + length < max_context]
+        del prompts[max_rows // 2 :], contexts[max(0, max_rows - 2 * len(prompts)) :]
+        cut = _cut_to(StepShape(tuple(contexts), tuple(prompts)), num_blocks, repeats, block_size)
+        if cut.contexts or cut.prompts:
+            shapes.add(cut)
+    kinds: dict[tuple[int, ...], list[StepShape]] = defaultdict(list)
+    rng = random.Random(seed)
+    for shape in rng.sample(sorted(shapes), len(shapes)):
+        before = max((start for start, _ in shape.prompts), default=0)
+        sizes = (len(shape.contexts), sum(shape.contexts), len(shape.prompts), shape.prompt_tokens, before)
+        kinds[tuple(size.bit_length() for size in sizes)].append(shape)
+    rounds = zip_longest(*kinds.values())
+    return list(islice((shape for found in rounds for shape in found if shape is not None), count))
 
 
 def _between(least: int, most: int, share: float) -> int:
@@ -291,8 +351,9 @@ class _Texts:
 
 def _put_in_place(core: Core, texts: _Texts, shape: StepShape, repeats: int) -> None:
     """Let the decodes of a shape have their contexts, and the cache what its prompts begin behind."""
+    common = texts.tokens(shape.common)
     for context in shape.contexts:
-        core.ingest(texts.sequence(texts.tokens(context - 1), repeats + 4), 0)
+        core.ingest(texts.sequence(common + texts.tokens(context - 1 - shape.common), repeats + 4), 0)
     for tokens in texts.before(shape):
         core.ingest(texts.sequence(tokens, 1), 0)
     while core.can_decide and any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in core.sequences.values()):

@@ -19,9 +19,11 @@ class Runner(Executor, Protocol):
 
     Attributes:
         logprobs: what steps have given of those asked for, until whoever serves a sequence takes it out.
+        prompt_asks: see `ModelRunner`.
     """
 
     logprobs: Heard
+    prompt_asks: dict[Sequence, int]
 
 
 def serve_trace(

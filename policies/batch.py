@@ -9,11 +9,8 @@ from twinserve.policies.sequence import Sequence
 
 
 class Row(NamedTuple):
-    """One sequence's part of a step: `num_tokens` tokens from position `start` on.
-
-    `samples`: the step reaches the sequence's last known token, so it samples the next one. `is_prompt`: the sequence
-    has sampled nothing since it was admitted, so its tokens are prompt (or recomputed) tokens, however few.
-    """
+    """One sequence's part of a step: `num_tokens` tokens from position `start` on. `samples`: the step reaches the last
+    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted."""
 
     seq: Sequence
     start: int
@@ -23,28 +20,24 @@ class Row(NamedTuple):
 
 
 class Batch:
-    """One decision: the rows of a step, their totals, and what changed since the decision before.
-
-    Rows lie as columns, in running order, since a list a column costs a third of an object a row; `rows` makes Rows of
-    them. Unpacks as the pair `seqs, is_prefill`.
+    """One decision: the rows of a step, as columns in running order, their totals, and what changed since the decision
+    before. Unpacks as the pair `seqs, is_prefill`.
 
     Attributes:
         usual_tokens: what a running sequence gets that is not a prompt: 1, or 0 in a step for prompts alone.
         seqs, starts, lengths: of each row the sequence, the position of its first token, and its number of tokens.
-        chunks, prompts: those of `seqs` that do not sample, as more of what they know is left to compute; and those
-            that had sampled nothing since they were admitted.
+        chunks, prompts: those of `seqs` that do not sample; those that had sampled nothing since they were admitted.
+        sampled: those of `seqs` that sample a token.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
         grown: block tables of running sequences that became longer, with the new blocks.
-        skipped: running sequences that got nothing in a step that decodes, as budget or room did not reach them, or
-            their last token is in flight.
+        skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
         num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
         num_attention_pairs: each query counted against each key that it attends.
-        is_ahead: it was decided while the step before was in flight.
+        is_ahead, lost_prompts: the step before was in flight; a prompt's row was taken back, as it was preempted.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
-        decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core, by the loop around
-            it, and by the executor.
+        decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core and its callers.
     """
 
     def __init__(self, usual_tokens: int) -> None:
@@ -54,6 +47,7 @@ class Batch:
         self.lengths: list[int] = []
         self.chunks: list[Sequence] = []
         self.prompts: list[Sequence] = []
+        self.sampled: list[Sequence] = []
         self.admitted: list[Row] = []
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -62,7 +56,7 @@ class Batch:
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
         self.num_waiting = self.num_running = self.num_used_blocks = 0
-        self.is_ahead = False
+        self.is_ahead = self.lost_prompts = False
         self.decision = self.committed = -1
         self.seen = self.decided_ns = 0
         self.launched_ns: int | None = None
@@ -83,14 +77,18 @@ class Batch:
         if row.is_prompt:
             self.prompts.remove(seq)
             self.num_prompt_tokens -= row.num_tokens
+            self.lost_prompts = True
         return row
 
     def count(self) -> None:
-        """Work out the totals of contexts, once every row is there."""
+        """Work out who samples and the totals of contexts, once every row is there."""
+        chunks = set(self.chunks)
+        self.sampled = [seq for seq in self.seqs if seq not in chunks] if chunks else self.seqs
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):
-            rows = zip(self.starts, self.lengths, strict=True)
-            self.num_attention_pairs = sum([start * n + n * (n + 1) // 2 for start, n in rows])
+            for place, n in enumerate(self.lengths):
+                if n > 1:  # all but its last token attend to keys beside those that are counted
+                    self.num_attention_pairs += (n - 1) * (2 * self.starts[place] + n) // 2
 
     @property
     def num_decode_tokens(self) -> int:
@@ -100,19 +98,6 @@ class Batch:
     def num_sampled(self) -> int:
         """Sequences that sample a token."""
         return len(self.seqs) - len(self.chunks)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that sample a token, in running order."""
-        if not self.chunks:
-            return self.seqs
-        chunks = set(self.chunks)
-        return [seq for seq in self.seqs if seq not in chunks]
-
-    @property
-    def num_new_pairs(self) -> int:
-        """By how much `num_attention_pairs` is larger when the decision is repeated."""
-        return self.num_tokens if self.num_tokens == len(self.seqs) else sum(n * n for n in self.lengths)
 
     @property
     def is_prefill(self) -> bool:
@@ -132,11 +117,11 @@ class Batch:
         """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
         batch = Batch(self.usual_tokens)
         batch.seqs, batch.lengths, batch.chunks, batch.prompts = self.seqs, self.lengths, self.chunks, self.prompts
-        batch.skipped, batch.is_ahead = self.skipped, self.is_ahead
-        batch.starts = [start + num_steps * n for start, n in zip(self.starts, self.lengths, strict=True)]
+        batch.sampled, batch.skipped, batch.is_ahead = self.sampled, self.skipped, self.is_ahead
+        batch.starts = [start + num_steps * self.lengths[place] for place, start in enumerate(self.starts)]
         batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
         batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens
-        batch.num_attention_pairs = self.num_attention_pairs + num_steps * self.num_new_pairs
+        batch.num_attention_pairs = self.num_attention_pairs + num_steps * sum([n * n for n in self.lengths])
         batch.num_waiting, batch.num_running = self.num_waiting, self.num_running
         batch.decision, batch.committed = self.decision + num_steps, self.committed + num_steps
         batch.seen, batch.decided_ns = self.seen, self.decided_ns

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
 from mypy_extensions import mypyc_attr
@@ -10,7 +11,7 @@ from mypy_extensions import mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 62
+ENDLESS: Final = 1 << 60
 """More blocks than anybody asks for."""
 
 
@@ -20,47 +21,78 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool and the number of block tables that hold it."""
+    """One block of the KV pool, the number of block tables that hold it, and its neighbours in a FreeList."""
 
-    __slots__ = ("block_id", "ref_count")
+    __slots__ = ("after", "before", "block_id", "ref_count")
 
     def __init__(self, block_id: int):
-        self.block_id = block_id
-        self.ref_count = 0
+        self.block_id, self.ref_count = block_id, 0
+        self.before = self.after = self
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
         self.ref_count = 0
 
-    def __repr__(self) -> str:
-        return f"Block({self.block_id}, ref_count={self.ref_count})"
+
+class FreeList:
+    """Blocks in the order of their next use, linked through themselves, so that one can leave wherever it is."""
+
+    def __init__(self) -> None:
+        self._ends = Block(-1)  # lies before the first and after the last
+        self.size = 0
+
+    def append(self, block: Block) -> None:
+        """Put a block behind the others."""
+        ends, last = self._ends, self._ends.before
+        block.before, block.after = last, ends
+        last.after = ends.before = block
+        self.size += 1
+
+    def remove(self, block: Block) -> None:
+        """Take out a block."""
+        before, after = block.before, block.after
+        before.after, after.before = after, before
+        self.size -= 1
+
+    def take(self, count: int) -> list[int]:
+        """Take out the first `count` blocks; their ids."""
+        block_ids: list[int] = []
+        block = self._ends.after
+        for _ in range(count):
+            block_ids.append(block.block_id)
+            block = block.after
+        self._ends.after, block.before = block, self._ends
+        self.size -= count
+        return block_ids
+
+    def __iter__(self) -> Iterator[int]:
+        block = self._ends.after
+        for _ in range(self.size):
+            yield block.block_id
+            block = block.after
 
 
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
-
     There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
     A sequence's blocks are given up from its last to its first. Those that the prefix cache knows are used again once
-    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head.
-    """
+    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head."""
 
     def __init__(self, num_blocks: int | None, block_size: int):
-        if num_blocks is not None and num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}, expected an integer >= 1")
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, expected an integer >= 1")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected an integer >= 1")
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free ones that can be, in the order of their next use
+        self._cached = FreeList()  # free ones that can be
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
 
     @property
     def cacheable_tokens(self) -> int:
@@ -70,7 +102,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - len(self._cached)
+        return len(self.blocks) - len(self._blank) - self._cached.size
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -92,8 +124,6 @@ class BlockManager:
             raise ValueError("this BlockManager serves another PrefixCache already")
         self.prefix_cache = prefix_cache
 
-    # --- the guide's calls: a sequence's whole known length at once ---
-
     def can_allocate(self, seq: Sequence) -> bool:
         """Are there free blocks for all tokens that `seq` knows?"""
         return self.blocks_for(seq.num_tokens) <= self.num_free_blocks
@@ -103,11 +133,8 @@ class BlockManager:
         self.admit(seq, [], seq.num_tokens)
 
     def allocate_with_cache(self, seq: Sequence, prefix_cache: PrefixCache) -> None:
-        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix.
-
-        `seq.num_cached_tokens` becomes the number of tokens found; at least the last known token is left to compute.
-        The full blocks of `seq` are in the cache from now on.
-        """
+        """Give `seq` blocks for all tokens it knows, shared ones where `prefix_cache` holds its prefix: in all
+        `num_cached_tokens`, never the last known one. Its full blocks are in the cache from now on."""
         self.bind(prefix_cache)
         hits = self.find_hits(seq)
         self.admit(seq, hits, seq.num_tokens - len(hits) * self.block_size)
@@ -119,8 +146,7 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        table, num_cached = seq.block_table, seq.num_registered_tokens // self.block_size
-        blocks = self.blocks
+        table, blocks, num_cached = seq.block_table, self.blocks, seq.num_registered_tokens // self.block_size
         self._blank += table[num_cached:]
         for block_id in table[num_cached:]:
             blocks[block_id].reset()
@@ -129,26 +155,14 @@ class BlockManager:
             block = blocks[block_id]
             block.ref_count -= 1
             if not block.ref_count:
-                self._cached[block_id] = None
+                self._cached.append(block)
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
 
-    # --- the scheduler's calls: as many tokens as a step computes ---
-
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks that `seq` lacks for `num_tokens` tokens beyond those it has computed."""
         return -(-(seq.num_computed_tokens + num_tokens) // self.block_size) - len(seq.block_table)
-
-    def extend(self, seq: Sequence, num_tokens: int) -> list[int]:
-        """Grow the table of `seq` by the blocks of `num_tokens` more computed tokens; the ids of the new blocks.
-
-        Like every call that takes blocks, it raises NoFreeBlocksError and changes nothing if too few are free.
-        """
-        missing = self.num_missing(seq, num_tokens)
-        new_ids = self.take(missing) if missing > 0 else []
-        self.grow(seq, new_ids)
-        return new_ids
 
     def grow(self, seq: Sequence, block_ids: list[int]) -> None:
         """Put taken blocks at the end of the table of `seq`."""
@@ -164,23 +178,17 @@ class BlockManager:
         return cache.match(seq.block_hashes[:count], seq.block_contents, cache.root(seq.salt)[1])
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
-        """The hashes of the blocks that end with so many tokens of a sequence without token ids.
-
-        The key of a prefix tells it from every other, so that no content has to be compared.
-        """
+        """The hashes of the blocks that end with so many tokens of a sequence without token ids. Each tells its prefix
+        from every other, so that no content has to be compared."""
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
         each = getattr(seq.prefix_key, "each", None)
-        keys = list(map(seq.prefix_key, ends)) if each is None else each(ends)
-        if not seq.salt:
-            return keys
+        keys: list[int] = list(map(seq.prefix_key, ends)) if each is None else each(ends)
         mask = self.prefix_cache.root(seq.salt)[0]
-        return [key ^ mask for key in keys]
+        return [key ^ mask for key in keys] if seq.salt else keys
 
     def blocks_to_take(self, hits: list[int], num_tokens: int) -> int:
-        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks.
-
-        A hit block that nobody holds is free until then, so it counts.
-        """
+        """Free blocks that a sequence of `num_tokens` tokens takes up when `hits` are its first blocks; of these, those
+        that nobody holds are free until then, so they count."""
         return self.blocks_for(num_tokens) - sum([self.blocks[block_id].ref_count > 0 for block_id in hits])
 
     def admit(self, seq: Sequence, hits: list[int], num_tokens: int) -> None:
@@ -194,12 +202,11 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                del self._cached[block_id]
+                self._cached.remove(block)
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
-        seq.num_cached_tokens = num_hit_tokens
-        seq.num_registered_tokens = num_hit_tokens
+        seq.num_cached_tokens = seq.num_registered_tokens = num_hit_tokens
         self._holders[seq] = None
 
     def is_stored(self, block_hash: int | None) -> bool:
@@ -212,8 +219,7 @@ class BlockManager:
         first, end = seq.num_registered_tokens // size, num_tokens // size
         if cache is None or first >= end:
             return
-        if len(seq.block_hashes) < end:
-            self._identify(seq, end)
+        self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
         seq.num_registered_tokens = end * size
 
@@ -230,8 +236,7 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self._blank[:0] = reversed(list(self._cached))
-            self._cached.clear()
+            self._blank[:0] = reversed(self._cached.take(self._cached.size))
         return True
 
     def take(self, count: int) -> list[int]:
@@ -245,7 +250,7 @@ class BlockManager:
             taken += range(len(blocks), len(blocks) + missing)
             blocks += [Block(block_id) for block_id in taken[-missing:]]
         elif missing:
-            evicted = [self._cached.popitem(last=False)[0] for _ in range(missing)]
+            evicted = self._cached.take(missing)
             if self.prefix_cache is not None:
                 self.prefix_cache.remove(evicted)
             taken += evicted
@@ -274,8 +279,9 @@ class BlockManager:
         free, used, cache = self.free_block_ids, self.used_block_ids, self.prefix_cache
         assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
         holders = Counter(block_id for seq in self._holders for block_id in seq.block_table)
-        for block in self.blocks:
-            assert block.ref_count == holders[block.block_id], f"{block} is in {holders[block.block_id]} block tables"
+        for block_id, block in enumerate(self.blocks):
+            held = block.ref_count, holders[block_id]
+            assert held[0] == held[1], f"block {block_id}: ref_count {held[0]}, in {held[1]} block tables"
         if cache is None:
             return
         wrong = [block_id for block_id in self._blank if block_id in cache]
@@ -288,5 +294,6 @@ class BlockManager:
                 if seq.prefix_key is None:
                     content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
                 expected = seq.block_hashes[index], content, parent
-                assert entry is not None and entry[:3] == expected, f"{seq}: block {index} is {entry}, not {expected}"
+                found = None if entry is None else (entry.hash, entry.content, entry.parent)
+                assert entry is not None and found == expected, f"{seq}: block {index} is {found}, not {expected}"
                 parent = entry.prefix

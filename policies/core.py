@@ -41,10 +41,9 @@ class CoreListener:
 class Core:
     """The only place where the order of calls exists: ingest, abort, decide, commit.
 
-    It reads no clock and never waits: `now_ns` is handed in. Decisions may run ahead of results by `pipeline_depth`
-    steps: at 0 a step's tokens are known before the next is decided, at 1 the next is decided while they are in flight.
-    An abort takes effect at the next decision, so that the facts between two decisions need no order among themselves.
-    """
+    It reads no clock and never waits: `now_ns` is handed in. Decisions run ahead of results by `pipeline_depth` steps:
+    0, 1, or the ranks of a pipeline (see `Scheduler`). An abort takes effect at the next decision, so that the facts
+    between two decisions need no order among themselves."""
 
     def __init__(
         self,
@@ -54,16 +53,13 @@ class Core:
         eos_token_id: int | None = None,
         listener: CoreListener | None = None,
     ):
-        if pipeline_depth not in (0, 1):
-            raise ValueError(f"pipeline_depth is {pipeline_depth}, expected 0 or 1")
-        self.scheduler = scheduler
-        self.pipeline_depth = pipeline_depth
-        self.eos_token_id = eos_token_id
+        if pipeline_depth < 0:
+            raise ValueError(f"pipeline_depth is {pipeline_depth}, expected an integer >= 0")
+        self.scheduler, self.pipeline_depth, self.eos_token_id = scheduler, pipeline_depth, eos_token_id
         self.listener = CoreListener() if listener is None else listener
         self.in_flight: deque[Batch] = deque()
         self.sequences: dict[int, Sequence] = {}
-        self.num_ingested = self.num_decisions = 0
-        self.last_committed = -1
+        self.num_ingested, self.num_decisions, self.last_committed = 0, 0, -1
         self._aborts: list[tuple[Sequence, int]] = []
 
     @property
@@ -101,11 +97,9 @@ class Core:
 
     def abort(self, seq_id: int, now_ns: int) -> bool:
         """End a request at the next decision, unless it ends by itself before; False if it is not being served."""
-        seq = self.sequences.get(seq_id)
-        if seq is None:
-            return False
-        self._aborts.append((seq, now_ns))
-        return True
+        if (seq := self.sequences.get(seq_id)) is not None:
+            self._aborts.append((seq, now_ns))
+        return seq is not None
 
     def decide(self, now_ns: int) -> Batch:
         """Decide the next step. RuntimeError if more than `pipeline_depth` are in flight, or nothing can ever run."""

@@ -21,12 +21,9 @@ class Victim(Protocol):
 
 
 class Order(Protocol):
-    """The waiting queue: which sequence is admitted next. Only what `peek` shows is ever admitted.
-
-    `starvation_free`: a sequence is admitted after a bounded number of others. `victim`: the rule that goes with the
-    order. `is_steady` (False where it is missing): who is next changes only when a sequence comes or goes. An order
-    with a method `bind` is given the BlockManager by it, before anything else is called.
-    """
+    """The waiting queue. Only what `peek` shows is ever admitted; `starvation_free`: after a bounded number of others;
+    `victim`: the order's own rule; `is_steady` (False where it is missing): who is next changes only when a sequence
+    comes or goes. A method `bind` is given the BlockManager before anything else is called."""
 
     starvation_free: bool
     victim: Victim
@@ -45,31 +42,8 @@ class Admission(Protocol):
 
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
         """Free blocks that lack for `seq` to get `num_tokens` tokens behind the cached blocks `hits`; 0: it may.
-
         `is_alone`: nothing is running. The answer depends on the arguments alone. It is never less because fewer blocks
-        are free, and at most one less for each hit more, so nobody is asked again before that can have changed.
-        """
-
-
-@mypyc_attr(allow_interpreted_subclasses=True)
-class VllmAdmission:
-    """vLLM's rule: what is needed must be free, and something left over while anything runs.
-
-    Args:
-        reserve_full_prompt: all tokens that the sequence knows must fit, not just those of its first step.
-        watermark_blocks: blocks that an admission leaves free while anything is running.
-    """
-
-    def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
-        if watermark_blocks < 0:
-            raise ValueError(f"watermark_blocks is {watermark_blocks}, expected an integer >= 0")
-        self.reserve_full_prompt = reserve_full_prompt
-        self.watermark_blocks = watermark_blocks
-
-    def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
-        covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
-        margin = 0 if is_alone else self.watermark_blocks
-        return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
+        are free, and at most one less for each hit more, so nobody is asked again before that can have changed."""
 
 
 class LastAdmitted:
@@ -124,12 +98,8 @@ class FirstCome:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class CacheAware(FirstCome):
-    """The longest prefix hit first, among those in front; a preempted sequence goes back to the front.
-
-    Args:
-        window: sequences in front of the queue that are looked at.
-        patience: so often a sequence is passed over by one behind it, and no more.
-    """
+    """The longest prefix hit first, among the `window` in front; each is passed over `patience` times at most, and a
+    preempted one goes back to the front."""
 
     def __init__(self, *, window: int = 8, patience: int = 8):
         super().__init__()
@@ -137,8 +107,7 @@ class CacheAware(FirstCome):
         for name, value in (("window", window), ("patience", patience)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected an integer >= 1")
-        self.window = window
-        self.patience = patience
+        self.window, self.patience = window, patience
         self._passed: dict[Sequence, int] = {}
         self._manager: BlockManager | None = None
 
@@ -176,12 +145,8 @@ class CacheAware(FirstCome):
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Ranked:
-    """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival.
-
-    Args:
-        ageing: so many later arrivals outweigh one unit of the order's own measure, which bounds how often a sequence
-            is passed over; 0 is without bound.
-    """
+    """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival. With
+    `ageing`, so many later arrivals outweigh one unit of the order's own measure; with 0 none do."""
 
     is_steady = True
 

@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import xxhash
 
 from twinserve.policies.sequence import token_bytes
 
-HASHES: dict[str, tuple[Callable[[bytes, int], int], int]] = {
-    "xxh64": (xxhash.xxh64_intdigest, 8),
-    "xxh3_128": (xxhash.xxh3_128_intdigest, 16),
-}
+HASHES: dict[str, tuple[Callable[[bytes, int], int], int]]
+HASHES = {"xxh64": (xxhash.xxh64_intdigest, 8), "xxh3_128": (xxhash.xxh3_128_intdigest, 16)}
 """By name: the hash of (bytes, seed), and its length in bytes."""
 
 
-class CachedBlock(NamedTuple):
-    """What the cache knows of a block it holds.
+class CachedBlock:
+    """What the cache knows of a block; `hash` is None while it does not hold it. `prefix` numbers its content with all
+    before it, so that equal ones have equal numbers; `parent` is the number of the prefix before it."""
 
-    `prefix` numbers the block's whole content, prefix included: two cached blocks have the same number exactly when
-    the same tokens fill them after the same prefix. `parent` is the number of the prefix before the block.
-    """
+    __slots__ = ("content", "hash", "parent", "prefix")
 
-    hash: int
-    content: bytes | None
-    parent: int
-    prefix: int
+    def __init__(self) -> None:
+        self.hash: int | None = None
+        self.content: bytes | None = None
+        self.parent = self.prefix = PrefixCache.ROOT
 
 
 class PrefixCache:
     """Full KV blocks by the hash of their tokens, chained over the prefix.
 
-    A hit compares the tokens and the prefix as well as the hash, so that a collision costs a miss and never gives one
-    request the KV of another. Of blocks with equal content the one stored first serves hits; another takes over when
-    it goes.
+    A hit compares tokens and prefix as well as the hash, so that a collision costs a miss and never gives one request
+    the KV of another. Of blocks with equal content the one stored first serves hits. `hash` is "xxh64", "xxh3_128", or
+    a function of (bytes, seed) that returns a non-negative integer of 16 bytes; the seed makes hashes unpredictable.
+    `salt` begins every chain, before a sequence's own: caches with different ones share nothing."""
 
-    Args:
-        hash: "xxh64", "xxh3_128", or a function of (bytes, seed) that returns a non-negative integer of 16 bytes.
-        seed: seeds the hash, so that hashes cannot be predicted from outside.
-        salt: begins every chain; caches with different salts share nothing. A sequence's own salt comes behind it.
-    """
-
-    ROOT = 0
+    ROOT: Final = 0
 
     def __init__(self, *, hash: str | Callable[[bytes, int], int] = "xxh64", seed: int = 0, salt: str = ""):
         if isinstance(hash, str) and hash not in HASHES:
@@ -58,12 +49,7 @@ class PrefixCache:
         """Forget every block."""
         self.hash_to_block_id: dict[int, int] = {}
         self._roots = {"": (self.root_hash, self.ROOT)}
-        # By block id, the fields of a CachedBlock, None if it is not stored. As columns, each is found beside its
-        # neighbours: with a tuple for each block, the Mooncake trace on 8 replicas took a tenth longer.
-        self._hashes: list[Any] = []
-        self._contents: list[bytes | None] = []
-        self._parents: list[int] = []
-        self._prefixes: list[int] = []
+        self._known: list[CachedBlock] = []  # by block id
         self._equal_hash: dict[int, list[int]] = {}  # the blocks with a hash beside the one that serves it
 
     @staticmethod
@@ -78,8 +64,8 @@ class PrefixCache:
         """Add the blocks that tokens (see `token_bytes`) fill behind a chain, which begins with `root_hash`."""
         digest, length, seed = self._digest, self._hash_bytes, self.seed
         before = hashes[-1] if hashes else root_hash
-        for begin in range(0, len(packed), block_bytes):
-            content = packed[begin : begin + block_bytes]
+        for number in range(len(packed) // block_bytes):
+            content = packed[number * block_bytes : (number + 1) * block_bytes]
             before = digest(content if before == -1 else before.to_bytes(length, "little") + content, seed)
             hashes.append(before)
             contents.append(content)
@@ -104,7 +90,7 @@ class PrefixCache:
         """Store a full block of tokens behind the stored prefix with `prefix_hash` (-1: none, else a KeyError if no
         block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
-        parent = self.ROOT if is_first else self.prefix_of(self.hash_to_block_id[prefix_hash])
+        parent = self.ROOT if is_first else self._known[self.hash_to_block_id[prefix_hash]].prefix
         packed = token_bytes(token_ids)
         hashes, contents = list[int](), list[bytes | None]()
         self.extend_chain(hashes, contents, packed, len(packed), self.root_hash if is_first else prefix_hash)
@@ -114,23 +100,23 @@ class PrefixCache:
     def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
         """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""
         block_ids: list[int] = []
-        by_hash, stored, parents, prefixes = self.hash_to_block_id.get, self._contents, self._parents, self._prefixes
-        for block_hash, content in zip(hashes, islice(contents, len(hashes)), strict=True):
-            block_id = by_hash(block_hash)
+        by_hash, known = self.hash_to_block_id, self._known
+        for index, block_hash in enumerate(hashes):
+            block_id, content = by_hash.get(block_hash), contents[index]
             if block_id is None:
                 break
-            if stored[block_id] != content or parents[block_id] != parent:
+            if known[block_id].content != content or known[block_id].parent != parent:
                 block_id = self._find(block_hash, content, parent)
                 if block_id is None:
                     break
             block_ids.append(block_id)
-            parent = prefixes[block_id]
+            parent = known[block_id].prefix
         return block_ids
 
     def _find(self, block_hash: int, content: bytes | None, parent: int) -> int | None:
         """The block stored first among those with this hash, content and prefix before it; None if there is none."""
         for block_id in (self.hash_to_block_id[block_hash], *self._equal_hash.get(block_hash, ())):
-            if self._contents[block_id] == content and self._parents[block_id] == parent:
+            if self._known[block_id].content == content and self._known[block_id].parent == parent:
                 return block_id
         return None
 
@@ -139,68 +125,47 @@ class PrefixCache:
     ) -> None:
         """Note that the blocks of a table from `first` to before `end` hold, or will once their step has run, the next
         of a chain of contents: behind the block before `first`, or behind the prefix `root` where that is the first."""
-        known, stored, parents, prefixes = self._hashes, self._contents, self._parents, self._prefixes
-        by_hash = self.hash_to_block_id
-        parent = prefixes[table[first - 1]] if first else root
+        known, by_hash = self._known, self.hash_to_block_id
+        parent = known[table[first - 1]].prefix if first else root
         for index in range(first, end):
             block_id, block_hash, content = table[index], hashes[index], contents[index]
-            if block_id >= len(known):
-                self._make_room(block_id)
-            if known[block_id] is not None:
-                raise ValueError(f"block {block_id} is stored already, as {self.get(block_id)}")
-            equal_id = None
-            if block_hash not in by_hash:
-                by_hash[block_hash] = block_id
-            else:
+            while block_id >= len(known):
+                known.append(CachedBlock())
+            block = known[block_id]
+            if block.hash is not None:
+                raise ValueError(f"block {block_id} is stored already, with hash {block.hash}")
+            self._last_prefix += 1
+            block.hash, block.content, block.parent, block.prefix = block_hash, content, parent, self._last_prefix
+            if by_hash.setdefault(block_hash, block_id) != block_id:
                 equal_id = self._find(block_hash, content, parent)
+                if equal_id is not None:
+                    block.prefix = known[equal_id].prefix
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
-            if equal_id is None:
-                self._last_prefix += 1
-                prefix = self._last_prefix
-            else:
-                prefix = prefixes[equal_id]
-            known[block_id], stored[block_id] = block_hash, content
-            parents[block_id], prefixes[block_id] = parent, prefix
-            parent = prefix
-
-    def _make_room(self, block_id: int) -> None:
-        """Grow the columns to twice their length at least."""
-        more = [None] * (block_id + 1)
-        self._hashes += more
-        self._contents += more
-        self._parents += [self.ROOT] * (block_id + 1)
-        self._prefixes += [self.ROOT] * (block_id + 1)
+            parent = block.prefix
 
     def remove(self, block_ids: list[int]) -> None:
         """Forget what blocks held; another block of equal hash takes the place of each in `hash_to_block_id`."""
-        known, contents, by_hash, equal = self._hashes, self._contents, self.hash_to_block_id, self._equal_hash
+        known, by_hash, equal = self._known, self.hash_to_block_id, self._equal_hash
         for block_id in block_ids:
-            block_hash = known[block_id]
-            known[block_id] = contents[block_id] = None
+            block = known[block_id]
+            block_hash: Any = block.hash
+            block.hash = block.content = None
             others = equal.get(block_hash) if equal else None
             if others is None:
                 del by_hash[block_hash]
-                continue
-            if by_hash[block_hash] == block_id:
+            elif by_hash[block_hash] == block_id:
                 by_hash[block_hash] = others.pop(0)
             else:
                 others.remove(block_id)
-            if not others:
+            if others is not None and not others:
                 del equal[block_hash]
-
-    def prefix_of(self, block_id: int) -> int:
-        """The number of the prefix that ends with `block_id`."""
-        return self._prefixes[block_id]
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""
-        if block_id not in self:
-            return None
-        columns = self._hashes, self._contents, self._parents, self._prefixes
-        return CachedBlock._make(column[block_id] for column in columns)
+        return self._known[block_id] if block_id in self else None
 
     def __contains__(self, block_id: int) -> bool:
-        return block_id < len(self._hashes) and self._hashes[block_id] is not None
+        return block_id < len(self._known) and self._known[block_id].hash is not None
 
     def __len__(self) -> int:
         return len(self.hash_to_block_id) + sum(map(len, self._equal_hash.values()))

@@ -5,29 +5,24 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence as Seq
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from twinserve.policies.batch import Batch, Row
 from twinserve.policies.block_manager import BlockManager
-from twinserve.policies.orders import Admission, FirstCome, Order, Victim, VllmAdmission
+from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
+from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
 RUNNING: Final = SequenceStatus.RUNNING
 FINISHED: Final = SequenceStatus.FINISHED
 
-UNLIMITED: Final = 1 << 62
-"""A limit that is none; an integer, as all limits are."""
-
 
 class Refusal(NamedTuple):
-    """Why the next sequence was not admitted: what was looked at, and how many hits might change that.
-
-    While the facts are the same, blocks only become fewer; `last_hash` is that of the last hit needed, None if it can
-    never be one.
-    """
+    """Why the next sequence was not admitted: what was looked at, and how many hits might change that. While the facts
+    are the same, blocks only become fewer. `last_hash` is that of the last hit needed, None if it can never be one."""
 
     facts: tuple
     num_hits: int
@@ -45,16 +40,16 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step; None is none.
         enable_chunked_prefill: a prompt larger than what is left of the budget is computed in several steps.
         long_prefill_token_threshold: the most tokens of one sequence in a step; 0 is no limit.
-        max_num_partial_prefills: while so many running sequences have prompt tokens left to compute, nobody is admitted
-            who would be one more of them; None is no limit.
+        max_num_partial_prefills: running sequences that may have prompt tokens left to compute; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
+        pipeline_parallel_size: ranks of a pipeline, for vLLM's own orders; who samples rests in so many steps less one.
         order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
             come, vLLM's rule, and the order's own rule.
+        rules: what differs between versions of vLLM; by default the newest's.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
-        in_flight: decided batches that `postprocess` has not seen, oldest first. Under prefill-first, at most one when
-            the next is decided.
+        in_flight: decided batches that `postprocess` has not seen, oldest first; under prefill-first, at most one.
     """
 
     def __init__(
@@ -68,21 +63,24 @@ class Scheduler:
         long_prefill_token_threshold: int = 0,
         max_num_partial_prefills: int | None = None,
         max_model_len: int | None = None,
+        pipeline_parallel_size: int = 1,
         prefix_cache: PrefixCache | None = None,
         order: Order | None = None,
         admission: Admission | None = None,
         victim: Victim | None = None,
+        rules: VllmRules | None = None,
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        self.block_manager = block_manager
-        self.composition = composition
+        self.block_manager, self.composition = block_manager, composition
         self.enable_chunked_prefill = enable_chunked_prefill
         self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
         self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
         self.max_num_partial_prefills = _limit("max_num_partial_prefills", max_num_partial_prefills)
         self.long_prefill_token_threshold = _limit("long_prefill_token_threshold", long_prefill_token_threshold or None)
         self.max_model_len = _limit("max_model_len", max_model_len)
+        self.pipeline_parallel_size = _limit("pipeline_parallel_size", pipeline_parallel_size)
+        self.rules = VllmRules(PrefillInterval()) if rules is None else rules
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
@@ -90,6 +88,9 @@ class Scheduler:
         self._victim = victim
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
+        self._threshold = self.long_prefill_token_threshold
+        self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
+        self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
@@ -101,20 +102,12 @@ class Scheduler:
         """The admitted sequences, in the order of their admission."""
         return list(self._running)
 
-    # --- what comes in ---
-
     def add(self, seq: Sequence) -> bool:
-        """Put a new sequence into the waiting queue, or refuse one that can never be served.
-
-        A refused sequence is FINISHED with `finish_reason` "refused" and `refusal` in words; the result is then False.
-
-        Raises:
-            ValueError: it was added before.
-        """
+        """Put a new sequence into the waiting queue, or refuse one that can never be served: then it is FINISHED with
+        `finish_reason` "refused" and `refusal` in words, and the result is False. ValueError if it was added before."""
         if seq.arrival_index >= 0 or seq.is_finished:
             raise ValueError(f"{seq} cannot be added: it was added before, expected a new sequence")
-        most = seq.num_prompt_tokens + seq.sampling_params.max_tokens
-        seq.final_length = min(most, self.max_model_len)
+        seq.final_length = min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len)
         seq.refusal = self._refusal(seq)
         if seq.refusal is not None:
             seq.status, seq.finish_reason = SequenceStatus.FINISHED, "refused"
@@ -135,40 +128,56 @@ class Scheduler:
         """Has every sequence that was added ended?"""
         return not self.waiting and not self._running
 
-    # --- the decision ---
-
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
-        is_mixed = self.composition == "mixed"
+        is_mixed, interval = self.composition == "mixed", self.rules.interval
         batch = Batch(1 if is_mixed else 0)
-        self._serve(self.running if is_mixed else [seq for seq in self._running if not seq.has_sampled], batch)
+        running = self._begin()
+        self._serve(running if is_mixed else [seq for seq in running if not seq.has_sampled], batch)
+        is_prompt_work = bool(batch.prompts) or batch.lost_prompts
         self._admit(batch)
         if not (is_mixed or batch):
             batch.usual_tokens = 1
-            self._serve([seq for seq in self._running if seq.has_sampled], batch)
+            self._serve([seq for seq in running if seq.has_sampled], batch)
+        if interval.steps > 1:
+            is_prompt_work |= any([row.seq.num_tokens - row.start > 1 for row in batch.admitted])
+            leaves_waiting = None if batch.preempted else len(self.waiting) > len(self._passed_over)
+            interval.end(int(bool(batch)), is_prompt_work, leaves_waiting)
         if batch.usual_tokens and len(batch) < len(self._running):
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
         batch.count()
-        batch.is_ahead = bool(self.in_flight)
-        batch.left, self._left = self._left, []
+        batch.is_ahead, batch.left, self._left = bool(self.in_flight), self._left, []
         batch.num_waiting, batch.num_running = len(self.waiting), len(self._running)
         batch.num_used_blocks = self.block_manager.num_used_blocks
+        self._latest.append(batch)
         if batch:
             self.in_flight.append(batch)
         return batch
 
+    def _begin(self) -> list[Sequence]:
+        """Work out what holds for this decision; the running sequences that may get tokens."""
+        seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
+        many = len(seqs) + len(self.waiting)
+        self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
+        if interval.steps > 1:
+            interval.is_held = interval.holds(seqs)
+        if interval.is_held:
+            seqs = [seq for seq in seqs if seq.has_sampled]
+        if self._latest:
+            resting = {seq for batch in self._latest for seq in batch.sampled}
+            seqs = [seq for seq in seqs if seq not in resting]
+        return seqs
+
     def _serve(self, seqs: list[Sequence], batch: Batch) -> None:
         """Give running sequences, in this order, the tokens that they know and have not computed, as far as the limits
-        let them; preempt where there is no room for their blocks.
-
-        If a sequence has to make room by going itself, those behind it get nothing in this step.
-        """
-        limit, left = self.long_prefill_token_threshold, self.max_num_batched_tokens - batch.num_tokens
+        let them; preempt where there is no room for their blocks."""
+        limit, left = self._threshold, self.max_num_batched_tokens - batch.num_tokens
         cacheable = self.block_manager.cacheable_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
+        passed_over: list[Sequence] = []
         for seq in seqs:
-            if preempted and seq.status is not RUNNING:
+            if preempted and (seq.status is not RUNNING or seq in passed_over):
                 continue
             start, in_flight = seq.num_computed_tokens, seq.num_in_flight
             known = seq.num_tokens + in_flight
@@ -182,9 +191,12 @@ class Scheduler:
             end, held = start + num_tokens, seq.num_block_tokens
             if end > held:
                 batch.num_tokens = self.max_num_batched_tokens - left
-                if not self._make_room(seq, num_tokens, batch):
-                    return
+                has_room = self._make_room(seq, num_tokens, batch, passed_over)
                 left = self.max_num_batched_tokens - batch.num_tokens
+                if not has_room and self.rules.self_preemption.ends_pass:
+                    break
+                if not has_room:
+                    continue
             rows.append(seq)
             starts.append(start)
             lengths.append(num_tokens)
@@ -203,28 +215,39 @@ class Scheduler:
                 seq.has_sampled = end == known
         batch.num_tokens = self.max_num_batched_tokens - left
 
-    def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch) -> bool:
-        """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go."""
-        manager = self.block_manager
+    def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch, passed_over: list[Sequence]) -> bool:
+        """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
+        Those behind it that get nothing for that are added to `passed_over`."""
+        manager, place, num_before = self.block_manager, seq.admission_index, 0
         missing = manager.num_missing(seq, num_tokens)
-        while missing > manager.num_free_blocks:
+        while seq.status is RUNNING and missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
-            self._preempt(victim, batch)
-            if victim is seq:
-                return False
+            num_before += not self._preempt(victim, batch) and victim.admission_index < place
+        if num_before and self.rules.victim_before.skips:
+            passed_over += [other for other in self._running if other.admission_index > place][:num_before]
+        if seq.status is not RUNNING:
+            return False
         block_ids = manager.take(missing)
         manager.grow(seq, block_ids)
         batch.grown.append((seq, block_ids))
         return True
 
     def _admit(self, batch: Batch) -> None:
-        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption."""
+        """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
+        preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
+        passed_over: list[Sequence] = []
         while not batch.preempted:
-            found = self.find_admission(self.max_num_batched_tokens - batch.num_tokens)
+            budget = self.max_num_batched_tokens - batch.num_tokens
+            if self.pipeline_parallel_size > 1 and self.has_place(budget):
+                head = self.waiting.peek()
+                if any([head in before.seqs for before in self.in_flight]):
+                    passed_over.append(self.waiting.pop_next())
+                    continue
+            found = self.find_admission(budget)
             if found is None:
-                return
+                break
             seq, hits, num_tokens = found
             self.waiting.pop_next()
             self.block_manager.admit(seq, hits, num_tokens)
@@ -233,8 +256,12 @@ class Scheduler:
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
+            self._passed_over.pop(seq, None)
             self._serve([seq], batch)
             batch.admitted.append(Row(seq, seq.num_cached_tokens, num_tokens, seq.has_sampled, True))
+        for seq in reversed(passed_over):
+            self.waiting.push_preempted(seq)
+            self._passed_over[seq] = None
 
     def has_place(self, budget: int) -> bool:
         """Does somebody wait, for whom there are tokens in the step and a place among those that run?"""
@@ -242,27 +269,27 @@ class Scheduler:
 
     def find_admission(self, budget: int) -> tuple[Sequence, list[int], int] | None:
         """Who is admitted next with so many tokens left in the step: the sequence, its cached blocks and the number of
-        its tokens; None if nobody is.
-
-        Decides nothing. A refusal is remembered for as long as nothing but the growth of running sequences has
-        happened, so that a waiting prompt is not looked up in every step.
-        """
+        its tokens; None if nobody is. A refusal is remembered while running sequences do no more than grow, so that a
+        waiting prompt is not looked up in every step."""
         if not self.has_place(budget):
             return None
         seq, manager, refusal = self.waiting.peek(), self.block_manager, self.refusal
         if seq.num_in_flight:
             return None
-        is_limited = self.max_num_partial_prefills < UNLIMITED
-        num_partial = sum(not other.has_sampled for other in self._running) if is_limited else 0
-        facts = seq, seq.num_tokens, budget, num_partial, self._num_admitted, self._num_released
+        no_limit = self.max_num_partial_prefills == UNLIMITED
+        num_partial = 0 if no_limit else sum([not other.has_sampled for other in self._running])
+        limit, is_held = self._threshold, self.rules.interval.is_held
+        facts = seq, seq.num_tokens, budget, num_partial, limit, is_held, self._num_admitted, self._num_released
         if refusal is not None and facts == refusal.facts and not manager.is_stored(refusal.last_hash):
             return None
         hits = manager.find_hits(seq)
         missing = seq.num_tokens - len(hits) * manager.block_size
-        most = min(self.long_prefill_token_threshold, budget)
+        most = min(limit, budget)
         num_tokens = min(missing, most)
-        is_cut = min(missing, self.long_prefill_token_threshold) > budget and not self.enable_chunked_prefill
-        if is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
+        is_cut = min(missing, limit) > budget and not self.enable_chunked_prefill
+        if is_held and missing > 1:
+            num_hits = manager.blocks_for(seq.num_tokens - 1)
+        elif is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
             num_hits = len(hits) + manager.blocks_for(missing - most)
         elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, not self._running):
             num_hits = len(hits) + lacking
@@ -272,24 +299,20 @@ class Scheduler:
         self.refusal = Refusal(facts, num_hits, seq.block_hashes[num_hits - 1] if may_hit else None)
         return None
 
-    def _preempt(self, seq: Sequence, batch: Batch) -> None:
-        """Take a running sequence's blocks away; it will compute them again when it is admitted again.
-
-        What it got in this very step is taken back, so nobody can hit a block that no step computes.
-        """
+    def _preempt(self, seq: Sequence, batch: Batch) -> bool:
+        """Take a running sequence's blocks away; it will compute them again when it is admitted again. What it got in
+        this very step is taken back, so nobody can hit a block that no step computes; had it got any?"""
         row = batch.remove(seq)
         self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
         if row is not None and row.samples:
             seq.num_in_flight -= 1
-        seq.status = SequenceStatus.WAITING
+        seq.status, seq.has_sampled = SequenceStatus.WAITING, False
         seq.num_computed_tokens = seq.num_scheduled_tokens = 0
-        seq.has_sampled = False
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
-
-    # --- the result ---
+        return row is not None
 
     def postprocess(
         self, seqs: Batch | list[Sequence], token_ids: Seq[int] | None, eos_token_id: int | None = None
@@ -297,9 +320,7 @@ class Scheduler:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
-        or is None in a simulation, which has no tokens. Anything else raises ValueError. `eos_token_id` ends a
-        sequence, unless its `ignore_eos` is set.
-        """
+        or is None in a simulation. ValueError for anything else. `eos_token_id` ends a sequence that heeds it."""
         batch = self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
@@ -307,7 +328,9 @@ class Scheduler:
         tokens = _checked(token_ids, sampled)
         self.in_flight.popleft()
         eos = -1 if eos_token_id is None else eos_token_id
-        is_ahead, cacheable, ended = batch.is_ahead, self.block_manager.cacheable_tokens, list[Sequence]()
+        may_stop = tokens is not None and eos in tokens
+        is_ahead, cacheable = batch.is_ahead, self.block_manager.cacheable_tokens
+        ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
                 continue
@@ -317,7 +340,7 @@ class Scheduler:
             if tokens is not None:
                 token_id = tokens[place]
                 seq.token_ids.append(token_id)
-                if (token_id == eos or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
+                if (may_stop or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
                     reason = "stop"
             if is_ahead and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
                 self.block_manager.register(seq, seq.num_computed_tokens - in_flight)
@@ -332,6 +355,7 @@ class Scheduler:
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
+            self._passed_over.pop(seq, None)
         seq.status, seq.finish_reason = FINISHED, reason
 
     def _release(self, seq: Sequence) -> None:
@@ -346,14 +370,12 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most = seq.final_length - 1
-        manager = self.block_manager
+        most, manager = seq.final_length - 1, self.block_manager
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
-            return f"may have to compute {most} tokens in a step, but max_num_batched_tokens is " + (
-                f"{self.max_num_batched_tokens} and chunked prefill is off"
-            )
+            limit = f"max_num_batched_tokens is {self.max_num_batched_tokens} and chunked prefill is off"
+            return f"may have to compute {most} tokens in a step, but {limit}"
         return None
 
     def check_integrity(self) -> None:
@@ -364,15 +386,13 @@ class Scheduler:
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
         for seq in self._running:
-            known, computed = seq.num_tokens + seq.num_in_flight, seq.num_computed_tokens
-            assert seq.status is RUNNING and 0 < computed <= known, f"running: {seq}"
+            computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
+            assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            needed = manager.blocks_for(computed)
-            assert len(seq.block_table) == needed, f"{seq} holds {len(seq.block_table)} blocks, needs {needed}"
+            assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
-                least, most = computed - seq.num_in_flight, min(seq.num_tokens, computed)
-                right = least - manager.block_size < seq.num_registered_tokens <= most
+                right = least - manager.block_size < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
@@ -384,19 +404,17 @@ def _limit(name: str, value: int | None) -> int:
     return UNLIMITED if value is None else value
 
 
-def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[int] | None:
-    """The tokens of a step as a list, one for each sequence that samples; None in a simulation.
-
-    Raises:
-        ValueError: they are not as many, or not 4-byte integers, or there are none for sequences with token ids.
-    """
+def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[Any] | None:
+    """The tokens of a step as a list, one for each sequence that samples; None in a simulation. ValueError if they are
+    not as many, not 4-byte integers, or none for sequences with token ids."""
+    if token_ids is None and any([seq.has_token_ids for seq in sampled]):
+        raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
     if token_ids is None:
-        if any([seq.has_token_ids for seq in sampled]):
-            raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         return None
     if len(token_ids) != len(sampled):
         raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(sampled)}")
     try:
-        return array("I", token_ids).tolist()
+        packed = array("I", token_ids)
+        return token_ids if isinstance(token_ids, list) else packed.tolist()
     except (OverflowError, TypeError) as error:
         raise ValueError(f"tokens are {list(token_ids)}, expected integers of 4 bytes") from error

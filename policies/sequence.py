@@ -29,15 +29,13 @@ class SequenceStatus(Enum):
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
-    `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 keep the whole vocabulary; `min_p` is a
-    share of the most probable token's probability. `repetition_penalty` divides the positive logits of the tokens that
-    came before, prompt included, and multiplies the negative ones (arXiv:1909.05858). With a `seed` a request's tokens
-    are the same whatever runs beside it. `stop_token_ids` end a request as the tokenizer's end-of-sequence token does;
-    `ignore_eos` switches both off. `logprobs` asks for the log-probabilities of each generated token and of so many
-    most probable ones, by the model's own distribution: before penalty and temperature. `logit_bias` is added to the
-    logits of tokens, and until there are `min_tokens` no stop token is sampled. `presence_penalty` is taken off the
-    logits of tokens that were generated before, `frequency_penalty` as often as they were.
-    """
+    `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 (a share of the largest probability) keep
+    the whole vocabulary. `repetition_penalty` divides the positive logits of earlier tokens, prompt included, and
+    multiplies negative ones (arXiv:1909.05858); `presence_penalty` is taken off those of generated tokens,
+    `frequency_penalty` as often as they came; `logit_bias` is added. With a `seed` a request's tokens are the same
+    whatever runs beside it. `stop_token_ids` end it as the end-of-sequence token does, which alone `ignore_eos`
+    switches off; none is sampled before there are `min_tokens`. `logprobs` asks for the log-probabilities of each
+    generated token and of so many most probable ones, before penalties and temperature."""
 
     temperature: float = 1.0
     max_tokens: int = 64
@@ -74,14 +72,11 @@ class SamplingParams:
 
     def stops(self, token_id: int, eos_token_id: int) -> bool:
         """Does the token end a sequence, whatever its length?"""
-        return (token_id == eos_token_id or token_id in self.stop_token_ids) and not self.ignore_eos
+        return (token_id == eos_token_id and not self.ignore_eos) or token_id in self.stop_token_ids
 
 
 _next_seq_id = itertools.count()
-
-
 BLOCK_SIZE = 256
-"""Tokens in a block of a sequence that no pool has seen yet."""
 
 
 @mypyc_attr(native_class=False)  # a descriptor is Python's own
@@ -98,37 +93,28 @@ class _BlockSize:
 class Sequence:
     """A prompt and the tokens generated after it.
 
-    There is no prefill or decode phase here: a sequence has tokens it *knows* (`num_tokens`) and tokens whose KV
-    exists or will exist once the launched steps have run (`num_computed_tokens`). A step computes some of the
-    difference; a step that reaches the last known token samples one more.
+    There is no prefill or decode phase: a step computes some of the tokens that are *known* and not *computed*, and
+    samples one more if it reaches the last known one.
 
     Args:
         token_ids: the prompt; None for a sequence of the simulator, which has `num_prompt_tokens` and `prefix_key`.
         prefix_key: `prefix_key(n)` is an integer that two sequences share exactly when their first n tokens are equal,
-            generated ones included; the cache uses it in place of a hash. It may have a method `each(ends)`, which
-            gives the keys of a range of lengths.
-        priority: smaller is more urgent; for orders that look at it.
+            generated ones included; it stands for a hash. A method `each(ends)` may give those of a range of lengths.
+        priority, tenant: for orders that look at them; the smaller priority is more urgent.
         salt: sequences of different salts never share blocks.
-        tenant: whose request this is; for orders that look at it.
 
     Attributes:
-        seq_id: identifies the sequence to its owner; nothing is ordered or hashed by it.
-        arrival_index, admission_index: how many others were accepted, and admitted, before it; those that run are
-            ordered by the latter.
-        token_ids: prompt and generated tokens; empty for a sequence without token ids.
-        num_tokens: tokens known, the prompt and the generated tokens received so far.
+        seq_id: its owner's name for it. arrival_index, admission_index: how many were accepted, admitted before it.
+        token_ids, num_tokens: prompt and generated tokens known so far (no ids in a simulation); their number.
         num_computed_tokens: tokens whose KV exists or is being computed by a launched step.
         num_in_flight: tokens that launched steps will sample and that are not known yet.
         num_scheduled_tokens: tokens that the latest step with a row of this sequence computes for it.
         final_length: tokens at which generation ends, whatever is generated.
-        block_table: ids of the KV blocks held, in token order; `num_block_tokens` is how many tokens they hold.
-        tokens_per_block: of the pool that it was given to.
-        num_cached_tokens: tokens found in the prefix cache at the latest admission.
-        num_registered_tokens: tokens in the blocks of the table that the prefix cache knows, from the first on.
+        block_table, num_block_tokens: ids of the KV blocks held, in token order; how many tokens they hold.
+        num_cached_tokens, num_registered_tokens: found in the prefix cache at the latest admission; known to it now.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
         finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.
-        arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times in integer nanoseconds, written
-            by whoever knows them; the policies never read them.
+        arrival_ns, ingested_ns, first_scheduled_ns, first_token_ns, finish_ns: times; the policies never read them.
     """
 
     block_size: ClassVar = _BlockSize()
@@ -164,18 +150,16 @@ class Sequence:
         self.stop_token_ids = self.sampling_params.stop_token_ids
         self.prefix_key, self.arrival_ns = prefix_key, arrival_ns
         self.priority, self.salt, self.tenant = priority, salt, tenant
-        self.status = SequenceStatus.WAITING
+        self.status, self.has_sampled = SequenceStatus.WAITING, False
         self.arrival_index = self.admission_index = -1
         self.num_tokens = self.num_prompt_tokens
         self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
         self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = 0
-        self.has_sampled = False
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
         self.tokens_per_block = BLOCK_SIZE
-        self.num_block_tokens = self.num_registered_tokens = 0
-        self.num_cached_tokens = self.num_preemptions = 0
+        self.num_block_tokens = self.num_registered_tokens = self.num_cached_tokens = self.num_preemptions = 0
         self.finish_reason: str | None = None
         self.refusal: str | None = None
         self.ingested_ns: int | None = None
@@ -203,12 +187,8 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append_token(self, token_id: int | None) -> None:
-        """Take a generated token; None counts one in a sequence without token ids.
-
-        Raises:
-            ValueError: a scheduler counts its tokens (it hands them over in `postprocess`), it has ended, or the token
-                has no id where the others have.
-        """
+        """Take a generated token; None counts one in a sequence without token ids. ValueError if a scheduler hands them
+        over (in `postprocess`), it has ended, or the token has no id where the others have."""
         if self.status is not SequenceStatus.WAITING or self.arrival_index >= 0:
             raise ValueError(f"{self} takes no token from outside: its scheduler hands them over, or it has ended")
         if self.has_token_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
@@ -38,25 +39,20 @@ class Piece:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
 
 class _Answer:
-    """One sequence that is being served, and its text.
+    """One sequence that is being served, and its text."""
 
-    Args:
-        stop_ids: tokens that end it beside those that end its sequence.
-    """
-
-    def __init__(
-        self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None, stop_ids: Seq[int]
-    ):
+    def __init__(self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None):
         self.index, self.ask, self.seq = index, ask, seq
         self.num_tokens = 0
         self.is_done = False
-        self._backend, self._text, self._stop_ids = backend, text, stop_ids
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._backend, self._text = backend, text
 
     def take(self) -> Piece | None:
         """What is new; None if nothing is.
@@ -72,8 +68,9 @@ class _Answer:
             return None
         if 1 < len(token_ids) <= _MOST_APART:
             token_ids, reason = token_ids[:1], None
-        if self._stop_ids and (ends := [place for place, token in enumerate(token_ids) if token in self._stop_ids]):
-            token_ids, reason = token_ids[: ends[0] + 1], "stop"
+        if self.num_tokens == 0 and token_ids and self.ask.prompt_logprobs is not None:
+            of_prompt = self._backend.logprobs(seq)
+            self.prompt_logprobs = [None, *(of_prompt[place] for place in range(1, seq.num_prompt_tokens))]
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
         if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
             piece.finish_reason = "stop"
@@ -107,22 +104,25 @@ class Wakes:
 
     Attributes:
         events: set when a sequence has got something.
+        lag_s: how long the latest wake came after what it told of: so much later do streams go out.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.events: dict[Sequence, asyncio.Event] = {}
         self._loop = loop
+        self.lag_s = 0.0
         self._told: deque[list[Sequence]] = deque()
-        self._is_due = False
+        self._is_due, self._due_s = False, 0.0
 
     def __call__(self, seqs: list[Sequence]) -> None:
         """Hear of sequences; in the thread of Core."""
         self._told.append(seqs)
         if not self._is_due:
-            self._is_due = True
+            self._is_due, self._due_s = True, time.perf_counter()
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
+        self.lag_s = time.perf_counter() - self._due_s
         self._is_due = False
         while self._told:
             for seq in self._told.popleft():
@@ -154,7 +154,6 @@ class Answers:
                 ask,
                 seq,
                 None if tokenizer is None else AnswerText(tokenizer, ask.prompt, stops=body.stops, **how),
-                (body.stop_token_ids or ()) if body.ignore_eos else (),
             )
             for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, wakes), strict=True))
         ]
@@ -180,8 +179,18 @@ class Answers:
         """Of all answers, so far."""
         return sum(answer.num_tokens for answer in self._answers)
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What comes, until every answer has ended; whatever ends this before aborts what is left.
+    def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The tokens of an answer's prompt, and their log-probabilities where they were asked for; the first has none.
+
+        They are known once the answer has begun.
+        """
+        answer = self._answers[index]
+        return answer.ask.prompt, answer.prompt_logprobs or []
+
+    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+        """What comes, as much as is there at a time, until every answer has ended.
+
+        Whatever ends this before aborts what is left.
 
         Raises:
             ApiError: a request was refused, or the engine has failed.
@@ -191,12 +200,15 @@ class Answers:
             while left:
                 await self._event.wait()
                 self._event.clear()
+                found: list[Piece] = []
                 for answer in left:
                     while not answer.is_done and (piece := answer.take()) is not None:
-                        yield piece
-                    if not answer.is_done and (error := self._backend.live.error) is not None:
-                        raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
+                        found.append(piece)
                 left = [answer for answer in left if not answer.is_done]
+                if found:
+                    yield found
+                if left and (error := self._backend.live.error) is not None:
+                    raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         finally:
             self._backend.live.abort([answer.seq for answer in self._answers])
             for answer in self._answers:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twinserve.serving.answers import Answers, Piece, Wakes
 from twinserve.serving.backends import Ask, Backend
 from twinserve.serving.formats import ChatFormat, CompletionFormat, Format
+from twinserve.serving.limits import BodyLimits
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.protocol import (
@@ -108,10 +109,9 @@ class Server:
         backend, longest = self.ready, self.ready.max_model_len
         if body.priority and backend.settings.scheduling_policy == "fcfs":
             raise ApiError("priority is served with --scheduling-policy priority alone", param="priority")
-        if (body.num_logprobs or 0) > self.options.max_logprobs:
-            raise ApiError(
-                f"logprobs is {body.num_logprobs}, expected at most {self.options.max_logprobs}", param="logprobs"
-            )
+        for name, asked in (("logprobs", body.num_logprobs), ("prompt_logprobs", body.num_prompt_logprobs)):
+            if (asked or 0) > self.options.max_logprobs:
+                raise ApiError(f"{name} is {asked}, expected at most {self.options.max_logprobs}", param=name)
         if body.stops and backend.tokenizer is None:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
         most = self.options.max_num_queued_reqs
@@ -132,7 +132,7 @@ class Server:
                 raise ApiError(f"min_tokens is {body.min_tokens}, expected at most {max_tokens}", param="min_tokens")
             for choice in range(body.n):
                 params = backend.params(body, max_tokens, choice)
-                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or ""))
+                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or "", body.num_prompt_logprobs))
         return asks
 
 
@@ -160,6 +160,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
+    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), stall_s=options.client_timeout)
     if options.api_key:
         app.add_middleware(_Keyed, keys=options.api_key)
 
@@ -295,7 +296,7 @@ async def _answer(
     if not body.stream:
         return await _unless_gone(request, _whole(form, answers, pieces)) or Response(status_code=499)
 
-    async def begun() -> Piece:
+    async def begun() -> list[Piece]:
         return await anext(pieces)
 
     first = await _unless_gone(request, begun())  # what cannot be served says so before the response has begun
@@ -304,34 +305,37 @@ async def _answer(
     return StreamingResponse(_events(form, answers, first, pieces), media_type="text/event-stream")
 
 
-async def _whole(form: Format, answers: Answers, pieces: AsyncGenerator[Piece, None]) -> Response:
+async def _whole(form: Format, answers: Answers, pieces: AsyncGenerator[list[Piece], None]) -> Response:
     collected: dict[int, list[Piece]] = defaultdict(list)
     async with aclosing(pieces):
-        async for piece in pieces:
-            collected[piece.index].append(piece)
+        async for found in pieces:
+            for piece in found:
+                collected[piece.index].append(piece)
     whole = form.whole([collected[index] for index in sorted(collected)], answers)
     return Response(orjson.dumps(whole), media_type="application/json")
 
 
 async def _events(
-    form: Format, answers: Answers, first: Piece, pieces: AsyncGenerator[Piece, None]
+    form: Format, answers: Answers, first: list[Piece], pieces: AsyncGenerator[list[Piece], None]
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events."""
 
-    def event(values: dict[str, Any]) -> bytes:
-        return b"data: " + orjson.dumps(values) + b"\n\n"
+    def events(chunks: Iterable[dict[str, Any]]) -> bytes:
+        return b"".join([b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks])
+
+    def said(found: list[Piece]) -> bytes:
+        return events(chunk for piece in found for chunk in form.chunks(piece, answers))
 
     async with aclosing(pieces):
-        for chunk in (*form.begin(answers), *form.chunks(first, answers)):
-            yield event(chunk)
+        yield events(form.begin(answers)) + said(first)
         try:
-            async for piece in pieces:
-                for chunk in form.chunks(piece, answers):
-                    yield event(chunk)
-            for chunk in form.end(answers):
-                yield event(chunk)
+            async for found in pieces:
+                if content := said(found):
+                    yield content
+            if content := events(form.end(answers)):
+                yield content
         except ApiError as error:
-            yield event(error.body())
+            yield events([error.body()])
     yield b"data: [DONE]\n\n"
 
 

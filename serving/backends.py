@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from twinserve.engine.live import BuildCore, Follower, Live
+from twinserve.engine.live import BuildCore, Follower, Following, Live
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.serving.parts import PartMaker
 from twinserve.serving.protocol import ApiError, Generation
+from twinserve.serving.recording import LiveRecord
 from twinserve.serving.simulated import LiveReplicas, StandInTokenizer, stand_in
 from twinserve.settings.build_core import Settings
 from twinserve.sim.routers import Router
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.request import Part, Request
-from twinserve.traces.runs.record import RunRecorder
 from twinserve.worlds.run import ReplicaSpec
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Ask:
         session: the conversation it belongs to.
         priority: smaller is more urgent.
         salt: requests of different salts never share blocks.
+        prompt_logprobs: how many log-probabilities are asked for of each token of the prompt; None is none.
     """
 
     prompt: list[int]
@@ -47,6 +49,7 @@ class Ask:
     session: int | None = None
     priority: int = 0
     salt: str = ""
+    prompt_logprobs: int | None = None
 
 
 class Backend(ABC):
@@ -56,7 +59,7 @@ class Backend(ABC):
         name: of the model, as clients say it.
         settings: of the policies, as in use.
         tokenizer: None if the model has none; then prompts are token ids, and answers have no text.
-        recorder: hears of each request before it comes in.
+        record: hears of each request before it comes in, and of what Core says.
 
     Attributes:
         live: the Core, once `start` has been called.
@@ -68,8 +71,9 @@ class Backend(ABC):
     eos_token_id: int | None = None
     vocab_size = 1 << 32
 
-    def __init__(self, name: str, settings: Settings, tokenizer: Any, recorder: RunRecorder | None = None):
-        self.name, self.settings, self.tokenizer, self.recorder = name, settings, tokenizer, recorder
+    def __init__(self, name: str, settings: Settings, tokenizer: Any, record: LiveRecord | None = None):
+        self.name, self.settings, self.tokenizer, self.record = name, settings, tokenizer, record
+        self._secret = secrets.token_bytes(16)
         self._numbers = itertools.count()
         self._parts = PartMaker(settings.block_size)
         self._said: dict[Sequence, tuple[Part, ...]] = {}
@@ -122,7 +126,17 @@ class Backend(ABC):
 
     @abstractmethod
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
-        """The sequence of a request."""
+        """The sequence of a request, which the record has been told of by the time it comes in."""
+
+    def _concealed(self, salt: str, alone: int | None) -> str:
+        """A salt as it is known beyond this process, where it may be a secret.
+
+        Args:
+            alone: the number of a request that computes all of its prompt, and so shares no block with any other.
+        """
+        if not salt and alone is None:
+            return ""
+        return hashlib.blake2b(f"{alone} {salt}".encode(), key=self._secret, digest_size=8).hexdigest()
 
     def submit(self, asks: Seq[Ask], follower: Follower) -> list[Sequence]:
         """Let requests in, all of them before the next decision.
@@ -136,11 +150,10 @@ class Backend(ABC):
 
         def make(now_ns: int) -> list[Sequence]:
             for number, ask, parts in made:
-                labels = {"session": ask.session, "priority": ask.priority, "salt": _concealed(ask.salt)}
+                salt = self._concealed(ask.salt, None if ask.prompt_logprobs is None else number)
+                labels = {"session": ask.session, "priority": ask.priority, "salt": salt}
                 request = Request(number, now_ns, parts, ask.params.max_tokens, **labels)  # type: ignore[arg-type]
                 seqs.append(self._sequence(request, ask))
-                if self.recorder is not None:
-                    self.recorder.expect(request, seqs[-1].sampling_params)
             return seqs
 
         self.live.submit(make, follower)
@@ -159,20 +172,23 @@ class EngineBackend(Backend):
         takes_defaults: what a request leaves open is sampled as the model's generation config says.
     """
 
-    def __init__(self, llm: LLM, recorder: RunRecorder | None = None, *, takes_defaults: bool = True):
-        super().__init__(llm.name, llm.settings, llm.tokenizer, recorder)
+    def __init__(self, llm: LLM, record: LiveRecord | None = None, *, takes_defaults: bool = True):
+        super().__init__(llm.name, llm.settings, llm.tokenizer, record)
         self.eos_token_id, self.vocab_size = llm.eos_token_id, llm.config.vocab_size
         self._llm = llm
         self._defaults: dict[str, Any] = dict(llm.sampling_defaults) if takes_defaults else {}
 
     def start(self, listeners: Seq[CoreListener]) -> None:
-        self.live = self._llm.live(listeners)
+        self.live = self._llm.live([*listeners, *(self.record.recorders if self.record else ())])
 
     def max_tokens(self, asked: int | None, num_prompt_tokens: int) -> int:
         assert self.max_model_len is not None
         return asked or self.max_model_len - num_prompt_tokens
 
     def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
+        if body.num_prompt_logprobs is not None and self._llm.attention.graphs:
+            problem = "log-probabilities of prompts are not served where steps are graphs: --execution eager has them"
+            raise ApiError(problem, param="prompt_logprobs")
         if body.stop_token_ids:
             self.check_prompt(body.stop_token_ids)
         try:
@@ -189,9 +205,15 @@ class EngineBackend(Backend):
     def ended(self, seq: Sequence, ask: Ask) -> None:
         super().ended(seq, ask)
         self._llm.runner.logprobs.pop(seq, None)
+        self._llm.runner.prompt_asks.pop(seq, None)
 
     def _sequence(self, request: Request, ask: Ask) -> Sequence:
-        return request.to_sequence(ask.params, ask.prompt)
+        seq = request.to_sequence(ask.params, ask.prompt)
+        if ask.prompt_logprobs is not None:
+            self._llm.runner.prompt_asks[seq] = ask.prompt_logprobs
+        if self.record is not None:
+            self.record.recorders[0].expect(request, seq.sampling_params)
+        return seq
 
 
 class SimulatedBackend(Backend):
@@ -216,22 +238,30 @@ class SimulatedBackend(Backend):
         lengths: LengthSpec | None = None,
         seed: int = 0,
         time_scale: float = 1.0,
-        recorder: RunRecorder | None = None,
+        record: LiveRecord | None = None,
     ):
-        super().__init__(name, replicas[0].settings, StandInTokenizer(), recorder)
+        super().__init__(name, replicas[0].settings, StandInTokenizer(), record)
         self._replicas, self._router, self._lengths, self._time_scale = replicas, router, lengths, time_scale
         self._random = random.Random(seed)
 
     def start(self, listeners: Seq[CoreListener]) -> None:
-        def build(spec: ReplicaSpec) -> BuildCore:
-            return lambda listener: spec.settings.build_core(listener=listener)
+        recorders = self.record.recorders if self.record else []
+
+        def build(number: int, spec: ReplicaSpec) -> BuildCore:
+            own = recorders[number : number + 1]
+            return lambda listener: spec.settings.build_core(listener=Following([*own, listener]))
+
+        def routed(seq: Sequence, request: Request, number: int) -> None:
+            if recorders:
+                recorders[number].expect(request, seq.sampling_params)
 
         self.live = LiveReplicas(
-            [build(spec) for spec in self._replicas],
+            [build(number, spec) for number, spec in enumerate(self._replicas)],
             [spec.latency for spec in self._replicas],
             self._router,
             listeners,
             time_scale=self._time_scale,
+            routed=routed,
         )
         self.live.start()
 
@@ -240,7 +270,7 @@ class SimulatedBackend(Backend):
         return asked or (min(STAND_IN_TOKENS, room) if self._lengths is None else room)
 
     def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
-        if body.num_logprobs is not None:
+        if body.num_logprobs is not None or body.num_prompt_logprobs is not None:
             raise ApiError("logprobs are not served by a simulation, which has no probabilities", param="logprobs")
         return body.sampling_params({}, max_tokens, choice)
 
@@ -254,8 +284,3 @@ class SimulatedBackend(Backend):
         seq = request.to_sequence(ask.params)
         self.live.requests[seq] = request
         return seq
-
-
-def _concealed(salt: str) -> str:
-    """A salt as it is known beyond this process, where it may be a secret."""
-    return hashlib.sha256(salt.encode()).hexdigest()[:16] if salt else ""

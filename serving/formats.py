@@ -42,7 +42,7 @@ class Format(ABC):
                 pieces[-1].finish_reason,
                 pieces[-1].stop_reason,
             )
-            choices.append(self._with_ids(joined, self.choice(joined)))
+            choices.append(self._with_ids(joined, self.choice(joined, answers)))
         return {**self._head, "object": self.object, "choices": choices, "usage": usage(answers)}
 
     def begin(self, answers: Answers) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ class Format(ABC):
         return choice | ({"token_ids": piece.token_ids} if self._body.return_token_ids else {})
 
     @abstractmethod
-    def choice(self, piece: Piece) -> dict[str, Any]:
+    def choice(self, piece: Piece, answers: Answers) -> dict[str, Any]:
         """A whole answer."""
 
     @abstractmethod
@@ -82,6 +82,21 @@ class Format(ABC):
 
     def _ends(self, piece: Piece) -> dict[str, Any]:
         return {"index": piece.index, "finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+
+    def _of_prompt(self, index: int, answers: Answers) -> list[dict[str, Any] | None]:
+        """The log-probabilities of a prompt's tokens, as vLLM says them: by token id, that of the prompt first."""
+
+        def said(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+            return {"logprob": logprob, "rank": rank, "decoded_token": self._token(token_id)}
+
+        rows: list[dict[str, Any] | None] = []
+        for token_id, of_token in zip(*answers.prompt_of(index), strict=True):
+            if of_token is None:
+                rows.append(None)
+                continue
+            row = {str(other): said(other, value, rank) for rank, (other, value) in enumerate(of_token.top, 1)}
+            rows.append({str(token_id): said(token_id, of_token.logprob, of_token.rank)} | row)
+        return rows
 
     def _token(self, token_id: int) -> str:
         """What a token says by itself."""
@@ -112,43 +127,60 @@ class CompletionFormat(Format):
 
     def __init__(self, model: str, body: CompletionRequest, tokenizer: Any, echoed: list[str] | None):
         super().__init__(model, body, tokenizer)
-        self._echoed = echoed
+        self._echoed, self._echoes_alone = echoed, body.echoes_alone
         self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(piece)
-        return {"text": self._echo(piece.index) + piece.text, "logprobs": logprobs, **self._ends(piece)}
+    def choice(self, piece: Piece, answers: Answers) -> dict[str, Any]:
+        prompt, own = self._echo(piece.index, answers), self._own(piece)
+        text, logprobs = prompt.text + own.text, self._logprobs(prompt, own)
+        said = {"text": text, "logprobs": logprobs, **self._ends(piece)}
+        if self._body.prompt_logprobs is not None:
+            said["prompt_logprobs"] = self._of_prompt(piece.index, answers)
+        return said
 
-    def begin(self, answers: Answers) -> list[dict[str, Any]]:
-        if self._echoed is None:
-            return []
-        indices = range(len(self._echoed) * self._body.n)
-        return [self._chunk([self._said(index, self._echo(index))], answers) for index in indices]
+    def chunks(self, piece: Piece, answers: Answers) -> list[dict[str, Any]]:
+        chunks = []
+        if self._echoed is not None and piece.index not in self._begun:
+            self._begun.add(piece.index)
+            prompt = self._echo(piece.index, answers)
+            said = {"text": prompt.text, "logprobs": self._logprobs(prompt), **self._ends(Piece(piece.index))}
+            chunks.append(self._chunk([said], answers))
+        return chunks + super().chunks(piece, answers)
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        return {"text": piece.text, "logprobs": self._logprobs(piece), **self._ends(piece)}
+        own = self._own(piece)
+        return {"text": own.text, "logprobs": self._logprobs(own), **self._ends(piece)}
 
-    def _said(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": text, "logprobs": None, **self._ends(Piece(index))}
+    def _own(self, piece: Piece) -> Piece:
+        """What is said of an answer: nothing where the prompt alone is asked for."""
+        return Piece(piece.index) if self._echoes_alone else piece
 
-    def _echo(self, index: int) -> str:
-        return self._echoed[index // self._body.n] if self._echoed else ""
+    def _echo(self, index: int, answers: Answers) -> Piece:
+        """The prompt of an answer; nothing without echo."""
+        if self._echoed is None:
+            return Piece(index)
+        token_ids, logprobs = answers.prompt_of(index)
+        return Piece(index, self._echoed[index // self._body.n], token_ids, list(logprobs))
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+    def _logprobs(self, *pieces: Piece) -> dict[str, Any] | None:
         """As this path has them: columns, the top as texts."""
         if self._body.num_logprobs is None:
             return None
-        tokens = [self._token(token_id) for token_id in piece.token_ids]
-        offset, offsets = self._offsets.get(piece.index, 0), []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[piece.index] = offset
-        tops = []
-        for token, of_token in zip(tokens, piece.logprobs, strict=True):
-            tops.append({token: of_token.logprob} | {self._token(token_id): value for token_id, value in of_token.top})
-        values = [of_token.logprob for of_token in piece.logprobs]
-        return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+        columns: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for piece in pieces:
+            offset = self._offsets.get(piece.index, 0)
+            for token_id, of_token in zip(piece.token_ids, piece.logprobs, strict=True):
+                token, top = self._token(token_id), None
+                if of_token is not None:
+                    top = {token: of_token.logprob} | {self._token(other): value for other, value in of_token.top}
+                columns["text_offset"].append(offset)
+                columns["token_logprobs"].append(None if of_token is None else of_token.logprob)
+                columns["tokens"].append(token)
+                columns["top_logprobs"].append(top)
+                offset += len(token)
+            self._offsets[piece.index] = offset
+        return columns
 
 
 class ChatFormat(Format):
@@ -156,7 +188,11 @@ class ChatFormat(Format):
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, answers_pieces: list[list[Piece]], answers: Answers) -> dict[str, Any]:
+        said = super().whole(answers_pieces, answers)
+        return said | ({} if self._body.prompt_logprobs is None else {"prompt_logprobs": self._of_prompt(0, answers)})
+
+    def choice(self, piece: Piece, answers: Answers) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text}
         return {"message": message, "logprobs": self._logprobs(piece), **self._ends(piece)}
 
@@ -174,6 +210,7 @@ class ChatFormat(Format):
             return None
         content = []
         for token_id, of_token in zip(piece.token_ids, piece.logprobs, strict=True):
+            assert of_token is not None, "an answer's tokens have log-probabilities where one asks"
             top = [self._one(top_id, value) for top_id, value in of_token.top]
             content.append(self._one(token_id, of_token.logprob) | {"top_logprobs": top})
         return {"content": content}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -78,9 +78,13 @@ class ServerMetrics(CoreListener):
         self._labels = {"model_name": model, "engine": engine}
         self._page = CollectorRegistry()
         self._page.register(_UnderBothNames(self._registry))
+        ProcessCollector(registry=self._page)
         self._latest: dict[Sequence, int] = {}
+        self._first_hits: dict[Sequence, int] = {}
+        """Tokens found when a sequence was admitted for the first time."""
         histogram, counter = self._histogram, self._counter
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts whose first token is there.")
+        self._cached_tokens = counter("prompt_tokens_cached", "Those of them that were found in the prefix cache.")
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._preemptions = counter("num_preemptions", "Preemptions.")
         self._queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
@@ -103,6 +107,7 @@ class ServerMetrics(CoreListener):
         self._decode = histogram("request_decode_time_seconds", "From there to the last token.", _REQUEST)
         self._inference = histogram("request_inference_time_seconds", "From decision to the last token.", _REQUEST)
         self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._computed = histogram("request_prefill_kv_computed_tokens", "Those that were computed.", _TOKENS)
         self._answers = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self._longest = histogram("request_max_num_generation_tokens", "Tokens of the longest answer.", _TOKENS)
         self._limits = histogram("request_params_max_tokens", "Tokens that a request allows.", _TOKENS)
@@ -143,7 +148,8 @@ class ServerMetrics(CoreListener):
     def decided(self, batch: Batch) -> None:
         self._preemptions.inc(len(batch.preempted))
         for row in batch.admitted:
-            if not row.seq.num_preemptions:
+            if row.seq not in self._first_hits:
+                self._first_hits[row.seq] = row.start
                 self._queries.inc(row.seq.num_tokens)
                 self._hits.inc(row.start)
 
@@ -161,6 +167,7 @@ class ServerMetrics(CoreListener):
             else:
                 self._generation_tokens.inc()
                 self._prompt_tokens.inc(seq.num_prompt_tokens)
+                self._cached_tokens.inc(self._first_hits[seq])
                 self._ttft.observe(((seq.first_token_ns or now_ns) - seq.arrival_ns) / 1e9)
         for gap_ns, count in gaps.items():
             self._gaps.add(gap_ns / 1e9, count)
@@ -168,6 +175,7 @@ class ServerMetrics(CoreListener):
 
     def finished(self, seq: Sequence) -> None:
         self._latest.pop(seq, None)
+        cached = self._first_hits.pop(seq, 0)
         self._ended.labels(**self._labels, finished_reason=str(seq.finish_reason)).inc()
         if seq.finish_reason not in ("stop", "length"):
             return
@@ -179,6 +187,7 @@ class ServerMetrics(CoreListener):
         self._decode.observe(last - first)
         self._inference.observe(last - scheduled)
         self._prompts.observe(seq.num_prompt_tokens)
+        self._computed.observe(seq.num_prompt_tokens - cached)
         self._answers.observe(seq.num_completion_tokens)
         self._longest.observe(seq.num_completion_tokens)
         if seq.num_completion_tokens > 1:

@@ -23,6 +23,13 @@ class ServeOptions(BaseModel):
     max_num_queued_reqs: int | None = Field(
         default=None, ge=1, description="requests that may wait; 429 for those beyond"
     )
+    max_body_mib: float = Field(default=64, gt=0, allow_inf_nan=False, description="MiB of a request; 413 beyond")
+    client_timeout: float = Field(
+        default=60,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds in which a client has to go on sending its request, or reading its answer",
+    )
     generation_config: Literal["auto", "vllm"] = Field(
         default="auto",
         description="sampling that a request leaves open: auto, as the model's generation config says; vllm: as it is",

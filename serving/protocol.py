@@ -27,7 +27,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None, []),
     "modalities": (None, ["text"]),
     "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
     "suffix": (None, ""),
@@ -53,7 +52,8 @@ class ApiError(Exception):
 
 def error_body(message: str, status: HTTPStatus, param: str | None = None) -> dict[str, Any]:
     """An error as vLLM says it."""
-    kinds = {400: "BadRequestError", 404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+    kinds = {400: "BadRequestError", 404: "NotFoundError", 408: "RequestTimeoutError", 413: "PayloadTooLargeError"}
+    kinds |= {429: "RateLimitError", 503: "ServiceUnavailableError"}
     kind = kinds.get(status, status.phrase)
     return {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
 
@@ -106,6 +106,7 @@ class Generation(Fields):
     return_token_ids: bool | None = False
     priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
     cache_salt: str | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0)
     request_id: str | None = None
     user: str | None = None
 
@@ -117,6 +118,8 @@ class Generation(Fields):
             raise ValueError("Parameter 'cache_salt' must be a non-empty string if provided.")
         if any(not -100 <= bias <= 100 for bias in (self.logit_bias or {}).values()):
             raise ValueError("logit_bias must have numbers from -100 to 100.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         if any(not stop for stop in self.stops):
             raise ValueError("stop cannot contain an empty string.")
         return self
@@ -135,6 +138,11 @@ class Generation(Fields):
     def num_logprobs(self) -> int | None:
         """How many log-probabilities are asked for of each token; None if none, not even its own."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As many, of each token of the prompt."""
+        return self.prompt_logprobs
 
     def sampling_params(self, defaults: dict[str, Any], max_tokens: int, choice: int) -> SamplingParams:
         """How the tokens of one choice are chosen.
@@ -163,14 +171,27 @@ class CompletionRequest(Generation):
     """POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=0)
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0)
     add_special_tokens: bool = True
 
     @property
+    def token_limit(self) -> int | None:
+        return 1 if self.echoes_alone else self.max_tokens
+
+    @property
+    def echoes_alone(self) -> bool:
+        """Is the prompt asked for, and no answer?"""
+        return self.max_tokens == 0
+
+    @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
 
     @property
     def prompts(self) -> Seq[str | list[int]]:
@@ -181,9 +202,9 @@ class CompletionRequest(Generation):
         return rows or [[item for item in self.prompt if isinstance(item, int)]]
 
     @model_validator(mode="after")
-    def _echoes_text_alone(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not served here: there are no log-probabilities of prompts")
+    def _asks_for_tokens(self) -> CompletionRequest:
+        if self.echoes_alone and not self.echo:
+            raise ValueError("max_tokens: Input should be greater than or equal to 1, or 0 with echo")
         return self
 
 

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
 from twinserve.engine.options import EngineOptions
-from twinserve.policies import CoreListener, SamplingParams
 from twinserve.serving.answers import Wakes
 from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
+from twinserve.serving.limits import give_up_after
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
+from twinserve.serving.recording import LiveRecord, RecordOptions
 from twinserve.serving.simulated import LiveReplicas
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.routers import Router
 from twinserve.traces.generator import LengthSpec
-from twinserve.traces.runs.concealed import ConcealedTokens, as_they_are
-from twinserve.traces.runs.record import RunRecorder
 from twinserve.worlds.run import ReplicaSpec, load_llm
+
+_TICK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SimulatedModel:
         router: which of them serves a request.
         lengths: how long answers would be if nothing cut them short; None is as long as is asked for.
         time_scale: a simulated second takes so many on the wall.
+        router_facts: says in a fleet's record which router it is.
     """
 
     name: str
@@ -51,29 +52,18 @@ class SimulatedModel:
     router: Router
     lengths: LengthSpec | None = None
     time_scale: float = 1.0
+    router_facts: dict[str, Any] = field(default_factory=dict)
 
-    def backend(self, record: Path | None) -> Backend:
-        """The backend, which writes the run record `record`.
+    def backend(self, record: RecordOptions | None) -> Backend:
+        """The backend, whose traffic is recorded as `record` says.
 
         Raises:
-            InputError: of a fleet nothing is recorded, or `record` cannot be written.
+            InputError: the record cannot be written.
         """
-        recorder = None
+        kept = None
         if record is not None:
-            if len(self.replicas) > 1:
-                raise InputError(
-                    "expected none: live traffic of a fleet is not recorded", field="record", value=str(record)
-                )
-            (alone,) = self.replicas
-            facts = {
-                "latency": alone.latency_facts,
-                "time_scale": self.time_scale,
-                "sampling": asdict(SamplingParams()),
-            }
-            device = f"simulated: {alone.latency_facts['name']}"
-            how: dict[str, Any] = {"settings": alone.settings.model_dump(), "facts": facts, "device": device}
-            recorder = LiveRecorder(record, world="sim", **how)
-        how = {"lengths": self.lengths, "time_scale": self.time_scale, "recorder": recorder}
+            kept = LiveRecord.of_simulation(record, self.replicas, self.time_scale, self.router_facts)
+        how: dict[str, Any] = {"lengths": self.lengths, "time_scale": self.time_scale, "record": kept}
         return SimulatedBackend(self.name, self.replicas, self.router, **how)
 
 
@@ -83,45 +73,28 @@ class EngineModel:
 
     Attributes:
         say: called with a line as each part of the work begins.
-        records_tokens: a record holds the tokens themselves, and not only which prefixes are equal.
         takes_defaults: what a request leaves open is sampled as the model's generation config says.
     """
 
     options: EngineOptions
     settings: Settings
     say: Callable[[str], None]
-    records_tokens: bool = False
     takes_defaults: bool = True
 
-    def backend(self, record: Path | None) -> Backend:
-        """The backend, which writes the run record `record`; the weights are loaded here."""
+    def backend(self, record: RecordOptions | None) -> Backend:
+        """The backend, whose traffic is recorded as `record` says; the weights are loaded here."""
         llm = load_llm(self.options, self.settings, progress=self.say)
         if llm.runner.device.type == "cuda":
             llm.warm_up()
-        recorder = None
-        if record is not None:
-            how: dict[str, Any] = {"settings": llm.settings.model_dump(), "device": llm.device_name}
-            how["tokens"] = as_they_are if self.records_tokens else ConcealedTokens()
-            facts = llm.facts() | {"sampling": asdict(SamplingParams())}
-            recorder = LiveRecorder(record, world="real", facts=facts, **how)
-        return EngineBackend(llm, recorder, takes_defaults=self.takes_defaults)
-
-
-class LiveRecorder(RunRecorder):
-    """Writes the run record of live traffic, whose trace is its own requests.jsonl: so a simulation of that is of the
-    same trace."""
-
-    def last_facts(self, folder: Path) -> dict[str, Any]:
-        digest = hashlib.sha256((folder / "requests.jsonl").read_bytes()).hexdigest()
-        trace = {"path": "requests.jsonl", "format": "twinserve-record", "sha256": digest, "notes": {}}
-        return {"trace": trace | {"handled": {}, "transforms": []}}
+        kept = None if record is None else LiveRecord.of_engine(record, llm.settings, llm.facts(), llm.device_name)
+        return EngineBackend(llm, kept, takes_defaults=self.takes_defaults)
 
 
 class Model(Protocol):
     """What a service serves; `SimulatedModel` and `EngineModel` are such."""
 
-    def backend(self, record: Path | None) -> Backend:
-        """The backend, which writes the run record `record`; it may take long to make."""
+    def backend(self, record: RecordOptions | None) -> Backend:
+        """The backend, whose traffic is recorded as `record` says; it may take long to make."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -169,7 +142,7 @@ class Service:
     """A server and its life: it listens, gets its backend, serves, drains, and closes its record.
 
     Args:
-        record: the folder of the run record to write; None writes none.
+        record: how the traffic is recorded; None records nothing.
         say: called with a line for the person who serves.
 
     Attributes:
@@ -181,13 +154,13 @@ class Service:
         options: ServeOptions,
         model: Model,
         *,
-        record: Path | None = None,
+        record: RecordOptions | None = None,
         say: Callable[[str], None],
     ):
         self._server = Server(options)
         self._model, self._record, self._say = model, record, say
         self._error: BaseException | None = None
-        self._summary: dict[str, Any] | None = None
+        self._counts: Counter[str] | None = None
         self._is_over = False
         config = uvicorn.Config(
             make_app(self._server, self._lifespan),
@@ -208,21 +181,22 @@ class Service:
         """What serves; None before it is there."""
         return self._server.backend
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> Counter[str] | None:
         """Serve until SIGINT, SIGTERM or `stop`; what runs then may end within `shutdown_timeout`.
 
         Returns:
-            The record's summary, if one is written.
+            How many requests were recorded, and how they ended; None if nothing is recorded.
 
         Raises:
             InputError: the model, or something else that was given, cannot be used.
             RunError: the engine has failed.
         """
         with _listening(self._server.options) as listener:
+            give_up_after(listener, self._server.options.client_timeout)
             self._uvicorn.run([listener])
         if self._error is not None:
             raise self._error
-        return self._summary
+        return self._counts
 
     def stop(self) -> None:
         """End as at a signal; from any thread."""
@@ -247,29 +221,36 @@ class Service:
             if self._is_over:
                 return
             self._start(backend)
-            await asyncio.to_thread(backend.live.join)
+            await self._ended(backend)
             self._error = backend.live.error
-            if backend.recorder is not None and self._error is None:
-                self._summary = backend.recorder.close()
+            if backend.record is not None:
+                self._counts = backend.record.close()
         except BaseException as error:
             self._error = error
         finally:
-            if backend is not None and backend.recorder is not None:
-                backend.recorder.discard()
+            if backend is not None and backend.record is not None:
+                backend.record.discard()
             self._uvicorn.should_exit = True
+
+    async def _ended(self, backend: Backend) -> None:
+        """Wait until nothing is served any more, and have segments end that are old enough meanwhile."""
+        ended = asyncio.ensure_future(asyncio.to_thread(backend.live.join))
+        while not ended.done():
+            await asyncio.wait([ended], timeout=_TICK_S)
+            if backend.record is not None:
+                await asyncio.to_thread(backend.record.tick)
+        await ended
 
     def _start(self, backend: Backend) -> None:
         metrics = ServerMetrics(
             self._server.options.served_model_name[0] if self._server.options.served_model_name else backend.name
         )
-        listeners: list[CoreListener] = [metrics]
-        if backend.recorder is not None:
-            listeners.append(backend.recorder)
-        backend.start(listeners)
+        backend.start([metrics])
         live = backend.live
         metrics.watch(live.cores, backend.settings)
         if isinstance(live, LiveReplicas):
             metrics.own_gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
-        self._server.wakes = Wakes(asyncio.get_running_loop())
+        wakes = self._server.wakes = Wakes(asyncio.get_running_loop())
+        metrics.own_gauge("stream_lag_seconds", "How late streams hear of what is there for them.", lambda: wakes.lag_s)
         self._server.metrics, self._server.backend = metrics, backend
         self._say(f"serving {backend.name}")

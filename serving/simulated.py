@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -76,6 +77,7 @@ class LiveReplicas(Live):
         latencies: what a step costs, one a Core.
         router: chooses a replica for each request.
         time_scale: a simulated second takes so many on the wall.
+        routed: told of each sequence which request it is, and the number of its replica, just before it comes in.
 
     Attributes:
         requests: of the sequences that are submitted, to be put in before them; those that are routed are taken out.
@@ -90,12 +92,13 @@ class LiveReplicas(Live):
         listeners: Seq[CoreListener] = (),
         *,
         time_scale: float = 1.0,
+        routed: Callable[[Sequence, Request, int], None],
     ):
         super().__init__(build_cores, listeners)
         self.clock: ScaledClock = ScaledClock(time_scale)
         self.requests: dict[Sequence, Request] = {}
         self.lag_s = 0.0
-        self._latencies, self._router = latencies, router
+        self._latencies, self._router, self._routed = latencies, router, routed
 
     def walk(self) -> None:
         env = simpy.Environment()
@@ -115,7 +118,9 @@ class LiveReplicas(Live):
                         replica.abort(item.seq_id)
                 else:
                     _run(env, item.arrival_ns)
-                    place = self._router.choose(self.requests.pop(item), replicas)
+                    request = self.requests.pop(item)
+                    place = self._router.choose(request, replicas)
+                    self._routed(item, request, place)
                     replicas[place].submit(item)
             _run(env, until_ns)
             self.lag_s = self._wall_s(self.clock() - due_ns) if due_ns < until_ns else 0.0

@@ -30,9 +30,11 @@ from twinserve.policies import (
     VllmAdmission,
 )
 from twinserve.policies.orders import Admission, Order, Victim
+from twinserve.policies.vllm_rules import VllmRules
 from twinserve.settings.config import read_toml, validated
 from twinserve.settings.limits import MOST, MOST_BLOCKS
 from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.settings.vllm_versions import CHANGED, NEWEST, UNSAID, Version, build_rules
 
 SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
 BY_HAND = "by hand"
@@ -54,6 +56,10 @@ def pinned_rule(text: str | None, info: ValidationInfo) -> str | None:
     return pinned(text, SCHEDULING_POLICIES if info.field_name == "scheduling_policy" else ())
 
 
+def _said_by_version(index: int) -> str:
+    return f"{CHANGED[index].words}; none: as vllm_version has it"
+
+
 class Settings(BaseModel):
     """What the policies are told. The defaults are vLLM's: mixed batches, chunked prefill, prefix caching."""
 
@@ -63,9 +69,28 @@ class Settings(BaseModel):
     max_num_seqs: int = Field(default=256, ge=1, le=MOST)
     max_num_batched_tokens: int = Field(default=2048, ge=1, le=MOST)
     enable_chunked_prefill: bool = True
+    vllm_version: Version = Field(default=NEWEST, description="whose rules decide")
+    max_num_active_seqs: int | None = Field(
+        default=None, ge=1, le=MOST, description="running requests, in place of max_num_seqs and no more than it"
+    )
     long_prefill_token_threshold: int = Field(default=0, ge=0, le=MOST)
+    long_prefill_token_threshold_adaptive: bool = Field(
+        default=False, description="the threshold is at least the budget divided by the requests that run or wait"
+    )
+    long_prefill_token_threshold_binds_alone: bool | None = Field(default=None, description=_said_by_version(2))
+    prefill_schedule_interval: int = Field(
+        default=1,
+        ge=1,
+        le=MOST,
+        description="steps from one with prompt work to the next, unless the queue does not drain",
+    )
+    self_preemption_ends_pass: bool | None = Field(default=None, description=_said_by_version(0))
+    victim_before_skips: bool | None = Field(default=None, description=_said_by_version(1))
     max_num_partial_prefills: int | None = Field(
-        default=None, ge=1, le=MOST, description="running requests that may have prompt tokens left to compute"
+        default=None,
+        ge=1,
+        le=MOST,
+        description="running requests that may have prompt tokens left to compute; vLLM no longer has it",
     )
     scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or FILE.py:CLASS")
     scheduling_ageing: int = Field(
@@ -104,6 +129,11 @@ class Settings(BaseModel):
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least max_model_len "
                 f"({self.max_model_len}) when enable_chunked_prefill is off"
             )
+        if (self.max_num_active_seqs or 0) > self.max_num_seqs:
+            raise ValueError(
+                f"max_num_active_seqs is {self.max_num_active_seqs}, expected at most max_num_seqs "
+                f"({self.max_num_seqs})"
+            )
         if self.scheduling_ageing and self.scheduling_policy not in ("priority", "shortest"):
             raise ValueError(
                 f"scheduling_ageing is {self.scheduling_ageing}, expected 0 unless scheduling_policy is priority or "
@@ -124,17 +154,44 @@ class Settings(BaseModel):
         return dump(self) | derived
 
     @classmethod
-    def load(cls, values: dict[str, Any], path: Path | None = None, *, beside: Collection[str] = ()) -> Settings:
+    def load(
+        cls,
+        values: dict[str, Any],
+        path: Path | None = None,
+        *,
+        beside: Collection[str] = (),
+        defaults: dict[str, Any] | None = None,
+    ) -> Settings:
         """Settings from `values`, over those of the TOML file `path`.
 
         Args:
             beside: tables of the file that are no settings.
+            defaults: hold where neither says otherwise, in place of the model's own.
 
         Raises:
             InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
         """
         table = {} if path is None else read_toml(path)
-        return validated(cls, {name: value for name, value in table.items() if name not in beside}, values, path)
+        table = (defaults or {}) | {name: value for name, value in table.items() if name not in beside}
+        return validated(cls, table, values, path)
+
+    @classmethod
+    def recorded(cls, values: dict[str, Any], path: Path) -> Settings:
+        """The settings of a run record, whose file is `path`; one that is older than `vllm_version` means 0.24's rules.
+
+        Raises:
+            InputError: as `load`.
+        """
+        return validated(cls, {"vllm_version": UNSAID} | values, {}, path, within="settings.")
+
+    def build_rules(self) -> VllmRules:
+        """The rules that differ between versions of vLLM: those of `vllm_version`, but for what is set by itself."""
+        return build_rules(
+            self.vllm_version,
+            adaptive=self.long_prefill_token_threshold_adaptive,
+            prefill_schedule_interval=self.prefill_schedule_interval,
+            **{rule.setting: getattr(self, rule.setting) for rule in CHANGED},
+        )
 
     def build_order(self) -> Order:
         """A waiting queue in the order of `scheduling_policy`.
@@ -199,7 +256,7 @@ class Settings(BaseModel):
             listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
-            self.max_num_seqs,
+            self.max_num_active_seqs or self.max_num_seqs,
             composition=self.composition,
             max_num_batched_tokens=self.max_num_batched_tokens,
             enable_chunked_prefill=self.enable_chunked_prefill,
@@ -214,5 +271,6 @@ class Settings(BaseModel):
             order=self.build_order() if order is None else order,
             admission=self.build_admission(),
             victim=self.build_victim() if victim is None else victim,
+            rules=self.build_rules(),
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

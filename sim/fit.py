@@ -34,6 +34,9 @@ FOLDS = 5
 DRIFT_NS = 250_000_000
 REWEIGHTINGS = 4
 
+LAUNCHES = 40
+"""Launches with prompts that tell what a prompt and a token of them cost."""
+
 GROWING = ("kv_tokens", "attention_pairs", "longest_decode", "longest_prompt")
 """Features that grow while a step is repeated."""
 
@@ -99,31 +102,37 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
     return knots + ordered[-1:] if len(ordered) > 1 else [knots[0], knots[0] + 1]
 
 
-GROWN = ("kv_token", "attention_pair", "decode_kv_token", "decode_span_block", "prompt_tile_token", "prompt_token")
+GROWN = (
+    "kv_token", "attention_pair", "decode_kv_token", "decode_shared_token", "decode_cut_token", "decode_span_block",
+    "prompt_tile_token", "prompt_token",
+)  # fmt: skip
 """Coefficients of the device on what grows while a step is repeated; see `grown`."""
 
-STEADY = ("constant", "seq", "sampled", "prompt", "prompt_tile")
+STEADY = ("constant", "seq", "sampled", "decoding", "prompt", "prompt_tile")
 """Coefficients of the device on what does not, but for the ramps over its tokens; see `steady`."""
 
-FITTED = ("constant", "sampled", "prompt", "prompt_tile", *GROWN[2:])
+FITTED = ("constant", *STEADY[2:], *GROWN[2:])
 """Coefficients of the device that a fit gives; files of the first schema have the others."""
 
-HOST = ("constant", "seq", "token", "arrived", "left")
+HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 """Coefficients of the host."""
 
 
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; what decodes read; the blocks of the longest span of those; the context before the
-    end of each tile of a prompt; the longest context of a prompt.
+    All contexts; query-key pairs; what decodes read from the pool, and what another row has read just now; how much of
+    both in spans that had to be started; the blocks of the longest of those; the context before the end of each tile of
+    a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
     return (
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
-        kernels.read_tokens(decodes, features.decode_kv_tokens),
+        features.decode_kv_tokens - features.shared_tokens,
+        features.shared_tokens,
+        kernels.cut_tokens(decodes, padded, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],
         features.longest_prompt,
@@ -134,12 +143,13 @@ def steady(features: StepFeatures, kernels: Kernels) -> tuple[float, ...]:
     """What STEADY are coefficients on, and behind it the tokens that are computed, padding included."""
     num_prompts = len(features.prompts)
     _, tokens, sampled = kernels.padded(features.decode_tokens, features.prompt_tokens, num_prompts, features.sampled)
-    return 1.0, features.seqs, sampled, num_prompts, kernels.tiles(features.prompts)[0], tokens
+    decoding = 1.0 if features.decode_tokens else 0.0
+    return 1.0, features.seqs, sampled, decoding, num_prompts, kernels.tiles(features.prompts)[0], tokens
 
 
 def host_row(features: StepFeatures) -> list[float]:
     """What HOST are coefficients on."""
-    return [1.0, features.seqs, features.tokens, features.arrived, features.left]
+    return [1.0, features.seqs, len(features.prompts), features.tokens, features.arrived, features.left]
 
 
 def coefficient_names(part: str, knots: Seq[int]) -> list[str]:
@@ -222,6 +232,11 @@ class FittedLatency:
         if self._captured_tokens is None:
             raise ValueError("this latency knows no steps beyond captured graphs, so it cannot have fewer of them")
         return FittedLatency(self.data | {"captured_tokens": captured_tokens})
+
+    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None) -> FittedLatency:
+        """The model of the same engine under these limits, which say to what sizes its steps are padded."""
+        sizes = self.kernels.at(max_num_seqs, max_num_batched_tokens)
+        return self if sizes == self.kernels else FittedLatency(self.data | {"kernels": sizes.as_dict()})
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """What a step with these features costs; on the device no less than it must (see `floor_of`)."""
@@ -447,7 +462,9 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
         if cost is not None and part == "device":
             shapes[features._replace(arrived=0, left=0)].append(cost)
         elif cost is not None:
-            shapes[features._replace(kv_tokens=0, attention_pairs=0, longest_decode=0, prompts=())].append(cost)
+            prompts = ((0, 0),) * len(features.prompts)
+            unseen = {"kv_tokens": 0, "attention_pairs": 0, "longest_decode": 0, "shared_tokens": 0}
+            shapes[features._replace(prompts=prompts, **unseen)].append(cost)
     return dict(shapes)
 
 
@@ -473,7 +490,8 @@ class _Devices:
         ]
         values = [(*steady(features, kernels), *grown(features, kernels)) for _, features, _ in ordered]
         width = len(STEADY)
-        self.knots = choose_knots([int(row[width]) for row in values])
+        counts = [int(row[width]) for row in values]
+        self.knots = sorted({*choose_knots(counts), *(set(counts) & set(kernels.tokens))})
         self._of = np.array([number for number, _, _ in ordered])
         self._rows = np.array([
             [*row[:width], *row[width + 1 :], *ramps(row[width], self.knots)] for row in values
@@ -524,15 +542,15 @@ def _solve(shapes: Shapes, row_of: Row) -> list[float]:
 def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
     """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
-    Bookkeeping costs the same whatever the regime. What a launch takes is a constant, and for a captured decode step a
-    constant and a cost a row: a host that happens to be slow lets the queue grow, so that over a run slow launches go
-    with many rows and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device
-    was busy for longer, in every step there was.
+    Bookkeeping costs the same whatever the regime. What a launch takes is a constant and a cost a row, and with prompts
+    one a prompt and a token, or where few were seen the constant alone. A launch that was never seen costs nothing: the
+    device was busy for longer, in every step there was.
     """
     kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
-    width = 2 if regime == "decode" else 1
-    if launched := {features: costs for features, costs in launches.items() if features in shapes}:
+    launched = {features: costs for features, costs in launches.items() if features in shapes}
+    width = 2 if regime == "decode" else 4 if len(launched) >= LAUNCHES else 1
+    if launched:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns
     return coefficients

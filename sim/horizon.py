@@ -18,22 +18,28 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
     Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
-    decided before anything is committed, or where a token might stop a sequence. It may be too small in these cases: a
-    batch in flight has other rows than `batch`; somebody was preempted just now; the head of the waiting queue has a
-    token in flight, or lacks blocks that a running sequence is about to compute; or the order's choice may change by
-    itself (see `Order.is_steady`).
+    decided before anything is committed, where a token might stop a sequence, or in a pipeline of ranks. It may be too
+    small in these cases: a batch in flight has other rows than `batch`; somebody was preempted just now; the head of
+    the waiting queue has a token in flight, or lacks blocks that a running sequence is about to compute; a prefill
+    interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
     if core.must_abort or core.can_decide or batch is not in_flight[-1] or not all(in_flight):
         return 1
-    if cap <= 1 or not batch or batch.admitted or batch.preempted:
+    if (interval := scheduler.rules.interval).steps > 1:
+        cap = min(cap, interval.num_alike(scheduler.running))
+    if cap <= 1 or scheduler.pipeline_parallel_size > 1 or not batch or batch.admitted or batch.preempted:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in in_flight):
         return 1
     chunks, sampled = set(batch.chunks), batch.sampled
     if any([seq.has_token_ids for seq in batch.seqs]) or any([seq not in chunks for seq in batch.prompts]):
         return 1
-    steps = min([cap, *[1 + seq.final_length - seq.num_tokens - seq.num_in_flight for seq in sampled]])
+    steps = cap
+    for seq in sampled:
+        left = 1 + seq.final_length - seq.num_tokens - seq.num_in_flight
+        if left < steps:
+            steps = left
     for seq in batch.chunks:  # cut by a limit that is the same until the last one
         steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // seq.num_scheduled_tokens)
     steps = _steps_with_room(scheduler, batch, steps)
@@ -55,8 +61,9 @@ def _steps_with_room(scheduler: Scheduler, batch: Batch, steps: int) -> int:
     fits, most = 1, steps
     middle = most
     while fits < most:
-        rows = zip(batch.seqs, batch.lengths, strict=True)
-        missing = sum(max(0, manager.num_missing(seq, (middle - 1) * num_tokens)) for seq, num_tokens in rows)
+        missing = 0
+        for place, seq in enumerate(batch.seqs):
+            missing += max(0, manager.num_missing(seq, (middle - 1) * batch.lengths[place]))
         if missing <= free:
             fits = middle
         else:
@@ -119,25 +126,33 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
     """
     batch, manager = scheduler.in_flight[-1], scheduler.block_manager
     size, cacheable, chunks = manager.block_size, manager.cacheable_tokens, set(batch.chunks)
-    begun: list[tuple[int, int]] = []  # number of a decision, and place of a row for which it takes a block
-    full: list[tuple[int, int, int]] = []  # the same where a block becomes full, and the tokens with which it ends
-    for place, (seq, num_tokens) in enumerate(zip(batch.seqs, batch.lengths, strict=True)):
-        held, computed = seq.num_block_tokens, seq.num_computed_tokens
+    num_rows = len(batch)
+    begun: list[int] = []  # number of a decision * rows + place of the row for which it takes a block: in this order
+    full: list[int] = []  # the same where a block becomes full
+    for place, seq in enumerate(batch.seqs):
+        num_tokens, held, computed = batch.lengths[place], seq.num_block_tokens, seq.num_computed_tokens
         last = computed + num_steps * num_tokens
-        if last > held:
-            begun += [((end - computed) // num_tokens + 1, place) for end in range(held, last, size)]
+        end = held
+        while end < last:
+            begun.append(((end - computed) // num_tokens + 1) * num_rows + place)
+            end += size
         if last - seq.num_registered_tokens >= cacheable:
             shown = min(computed, seq.num_tokens)  # to the cache, and from now on `num_tokens` more by each decision
-            ends = range(seq.num_registered_tokens + size, shown + num_steps * num_tokens + 1, size)
-            full += [(-((shown - end) // num_tokens), place, end) for end in ends]
+            end = seq.num_registered_tokens + size
+            while end <= shown + num_steps * num_tokens:
+                full.append(-((shown - end) // num_tokens) * num_rows + place)
+                end += size
         seq.num_computed_tokens = last
         if seq not in chunks:
             seq.num_tokens += num_steps
             past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
             assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
+    if (interval := scheduler.rules.interval).steps > 1:
+        interval.end(num_steps, bool(batch.prompts), None)
     grown = _take_blocks(scheduler, batch, sorted(begun))
-    for _, place, end in sorted(full):
-        manager.register(batch.seqs[place], end)
+    for entry in sorted(full):
+        seq = batch.seqs[entry % num_rows]
+        manager.register(seq, seq.num_registered_tokens + size)
     used_blocks = manager.num_used_blocks
     for behind in range(len(scheduler.in_flight)):
         now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch
@@ -145,17 +160,18 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
     return grown
 
 
-def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[tuple[int, int]]) -> Growth:
-    """Take a block for each (number of a decision, place of a row), in order."""
+def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[int]) -> Growth:
+    """Take a block for each number of a decision * rows + place of a row, in order."""
     grown: Growth = []
-    before, size = (0, 0), scheduler.block_manager.block_size
-    for entry, block_id in zip(begun, scheduler.block_manager.take(len(begun)), strict=True):
-        seq = batch.seqs[entry[1]]
+    before, size, num_rows = -1, scheduler.block_manager.block_size, len(batch)
+    block_ids = scheduler.block_manager.take(len(begun))
+    for index, entry in enumerate(begun):
+        seq, block_id = batch.seqs[entry % num_rows], block_ids[index]
         seq.block_table.append(block_id)
         seq.num_block_tokens += size
-        if entry == before and grown:
+        if entry == before:
             grown[-1][2].append(block_id)
         else:
-            grown.append((entry[0], seq, [block_id]))
+            grown.append((entry // num_rows, seq, [block_id]))
         before = entry
     return grown

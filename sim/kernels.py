@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-
-SPAN_START = 0.1
-"""What it takes to start a span of decode attention, of what it takes to read the shortest."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +18,10 @@ class Kernels:
 
     Attributes:
         decodes: rows of captured steps of decodes alone, rising.
-        prompt_tokens: prompt tokens of captured steps with prompts, rising.
+        tokens: tokens of captured steps with prompts, decodes included, rising.
         decodes_beside: decodes of captured steps with prompts, rising.
+        prompt_tokens: prompt tokens of captured steps with prompts, rising, of an engine that has them behind its
+            padded decodes, which it computes as well; it has no `tokens`.
         prompts: prompts that a captured step has room for.
         decode_cuts: (rows, spans, shortest, block), by rising rows: from so many padded rows on, decode attention cuts
             each context in up to `spans` spans, whole blocks of tokens and at least `shortest` long.
@@ -30,8 +29,9 @@ class Kernels:
     """
 
     decodes: tuple[int, ...] = ()
-    prompt_tokens: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
     decodes_beside: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
     prompts: int = 0
     decode_cuts: tuple[tuple[int, int, int, int], ...] = ()
     prompt_tile: int = 64
@@ -52,6 +52,20 @@ class Kernels:
         """The sizes by name, as plain values."""
         return asdict(self)
 
+    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None) -> Kernels:
+        """The sizes that the same engine captures under these limits.
+
+        Those between its own limits and larger ones are not known: steps there are not padded.
+        """
+        budget = max_num_batched_tokens or 1 << 62
+        return replace(
+            self,
+            decodes=_up_to(self.decodes, max_num_seqs),
+            decodes_beside=_up_to(self.decodes_beside, max_num_seqs),
+            tokens=self.tokens[: bisect_left(self.tokens, budget) + 1],
+            prompt_tokens=self.prompt_tokens[: bisect_left(self.prompt_tokens, budget) + 1],
+        )
+
     def padded(self, decodes: int, prompt_tokens: int, num_prompts: int, sampled: int) -> tuple[int, int, int]:
         """(decodes, tokens, rows that are sampled) that a step computes, padding included.
 
@@ -61,10 +75,12 @@ class Kernels:
         if not prompt_tokens:
             size = _at_least(self.decodes, decodes)
             return size, size, size if self.decodes else sampled
-        if not self.prompt_tokens:
+        if not (self.tokens or self.prompt_tokens):
             return decodes, decodes + prompt_tokens, sampled
         beside = _at_least(self.decodes_beside, decodes)
-        if prompt_tokens <= self.prompt_tokens[-1]:
+        if self.tokens:
+            tokens = _at_least(self.tokens, max(beside, decodes + prompt_tokens))
+        elif prompt_tokens <= self.prompt_tokens[-1]:
             tokens = beside + _at_least(self.prompt_tokens, prompt_tokens)
         else:
             tokens = max(beside + self.prompt_tokens[-1], decodes + prompt_tokens)
@@ -86,18 +102,20 @@ class Kernels:
         span = _parts(_parts(longest, spans), block)
         return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
-    def read_tokens(self, decodes: int, kv_tokens: Any) -> Any:
-        """What decodes take to read their contexts, in tokens of a long span.
+    def cut_tokens(self, decodes: int, padded: int, kv_tokens: Any) -> Any:
+        """How much of their contexts decodes read in spans that had to be started, in tokens.
 
-        Longer contexts have more spans, each of which takes time to start, until there are as many as a context is cut
-        in; from then on the spans themselves are longer.
+        Longer contexts have more spans, until there are as many as a context is cut in; from then on the spans
+        themselves are longer.
 
         Args:
             decodes: rows.
+            padded: rows, padding included.
             kv_tokens: the sum of their contexts, or an array of several.
         """
-        most = max((spans * shortest for _, spans, shortest, _ in self.decode_cuts if spans > 1), default=0)
-        return kv_tokens + SPAN_START * _least(kv_tokens, decodes * most) if most else kv_tokens
+        place = bisect_right(self.decode_cuts, padded, key=lambda cut: cut[0])
+        _, spans, shortest, _ = self.decode_cuts[place - 1] if place else (0, 1, 0, 0)
+        return _least(kv_tokens, decodes * spans * shortest) if spans > 1 else 0 * kv_tokens
 
     def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:
         """Tiles of prompts given as (start, length), and the sum of the contexts up to the end of each."""
@@ -108,6 +126,11 @@ class Kernels:
             tiles += count
             contexts += count * start + size * (count * (count - 1) // 2) + length
         return tiles, contexts
+
+
+def _up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """The sizes below a limit, and the limit itself, as far as sizes go."""
+    return (*(size for size in sizes if size < most), most) if sizes and most <= sizes[-1] else sizes
 
 
 def _parts(size: Any, part: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +27,8 @@ class StepFeatures(NamedTuple):
         decided_ns: when the step was decided.
         longest_decode: the longest context among the rows of `decode_tokens`, after the step.
         prompts: (start, length) of each row of `prompt_tokens`: the position of its first token and its tokens.
+        shared_tokens: of the tokens of `kv_tokens` that decodes read, those in blocks that another row reads as well,
+            but for the first of these; as far as all that run are rows of the step.
     """
 
     decision: int
@@ -42,17 +43,29 @@ class StepFeatures(NamedTuple):
     decided_ns: int = 0
     longest_decode: int = 0
     prompts: tuple[tuple[int, int], ...] = ()
+    shared_tokens: int = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
-        prompts: tuple[tuple[int, int], ...] = ()
-        decode_starts: Iterable[int] = batch.starts
-        if batch.prompts:
+        prompts: list[tuple[int, int]] = []
+        longest_decode = 0
+        if not batch.prompts:
+            longest_decode = max(batch.starts, default=-1) + 1
+        else:
             inside = set(batch.prompts)
-            rows = list(zip(batch.seqs, batch.starts, batch.lengths, strict=True))
-            prompts = tuple((start, length) for seq, start, length in rows if seq in inside)
-            decode_starts = (start for seq, start, _ in rows if seq not in inside)
+            for place, start in enumerate(batch.starts):
+                if batch.seqs[place] in inside:
+                    prompts.append((start, batch.lengths[place]))
+                elif start >= longest_decode:
+                    longest_decode = start + 1
+        num_shared = -batch.num_used_blocks
+        for seq in batch.seqs:
+            num_shared += len(seq.block_table)
+        shared_tokens = 0
+        if num_shared > 0:
+            prompt_kv_tokens = sum([start + length for start, length in prompts])
+            shared_tokens = min(num_shared * batch.seqs[0].tokens_per_block, batch.num_kv_tokens - prompt_kv_tokens)
         return cls(
             batch.decision,
             len(batch),
@@ -64,8 +77,9 @@ class StepFeatures(NamedTuple):
             arrived,
             len(batch.left),
             batch.decided_ns,
-            max(decode_starts, default=-1) + 1,
-            prompts,
+            longest_decode,
+            tuple(prompts),
+            shared_tokens,
         )
 
     def repeated(self, number: int, decided_ns: int) -> StepFeatures:
@@ -84,6 +98,7 @@ class StepFeatures(NamedTuple):
             decided_ns=decided_ns,
             longest_decode=self.longest_decode + number if self.decode_tokens else 0,
             prompts=tuple((start + number * length, length) for start, length in self.prompts),
+            shared_tokens=self.shared_tokens,
         )
 
     @property

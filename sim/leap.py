@@ -12,29 +12,32 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from twinserve.policies import Batch, Core
+from twinserve.policies import Core
 from twinserve.policies.core import Span
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
 """Steps that cost less one by one than as columns."""
-_FIRST_COLUMN = 32
+_FIRST_COLUMN = 256
 """Steps of the first piece that is worked out as columns: fewer cost as much."""
 
 
 class Leap:
-    """The repetitions of a batch, the latest one of `core`, as far as they are planned.
+    """The repetitions of the latest batch of `core`, as far as they are planned.
 
     Args:
+        features: of the batch.
         num_repetitions: how many there are at most; one at least.
         launched_ns: when the batch is launched.
     """
 
-    def __init__(self, core: Core, latency: LatencyModel, batch: Batch, num_repetitions: int, launched_ns: int):
+    def __init__(
+        self, core: Core, latency: LatencyModel, features: StepFeatures, num_repetitions: int, launched_ns: int
+    ):
         self._latency, self._depth = latency, core.pipeline_depth
         self._columns: Callable | None = getattr(latency, "repeated_costs", None)
-        self._features = StepFeatures.of(batch)
+        self.features = features
         self._num_repetitions = num_repetitions
         self._ends = [before.end_ns or 0 for before in core.in_flight]
         self._spans: list[Span] = []
@@ -81,7 +84,7 @@ class Leap:
             if costs:
                 cost = costs[number - planned - 1]
             else:
-                features = self._features.repeated(number, decided)
+                features = self.features.repeated(number, decided)
                 cost = StepCost(*self._latency.step_cost(features))
             launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
@@ -94,15 +97,17 @@ class Leap:
         left = self._num_repetitions - planned
         if self._columns is None or (left < _FEW and not self._back_to_back):
             return None
-        before = self._features.repeated(planned, 0) if planned else self._features
+        before = self.features.repeated(planned, 0) if planned else self.features
         return self._columns(before, min(max(planned, _FIRST_COLUMN), left))
 
     def _add_columns(self, host_ns: int, devices_ns: np.ndarray) -> None:
         """Plan steps each of which is decided when the one before has ended."""
         known = self._back_to_back
         periods = devices_ns + host_ns
-        begin = self._decided[0] if known is None else known.instants_ns[-1]
-        instants = np.concatenate(([begin], begin + periods.cumsum()))
+        instants = np.empty(len(periods) + 1, np.int64)
+        instants[0] = self._decided[0] if known is None else known.instants_ns[-1]
+        instants[1:] = periods
+        instants.cumsum(out=instants)
         if known is not None:
             instants = np.concatenate((known.instants_ns, instants[1:]))
             periods = np.concatenate((known.periods_ns, periods))

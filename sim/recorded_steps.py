@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from twinserve.policies import Batch, CoreListener
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
+from twinserve.sim.intervals import Served, uncertainty_of, with_uncertainty
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
+from twinserve.sim.profiles import Profile
 from twinserve.traces.runs.metrics import stayed_busy
 from twinserve.traces.runs.record import RunRecord
 from twinserve.traces.runs.replay import replay
@@ -85,11 +89,15 @@ def kernels_of(record: RunRecord) -> Kernels:
     )
 
 
-def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatency:
-    """A latency model from the steps of runs of one engine on one device.
+def fit_records(records: list[RunRecord], about: dict[str, Any], profile: Profile | None = None) -> FittedLatency:
+    """A latency model from the steps of runs of one engine on one device, and from those of a profile of it.
+
+    A step is a step, whichever of them it is from: runs say what the steps cost that they are made of, and the profile
+    what others do.
 
     Raises:
-        InputError: a record is a simulation's, or does not show what its steps cost (see `_Run`).
+        InputError: a record is a simulation's, or does not show what its steps cost (see `_Run`), or not all are of one
+            engine.
     """
     captured = {record.run["facts"].get("captured_tokens") for record in records}
     if len(captured) != 1:
@@ -99,17 +107,29 @@ def fit_records(records: list[RunRecord], about: dict[str, Any]) -> FittedLatenc
     kernels = runs[0].kernels
     if any(run.kernels != kernels for run in runs):
         raise InputError("expected runs of one engine, with the same sizes of steps", field="kernels")
+    if profile is not None and (profile.kernels != kernels or captured_tokens is not None):
+        raise InputError("expected a profile of the engine of the runs, with the same sizes of steps", field="profile")
+    profiled = [] if profile is None else profile.samples
     model: FittedLatency | None = None
+    samples: list[list[StepSample]] = []
     for rounds_left in reversed(range(ROUNDS)):
         tail = 0 if model is None else _captured_lead([ns for run in runs for ns in run.lead_bounds(model)])
-        samples = [sample for run in runs for sample in run.samples(model, tail)]
+        samples = [list(run.samples(model, tail)) for run in runs]
         try:
-            model = fit(samples, about, captured_tokens, kernels, holds_out=not rounds_left)
+            model = fit([*chain(*samples), *profiled], about, captured_tokens, kernels, holds_out=not rounds_left)
         except ValueError as error:
             raise InputError(f"{error}; a fit needs runs with more of them") from error
     assert model is not None
-    served = [run for run in runs if run.is_log and not _is_profile(run.record)]
-    return model.with_drift([level for run in served for level in host_levels(run.record, model, run.features)])
+
+    def refit(kept: list[StepSample]) -> FittedLatency:
+        return fit(kept, about, captured_tokens, kernels, holds_out=False)
+
+    known = list(zip(runs, samples, strict=True))
+    served = [Served(steps, _workload_of(run.record)) for run, steps in known if not _is_profile(run.record)]
+    profiled = [*profiled, *(sample for run, steps in known if _is_profile(run.record) for sample in steps)]
+    model = with_uncertainty(model, uncertainty_of(model, refit, served, profiled))
+    drifting = [run for run in runs if run.is_log and not _is_profile(run.record)]
+    return model.with_drift([level for run in drifting for level in host_levels(run.record, model, run.features)])
 
 
 def steps_of(record: RunRecord) -> list[tuple[StepFeatures, int]]:
@@ -333,3 +353,10 @@ def _at_level(cost: StepCost, level: float) -> StepCost:
 def _is_profile(record: RunRecord) -> bool:
     """Were its steps made to measure them, not to serve what arrives?"""
     return (record.run["facts"].get("source") or {}).get("kind") == "profile"
+
+
+def _workload_of(record: RunRecord) -> str:
+    """What was served, and by which settings."""
+    facts = record.run["facts"]
+    trace = {name: facts["trace"].get(name) for name in ("sha256", "transforms")}
+    return json.dumps([trace, facts.get("time_scale"), record.run["settings"]], sort_keys=True)

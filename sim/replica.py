@@ -142,7 +142,7 @@ class Replica:
                     batch.start_ns = self._device_free = max(now, self._device_free)
                 batch.end_ns = self._device_free
                 if (steps := horizon(core, batch, self._most_steps)) > 1:
-                    self._leap = Leap(core, self._latency, batch, steps - 1, launched)
+                    self._leap = Leap(core, self._latency, features, steps - 1, launched)
             if core.must_commit:
                 if self._leap is None:
                     yield self._wait(max(launched, core.in_flight[0].end_ns or 0), _ENDS)
@@ -184,9 +184,9 @@ class Replica:
         """Make so many of the planned decisions, and drop the others."""
         leap, self._leap = self._leap, None
         if leap is not None and steps:
-            spans, batch = leap.spans(steps), self.core.in_flight[-1]
+            spans = leap.spans(steps)
             if self._watch is not None:
-                self._watch(StepFeatures.of(batch).repeated(1, 0), steps)
+                self._watch(leap.features.repeated(1, 0), steps)
             advance(self.core, spans)
             self._device_free = spans[-1][2]
 

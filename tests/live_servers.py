@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from twinserve.engine.llm import LLM
 from twinserve.policies import Core
 from twinserve.serving.backends import Backend, EngineBackend
 from twinserve.serving.options import ServeOptions
-from twinserve.serving.run import LiveRecorder, Model, Service, SimulatedModel
+from twinserve.serving.recording import LiveRecord, RecordOptions
+from twinserve.serving.run import Model, Service, SimulatedModel
 from twinserve.settings.build_core import Settings
 from twinserve.sim.routers import LeastOutstanding
-from twinserve.traces.runs.concealed import ConcealedTokens
+from twinserve.traces.runs.segments import KeptTokens
 from twinserve.worlds.run import ReplicaSpec
 
 FACTS: dict[str, Any] = {"name": "round numbers", "identity": "test"}
@@ -49,14 +51,14 @@ class TinyModel:
     settings: dict[str, Any] = field(default_factory=dict)
     llm: LLM | None = None
 
-    def backend(self, record: Path | None) -> Backend:
+    def backend(self, record: RecordOptions | None) -> Backend:
         settings = Settings.load({"block_size": 16, "num_gpu_blocks": 256} | self.settings)
-        self.llm = LLM(judge_of("llama").model, tokenizer=byte_tokenizer(), name="tiny", settings=settings)
-        recorder = None
+        how: dict[str, Any] = {"tokenizer": byte_tokenizer(), "name": "tiny", "settings": settings}
+        self.llm = LLM(judge_of("llama").model, **how, threads=1)  # two teams of threads wait for each other
+        kept = None
         if record is not None:
-            how: dict[str, Any] = {"settings": self.llm.settings.model_dump(), "tokens": ConcealedTokens(key=1)}
-            recorder = LiveRecorder(record, world="real", facts=self.llm.facts(), **how)
-        return EngineBackend(self.llm, recorder)
+            kept = LiveRecord.of_engine(record, self.llm.settings, self.llm.facts(), self.llm.device_name)
+        return EngineBackend(self.llm, kept)
 
 
 def simulated(time_scale: float = 1.0, lengths: Any = None, replicas: int = 1, **settings: Any) -> SimulatedModel:
@@ -69,16 +71,26 @@ def simulated(time_scale: float = 1.0, lengths: Any = None, replicas: int = 1, *
 class Running:
     """A service that serves until it is stopped."""
 
-    def __init__(self, model: Model, record: Path | None = None, **options: Any):
-        self.service = Service(ServeOptions(port=0, **options), model, record=record, say=lambda line: None)
-        self.summary: dict[str, Any] | None = None
+    def __init__(
+        self,
+        model: Model,
+        record: Path | None = None,
+        *,
+        segment_bytes: int = 64 << 20,
+        segment_s: float = 60.0,
+        tokens: KeptTokens | None = None,
+        **options: Any,
+    ):
+        kept = None if record is None else RecordOptions(record, tokens, segment_bytes, segment_s)
+        self.service = Service(ServeOptions(port=0, **options), model, record=kept, say=lambda line: None)
+        self.counts: Counter[str] | None = None
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.summary = self.service.run()
+            self.counts = self.service.run()
         except BaseException as error:
             self.error = error
 
@@ -110,9 +122,9 @@ class Running:
         while not all(core.is_idle for core in self.cores):
             time.sleep(0.01)
 
-    def stop(self) -> dict[str, Any] | None:
+    def stop(self) -> Counter[str] | None:
         self.service.stop()
         self._thread.join()
         if self.error is not None:
             raise self.error
-        return self.summary
+        return self.counts

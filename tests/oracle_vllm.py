@@ -1,8 +1,13 @@
-"""Decide recorded scenarios of vLLM's own scheduler again and compare every step.
+"""Decide recorded scenarios of vLLM's own scheduler again, by that version's rules, and compare every step.
 
-    python tests/oracle_vllm.py [FOLDER]     a line a scenario; exit status 1 if one parts
+    python tests/oracle_vllm.py [FOLDER ...]     a line a scenario; exit status 1 if one parts
 
-FOLDER defaults to $TWINSERVE_ORACLES.
+FOLDER defaults to $TWINSERVE_ORACLES and the folders beside it whose names go on from its own with a hyphen.
+
+Every scenario is walked through Core, an asynchronous one as many steps ahead as vLLM was. An abort that fell between
+the decision of a step and the output processed in it is handed to the Scheduler there, as Core itself lets it wait for
+the next decision; the line says how many there were. Scenarios with speculative decoding are skipped: drafts are not
+built.
 
 Under its priority policy vLLM can preempt a request that it has scheduled in the same step; the blocks of that step
 stay in its cache though no step computes them, and can be hit. Ours never can. The header of a scenario in which that
@@ -15,11 +20,14 @@ import gzip
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from twinserve.policies import (
+    Batch,
     BlockManager,
+    Core,
     FirstCome,
     PrefixCache,
     Priority,
@@ -28,10 +36,11 @@ from twinserve.policies import (
     Sequence,
     VllmAdmission,
 )
+from twinserve.settings.vllm_versions import build_rules, nearest_version
 
 ORDERS = {"fcfs": FirstCome, "priority": Priority}
 
-FIELDS = ("sched", "pre", "fin", "adm", "free", "free_end", "run", "wait", "blk")
+FIELDS = ("sched", "pre", "abo", "adm", "free", "run", "wait", "blk", "upd", "fin", "free_end")
 
 
 @dataclass
@@ -63,28 +72,49 @@ def prompt_tokens(prompt: list) -> list[int]:
     return [base[kind] + which * 10_000 + k for kind, which, n in prompt for k in range(n)]
 
 
-def build_scheduler(config: dict) -> Scheduler:
-    """A Scheduler with a scenario's settings; vLLM's pool counts a block that is never given out.
+def generated_token(request: int, number: int) -> int:
+    """The token id that a request generates as its `number`-th one, from 0 on."""
+    return prompt_tokens([["o", request, number + 1]])[-1]
+
+
+def why_not(config: dict) -> str | None:
+    """Why a scenario cannot be decided; None if it can."""
+    return "drafts are not built" if "speculative_method" in config else None
+
+
+def depth_of(config: dict) -> int:
+    """How many steps are in flight when the next is decided."""
+    return config.get("pipeline_parallel_size", 1) if config["async_scheduling"] else 0
+
+
+def build_core(header: dict) -> Core:
+    """A Core with a scenario's settings and its version's rules; vLLM's pool counts a block that is never given out.
 
     `max_num_partial_prefills` is left out: vLLM's scheduler reads nothing but the threshold derived from it.
     """
-    if config["async_scheduling"]:
-        raise ValueError("async_scheduling is true, expected scenarios of synchronous scheduling")
-    return Scheduler(
+    config = header["config"]
+    scheduler = Scheduler(
         BlockManager(config["num_gpu_blocks"] - 1, config["block_size"]),
-        config["max_num_seqs"],
+        config.get("max_num_active_seqs") or config["max_num_seqs"],
         composition="mixed",
         max_num_batched_tokens=config["max_num_batched_tokens"],
         enable_chunked_prefill=config["enable_chunked_prefill"],
         long_prefill_token_threshold=config["long_prefill_token_threshold"],
         max_model_len=config["max_model_len"],
+        pipeline_parallel_size=config.get("pipeline_parallel_size", 1),
         prefix_cache=PrefixCache() if config["enable_prefix_caching"] else None,
         order=ORDERS[config["policy"]](),
         admission=VllmAdmission(
             reserve_full_prompt=config["scheduler_reserve_full_isl"],
             watermark_blocks=int(config["watermark"] * config["num_gpu_blocks"]),
         ),
+        rules=build_rules(
+            nearest_version(header["vllm"]),
+            adaptive=config.get("long_prefill_token_threshold_adaptive", False),
+            prefill_schedule_interval=config.get("prefill_schedule_interval", 1),
+        ),
     )
+    return Core(scheduler, pipeline_depth=depth_of(config))
 
 
 def hit_more(recorded: list[list[int]], ours: list[list[int]]) -> int:
@@ -93,58 +123,121 @@ def hit_more(recorded: list[list[int]], ours: list[list[int]]) -> int:
     return recorded[0][1] - ours[0][1] if same else 0
 
 
-def decide_again(path: Path) -> tuple[int, Difference | None]:
-    """Steps decided as recorded, and the first difference (None: every step is equal)."""
-    header, requests, steps = load(path)
-    scheduler = build_scheduler(header["config"])
-    num_blocks = scheduler.block_manager.num_blocks
-    never_computed = header["totals"].get("hit_tokens_never_computed", 0)
-    arrivals = iter(requests)
-    coming = next(arrivals, None)
-    resumed: set[int] = set()
-    for number, recorded in enumerate(steps):
-        while coming is not None and coming["at"] <= recorded["step"]:
-            params = SamplingParams(max_tokens=coming["out"], ignore_eos=True)
-            prompt = prompt_tokens(coming["prompt"])
-            seq = Sequence(prompt, params, seq_id=coming["request"], priority=coming["prio"])
-            if not scheduler.add(seq):
-                return number, Difference(recorded["step"], "refused", None, seq.refusal)
-            coming = next(arrivals, None)
-        batch = scheduler.schedule()
-        ours = {
+class Scenario:
+    """A scenario on its way through Core.
+
+    Attributes:
+        late_aborts: aborts that fell between a decision and the output processed in its step.
+    """
+
+    def __init__(self, header: dict, requests: list[dict]):
+        self.core = build_core(header)
+        self.late_aborts = 0
+        self._is_async = header["config"]["async_scheduling"]
+        self._depth = self.core.pipeline_depth
+        self._arriving = list(reversed(requests))
+        self._aborts = {(row["request"], *row["abort"]) for row in requests if "abort" in row}
+        self._resumed: set[int] = set()
+        self._in_flight: list[tuple[int, Batch]] = []
+
+    def step(self, number: int) -> dict[str, object]:
+        """Decide a step and process the output that is due in it; its fields as a record has them."""
+        core, manager = self.core, self.core.scheduler.block_manager
+        while self._in_flight and self._in_flight[0][0] < number - self._depth:
+            self._process()  # of steps that scheduled nothing, in which nothing was decided either
+        while self._arriving and self._arriving[-1]["at"] <= number:
+            seq = self._sequence(self._arriving.pop())
+            if not core.ingest(seq, 0):
+                return {"refused": seq.refusal}
+        aborted = [[request, 0] for request in self._due(number, 0)]
+        for request, _ in aborted:
+            core.abort(request, 0)
+        batch = core.decide(0)
+        self._in_flight.append((number, batch))
+        ours: dict[str, object] = {
             "sched": [[row.seq.seq_id, row.num_tokens, row.start] for row in batch.rows],
             "pre": [seq.seq_id for seq in batch.preempted],
-            "adm": [[row.seq.seq_id, row.start, int(row.seq.seq_id in resumed)] for row in batch.admitted],
-            "free": scheduler.block_manager.num_free_blocks,
-            "run": len(scheduler.running),
-            "wait": len(scheduler.waiting),
+            "adm": [[row.seq.seq_id, row.start, int(row.seq.seq_id in self._resumed)] for row in batch.admitted],
+            "free": manager.num_free_blocks,
+            "run": len(core.scheduler.running),
+            "wait": len(core.scheduler.waiting),
             "blk": [[seq.seq_id, [b + 1 for b in ids]] for seq, ids in batch.grown]
             + [[row.seq.seq_id, [b + 1 for b in row.seq.block_table]] for row in batch.admitted],
         }
-        resumed.update(ours["pre"])
-        tokens = [1_000_000 + seq.seq_id * 10_000 + seq.num_completion_tokens for seq in batch.sampled]
-        finished = scheduler.postprocess(batch, tokens) if batch else []
-        ours["fin"] = [seq.seq_id for seq in finished]
-        ours["free_end"] = scheduler.block_manager.num_free_blocks
+        self._resumed.update(seq.seq_id for seq in batch.preempted)
+        for request in self._due(number, 1):
+            self.late_aborts += 1
+            aborted.append([request, 1])
+            core.scheduler.abort(core.sequences.pop(request))
+        if aborted:
+            ours["abo"] = aborted
+        is_due = self._in_flight[0][0] == number - self._depth
+        processed, finished = self._process() if is_due else (None, [])
+        if self._is_async:
+            ours["upd"] = processed
+        return ours | {"fin": finished, "free_end": manager.num_free_blocks}
+
+    def _sequence(self, row: dict) -> Sequence:
+        request = row["request"]
+        stops = (generated_token(request, row["stop"] - 1),) if "stop" in row else ()
+        params = SamplingParams(max_tokens=row["out"], stop_token_ids=stops)
+        return Sequence(prompt_tokens(row["prompt"]), params, seq_id=request, priority=row["prio"])
+
+    def _due(self, number: int, place: int) -> Iterator[int]:
+        """The requests that are aborted in a step: before its decision (0) or after it (1); not those that ended."""
+        for request, step, when in sorted(self._aborts):
+            if (step, when) == (number, place) and request in self.core.sequences:
+                yield request
+
+    def _process(self) -> tuple[int | None, list[int]]:
+        """Take the output of the oldest step in flight: its number (None if it scheduled nothing), and who ended."""
+        number, batch = self._in_flight.pop(0)
+        tokens = [generated_token(seq.seq_id, seq.num_completion_tokens) for seq in batch.sampled]
+        finished = [seq.seq_id for seq in self.core.commit(tokens, 0)]
+        return number if batch else None, finished
+
+
+def decide_again(path: Path) -> tuple[int, Difference | None, int]:
+    """Steps decided as recorded, the first difference (None: every step is equal), and how many aborts came late."""
+    header, requests, steps = load(path)
+    scenario = Scenario(header, requests)
+    scheduler = scenario.core.scheduler
+    never_computed = header["totals"].get("hit_tokens_never_computed", 0)
+    for number, recorded in enumerate(steps):
+        ours = scenario.step(recorded["step"])
         for field in FIELDS:
-            if ours[field] != recorded[field]:
-                difference = Difference(recorded["step"], field, recorded[field], ours[field])
-                difference.is_right = 0 < hit_more(recorded["adm"], ours["adm"]) <= never_computed
-                return number, difference
+            if ours.get(field) != recorded.get(field):
+                difference = Difference(recorded["step"], field, recorded.get(field), ours.get(field))
+                difference.is_right = 0 < hit_more(recorded["adm"], ours.get("adm", [])) <= never_computed
+                return number, difference, scenario.late_aborts
     if never_computed:
-        return len(steps), Difference(steps[-1]["step"], "hits of tokens never computed", never_computed, 0)
-    if not scheduler.is_finished() or scheduler.block_manager.num_free_blocks != num_blocks:
-        return len(steps), Difference(steps[-1]["step"], "left over", 0, len(scheduler.running))
-    return len(steps), None
+        return len(steps), Difference(steps[-1]["step"], "hits of tokens never computed", never_computed, 0), 0
+    if not scheduler.is_finished() or scheduler.block_manager.num_used_blocks:
+        return len(steps), Difference(steps[-1]["step"], "left over", 0, len(scheduler.running)), scenario.late_aborts
+    return len(steps), None, scenario.late_aborts
+
+
+def folders() -> list[Path]:
+    """The folder that $TWINSERVE_ORACLES names, and those beside it whose names go on from its own with a hyphen."""
+    named = os.environ.get("TWINSERVE_ORACLES")
+    return [Path(named), *sorted(Path(named).parent.glob(f"{Path(named).name}-*"))] if named else []
 
 
 def main() -> int:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ["TWINSERVE_ORACLES"])
     parted = 0
-    for path in sorted(folder.glob("*.jsonl.gz")):
-        steps, difference = decide_again(path)
+    for path in [
+        path
+        for folder in [Path(name) for name in sys.argv[1:]] or folders()
+        for path in sorted(folder.glob("*.jsonl.gz"))
+    ]:
+        name = f"{path.name.removesuffix('.jsonl.gz'):28}"
+        if (reason := why_not(load(path)[0]["config"])) is not None:
+            print(f"{name} skipped: {reason}")
+            continue
+        steps, difference, late_aborts = decide_again(path)
         parted += difference is not None and not difference.is_right
-        print(f"{path.name.removesuffix('.jsonl.gz'):28} {steps:6} steps  {difference or 'equal'}")
+        told = f" ({late_aborts} aborts handed to the Scheduler between decision and output)" if late_aborts else ""
+        print(f"{name} {steps:6} steps  {difference or 'equal'}{told}")
     return 1 if parted else 0
 
 

@@ -48,12 +48,21 @@ class Arrivals:
         """Have all requests arrived?"""
         return self._next is None and not self._answered and not self._held
 
+    def peek(self) -> Request | None:
+        """The next request to arrive, as far as is known now; None where `next_ns` is."""
+        if self._answered and (self._next is None or self._answered[0][:2] < _place(self._next)):
+            return self._answered[0][2]
+        return self._next
+
     def pop(self) -> Request:
         """The next request to arrive; its time is `next_ns`."""
-        request = self._next
-        if request is None or (self._answered and self._answered[0][:2] < _place(request)):
-            return heapq.heappop(self._answered)[2]
-        self._next = next(self._coming, None)
+        request = self.peek()
+        if request is None:
+            raise IndexError("no request is known to arrive")
+        if self._answered and self._answered[0][2] is request:
+            heapq.heappop(self._answered)
+        else:
+            self._next = next(self._coming, None)
         return request
 
     def answered(self, request_id: int, answer_length: int, now_ns: int) -> None:

@@ -155,14 +155,15 @@ class Content:
 
     Args:
         path: of the file.
+        digest: a sha256 of what was read before, which goes on; one of its own unless given.
 
     Raises:
         InputError: the file cannot be read, holds what is no text, is packed and cut short, or has a line of more than
             `LARGEST_VALUE` bytes; some of it only where that is met.
     """
 
-    def __init__(self, path: Path):
-        self._path, self._digest = path, hashlib.sha256()
+    def __init__(self, path: Path, digest: Any = None):
+        self._path, self._digest = path, digest or hashlib.sha256()
         self._most = int(os.environ.get("TWINSERVE_LARGEST_VALUE", LARGEST_VALUE))
         self._files: list[Any] = []
         self._number = self._offset = 0

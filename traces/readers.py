@@ -41,7 +41,7 @@ from twinserve.traces.formats import (
     weka,
 )
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, columns_of
-from twinserve.traces.lines import Content, Line, json_lines, json_value
+from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
@@ -79,7 +79,8 @@ class Trace:
     Attributes:
         requests: numbered in the order of their arrival.
         format: the name of its format.
-        sha256: of the file's content, unpacked; of a folder, of its files' names and sha256.
+        sha256: of the file's content, unpacked; of a record in several files, of all together; of a folder of
+            conversations, of its files' names and sha256.
         notes: how many requests have what a reader of results should know of: `same_instant` as the request before,
             `repeated_prompt` of an earlier request, `private_prompt` (shared with nothing because nothing is known of
             it), `one_token_output` (no time between tokens).
@@ -100,7 +101,7 @@ class Trace:
 
 
 def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf) -> Trace:
-    """Read a trace: a file in any of the formats, or a folder of WEKA's conversations.
+    """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
 
     Args:
         limit: so many requests are read, and no more.
@@ -112,9 +113,10 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     path = Path(path)
     reading = Reading()
     if os.path.isdir(path):  # which is no error for any name
-        rows, sha256 = _folder(path, reading)
+        form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
+        rows, sha256 = read_folder(path, reading)
         requests, _ = _read(rows, limit, until_s)
-        return _trace(weka.NAME, requests, sha256, reading, path)
+        return _trace(form.NAME, requests, sha256, reading, path, sum(1 for _ in rows))
     with Content(path) as content:
         name, rows = _recognise(content, path, reading)
         requests, is_whole = _read(rows, limit, until_s)
@@ -262,6 +264,26 @@ def _unknown(found: Iterable[str], known: Iterable[tuple[Collection[str], Any]],
         problem = f"is missing: by {', '.join(sorted(names & set(fields)))} it is of the format {form.NAME}"
         return InputError(problem, path=path, line=1, field=missing)
     return InputError(f"expected a trace, one of {_NAMES}", path=path, line=1, value=first)
+
+
+def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:
+    """The rows of a run record, and the sha256 of the files that hold them."""
+    paths = recorded.request_files(folder)
+    lines = (line for path in paths for line in json_lines_file(path))
+    return recorded.rows_of(lines, reading), sha256_of(paths)
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """The sha256 of what files hold, unpacked, one after the other.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with Content(path, digest) as content:
+            content.rest_of_lines()
+    return digest.hexdigest()
 
 
 def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:

@@ -20,18 +20,20 @@ from twinserve.engine.models.rope import rotary_frequencies
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step by their places in `DeviceRows`, int32 on the device: decodes, then the tokens of prompts.
+    """The rows of a step by their places in `DeviceRows`, int32 on the device; its tokens are those of decodes, of
+    prompts and of padding, in this order.
 
     Attributes:
-        decode_rows: [decodes], their device rows.
-        prompt_rows, prompt_tokens, prompt_positions: [prompt tokens]; empty in a step of decodes alone.
+        decode_rows: [decodes], the device rows of the first tokens; scratch for those that are no decodes.
+        rows: [tokens], the device row of each token; scratch for padding. The same in a step of decodes alone.
+        prompt_tokens, prompt_positions: [tokens], see `read_rows`; empty in a step of decodes alone.
         tiles: [tiles, 4], see `prefill_attention`.
         sample_rows: [sampled], the device row of each one's sequence; scratch where none is to go on.
         last: [sampled], places in the flat batch of the tokens after which they sample; None where all decodes do.
     """
 
     decode_rows: Tensor
-    prompt_rows: Tensor
+    rows: Tensor
     prompt_tokens: Tensor
     prompt_positions: Tensor
     tiles: Tensor
@@ -45,6 +47,7 @@ class FusedDecoder:
     Args:
         attention: of decodes: "triton", or "flash" (flash-attn). Prompts attend by Triton's kernel.
         max_decodes: rows of the largest step.
+        max_sampled: rows that a step samples at most.
         max_positions: tokens of the longest context.
     """
 
@@ -56,6 +59,7 @@ class FusedDecoder:
         *,
         attention: Literal["triton", "flash"],
         max_decodes: int,
+        max_sampled: int,
         max_positions: int,
     ):
         self.model, self.cache, self.rows = model, cache, rows
@@ -64,6 +68,8 @@ class FusedDecoder:
         angles = torch.arange(max_positions, device=device)[:, None].float() * frequencies
         self._rotation = angles.cos(), angles.sin()
         self._order = torch.arange(max_decodes, dtype=torch.int32, device=device)
+        # One for all steps: what a captured step gives stays in memory of its own.
+        self._logits = torch.empty(max_sampled, config.vocab_size, dtype=model.dtype, device=device)
         self._flash: Any = None
         if attention == "flash":
             from flash_attn import flash_attn_with_kvcache
@@ -73,14 +79,14 @@ class FusedDecoder:
             self._gathered = torch.zeros(max_decodes, rows.tables.shape[1], dtype=torch.int32, device=device)
 
     def run(self, step: StepRows, out: Tensor) -> Tensor:
-        """Compute a step and sample; `out` [at least sampled] takes the tokens. The logits [sampled, vocabulary]."""
-        rows, cache = self.rows, self.cache
-        decodes, tokens = len(step.decode_rows), len(step.decode_rows) + len(step.prompt_rows)
-        flat = torch.empty(3, tokens, dtype=torch.int32, device=out.device)
+        """Compute a step and sample; `out` [at least sampled] takes the tokens. The logits [sampled, vocabulary], until
+        the next step."""
+        rows, cache, decodes = self.rows, self.cache, len(step.decode_rows)
+        flat = torch.empty(3, len(step.rows), dtype=torch.int32, device=out.device)
         token_ids, positions, slots = flat[0], flat[1], flat[2]
         read_rows(
-            step.decode_rows, rows.tokens, rows.computed, rows.tables, step.prompt_rows, step.prompt_tokens,
-            step.prompt_positions, cache.block_size, (token_ids, positions, slots),
+            step.rows, rows.tokens, rows.computed, rows.tables, step.prompt_tokens, step.prompt_positions,
+            cache.block_size, (token_ids, positions, slots),
         )  # fmt: skip
         if self._flash is not None and decodes:
             lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
@@ -88,7 +94,7 @@ class FusedDecoder:
         hidden = self._layers(step, token_ids, positions, slots)
         if step.last is not None:
             hidden = hidden[step.last]
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(hidden, self._logits[: len(hidden)])
         last = self._order[: len(step.sample_rows)] if step.last is None else step.last
         sample_rows(
             logits, step.sample_rows, last, positions, rows.temperatures, rows.seeds, rows.tokens, rows.computed, out
@@ -116,7 +122,7 @@ class FusedDecoder:
         return x
 
     def _attend(self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """Attention of decodes and of prompts over a layer's pool."""
+        """Attention of decodes over a layer's pool, then of prompts, which may lie among the decodes' places."""
         tables, decodes = self.rows.tables, len(step.decode_rows)
         out = torch.empty_like(query)
         if decodes and self._flash is not None:

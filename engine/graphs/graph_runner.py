@@ -26,6 +26,7 @@ from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import StepHandle
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
+from twinserve.settings.errors import InputError
 
 GRAPH_BYTES = 1 << 30
 """Memory that is left for the captured graphs and for what kernels take when they are loaded."""
@@ -56,6 +57,8 @@ class GraphRunner:
         model, device, num_blocks, block_size: as in use.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
+        prompt_asks: None may ask for the log-probabilities of prompts here: a graph leaves no more than the logits of
+            what it samples.
     """
 
     def __init__(self, model: Decoder, config: RunnerConfig):
@@ -64,6 +67,7 @@ class GraphRunner:
         self._cache = KVCache(model.config, self.num_blocks, self.block_size, config.kv_cache_dtype, self.device)
         self._generator = random.Random(config.options.seed)
         self.logprobs: Heard = {}
+        self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
         width = -(-max_model_len // self.block_size)
@@ -77,14 +81,16 @@ class GraphRunner:
             self._rows,
             attention=self._attention,
             max_decodes=max_num_seqs,
+            max_sampled=max_num_seqs + CAPTURED_PROMPTS,
             max_positions=max_model_len,
         )
         self._max_num_batched_tokens = config.settings.max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens)
+        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
         self._options = config.graph_options or GraphOptions()
+        self._memory_share = config.options.gpu_memory_utilization
         self._graphs: dict[StepSize, _Graph] = {}
         self._decision = -1
         self._num_resident = 0
@@ -126,14 +132,24 @@ class GraphRunner:
         self._queue.close()
 
     def capture(self) -> None:
-        """Capture the graphs, unless that was done."""
+        """Capture the graphs, unless that was done.
+
+        Raises:
+            InputError: they do not fit the memory that is left.
+        """
         sizes = self._sizes.captured(self._options.captured)
         if self._graphs or not sizes:
             return
         pool = torch.cuda.graph_pool_handle()
         with _no_garbage_collected():
             for size in sizes:
-                self._graphs[size] = self._capture(size, pool)
+                try:
+                    self._graphs[size] = self._capture(size, pool)
+                except torch.OutOfMemoryError as error:
+                    problem = (
+                        f"expected less: {len(self._graphs)} of {len(sizes)} steps are captured, and memory is full"
+                    )
+                    raise InputError(problem, field="gpu_memory_utilization", value=self._memory_share) from error
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any) -> _Graph:
@@ -170,7 +186,7 @@ class GraphRunner:
         if self._is_repeated(batch):
             changes = self._rows.changes(batch, ())
             count = len(batch)
-            resident = self._graphs[self._sizes.padded(StepSize(count))]
+            resident = self._graphs[self._sizes.padded(StepSize(count, count))]
             return _InOrder(self._queue.submit(lambda: self._run(changes, resident)[:count]), self._places)
         rows = batch.rows
         changes = self._rows.changes(batch, rows)
@@ -178,7 +194,7 @@ class GraphRunner:
         if self._options.longest_first:
             decodes.sort(key=lambda row: -row.start)
         prompts = [row for row in rows if row.is_prompt]
-        own = StepSize(len(decodes), sum(row.num_tokens for row in prompts), len(prompts))
+        own = StepSize(len(decodes), len(decodes) + sum(row.num_tokens for row in prompts), len(prompts))
         padded = self._sizes.padded(own)
         graph = self._graphs.get(padded)
         size = own if graph is None else padded
@@ -194,7 +210,7 @@ class GraphRunner:
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
         self._places = [places[row.seq] for row in rows if row.samples]
         in_order = _InOrder(step, self._places)
-        return LogprobStep(in_order, asked, self.logprobs) if asked else in_order
+        return LogprobStep(in_order, [asked], self.logprobs) if asked else in_order
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
@@ -266,23 +282,24 @@ class GraphRunner:
         views = [flat[start:end] for start, end in fields]
         views[0].fill(scratch)
         views[0][: len(decode_rows)] = decode_rows
-        if not size.prompt_tokens:
+        if not size.prompts:
             return flat
         rows, tokens, positions, tiles, sampled, last = views[1:]
         rows.fill(scratch)
         sampled.fill(scratch)
-        sampled[: size.decodes] = views[0][: size.decodes]
-        last[: size.decodes] = np.arange(size.decodes)
-        offset, cut = 0, list[tuple[int, int, int, int]]()
+        offset, cut = len(decode_rows), list[tuple[int, int, int, int]]()
+        rows[:offset] = sampled[:offset] = decode_rows
+        tokens[:offset] = -1
+        last[:offset] = np.arange(offset)
         for number, (row, device_row) in enumerate(zip(prompts, prompt_rows, strict=True)):
             end = offset + row.num_tokens
             rows[offset:end] = device_row
             tokens[offset:end] = row.seq.token_ids[row.start : row.start + row.num_tokens]
             positions[offset:end] = np.arange(row.start, row.start + row.num_tokens)
-            cut += prompt_tiles(device_row, size.decodes + offset, row.start, row.num_tokens, self._tile)
+            cut += prompt_tiles(device_row, offset, row.start, row.num_tokens, self._tile)
             if row.samples:
                 sampled[size.decodes + number] = device_row
-            last[size.decodes + number] = size.decodes + end - 1
+            last[size.decodes + number] = end - 1
             offset = end
         tiles[: 4 * len(cut)] = np.ravel(cut)
         return flat
@@ -332,9 +349,9 @@ def _no_garbage_collected() -> Iterator[None]:
 def _fields(size: StepSize, tile: int) -> list[tuple[int, int]]:
     """Where each field of `StepRows` begins and ends; each begins at 64 bytes."""
     lengths = [size.decodes]
-    if size.prompt_tokens:
-        num_tiles = size.prompt_tokens // tile + size.prompts
-        lengths += [size.prompt_tokens] * 3 + [4 * num_tiles] + [size.decodes + size.prompts] * 2
+    if size.prompts:
+        num_tiles = size.tokens // tile + size.prompts
+        lengths += [size.tokens] * 3 + [4 * num_tiles] + [size.decodes + size.prompts] * 2
     fields, start = [], 0
     for length in lengths:
         fields.append((start, start + length))
@@ -345,8 +362,8 @@ def _fields(size: StepSize, tile: int) -> list[tuple[int, int]]:
 def _views(inputs: Tensor, size: StepSize, tile: int) -> StepRows:
     """The fields of `inputs`, made by `GraphRunner._inputs`."""
     views = [inputs[start:end] for start, end in _fields(size, tile)]
-    if not size.prompt_tokens:
+    if not size.prompts:
         none = inputs[:0]
-        return StepRows(views[0], none, none, none, none.view(0, 4), views[0], None)
+        return StepRows(views[0], views[0], none, none, none.view(0, 4), views[0], None)
     rows, tokens, positions, tiles, sampled, last = views[1:]
     return StepRows(views[0], rows, tokens, positions, tiles.view(-1, 4), sampled, last)

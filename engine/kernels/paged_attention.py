@@ -52,12 +52,15 @@ def _attend_block(
 
 @triton.jit
 def _decode_kernel(
-    query, keys, values, rows, tables, positions, out, parts, sums, scale, table_width,
+    query, keys, values, rows, tables, positions, out, parts, sums, scale, scratch, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    table_row = tl.load(rows + row)
+    if table_row == scratch:
+        return
     length = tl.load(positions + row) + 1
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     span = tl.maximum(span, SHORTEST)
@@ -65,7 +68,7 @@ def _decode_kernel(
     if begin >= length:
         return
     end = tl.minimum(begin + span, length)
-    table = tables + tl.load(rows + row).to(tl.int64) * table_width
+    table = tables + table_row.to(tl.int64) * table_width
 
     group: tl.constexpr = HEADS // KV_HEADS
     members = tl.arange(0, BLOCK_HEADS)
@@ -97,10 +100,12 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    parts, sums, positions, out, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SHORTEST: tl.constexpr,
+    parts, sums, rows, positions, out, scratch, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if tl.load(rows + row) == scratch:
+        return
     length = tl.load(positions + row) + 1
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     span = tl.maximum(span, SHORTEST)
@@ -161,9 +166,10 @@ def decode_attention(
         query: [tokens, heads, head_dim]
         keys, values: a layer's pool [num_blocks, block_size, kv_heads, head_dim].
         rows: [tokens], int32: the row of `tables` that each token's sequence has.
-        tables: [rows, blocks], int32: ids of the blocks that hold each row's context, in token order.
+        tables: [rows, blocks], int32: ids of the blocks that hold each row's context, in token order; the last row is
+            scratch, and a token of it is left out.
         positions: [tokens or more], int32: each token's place in its sequence.
-        out: [tokens, heads, head_dim]; written.
+        out: [tokens, heads, head_dim]; written but for tokens of scratch.
     """
     tokens, heads, size = query.shape
     block_size, kv_heads = keys.shape[1:3]
@@ -173,14 +179,15 @@ def decode_attention(
     block_d = triton.next_power_of_2(size)
     scale = LOG2_E / sqrt(size)
     _decode_kernel[tokens, kv_heads, cut.splits](
-        query, keys, values, rows, tables, positions, out, parts, sums, scale, tables.shape[1],
+        query, keys, values, rows, tables, positions, out, parts, sums, scale, len(tables) - 1, tables.shape[1],
         heads, kv_heads, size, block_size, max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), block_d,
         cut.block, cut.splits, cut.shortest, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if cut.splits > 1:
         _merge_kernel[tokens, heads](
-            parts, sums, positions, out, heads, size, block_d, cut.block, cut.splits, cut.shortest, num_warps=1
-        )
+            parts, sums, rows, positions, out, len(tables) - 1, heads, size, block_d, cut.block, cut.splits,
+            cut.shortest, num_warps=1,
+        )  # fmt: skip
 
 
 def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, tiles: Tensor, tables: Tensor, out: Tensor) -> None:

@@ -100,6 +100,12 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def num_layer_parameters(self) -> int:
+        """Weights of the projections of all layers."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """The config of a Hugging Face folder; `generation_config.json` adds its end-of-sequence ids.

@@ -179,6 +179,10 @@ class Decoder(nn.Module):
             x = layer(x, rotation, attention)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [rows, vocab_size] of the rows `hidden` [rows, hidden_size] of `forward`."""
-        return self.embedding.logits(hidden) if self.lm_head is None else self.lm_head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [rows, vocab_size] of the rows `hidden` [rows, hidden_size] of `forward`; in `out` if there is one."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        if out is not None and head.weight.dtype == hidden.dtype:
+            return torch.mm(hidden, head.weight.t(), out=out)
+        logits = self.embedding.logits(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return logits if out is None else out.copy_(logits)

@@ -12,6 +12,7 @@ import typer
 
 from twinserve.commands.app import app
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
+from twinserve.sim.profiles import Profile
 
 pytest.importorskip("torch")
 
@@ -211,6 +212,44 @@ def test_what_a_run_can_be_is_profiled_and_the_latency_file_says_what_it_was(twi
     expected = options | {"kv_cache_dtype": "bfloat16", "max_num_seqs": 64, "load_format": "dummy", "model": str(shape)}
     assert {name: about[name] for name in expected} == expected
     assert expected.keys() >= set(RUNNER_SETTINGS)
+
+
+def test_half_of_a_profile_is_of_the_steps_that_a_trace_makes(twinserve, shape, trace, latency, tmp_path):
+    out = tmp_path / "profile.json"
+    model = ("--model", shape, "--load-format", "dummy", *SIZES, "--shapes", 32)
+    result = twinserve("profile", *model, "--trace", trace, "--rate-scale", 3.0, "--latency", latency, "--out", out)
+    assert result.code == 0, result.err
+    fitted, profile = json.loads(out.read_text()), Profile.load(tmp_path / "profile.profile.jsonl.gz")
+    assert fitted["about"] == profile.about and fitted["uncertainty"]["device"].keys() == {"decode", "prompt"}
+    features = [sample.features for sample in profile.samples]
+    assert len(features) == 32
+    # The trace's prompts are of 56 tokens, 32 of them shared; the design's shapes are within SIZES.
+    assert any(length == 56 or (start, length) == (32, 24) for step in features[16:] for start, length in step.prompts)
+    assert not any(length == 56 for step in features[:16] for _, length in step.prompts)
+    assert max(step.decode_tokens for step in features[16:]) > 2
+    again = twinserve("profile", *model, "--out", out)
+    assert again.code == 2 and "exists already" in again.err
+    for words in (("--latency", latency), ("--limit", 3)):
+        refused = twinserve("profile", *model, *words, "--out", tmp_path / "other.json")
+        assert refused.code == 2 and "expected one beside its options" in refused.err
+
+
+def test_a_profile_and_a_run_are_fitted_together(twinserve, shape, trace, tmp_path):
+    model = ("--model", shape, "--load-format", "dummy")
+    for words in (("profile", *SIZES), ("run", trace)):
+        result = twinserve(*words, *model, "--out", tmp_path / f"{words[0]}.json")
+        assert result.code == 0, result.err
+    profile = ("--profile", tmp_path / "profile.profile.jsonl.gz")
+    result = twinserve("fit", tmp_path / "run.json", *profile, "--out", tmp_path / "both.json", "--json")
+    assert result.code == 0, result.err
+    data, measured = json.loads(result.out), Profile.load(profile[1])
+    assert data["about"]["profile"] == {"name": profile[1].name, "identity": measured.identity}
+    steps = sum(found["samples"] for found in data["residuals"].values())
+    run = json.loads((tmp_path / "run.json" / "run.json").read_text())
+    assert steps == len(measured.samples) + run["summary"]["steps"]
+    Profile(measured.about | {"device": "another"}, measured.kernels, measured.samples).save(tmp_path / "other")
+    refused = twinserve("fit", tmp_path / "run.json", "--profile", tmp_path / "other", "--out", tmp_path / "x.json")
+    assert refused.code == 2 and "device is 'another', expected " in refused.err
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path,
         server.send_signal(number)
         rest = server.stderr.read()
         assert server.wait() == 0
-    assert rest.endswith(f"1 requests, 1 finished, 0 aborted, 0 refused; recorded in {tmp_path / 'run'}\n")
+    assert rest.endswith(f"1 requests: 1 length; recorded in {tmp_path / 'run'}\n")
     assert replay(load_record(tmp_path / "run")).is_exact
 
 

@@ -161,6 +161,19 @@ def test_a_stop_in_the_middle_discards_what_ran_ahead(judge, serving, pipeline_d
 
 
 @every_depth
+def test_a_stop_token_of_ones_own_ends_an_answer_that_ignores_the_end_of_the_text(judge, serving, pipeline_depth):
+    """The model's further ends of a text are ignored, the request's own stop token is not."""
+    prompt = [5, 9, 300] * 4
+    full = judge.generate(prompt, 30)
+    end, stop = full[5], next(token for token in full[12:] if token not in full[:12])
+    llm = serving(judge, pipeline_depth=pipeline_depth, block_size=4)
+    llm.eos_token_ids = (end, end)
+    params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,), ignore_eos=True)
+    (completion,) = llm.generate([prompt], params)
+    assert (completion.finish_reason, completion.token_ids) == ("stop", full[: full.index(stop) + 1])
+
+
+@every_depth
 def test_aborts_from_another_thread_leave_the_others_alone(llama, serving, watcher, pipeline_depth):
     llm = serving(llama, pipeline_depth=pipeline_depth, max_num_seqs=4)
     requests = prompts_of([20] * 6, max_tokens=300)

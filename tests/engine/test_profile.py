@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from twinserve.engine.profile import StepShape, design, measure
+from twinserve.engine.profile import StepShape, covering, design, measure
 from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepFeatures
 
@@ -46,6 +46,7 @@ def test_every_shape_is_within_the_limits(limits):
         assert shape.longest <= limits["max_context"] and shape.kv_tokens <= 16 * limits["num_blocks"]
         assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
         assert all(context >= 2 for context in shape.contexts)
+        assert shape.common % 16 == 0 and shape.common < min(shape.contexts, default=1)
 
 
 def test_the_design_has_the_steps_that_traffic_makes():
@@ -58,6 +59,7 @@ def test_the_design_has_the_steps_that_traffic_makes():
     assert any(len(shape.prompts) >= 8 for shape in shapes)
     assert any(length < 100 and start > 2000 for shape in shapes for start, length in shape.prompts), "a last piece"
     assert any(shape.shares and any(start for start, _ in shape.prompts) for shape in shapes)
+    assert len({shape.common for shape in shapes if len(shape.contexts) > 8}) > 4, "beginnings of many lengths"
     unevenness = [max(shape.contexts) * len(shape.contexts) / sum(shape.contexts) for shape in decodes]
     assert min(unevenness) < 1.2 and max(unevenness) > 4
 
@@ -67,6 +69,7 @@ SHAPES = [
     StepShape((), ((0, 20), (0, 7))),
     StepShape((30,), ((32, 9), (64, 5)), shares=True),
     StepShape((30,), ((32, 9), (48, 5))),
+    StepShape((90, 70, 60), common=48),
 ]
 
 
@@ -82,6 +85,7 @@ def test_each_shape_is_run_some_steps_in_a_row_and_what_is_measured_is_that_shap
         )
         assert one.longest_decode == (max(shape.contexts) + 1 if shape.contexts else 0), "the first step does not count"
         assert [other.prompts for other in others] == [one.prompts] * 2
+        assert one.shared_tokens == shape.common * max(0, len(shape.contexts) - 1)
         assert [other.decode_kv_tokens - one.decode_kv_tokens for other in others] == [
             number * one.decode_tokens for number in (1, 2)
         ]
@@ -96,3 +100,34 @@ def test_each_shape_is_run_some_steps_in_a_row_and_what_is_measured_is_that_shap
 def test_a_shape_without_room_is_refused(llama, serving, shape, words):
     with pytest.raises(InputError, match=words):
         measure(serving(llama, max_model_len=256), [shape], repeats=1)
+
+
+ROOM = {"max_context": 8000, "block_size": 16, "num_blocks": 25_000, "max_rows": 64, "repeats": 5}
+MADE = [StepShape((context,) * rows) for rows in (1, 2, 3) for context in range(500, 510)]
+MADE += [StepShape((2000,) * 30, ((0, 100),)), StepShape((), ((4096, 50), (0, 900)))]
+
+
+def test_shapes_of_a_trace_are_taken_from_each_kind_before_another_of_any():
+    found = covering(MADE, 5, **ROOM, seed=1)
+    assert set(MADE[-2:]) < set(found) and {len(shape.contexts) for shape in found} == {0, 1, 2, 3, 30}
+    assert len(covering(MADE, 100, **ROOM)) == len(MADE) == len(set(covering(MADE, 100, **ROOM)))
+    assert covering(MADE, 9, **ROOM, seed=1) == covering(MADE[::-1], 9, **ROOM, seed=1)
+    assert covering(MADE, 9, **ROOM, seed=1) != covering(MADE, 9, **ROOM, seed=2)
+
+
+@pytest.mark.parametrize("limits", [{"max_rows": 8}, {"max_context": 600}, {"num_blocks": 200}])
+def test_sequences_without_room_are_left_out_of_a_traces_shapes(limits):
+    room = ROOM | limits
+    for shape in covering(MADE, 100, **room):
+        assert shape.contexts or shape.prompts
+        assert len(shape.contexts) + 2 * len(shape.prompts) <= room["max_rows"]
+        assert shape.longest <= room["max_context"] and shape.kv_tokens <= 16 * room["num_blocks"]
+
+
+def test_a_decided_step_has_a_shape_that_can_be_measured(llama, serving):
+    llm = serving(llama, max_model_len=256)
+    batch = measure(llm, [StepShape((90, 40), ((32, 9), (0, 5)))], repeats=1)[0].batch
+    shape = StepShape.of(batch, 16)
+    assert shape == StepShape((91, 41), ((32, 9), (0, 5)))
+    assert StepShape.of(batch, 64).prompts == ((0, 9), (0, 5))
+    assert StepFeatures.of(measure(llm, [shape], repeats=1)[0].batch).prompts == shape.prompts

@@ -197,6 +197,6 @@ def test_whatever_is_switched_off_the_tokens_are_right(qwen3, options, captured)
         logits = qwen3.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert (logits.max(-1).values - chosen).max() < 1e-3
-    assert {bool(size.prompt_tokens) for size in runner._graphs} == captured
+    assert {bool(size.prompts) for size in runner._graphs} == captured
     assert places[-1] == ([2, 0, 1] if options.longest_first else [0, 1, 2])
     llm.close()

@@ -36,5 +36,5 @@ def test_measured_steps_are_graphs_and_decodes_go_on_from_a_step_before(qwen3, s
 def test_the_facts_of_a_run_say_how_its_steps_are_padded_and_cut(qwen3, serving):
     llm = serving(qwen3, "triton", max_model_len=512, max_num_batched_tokens=256)
     kernels = Kernels.load(llm.facts()["kernels"])
-    assert kernels.prompt_tokens[-1] == 256 and kernels.decodes[-1] == llm.settings.max_num_seqs
+    assert kernels.tokens[-1] == 256 and kernels.decodes[-1] == llm.settings.max_num_seqs
     assert kernels.decode_cuts[0][0] == 1

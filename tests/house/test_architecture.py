@@ -16,7 +16,7 @@ FLOORS = (
     ("traces/runs",),
     ("sim", "engine", "reports"),
     ("twinserve/worlds",),
-    ("twinserve/planning", "serving"),
+    ("twinserve/planning", "twinserve/vllm", "serving"),
     ("twinserve/commands",),
     ("twinserve",),
 )
@@ -127,7 +127,8 @@ def test_core_alone_calls_schedule_and_postprocess():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr in ("schedule", "postprocess"):
                     owner = ast.unparse(node.value)
-                    assert owner in ("env", "self._env"), f"{path}:{node.lineno} calls {owner}.{node.attr}"
+                    is_vllms = room_of(str(path.relative_to(ROOT))) == "twinserve/vllm" and owner == "super()"
+                    assert is_vllms or owner in ("env", "self._env"), f"{path}:{node.lineno} calls {owner}.{node.attr}"
 
 
 def in_fresh_python(code: str) -> str:

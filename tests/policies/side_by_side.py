@@ -26,6 +26,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, SelfPreemption, VictimBefore, VllmRules
 from twinserve.sim.horizon import advance, horizon
 
 EOS = 0
@@ -72,6 +73,13 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
         prefix_cache=PrefixCache(hash=hash) if rules.caching else None,
         order=build_order(rules),
         admission=VllmAdmission(reserve_full_prompt=rules.reserve_full_prompt, watermark_blocks=rules.watermark_blocks),
+        pipeline_parallel_size=rules.ranks,
+        rules=VllmRules(
+            PrefillInterval(rules.interval),
+            SelfPreemption(ends_pass=rules.self_ends),
+            VictimBefore(skips=rules.victim_skips),
+            LongPrefillThreshold(binds_alone=rules.binds_alone, adaptive=rules.adaptive),
+        ),
     )
 
 
@@ -165,6 +173,12 @@ class SideBySide:
             self.seen["resumed with hits"] += row.request.preemptions > 0 and row.start > 0
         if not (step.rows or step.preempted):
             self._decide_again()
+        self.seen["held back"] += step.is_held and any(not request.has_sampled for request in self.model.running)
+        self.seen["admitted while held"] += step.is_held and bool(step.admitted)
+        self.seen["kept waiting"] += self.model.kept_waiting and self.rules.interval > 1
+        self.seen["turn lost"] += step.turns_lost
+        self.seen["served behind one that went"] += step.served_behind
+        self.seen["set aside"] += len(self.model.set_aside)
         self.seen["preemption"] += len(step.preempted)
         self.seen["row taken back"] += step.taken_back
         self.seen["preempted in flight"] += sum(request.in_flight > 0 for request in step.preempted)
@@ -408,11 +422,13 @@ class CoreSideBySide(SideBySide):
                 self._compare_totals(batch, step)
         # It may be shorter where the steps in flight differ, a decode has a row of its own, nothing is computed or
         # decodes are left out for the budget, and where the head of the queue may be looked at with another answer: its
-        # token comes, a hit is computed for it, it is new, or its order may change its mind.
+        # token comes, a hit is computed for it, it is new, or its order may change its mind; and where a prefill
+        # interval begins or ends.
         is_clear &= bool(latest.rows) and not latest.preempted and not self._is_disturbed
         is_clear &= self.rules.order != "cache-aware"
         is_clear &= not (self.model.waiting and self.rules.caching)
         is_clear &= not any(request.in_flight for request in self.model.waiting)
+        is_clear &= not (latest.is_held or self.model.is_next_held())
         is_clear &= self.rules.budget is None or self.rules.budget >= self.rules.max_num_seqs
         self._ended_horizon = latest if is_clear and number == steps - 1 and steps < cap else None
         self.seen["horizon of many"] += number > 3

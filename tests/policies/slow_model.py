@@ -20,7 +20,8 @@ class Rules:
     """Every setting of the policies. `num_blocks` None: a pool without end. `budget` None: no token budget.
 
     `order` is "fcfs", "priority", "shortest" or "cache-aware"; `ageing`, `window` and `patience` are the orders' own.
-    `max_partial_prefills` None: no limit.
+    `max_partial_prefills` None: no limit. The rules that vLLM changed are 0.33's by default: `self_ends`,
+    `victim_skips` and `binds_alone` are 0.24's. `ranks` are those of a pipeline.
     """
 
     num_blocks: int | None = None
@@ -39,6 +40,12 @@ class Rules:
     ageing: int = 0
     window: int = 0
     patience: int = 0
+    self_ends: bool = False
+    victim_skips: bool = False
+    binds_alone: bool = False
+    adaptive: bool = False
+    interval: int = 1
+    ranks: int = 1
     eos: int | None = None
 
 
@@ -67,6 +74,7 @@ class Request:
     preemptions: int = 0
     passed_over: int = 0
     length_when_queued: int = 0
+    num_before: int = 0
     table: list[int] = field(default_factory=list)
 
 
@@ -91,6 +99,9 @@ class Step:
     preempted: list[Request] = field(default_factory=list)
     left: list[Request] = field(default_factory=list)
     taken_back: int = 0
+    is_held: bool = False
+    turns_lost: int = 0
+    served_behind: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +122,9 @@ class SlowModel:
         holds: what each block that can be hit holds: a number for the prefix that ends with it.
         holders_of: the blocks that hold a prefix, the one registered first in front.
         evictions: blocks that lost what they held because they were used again.
+        decided: every decision, whether it gave anybody tokens or not.
+        kept_waiting: did the last decision that was not held, and preempted nobody, leave somebody waiting?
+        set_aside: waiting requests that an admission passed over, as a pipeline was computing tokens of them.
     """
 
     def __init__(self, rules: Rules):
@@ -126,6 +140,11 @@ class SlowModel:
         self.evictions = 0
         self._prefix_numbers: dict[tuple, int] = {}
         self._left: list[Request] = []
+        self.decided: list[Step] = []
+        self.kept_waiting = False
+        self.set_aside: list[Request] = []
+        self.since_prompt_work: int | None = None
+        self.threshold: float = math.inf
 
     # --- requests ---
 
@@ -204,7 +223,10 @@ class SlowModel:
 
     def decide(self) -> Step:
         """What the next step computes. It counts as launched."""
-        step = Step()
+        step = Step(is_held=self.is_next_held())
+        self.threshold = self.threshold_in_force()
+        prompts = [request for request in self.running if not request.has_sampled]
+        self._worked_on: set[Request] = set()
         if self.rules.composition == "mixed":
             self._running_pass(step, lambda request: True)
             self._admit(step)
@@ -213,21 +235,53 @@ class SlowModel:
             self._admit(step)
             if not step.rows:
                 self._running_pass(step, lambda request: request.has_sampled)
+        self._count_interval(step, prompts)
+        self.decided.append(step)
         step.left, self._left = self._left, []
         if step.rows:
             self.in_flight.append(step)
         return step
 
+    def threshold_in_force(self) -> float:
+        """The most tokens of one request, by how many run or wait as the decision begins."""
+        rules, many = self.rules, len(self.running) + len(self.waiting)
+        if not rules.threshold or (many < 2 and not rules.binds_alone):
+            return math.inf
+        if not rules.adaptive:
+            return rules.threshold
+        return math.inf if rules.budget is None else max(rules.threshold, rules.budget // max(many, 1))
+
+    def is_next_held(self) -> bool:
+        """Is the next decision for decodes alone?"""
+        since = self.since_prompt_work
+        is_early = since is not None and since + 1 < self.rules.interval
+        return is_early and not self.kept_waiting and any(request.has_sampled for request in self.running)
+
+    def _count_interval(self, step: Step, prompts: list[Request]) -> None:
+        """What the prefill interval remembers of a decision; `prompts` ran before it, with prompt tokens left."""
+        if not step.is_held and not step.preempted:
+            self.kept_waiting = any(request not in self.set_aside for request in self.waiting)
+        if step.rows and self.since_prompt_work is not None:
+            self.since_prompt_work += 1
+        admitted = any(row.request.cached + 1 < row.request.num_before for row in step.admitted)
+        if admitted or any(request in self._worked_on for request in prompts):
+            self.since_prompt_work = 0
+
     def _budget(self) -> float:
         return math.inf if self.rules.budget is None else self.rules.budget
 
     def _cut(self, num_tokens: int, budget: float) -> int:
-        return int(min(num_tokens, self.rules.threshold or math.inf, budget))
+        return int(min(num_tokens, self.threshold, budget))
 
     def _running_pass(self, step: Step, takes_part: Callable[[Request], bool]) -> None:
-        """Requests that run, in the order of their admission; the pass ends with one that must preempt itself."""
+        """Requests that run, in the order of their admission; with 0.24's rules one may lose its turn, and the pass
+        ends with one that must preempt itself."""
+        turn_lost: list[Request] = []
+        has_lost_itself = False
         for request in list(self.running):
-            if request.status != RUNNING or not takes_part(request):
+            if request.status != RUNNING or not takes_part(request) or self._rests(request):
+                continue
+            if request in turn_lost or (step.is_held and not request.has_sampled):
                 continue
             wanted = request.known + request.in_flight - request.computed
             if request.in_flight and request.known + request.in_flight >= self.final_length(request):
@@ -235,25 +289,59 @@ class SlowModel:
             num_tokens = self._cut(wanted, self._budget() - step.num_tokens)
             if num_tokens == 0:
                 continue
-            while self.missing_blocks(request, num_tokens) > self.num_free():
+            order = list(self.running)
+            idle_before = 0
+            while request.status == RUNNING and self.missing_blocks(request, num_tokens) > self.num_free():
                 victim = self.victim()
+                is_idle = not any(row.request is victim for row in step.rows)
+                idle_before += is_idle and order.index(victim) < order.index(request)
                 self._preempt(victim, step)
-                if victim is request:
+            if self.rules.victim_skips and idle_before:
+                behind = [other for other in order[order.index(request) + 1 :] if other.status == RUNNING]
+                turn_lost += behind[:idle_before]
+                step.turns_lost += bool(behind)
+            if request.status != RUNNING:
+                has_lost_itself = True
+                if self.rules.self_ends:
                     return
+                continue
+            step.served_behind += has_lost_itself
             new_blocks = [self._take_block() for _ in range(self.missing_blocks(request, num_tokens))]
             request.table += new_blocks
             self._launch(request, num_tokens, new_blocks, step)
 
+    def _rests(self, request: Request) -> bool:
+        """Has it sampled in so late a step that the last rank of the pipeline is not done with it?"""
+        latest = self.decided[-(self.rules.ranks - 1) :] if self.rules.ranks > 1 else []
+        return any(request in step.sampled for step in latest)
+
     def _admit(self, step: Step) -> None:
-        """From the head of the queue while it fits; nobody in a step with a preemption."""
+        """From the head of the queue while it fits; nobody in a step with a preemption.
+
+        In a pipeline, one that was preempted while tokens of it were in flight keeps its place and is passed over.
+        """
         rules = self.rules
-        while self.waiting and not step.preempted:
+        passed_over: list[Request] = []
+        while len(self.waiting) > len(passed_over) and not step.preempted:
+            hidden = [(self.waiting.index(request), request) for request in passed_over]
+            for _, request in hidden:
+                self.waiting.remove(request)
             request = self.head()
+            for place, other in sorted(hidden, key=lambda one: one[0]):
+                self.waiting.insert(place, other)
             budget = self._budget() - step.num_tokens
-            if len(self.running) >= rules.max_num_seqs or budget <= 0 or request.in_flight:
+            if len(self.running) >= rules.max_num_seqs or budget <= 0:
+                return
+            if rules.ranks > 1 and any(row.request is request for before in self.in_flight for row in before.rows):
+                passed_over.append(request)
+                self.set_aside.append(request)
+                continue
+            if request.in_flight:
                 return
             hits = self.hits(request)
             num_hit_tokens = len(hits) * rules.block_size
+            if step.is_held and request.known - num_hit_tokens > 1:
+                return
             wanted = self._cut(request.known - num_hit_tokens, math.inf)
             if wanted > budget and not rules.chunked:
                 return
@@ -262,6 +350,8 @@ class SlowModel:
                 return
             if not self._may_begin(request, num_hit_tokens + num_tokens):
                 return
+            request.num_before = request.known
+            self.set_aside = [other for other in self.set_aside if other is not request]
             for passed in self.waiting[: self.waiting.index(request)]:
                 passed.passed_over += 1
             self.waiting.remove(request)
@@ -292,6 +382,7 @@ class SlowModel:
         samples = request.computed + num_tokens == request.known + request.in_flight
         row = Row(request, request.computed, num_tokens, samples, not request.has_sampled, new_blocks)
         step.rows.append(row)
+        self._worked_on.add(request)
         request.computed += num_tokens
         if samples:
             request.in_flight += 1
@@ -333,8 +424,8 @@ class SlowModel:
                 request.tokens.append(token)
             if request.status == RUNNING:
                 self._register(request, request.computed - request.in_flight)
-            stops = token is not None and (token == self.rules.eos or token in request.stop_tokens)
-            if stops and not request.ignore_eos:
+            is_eos = token == self.rules.eos and not request.ignore_eos
+            if token is not None and (is_eos or token in request.stop_tokens):
                 request.reason = "stop"
             elif request.known >= self.final_length(request):
                 request.reason = "length"

@@ -146,5 +146,5 @@ def test_integrity_check_notices_a_wrong_reference_count():
     manager = BlockManager(4, 4)
     manager.allocate(sequence(4))
     manager.blocks[0].ref_count = 2
-    with pytest.raises(AssertionError, match="is in 1 block tables"):
+    with pytest.raises(AssertionError, match="block 0: ref_count 2, in 1 block tables"):
         manager.check_integrity()

@@ -23,6 +23,7 @@ from twinserve.policies import (
     ShortestJob,
     VllmAdmission,
 )
+from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, VllmRules
 from twinserve.sim.horizon import advance, horizon
 from twinserve.traces.runs.digest import Digest, exceptions_of
 
@@ -47,6 +48,9 @@ def settings_of(rng: random.Random) -> dict[str, Any]:
         "reserve": rng.random() < 0.6,
         "watermark": rng.choice([0, 0, 2]),
         "depth": rng.choice([0, 1]),
+        "binds_alone": rng.random() < 0.5,
+        "adaptive": rng.random() < 0.5,
+        "interval": rng.choice([1, 1, 2, 5]),
     }
 
 
@@ -63,6 +67,10 @@ def build_core(values: dict[str, Any], listener: CoreListener) -> Core:
         prefix_cache=PrefixCache() if values["caches"] else None,
         order=values["order"](),
         admission=VllmAdmission(reserve_full_prompt=values["reserve"], watermark_blocks=values["watermark"]),
+        rules=VllmRules(
+            PrefillInterval(values["interval"]),
+            threshold=LongPrefillThreshold(binds_alone=values["binds_alone"], adaptive=values["adaptive"]),
+        ),
     )
     return Core(scheduler, pipeline_depth=values["depth"], listener=listener)
 
@@ -150,6 +158,7 @@ def state(core: Core) -> tuple:
         list(manager.free_block_ids),
         cached,
         [totals(batch) for batch in core.in_flight],
+        (scheduler.rules.interval.num_since, scheduler.rules.interval.is_saturated, scheduler.rules.interval.is_held),
     )
 
 
@@ -203,7 +212,9 @@ class Run:
 
     def _may_be_short(self, batch: Batch) -> bool:
         """Is it a decision whose horizon need not be the most, by the words of its docstring?"""
-        scheduler = self.core.scheduler
+        scheduler, interval = self.core.scheduler, self.core.scheduler.rules.interval
+        if interval.is_held or interval.holds(scheduler.running):
+            return True
         rows = [[(row.seq, *row[2:]) for row in one.rows] for one in self.core.in_flight]
         if any(rows[0] != others for others in rows):
             return True
@@ -314,7 +325,7 @@ def test_the_horizon_is_as_far_as_decisions_are_the_same_and_no_farther(block):
                 exact += 1
                 long += count > 5
                 assert steps == count, f"seed {seed}, decision {decision}: {steps} < {count}: {values}"
-    assert exact > 1000 and long > 100, (exact, long)
+    assert exact > 800 and long > 100, (exact, long)
 
 
 def one_request(depth: int) -> tuple[Core, Batch]:
@@ -326,6 +337,7 @@ def one_request(depth: int) -> tuple[Core, Batch]:
         "max_model_len": None,
         "order": FirstCome,
         "depth": depth,
+        "interval": 1,
     }
     core = build_core(values, CoreListener())
     core.ingest(Arrival(0, 0, 4, 50, 0, 0, "").sequence(), 0)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,28 @@ import oracle_vllm
 import pytest
 
 ORACLES = os.environ.get("TWINSERVE_ORACLES")
-PATHS = sorted(Path(ORACLES).glob("*.jsonl.gz")) if ORACLES else []
+PATHS = [path for folder in oracle_vllm.folders() for path in sorted(folder.glob("*.jsonl.gz"))]
 UNCOMPUTED = "g_priority_uncomputed"
+PARTING = [("vllm", UNCOMPUTED), ("vllm-0.33", "l_priority_uncomputed")]
+NEWER = Path(f"{ORACLES}-0.33")
 
 pytestmark = pytest.mark.skipif(not PATHS, reason="TWINSERVE_ORACLES does not name a folder of recorded scenarios")
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.name[:-9]}")
 def test_every_step_of_a_recorded_scenario_is_decided_as_vllm_decided_it(path):
-    steps, difference = oracle_vllm.decide_again(path)
-    if path.name.startswith(UNCOMPUTED):
+    if (path.parent.name, path.name[:-9]) in PARTING:
         pytest.skip("has a test of its own")
+    if (reason := oracle_vllm.why_not(oracle_vllm.load(path)[0]["config"])) is not None:
+        pytest.skip(reason)
+    steps, difference, _ = oracle_vllm.decide_again(path)
     assert difference is None, f"{path.name}: {difference}"
     assert steps > 10
 
 
 def test_blocks_that_no_step_computed_are_not_hit_though_vllm_hits_them():
     """Request 0 is preempted in step 2 by a request behind it, after 64 of its tokens were scheduled in that step."""
-    steps, difference = oracle_vllm.decide_again(Path(ORACLES or "") / f"{UNCOMPUTED}.jsonl.gz")
+    steps, difference, _ = oracle_vllm.decide_again(Path(ORACLES or "") / f"{UNCOMPUTED}.jsonl.gz")
     assert steps == 21 and difference is not None
     assert (difference.step, difference.field) == (21, "sched")
     assert difference.recorded == [[0, 45, 160]], "of these 160 tokens, 128 ... 159 were never computed"
@@ -64,3 +69,52 @@ def test_a_scenario_that_parts_rightly_is_no_failure_of_the_script_and_parting_e
     assert (result.returncode, result.stdout.count("parts rightly at step 21")) == (0, 1), result.stdout
     changed(source, tmp_path, 5, free=3)
     assert run_script(tmp_path).returncode == 1
+
+
+def test_the_newer_version_hits_blocks_that_no_step_computed_as_well():
+    steps, difference, _ = oracle_vllm.decide_again(NEWER / "l_priority_uncomputed.jsonl.gz")
+    assert steps == 21 and difference is not None and difference.is_right
+    assert (difference.recorded, difference.ours) == ([[1, 29, 176]], [[1, 77, 128]]), "48 tokens more"
+
+
+def test_aborts_between_decision_and_output_are_taken_there_and_the_line_counts_them():
+    _, difference, late_aborts = oracle_vllm.decide_again(NEWER / "q_async_stop_abort.jsonl.gz")
+    assert (difference, late_aborts) == (None, 21)
+
+
+def test_the_script_skips_what_needs_drafts_and_says_so(tmp_path):
+    shutil.copy(NEWER / "s_spec_tight.jsonl.gz", tmp_path)
+    shutil.copy(NEWER / "p_async_index.jsonl.gz", tmp_path)
+    result = run_script(tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert [line.split()[0:2] for line in result.stdout.splitlines()] == [
+        ["p_async_index", "38"],
+        ["s_spec_tight", "skipped:"],
+    ]
+    assert "skipped: drafts are not built" in result.stdout
+
+
+PARTING_BY_OLD_RULES = {
+    "g_priority", "g_priority_noapc", "g_priority_thrash", "g_priority_budget", "g_priority_uncomputed",
+    "g_priority_zero",
+    "i_long_threshold", "i_long_threshold_tight", "i_partial_prefills", "l_priority_index", "l_priority_interval",
+    "l_priority_uncomputed", "m_threshold_alone", "p_async_index", "p_async_priority",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.parent == NEWER], ids=lambda path: path.name[:-9])
+def test_by_the_older_rules_the_newer_scenarios_part_where_the_versions_do(path, monkeypatch):
+    """So each rule that changed is seen in some scenario; `l_priority_uncomputed` parts before it would by right."""
+    if oracle_vllm.why_not(oracle_vllm.load(path)[0]["config"]) is not None:
+        pytest.skip("drafts are not built")
+    monkeypatch.setattr(oracle_vllm, "nearest_version", lambda version: "0.24")
+    _, difference, _ = oracle_vllm.decide_again(path)
+    assert (difference is not None) == (path.name[:-9] in PARTING_BY_OLD_RULES), difference
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.parent != NEWER], ids=lambda path: path.name[:-9])
+def test_by_the_newer_rules_the_older_scenarios_part_where_the_versions_do(path, monkeypatch):
+    monkeypatch.setattr(oracle_vllm, "nearest_version", lambda version: "0.33")
+    _, difference, _ = oracle_vllm.decide_again(path)
+    parting = {name for name in PARTING_BY_OLD_RULES if name[0] in "gi"}
+    assert (difference is not None) == (path.name[:-9] in parting), difference

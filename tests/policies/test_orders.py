@@ -17,6 +17,7 @@ from twinserve.policies import (
     VllmAdmission,
 )
 from twinserve.settings.build_core import Settings
+from twinserve.settings.vllm_versions import build_rules
 
 
 def sequence(prompt: int, max_tokens: int = 4, *, seq_id: int, first: int | None = None, **labels) -> Sequence:
@@ -138,7 +139,8 @@ def test_a_victim_that_does_not_run_is_named():
 def test_what_a_victim_got_in_the_same_step_returns_to_the_budget_and_leaves_no_block_behind():
     """Two chunks fill the pool; the one behind is more urgent and takes back what the one before it was given."""
     cache = PrefixCache()
-    scheduler = mixed(num_blocks=9, order=Priority(), long_prefill_token_threshold=12, prefix_cache=cache)
+    given = {"long_prefill_token_threshold": 12, "rules": build_rules("0.24")}
+    scheduler = mixed(num_blocks=9, order=Priority(), prefix_cache=cache, **given)
     scheduler.add(sequence(28, 2, seq_id=0, priority=3))
     step(scheduler)
     scheduler.add(sequence(8, 9, seq_id=1, priority=0))

@@ -24,6 +24,7 @@ from twinserve.policies import (
     Sequence,
     VllmAdmission,
 )
+from twinserve.settings.vllm_versions import build_rules
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/policies/test_pitfalls.py"
@@ -681,7 +682,8 @@ def test_a_victim_loses_its_row_of_the_same_step():
 
 
 def test_what_a_victim_would_have_computed_is_not_hit_and_its_tokens_go_to_others():
-    one = scheduler(num_blocks=8, budget=13, order=Priority(), long_prefill_token_threshold=8)
+    given = {"long_prefill_token_threshold": 8, "rules": build_rules("0.24")}
+    one = scheduler(num_blocks=8, budget=13, order=Priority(), **given)
     late = Sequence(list(range(24)), SamplingParams(max_tokens=1), seq_id=0, priority=5)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     urgent = Sequence(list(range(100, 104)), params, seq_id=1, priority=0)

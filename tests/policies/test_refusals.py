@@ -6,6 +6,7 @@ import pytest
 
 from twinserve.policies import IS_COMPILED, BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.policies.block_manager import NoFreeBlocksError
+from twinserve.policies.vllm_rules import PrefillInterval
 from twinserve.sim.horizon import advance, horizon
 
 
@@ -73,9 +74,19 @@ def test_a_sequence_that_was_added_before(ends):
     assert (seq.finish_reason, len(scheduler.waiting)) == (reason, waiting)
 
 
-def test_a_pipeline_deeper_than_one_step():
-    with pytest.raises(ValueError, match="pipeline_depth is 2, expected 0 or 1"):
-        Core(Scheduler(BlockManager(4, 4)), pipeline_depth=2)
+def test_a_pipeline_of_less_than_no_step():
+    with pytest.raises(ValueError, match="pipeline_depth is -1, expected an integer >= 0"):
+        Core(Scheduler(BlockManager(4, 4)), pipeline_depth=-1)
+
+
+def test_a_pipeline_of_no_rank():
+    with pytest.raises(ValueError, match="pipeline_parallel_size is 0, expected an integer >= 1"):
+        Scheduler(BlockManager(4, 4), pipeline_parallel_size=0)
+
+
+def test_a_prefill_interval_of_no_step():
+    with pytest.raises(ValueError, match="prefill_schedule_interval is 0, expected an integer >= 1"):
+        PrefillInterval(0)
 
 
 def test_a_block_that_is_stored_already():
@@ -92,8 +103,8 @@ def test_more_blocks_than_are_free():
     manager.admit(seq, [], 3)
     manager.admit(other, [], 1)
     seq.num_computed_tokens = 3
-    assert manager.extend(seq, 1) == []
-    for extend in (lambda: manager.extend(seq, 2), lambda: manager.take(1)):
+    assert (manager.num_missing(seq, 1), manager.num_missing(seq, 2)) == (0, 1)
+    for extend in (lambda: manager.grow(seq, manager.take(1)), lambda: manager.take(1)):
         with pytest.raises(NoFreeBlocksError, match="0 are free"):
             extend()
     assert len(seq.block_table) == 2 and len(other.block_table) == 1
@@ -105,7 +116,8 @@ def test_more_blocks_than_are_free_though_some_are():
     seq = Sequence([1, 2, 3])
     manager.admit(seq, [], 3)
     seq.num_computed_tokens = 3
-    for extend in (lambda: manager.extend(seq, 6), lambda: manager.take(3)):
+    assert manager.num_missing(seq, 6) == 3
+    for extend in (lambda: manager.grow(seq, manager.take(3)), lambda: manager.take(3)):
         with pytest.raises(NoFreeBlocksError, match="3 blocks are needed, 2 are free"):
             extend()
     assert (seq.block_table, manager.free_block_ids) == ([0, 1], [2, 3])

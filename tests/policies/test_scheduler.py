@@ -153,19 +153,20 @@ def test_generation_ends_at_max_model_len():
     assert (seq.num_completion_tokens, seq.finish_reason) == (3, "length")
 
 
-def test_end_of_sequence_and_stop_tokens_end_a_request_unless_ignored():
+def test_end_of_sequence_ends_a_request_unless_ignored_and_its_own_stop_tokens_always_do():
     scheduler = mixed()
     seqs = [
         Sequence([1, 2], SamplingParams(max_tokens=9)),
         Sequence([3, 4], SamplingParams(max_tokens=9, stop_token_ids=(77,))),
         Sequence([5, 6], SamplingParams(max_tokens=9, stop_token_ids=(77,), ignore_eos=True)),
+        Sequence([7, 8], SamplingParams(max_tokens=9, stop_token_ids=(77,), ignore_eos=True)),
     ]
     for seq in seqs:
         scheduler.add(seq)
     batch = scheduler.schedule()
-    finished = scheduler.postprocess(batch, [2, 77, 2], eos_token_id=2)
-    assert finished == seqs[:2]
-    assert [seq.finish_reason for seq in seqs] == ["stop", "stop", None]
+    finished = scheduler.postprocess(batch, [2, 77, 2, 77], eos_token_id=2)
+    assert finished == [*seqs[:2], seqs[3]]
+    assert [seq.finish_reason for seq in seqs] == ["stop", "stop", None, "stop"]
 
 
 def test_a_block_scheduled_in_this_step_is_hit_in_this_step():

@@ -1,23 +1,25 @@
 """The slow model itself decides what vLLM's own scheduler decided on the recorded scenarios."""
 
-import os
 from pathlib import Path
 
 import oracle_vllm
 import pytest
-from slow_model import Request, Rules, SlowModel
+from slow_model import FINISHED, Request, Rules, SlowModel
 
-ORACLES = os.environ.get("TWINSERVE_ORACLES")
-NAMES = sorted(path.name for path in Path(ORACLES).glob("*.jsonl.gz")) if ORACLES else []
-# vLLM lets a request hit blocks that no step had computed; field and both values at the first step that shows it.
-PARTS = {"g_priority_uncomputed.jsonl.gz": (21, "sched", [[0, 45, 160]], [[0, 64, 128]])}
+PATHS = [path for folder in oracle_vllm.folders() for path in sorted(folder.glob("*.jsonl.gz"))]
+# vLLM lets a request hit blocks that no step had computed; step, field and both values at the first that shows it.
+PARTS = {
+    ("vllm", "g_priority_uncomputed"): (21, "sched", [[0, 45, 160]], [[0, 64, 128]]),
+    ("vllm-0.33", "l_priority_uncomputed"): (21, "sched", [[1, 29, 176]], [[1, 77, 128]]),
+}
 
 
-def rules_of(config: dict) -> Rules:
+def rules_of(header: dict) -> Rules:
+    config, is_old = header["config"], header["vllm"].startswith("0.24")
     return Rules(
         num_blocks=config["num_gpu_blocks"] - 1,
         block_size=config["block_size"],
-        max_num_seqs=config["max_num_seqs"],
+        max_num_seqs=config.get("max_num_active_seqs", config["max_num_seqs"]),
         budget=config["max_num_batched_tokens"],
         chunked=config["enable_chunked_prefill"],
         threshold=config["long_prefill_token_threshold"],
@@ -26,22 +28,41 @@ def rules_of(config: dict) -> Rules:
         reserve_full_prompt=config["scheduler_reserve_full_isl"],
         watermark_blocks=int(config["watermark"] * config["num_gpu_blocks"]),
         order=config["policy"],
+        self_ends=is_old,
+        victim_skips=is_old,
+        binds_alone=is_old,
+        adaptive=config.get("long_prefill_token_threshold_adaptive", False),
+        interval=config.get("prefill_schedule_interval", 1),
+        ranks=config.get("pipeline_parallel_size", 1),
     )
+
+
+def end_request(model: SlowModel, key: int) -> bool:
+    """Abort a request, unless it has ended."""
+    request = model.requests[key]
+    if request.status != FINISHED:
+        model.abort(request)
+    return request.reason == "abort"
 
 
 def first_difference(path: Path) -> tuple | None:
     """Step, field, vLLM's value and the model's, where a scenario first parts from its record."""
     header, requests, steps = oracle_vllm.load(path)
-    model = SlowModel(rules_of(header["config"]))
-    coming = list(reversed(requests))
+    model, depth = SlowModel(rules_of(header)), oracle_vllm.depth_of(header["config"])
+    coming, aborts = list(reversed(requests)), [(row["request"], *row["abort"]) for row in requests if "abort" in row]
+    in_flight: dict[int, bool] = {}  # steps, and whether they scheduled anything
     for recorded in steps:
-        while coming and coming[-1]["at"] <= recorded["step"]:
+        number = recorded["step"]
+        while coming and coming[-1]["at"] <= number:
             row = coming.pop()
             tokens = oracle_vllm.prompt_tokens(row["prompt"])
+            stops = (oracle_vllm.generated_token(row["request"], row["stop"] - 1),) if "stop" in row else ()
             assert model.add(
-                Request(row["request"], tokens, len(tokens), row["out"], ignore_eos=True, priority=row["prio"])
+                Request(row["request"], tokens, len(tokens), row["out"], stop_tokens=stops, priority=row["prio"])
             )
+        aborted = [[key, 0] for key, step, when in aborts if (step, when) == (number, 0) and end_request(model, key)]
         step = model.decide()
+        in_flight[number] = bool(step.rows)
         ours: dict[str, object] = {
             "sched": [[row.request.key, row.num_tokens, row.start] for row in step.rows],
             "pre": [request.key for request in step.preempted],
@@ -51,16 +72,25 @@ def first_difference(path: Path) -> tuple | None:
             "wait": len(model.waiting),
             "blk": [[row.request.key, [block + 1 for block in row.new_blocks]] for row in step.rows if row.new_blocks],
         }
-        tokens = [1_000_000 + request.key * 10_000 + request.known - request.num_prompt for request in step.sampled]
-        ours["fin"] = [request.key for request in (model.commit(tokens) if step.rows else [])]
-        ours["free_end"] = len(model.free)
+        aborted += [[key, 1] for key, step, when in aborts if (step, when) == (number, 1) and end_request(model, key)]
+        if aborted:
+            ours["abo"] = aborted
+        is_due, finished = in_flight.get(number - depth, False), []
+        if is_due:
+            of = [(request.key, request.known - request.num_prompt) for request in model.in_flight[0].sampled]
+            finished = model.commit([oracle_vllm.generated_token(*one) for one in of])
+        if header["config"]["async_scheduling"]:
+            ours["upd"] = number - depth if is_due else None
+        ours |= {"fin": [request.key for request in finished], "free_end": len(model.free)}
         for field in oracle_vllm.FIELDS:
-            if ours[field] != recorded[field]:
-                return recorded["step"], field, recorded[field], ours[field]
+            if ours.get(field) != recorded.get(field):
+                return number, field, recorded.get(field), ours.get(field)
     return None
 
 
-@pytest.mark.skipif(not NAMES, reason="TWINSERVE_ORACLES does not name a folder of recorded vLLM scenarios")
-@pytest.mark.parametrize("name", NAMES or ["none"])
-def test_the_slow_model_decides_as_vllm_decided(name):
-    assert first_difference(Path(ORACLES or "") / name) == PARTS.get(name)
+@pytest.mark.skipif(not PATHS, reason="TWINSERVE_ORACLES does not name a folder of recorded vLLM scenarios")
+@pytest.mark.parametrize("path", PATHS or [Path("none")], ids=lambda path: f"{path.parent.name}-{path.name[:-9]}")
+def test_the_slow_model_decides_as_vllm_decided(path):
+    if (reason := oracle_vllm.why_not(oracle_vllm.load(path)[0]["config"])) is not None:
+        pytest.skip(reason)
+    assert first_difference(path) == PARTS.get((path.parent.name, path.name[:-9]))

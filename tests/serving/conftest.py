@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from live_servers import Running
+from shell import latency, twinserve
 
 from twinserve.serving.run import Model
+
+__all__ = ["latency", "twinserve"]
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -60,13 +62,14 @@ def test_a_page_streams_where_its_origin_is_allowed_and_nowhere_else(serving, si
     assert said["pieces"] > 3 and said["text"].endswith("data: [DONE]\n\n")
 
 
-def ask(running: Running, **fields: object) -> socket.socket:
-    """A socket over which a completion was asked for."""
-    body = json.dumps({"prompt": "a", "ignore_eos": True} | fields).encode()
+def ask(running: Running, *, length: int | None = -1, body: bytes = b"", **fields: object) -> socket.socket:
+    """A socket over which a completion was asked for; or something that says it has another length, or none."""
+    body = body or (json.dumps({"prompt": "a", "ignore_eos": True} | fields).encode() if length == -1 else b"")
     lines = ["POST /v1/completions HTTP/1.1", "host: x", "connection: close", "content-type: application/json"]
+    lines.append("transfer-encoding: chunked" if length is None else f"content-length: {max(length, len(body))}")
     host, port = running.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=60)
-    connection.sendall("\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body)
+    connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return connection
 
 
@@ -87,6 +90,50 @@ def test_a_reader_that_is_slow_gets_everything_and_keeps_nobody_waiting(serving)
     content = read_all(slow)
     slow.close()
     assert content.count(b" ") > 50_000 and content.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+
+
+def test_a_reader_that_reads_nothing_is_given_up(serving):
+    """What it was to get lies in the server's memory no longer."""
+    running = serving(simulated(0.001, num_gpu_blocks=4096, max_model_len=60_000), client_timeout=1)
+    with ask(running, max_tokens=50_000, stream=True) as slow:
+        slow.recv(1000)
+        running.settle()
+        while running.service._server.wakes.events:
+            time.sleep(0.01)
+        content = b""
+        with contextlib.suppress(ConnectionResetError):
+            content = read_all(slow)
+        assert b"[DONE]" not in content
+    with ask(running, max_tokens=5) as quick:
+        assert b'"completion_tokens":5' in read_all(quick)
+
+
+def test_bodies_that_are_too_large_or_do_not_come_are_refused(serving):
+    running = serving(simulated(), max_body_mib=0.001, client_timeout=0.3)
+    for length, body, status in (
+        (2000, b"", b"413"),
+        (2000, b'{"prompt": "' + b"a" * 1990, b"413"),
+        (500, b'{"prompt": "', b"408"),
+    ):
+        with ask(running, length=length, body=body) as connection:
+            content = read_all(connection)
+            assert content.startswith(b"HTTP/1.1 " + status), content
+            assert b'{"error":{"message":"the body ' in content and b'"code":' + status in content
+    chunked = b"7d0\r\n" + b"a" * 2000 + b"\r\n"
+    with ask(running, length=None, body=chunked) as connection:
+        assert read_all(connection).startswith(b"HTTP/1.1 413")
+    with ask(running, max_tokens=5) as connection:
+        assert b'"completion_tokens":5' in read_all(connection)
+
+
+def test_a_socket_that_is_closed_for_writing_is_a_client_that_has_gone(serving):
+    running = serving(simulated())
+    with ask(running, max_tokens=900) as connection:
+        while not running.core.sequences:
+            pass
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) == b""
+    running.settle()
 
 
 def test_sockets_that_are_half_closed_or_break_off_lose_no_block_and_no_request(serving, tmp_path):

@@ -9,10 +9,13 @@ import random
 import socket
 import threading
 import time
+from collections import defaultdict
+from itertools import accumulate
 
 import httpx
 import openai
 import pytest
+import torch
 from engine_judge import judge_of
 from live_servers import Running, TinyModel, byte_tokenizer, simulated
 
@@ -119,6 +122,64 @@ def test_logprobs_come_with_their_tokens_streamed_or_not(serving):
     assert len(done.logprobs.tokens) == len(done.logprobs.token_logprobs) == len(done.logprobs.top_logprobs)
 
 
+def expected_logprobs(ids: list[int]) -> torch.Tensor:
+    """Of each token but the first, over the vocabulary: [tokens - 1, vocabulary]."""
+    return judge_of("llama").model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 16}, {"num_gpu_blocks": 12, "max_num_seqs": 6}]
+)
+def test_logprobs_of_prompts_are_the_models_own_whatever_was_hit_cut_or_preempted(serving, settings):
+    client = serving(TinyModel(settings)).client()
+    prompts = [[5, 6, 7, 300] * 9 + [number, number + 100] for number in range(3, 6)]
+    for prompt in (prompts[0], *prompts):
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=2)
+    body = IDS | {"prompt_logprobs": 2, "ignore_eos": True}
+    done = client.completions.create(model="tiny", prompt=prompts, max_tokens=20, n=2, temperature=0, extra_body=body)
+    assert done.usage.prompt_tokens_details.cached_tokens == 0
+    for index, choice in enumerate(done.choices):
+        prompt = prompts[index // 2]
+        first, *rest = choice.prompt_logprobs
+        assert first is None and len(rest) == len(prompt) - 1
+        for token, row, of_token in zip(prompt[1:], expected_logprobs(prompt), rest, strict=True):
+            own = of_token[str(token)]
+            assert own["logprob"] == pytest.approx(row[token].item(), abs=1e-3)
+            assert abs(own["rank"] - int((row >= row[token]).sum())) <= 1
+            others = [entry["logprob"] for entry in of_token.values() if entry["rank"] <= 2]
+            assert max(others) == pytest.approx(row.max().item(), abs=1e-3) and len(of_token) in (2, 3)
+    chat = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=2, extra_body={"prompt_logprobs": 0})
+    assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_has_the_logprobs_of_prompt_and_answer(serving, stream):
+    """As those ask who score answers: with max_tokens 0 the prompt alone."""
+    client, columns = serving(TinyModel()).client(), {}
+    how = {"model": "tiny", "prompt": ["abc", "hello there"], "echo": True, "logprobs": 1, "temperature": 0}
+    for count in (0, 4):
+        done = client.completions.create(**how, max_tokens=count, stream=stream, extra_body={"ignore_eos": True})
+        texts, columns = {0: "", 1: ""}, {0: defaultdict(list), 1: defaultdict(list)}
+        for choice in (choice for chunk in (done if stream else [done]) for choice in chunk.choices):
+            texts[choice.index] += choice.text
+            for name, values in choice.logprobs or ():
+                columns[choice.index][name] += values
+        for index, prompt in enumerate(how["prompt"]):
+            ids = byte_tokenizer().encode(prompt)
+            ids += alone(prompt, count)
+            assert texts[index] == prompt + (text_of(prompt, ids[len(prompt) :]) if count else "")
+            row = columns[index]
+            assert row["tokens"] == [byte_tokenizer().decode([token]) for token in ids]
+            assert row["text_offset"] == list(accumulate(map(len, row["tokens"][:-1]), initial=0))
+            wanted = [values[token].item() for values, token in zip(expected_logprobs(ids), ids[1:], strict=True)]
+            assert row["token_logprobs"] == [None, *(pytest.approx(value, abs=1e-3) for value in wanted)]
+            assert row["top_logprobs"][0] is None and all(len(top) in (1, 2) for top in row["top_logprobs"][1:])
+    with pytest.raises(openai.BadRequestError, match="or 0 with echo"):
+        client.completions.create(model="tiny", prompt="a", max_tokens=0)
+    with pytest.raises(openai.BadRequestError, match="are not available when `stream=True`"):
+        client.completions.create(model="tiny", prompt="a", stream=True, extra_body={"prompt_logprobs": 1})
+
+
 def test_seeded_choices_repeat_and_differ_from_one_another(serving):
     client = serving(TinyModel()).client()
     how = {"model": "tiny", "prompt": "x", "max_tokens": 10, "n": 3, "temperature": 1.5, "seed": 7}
@@ -127,7 +188,8 @@ def test_seeded_choices_repeat_and_differ_from_one_another(serving):
 
 
 def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(serving, tmp_path):
-    running = serving(TinyModel({"num_gpu_blocks": 40, "max_num_seqs": 8}), record=tmp_path / "run")
+    model = TinyModel({"num_gpu_blocks": 40, "max_num_seqs": 8})
+    running = serving(model, record=tmp_path / "run", segment_bytes=20_000)
     prompts = [f"{number} " + "tell me " * (number % 5) for number in range(12)]
     expected = {prompt: alone(prompt, 24) for prompt in prompts}
     draws = random.Random(3)
@@ -160,6 +222,7 @@ def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(
     running.stop()
     record = load_record(tmp_path / "run")
     assert len(record.requests) == 60 and sum(row["cached_tokens"] for row in record.requests) > 0
+    assert len(list((tmp_path / "run" / "segments").iterdir())) > 3
     result = replay(record)
     assert result.is_exact, result.difference
 
@@ -179,7 +242,7 @@ def test_a_conversation_hits_its_own_answers_and_replays_exactly_without_its_tex
     assert replay(record).is_exact
     numbers = [number for row in record.prompts.values() for number in row]
     assert min(numbers) >= 1 << 31
-    trace = read_trace(tmp_path / "run" / "requests.jsonl")
+    trace = read_trace(tmp_path / "run")
     assert trace.sha256 == record.run["facts"]["trace"]["sha256"]
     assert [request.after for request in trace.requests] == [None, 0, 1]
     assert [request.max_tokens for request in trace.requests] == [len(tokens) for tokens in record.outputs.values()]
@@ -212,7 +275,7 @@ def test_what_cannot_be_served_by_the_engine_is_refused(serving):
         ({"prompt": "a", "logit_bias": {"512": 1}}, "a token of logit_bias is 512, expected an id from 0 to 511"),
         ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias must have numbers from -100 to 100"),
         ({"prompt": "a", "min_tokens": 17}, "min_tokens is 17, expected at most 16"),
-        ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs is not served here"),
+        ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs is 21, expected at most 20"),
     ):
         response = httpx.post(url, json=body)
         assert (response.status_code, message in response.json()["error"]["message"]) == (400, True), response.text
@@ -227,7 +290,8 @@ def test_an_engine_that_fails_tells_its_clients_and_ends_the_server(tmp_path):
     with pytest.raises(StepError):
         running._thread.join()
         running.stop()
-    assert not (tmp_path / "run").exists()
+    [row] = load_record(tmp_path / "run").requests
+    assert (row["finish_reason"], row["output_tokens"]) == (None, 0)
 
 
 @pytest.mark.parametrize("world", [TinyModel, simulated])

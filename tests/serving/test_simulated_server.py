@@ -17,12 +17,13 @@ from shell import fitted
 from twinserve.policies import SamplingParams
 from twinserve.serving.protocol import NOT_SERVED
 from twinserve.settings.build_core import Settings
-from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.readers import read_trace
+from twinserve.traces.runs.fleet_record import load_replicas
 from twinserve.traces.runs.record import RunRecorder, load_record
 from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.vllm_records import load_run
 
 CHAT = [{"role": "user", "content": "hello"}]
 
@@ -78,6 +79,7 @@ def test_the_next_turn_of_a_conversation_hits_the_answer_of_the_turn_before(serv
     [
         ("completions", {"model": "other", "prompt": "a"}, 404, "The model `other` does not exist."),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens: Input should be greater"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1}, 400, "logprobs are not served by a simulation"),
         ("completions", {"prompt": "a", "max_tokens": 1024}, 400, "maximum context length is 1024 tokens; the prompt"),
         ("completions", {"prompt": [5] * 1024}, 400, "maximum context length is 1024 tokens; the prompt has 1024"),
         ("completions", {"prompt": []}, 400, "the prompt has no tokens"),
@@ -215,14 +217,17 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     for number in range(6):
         client.completions.create(model="round", prompt="once upon a time " * 9, n=6, max_tokens=10 + 5 * number)
     said = scraped(running.url)
-    summary = running.stop()
+    counts = running.stop()
     record = load_record(tmp_path / "run")
-    rows = record.requests
+    rows, summary = record.requests, record.run["summary"]
+    assert counts == {"requests": 36, "length": 36}
     assert said["vllm:num_preemptions_total"] == sum(row["preemptions"] for row in rows) > 0
     assert said["vllm:prompt_tokens_total"] == sum(row["prompt_tokens"] for row in rows) == summary["prompt_tokens"]
     assert said["vllm:generation_tokens_total"] == sum(row["output_tokens"] for row in rows)
     assert said["vllm:request_success_totallength"] == len(rows) == summary["finished"] == 36
-    assert said["vllm:prefix_cache_hits_total"] == summary["cached_tokens"]
+    assert said["vllm:prefix_cache_hits_total"] == said["vllm:prompt_tokens_cached_total"] == summary["cached_tokens"]
+    computed = sum(row["prompt_tokens"] - row["cached_tokens"] for row in rows)
+    assert said["vllm:request_prefill_kv_computed_tokens_sum"] == computed
     for name, first, last in (
         ("time_to_first_token", "arrival_ns", "first_token_ns"),
         ("e2e_request_latency", "arrival_ns", "finish_ns"),
@@ -233,7 +238,8 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
     assert said["vllm:num_requests_running"] == said["vllm:kv_cache_usage_perc"] == 0
     own = {name.replace("twinserve:", "vllm:"): value for name, value in said.items() if name.startswith("twinserve:")}
     theirs = {name: value for name, value in said.items() if name.startswith("vllm:")}
-    assert own.keys() - theirs.keys() == {"vllm:simulation_lag_seconds"} and not theirs.keys() - own.keys()
+    lags = {"vllm:simulation_lag_seconds", "vllm:stream_lag_seconds"}
+    assert own.keys() - theirs.keys() == lags and not theirs.keys() - own.keys()
     assert own["vllm:generation_tokens_total"] == theirs["vllm:generation_tokens_total"]
 
 
@@ -294,7 +300,7 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     asyncio.run(crowd())
     running.stop()
     live = load_record(tmp_path / "live")
-    requests = read_trace(tmp_path / "live" / "requests.jsonl").requests
+    requests = read_trace(tmp_path / "live").requests
     settings = Settings.model_validate(live.run["settings"])
     with RunRecorder(tmp_path / "sim", world="sim", settings=settings.model_dump(), facts={}) as recorder:
         core = settings.build_core(listener=recorder)
@@ -308,8 +314,8 @@ def test_what_was_served_is_what_a_simulation_of_its_arrivals_decides(serving, t
     assert [row.get("digest") for row in again.steps][-1] == live.steps[-1]["digest"]
 
 
-def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router(serving, tmp_path):
-    running = serving(simulated(replicas=3))
+def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router_and_is_recorded(serving, tmp_path):
+    running = serving(simulated(replicas=3), record=tmp_path / "fleet", segment_bytes=4000)
 
     async def crowd():
         async with running.client(openai.AsyncOpenAI) as client:
@@ -323,9 +329,13 @@ def test_a_fleet_behind_one_endpoint_shares_its_requests_by_the_router(serving, 
     counts = [core.num_ingested for core in running.cores]
     assert sum(counts) == 13 and min(counts) >= 3
     assert scraped(running.url)["vllm:request_success_totallength"] == 12
-    alone = Running(simulated(replicas=2), record=tmp_path / "run")
-    with pytest.raises(InputError, match="live traffic of a fleet is not recorded"):
-        alone.wait().stop()
+    assert running.stop() == {"requests": 13, "length": 12, "abort": 1}
+    replicas = load_replicas(tmp_path / "fleet")
+    assert [len(record.requests) for record in replicas] == counts
+    assert all(replay(record).is_exact and len(record.steps) for record in replicas)
+    fleet = load_run(tmp_path / "fleet")
+    assert (len(fleet.requests), fleet.run["summary"]["finished"]) == (13, 12)
+    assert len(read_trace(tmp_path / "fleet").requests) == 13
 
 
 def test_the_page_of_the_interface_is_there(serving):

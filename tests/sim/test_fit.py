@@ -188,7 +188,8 @@ def test_a_captured_step_costs_what_its_padding_does():
 def test_decode_attention_is_cut_by_the_rows_and_read_in_blocks():
     assert [CUT.blocks(rows, 2000) for rows in (4, 8)] == [2, 16]
     assert CUT.blocks(4, 20) == 1
-    assert [CUT.read_tokens(2, kv) for kv in (1000, 2048, 4000)] == pytest.approx([1100, 2252.8, 4204.8])
+    assert [CUT.cut_tokens(2, 2, kv) for kv in (1000, 2048, 4000)] == [1000, 2048, 2048]
+    assert CUT.cut_tokens(8, 8, 4000) == 0, "a context is one span"
     assert CUT.tiles([(0, 100), (1000, 64), (7, 1)]) == (4, 64 + 100 + 1064 + 8)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twinserve.policies import BlockManager, SamplingParams, Scheduler, Sequence
+from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.latency import StepFeatures
@@ -42,6 +42,21 @@ def test_rows_are_told_apart_by_what_they_compute():
     step = decodes(100, 1900)
     assert (step.longest_decode, step.prompts, step.decode_kv_tokens) == (1900, (), 2000)
     assert step.repeated(3, 0).longest_decode == 1903
+
+
+@pytest.mark.parametrize(("has_cache", "shared"), [(True, 2 * 96), (False, 0)])
+def test_blocks_that_several_decodes_read_are_shared_but_for_the_first_of_them(has_cache, shared):
+    cache = PrefixCache() if has_cache else None
+    scheduler = Scheduler(BlockManager(1000, 16), prefix_cache=cache, composition="mixed")
+    for number in range(3):
+        alike = list(range(100))  # six whole blocks
+        scheduler.add(Sequence(alike + [1000 + number] * (20 * number + 1), SamplingParams(max_tokens=9)))
+    batch = scheduler.schedule()
+    assert StepFeatures.of(batch).shared_tokens == 0, "prompts are not decodes"
+    scheduler.postprocess(batch, [1] * 3)
+    step = StepFeatures.of(scheduler.schedule())
+    assert step.shared_tokens == shared and step.decode_kv_tokens == 102 + 122 + 142
+    assert step.repeated(5, 0).shared_tokens == shared
 
 
 def fitted(ns_per_token: int) -> FittedLatency:

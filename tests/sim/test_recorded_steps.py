@@ -9,9 +9,10 @@ from vllm_log import CAPTURED, US, write_log
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.sim.fit import DRIFT_NS, FittedLatency, regime_of
+from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, regime_of
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.profiles import Profile
 from twinserve.sim.recorded_steps import Timeline, features_of, fit_records, host_levels, step_spans
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
@@ -265,3 +266,46 @@ def test_a_step_that_something_held_up_is_left_out(tmp_path):
     late["end_ns"] += 100 * MS
     features = features_of(record)[late["decision"]]
     assert fit_records([record], {}).step_cost(features).device_ns == before.step_cost(features).device_ns
+
+
+def own_profile(kernels: Kernels = KERNELS) -> Profile:
+    """Measured steps of the engine of `Own`, with contexts far beyond those of its run."""
+    samples = []
+    for decodes in (0, 1, 6, 20, 48):
+        for context in (700, 3000):
+            for prompts in ((), ((0, 30),), ((2000, 120), (400, 9))):
+                tokens, ends = sum(length for _, length in prompts), sum(map(sum, prompts))
+                kv_tokens, rows = decodes * context + ends, decodes + len(prompts)
+                step = StepFeatures(
+                    0, rows, tokens, decodes, kv_tokens, kv_tokens, rows,
+                    longest_decode=context if decodes else 0, prompts=prompts,
+                )  # fmt: skip
+                if rows:
+                    bookkeeping, launch = Own().host(step)
+                    samples.append(
+                        StepSample(step, bookkeeping + launch, Own().device(step), None, launch, bookkeeping)
+                    )
+    return Profile({"model": "ours"}, kernels, samples)
+
+
+def test_a_profile_and_a_run_are_fitted_together_and_each_says_what_the_other_does_not(tmp_path):
+    record, profile = own_record(tmp_path / "run", 1), own_profile()
+    alone, together = fit_records([record], {}), fit_records([record], {}, profile)
+    made = [features for features in features_of(record) if features.seqs]
+    for features in [*made[::50], *(sample.features for sample in profile.samples)]:
+        assert together.step_cost(features).device_ns == pytest.approx(Own().device(features), rel=0.03)
+    for regime, samples in (("decode", 8), ("prompt", 20)):
+        one, both = (model.data["residuals"][regime]["samples"] for model in (alone, together))
+        assert both == one + samples
+        assert both > 100, "the run has many"
+    assert (
+        together.data["range"]["decode"]["longest_decode"][1]
+        == 3000
+        > alone.data["range"]["decode"]["longest_decode"][1]
+    )
+
+
+def test_a_profile_of_another_engine_is_not_fitted_with_a_run(tmp_path):
+    record = own_record(tmp_path / "run", 1)
+    with pytest.raises(InputError, match="expected a profile of the engine of the runs, with the same sizes"):
+        fit_records([record], {}, own_profile(Kernels()))

@@ -19,7 +19,9 @@ from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request, TokenMaker
-from twinserve.traces.runs.record import RunRecorder
+from twinserve.traces.runs.concealed import as_they_are
+from twinserve.traces.runs.record import RowMaker, RunRecorder
+from twinserve.traces.runs.segments import SegmentedRecorder
 
 EOS = 0
 
@@ -27,7 +29,7 @@ EOS = 0
 class Witness(CoreListener):
     """Passes on what a recorder hears, and writes down when each token came by looking at the sequences themselves."""
 
-    def __init__(self, recorder: RunRecorder):
+    def __init__(self, recorder: RowMaker):
         self.recorder = recorder
         self.token_ends: dict[int, list[int]] = defaultdict(list)
 
@@ -63,7 +65,7 @@ class Run:
 class World:
     """Serves requests through Core; in a real world, tokens are random and some of them stop their request."""
 
-    def __init__(self, settings: Settings, recorder: RunRecorder, *, seed: int, real: bool, abort_share: float):
+    def __init__(self, settings: Settings, recorder: RowMaker, *, seed: int, real: bool, abort_share: float):
         self.recorder, self.witness = recorder, Witness(recorder)
         self.core = settings.build_core(eos_token_id=EOS, listener=self.witness)
         self.rng = random.Random(seed)
@@ -147,6 +149,32 @@ def record_run(tmp_path: Path, some_requests: list[Request]) -> Callable[..., Ru
             served.serve(some_requests if requests is None else requests)
             summary = recorder.close()
         return Run(path, summary, dict(served.witness.token_ends))
+
+    return record
+
+
+@pytest.fixture
+def record_live(tmp_path: Path, some_requests: list[Request]) -> Callable[..., SegmentedRecorder]:
+    """Record a run in segments of so many bytes; by default its decisions are those of `record_run`."""
+
+    def record(
+        name: str = "live", most_bytes: int = 9_000, *, real: bool = False, seed: int = 0, tokens=as_they_are, **values
+    ) -> SegmentedRecorder:
+        abort_share = values.pop("abort_share", 0.0)
+        settings = Settings.load({"max_num_seqs": 16, "max_num_batched_tokens": 128, "num_gpu_blocks": 60} | values)
+        recorder = SegmentedRecorder(
+            tmp_path / name,
+            world="real" if real else "sim",
+            settings=settings.model_dump(),
+            facts={"tokens": {"vocab_size": 1000, "first_id": 1}, "eos_token_id": EOS},
+            device=None,
+            tokens=tokens,
+            most_bytes=most_bytes,
+            most_s=1e9,
+        )
+        World(settings, recorder, seed=seed, real=real, abort_share=abort_share).serve(some_requests)
+        recorder.close()
+        return recorder
 
     return record
 

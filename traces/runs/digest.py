@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from struct import Struct
+from typing import Final
 
 import xxhash
 
 from twinserve.policies import Batch, Sequence
 
-_MASK = (1 << 64) - 1
+_MASK: Final = (1 << 64) - 1
 _PACKED = Struct("=5Q").pack
 
 
@@ -21,11 +22,13 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    chunks = set(batch.chunks)
-    before = zip(batch.seqs[:num_before], batch.lengths, strict=False)
-    exceptions = [(seq, n, seq not in chunks) for seq, n in before if n != usual or seq in chunks]
-    exceptions += [(seq, 0, False) for seq in batch.skipped]
-    return sorted(exceptions, key=lambda entry: entry[0].admission_index)
+    chunks, seqs, lengths = set(batch.chunks), batch.seqs, batch.lengths
+    places = [place for place in range(num_before) if lengths[place] != usual or seqs[place] in chunks]
+    exceptions = [(seqs[place], lengths[place], seqs[place] not in chunks) for place in places]
+    if batch.skipped:
+        exceptions += [(seq, 0, False) for seq in batch.skipped]
+        exceptions.sort(key=lambda entry: entry[0].admission_index)
+    return exceptions
 
 
 class Digest:
@@ -42,6 +45,7 @@ class Digest:
         self.exceptions: Exceptions = []
         self._chain = 0
         self._grown = 0
+        self._numbers: list[int] = []  # by block id, what stands for it in the sum of what grew
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
@@ -63,11 +67,14 @@ class Digest:
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
-        total = self._grown
+        total, numbers, num_known = self._grown, self._numbers, len(self._numbers)
         for seq, block_ids in grown:
             own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
             for block_id in block_ids:
-                total += own ^ (block_id + 1) * 0xBF58476D1CE4E5B9
+                while block_id >= num_known:
+                    num_known += 1
+                    numbers.append(num_known * 0xBF58476D1CE4E5B9 & _MASK)
+                total += own ^ numbers[block_id]
         self._grown = total & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
         return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

@@ -11,18 +11,18 @@ from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import WholeFolder
+from twinserve.traces.formats.recorded import REPLICAS, replica_place, replicas_of
 from twinserve.traces.request import Request
-from twinserve.traces.runs.metrics import summary_of
+from twinserve.traces.runs.metrics import metrics_of, summary_of
 from twinserve.traces.runs.record import (
     RunRecord,
     RunRecorder,
     checked_run,
     finish_record,
     load_record,
+    own_trace,
     run_of,
 )
-
-REPLICAS = "replicas"
 
 
 def is_fleet(path: Path) -> bool:
@@ -38,10 +38,9 @@ def load_replicas(path: Path) -> list[RunRecord]:
     """
     path = Path(path)
     summary = checked_run(path / "run.json")["summary"]
-    folders = [folder for folder in (path / REPLICAS).iterdir() if _place(folder) is not None]
-    if not folders:
-        raise InputError("has no replicas, expected folders named 0, 1, 2...", path=path / REPLICAS)
-    records = [load_record(folder) for folder in sorted(folders, key=lambda folder: _place(folder) or (0, 0))]
+    records = [load_record(folder) for folder in replicas_of(path)]
+    if summary is None:
+        return records
     expected = {name: summary[name] for name in ("requests", "finished", "refused", "aborted", "steps")}
     expected["requests"] += summary.get("retries", 0)
     for name, number in expected.items():
@@ -66,18 +65,15 @@ def load_fleet(path: Path) -> RunRecord:
     """
     path = Path(path)
     run = checked_run(path / "run.json")
-    rows = []
-    for record in load_replicas(path):
-        (replica, _) = _place(record.path) or (0, 0)
+    records, rows = load_replicas(path), []
+    for record in records:
+        (replica, _) = replica_place(record.path) or (0, 0)
         rows += [row | {"replica": replica} for row in record.requests if row["finish_reason"] is not None]
     rows.sort(key=lambda row: (row["ingested_ns"], row["replica"], row["ingest"]))
+    if run["summary"] is None:
+        run["facts"]["trace"] = own_trace(path)
+        run["summary"] = summary_of([metrics_of(one.requests, one.steps) for one in records], world=run["world"])
     return RunRecord(path, run, [row | {"ingest": number} for number, row in enumerate(rows)], [], {})
-
-
-def _place(folder: Path) -> tuple[int, int] | None:
-    """Number and life of a replica, from its folder's name."""
-    number, _, life = folder.name.partition(".")
-    return (int(number), int(life or 0)) if number.isdecimal() and (not life or life.isdecimal()) else None
 
 
 class FleetRecorder:

@@ -36,6 +36,11 @@ def summarize(
         world: "sim" or "real", handed through.
         wall_s: seconds that the run took on a wall clock, handed through.
     """
+    return summary_of([metrics_of(requests, steps)], world=world, wall_s=wall_s)
+
+
+def metrics_of(requests: Iterable[Row], steps: list[Row]) -> RunMetrics:
+    """The metrics of a run from its rows, see `summarize`."""
     metrics = RunMetrics()
     for row in requests:
         metrics.request(row)
@@ -49,7 +54,7 @@ def summarize(
     if _have(steps, _LOADS):
         for row in steps:
             metrics.waits.row(row)
-    return summary_of([metrics], world=world, wall_s=wall_s)
+    return metrics
 
 
 def token_gaps(output_tokens: Mapping[int, int], steps: list[Row]) -> dict[int, int]:

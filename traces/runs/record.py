@@ -9,7 +9,7 @@ import math
 import platform
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from itertools import accumulate
 from operator import sub
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 import orjson
 from mypy_extensions import mypyc_attr
@@ -27,15 +27,20 @@ from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams,
 from twinserve.policies.core import Growth, Span
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import Nowhere, WholeFolder, writing
+from twinserve.settings.files import Nowhere, WholeFolder, write_whole, writing
+from twinserve.traces.formats import recorded
+from twinserve.traces.formats.recorded import segments_of
 from twinserve.traces.lines import Line, json_file, json_lines_file
+from twinserve.traces.readers import sha256_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.digest import Digest, Exceptions
-from twinserve.traces.runs.metrics import RunMetrics, summary_of
+from twinserve.traces.runs.metrics import RunMetrics, summarize, summary_of
 from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
 SCHEMA = "twinserve-run/2"
+RUNNING = "running-"
+"""Begins the names of a segment's files that say what ran when it ended."""
 FIRST_SCHEMA = "twinserve-run/1"
 """Of records that lack when a step was launched, and how its engine pads and cuts steps."""
 
@@ -58,24 +63,17 @@ _SAID_BY_REQUESTS = (
 """Of a summary, what the requests' rows alone say."""
 
 
-class KeptTokens(Protocol):
-    """What a record holds in place of a request's tokens, such as `ConcealedTokens`."""
-
-    def __call__(self, token_ids: Seq[int], *, ends_by_token: bool) -> list[int]:
-        """Numbers in place of a prompt and its answer; see `ConcealedTokens`."""
-
-
 _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def line_of(row: dict[str, Any]) -> bytes:
     """A row as its line. With json's own encoder, rows took an eighth of a simulation's time."""
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 @dataclass(slots=True)
-class _Served:
+class Served:
     """A request that came in, while the run goes on."""
 
     number: int
@@ -83,10 +81,11 @@ class _Served:
     sampling: SamplingParams
     seq: Sequence
     cached_tokens: int | None = None
+    has_begun: bool = False
 
 
 @dataclass(slots=True)
-class _Decided:
+class Decided:
     """A decision whose row is not written yet, and those that repeat it."""
 
     batch: Batch
@@ -98,59 +97,19 @@ class _Decided:
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class RunRecorder(CoreListener):
-    """Listens to a Core and writes its run record as the run goes on; the folder appears, complete, at `close`.
-
-    Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
-    manager it discards what was not closed. What it holds in memory is what is being served, a few bytes a request and
-    a step for the metrics, and of a real run the generated tokens.
-
-    Args:
-        out: the folder to write; None writes nothing, and leaves the metrics.
-        world: "sim" or "real"; a real run's record holds the generated tokens too.
-        settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
-        facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
-        device: what executed the steps, in words.
-        tokens: of a real run whose prompts nobody can make again: what is kept of a request's tokens, prompt and
-            answer; None keeps the answers alone, as they are.
+class RowMaker(CoreListener):
+    """Listens to a Core and holds what the rows of its run record are made of; subclasses say what becomes of them.
 
     Attributes:
-        metrics: of the run, once it is closed.
         rules: what decides, see `built`.
-
-    Raises:
-        InputError: `out` exists, another run is writing it, or it cannot be written.
     """
 
-    def __init__(
-        self,
-        out: Path | None,
-        *,
-        world: Literal["sim", "real"],
-        settings: dict[str, Any],
-        facts: dict[str, Any],
-        device: str | None = None,
-        tokens: KeptTokens | None = None,
-    ):
-        self.metrics = RunMetrics()
+    def __init__(self) -> None:
         self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
-        self._world, self._settings, self._facts, self._device = world, settings, facts, device
-        self._tokens = tokens
         self._expected: dict[int, tuple[Request, SamplingParams]] = {}
-        self._served: dict[int, _Served] = {}
-        self._outputs: dict[int, dict[str, Any]] = {}
+        self._served: dict[int, Served] = {}
         self._digest = Digest()
-        self._decided: deque[_Decided] = deque()
-        self._folder = None if out is None else WholeFolder(Path(out))
-        self._steps_file = self._open("steps.jsonl")
-        self._requests_file = self._open("requests.jsonl")
-        self._next_number = 0
-        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        self._most_calls = _AT_ONCE if world == "sim" else 1
-        self._lines: dict[int, bytes] = {}
-
-    def _open(self, name: str) -> IO[bytes]:
-        return Nowhere() if self._folder is None else (self._folder.partial / name).open("wb", buffering=1 << 16)
+        self._decided: deque[Decided] = deque()
 
     def expect(self, request: Request, sampling: SamplingParams) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
@@ -171,11 +130,10 @@ class RunRecorder(CoreListener):
     def ingested(self, seq: Sequence, number: int) -> None:
         """A sequence came in."""
         expected = self._expected.pop(seq.seq_id, None)
-        if expected is None:
-            self._write_request(number, b"")
-        else:
-            self._served[seq.seq_id] = _Served(number, *expected, seq)
-            self._later(self.metrics.gaps.begin, seq.seq_id, seq.sampling_params.max_tokens)
+        served = None if expected is None else Served(number, *expected, seq)
+        if served is not None:
+            self._served[seq.seq_id] = served
+        self._come(number, served)
 
     def decided(self, batch: Batch) -> None:
         """A decision was made."""
@@ -183,7 +141,7 @@ class RunRecorder(CoreListener):
             served = self._served.get(row.seq.seq_id)
             if served is not None and served.cached_tokens is None:
                 served.cached_tokens = row.start
-        self._decided.append(_Decided(batch, self._digest.of(batch), self._digest.exceptions))
+        self._decided.append(Decided(batch, self._digest.of(batch), self._digest.exceptions))
 
     def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
         """The latest decision was made again: its row stands for all of them."""
@@ -203,13 +161,85 @@ class RunRecorder(CoreListener):
             first = oldest.batch
             first.start_ns = batch.decided_ns if batch.start_ns is None else batch.start_ns
             first.end_ns = batch.end_ns
-        self._later(self._write_step, oldest)
+        self._stepped(oldest)
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended."""
         served = self._served.pop(seq.seq_id, None)
         if served is not None:
-            self._later(self._keep, served)
+            self._ended(served)
+
+    # --- what subclasses make of it ---
+
+    def _come(self, number: int, served: Served | None) -> None:
+        """The `number`-th sequence has come in; None is one that was not expected."""
+
+    def _stepped(self, decided: Decided) -> None:
+        """Steps that share a row have ended."""
+
+    def _ended(self, served: Served) -> None:
+        """A request has ended."""
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class RunRecorder(RowMaker):
+    """Writes the run record of a Core as the run goes on; the folder appears, complete, at `close`.
+
+    Until then everything lies in a sibling folder named `<out>.partial`, which `discard` removes. As a context
+    manager it discards what was not closed. What it holds in memory is what is being served, a few bytes a request and
+    a step for the metrics, and of a real run the generated tokens.
+
+    Args:
+        out: the folder to write; None writes nothing, and leaves the metrics.
+        world: "sim" or "real"; a real run's record holds the generated tokens too.
+        settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
+        facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
+        device: what executed the steps, in words.
+
+    Attributes:
+        metrics: of the run, once it is closed.
+
+    Raises:
+        InputError: `out` exists, another run is writing it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        *,
+        world: Literal["sim", "real"],
+        settings: dict[str, Any],
+        facts: dict[str, Any],
+        device: str | None = None,
+    ):
+        super().__init__()
+        self.metrics = RunMetrics()
+        self._world, self._settings, self._facts, self._device = world, settings, facts, device
+        self._outputs: dict[int, dict[str, Any]] = {}
+        self._folder = None if out is None else WholeFolder(Path(out))
+        self._steps_file = self._open("steps.jsonl")
+        self._requests_file = self._open("requests.jsonl")
+        self._next_number = 0
+        self._waiting: list[Served | Decided] = []
+        self._most_waiting = _AT_ONCE if world == "sim" else 1
+        self._lines: dict[int, bytes] = {}
+
+    def _open(self, name: str) -> IO[bytes]:
+        return Nowhere() if self._folder is None else (self._folder.partial / name).open("wb", buffering=1 << 16)
+
+    # --- what a RowMaker makes of what it hears ---
+
+    def _come(self, number: int, served: Served | None) -> None:
+        if served is None:
+            self._write_request(number, b"")
+        else:
+            self._later(served)
+
+    def _stepped(self, decided: Decided) -> None:
+        self._later(decided)
+
+    def _ended(self, served: Served) -> None:
+        self._later(served)
 
     # --- the end ---
 
@@ -241,12 +271,7 @@ class RunRecorder(CoreListener):
             if self._world == "real":
                 outputs = [row for _, row in sorted(self._outputs.items())]
                 _write_lines(folder.partial / "outputs.jsonl.gz", outputs)
-            facts = self._facts | self.last_facts(folder.partial)
-        finish_record(folder, run_of(self._world, self._settings | self.rules, facts, self._device, summary))
-
-    def last_facts(self, folder: Path) -> dict[str, Any]:
-        """Facts that are known once the rows are written to `folder`, over those from before; here there are none."""
-        return {}
+        finish_record(folder, run_of(self._world, self._settings | self.rules, self._facts, self._device, summary))
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""
@@ -267,33 +292,33 @@ class RunRecorder(CoreListener):
         if self._folder is not None and isinstance(error, OSError):
             raise InputError(f"cannot be written: {error.strerror or error}", path=self._folder.out) from error
 
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Make a call that nothing waits for together with others, in order; in a real run, whose steps would, now."""
-        self._calls.append((call, arguments))
-        if len(self._calls) >= self._most_calls:
+    def _later(self, event: Served | Decided) -> None:
+        """Write what a request's begin, a step or a request's end says together with others, in order; in a real run,
+        whose steps would wait for that, now."""
+        self._waiting.append(event)
+        if len(self._waiting) >= self._most_waiting:
             self._work_off()
 
     def _work_off(self) -> None:
-        """Make the calls that are left to make."""
-        for call, arguments in self._calls:
-            call(*arguments)
-        self._calls.clear()
+        """Write what is left to write."""
+        for event in self._waiting:
+            if isinstance(event, Decided):
+                self._write_step(event)
+            elif event.has_begun:
+                self._keep(event)
+            else:
+                event.has_begun = True
+                self.metrics.gaps.begin(event.seq.seq_id, event.seq.sampling_params.max_tokens)
+        self._waiting.clear()
 
-    def _keep(self, served: _Served) -> None:
+    def _keep(self, served: Served) -> None:
         """Turn what is known of a request into its row."""
-        row = _request_row(served)
+        row = request_row(served)
         self.metrics.request(row)
         self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
-        self._write_request(served.number, _line(row))
+        self._write_request(served.number, line_of(row))
         if self._world == "real":
-            self._outputs[served.number] = {"id": served.request.id} | self._kept_tokens(served.seq)
-
-    def _kept_tokens(self, seq: Sequence) -> dict[str, list[int]]:
-        """What is kept of a sequence's tokens."""
-        if self._tokens is None:
-            return {"tokens": seq.completion_token_ids}
-        kept = self._tokens(seq.token_ids, ends_by_token=seq.finish_reason == "stop")
-        return {"prompt": kept[: seq.num_prompt_tokens], "tokens": kept[seq.num_prompt_tokens :]}
+            self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
 
     def _write_request(self, number: int, line: bytes) -> None:
         """Write a request's row as soon as those of all that came in before it are there."""
@@ -302,27 +327,33 @@ class RunRecorder(CoreListener):
             self._requests_file.write(ready)
             self._next_number += 1
 
-    def _write_step(self, decided: _Decided) -> None:
+    def _write_step(self, decided: Decided) -> None:
         """Write a step's row, and count it."""
-        batch = decided.batch
-        row = {
-            "decision": batch.decision,
-            "seen": batch.seen,
-            "aborted": _ids(batch.aborted),
-            "committed": batch.committed,
-            "decided_ns": batch.decided_ns,
-            "start_ns": batch.start_ns,
-            "end_ns": batch.end_ns,
-            "count": 1 + len(decided.spans),
-            **decision_fields(batch, decided.digest, decided.exceptions),
-        }
-        if batch.launched_ns is not None:
-            row["launched_ns"] = batch.launched_ns
-        if decided.spans:
-            blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
-            row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
+        row = step_row(decided)
         self.metrics.step(row)
-        self._steps_file.write(_line(row))
+        self._steps_file.write(line_of(row))
+
+
+def step_row(decided: Decided) -> dict[str, Any]:
+    """The row of a step, or of several that repeat one another."""
+    batch = decided.batch
+    row = {
+        "decision": batch.decision,
+        "seen": batch.seen,
+        "aborted": _ids(batch.aborted),
+        "committed": batch.committed,
+        "decided_ns": batch.decided_ns,
+        "start_ns": batch.start_ns,
+        "end_ns": batch.end_ns,
+        "count": 1 + len(decided.spans),
+        **decision_fields(batch, decided.digest, decided.exceptions),
+    }
+    if batch.launched_ns is not None:
+        row["launched_ns"] = batch.launched_ns
+    if decided.spans:
+        blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
+        row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
+    return row
 
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
@@ -343,9 +374,9 @@ def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
 
 
 def run_of(
-    world: str, settings: dict[str, Any], facts: dict[str, Any], device: str | None, summary: dict[str, Any]
+    world: str, settings: dict[str, Any], facts: dict[str, Any], device: str | None, summary: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What run.json says of a run that was made here."""
+    """What run.json says of a run that was made here; the summary of one that goes on is not known."""
     return {
         "schema": SCHEMA,
         "world": world,
@@ -363,10 +394,22 @@ def finish_record(folder: WholeFolder, run: dict[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    text = json.dumps(run, indent=2, allow_nan=False) + "\n"
     with writing(folder.out):
-        (folder.partial / "run.json").write_text(text, encoding="utf-8", newline="\n")
+        (folder.partial / "run.json").write_text(_run_text(run), encoding="utf-8", newline="\n")
     folder.finish()
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json, in place of one that is there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_whole(folder / "run.json", _run_text(run), replaces=True)
+
+
+def _run_text(run: dict[str, Any]) -> str:
+    return json.dumps(run, indent=2, allow_nan=False) + "\n"
 
 
 def write_record(record: RunRecord, out: Path) -> None:
@@ -393,7 +436,7 @@ def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[s
         "preempted": _ids(batch.preempted),
         "usual": batch.usual_tokens,
         "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
-        "grown": [[seq.seq_id, list(block_ids)] for seq, block_ids in batch.grown],
+        "grown": [[seq.seq_id, block_ids] for seq, block_ids in batch.grown],
         "tokens": batch.num_tokens,
         "prompt_tokens": batch.num_prompt_tokens,
         "decode_tokens": batch.num_decode_tokens,
@@ -457,7 +500,8 @@ def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
     yield from zip(decided, starts, ends[1:], strict=True)
 
 
-def _request_row(served: _Served) -> dict[str, Any]:
+def request_row(served: Served) -> dict[str, Any]:
+    """The row of a request, as far as it is known."""
     request, seq = served.request, served.seq
     return {
         "id": request.id,
@@ -485,7 +529,7 @@ def _request_row(served: _Served) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a line a row; equal rows give equal bytes, packed or not."""
-    content = b"".join(map(_line, rows))
+    content = b"".join(map(line_of, rows))
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
@@ -559,57 +603,87 @@ def load_record(path: Path) -> RunRecord:
     """
     path = Path(path)
     run = checked_run(path / "run.json")
-    requests: list[dict[str, Any]] = []
-    taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
-    for line in json_lines_file(path / "requests.jsonl"):
-        _check_request(line)
-        requests.append(line.values)
-        for field, values in taken.items():
-            values.add(line.values[field])
-            if len(values) < len(requests):
-                raise line.error("expected another one than those of the lines before", field)
+    pieces = segments_of(path)
+    if run["summary"] is None and not pieces:
+        raise InputError("expected an object, as there are no segments", path=path / "run.json", field="summary")
+    requests = _read_requests(_in_pieces(path, pieces, "requests.jsonl"))
     steps: list[dict[str, Any]] = []
     num_rows = 0
-    for line in json_lines_file(path / "steps.jsonl"):
-        _check_step(line, len(steps), run["facts"].get("source") is None)
-        steps += single_steps(line.values)
-        num_rows += 1
-    _check_ends(path, run["summary"], requests, len(steps), num_rows)
+    for piece in pieces or [path]:
+        for line in json_lines_file(piece / "steps.jsonl"):
+            _check_step(line, len(steps), run["facts"].get("source") is None)
+            steps += single_steps(line.values)
+            num_rows += 1
+    if not pieces:
+        _check_ends(path, run["summary"], len(requests), len(steps), num_rows)
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, list[int]] = {}
     if _has_tokens(run):
-        _read_outputs(path, requests, outputs, prompts)
-    _check_summary(path, run["summary"], requests)
-    requests.sort(key=lambda row: row["ingest"])
-    return RunRecord(path, run, requests, steps, outputs, prompts)
+        name = "outputs.jsonl" if pieces else "outputs.jsonl.gz"
+        _read_outputs(_in_pieces(path, pieces, name), requests, outputs, prompts)
+    rows = [line.values for line in requests]
+    if not pieces:
+        _check_summary(path, run["summary"], rows)
+    rows.sort(key=lambda row: row["ingest"])
+    if pieces:
+        run["facts"]["trace"] = own_trace(path)
+        run["summary"] = summarize(rows, steps, world=run["world"])
+    return RunRecord(path, run, rows, steps, outputs, prompts)
+
+
+def own_trace(path: Path) -> dict[str, Any]:
+    """What the facts of a record of live traffic say of its trace: it is its own."""
+    facts = {"path": path.name, "format": recorded.NAME, "sha256": sha256_of(recorded.request_files(path))}
+    return facts | {"notes": {}, "handled": {}, "transforms": []}
+
+
+def _in_pieces(path: Path, pieces: list[Path], name: str) -> list[Path]:
+    """The files of a name; in segments, what ran when the last one ended lies in a file beside."""
+    if not pieces:
+        return [path / name]
+    return [*(piece / name for piece in pieces), pieces[-1] / f"{RUNNING}{name}"]
+
+
+def _read_requests(paths: list[Path]) -> list[Line]:
+    """The rows of requests, checked."""
+    lines: list[Line] = []
+    taken: dict[str, set[int]] = {"id": set(), "ingest": set()}
+    for path in paths:
+        for line in json_lines_file(path):
+            _check_request(line)
+            lines.append(line)
+            for field, values in taken.items():
+                values.add(line.values[field])
+                if len(values) < len(lines):
+                    raise line.error("expected another one than those of the lines before", field)
+    return lines
 
 
 def _read_outputs(
-    path: Path, requests: list[dict[str, Any]], outputs: dict[int, list[int]], prompts: dict[int, list[int]]
+    paths: list[Path], requests: list[Line], outputs: dict[int, list[int]], prompts: dict[int, list[int]]
 ) -> None:
     """Read the tokens of a run; each request has as many as its row says."""
-    rows = {row["id"]: (number, row) for number, row in enumerate(requests, 1)}
-    for line in json_lines_file(path / "outputs.jsonl.gz"):
-        check_output(line)
+    known = {line.values["id"] for line in requests}
+    for path in paths:
+        for line in json_lines_file(path):
+            check_output(line)
+            request_id = line.values["id"]
+            if request_id not in known or request_id in outputs:
+                raise line.error("expected a request of requests.jsonl, and each once", "id")
+            outputs[request_id] = line.values["tokens"]
+            if "prompt" in line.values:
+                prompts[request_id] = line.values["prompt"]
+    for line in requests:
         request_id = line.values["id"]
-        if request_id not in rows or request_id in outputs:
-            raise line.error("expected a request of requests.jsonl, and each once", "id")
-        outputs[request_id] = line.values["tokens"]
-        if "prompt" in line.values:
-            prompts[request_id] = line.values["prompt"]
-    for number, row in rows.values():
-        counts = [("output_tokens", len(outputs.get(row["id"], ())))]
-        if row["id"] in prompts:
-            counts.append(("prompt_tokens", len(prompts[row["id"]])))
+        counts = [("output_tokens", len(outputs.get(request_id, ())))]
+        if request_id in prompts:
+            counts.append(("prompt_tokens", len(prompts[request_id])))
         for field, count in counts:
-            if row[field] != count:
-                line = Line(path / "requests.jsonl", number, row)
-                raise line.error(f"expected {count}, the number of tokens in outputs.jsonl.gz", field)
+            if line.values[field] != count:
+                raise line.error(f"expected {count}, the number of its tokens in {paths[0].name}", field)
 
 
-def _check_ends(
-    path: Path, summary: dict[str, Any], requests: list[dict[str, Any]], num_steps: int, num_rows: int
-) -> None:
+def _check_ends(path: Path, summary: dict[str, Any], num_requests: int, num_steps: int, num_rows: int) -> None:
     """Hold the numbers of rows against the summary, which was written when all were there.
 
     Raises:
@@ -617,7 +691,7 @@ def _check_ends(
     """
     for name, number, found, line in (
         ("steps", summary["steps"], num_steps, num_rows),
-        ("requests", summary["requests"], len(requests), len(requests)),
+        ("requests", summary["requests"], num_requests, num_requests),
     ):
         if found != number:
             raise InputError(

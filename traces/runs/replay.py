@@ -8,7 +8,6 @@ from typing import Any
 
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND, Settings
-from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
 from twinserve.traces.lines import LABELS
@@ -97,7 +96,7 @@ def _settings_of(record: RunRecord) -> Settings:
         if str(settings.get(name)).startswith(BY_HAND):
             problem = "expected a class that settings can name: replay() takes this one as build_core"
             raise InputError(problem, path=path, field=f"settings.{name}", value=settings[name])
-    return validated(Settings, settings, {}, path, within="settings.")
+    return Settings.recorded(settings, path)
 
 
 class _Impossible(Exception):
@@ -114,7 +113,9 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
         request = Request(
             row["id"], row["arrival_ns"], parts, row["max_tokens"], row["session"], row["after"], **labels
         )
-        params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=tuple(row["stop_token_ids"]))
+        # Before ignore_eos left them alone, records said stop tokens that it had switched off.
+        stops = () if row["ignore_eos"] and row["finish_reason"] != "stop" else tuple(row["stop_token_ids"])
+        params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=stops)
         if maker is None:
             return request.to_sequence(params)
         try:

@@ -175,14 +175,14 @@ class Facts(TypedDict):
 
 @_STRICT
 class Run(TypedDict):
-    """A run.json."""
+    """A run.json; that of live traffic, which lies in segments, has no summary."""
 
     world: Literal["sim", "real"]
     settings: dict[str, Any]
     facts: Facts
     device: str | None
     versions: dict[str, str]
-    summary: Summary
+    summary: Summary | None
 
 
 check_request = checker(RequestRow)

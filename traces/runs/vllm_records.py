@@ -8,19 +8,21 @@ rows in order, their tokens and computed tokens, preemptions, and the counts of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.vllm_versions import nearest_version
 from twinserve.traces.lines import Content, json_file, json_lines_file, json_value
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
 from twinserve.traces.runs.metrics import summarize
 from twinserve.traces.runs.record import SCHEMA, RunRecord, load_record
+from twinserve.traces.runs.vllm_journal import JOURNAL, KIND, STOP_TOKEN, TOKENS, prompts_of, read_journal
 
 FORMAT = "vllm-run-record/1"
 MOONCAKE_TRACE = "mooncake/conversation_trace.jsonl.gz"
@@ -52,6 +54,7 @@ _COPIED_SETTINGS = (
     "block_size",
     "enable_prefix_caching",
 )
+_NEWER_SETTINGS = ("long_prefill_token_threshold_adaptive", "prefill_schedule_interval", "max_num_active_seqs")
 _STEPS_OF_A_PROFILE = 13
 
 
@@ -64,6 +67,8 @@ def load_run(path: Path, traces: Path | None = None) -> RunRecord:
     Raises:
         InputError: it cannot be read as either.
     """
+    if (path / JOURNAL).is_file():
+        return read_vllm_record(path, traces)
     content = json_file(path / "run.json")
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return read_vllm_record(path, traces)
@@ -83,15 +88,14 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
     Raises:
         InputError: a file is missing or broken, or the run used what the policies do not have.
     """
-    run = json_file(path / "run.json")
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise InputError(f"expected a step log of format {FORMAT!r}", path=path / "run.json")
+    is_journal = (path / JOURNAL).is_file()
     try:
-        requests = [line.values for line in json_lines_file(path / "requests.jsonl.gz")]
-        log = _Log(run, requests, _step_rows(path / "steps.jsonl.gz"), path)
-        rows = log.request_rows(_prompts(run, requests, path, traces))
+        run, requests, logged = read_journal(path) if is_journal else _read_log(path)
+        log = _Log(run, requests, logged, path)
+        outputs = log.made_up_tokens() if is_journal else {}
+        rows = log.request_rows(prompts_of(requests, outputs) if is_journal else _prompts(run, requests, path, traces))
         steps = log.steps
-        for name, found in (("steps", len(steps)), ("requests", len(requests))):
+        for name, found in () if is_journal else (("steps", len(steps)), ("requests", len(requests))):
             if found != run["summary"][name]:
                 problem = f"the log is not whole: it ends here after {found} {name}, expected {run['summary'][name]}"
                 raise InputError(f"{problem}, as run.json has it", path=path / f"{name}.jsonl.gz", line=found)
@@ -109,15 +113,25 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"expected a step log of format {FORMAT!r}, but {error!r}", path=path) from error
-    return RunRecord(path, whole, rows, steps, {})
+    return RunRecord(path, whole, rows, steps, outputs)
 
 
 def requests_of(record: RunRecord) -> list[Request]:
-    """The requests of a run as a trace to replay."""
-    return [
-        Request(row["id"], row["arrival_ns"], tuple(Part(*part) for part in row["prompt"]), row["max_tokens"])
-        for row in record.requests
-    ]
+    """The requests of a run as a trace to replay; an answer that was stopped is as long as it was."""
+    requests = []
+    for row in record.requests:
+        most = row["output_tokens"] if row["finish_reason"] == "stop" else row["max_tokens"]
+        requests.append(Request(row["id"], row["arrival_ns"], tuple(Part(*part) for part in row["prompt"]), most))
+    return requests
+
+
+def _read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Iterator[dict[str, Any]]]:
+    """The three files of a step log."""
+    run = json_file(path / "run.json")
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise InputError(f"expected a step log of format {FORMAT!r}", path=path / "run.json")
+    requests = [line.values for line in json_lines_file(path / "requests.jsonl.gz")]
+    return run, requests, _step_rows(path / "steps.jsonl.gz")
 
 
 def _step_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -132,12 +146,19 @@ def _step_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _settings(found: dict[str, Any], path: Path) -> dict[str, Any]:
     """Our settings for vLLM's; `num_gpu_blocks` without the block that it never gives out."""
-    if found["policy"] != "fcfs":
+    if found["policy"] != "fcfs" and not (path / JOURNAL).is_file():  # a log does not say how urgent a request is
         raise InputError("expected 'fcfs'", path=path / "run.json", field="settings.policy", value=found["policy"])
-    return {name: found[name] for name in _COPIED_SETTINGS} | {
-        "num_gpu_blocks": found["num_gpu_blocks"] - 1,
-        "pipeline_depth": found["max_concurrent_batches"] - 1,
-    }
+    newer = {name: found[name] for name in _NEWER_SETTINGS if name in found}
+    return (
+        newer
+        | {name: found[name] for name in _COPIED_SETTINGS}
+        | {
+            "scheduling_policy": found["policy"],
+            "vllm_version": nearest_version(found["vllm"]),
+            "num_gpu_blocks": found["num_gpu_blocks"] - 1,
+            "pipeline_depth": found["max_concurrent_batches"] - 1,
+        }
+    )
 
 
 def _facts(run: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -150,7 +171,7 @@ def _facts(run: dict[str, Any], path: Path) -> dict[str, Any]:
             "transforms": [],
         },
         "eos_token_id": None,
-        "tokens": None,
+        "tokens": TOKENS if run["kind"] == KIND else None,
         "captured_tokens": max(run["settings"]["cudagraph_capture_sizes"], default=0),
         "source": {name: run.get(name) for name in ("name", "kind", "process", "machine", "seconds", "rate_per_s")},
     }
@@ -191,7 +212,7 @@ class _Log:
     does not (an admission, in a true log) all rows of the step are `admitted`, so nothing that was logged is lost.
     """
 
-    def __init__(self, run: dict[str, Any], requests: list[dict], rows: Iterator[dict[str, Any]], path: Path):
+    def __init__(self, run: dict[str, Any], requests: list[dict], rows: Iterable[dict[str, Any]], path: Path):
         self.steps: list[dict[str, Any]] = []
         self._requests = requests
         self._num_usable = run["settings"]["num_gpu_blocks"] - 1
@@ -210,13 +231,18 @@ class _Log:
         self._first_scheduled: dict[int, int] = {}
         self._outputs = [0] * len(requests)
         self._cached: dict[int, int] = {}
-        self._abortions = _Abortions(run, requests)
+        self._first_token: dict[int, int] = {}
+        self._stopped: dict[int, list[int]] = {}  # by the step whose output ended them otherwise than by their length
+        is_journal = run["kind"] == KIND
+        self._abortions: _Abortions | _LoggedAborts = (
+            _LoggedAborts(requests) if is_journal else _Abortions(run, requests)
+        )
         for number, row in enumerate(rows):
             if row["step"] != number:
                 raise InputError(f"expected step {number}", path=path, field="step", value=row["step"])
             self._follow(number, row)
-        left = [row["i"] for row in requests if row["finish"] is None]
-        self._gone.update(left)
+        if not is_journal:  # whose last outputs were taken; in other logs what is left is aborted before that
+            self._gone.update(row["i"] for row in requests if row["finish"] is None)
         while self._num_committed < len(self.steps):
             self._commit()
 
@@ -232,6 +258,8 @@ class _Log:
         left += [i for i in aborted if self._running.pop(i, None) is not None]
         for i in row["preempted"]:
             self._running.pop(i, None)
+            self._prompting.discard(i)
+        self._stopped[number] = row.get("stopped", [])
         self.steps.append(
             {
                 "decision": number,
@@ -329,8 +357,21 @@ class _Log:
                 self.steps[number]["sampled"] += 1
             else:
                 self._outputs[i] += 1
-        ended = [i for i in self._ending.pop(number, ()) if i not in self._gone]
+                self._first_token.setdefault(i, self.steps[number]["end_ns"])
+        ending = {*self._ending.pop(number, ()), *self._stopped[number]}
+        ended = [i for i in sampling if i in ending and i not in self._gone]
+        self._gone.update(self._stopped[number])
         return [i for i in ended if self._running.pop(i, None) is not None]
+
+    def made_up_tokens(self) -> dict[int, list[int]]:
+        """Generated tokens that are all different, but for the last one where an answer was stopped."""
+        first = TOKENS["vocab_size"]
+        outputs = {}
+        for row, length in zip(self._requests, self._outputs, strict=True):
+            tokens = list(range(first, first + length))
+            first += length
+            outputs[row["i"]] = [*tokens[:-1], STOP_TOKEN] if row["reason"] == "stop" else tokens
+        return outputs
 
     def request_rows(self, prompts: list[list[list[int]]]) -> list[dict[str, Any]]:
         """The rows of the requests."""
@@ -346,21 +387,42 @@ class _Log:
                     "arrival_ns": _ns(row["arrival"]),
                     "ingested_ns": _ns(row["queued"]),
                     "first_scheduled_ns": self._first_scheduled.get(i),
-                    "first_token_ns": None if row["first_token"] is None else _ns(row["first_token"]),
+                    "first_token_ns": self._first_token.get(i)
+                    if row["first_token"] is None
+                    else _ns(row["first_token"]),
                     "finish_ns": _ns(row["finish"]) if finished else None,
                     "prompt_tokens": row["prompt"],
                     "max_tokens": row["max_tokens"],
-                    "output_tokens": row["output"] if finished else self._outputs[i],
+                    "output_tokens": self._outputs[i] if row["output"] is None else row["output"],
                     "cached_tokens": self._cached.get(i, 0) if row["cached"] is None else row["cached"],
                     "preemptions": row["preemptions"],
-                    "finish_reason": "length" if finished else "abort",
+                    "finish_reason": row.get("reason", "length") if finished else "abort",
                     "refusal": None,
                     "prompt": prompt,
-                    "ignore_eos": True,
-                    "stop_token_ids": [],
+                    "ignore_eos": row.get("reason") != "stop",
+                    "stop_token_ids": [STOP_TOKEN] if row.get("reason") == "stop" else [],
                 }
             )
+            if row.get("priority"):
+                rows[-1]["priority"] = row["priority"]
         return rows
+
+
+class _LoggedAborts:
+    """Which requests were aborted before a decision, where the log says when."""
+
+    def __init__(self, requests: list[dict]):
+        self._coming = sorted((row["aborted"], row["i"]) for row in requests if row["aborted"] is not None)
+
+    def decided(self, number: int, step: dict[str, Any], emitted: int) -> None:
+        """A step is logged, which tells nothing here."""
+
+    def before(self, decided_s: float, committed: int, num_seen: int) -> list[int]:
+        """Requests aborted since the decision before."""
+        aborted = []
+        while self._coming and self._coming[0][0] <= decided_s:
+            aborted.append(self._coming.pop(0)[1])
+        return aborted
 
 
 class _Abortions:

@@ -13,6 +13,7 @@ from twinserve.commands.records import compare, record_import, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
+from twinserve.commands.upgrades import tune, upgrade
 from twinserve.commands.worlds import demo, run, sim
 
 app = typer.Typer(
@@ -31,6 +32,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(record_app, name="record")
 app.command()(sweep)
 app.command()(capacity)
+app.command()(upgrade)
+app.command()(tune)
 app.command()(sim)
 app.command()(run)
 app.command()(replay)

@@ -14,6 +14,7 @@ from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
+from twinserve.worlds.workload import TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.sim.fit import FittedLatency
@@ -21,24 +22,41 @@ if TYPE_CHECKING:
 
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings", but=Settings.model_fields.keys() - RUNNER_SETTINGS)
+@options_of(TraceOptions, "trace_options")
 def profile(
-    out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The latency file to write, its profile beside it; must not exist.")
+    ],
     engine: dict,
     settings: dict,
+    trace_options: dict,
     shapes: Annotated[int, typer.Option(help="Shapes of steps that are measured.", min=16)] = 128,
     max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
     max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
     max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
     repeats: Annotated[int, typer.Option(help="Steps of each shape that count.", min=1)] = 5,
+    trace: Annotated[
+        Path | None, typer.Option(help="Half of the shapes are those of steps that simulating this trace makes.")
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="What the trace is simulated with; the other shapes' measurements unless given.")
+    ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Measure step times of a model on this device, fit a latency model and save it."""
-    from twinserve.worlds.run import fit_steps, load_llm, measure_steps
+    from twinserve.sim.profiles import profile_beside
+    from twinserve.worlds.run import choose_latency, fit_profile, load_llm, measure_steps, profile_of
+    from twinserve.worlds.workload import load_workload
 
     options = EngineOptions.load(engine, config)
     chosen = Settings.load(settings, config, beside=("engine",))
-    refuse_existing(out)
+    if trace is None and (trace_options or latency):
+        raise InputError("is missing, expected one beside its options", field="trace")
+    for path in (out, profile_beside(out)):
+        refuse_existing(path)
+    workload = None if trace is None else load_workload(trace, trace_options)
+    model = None if latency is None else choose_latency(latency, None)[0]
     llm = load_llm(options, chosen, progress=say)
     samples = measure_steps(
         llm,
@@ -48,13 +66,20 @@ def profile(
         max_prompt=max_prompt,
         repeats=repeats,
         progress=lambda total: Bar("profile", total),
+        workload=workload,
+        latency=model,
     )
-    _save_latency(fit_steps(llm, samples), out, as_json)
+    measured = profile_of(llm, samples)
+    measured.save(profile_beside(out))
+    _save_latency(fit_profile(measured), out, as_json)
 
 
 def fit(
     runs: Annotated[list[Path], typer.Argument(help="Run records of one engine on one device, or vLLM step logs.")],
     out: Annotated[Path, typer.Option("--out", help="The latency file to write; must not exist.")],
+    profile: Annotated[
+        Path | None, typer.Option(help="Steps that `twinserve profile` measured of it, to be fitted with the runs'.")
+    ] = None,
     traces: Traces = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +87,7 @@ def fit(
     from twinserve.worlds.run import fit_runs
 
     refuse_existing(out)
-    _save_latency(fit_runs(runs, traces), out, as_json)
+    _save_latency(fit_runs(runs, traces, profile), out, as_json)
 
 
 def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:

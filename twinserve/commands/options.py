@@ -29,6 +29,24 @@ Config = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 
+VLLM_ARGS_HELP = "A command line of vllm serve, such as '--max-num-seqs 512'; settings that are options override it."
+
+
+def settings_of_vllm(text: str | None) -> dict[str, Any]:
+    """The settings that a command line of `vllm serve` sets; the flags that are not modelled are said.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from twinserve.commands.progress import say
+    from twinserve.worlds.vllm_like import read_vllm_args
+
+    settings, unmodelled = ({}, []) if text is None else read_vllm_args(text)
+    if unmodelled:
+        say(f"not modelled of the command line of vLLM: {', '.join(unmodelled)}")
+    return settings
+
+
 class KeepsDashes(TyperCommand):
     """A command one of whose arguments may be `--`, which parsers take for the end of the options and drop."""
 

@@ -43,6 +43,10 @@ def serve(
     record_tokens: Annotated[
         bool, typer.Option("--record-tokens", help="Record the tokens themselves, not only which prefixes are equal.")
     ] = False,
+    record_segment_mib: Annotated[float, typer.Option(help="MiB after which the record begins a new segment.")] = 64,
+    record_segment_s: Annotated[
+        float, typer.Option(help="Seconds after which it does; a kill costs what is newer.")
+    ] = 60,
     config: Config = None,
 ) -> None:
     """Serve OpenAI's interface over HTTP, from the engine or from a simulated replica."""
@@ -52,6 +56,9 @@ def serve(
         from twinserve.serving import run
     except ImportError as error:
         raise InputError("the server needs FastAPI and uvicorn: pip install 'twinserve[serve]'") from error
+    for field, value in (("record_segment_mib", record_segment_mib), ("record_segment_s", record_segment_s)):
+        if not 0 < value < float("inf"):
+            raise InputError("expected a number > 0", field=field, value=value)
     model: run.Model
     if simulate:
         from twinserve.traces.generator import LengthSpec
@@ -67,19 +74,23 @@ def serve(
             say(line)
         facts = replicas[0].latency_facts
         name = str(facts.get("about", {}).get("model", facts["name"]))
-        model = run.SimulatedModel(name, replicas, of_fleet.build_router(), lengths, time_scale)
+        router, router_facts = of_fleet.build_router(), of_fleet.router_facts
+        model = run.SimulatedModel(name, replicas, router, lengths, time_scale, router_facts)
     else:
         chosen = Settings.load(settings, config, beside=("engine", "serve"))
         for field, value in (("latency", latency), ("output_tokens", output_tokens), *fleet.items()):
             if value is not None:
                 raise InputError("expected --simulate beside it", field=field, value=value)
         takes_defaults = options.generation_config == "auto"
-        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, record_tokens, takes_defaults)
+        model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, takes_defaults)
     sys.setswitchinterval(5e-4)  # Core decides in a thread beside the event loop's, and waits for it that long
-    summary = run.Service(options, model, record=record, say=say).run()
-    if summary is not None:
-        counts = ", ".join(f"{summary[name]} {name}" for name in ("requests", "finished", "aborted", "refused"))
-        say(f"{counts}; recorded in {record}")
+    kept = run.RecordOptions.of(
+        record, keeps_tokens=record_tokens, segment_mib=record_segment_mib, segment_s=record_segment_s
+    )
+    counts = run.Service(options, model, record=kept, say=say).run()
+    if counts is not None:
+        ended = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "requests")
+        say(f"{counts['requests']} requests{ended and ': '}{ended}; recorded in {record}")
 
 
 def top(

@@ -11,6 +11,8 @@ from twinserve.planning.objectives import Objective, Term, interval
 from twinserve.planning.point import Result
 from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
+from twinserve.reports.text import number
+from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import value_of
 
 _USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
@@ -43,16 +45,12 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         values = {unit: Estimate(capacity.value), "mean over seeds": Estimate(capacity.mean, capacity.interval)}
         values["misses at"] = Estimate(capacity.failed)
         if capacity.value is not None:
-            found = capacity.case.points[0].with_sought(capacity.sought, capacity.value)
-            values |= _values(plan, capacity.results, found.num_gpus())
-        cases.append(
-            PageCase(
-                capacity.case.varied,
-                values,
-                capacity.value is not None,
-                {"what is missed there": "; ".join(capacity.missed) or "nothing"},
-            )
-        )
+            values |= _values(plan, capacity.results, capacity.point.num_gpus())
+        words = {"what is missed there": "; ".join(capacity.missed) or "nothing"}
+        for term in (plan.objective or _USUAL).terms:
+            if (limits := capacity.intervals.get(term.metric)) is not None:
+                words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
+        cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words))
     return cases
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, options_of
+from twinserve.commands.options import VLLM_ARGS_HELP, Json, options_of, settings_of_vllm
 from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.files import write_whole
 from twinserve.worlds.workload import PointOptions, TraceOptions
+
+if TYPE_CHECKING:
+    from twinserve.planning.point import Point
 
 Jobs = Annotated[
     int | None, typer.Option(help="Processes; one a core unless given. Results do not depend on it.", min=1)
@@ -33,6 +36,7 @@ def sweep(
     from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points
 
     chosen = load_plan(plan)
+    say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers:
         missing = num_missing(chosen.points, store)
         say(f"{len(chosen.points)} points, {missing} to compute")
@@ -63,6 +67,7 @@ def capacity(
     tolerance: Annotated[float, typer.Option(help="Share of itself to which a rate is found.")] = 0.02,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.")] = None,
+    vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     jobs: Jobs = None,
     ray: Ray = None,
     out: Annotated[
@@ -72,21 +77,32 @@ def capacity(
 ) -> None:
     """Find the highest rate, or the fewest replicas, that keeps an objective, and what a million tokens cost then."""
     from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
-    from twinserve.planning.capacity import find_capacities, rows_of
+    from twinserve.planning.capacity import find_capacities, rows_of, with_intervals
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, load_plan, opened
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
-    given |= point | settings | trace_options | fleet
+    given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet
     chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
+    say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:
         capacities = find_capacities(chosen, find, store, workers, tolerance=tolerance, advance=bar.advance)
+        capacities = with_intervals(capacities, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
         if out is not None:
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
+
+
+def say_likes(points: list[Point]) -> None:
+    """Say which vLLM's defaults hold where nothing is set."""
+    from twinserve.worlds.vllm_like import like_of
+
+    for like in dict.fromkeys(like_of(point.like, point.latency) for point in points):
+        if like is not None:
+            say(str(like))
 
 
 def _show(lines: str, cases: list, remarks: list[str], out: Path | None, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +10,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from twinserve.planning.paired import PairedDifference
+from twinserve.planning.upgrade import Change
 from twinserve.settings.errors import printable
+from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 
@@ -22,6 +25,13 @@ def summary_table(summary: dict[str, Any]) -> None:
     for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
+    if limits := summary.get("intervals"):
+        spread = Table(f"{COVERAGE:.0%} limits", *STATISTICS)
+        for name in LATENCIES:
+            pairs = (limits.get(f"{name}.{statistic}") for statistic in STATISTICS)
+            spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
+        console.print(spread)
+        console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",
@@ -52,6 +62,19 @@ def paired_table(differences: list[PairedDifference]) -> None:
         limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
         table.add_row(row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
     _console(100).print(table)
+
+
+def change_table(changes: list[Change]) -> None:
+    """Print what each change of an upgrade moves, and by how much."""
+    table = Table("change", "metric", "before", "after", "difference", "95% of the mean difference")
+    for change in changes:
+        for number, row in enumerate(change.moved):
+            limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
+            name = "" if number else change.name
+            table.add_row(name, row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
+        if not change.moved:
+            table.add_row(change.name, "nothing moves", "", "", "", "")
+    Console(width=None if Console().is_terminal else 140).print(table)
 
 
 def case_table(heads: list[str], rows: list[list[str]]) -> None:
@@ -143,6 +166,10 @@ def _plain(text: str) -> Text:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _range(limits: Sequence[float] | None) -> str:
+    return "-" if limits is None else " to ".join(f"{limit:.3g}" for limit in limits)
 
 
 def top_table(url: str, rows: list[tuple[str, str]]) -> Table:

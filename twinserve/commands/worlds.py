@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from twinserve.commands.options import Config, Json, TraceFile, options_of
+from twinserve.commands.options import VLLM_ARGS_HELP, Config, Json, TraceFile, options_of, settings_of_vllm
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
-from twinserve.worlds.workload import TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 LATENCY_HELP = (
@@ -37,28 +37,37 @@ def sim(
     step_by_step: Annotated[
         bool, typer.Option("--step-by-step", help="Simulate repeated steps one by one: slower, with the same results.")
     ] = False,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Say within which limits metrics lie nine times out of ten.")
+    ] = False,
+    like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
+    vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
-    from twinserve.worlds.run import run_fleet, run_sim
-    from twinserve.worlds.workload import load_workload
+    from twinserve.sim.intervals import NUM_DRAWS
+    from twinserve.worlds.workload import load_workloads
 
     chosen = FleetOptions.load(fleet, config)
-    replicas, words = chosen.build_replicas(settings, config, latency, latency_from)
-    workload = load_workload(trace, trace_options)
+    settings = settings_of_vllm(vllm_args) | settings
+    replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
+    workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
+    refuse_existing(out)
     for line in words:
         say(line)
+    limits = None
+    if intervals:
+        with Bar("intervals", NUM_DRAWS) as bar:
+            drawn = [workload, *others]
+            limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
     with Bar("sim", len(workload.requests)) as bar:
         how: dict[str, Any] = {"out": out, "progress": bar.ended, "step_by_step": step_by_step}
-        if chosen.is_fleet:
-            router, facts = chosen.build_router(), chosen.router_facts
-            summary = run_fleet(workload, replicas, router, router_facts=facts, outages=chosen.die, **how)
-        else:
-            (alone,) = replicas
-            summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **how)
+        summary = chosen.serve(workload, replicas, intervals=limits, **how)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
             say(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import NamedTuple
 
 from twinserve.planning.objectives import Objective, interval
@@ -14,6 +14,7 @@ from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, Result, Sought, compute
 from twinserve.planning.sweep import Case, Plan, Store, cost_of, run_points
 from twinserve.settings.errors import InputError
+from twinserve.sim.intervals import Intervals, intervals
 
 _MOST_REPLICAS = 1024
 _MOST_RETREATS = 100
@@ -103,6 +104,7 @@ class Capacity:
         by_seed: the same as `value`, of each seed alone; None where none was found.
         results: of the runs at `value`, one a seed.
         num_runs: how many runs that took, those that were in the store among them.
+        intervals: the limits of each metric at `value`, see `with_intervals`.
     """
 
     case: Case
@@ -113,6 +115,13 @@ class Capacity:
     by_seed: list[float | int | None]
     results: list[Result] = field(repr=False)
     num_runs: int
+    intervals: Intervals = field(default_factory=dict)
+
+    @property
+    def point(self) -> Point:
+        """The case's first point at `value`, which is not None."""
+        assert self.value is not None
+        return self.case.points[0].with_sought(self.sought, self.value)
 
     @property
     def mean(self) -> float | None:
@@ -218,6 +227,28 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     )
 
 
+def with_intervals(
+    capacities: Sequence[Capacity], store: Store, workers: Workers, *, advance: Callable[[], None] | None = None
+) -> list[Capacity]:
+    """The capacities with the limits of each metric at their values, see `sim.intervals`.
+
+    There are none where no value was found, or where it is not known how far off a latency may be.
+
+    Args:
+        advance: called as each point is finished.
+
+    Raises:
+        InputError: a point cannot be computed.
+    """
+    drawn = [capacity.point.draws() if capacity.value is not None else [] for capacity in capacities]
+    results = iter(run_points(chain(*drawn), store, workers, advance=advance))
+    summaries = [[result["summary"] for result in islice(results, len(points))] for points in drawn]
+    return [
+        replace(capacity, intervals=intervals(of_case)) if of_case else capacity
+        for capacity, of_case in zip(capacities, summaries, strict=True)
+    ]
+
+
 def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
     """A row a case, in the order of the plan; with a price, `cost` is that of a million tokens at the capacity."""
     rows = []
@@ -235,11 +266,11 @@ def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
             "by_seed": capacity.by_seed,
             "mean": capacity.mean,
             "interval": capacity.interval,
+            "intervals": capacity.intervals,
             "num_runs": capacity.num_runs,
             "results": [{name: value for name, value in r.items() if name != "inputs"} for r in capacity.results],
         }
         if plan.price_per_gpu_hour is not None and capacity.value is not None:
-            found = first.with_sought(capacity.sought, capacity.value)
-            row["cost"] = cost_of(capacity.results, found.num_gpus(), plan.price_per_gpu_hour)
+            row["cost"] = cost_of(capacity.results, capacity.point.num_gpus(), plan.price_per_gpu_hour)
         rows.append(row)
     return rows

@@ -12,9 +12,12 @@ from twinserve.settings.config import read_table, validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import MOST_REPLICAS
 from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
-from twinserve.worlds.run import ReplicaSpec, choose_latency, with_pool
+from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
+from twinserve.worlds.vllm_like import like_of
+from twinserve.worlds.workload import Workload
 
 
 def parse_outage(text: object) -> Outage:
@@ -128,6 +131,7 @@ class FleetOptions(BaseModel):
         config: Path | None = None,
         latency: str | None = None,
         latency_from: Path | None = None,
+        like: str | None = None,
     ) -> tuple[list[ReplicaSpec], list[str]]:
         """The replicas, those of each group with its own settings over the common ones, and what was assumed, in words.
 
@@ -135,6 +139,7 @@ class FleetOptions(BaseModel):
             settings: of all replicas, over those of the TOML file `config`.
             latency: of the groups that name none.
             latency_from: a run record whose own step times are used, by a replica that is alone.
+            like: see `like_of`; what it says holds where settings, group and file say nothing.
 
         Raises:
             InputError: a setting or a latency cannot be used.
@@ -147,9 +152,19 @@ class FleetOptions(BaseModel):
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen = Settings.load(settings | group.settings, config, beside=("engine", "serve", "fleet"))
+            vllm = like_of(like, group.latency or latency)
+            if vllm is not None:
+                words[str(vllm)] = None
+            chosen = Settings.load(
+                settings | group.settings,
+                config,
+                beside=("engine", "serve", "fleet"),
+                defaults=vllm.settings if vllm else None,
+            )
             chosen.check_rules()
             chosen, pool = with_pool(chosen, model)
+            if isinstance(model, FittedLatency):
+                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
             words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None
@@ -157,3 +172,18 @@ class FleetOptions(BaseModel):
                 words[pool] = None
             specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
         return specs, list(words)
+
+    def serve(
+        self, workload: Workload, replicas: list[ReplicaSpec], *, seed: int = 0, **options: Any
+    ) -> dict[str, Any]:
+        """Simulate a workload on the replicas; the summary. See `run_sim` and `run_fleet`, whose options it takes.
+
+        Args:
+            seed: is added to that of a random router.
+        """
+        if not self.is_fleet:
+            (alone,) = replicas
+            return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
+        seeded = self.model_copy(update={"router_seed": self.router_seed + seed})
+        router, facts = seeded.build_router(), seeded.router_facts
+        return run_fleet(workload, replicas, router, router_facts=facts, outages=self.die, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 from twinserve.planning.objectives import interval
 from twinserve.settings.errors import InputError
@@ -50,11 +51,13 @@ def paired(a: list[RunRecord], b: list[RunRecord]) -> list[PairedDifference]:
                 )
     for one, other in zip(a, b, strict=True):
         check_same_trace(one, other)
-    return [_difference(metric, a, b) for metric in METRICS]
+    of_a, of_b = ([record.run["summary"] for record in side] for side in (a, b))
+    return [paired_difference(metric, of_a, of_b) for metric in METRICS]
 
 
-def _difference(metric: str, a: list[RunRecord], b: list[RunRecord]) -> PairedDifference:
-    pairs = [tuple(value_of(run.run["summary"], metric) for run in pair) for pair in zip(a, b, strict=True)]
+def paired_difference(metric: str, a: list[dict[str, Any]], b: list[dict[str, Any]]) -> PairedDifference:
+    """One metric of two sides, from the summaries of their runs, pair by pair."""
+    pairs = [tuple(value_of(summary, metric) for summary in pair) for pair in zip(a, b, strict=True)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None]
     if len(known) < len(pairs):
         return PairedDifference(metric, None, None, None, None)

@@ -14,15 +14,18 @@ from pydantic import BaseModel, model_validator
 
 import twinserve
 from twinserve.planning.fleets import FleetOptions
+from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.settings.build_core import Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency
+from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
-from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
+from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.vllm_like import OWN, like_of
 from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
 
 Result = dict[str, Any]
@@ -34,10 +37,11 @@ class Point(PointOptions):
 
     With `rate`, the trace's own arrivals are scaled to so many requests a second (requests - 1 over the time from the
     first to the last), or, with `arrivals` "poisson", sessions begin at random so often that requests come at that
-    rate in the long run.
+    rate in the long run. With `draw`, what is not known of the latency is as that draw has it.
     """
 
     trace: str
+    draw: int | None = None
     settings: Settings = Settings()
     trace_options: TraceOptions = TraceOptions()
     fleet: FleetOptions = FleetOptions()
@@ -75,8 +79,9 @@ class Point(PointOptions):
         of_part = {
             part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
         }
+        like = like_of(values.get("like"), values.get("latency"))
         nested = {
-            "settings": Settings.load(of_part["settings"]),
+            "settings": Settings.load(of_part["settings"], defaults=like.settings if like else None),
             "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
             "fleet": FleetOptions.load(of_part["fleet"]),
         }
@@ -92,16 +97,14 @@ class Point(PointOptions):
 
     def flat(self) -> dict[str, Any]:
         """Every field that is not None, settings and options under their own names."""
-        own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields)}
+        own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields, "draw")}
         fields = own | self.settings.model_dump() | self.trace_options.model_dump()
         fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
         return {name: value for name, value in fields.items() if value is not None}
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
-        options = self.trace_options
-        drawn = (options.spread_seed, options.shuffle_seed, options.session_rate)
-        return self.arrivals == "poisson" or self.fleet.router == "random" or any(value is not None for value in drawn)
+        return self.arrivals == "poisson" or self.fleet.router == "random" or self.trace_options.is_random
 
     def replicas(self) -> list[ReplicaSpec]:
         """The replicas that serve it, each with its settings and its latency.
@@ -109,7 +112,18 @@ class Point(PointOptions):
         Raises:
             InputError: a setting or a latency cannot be used, or the model does not fit the device.
         """
-        return self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency)[0]
+        replicas = self.fleet.build_replicas(self.settings.model_dump(), latency=self.latency, like=OWN)[0]
+        return replicas if self.draw is None else varied_replicas(replicas, draws()[self.draw])
+
+    def draws(self) -> list[Point]:
+        """The point with each draw of what is not known: of the latency, and where it is random, of the workload.
+
+        No point where it is not known how far off the latency may be.
+        """
+        if not have_intervals(self.replicas()):
+            return []
+        seeds = [self.seed + number * self.is_random() for number in range(NUM_DRAWS)]
+        return [self.model_copy(update={"draw": number, "seed": seed}) for number, seed in enumerate(seeds)]
 
     def num_gpus(self) -> int:
         """Devices that serve it."""
@@ -160,11 +174,8 @@ class Point(PointOptions):
         return self._changed({"session_rate": rate * len(begins) / len(requests)})
 
     def _changed(self, changes: dict[str, float]) -> Workload:
-        options = self.trace_options.model_dump() | changes
-        for name in ("spread_seed", "shuffle_seed", "session_seed"):
-            if options[name] is not None:
-                options[name] += self.seed
-        return make_workload(trace_at(self.trace), Path(self.trace), TraceOptions(**options))
+        options = TraceOptions(**self.trace_options.model_dump() | changes).with_seed(self.seed)
+        return make_workload(trace_at(self.trace), Path(self.trace), options)
 
 
 def arrivals_span_s(requests: list[Request]) -> float:
@@ -189,7 +200,7 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(twinserve.__file__).parent
-    modules = [root / "planning" / name for name in ("fleets.py", "point.py")]
+    modules = [root / "planning" / name for name in ("fleets.py", "point.py", "prediction.py")]
     for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -243,14 +254,7 @@ def compute(job: Job) -> Result:
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
-    if point.fleet.is_fleet:
-        seeded = point.fleet.model_copy(update={"router_seed": point.fleet.router_seed + point.seed})
-        summary = run_fleet(
-            workload, specs, seeded.build_router(), router_facts=seeded.router_facts, outages=seeded.die
-        )
-    else:
-        (alone,) = specs
-        summary = run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts)
+    summary = point.fleet.serve(workload, specs, seed=point.seed)
     del summary["wall_s"]
     result = {
         "inputs": job.inputs,

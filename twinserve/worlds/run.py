@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
+from twinserve.engine.online import rare_collections
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
-from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.intervals import Intervals, uncertainty_of, with_uncertainty
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
+from twinserve.sim.profiles import Profile
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
 from twinserve.traces.request import Request
@@ -100,11 +102,11 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
 
 
-def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
-    """A latency model from the steps of recorded runs of one engine on one device.
+def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None) -> FittedLatency:
+    """A latency model from the steps of recorded runs of one engine on one device, and of a profile of it.
 
     Raises:
-        InputError: a record cannot be read, or does not show what its steps cost.
+        InputError: a record or the profile cannot be read, does not show what its steps cost, or is of another engine.
     """
     from twinserve.sim.recorded_steps import fit_records
 
@@ -117,7 +119,15 @@ def fit_runs(runs: list[Path], traces: Path | None) -> FittedLatency:
         "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
     about |= {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
-    return fit_records(records, about)
+    if profile is None:
+        return fit_records(records, about)
+    measured = Profile.load(profile)
+    for name in ("model", "device"):
+        if measured.about.get(name) != about[name]:
+            raise InputError(
+                f"expected {about[name]!r}, as in the runs", path=profile, field=name, value=measured.about.get(name)
+            )
+    return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
 
 
 def require_engine(device: str) -> None:
@@ -164,48 +174,90 @@ def measure_steps(
     repeats: int,
     seed: int = 0,
     progress: Callable[[int], Any],
+    workload: Workload | None = None,
+    latency: LatencyModel | None = None,
 ) -> list[StepSample]:
-    """Measure the engine's steps over a design of so many shapes; those of one shape lie together.
+    """Measure the engine's steps over so many shapes; those of one shape lie together.
+
+    The shapes are those of a design; with a workload, the second half are those of steps that simulating it makes.
 
     Args:
-        seed: of the design.
+        seed: of the choice of shapes.
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
+        latency: what the workload is simulated with; None is what was measured over the design.
     """
-    from twinserve.engine.profile import design, measure
+    from twinserve.engine.profile import StepShape, covering, design, measure
+    from twinserve.sim.replica import simulate
 
     settings = llm.settings
     limit = (settings.max_model_len or max_context) - repeats - 2
-    chosen = design(
-        shapes,
-        max_seqs=max_seqs,
-        max_context=min(max_context, limit),
-        max_prompt=max_prompt,
-        block_size=settings.block_size,
-        num_blocks=settings.num_gpu_blocks or 0,
-        max_rows=settings.max_num_seqs,
-        repeats=repeats,
-        seed=seed,
-    )
-    with progress(len(chosen) * repeats) as bar:
-        steps = measure(llm, chosen, repeats=repeats, seed=seed, progress=bar.advance)
-    return [
-        StepSample(
-            StepFeatures.of(step.batch, step.arrived),
-            step.bookkeeping_ns + step.launch_ns,
-            step.device_ns,
-            launch_ns=step.launch_ns,
-            bookkeeping_ns=step.bookkeeping_ns,
-        )
-        for step in steps
-    ]
+    room = {
+        "block_size": settings.block_size,
+        "num_blocks": settings.num_gpu_blocks or 0,
+        "max_rows": settings.max_num_seqs,
+        "repeats": repeats,
+        "seed": seed,
+    }
+
+    def measured(chosen: list[StepShape]) -> list[StepSample]:
+        with progress(len(chosen) * repeats) as bar:
+            steps = measure(llm, chosen, repeats=repeats, seed=seed, progress=bar.advance)
+        return [
+            StepSample(
+                StepFeatures.of(step.batch, step.arrived),
+                step.bookkeeping_ns + step.launch_ns,
+                step.device_ns,
+                launch_ns=step.launch_ns,
+                bookkeeping_ns=step.bookkeeping_ns,
+            )
+            for step in steps
+        ]
+
+    count = shapes if workload is None else shapes // 2
+    sizes = {"max_seqs": max_seqs, "max_context": min(max_context, limit), "max_prompt": max_prompt}
+    samples = measured(design(count, **sizes, **room))
+    if workload is not None:
+        made: set[StepShape] = set()
+        # As it is measured: where steps are graphs, one step ahead.
+        ahead = Settings.load(settings.model_dump() | {"pipeline_depth": int(llm.attention.graphs)})
+        core = ahead.build_core(listener=_Decided(lambda batch: made.add(StepShape.of(batch, ahead.block_size))))
+        simulate(workload.requests, core, latency or fit_steps(llm, samples), step_by_step=True)
+        samples += measured(covering(made, shapes - count, max_context=limit, **room))
+    return samples
+
+
+class _Decided(CoreListener):
+    """Tells of each decision."""
+
+    def __init__(self, decided: Callable[[Batch], None]):
+        self._decided = decided
+
+    def decided(self, batch: Batch) -> None:
+        if batch:
+            self._decided(batch)
+
+
+def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
+    """Measured steps, and what they were measured of."""
+    settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
+    about = llm.facts() | settings | {"device": llm.device_name}
+    del about["seed"], about["tokens"], about["eos_token_id"]
+    return Profile(about, Kernels.load(about.pop("kernels", {})), samples)
+
+
+def fit_profile(profile: Profile) -> FittedLatency:
+    """A latency model from measured steps alone."""
+
+    def refit(kept: list[StepSample]) -> FittedLatency:
+        return fit(kept, profile.about, kernels=profile.kernels, holds_out=False)
+
+    model = fit(profile.samples, profile.about, kernels=profile.kernels)
+    return with_uncertainty(model, uncertainty_of(model, refit, [], profile.samples))
 
 
 def fit_steps(llm: LLM, samples: list[StepSample]) -> FittedLatency:
     """A latency model of the engine from its measured steps."""
-    settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
-    about = llm.facts() | settings | {"device": llm.device_name}
-    del about["seed"], about["tokens"], about["eos_token_id"]
-    return fit(samples, about, kernels=Kernels.load(about.pop("kernels", {})))
+    return fit_profile(profile_of(llm, samples))
 
 
 @contextmanager
@@ -235,22 +287,6 @@ class _WatchedRecorder(RunRecorder):
         self._watch(batch)
 
 
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Look for circular garbage seldom, and not in what is there already: a simulation leaves next to none.
-
-    Looking as often as usual takes some percent of a simulation.
-    """
-    usual = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(100_000, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-        gc.unfreeze()
-
-
 def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str, Any]:
     """What the record of a simulated replica says beside its settings."""
     return {"trace": facts["trace"], "latency": latency_facts, "sampling": facts["sampling"]}
@@ -266,6 +302,7 @@ def run_sim(
     params: SamplingParams | None = None,
     progress: Progress | None = None,
     step_by_step: bool = False,
+    intervals: Intervals | None = None,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -274,13 +311,14 @@ def run_sim(
     Args:
         latency_facts: says in the record which latency model it was.
         out: the run record to write; None keeps none.
+        intervals: the limits of its metrics, for the summary.
     """
     from twinserve.sim.replica import simulate
 
     params = params or SamplingParams(ignore_eos=True)
     facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
     device = f"simulated: {latency_facts['name']}"
-    with recording(out, "sim", settings, facts, device) as recorder, _rare_collections():
+    with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
         begun = time.perf_counter()
         simulate(
             workload.requests,
@@ -292,7 +330,7 @@ def run_sim(
             step_by_step=step_by_step,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
 
 
 @dataclass(frozen=True)
@@ -315,6 +353,7 @@ def run_fleet(
     params: SamplingParams | None = None,
     progress: Progress | None = None,
     step_by_step: bool = False,
+    intervals: Intervals | None = None,
 ) -> dict[str, Any]:
     """Replay a workload on a simulated fleet; its summary. See `run_sim`.
 
@@ -338,7 +377,7 @@ def run_fleet(
     device = f"simulated: {len(replicas)} replicas"
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
-        _rare_collections(),
+        rare_collections,
     ):
         begun = time.perf_counter()
         simulate_fleet(
@@ -352,7 +391,7 @@ def run_fleet(
             step_by_step=step_by_step,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload)) | {"wall_s": wall_s}
+        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
 
 
 class _RecordedFleet(FleetListener):
@@ -410,5 +449,6 @@ def run_real(
         return recorder.close(_counts(workload) | {"wall_s": wall_s})
 
 
-def _counts(workload: Workload) -> dict[str, Any]:
-    return {"capped": workload.capped, "dropped": workload.dropped}
+def _counts(workload: Workload, intervals: Intervals | None = None) -> dict[str, Any]:
+    counts: dict[str, Any] = {"capped": workload.capped, "dropped": workload.dropped}
+    return counts if intervals is None else counts | {"intervals": intervals}

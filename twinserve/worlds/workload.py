@@ -15,6 +15,11 @@ from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 
+LIKE_HELP = (
+    "vllm-VERSION@DEVICE[:offline], whose defaults hold where nothing is set, or own for twinserve's; "
+    "unless given, the newest vLLM's on the device of a roofline"
+)
+
 
 class TraceOptions(BaseModel):
     """How a trace is changed before it is replayed; applied in this order."""
@@ -33,13 +38,23 @@ class TraceOptions(BaseModel):
     max_output_tokens: int | None = Field(default=None, description="cut longer outputs")
 
     @property
+    def is_random(self) -> bool:
+        """Whether another seed gives another workload."""
+        return any(value is not None for value in (self.spread_seed, self.shuffle_seed, self.session_rate))
+
+    @property
     def read(self) -> dict[str, Any]:
         """As far as a trace has to be read: arguments of `read_trace`."""
-        if any(value is not None for value in (self.spread_seed, self.shuffle_seed, self.session_rate)):
+        if self.is_random:
             return {}
         if self.window_s is not None:
             return {"until_s": _window(self.window_s)[1]}
         return {} if self.limit is None or self.limit < 1 else {"limit": self.limit}
+
+    def with_seed(self, number: int) -> TraceOptions:
+        """The options with a number added to every seed."""
+        seeds = {name: getattr(self, name) for name in ("spread_seed", "shuffle_seed", "session_seed")}
+        return self.model_copy(update={name: seed + number for name, seed in seeds.items() if seed is not None})
 
 
 class PointOptions(BaseModel):
@@ -53,6 +68,7 @@ class PointOptions(BaseModel):
         default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
     )
     seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
+    like: str | None = Field(default=None, description=LIKE_HELP)
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,21 @@ def load_workload(path: Path, options: dict[str, Any], *, is_replayed: bool = Tr
     """
     wanted = validated(TraceOptions, {}, options, None)
     return make_workload(read_trace(path, **wanted.read), path, wanted, is_replayed=is_replayed)
+
+
+def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Workload]:
+    """So many workloads of one kind: with the seeds of the options, and with those after them.
+
+    They are alike where nothing is random.
+
+    Raises:
+        InputError: the trace or an option cannot be used, or no request is left.
+    """
+    wanted = validated(TraceOptions, {}, options, None)
+    trace = read_trace(path, **wanted.read)
+    if not wanted.is_random:
+        return [make_workload(trace, path, wanted)] * count
+    return [make_workload(trace, path, wanted.with_seed(number)) for number in range(count)]
 
 
 def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replayed: bool = True) -> Workload:

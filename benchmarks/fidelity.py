@@ -1,0 +1,278 @@
+"""The twin held against the engine on many windows: `record` serves them, `page` recomputes every number from records.
+
+    python benchmarks/fidelity.py record --out FOLDER [--seconds 540] [--shape qwen3-0.6b]
+    python benchmarks/fidelity.py page [--check]
+
+`record` needs a CUDA device, and the public traces in $TWINSERVE_TRACES. It profiles the engine, measures at which rate
+each workload saturates under its settings, and serves each window in real time. What lies in the folder of the card's
+results or in FOLDER already is not done again, and nothing is begun that would not end within `--seconds`, so the work
+can be cut into parts. `page` needs neither: it writes docs/fidelity.md and the card's fidelity.json, or says with
+`--check` which number is no longer what it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from environment import ROOT, cuda_facts, device_folder
+from fidelity_numbers import numbers, saturation
+from fidelity_text import page, plot
+from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SMALL, WINDOW_S, Group, served_rate
+from result_files import RESULTS, write_json
+
+from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
+from twinserve.sim.profiles import Profile
+from twinserve.worlds.run import fit_profile, load_llm, measure_steps, profile_of, run_real
+from twinserve.worlds.workload import Workload
+
+if TYPE_CHECKING:
+    from twinserve.engine.llm import LLM
+
+PROFILE: dict[str, Any] = {"max_context": MODEL_LEN - 64, "max_prompt": 8192, "repeats": 4}
+SHAPES = {16: 448, 256: 192}
+"""Shapes of a profile, by the size of a block."""
+PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)
+
+PIECE_S = {"profile": 75.0, "window": WINDOW_S + 16.0, "saturation": SATURATION_S + 4.0, "capture": 25.0}
+"""What each piece of work may take; it is begun only if so much time is left."""
+
+
+class Recording:
+    """What is served on this card in one part.
+
+    Args:
+        out: takes the files.
+        have: holds those of earlier parts.
+        seconds: in which the part ends.
+    """
+
+    def __init__(self, out: Path, have: Path, seconds: float):
+        self._out, self._have = out, have
+        self._deadline = time.monotonic() + seconds
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._saturation: dict[str, float] = {}
+        for folder in (have, out):
+            if (path := folder / "saturation.json").exists():
+                self._saturation |= json.loads(path.read_text())["requests_per_s"]
+
+    def shape(self, shape: str) -> bool:
+        """Profile and serve all windows of a shape that are missing; False if time ran out."""
+        groups = [group for group in GROUPS if group.shape == shape]
+        model: LLM | None = None
+        for block_size in sorted({group.settings["block_size"] for group in groups}):
+            name = f"profile-{shape}-b{block_size}.jsonl.gz"
+            if self._is_done(name):
+                continue
+            if not self._has("profile"):
+                return False
+            blocks = max(group.settings["num_gpu_blocks"] * group.settings["block_size"] for group in groups)
+            settings = Settings(
+                max_num_seqs=1024,
+                max_num_batched_tokens=8192,
+                max_model_len=MODEL_LEN,
+                block_size=block_size,
+                num_gpu_blocks=blocks // block_size,
+                pipeline_depth=1,
+            )
+            llm = self._llm(shape, settings, model)
+            model = llm
+            self._profile(llm, self._out / name)
+            llm.close()
+        for group in groups:
+            missing = [(name, load) for name, load in group.windows if not self._is_done(f"{name}.tar.xz")]
+            if not missing:
+                continue
+            if not self._has("capture", "saturation", "window"):
+                return False
+            llm = self._llm(shape, group.build_settings(), model)
+            model = llm
+            llm.warm_up()
+            if group.name not in self._saturation:
+                self._saturate(group, llm)
+            for name, load in missing:
+                if not self._has("window"):
+                    return False
+                self._serve(group, llm, name, load)
+            llm.close()
+        return True
+
+    def _is_done(self, name: str) -> bool:
+        return (self._have / name).exists() or (self._out / name).exists()
+
+    def _has(self, *pieces: str) -> bool:
+        return time.monotonic() + sum(PIECE_S[piece] for piece in pieces) < self._deadline
+
+    def _llm(self, shape: str, settings: Settings, before: LLM | None) -> LLM:
+        """The engine with these settings, around the weights that another has."""
+        from twinserve.engine.llm import LLM
+        from twinserve.engine.options import EngineOptions
+
+        options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
+        if before is None:
+            return load_llm(EngineOptions(model=shape, load_format="dummy", **options), settings, progress=print)
+        weights, makes = before.runner.model, before.token_maker
+        before.runner = before._live = None  # type: ignore[assignment]
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        return LLM(weights, name=shape, settings=settings, token_maker=makes, **options)
+
+    def _profile(self, llm: LLM, path: Path) -> None:
+        """Measure the engine's steps; every sample is kept."""
+        begun = time.monotonic()
+        settings = llm.settings
+        count = SHAPES[settings.block_size]
+        samples = measure_steps(llm, shapes=count, max_seqs=settings.max_num_seqs, progress=_Silent, **PROFILE)
+        measured = profile_of(llm, samples)
+        seconds = round(time.monotonic() - begun, 1)
+        replace(measured, about=measured.about | {"measured": cuda_facts(None) | {"seconds": seconds}}).save(path)
+        print(f"{path.name}: {len(samples)} steps, {seconds} s", flush=True)
+
+    def _saturate(self, group: Group, llm: LLM) -> None:
+        """Measure how many requests a second end while more come in than can be served."""
+        requests = group.requests(group.guess, SATURATION_S)
+        ids = [request.id for request in requests]
+        begun: list[Any] = []
+
+        def abort_all() -> None:
+            from twinserve.engine.online import Abort
+
+            inbox, clock = begun
+            time.sleep(max(0.0, SATURATION_S - clock() / 1e9))
+            inbox.put(*map(Abort, ids))
+
+        def on_start(inbox: Any, clock: Any) -> None:
+            begun.extend((inbox, clock))
+            threading.Thread(target=abort_all, daemon=True).start()
+
+        requests = [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9]
+        ended = llm.run_trace(requests, params=PARAMS, on_start=on_start)
+        queued = sum(seq.first_token_ns is None for seq in ended)
+        rate = self._saturation[group.name] = served_rate(ended, requests)
+        print(f"{group.name}: saturates at {rate:.1f} requests/s, {queued} were still queued", flush=True)
+        if queued < 10:
+            raise RuntimeError(f"{group.name}: {group.guess} requests/s are served, so they do not saturate it")
+        write_json(self._out / "saturation.json", cuda_facts(None) | {"requests_per_s": self._saturation})
+
+    def _serve(self, group: Group, llm: LLM, name: str, load: float) -> None:
+        """Serve a window, and keep its record."""
+        saturation = self._saturation[group.name]
+        requests = group.requests(load * saturation)
+        window = {"name": name, "group": group.name, "load": load, "requests_per_s_at_saturation": saturation}
+        facts = {
+            "path": group.workload,
+            "format": "window",
+            "sha256": hashlib.sha256(repr(requests).encode()).hexdigest(),
+            "notes": {},
+            "handled": {},
+            "transforms": [],
+            "window": window | {"measured": cuda_facts(None)},
+        }
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / name
+            summary = run_real(Workload(requests, facts, 0, 0), llm, out=folder, params=PARAMS)
+            with tarfile.open(self._out / f"{name}.tar.xz", "w:xz") as archive:
+                archive.add(folder, arcname=name)
+        tpot, ttft = summary["tpot_s"]["mean"] * 1e3, summary["ttft_s"]["mean"] * 1e3
+        print(f"{name}: {summary['steps']} steps, TPOT {tpot:.2f} ms, TTFT {ttft:.1f} ms", flush=True)
+
+
+class _Silent:
+    """Progress that nobody sees."""
+
+    def __init__(self, total: int):
+        self.total = total
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+
+def results_of(card: str) -> dict[str, Any]:
+    """Every number of the page, from the records of a card."""
+    from joblib import Parallel, delayed
+
+    folder = RESULTS / card / "fidelity"
+    models = {
+        path.name.removesuffix(".jsonl.gz"): fit_profile(Profile.load(path))
+        for path in sorted(folder.glob("profile-*.jsonl.gz"))
+    }
+    by_group = {group.name: f"profile-{group.shape}-b{group.settings['block_size']}" for group in GROUPS}
+    jobs = [
+        (path, models[by_group[group.name]])
+        for group in GROUPS
+        for name, _ in group.windows
+        if (path := folder / f"{name}.tar.xz").exists()
+    ]
+    windows = Parallel(n_jobs=-1)(delayed(numbers)(path, model) for path, model in jobs)
+    measured = json.loads((folder / "saturation.json").read_text())
+    rates = {}
+    for group in GROUPS:
+        if (real := measured["requests_per_s"].get(group.name)) is not None:
+            rates[group.name] = {"real": real, "sim": saturation(group, models[by_group[group.name]])}
+    return {
+        "card": card,
+        "device": measured["card"],
+        "decisions": [sum(window.replayed[place] for window in windows) for place in (0, 1)],
+        "residuals": {name: model.data["residuals"] for name, model in models.items()},
+        "saturation": rates,
+        "windows": {window.name: asdict(window) for window in windows},
+    }
+
+
+def write_page(card: str, check: bool) -> int:
+    """Recompute every number and write it down; with `check`, say which are others than those written down."""
+    path, docs = RESULTS / card / "fidelity.json", ROOT / "docs"
+    results = json.loads(json.dumps(results_of(card)))
+    texts = {docs / "fidelity.md": page(results), docs / "fidelity.svg": plot(results["windows"])}
+    if not check:
+        write_json(path, results)
+        for file, text in texts.items():
+            file.write_text(text)
+        return 0
+    before = json.loads(path.read_text())
+    parted = [name for name in results if results[name] != before.get(name)]
+    parted += [str(file.relative_to(ROOT)) for file, text in texts.items() if file.read_text() != text]
+    if parted:
+        print(f"fidelity.py: not as it was: {', '.join(parted)}", file=sys.stderr)
+    return 1 if parted else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="serve the windows on this machine's CUDA device")
+    recording.add_argument("--out", type=Path, required=True)
+    recording.add_argument("--seconds", type=float, default=540.0)
+    recording.add_argument("--shape", choices=(SMALL, LARGE), action="append")
+    making = commands.add_parser("page", help="recompute every number from the records, and write the page")
+    making.add_argument("--card", default="h200")
+    making.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command == "page":
+        return write_page(arguments.card, arguments.check)
+    part = Recording(arguments.out, RESULTS / device_folder("cuda") / "fidelity", arguments.seconds)
+    return 0 if all(part.shape(shape) for shape in arguments.shape or (SMALL, LARGE)) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Servers in processes of their own, and clients that cost little: what the benchmarks of HTTP share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@contextmanager
+def served(arguments: Seq[str], cores: set[int] | None = None) -> Iterator[str]:
+    """The URL of `twinserve serve` with these arguments, on these cores, until the block ends; then it has ended too.
+
+    Raises:
+        RuntimeError: it did not come up, or ended with another status than 0.
+    """
+
+    def on_cores() -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+    command = [sys.executable, "-m", "twinserve", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=on_cores)
+    assert process.stderr is not None
+    said, url = [], None
+    for line in process.stderr:
+        said.append(line)
+        if (found := re.search(r"listening at (\S+)", line)) is not None:
+            url = found[1]
+        if line.startswith("serving "):
+            break
+    if url is None:
+        raise RuntimeError(f"{command} ended: {''.join(said)}")
+    try:
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        if process.wait() != 0:
+            raise RuntimeError(f"{command} ended with {process.returncode}: {rest}")
+
+
+def scraped(url: str) -> dict[str, float]:
+    """The values of a server's metrics page, buckets left out, added up over labels."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        page = response.read().decode()
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if not sample.name.endswith("_bucket"):
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
+
+
+@dataclass
+class Streamed:
+    """What a stream said: when, in seconds of time.perf_counter, and how many events."""
+
+    sent_s: float
+    first_s: float | None = None
+    last_s: float | None = None
+    events: int = 0
+    is_whole: bool = False
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class _Reader(asyncio.Protocol):
+    """Sends a request and counts the events of its answer."""
+
+    def __init__(self, request: bytes, streamed: Streamed):
+        self._request, self._streamed, self._tail = request, streamed, b""
+
+    def connection_made(self, transport: Any) -> None:
+        self._streamed.sent_s = time.perf_counter()
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        streamed, now = self._streamed, time.perf_counter()
+        if b"data: " in data and streamed.first_s is None:
+            streamed.first_s = now
+        streamed.last_s = now
+        streamed.events += data.count(b"\n\n")
+        self._tail = (self._tail + data)[-32:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._streamed.is_whole = b"data: [DONE]" in self._tail
+        self._streamed.done.set()
+
+
+async def stream(url: str, body: dict[str, Any], path: str = "/v1/completions") -> Streamed:
+    """Ask for an answer as a stream, and read it to its end."""
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    content = json.dumps(body | {"stream": True}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+    streamed = Streamed(time.perf_counter())
+    await asyncio.get_running_loop().create_connection(lambda: _Reader(request, streamed), host, int(port))
+    await streamed.done.wait()
+    return streamed

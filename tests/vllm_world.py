@@ -1,0 +1,329 @@
+"""One policy file, three worlds: the same decisions in Core and in vLLM's own scheduler, step by step.
+
+    python tests/vllm_world.py SITE [WORKLOAD ...]     a line a policy and workload; exit status 1 if one parts
+
+SITE is a vLLM 0.33 wheel unpacked without its binaries (docs/vllm.md says how), with what it imports. The scheduler,
+its KV-cache manager and its block pool run as shipped, on a CPU; only the model is missing, so tokens are made up. One
+step is in flight when the next is decided, here as there. Then the recorder: what it wrote is decided again, and what
+it costs is measured, on the workloads and on 256 requests that decode.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from twinserve.policies import SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+
+HERE = Path(__file__).parent
+
+
+def policies(folder: Path) -> dict[str, dict[str, Any]]:
+    """By name, the settings of each policy; fair share is the one of docs/policies.md, as a file in `folder`."""
+    page = (HERE.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class FairShare" in block)
+    file = folder / "fair_share.py"
+    file.write_text(code, encoding="utf-8")
+    own = HERE / "own_rules.py"
+    return {
+        "shortest prompt": {"scheduling_policy": "shortest"},
+        "fair share": {"scheduling_policy": f"{file}:FairShare"},
+        "cache-aware": {"scheduling_policy": "cache-aware"},
+        "roomy, first admitted goes": {"admission": f"{own}:Roomy(spare=3)", "victim": f"{own}:FirstAdmitted"},
+    }
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request: the step before whose decision it comes, its tokens, and what the orders look at."""
+
+    step: int
+    number: int
+    prompt: list[int]
+    max_tokens: int
+    tenant: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests, and the engine's settings."""
+
+    name: str
+    arrivals: list[Arrival]
+    num_blocks: int
+    max_num_seqs: int
+    budget: int
+
+
+def workloads() -> list[Workload]:
+    """Five, in each of which the pool is too small: bursts, shared prompts, long prompts in chunks, long outputs."""
+    made = []
+    for number, (name, prompt, output, blocks, seqs, budget) in enumerate(
+        (
+            ("burst", (20, 200), (10, 120), 70, 12, 256),
+            ("shared prompts", (60, 240), (5, 80), 60, 10, 192),
+            ("chunks", (200, 700), (5, 60), 90, 8, 128),
+            ("long outputs", (8, 60), (80, 300), 60, 16, 128),
+            ("dense", (10, 150), (10, 60), 40, 20, 64),
+        )
+    ):
+        rng = random.Random(number)
+        systems = [[10_000 * text + at for at in range(64)] for text in (1, 2, 3)]
+        arrivals, step = [], 0
+        for request in range(60):
+            step += rng.choice([0, 0, 0, 1, 3, 9])
+            length = rng.randint(*prompt)
+            own = [100_000 + 1000 * request + at for at in range(length)]
+            tokens = (rng.choice(systems) + own)[: max(length, 1)] if rng.random() < 0.5 else own
+            arrivals.append(Arrival(step, request, tokens, rng.randint(*output), f"tenant {rng.randrange(3)}"))
+        made.append(Workload(name, arrivals, blocks, seqs, budget))
+    return made
+
+
+def many_decodes() -> Workload:
+    """256 requests that decode side by side, in a pool that is large enough."""
+    arrivals = [Arrival(0, i, [1000 * i + at for at in range(32)], 300, "") for i in range(256)]
+    return Workload("256 decodes", arrivals, 8000, 256, 8192)
+
+
+def token(request: int, number: int) -> int:
+    """The token that a request generates as its `number`-th one."""
+    return 10_000_000 + 1000 * request + number
+
+
+Step = dict[str, Any]
+
+
+def steps_of_core(workload: Workload, policy: dict[str, Any]) -> list[Step]:
+    """The decisions of our Core, one step ahead."""
+    values = {"max_num_seqs": workload.max_num_seqs, "max_num_batched_tokens": workload.budget}
+    values |= {"num_gpu_blocks": workload.num_blocks, "pipeline_depth": 1}
+    core = Settings.load(values | policy).build_core()
+    coming, steps, in_flight = deque(workload.arrivals), [], deque()
+    while coming or core.sequences:
+        while coming and coming[0].step <= len(steps):
+            one = coming.popleft()
+            params = SamplingParams(max_tokens=one.max_tokens, ignore_eos=True)
+            seq = Sequence(one.prompt, params, seq_id=one.number, tenant=one.tenant)
+            assert core.ingest(seq, 0), seq.refusal
+        batch = core.decide(0)
+        in_flight.append(batch)
+        steps.append(
+            {
+                "scheduled": [[row.seq.seq_id, row.num_tokens, row.start] for row in batch.rows],
+                "preempted": sorted(seq.seq_id for seq in batch.preempted),
+                "running": len(core.scheduler.running),
+                "waiting": len(core.scheduler.waiting),
+                "free": core.scheduler.block_manager.num_free_blocks,
+            }
+        )
+        if len(in_flight) > 1:
+            done = in_flight.popleft()
+            core.commit([token(seq.seq_id, seq.num_completion_tokens) for seq in done.sampled], 0)
+    return steps
+
+
+def build_vllm(workload: Workload, scheduler_cls: type, options: dict[str, Any]) -> Any:
+    """A scheduler of vLLM's with a workload's settings."""
+    import torch
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    scheduling = SchedulerConfig(
+        max_num_seqs=workload.max_num_seqs,
+        max_num_batched_tokens=workload.budget,
+        max_model_len=4096,
+        enable_chunked_prefill=True,
+        is_encoder_decoder=False,
+    )
+    cache = CacheConfig(block_size=16, gpu_memory_utilization=0.9, enable_prefix_caching=True)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(MODEL))
+        model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", seed=0, max_model_len=4096)
+    config = VllmConfig(
+        scheduler_config=scheduling,
+        model_config=model,
+        cache_config=cache,
+        device_config=DeviceConfig(device="cpu"),
+        parallel_config=ParallelConfig(),
+        additional_config={"twinserve": options},
+    )
+    cache.num_gpu_blocks = workload.num_blocks + 1
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    pool = KVCacheConfig(
+        num_blocks=workload.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    return scheduler_cls(
+        vllm_config=config,
+        kv_cache_config=pool,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=16,
+        log_stats=False,
+    )
+
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+    "vocab_size": 1000,
+    "max_position_embeddings": 100_000,
+    "torch_dtype": "float32",
+}
+
+
+class VllmWorld:
+    """vLLM's scheduler on a workload, one step ahead."""
+
+    def __init__(self, workload: Workload, scheduler: Any):
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+        init_none_hash(sha256)
+        self.scheduler, self._hasher = scheduler, get_request_block_hasher(16, sha256)
+        self._coming, self._in_flight, self.steps = deque(workload.arrivals), deque(), list[Step]()
+
+    def run(self) -> list[Step]:
+        """Every decision until all have ended."""
+        while self._coming or self.scheduler.requests:
+            self.step()
+        while self._in_flight:
+            self._process(*self._in_flight.popleft())
+        return self.steps
+
+    def step(self) -> None:
+        """Arrivals, a decision, and the output of the step before."""
+        scheduler = self.scheduler
+        while self._coming and self._coming[0].step <= len(self.steps):
+            scheduler.add_request(self._request(self._coming.popleft()))
+        output = scheduler.schedule()
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        self.steps.append(
+            {
+                "scheduled": [[int(name), n, computed[name]] for name, n in output.num_scheduled_tokens.items()],
+                "preempted": sorted(map(int, output.preempted_req_ids or ())),
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.waiting),
+                "free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+            }
+        )
+        sampling = [name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk]
+        self._in_flight.append((output, sampling))
+        if len(self._in_flight) > 1:
+            self._process(*self._in_flight.popleft())
+
+    def _process(self, output: Any, sampling: list[str]) -> None:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        names = list(output.num_scheduled_tokens)
+        tokens = []
+        for name in names:
+            request = self.scheduler.requests.get(name)
+            samples = request is not None and name in sampling
+            tokens.append([token(int(name), request.num_output_tokens)] if samples else [])
+        numbers = {name: number for number, name in enumerate(names)}
+        self.scheduler.update_from_output(
+            output, ModelRunnerOutput(req_ids=names, req_id_to_index=numbers, sampled_token_ids=tokens)
+        )
+
+    def _request(self, one: Arrival) -> Any:
+        from vllm.sampling_params import SamplingParams as VllmParams
+        from vllm.v1.request import Request
+
+        params = VllmParams(max_tokens=one.max_tokens, ignore_eos=True, extra_args={"tenant": one.tenant})
+        return Request(
+            request_id=str(one.number),
+            prompt_token_ids=one.prompt,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=float(one.number),
+            block_hasher=self._hasher,
+        )
+
+
+def first_difference(ours: list[Step], theirs: list[Step]) -> str | None:
+    """Step, field and both values where two worlds part first."""
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        for field, value in one.items():
+            if value != other[field]:
+                return f"step {number}: {field} is {value}, vLLM's is {other[field]}"
+    return None if len(ours) == len(theirs) else f"{len(ours)} steps, vLLM took {len(theirs)}"
+
+
+def watch_recorder(workload: Workload, folder: Path) -> tuple[str, bool]:
+    """A run by RecordingScheduler, decided again from its journal; what is found, and whether all is equal.
+
+    The share is of what vLLM's scheduler takes without it, the middle ones of five runs each.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from twinserve.traces.runs.replay import replay
+    from twinserve.traces.runs.vllm_records import load_run
+    from twinserve.vllm import RecordingScheduler
+
+    seconds: dict[type, list[float]] = {AsyncScheduler: [], RecordingScheduler: []}
+    for number in range(5):
+        for kind, taken in seconds.items():
+            options = {"record": str(folder / f"{workload.name}-{number}")} if kind is RecordingScheduler else {}
+            world = VllmWorld(workload, build_vllm(workload, kind, options))
+            gc.collect()
+            begun = time.process_time()
+            world.run()
+            taken.append(time.process_time() - begun)
+    record = load_run(folder / f"{workload.name}-0")
+    result = replay(record)
+    plain, recorded = (statistics.median(taken) for taken in seconds.values())
+    found = "equal" if result.is_exact else str(result.difference)
+    told = f"{result.equal:5} of {result.recorded} decisions made again, {recorded / plain - 1:+.1%} time  {found}"
+    return told, result.is_exact
+
+
+def main() -> int:
+    site, names = sys.argv[1], sys.argv[2:]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])  # it asks itself about models
+    from twinserve.vllm import MountedScheduler
+
+    parted = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for (name, policy), workload in product(policies(Path(folder)).items(), workloads()):
+            if names and workload.name not in names:
+                continue
+            ours = steps_of_core(workload, policy)
+            theirs = VllmWorld(workload, build_vllm(workload, MountedScheduler, policy)).run()
+            difference = first_difference(ours, theirs)
+            preemptions = sum(len(step["preempted"]) for step in ours)
+            parted += difference is not None
+            told = f"{len(ours):5} steps {preemptions:4} preemptions  {difference or 'equal'}"
+            print(f"{name:28} {workload.name:16} {told}", flush=True)
+        for workload in [*workloads(), many_decodes()]:
+            if not names or workload.name in names:
+                told, is_exact = watch_recorder(workload, Path(folder))
+                parted += not is_exact
+                print(f"{'recorder':28} {workload.name:16} {told}", flush=True)
+    return 1 if parted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from twinserve.traces.lines import Line, json_lines
 from twinserve.traces.request import Request
 
 NAME = "bailian"
-FIELDS = ("chat_id", "parent_chat_id", "timestamp", "input_length", "output_length", "hash_ids")
+FIELDS: tuple[str, ...] = ("chat_id", "parent_chat_id", "timestamp", "input_length", "output_length", "hash_ids")
 
 _BLOCK = 16
 

@@ -19,7 +19,7 @@ from twinserve.traces.lines import Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
 NAME = "twinserve-record"
-FIELDS = ("ingest", "finish_reason", "arrival_ns")
+FIELDS: tuple[str, ...] = ("ingest", "finish_reason", "arrival_ns")
 SEGMENTS, REPLICAS = "segments", "replicas"
 """Folders in that of a record: pieces of live traffic's, and the records of a fleet's replicas."""
 

@@ -18,18 +18,25 @@ def encode_prompt(prompt: str | list[int], tokenizer: Any, vocab_size: int, inde
         vocab_size: of the model.
 
     Raises:
-        InputError: a text without a tokenizer, or a token id that the model has not.
+        InputError: a text without a tokenizer, or a token id that the model has not, a tokenizer's or a given one.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             problem = "expected token ids, as the model has no tokenizer"
             raise InputError(problem, field=f"prompts[{index}]", value=prompt)
-        return tokenizer.encode(prompt)
-    for token_id in prompt:
+        token_ids: list[int] = list(tokenizer.encode(well_formed(prompt)))
+    else:
+        token_ids = prompt
+    for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             problem = f"expected an id from 0 to {vocab_size - 1}"
             raise InputError(problem, field=f"a token of prompts[{index}]", value=token_id)
-    return prompt
+    return token_ids
+
+
+def well_formed(text: str) -> str:
+    """A text with U+FFFD in place of each half of a surrogate pair that stands alone, which no UTF-8 can say."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def default_token_maker(source: ModelSource) -> TokenMaker:

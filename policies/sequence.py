@@ -53,20 +53,22 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, is_right, expected in (
-            ("temperature", self.temperature >= 0.0, "a number >= 0"),
-            ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
-            ("top_k", self.top_k >= 0, "an integer >= 0 (0 keeps every token)"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "a number in (0, 1]"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "a number in [0, 1] (0 keeps every token)"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "a number > 0 (1 changes nothing)"),
-            ("min_tokens", self.min_tokens >= 0, "an integer >= 0"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "a number in [-2, 2] (0 changes nothing)"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "an integer >= 0, or None"),
+        whole, number, most = (int,), (int, float), float(1 << 62)
+        for name, kinds, least, largest, expected in (
+            ("temperature", number, 0.0, 1e30, "a number >= 0 and at most 1e30"),
+            ("max_tokens", whole, 1.0, most, "an integer >= 1"),
+            ("top_k", whole, 0.0, most, "an integer >= 0 (0 keeps every token)"),
+            ("top_p", number, 1e-30, 1.0, "a number in (0, 1], at least 1e-30"),
+            ("min_p", number, 0.0, 1.0, "a number in [0, 1] (0 keeps every token)"),
+            ("repetition_penalty", number, 1e-6, 1e6, "a number > 0, from 1e-6 to 1e6 (1 changes nothing)"),
+            ("min_tokens", whole, 0.0, most, "an integer >= 0"),
+            ("presence_penalty", number, -2.0, 2.0, "a number in [-2, 2] (0 changes nothing)"),
+            ("frequency_penalty", number, -2.0, 2.0, "a number in [-2, 2] (0 changes nothing)"),
+            ("logprobs", whole, 0.0, most, "an integer >= 0, or None"),
         ):
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+            value = getattr(self, name)
+            if not (type(value) in kinds and least <= value <= largest or (name, value) == ("logprobs", None)):
+                raise ValueError(f"{name} is {value}, expected {expected}")
 
     def stops(self, token_id: int, eos_token_id: int) -> bool:
         """Does the token end a sequence, whatever its length?"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from twinserve.reports.tables import (
 )
 from twinserve.reports.text import count, percent
 from twinserve.reports.timelines import batch_figure, kv_figure
-from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing, write_whole
 from twinserve.traces.runs.compare import differing_settings
 from twinserve.traces.runs.record import RunRecord
 
@@ -36,7 +35,8 @@ _DEFINITIONS = (
     ("Device waits", "the share of the duration in which the device had work but stood idle, waiting for the host"),
     ("Error", "(simulated − real) / real"),
     ("Refused", "requests that could never be served: too long for the context or for the pool"),
-    ("Shortened", "prompts and answers cut to a cap, and answers ended by the context's length"),
+    ("Shortened", "answers that ended with fewer tokens than they asked for, because of the context's length"),
+    ("Capped", "requests whose prompt or answer was cut to a cap before the run"),
     ("Dropped", "requests of the trace that were not replayed"),
 )
 
@@ -52,24 +52,11 @@ def write_report(records: list[RunRecord], out: Path) -> None:
         out: the HTML file to write; its folder is made where there is none.
 
     Raises:
-        InputError: there is no record, a summary lacks a number, or `out` exists or cannot be written.
+        InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise InputError("exists already, expected a new name", path=out)
-    content = _page(runs_of(records)).encode("utf-8", "replace")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            partial.rename(out)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", path=out) from error
+    refuse_existing(out)
+    write_whole(out, _page(runs_of(records)))
 
 
 def _page(runs: list[Run]) -> str:
@@ -100,7 +87,9 @@ def _headline(run: Run) -> str:
     """What was run, on what, with what, and what became of the requests; every count is said, 0 too."""
     summary = run.summary
     counts = [f"{summary['finished']:,} finished"]
-    counts += [_counted(summary.get(what, 0), what) for what in ("refused", "shortened", "dropped", "aborted")]
+    counts += [
+        _counted(summary.get(what, 0), what) for what in ("refused", "shortened", "capped", "dropped", "aborted")
+    ]
     unfinished = summary["requests"] - summary["finished"] - summary["refused"] - summary["aborted"]
     if unfinished:
         counts.append(_counted(unfinished, "unfinished"))

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.compare import METRICS, value_of
 from twinserve.traces.runs.metrics import token_gaps
 from twinserve.traces.runs.record import RunRecord
 
 _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting", "running")
 _NEVER = np.iinfo(np.int64).max
-_COUNTS = ("requests", "finished", "refused", "aborted", "shortened", "cached_tokens", "prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def runs_of(records: list[RunRecord]) -> list[Run]:
     """The runs of a page, real ones first.
 
     Raises:
-        InputError: there is none, or a record's summary lacks a number.
+        InputError: there is none.
     """
     if not records:
         raise InputError("expected at least one run record")
@@ -197,7 +195,6 @@ def runs_of(records: list[RunRecord]) -> list[Run]:
     met: Counter[str] = Counter()
     runs = []
     for record in sorted(records, key=lambda record: record.run["world"]):
-        _check_summary(record)
         world = record.run["world"]
         styles = _STYLES[world]
         label = world if worlds[world] == 1 else f"{world} {met[world] + 1}"
@@ -217,20 +214,6 @@ def same_trace(runs: list[Run]) -> list[list[Run]]:
         else:
             groups.append([run])
     return groups
-
-
-def _check_summary(record: RunRecord) -> None:
-    summary = record.run.get("summary")
-    extra = ("dropped",) if isinstance(summary, dict) and "dropped" in summary else ()
-    for metric in (*_COUNTS, *extra, *METRICS):
-        value: object
-        try:
-            value = value_of(summary or {}, metric)
-        except (KeyError, TypeError):
-            value = "missing"
-        if not (type(value) in (int, float) or (value is None and metric in METRICS)):
-            path, field = record.path / "run.json", f"summary.{metric}"
-            raise InputError("expected a number", path=path, field=field, value=value)
 
 
 def _column(rows: list[dict[str, Any]], field: str) -> np.ndarray:

@@ -32,6 +32,7 @@ from twinserve.policies import (
 from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.policies.vllm_rules import VllmRules
 from twinserve.settings.config import read_toml, validated
+from twinserve.settings.limits import MOST, MOST_BLOCKS
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.settings.vllm_versions import CHANGED, NEWEST, UNSAID, Version, build_rules
 
@@ -65,42 +66,51 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     composition: Literal["mixed", "prefill-first"] = "mixed"
-    max_num_seqs: int = Field(default=256, ge=1)
-    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1, le=MOST)
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=MOST)
     enable_chunked_prefill: bool = True
     vllm_version: Version = Field(default=NEWEST, description="whose rules decide")
     max_num_active_seqs: int | None = Field(
-        default=None, ge=1, description="running requests, in place of max_num_seqs and no more than it"
+        default=None, ge=1, le=MOST, description="running requests, in place of max_num_seqs and no more than it"
     )
-    long_prefill_token_threshold: int = Field(default=0, ge=0)
+    long_prefill_token_threshold: int = Field(default=0, ge=0, le=MOST)
     long_prefill_token_threshold_adaptive: bool = Field(
         default=False, description="the threshold is at least the budget divided by the requests that run or wait"
     )
     long_prefill_token_threshold_binds_alone: bool | None = Field(default=None, description=_said_by_version(2))
     prefill_schedule_interval: int = Field(
-        default=1, ge=1, description="steps from one with prompt work to the next, unless the queue does not drain"
+        default=1,
+        ge=1,
+        le=MOST,
+        description="steps from one with prompt work to the next, unless the queue does not drain",
     )
     self_preemption_ends_pass: bool | None = Field(default=None, description=_said_by_version(0))
     victim_before_skips: bool | None = Field(default=None, description=_said_by_version(1))
     max_num_partial_prefills: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="running requests that may have prompt tokens left to compute; vLLM no longer has it",
     )
     scheduling_policy: str = Field(default="fcfs", description=f"{', '.join(SCHEDULING_POLICIES)}, or FILE.py:CLASS")
     scheduling_ageing: int = Field(
-        default=0, ge=0, description="so many later arrivals outweigh one priority, or one token of a shortest job"
+        default=0,
+        ge=0,
+        le=MOST,
+        description="so many later arrivals outweigh one priority, or one token of a shortest job",
     )
     admission: str | None = Field(default=None, description="FILE.py:CLASS: who fits, in place of vLLM's rule")
     victim: str | None = Field(
         default=None, description="FILE.py:CLASS: who is preempted, in place of the order's rule"
     )
-    max_model_len: int | None = Field(default=None, ge=1)
-    block_size: int = Field(default=16, ge=1, description="tokens in a KV block; with flash 256 unless given")
-    num_gpu_blocks: int | None = Field(default=None, ge=1, description="usable KV blocks; none: a pool without end")
+    max_model_len: int | None = Field(default=None, ge=1, le=MOST)
+    block_size: int = Field(default=16, ge=1, le=MOST, description="tokens in a KV block; with flash 256 unless given")
+    num_gpu_blocks: int | None = Field(
+        default=None, ge=1, le=MOST_BLOCKS, description="usable KV blocks; none: a pool without end"
+    )
     enable_prefix_caching: bool = True
     prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"
-    prefix_caching_seed: int = Field(default=0, ge=0)
+    prefix_caching_seed: int = Field(default=0, ge=0, le=MOST)
     scheduler_reserve_full_isl: bool = True
     watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
     pipeline_depth: int = Field(default=0, ge=0, le=1)

@@ -21,10 +21,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or is not TOML.
     """
     try:
-        return _anchored(tomllib.loads(path.read_text()), path.parent)
+        return _anchored(tomllib.loads(path.read_text(encoding="utf-8-sig")), path.parent)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"expected TOML: {error}", path=path) from error
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.latency_file import check_latency_file
 from twinserve.sim.roofline import RooflineLatency, device_of
 from twinserve.sim.shapes import ModelShape
+from twinserve.traces.lines import Line, json_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -315,27 +318,25 @@ class FittedLatency:
         Raises:
             InputError: it cannot be read, or is not a latency file of this schema.
         """
-        try:
-            data = json.loads(path.read_text())
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"expected JSON: {error}", path=path) from error
+        data = json_file(path)
         found = data.get("schema") if isinstance(data, dict) else None
         if found not in (SCHEMA, FIRST_SCHEMA):
             raise InputError(f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}", path=path, field="schema", value=found)
+        check_latency_file(Line(path, None, data))
         try:
             return cls(data)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"expected a latency file as `twinserve profile` writes it, lacks {error}", path=path
             ) from error
 
     def save(self, path: Path) -> None:
-        """Write the latency file; a new file only."""
-        with path.open("x") as file:
-            json.dump(self.data, file, indent=1)
-            file.write("\n")
+        """Write the latency file; a new file only.
+
+        Raises:
+            InputError: `path` exists, or cannot be written.
+        """
+        write_whole(path, json.dumps(self.data, indent=1) + "\n")
 
 
 def watched(features: StepFeatures) -> dict[str, int]:

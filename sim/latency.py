@@ -8,6 +8,7 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from twinserve.policies import Batch
+from twinserve.settings.errors import InputError
 from twinserve.traces.runs.metrics import stayed_busy
 
 Count = Any
@@ -211,8 +212,11 @@ class RecordedLatency:
         """The recorded cost of the step with this number.
 
         Raises:
-            ValueError: the record has fewer steps, so the simulation decides otherwise than the run did.
+            InputError: the record has fewer steps, so the simulation decides otherwise than the run did.
         """
         if features.decision >= len(self._costs):
-            raise ValueError(f"step {features.decision} was asked for, the recorded run has {len(self._costs)}")
+            raise InputError(
+                f"the recorded run has {len(self._costs)} steps, and step {features.decision} was asked for: expected "
+                "the trace and the settings of the run"
+            )
         return self._costs[features.decision]

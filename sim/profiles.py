@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
 from twinserve.sim.fit import StepSample
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepFeatures
@@ -41,9 +42,12 @@ class Profile:
     samples: list[StepSample]
 
     def save(self, path: Path) -> None:
-        """Write the profile, a gzip file of JSON lines; a new file only. Equal profiles are equal bytes."""
-        with path.open("xb") as file:
-            file.write(gzip.compress(self._text().encode(), mtime=0))
+        """Write the profile, a gzip file of JSON lines. Equal profiles are equal bytes.
+
+        Raises:
+            InputError: `path` exists, or cannot be written.
+        """
+        write_whole(path, gzip.compress(self._text().encode(), mtime=0))
 
     @property
     def identity(self) -> str:

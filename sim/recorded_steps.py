@@ -177,7 +177,7 @@ class _Run:
             raise InputError("expected steps with their decisions", path=record.path)
         self._steps = steps
         self.is_log = record.run["facts"].get("source") is not None
-        self._depth = record.run["settings"]["pipeline_depth"]
+        self._depth = record.told("settings", "pipeline_depth")
         self.is_ahead = self.is_log and self._depth == 1
         if self.is_ahead and any(row["launched_ns"] is None for row in steps):
             raise InputError(
@@ -318,7 +318,7 @@ def step_spans(
     The host is free when it has launched a step and has the result that it then waits for. Our engine decides the next
     step at that instant; a vLLM step log has it as the time at which the result of the oldest step was ready.
     """
-    steps, depth = record.steps, record.run["settings"]["pipeline_depth"]
+    steps, depth = record.steps, record.told("settings", "pipeline_depth")
     is_log = "output_ready_ns" in steps[0]
     features = features or features_of(record)
     freed = [row["output_ready_ns"] for row in steps] if is_log else [row["decided_ns"] for row in steps[depth + 1 :]]
@@ -336,7 +336,7 @@ class Timeline:
     """
 
     def __init__(self, record: RunRecord, ends: tuple[int, int] = (0, 0)):
-        self._depth, self.ends = record.run["settings"]["pipeline_depth"], ends
+        self._depth, self.ends = record.told("settings", "pipeline_depth"), ends
 
     def step(self, cost: StepCost, free_ns: int, following_ns: int) -> int:
         """By how much the model has the host free too late after a step, in nanoseconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,7 +226,7 @@ class RooflineLatency:
         if device is None:
             raise InputError(f"expected a device: {', '.join(DEVICES)}", field="latency", value=device_name)
         shape = SHAPES.get(model.lower())
-        if shape is None and not Path(model).exists():
+        if shape is None and not os.path.exists(model):
             raise InputError(
                 f"expected a config.json, a folder with one, or a shape that ships: {', '.join(SHAPES)}",
                 field="latency",

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import twinserve
 from twinserve.settings.errors import InputError
+from twinserve.traces.lines import json_file
 
+DENSE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "glm",
+    "glm4",
+    "granite",
+    "hunyuan_v1_dense",
+    "olmo",
+    "olmo2",
+    "phi3",
+    "seed_oss",
+    "smollm3",
+)
+"""transformers' `model_type` of decoders with grouped-query attention over all tokens and a gated feed-forward network
+in every layer."""
+_MOST = 1 << 24
+"""No size of a model is larger by far."""
 SHAPES_FOLDER = Path(twinserve.__file__).parent / "data" / "shapes"
 """A folder a common shape with the config.json of its model; the engine makes models of random weights of them."""
 
@@ -69,23 +92,16 @@ class ModelShape:
         Raises:
             InputError: it cannot be read, or lacks a size.
         """
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(path.read_text())
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"expected JSON: {error}", path=path) from error
+        path = path / "config.json" if os.path.isdir(path) else path
+        config = json_file(path)
         if not isinstance(config, dict):
             raise InputError("expected a JSON object", path=path)
-        experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)]
-        if experts:
-            raise InputError("expected none: mixtures of experts are not supported", path=path, field=experts[0])
+        _check_kind(config, path)
         sizes: dict[str, int] = {}
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             value = config.get(field)
-            if type(value) is not int or value < 1:
-                raise InputError("expected an integer >= 1", path=path, field=field, value=value)
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise InputError(f"expected an integer from 1 to {_MOST}", path=path, field=field, value=value)
             sizes[field] = value
         heads = sizes["num_attention_heads"]
         return cls(
@@ -95,10 +111,37 @@ class ModelShape:
             sizes["intermediate_size"],
             sizes["num_hidden_layers"],
             heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or sizes["hidden_size"] // heads,
+            _size(config, "num_key_value_heads", path) or heads,
+            _size(config, "head_dim", path) or max(1, sizes["hidden_size"] // heads),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
+
+
+def _size(config: dict[str, Any], field: str, path: Path) -> int | None:
+    """A size that a configuration need not say."""
+    value = config.get(field)
+    if value is not None and (type(value) is not int or not 1 <= value <= _MOST):
+        raise InputError(f"expected an integer from 1 to {_MOST}", path=path, field=field, value=value)
+    return value
+
+
+def _check_kind(config: dict[str, Any], path: Path) -> None:
+    """Refuse a model that is no dense decoder with keys and values of all tokens in every layer.
+
+    Raises:
+        InputError: it is of another kind, or of one that nobody has looked at.
+    """
+    if isinstance(config.get("text_config"), dict):
+        raise InputError("expected a model of text alone: its sizes lie in text_config", path=path, field="text_config")
+    for name, value in config.items():
+        if "experts" in name and value:
+            raise InputError("expected none: mixtures of experts are not supported", path=path, field=name, value=value)
+    if config.get("model_type", "llama") not in DENSE:
+        expected = f"expected a dense decoder: {', '.join(DENSE)}"
+        raise InputError(expected, path=path, field="model_type", value=config["model_type"])
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise InputError("expected full_attention in every layer", path=path, field="layer_types", value=kinds)
 
 
 SHAPES = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from twinserve.cli import app
+from twinserve.commands.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "results.md"])

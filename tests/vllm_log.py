@@ -50,6 +50,7 @@ def write_log(
         "rate_per_s": 1.0,
         "trace_rows": [0, len(requests)],
         "wall_s": (log.now if until_ns is None else until_ns) / 1e9,
+        "summary": {"requests": len(log.request_rows()), "steps": len(log.steps)},
         "sha256": {"requests.jsonl.gz": "0" * 64},
         "settings": {
             **{name: getattr(own, name) for name in Settings.model_fields},

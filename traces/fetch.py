@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
 from twinserve.traces.user_cache import cache_folder
 
 _TIMEOUT_S = 30
@@ -73,15 +72,7 @@ def fetch(name: str, mirror: str | None = None) -> Path:
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == trace.sha256:
             return path
         content = _download(f"{(mirror or trace.folder).rstrip('/')}/{trace.file}", trace.sha256)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{trace.file}.", dir=path.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write(content)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(path, content, replaces=True)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}; XDG_CACHE_HOME names another", path=path) from error
     return path

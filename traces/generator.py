@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_REQUESTS
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
@@ -126,7 +127,7 @@ def generate(
     """Synthetic requests in the order of their arrival, the first one at 0.
 
     Conversations of `turns` requests begin at random times. A later turn's prompt is the prompt before it, the answer
-    to that, and new text; it arrives when that answer is complete, at the earliest a think time after the turn before.
+    to that, and new text; it arrives a think time after that answer is complete.
     Each aspect has a random stream of its own: another rate leaves the lengths as they are.
 
     Args:
@@ -143,7 +144,7 @@ def generate(
         num_system_prompts: texts of which each conversation has one, chosen uniformly, at its start; 0 is none.
         system_prompt_tokens: length of each of them.
         turns: requests in a conversation; the last conversation may have fewer.
-        think_time_s: mean, in seconds, of the exponential time between the arrivals of two turns.
+        think_time_s: mean, in seconds, of the exponential time from an answer to the next turn.
 
     Raises:
         InputError: a value is out of range.
@@ -175,16 +176,17 @@ def _check(
     think_time_s: float,
 ) -> None:
     """Raise an InputError for the first argument that is out of range."""
-    require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
-    require(0 < rate < math.inf, "rate", rate, "requests per second > 0")
+    most = MOST_REQUESTS
+    require(1 <= num_requests <= most, "num_requests", num_requests, f"an integer from 1 to {most}")
+    require(1e-9 <= rate < math.inf, "rate", rate, "requests per second >= 1e-9")
     require(arrivals in get_args(Arrivals), "arrivals", arrivals, f"one of {', '.join(get_args(Arrivals))}")
-    require(0 < cv < math.inf, "cv", cv, "a number > 0")
+    require(1e-3 <= cv <= 1e3, "cv", cv, "a number from 0.001 to 1000")
     require(burst_size >= 1, "burst_size", burst_size, "an integer >= 1")
     require(num_system_prompts >= 0, "num_system_prompts", num_system_prompts, "an integer >= 0")
     least = min(num_system_prompts, 1)
     require(system_prompt_tokens >= least, "system_prompt_tokens", system_prompt_tokens, f"an integer >= {least}")
     require(turns >= 1, "turns", turns, "an integer >= 1")
-    require(0 <= think_time_s < math.inf, "think_time_s", think_time_s, "seconds >= 0")
+    require(0 <= think_time_s <= 1e6, "think_time_s", think_time_s, "seconds from 0 to 1e6")
 
 
 class _Draws(NamedTuple):
@@ -225,14 +227,15 @@ def _are_of_one_trace(prompt_tokens: Lengths, output_tokens: Lengths) -> bool:
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:
     """The turns of one conversation; `opening` has the id and time of the first, and what its prompt begins with."""
     parts = opening.parts
-    arrival_ns = opening.arrival_ns
+    arrival_ns, think_ns = opening.arrival_ns, 0
     for number in range(opening.id, opening.id + turns):
         parts = (*parts, Part(next(draws.texts), 0, next(draws.prompt_tokens)))
         max_tokens = next(draws.max_tokens)
         after = number - 1 if number > opening.id else None
-        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after)
+        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after, think_ns)
         parts = (*parts, Part(answer_text(number), 0, max_tokens))
-        arrival_ns += next(draws.think_ns)
+        think_ns = next(draws.think_ns)
+        arrival_ns += think_ns
 
 
 def _gaps(rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_size: int) -> Iterator[float]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
 import json
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from twinserve.settings.errors import InputError
@@ -134,41 +139,151 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def read_content(path: Path) -> bytes:
-    """The content of a file, unpacked if it is a gzip file (which its first bytes say, not its name).
+_PIECE = 1 << 16
+"""Of a line that does not end within so many bytes, these are looked at before the others are read."""
+LARGEST_VALUE = 512 << 20
+"""Bytes of a line, or of a document that is one value; TWINSERVE_LARGEST_VALUE is another number of them."""
+
+_UNPACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Content:
+    """The lines of a UTF-8 text, read as they are asked for and packed with gzip or zstd or not, as its bytes say.
+
+    Lines end in LF or CRLF, the last one in either or in nothing; empty lines at the end are left out. As a context
+    manager it is closed in the end.
+
+    Args:
+        path: of the file.
+        digest: a sha256 of what was read before, which goes on; one of its own unless given.
 
     Raises:
-        InputError: it cannot be read, or is a gzip file that is broken or cut short.
+        InputError: the file cannot be read, holds what is no text, is packed and cut short, or has a line of more than
+            `LARGEST_VALUE` bytes; some of it only where that is met.
     """
+
+    def __init__(self, path: Path, digest: Any = None):
+        self._path, self._digest = path, digest or hashlib.sha256()
+        self._most = int(os.environ.get("TWINSERVE_LARGEST_VALUE", LARGEST_VALUE))
+        self._files: list[Any] = []
+        self._number = self._offset = 0
+        with self._reading():
+            file = path.open("rb")
+            self._files.append(file)
+            packed = next((name for magic, name in _UNPACKED.items() if file.peek(4).startswith(magic)), None)
+            self._stream: Any = file
+            if packed is not None:
+                self._stream = io.BufferedReader(_unpacked(packed, file, path), 1 << 16)
+                self._files.append(self._stream)
+            self.begin = self._stream.peek(64)[:64]
+
+    def __iter__(self) -> Iterator[str]:
+        num_empty = 0
+        while raw := self._raw_line():
+            text = self._decoded(raw)
+            if not text:
+                num_empty += 1
+                continue
+            yield from [""] * num_empty
+            num_empty = 0
+            yield text
+
+    def rest_of_lines(self) -> int:
+        """Read on to the end without a look at what is there; the number of lines that are not empty."""
+        count, last = 0, b"\n"
+        with self._reading():
+            while chunk := self._stream.read(1 << 20):
+                self._digest.update(chunk)
+                chunk = last + chunk.replace(b"\r", b"")
+                count += chunk.count(b"\n") - chunk.count(b"\n\n") - chunk.endswith(b"\n")
+                last = chunk[-1:]
+        return count
+
+    def sha256(self) -> str:
+        """Of the content, unpacked; reads what was not read yet."""
+        self.rest_of_lines()
+        return self._digest.hexdigest()
+
+    def whole(self, first: str) -> str:
+        """The text from `first`, a line that was read, to the end.
+
+        Raises:
+            InputError: it has more than `LARGEST_VALUE` bytes.
+        """
+        lines, size = [first], len(first)
+        for line in self:
+            size += len(line)
+            if size > self._most:
+                raise self._too_large(f"a text of at most {self._most} bytes")
+            lines.append(line)
+        return "\n".join(lines)
+
+    def _raw_line(self) -> bytes:
+        with self._reading():
+            raw = self._stream.readline(_PIECE)
+            if len(raw) == _PIECE and b"\0" not in raw:
+                raw += self._stream.readline(self._most + 1 - _PIECE)
+        self._number += 1
+        if len(raw) > self._most:
+            raise self._too_large(f"lines of at most {self._most} bytes")
+        self._digest.update(raw)
+        return raw
+
+    def _decoded(self, raw: bytes) -> str:
+        try:
+            text = raw.decode("utf-8-sig" if self._number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            where = f"{error.reason} at byte {self._offset + error.start}"
+            raise InputError(f"expected UTF-8: {where}", path=self._path, line=self._number) from error
+        self._offset += len(raw)
+        if "\0" in text:
+            raise InputError("expected text, it holds NUL", path=self._path, line=self._number)
+        return text.removesuffix("\n").removesuffix("\r")
+
+    def _too_large(self, expected: str) -> InputError:
+        problem = f"expected {expected}; TWINSERVE_LARGEST_VALUE can name a larger number"
+        return InputError(problem, path=self._path, line=self._number)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"expected a whole gzip file: {error}", path=self._path) from error
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror or error}", path=self._path) from error
+        except ValueError as error:  # of a name that holds NUL
+            raise InputError(f"cannot be read: {error}", path=self._path) from error
+
+    def __enter__(self) -> Content:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in reversed(self._files):
+            file.close()
+
+
+def _unpacked(name: str, file: Any, path: Path) -> Any:
+    """A stream of what is packed in `file`."""
+    if name == "gzip":
+        return gzip.GzipFile(fileobj=file)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-    if not content.startswith(b"\x1f\x8b"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"expected a whole gzip file: {error}", path=path) from error
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            "is packed with zstd: expected the package zstandard, pip install 'twinserve[traces]'", path=path
+        ) from error
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
 
-def text_lines(content: bytes, path: Path) -> list[str]:
-    """The lines of a UTF-8 text, which end in LF or CRLF, the last one in either or in nothing.
-
-    Empty lines at the end are left out.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"expected UTF-8: {error.reason} at byte {error.start}", path=path, line=line) from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+def _whole_text(path: Path) -> str:
+    with Content(path) as content:
+        lines = iter(content)
+        return content.whole(next(lines, ""))
 
 
 def json_value(text: str, path: Path, line: int | None = None, *, nan: bool = False) -> Any:
@@ -188,20 +303,28 @@ def json_value(text: str, path: Path, line: int | None = None, *, nan: bool = Fa
         raise InputError(f"expected JSON: {error}", path=path, line=found) from error
 
 
-def nanoseconds(seconds: str | float) -> tuple[int, bool]:
-    """Seconds >= 0 in whole nanoseconds, and whether that took rounding; a float counts as the digits it is shown with.
+def nanoseconds(seconds: str | float, unit_ns: int = 1_000_000_000) -> tuple[int, bool]:
+    """Seconds >= 0, or units of so many nanoseconds, in whole nanoseconds, and whether that took rounding.
+
+    A float counts as the digits it is shown with.
 
     Raises:
         ValueError: it is no number, or is beyond 63 bits.
     """
     text = str(seconds)
     whole, _, fraction = text.partition(".")
-    if len(whole) <= 9 and len(fraction) <= 9 and text.isascii() and (whole + fraction).isdigit():
+    if (
+        unit_ns == 1_000_000_000
+        and len(whole) <= 9
+        and len(fraction) <= 9
+        and text.isascii()
+        and (whole + fraction).isdigit()
+    ):
         return int(whole or 0) * 1_000_000_000 + int(fraction.ljust(9, "0")), False
     if not text.isascii() or "_" in text:
         raise ValueError(text)
     try:
-        exact = Decimal(text).scaleb(9)
+        exact = Decimal(text) * unit_ns
         if not 0 <= exact <= LARGEST:
             raise ValueError(text)
     except ArithmeticError as error:
@@ -209,14 +332,14 @@ def nanoseconds(seconds: str | float) -> tuple[int, bool]:
     return round(exact), round(exact) != exact
 
 
-def json_lines(lines: list[str], path: Path, first: int = 1) -> Iterator[Line]:
+def json_lines(lines: Iterable[str], path: Path, first: int = 1, *, nan: bool = False) -> Iterator[Line]:
     """Each line as a JSON object; the first of `lines` is the file's line number `first`.
 
     Raises:
         InputError: a line is no JSON object.
     """
     for number, text in enumerate(lines, first):
-        value = json_value(text, path, number)
+        value = json_value(text, path, number, nan=nan)
         if type(value) is not dict:
             raise InputError("expected a JSON object", path=path, line=number, value=value)
         yield Line(path, number, value)
@@ -226,22 +349,33 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-_WITH_NAN, _STRICT = json.JSONDecoder(parse_constant=float), json.JSONDecoder(parse_constant=_refuse_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} stands twice in an object")
+    return values
+
+
+_WITH_NAN = json.JSONDecoder(parse_constant=float, object_pairs_hook=_object)
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def json_file(path: Path) -> Any:
-    """The value that a file of JSON says, packed with gzip or not.
+    """The value that a file of JSON says, packed or not.
 
     Raises:
         InputError: it cannot be read, or is not JSON.
     """
-    return json_value("\n".join(text_lines(read_content(path), path)), path)
+    return json_value(_whole_text(path), path)
 
 
 def json_lines_file(path: Path) -> Iterator[Line]:
-    """Each line of a file as a JSON object, packed with gzip or not.
+    """Each line of a file as a JSON object, packed or not.
 
     Raises:
         InputError: it cannot be read, or a line is no JSON object.
     """
-    return json_lines(text_lines(read_content(path), path), path)
+    with Content(path) as content:
+        yield from json_lines(content, path)

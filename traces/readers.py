@@ -5,38 +5,71 @@ The content of a file says which format it has, and whether it is packed with gz
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
 from twinserve.traces.formats import (
+    aiperf,
     azure,
+    bailian,
     burstgpt,
     guidellm,
+    inference_perf,
     mooncake,
     own,
+    parquet,
     recorded,
+    servegen,
+    sglang_bench,
     sharegpt,
+    sharegpt_v3,
+    splitwise,
     vidur,
     vllm_bench,
     weka,
 )
-from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
-from twinserve.traces.lines import Line, json_lines_file, json_value, read_content, text_lines
+from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, columns_of
+from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 
-_JSON_LINES = (own, mooncake, sharegpt, recorded)
-_TABLES = (azure, vidur, burstgpt)
-_DOCUMENTS = (weka, vllm_bench, guidellm)
-_NAMES = ", ".join(format.NAME for format in (*_JSON_LINES, *_TABLES, *_DOCUMENTS))
+_JSON_LINES: tuple[tuple[frozenset[str], Any], ...] = (
+    (frozenset(own.FIELDS), own),
+    (frozenset(recorded.FIELDS), recorded),
+    (frozenset(bailian.FIELDS), bailian),
+    (frozenset({"session_id", "input_length"}), aiperf),
+    (frozenset(mooncake.FIELDS), mooncake),
+    (frozenset({"timestamp", "input_length"}), aiperf),
+    (frozenset(sharegpt.FIELDS), sharegpt),
+)
+"""Of each format all the fields that make it, the more telling first."""
+_DOCUMENTS = (weka, vllm_bench, sglang_bench, guidellm)
+_ARRAYS = (sharegpt_v3, inference_perf)
+_TABLES = (azure, vidur, burstgpt, splitwise, servegen)
+_STREAMED = {form.NAME for form in (mooncake, bailian, sharegpt, *_TABLES)}
+"""Formats that are read a line at a time."""
+_NEIGHBOURS = {
+    "an AIBrix workload": {"timestamp", "requests"},
+    "a batch of OpenAI's interface": {"custom_id", "body"},
+    "a dataset of conversations without lengths": {"messages"},
+}
+"""What people have that says nothing of lengths or times, by fields."""
+_NAMES = ", ".join(
+    dict.fromkeys(form.NAME for form in (*(form for _, form in _JSON_LINES), *_TABLES, *_DOCUMENTS, *_ARRAYS))
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,8 @@ class Trace:
             it), `one_token_output` (no time between tokens).
         handled: what was `dropped`, `clipped` or `repaired` on the way, counted by reason.
         epoch_ns: when time 0 was, in nanoseconds since 1970, taken as UTC; None where the file does not say.
+        is_timed: whether the file says when requests come; where it does not, all are at 0.
+        num_unread: lines behind the last that was wanted.
     """
 
     requests: list[Request]
@@ -61,27 +96,38 @@ class Trace:
     notes: dict[str, int]
     handled: dict[str, dict[str, int]]
     epoch_ns: int | None = None
+    is_timed: bool = True
+    num_unread: int = 0
 
 
-def read_trace(path: Path) -> Trace:
+def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf) -> Trace:
     """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
+
+    Args:
+        limit: so many requests are read, and no more.
+        until_s: up to the first request that arrives so many seconds after the first one or later.
 
     Raises:
         InputError: the file cannot be read, its format is unknown, a value is missing or wrong, or times go backwards.
     """
     path = Path(path)
     reading = Reading()
-    if path.is_dir() and recorded.is_record(path):
-        name, (rows, sha256) = recorded.NAME, _record(path, reading)
-    elif path.is_dir():
-        name, (rows, sha256) = weka.NAME, _folder(path, reading)
-    else:
-        content = read_content(path)
-        sha256 = hashlib.sha256(content).hexdigest()
-        lines = text_lines(content, path)
-        if not lines:
-            raise InputError("is empty, expected a trace", path=path)
-        name, rows = _recognise(lines, path, reading)
+    if os.path.isdir(path):  # which is no error for any name
+        form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
+        rows, sha256 = read_folder(path, reading)
+        requests, _ = _read(rows, limit, until_s)
+        return _trace(form.NAME, requests, sha256, reading, path, sum(1 for _ in rows))
+    with Content(path) as content:
+        name, rows = _recognise(content, path, reading)
+        requests, is_whole = _read(rows, limit, until_s)
+        num_unread = 0
+        if not is_whole:
+            num_unread = content.rest_of_lines() if name in _STREAMED else sum(1 for _ in rows)
+        return _trace(name, requests, content.sha256(), reading, path, num_unread)
+
+
+def _read(rows: Rows, limit: int | None, until_s: float) -> tuple[list[Request], bool]:
+    """The requests that are wanted, and whether they are all."""
     requests: list[Request] = []
     latest_ns = 0
     for line, time_field, request in rows:
@@ -89,10 +135,17 @@ def read_trace(path: Path) -> Trace:
             raise line.error("expected no earlier time than in the line before", time_field)
         latest_ns = request.arrival_ns
         requests.append(request)
+        if len(requests) == limit or latest_ns - requests[0].arrival_ns >= until_s * 1e9:
+            return requests, False
+    return requests, True
+
+
+def _trace(name: str, requests: list[Request], sha256: str, reading: Reading, path: Path, num_unread: int = 0) -> Trace:
     if not requests:
         dropped = reading.dropped.total()
         raise InputError("has no requests" + (f" to replay, {dropped} were dropped" if dropped else ""), path=path)
-    return Trace(requests, name, sha256, _notes(requests), reading.handled, reading.epoch_ns)
+    notes, handled = _notes(requests), reading.handled
+    return Trace(requests, name, sha256, notes, handled, reading.epoch_ns, reading.is_timed, num_unread)
 
 
 def write_trace(
@@ -135,50 +188,82 @@ def write_trace(
             lines.append(line)
             beside.update(dict.fromkeys(said, 1))
         text = "".join(lines)
-    _write(path, text.encode())
+    content = text.encode()
+    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return dict(beside)
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with path.open("xb") as file:
-            file.write(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-    except FileExistsError as error:
-        raise InputError("exists already, expected a new file", path=path) from error
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", path=path) from error
-
-
-def _recognise(lines: list[str], path: Path, reading: Reading) -> tuple[str, Rows]:
+def _recognise(content: Content, path: Path, reading: Reading) -> tuple[str, Rows]:
     """Which format it is, and its rows."""
-    if lines[0].lstrip().startswith("{"):
-        value, is_line = _first_object(lines, path)
-        for format in _JSON_LINES if is_line else ():
-            if value.keys() & format.KEYS:
-                return format.NAME, format.rows(lines, path, reading)
-        for format in _DOCUMENTS:
-            if value.keys() & format.KEYS:
-                if is_line and len(lines) > 1:
-                    problem = f"expected the end of the file, as a {format.NAME} file is one object"
-                    raise InputError(problem, path=path, line=2, value=lines[1])
-                document = Line(path, 1 if is_line else None, value)
-                return format.NAME, format.rows([document] if format is weka else document, reading)
-    else:
-        columns = set(lines[0].split(","))
-        for format in _TABLES:
-            if columns & format.KEYS:
-                return format.NAME, format.rows(lines, path, reading)
-    raise InputError(f"expected a trace, one of {_NAMES}", path=path, line=1, value=lines[0])
-
-
-def _first_object(lines: list[str], path: Path) -> tuple[dict[str, Any], bool]:
-    """The object in the first line, or in the file if it has more lines; and whether it was the line's."""
+    lines = parquet.lines(path) if content.begin.startswith(b"PAR1") else iter(content)
+    first = next(lines, None)
+    if first is None:
+        raise InputError("is empty, expected a trace", path=path)
+    opening = first.lstrip()[:1]
+    if opening == "[":
+        return _recognise_array(json_value(content.whole(first), path, nan=True), path, reading)
+    if opening == "{":
+        return _recognise_object(first, lines, content, path, reading)
     try:
-        return json_value(lines[0], path, 1, nan=True), True
+        columns = columns_of(first)
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"expected the names of a table's columns: {error}", path=path, line=1, value=first) from error
+    for table in _TABLES:
+        if set(table.FIELDS) <= set(columns):
+            return table.NAME, table.rows(chain((first,), lines), path, reading)
+    raise _unknown(columns, [(set(table.FIELDS), table) for table in _TABLES], first, path)
+
+
+def _recognise_object(
+    first: str, lines: Iterator[str], content: Content, path: Path, reading: Reading
+) -> tuple[str, Rows]:
+    """Of a file that begins with an object: JSON lines, a document a line, or one document."""
+    try:
+        value = json_value(first, path, 1, nan=True)
     except InputError:
-        if len(lines) == 1:
+        text = content.whole(first)
+        if text == first:
             raise
-    return json_value("\n".join(lines), path, nan=True), False
+        document = Line(path, None, json_value(text, path, nan=True))
+        for form in _DOCUMENTS:
+            if set(form.FIELDS) <= document.values.keys():
+                return form.NAME, form.rows([document], reading)
+        raise _unknown(document.values, [(set(form.FIELDS), form) for form in _DOCUMENTS], first, path) from None
+    for fields, form in _JSON_LINES:
+        if fields <= value.keys():
+            return form.NAME, form.rows(chain((first,), lines), path, reading)
+    for form in _DOCUMENTS:
+        if set(form.FIELDS) <= value.keys():
+            documents = json_lines(chain((first,), lines), path, nan=True)
+            return form.NAME, form.rows(list(documents), reading)
+    known = [*_JSON_LINES, *((set(form.FIELDS), form) for form in _DOCUMENTS)]
+    raise _unknown(value, known, first, path)
+
+
+def _recognise_array(value: Any, path: Path, reading: Reading) -> tuple[str, Rows]:
+    """Of a file that is one list."""
+    document = Line(path, None, {"[]": value})
+    if not value or type(value[0]) is not dict:
+        raise InputError(f"expected a trace, one of {_NAMES}", path=path, value=value)
+    for form in _ARRAYS:
+        if set(form.FIELDS) <= value[0].keys():
+            return form.NAME, form.rows(document.items("[]"), reading)
+    raise _unknown(value[0], [(set(form.FIELDS), form) for form in _ARRAYS], json.dumps(value[0]), path)
+
+
+def _unknown(found: Iterable[str], known: Iterable[tuple[Collection[str], Any]], first: str, path: Path) -> InputError:
+    """What a file is that is no trace: a neighbour, or nearly one of the formats."""
+    names = set(found)
+    for words, marks in _NEIGHBOURS.items():
+        if marks <= names:
+            problem = f"is {words}, by {', '.join(sorted(marks))}, which is not read: expected one of {_NAMES}"
+            return InputError(problem, path=path, line=1)
+    fields, form = max(known, key=lambda entry: len(names & set(entry[0])) / len(entry[0]))
+    if 2 * len(names & set(fields)) >= len(fields):
+        missing = ", ".join(sorted(set(fields) - names))
+        problem = f"is missing: by {', '.join(sorted(names & set(fields)))} it is of the format {form.NAME}"
+        return InputError(problem, path=path, line=1, field=missing)
+    return InputError(f"expected a trace, one of {_NAMES}", path=path, line=1, value=first)
 
 
 def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:
@@ -196,7 +281,8 @@ def sha256_of(paths: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(read_content(path))
+        with Content(path, digest) as content:
+            content.rest_of_lines()
     return digest.hexdigest()
 
 
@@ -208,11 +294,12 @@ def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:
     conversations = []
     digest = hashlib.sha256()
     for path in paths:
-        content = read_content(path)
-        digest.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
-        value = json_value("\n".join(text_lines(content, path)), path, nan=True)
-        if type(value) is not dict or not value.keys() & weka.KEYS:
-            raise InputError("expected a conversation of WEKA", path=path)
+        with Content(path) as content:
+            value = json_value(content.whole(next(iter(content), "")), path, nan=True)
+            name = path.name.encode("utf-8", "surrogateescape")
+            digest.update(name + f" {content.sha256()}\n".encode())
+        if type(value) is not dict or not set(weka.FIELDS) <= value.keys():
+            raise InputError(f"expected a conversation of WEKA, with {', '.join(weka.FIELDS)}", path=path)
         conversations.append(Line(path, None, value))
     return weka.rows(conversations, reading), digest.hexdigest()
 

@@ -40,16 +40,16 @@ def trace_statistics(requests: list[Request]) -> dict[str, Any]:
 
 
 def shared_tokens(requests: list[Request]) -> list[int]:
-    """Of each request, how many tokens its prompt shares from the start on with one before it.
+    """Of each request, how many tokens its prompt shares from the start on with one before it of the same salt.
 
     The requests are served one after the other, and nothing is forgotten: prompts, and answers but for their last
     token, which is never computed.
     """
-    # A radix tree over texts: (text, start) leads to the length of an edge and to what follows it.
-    root: dict[tuple[int, int], list[Any]] = {}
+    # A radix tree over texts for each salt: (text, start) leads to the length of an edge and to what follows it.
+    roots: dict[str, dict[tuple[int, int], list[Any]]] = {}
     shared = []
     for request in requests:
-        children, num_shared, is_known = root, 0, True
+        children, num_shared, is_known = roots.setdefault(request.salt, {}), 0, True
         for text, start, length in merged((*request.parts, Part(answer_text(request.id), 0, request.max_tokens - 1))):
             while length:
                 edge = children.get((text, start))

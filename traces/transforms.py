@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.traces.lines import LARGEST
 from twinserve.traces.request import Part, Request, answer_text
 
 TransformLog = list[dict[str, Any]]
@@ -57,11 +59,50 @@ def limit(requests: list[Request], num_requests: int, log: TransformLog) -> list
 def scale_rate(requests: list[Request], factor: float, log: TransformLog) -> list[Request]:
     """Arrivals `factor` times as dense: each time divided by it and rounded to a nanosecond.
 
+    Where requests wait for answers, sessions begin so much denser, and within a session nothing moves: how long its
+    turns take is the users' and the server's.
+
     Raises:
-        InputError: `factor` is not a number above 0.
+        InputError: `factor` is not a number above 0, or so small that times are beyond 63 bits; or there are sessions,
+            and all begin at one instant.
     """
     require(0 < factor < math.inf, "factor", factor, "a number > 0")
-    return _at(requests, [round(r.arrival_ns / factor) for r in requests], "scale_rate", {"factor": factor}, log)
+    least = requests[-1].arrival_ns / LARGEST
+    require(factor > least, "factor", factor, f"a number > {least:.3g}, so that times have at most 63 bits")
+    if all(request.after is None for request in requests):
+        return _at(requests, [round(r.arrival_ns / factor) for r in requests], "scale_rate", {"factor": factor}, log)
+    begins = session_begins(requests)
+    at_once = len(begins) > 1 and len(set(begins.values())) == 1
+    words = "1, as all sessions begin at one instant: session_rate has them begin at random"
+    require(not at_once or factor == 1, "factor", factor, words)
+    moved = [
+        replace(request, arrival_ns=request.arrival_ns - begin + round(begin / factor))
+        for request, begin in zip(requests, map(begins.__getitem__, session_keys(requests)), strict=True)
+    ]
+    num_moved = sum(map(bool, begins.values()))
+    changed = {"arrivals_moved": _count_changed(requests, moved), "sessions_moved": num_moved}
+    _write(log, "scale_rate", {"factor": factor}, changed)
+    return renumbered(sorted(moved, key=lambda request: request.arrival_ns))
+
+
+def session_keys(requests: list[Request]) -> list[int]:
+    """Of each request the first of those that it belongs to: of its session, or of those that wait for one another."""
+    of_session: dict[int, int] = {}
+    keys: list[int] = []
+    for request in requests:
+        key = request.id if request.after is None else keys[request.after]
+        if request.session is not None:
+            key = of_session.setdefault(request.session, key)
+        keys.append(key)
+    return keys
+
+
+def session_begins(requests: list[Request]) -> dict[int, int]:
+    """When each session begins, in nanoseconds, by its first request; a request without one is one of its own."""
+    begins: dict[int, int] = {}
+    for request, key in zip(requests, session_keys(requests), strict=True):
+        begins.setdefault(key, request.arrival_ns)
+    return begins
 
 
 def all_at_zero(requests: list[Request], log: TransformLog) -> list[Request]:
@@ -69,27 +110,28 @@ def all_at_zero(requests: list[Request], log: TransformLog) -> list[Request]:
     return _at(requests, [0] * len(requests), "all_at_zero", {}, log)
 
 
-def spread(requests: list[Request], seed: int, log: TransformLog, *, last_s: float = 3.0) -> list[Request]:
+def spread(requests: list[Request], seed: int, log: TransformLog) -> list[Request]:
     """Arrivals that were recorded in coarse steps, spread out again.
 
-    The requests of an instant get times drawn uniformly between it and the next instant, sorted, in the order of the
-    file. Raw, such a trace arrives in bursts that its users never made.
+    The requests of an instant get times drawn uniformly within a step of the clock from it on, sorted, in the order of
+    the file; so a time in which nothing came stays empty. Raw, such a trace arrives in bursts that its users never
+    made. The step is the commonest time between two instants, the shortest of those.
 
     Args:
         seed: another seed, other times.
-        last_s: seconds after the last instant within which its requests are spread.
-
-    Raises:
-        InputError: `last_s` is not a number above 0.
     """
-    require(0 < last_s < math.inf, "last_s", last_s, "seconds > 0")
     rng = random.Random(seed)
     instants = sorted({request.arrival_ns for request in requests})
-    following = dict(zip(instants, [*instants[1:], instants[-1] + round(last_s * 1e9)], strict=True))
+    gaps = Counter(following - instant for instant, following in pairwise(instants))
+    step_ns = min(gaps, key=lambda gap: (-gaps[gap], gap), default=1_000_000_000)
+    # A clock's steps are not quite equal; what is much longer is several of them.
+    widths = {instant: following - instant for instant, following in pairwise(instants)}
+    widths = {instant: width if 2 * width < 3 * step_ns else step_ns for instant, width in widths.items()}
     times_ns: list[int] = []
     for instant_ns, group in groupby(request.arrival_ns for request in requests):
-        times_ns += sorted(rng.randrange(instant_ns, following[instant_ns]) for _ in group)
-    return _at(requests, times_ns, "spread", {"seed": seed, "last_s": last_s}, log)
+        width_ns = widths.get(instant_ns, step_ns)
+        times_ns += sorted(rng.randrange(instant_ns, instant_ns + width_ns) for _ in group)
+    return _at(requests, times_ns, "spread", {"seed": seed, "step_s": step_ns / 1e9}, log)
 
 
 def shuffle(requests: list[Request], seed: int, log: TransformLog) -> list[Request]:
@@ -116,7 +158,7 @@ def shuffle(requests: list[Request], seed: int, log: TransformLog) -> list[Reque
 def start_sessions(requests: list[Request], rate: float, seed: int, log: TransformLog) -> list[Request]:
     """Sessions that begin at random, with exponential gaps, the first one at 0; within a session nothing moves.
 
-    Some traces do not say when a session began. A request without a session is one of its own.
+    Some traces do not say when a session began. A request without a session that waits for none is one of its own.
 
     Args:
         rate: sessions per second.
@@ -127,12 +169,13 @@ def start_sessions(requests: list[Request], rate: float, seed: int, log: Transfo
     """
     require(0 < rate < math.inf, "rate", rate, "sessions per second > 0")
     rng = random.Random(seed)
-    shifts_ns: dict[tuple[str, int], int] = {}
+    shifts_ns: dict[int, int] = {}
     next_s = 0.0
     moved = []
-    for request in requests:
-        key = ("request", request.id) if request.session is None else ("session", request.session)
+    for request, key in zip(requests, session_keys(requests), strict=True):
         if key not in shifts_ns:
+            least = next_s * 1e9 / LARGEST
+            require(least < 1, "rate", rate, "so many sessions per second that times have at most 63 bits")
             shifts_ns[key] = round(next_s * 1e9) - request.arrival_ns
             next_s += rng.expovariate(rate)
         moved.append(replace(request, arrival_ns=request.arrival_ns + shifts_ns[key]))
@@ -169,12 +212,6 @@ def cap_output_tokens(requests: list[Request], most: int, log: TransformLog) -> 
     }
     _write(log, "cap_output_tokens", {"most": most}, changed)
     return resolved
-
-
-def num_shortened(log: TransformLog) -> int:
-    """How many prompts and outputs were cut to a cap, as the log has it."""
-    counted = ("prompts_shortened", "outputs_shortened")
-    return sum(entry["changed"].get(what, 0) for entry in log for what in counted)
 
 
 def renumbered(requests: list[Request]) -> list[Request]:

@@ -1,100 +1,131 @@
-"""The command line: the names of the commands, which lie in commands/, and how one ends."""
+"""The command line: how a command ends, in any second, with one line and the right status."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import Annotated, Any
+import threading
+from types import FrameType
+from typing import Any
 
-import typer
-
-from twinserve.commands.latencies import fit, profile
-from twinserve.commands.models import generate, model_fetch, model_verify
-from twinserve.commands.options import KeepsDashes
-from twinserve.commands.records import compare, record_import, replay, report
-from twinserve.commands.serving import serve, top
-from twinserve.commands.sweeps import capacity, sweep
-from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
-from twinserve.commands.upgrades import tune, upgrade
-from twinserve.commands.worlds import demo, run, sim
-from twinserve.settings.errors import InputError, RunError
-
-app = typer.Typer(
-    help="The same LLM serving policies in a simulator and in a real engine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-trace_app = typer.Typer(
-    help="Look at a trace, make a synthetic one, change its format, bring a public one.", no_args_is_help=True
-)
-model_app = typer.Typer(help="Bring a model, or hold one against transformers.", no_args_is_help=True)
-record_app = typer.Typer(help="Bring a recorded run of another engine.", no_args_is_help=True)
-app.add_typer(trace_app, name="trace")
-app.add_typer(model_app, name="model")
-app.add_typer(record_app, name="record")
-app.command()(sweep)
-app.command()(capacity)
-app.command()(upgrade)
-app.command()(tune)
-app.command()(sim)
-app.command()(run)
-app.command()(replay)
-app.command(cls=KeepsDashes)(compare)
-app.command()(report)
-app.command()(profile)
-app.command()(fit)
-app.command()(generate)
-app.command()(serve)
-app.command()(top)
-app.command()(demo)
-trace_app.command("stat")(trace_stat)
-trace_app.command("convert")(trace_convert)
-trace_app.command("fetch")(trace_fetch)
-trace_app.command("make")(trace_make)
-record_app.command("import")(record_import)
-model_app.command("fetch")(model_fetch)
-model_app.command("verify")(model_verify)
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
-def _version(is_asked: bool) -> None:
-    """Say which twinserve this is, and end."""
-    if is_asked:
-        from twinserve.traces.runs.record import versions
+class _Stopped(BaseException):
+    """A signal has come; no KeyboardInterrupt, after which Python may end by SIGINT whatever status it is given."""
 
-        print(", ".join(f"{name} {version}" for name, version in versions().items()))
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Say the versions, and how the policies run."),
-    ] = False,
-) -> None:
-    """The same serving policies in a simulator and in a real engine."""
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
 
 
-UsageError: Any = typer.BadParameter.__mro__[1]
-"""What the command-line parser raises for every misuse."""
+class _Signals:
+    """Ends a command by a signal: at once while it has nothing to clean up, then by an exception.
+
+    So SIGTERM, which schedulers and containers send, leaves as little behind as Ctrl-C does.
+    """
+
+    def __init__(self) -> None:
+        self._missed = signal.SIGINT
+        self._before: dict[signal.Signals, object] = {}
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._at_once) for number in _WORDS}
+
+    def begin(self) -> None:
+        """From now on there is something to clean up."""
+        for number in self._before:
+            signal.signal(number, self._by_exception)
+        if self._before:
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
+        sys.unraisablehook = self._again
+
+    def remove(self) -> None:
+        sys.unraisablehook = sys.__unraisablehook__
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """A signal that came where nothing can be raised, in a destructor say, comes once more."""
+        if isinstance(unraisable.exc_value, _Stopped):
+            self._missed = unraisable.exc_value.number
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    def _at_once(self, number: int, _: FrameType | None) -> None:
+        os.write(2, f"twinserve: {_WORDS[signal.Signals(number)]}\n".encode())
+        os._exit(128 + number)
+
+    def _late(self, _: int, __: FrameType | None) -> None:
+        raise _Stopped(self._missed)
+
+    def _by_exception(self, number: int, _: FrameType | None) -> None:
+        raise _Stopped(number)
 
 
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
+    signals = _Signals()
+    signals.install()
     try:
+        sys.exit(_run(signals))
+    finally:
+        signals.remove()
+
+
+def _run(signals: _Signals) -> int:
+    """Run a command; its exit status."""
+    import typer
+
+    from twinserve.commands.app import app
+    from twinserve.settings.errors import InputError, RunError
+
+    # What the command-line parser raises for every misuse.
+    usage_error: Any = typer.BadParameter.__mro__[1]
+    try:
+        signals.begin()
         code = app(prog_name="twinserve", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return int(code or 0)
     except InputError as error:
-        print(f"twinserve: {error}", file=sys.stderr)
-        code = 2
-    except UsageError as error:
-        message = " ".join(error.format_message().split())
-        print(f"twinserve: {message}", file=sys.stderr)
-        code = 2
-    except RunError as error:
-        message = " ".join(str(error).split())
-        print(f"twinserve: {message}", file=sys.stderr)
-        code = 1
+        return _say(error, 2)
+    except usage_error as error:
+        return _say(error.format_message(), 2)
+    except _Stopped as stopped:
+        return _say(_WORDS[stopped.number], 128 + stopped.number)
     except (KeyboardInterrupt, typer.Abort):
-        print("twinserve: interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return _say(_WORDS[signal.SIGINT], 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read what is printed wants no more of it; the parser, which meets it first, has the same status.
+        _drop_output()
+        return 1
+    except RunError as error:
+        return _say(error, 1)
+    except OSError as error:
+        _drop_output()
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _say(f"{where}{error.strerror or error}", 1)
+    except MemoryError as error:
+        return _say(f"out of memory: {error}", 1)
+
+
+def _say(what: object, code: int) -> int:
+    """Say on stderr, where there is one, how a command ends."""
+    if sys.stderr is not None:
+        from twinserve.settings.errors import printable
+
+        print("twinserve:", printable(" ".join(str(what).split())), file=sys.stderr)
+    return code
+
+
+def _drop_output() -> None:
+    """Have the interpreter not try again, as it ends, to write what could not be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

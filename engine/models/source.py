@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,9 +98,23 @@ def _sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; None if it has none."""
+    """The folder's tokenizer; None if it has none.
+
+    Raises:
+        InputError: there is one, and it cannot be loaded.
+    """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of transformers, tokenizers and what they import: any
+        needs = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        if needs and importlib.util.find_spec("sentencepiece") is None:
+            problem = "needs the package sentencepiece: pip install 'twinserve[engine]'"
+            raise InputError(problem, path=folder / "tokenizer.model") from error
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        path = next((folder / name for name in names if (folder / name).is_file()), folder)
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise InputError(f"expected a tokenizer that transformers can load: {reason}", path=path) from error

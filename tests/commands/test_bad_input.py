@@ -152,3 +152,67 @@ def test_comparing_runs_of_different_traces_is_refused(twinserve, trace, latency
 def test_an_unknown_option_or_metric_is_refused(twinserve, tmp_path):
     assert_refused(twinserve("sim", tmp_path, "--speed", 3), "--speed")
     assert_refused(twinserve("compare", tmp_path, tmp_path, "--max-error", "ttft=0.1"), "metric is 'ttft'")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--num-gpu-blocks", 10**9), "num_gpu_blocks is 1000000000, expected"),
+        (("--num-gpu-blocks", 2**70), "num_gpu_blocks is 1180591620717411303424, expected"),
+        (("--block-size", 10**30), "block_size is 1000000000000000000000000000000, expected"),
+        (("--replicas", 10**8), "replicas is 100000000, expected"),
+        (("--rate-scale", 1e-300), "factor is 1e-300, expected a number >"),
+        (("--session-rate", 1e-300), "rate is 1e-300, expected"),
+    ],
+)
+def test_numbers_that_no_machine_can_serve_are_refused_at_once(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+def test_lengths_that_no_array_can_hold_are_refused_where_they_would_be_served(twinserve, latency, tmp_path):
+    path = tmp_path / "vidur.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1,5,999999999999\n")
+    assert twinserve("trace", "stat", path).code == 0
+    assert_refused(twinserve("sim", path, "--latency", latency), "request 0 is", "TWINSERVE_MOST_TOKENS")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("seeds = 1000000000\narrivals = 'poisson'\nrate = 1.0\n", "points is 1000000000, expected a plan of at most"),
+        (
+            "[grid]\n"
+            + "".join(f"{n} = {list(range(1, 60))}\n" for n in ("max_num_seqs", "limit", "block_size", "seed")),
+            "points is",
+        ),
+        ("limit = true\n", "limit is True, expected"),
+        ("limit = 2.0\n", "limit is 2.0, expected"),
+        ("limit = '4'\n", "limit is '4', expected"),
+        ("replicas = true\n", "replicas is True, expected"),
+    ],
+)
+def test_a_plan_beyond_measure_or_of_other_kinds_is_refused(twinserve, trace, tmp_path, lines, words):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"trace = {str(trace)!r}\n{lines}")
+    assert_refused(twinserve("sweep", plan, "--out", tmp_path / "out"), words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--rate", 1e-300), ("--arrivals", "gamma", "--cv", 1e308), ("--think-time-s", 1e300)]
+)
+def test_a_synthetic_trace_beyond_measure_is_refused(twinserve, tmp_path, options):
+    assert_refused(twinserve("trace", "make", "--out", tmp_path / "out", "--turns", 2, *options), "expected")
+
+
+@pytest.mark.parametrize("content", ["a = " + "[" * 100_000, "a = " + "1" * 5000, "a = 1\na = 2\n", "\xff"])
+def test_settings_that_are_no_toml_are_one_line(twinserve, trace, latency, tmp_path, content):
+    (tmp_path / "settings.toml").write_bytes(content.encode("latin-1"))
+    assert_refused(
+        twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml"), "expected TOML"
+    )
+
+
+def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path):
+    (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfmax_num_seqs = 8\r\n")
+    assert twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml").code == 0

@@ -123,7 +123,7 @@ def test_a_transformed_trace_is_counted_in_the_summary_and_the_record(twinserve,
         "sim", trace, "--latency", latency, "--limit", 8, "--max-prompt-tokens", 40, "--json", "--out", out
     )
     summary = json.loads(result.out)
-    assert (summary["requests"], summary["shortened"], summary["dropped"]) == (8, 8, 4)
+    assert [summary[name] for name in ("requests", "shortened", "capped", "dropped")] == [8, 0, 8, 4]
     log = json.loads((out / "run.json").read_text())["facts"]["trace"]["transforms"]
     assert [entry["transform"] for entry in log] == ["limit", "cap_prompt_tokens"]
 

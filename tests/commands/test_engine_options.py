@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from twinserve.cli import app
+from twinserve.commands.app import app
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.sim.profiles import Profile
 

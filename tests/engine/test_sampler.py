@@ -16,7 +16,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from twinserve.engine.sampler import greedy_sample, sample, sample_with_temperature, uniform
+from twinserve.engine.sampler import SamplingPlan, greedy_sample, sample, sample_with_temperature, uniform
 from twinserve.policies import SamplingParams
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.0, 0.5])
@@ -192,3 +192,27 @@ def test_presence_and_frequency_penalties_are_by_their_definition(frequency, pre
     assert rows.tolist() == [*exact.argmax(-1).tolist(), *logits.argmax(-1).tolist()]
     with pytest.raises(ValueError, match=r"counts is of shape None, expected \(4, 50\)"):
         sample(logits, [params] * 4, range(4))
+
+
+def test_a_repetition_penalty_lowers_every_token_that_was_seen_below_nothing_too():
+    logits = torch.tensor([[-1.0, -1.5, 1.0, 0.9]])
+    seen = torch.tensor([[True, False, True, False]])
+    for seen_now, best in ((seen, 3), (torch.tensor([[True, False, True, True]]), 2)):
+        assert sample(logits, [replace(GREEDY, repetition_penalty=1.2)], [0], seen=seen_now).tolist() == [best]
+    below = torch.tensor([[-1.0, -1.5]])
+    assert sample(below, [replace(GREEDY, repetition_penalty=2.0)], [0], seen=seen[:, :2]).tolist() == [1]
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    logits = torch.tensor([3.0, 2.0, 2.0 - 1e-3, 1.9, 1.8, 1.7])
+    params = SamplingParams(top_k=2, top_p=0.7)
+    tokens = sample(logits.expand(2000, -1), [params] * 2000, range(2000), generator=random.Random(0))
+    # Of the two, the first has 73%; of all, the two together have 57%.
+    assert set(tokens.tolist()) == {0}
+
+
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}], ids=["top_k", "top_p", "min_p"])
+def test_a_draw_of_exactly_0_takes_no_token_that_was_left_out(params):
+    logits = torch.tensor([[-2.0, 5.0, 4.99, -3.0]])
+    plan = SamplingPlan.of([SamplingParams(**params)], [0.0], logits.device)
+    assert plan.sample(logits).tolist() == [1]

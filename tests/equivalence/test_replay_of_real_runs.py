@@ -110,9 +110,9 @@ def test_an_excerpt_of_a_public_trace_is_decided_again(serve, assert_replayed, p
     limits = {"limit": 40, "rate_scale": rate_scale, "max_prompt_tokens": 200, "max_output_tokens": 24}
     workload = load_workload(public_traces / trace, limits)
     run = serve(workload.requests, max_num_seqs=16, num_gpu_blocks=400)
-    assert (run.summary["finished"], workload.shortened > 0) == (40, True)
+    assert (run.summary["finished"], workload.capped > 0) == (40, True)
     assert (run.summary["cached_tokens"] > 0) == (trace == MOONCAKE)
-    assert_replayed(run, trace.parent.name, f"40 requests, {workload.shortened} lengths cut to a cap")
+    assert_replayed(run, trace.parent.name, f"40 requests, {workload.capped} cut to a cap")
 
 
 def everything_at_once(model: nn.Module, out: Path, **settings: Any) -> RealRun:

@@ -153,7 +153,7 @@ def test_packages_other_than_the_engine_import_without_torch(package):
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = (
         "import sys\n"
-        "import twinserve.cli, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.runs.record\n"
+        "import twinserve.commands.app, twinserve.sim.replica, twinserve.sim.fit, twinserve.traces.runs.record\n"
         "heavy = {'scipy', 'plotly', 'pandas', 'torch', 'transformers', 'ray', 'joblib', 'fastapi', 'uvicorn'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -14,6 +14,8 @@ from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, compute
 from twinserve.planning.sweep import Store, load_plan, opened, run_points
 from twinserve.settings.errors import InputError
+from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.readers import write_trace
 from twinserve.worlds.workload import make_workload
 
 PLAN = """
@@ -89,7 +91,7 @@ def test_a_rate_is_that_of_the_requests_that_are_left_and_the_trace_is_changed_o
     assert len(made) == 1
     wanted = Point.of(fields | {"rate_scale": scale}).workload()
     assert found.requests == wanted.requests and len(found.requests) == 6
-    assert (found.shortened, found.dropped, found.epoch_ns) == (wanted.shortened, wanted.dropped, wanted.epoch_ns)
+    assert (found.capped, found.dropped, found.epoch_ns) == (wanted.capped, wanted.dropped, wanted.epoch_ns)
     by_name = [{entry["transform"]: entry for entry in one.facts["transforms"]} for one in (found, wanted)]
     assert by_name[0] == by_name[1]
 
@@ -289,3 +291,28 @@ def test_a_killed_sweep_goes_on_where_it_was(twinserve, plan, tmp_path, jobs):
     whole = tmp_path / "whole"
     twinserve("sweep", plan, "--out", whole, "--jobs", 2)
     assert (whole / "results.jsonl").read_bytes() == (out / "results.jsonl").read_bytes()
+
+
+# --- rates of sessions ---
+
+
+def test_a_rate_has_sessions_begin_denser_as_far_as_there_are_enough(tmp_path):
+    path = tmp_path / "sessions.jsonl"
+    made = generate(
+        seed=1,
+        num_requests=40,
+        rate=1.0,
+        prompt_tokens=LengthSpec.parse("fixed:20"),
+        output_tokens=LengthSpec.parse("fixed:4"),
+        turns=4,
+        think_time_s=5.0,
+    )
+    write_trace(path, made, {})
+    with pytest.raises(InputError, match="arrivals is 'trace', expected 'poisson', which has sessions begin denser"):
+        Point.of({"trace": str(path), "rate": 2.0}).workload()
+    begins = [r.arrival_ns for r in made if r.after is None]
+    longest_s = max(r.arrival_ns - begins[r.session or 0] for r in made) / 1e9
+    most = len(made) / longest_s
+    assert Point.of({"trace": str(path), "rate": most * 0.99, "arrivals": "poisson"}).workload().requests
+    with pytest.raises(InputError, match=r"rate is .*, expected at most .*: the 10 sessions would begin within"):
+        Point.of({"trace": str(path), "rate": most * 1.01, "arrivals": "poisson"}).workload()

@@ -279,3 +279,11 @@ def test_settings_name_the_order(policy, order):
 def test_values_out_of_range_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("watermark", "num_blocks", "blocks"), [(0.019, 100, 1), (0.5, 3, 1), (0.01, 99, 0), (0.1, 50, 5)]
+)
+def test_a_watermark_is_whole_blocks_never_more_than_its_share(watermark, num_blocks, blocks):
+    core = Settings(watermark=watermark, num_gpu_blocks=num_blocks).build_core()
+    assert core.scheduler.admission.watermark_blocks == blocks

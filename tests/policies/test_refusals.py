@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
+from twinserve.policies import IS_COMPILED, BlockManager, Core, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.policies.block_manager import NoFreeBlocksError
 from twinserve.policies.vllm_rules import PrefillInterval
 from twinserve.sim.horizon import advance, horizon
@@ -150,3 +150,37 @@ def test_more_repetitions_than_there_are(at_once):
         spans = spans[-1:]
     with pytest.raises(AssertionError, match="steps go on past the end of Sequence"):
         advance(core, spans)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "min_tokens", "logprobs"])
+@pytest.mark.parametrize("value", [True, 2.5, "4", [1], float("nan")])
+def test_whole_numbers_of_sampling_are_whole_numbers(name, value):
+    if IS_COMPILED and value is True:
+        pytest.skip("compiled, a number that is True is 1")
+    with refused(name, "an integer"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [float("inf"), float("nan"), "1", True, -1.0]),
+        ("top_p", [1e-46, 0.0, "1", None]),
+        ("repetition_penalty", [1e-40, float("inf"), float("nan"), True]),
+        ("min_p", ["0", float("nan")]),
+        ("presence_penalty", [float("nan"), "1"]),
+    ],
+)
+def test_numbers_of_sampling_are_numbers_that_float32_can_hold(name, values):
+    for value in values:
+        if IS_COMPILED and value is True:
+            continue
+        with refused(name, "a number"):
+            SamplingParams(**{name: value})
+
+
+def refused(name: str, expected: str):
+    """A wrong kind is refused; compiled, a class that holds a number takes nothing else, and says so itself."""
+    if IS_COMPILED:
+        return pytest.raises((ValueError, TypeError))
+    return pytest.raises(ValueError, match=f"{name} is .*, expected {expected}")

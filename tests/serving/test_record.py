@@ -56,7 +56,8 @@ def test_every_command_takes_the_record_of_a_server_that_was_killed(twinserve, l
     replayed = twinserve("replay", path)
     assert (replayed.code, replayed.out) == (
         0,
-        f"exact: {len(record.steps)} of {len(record.steps)} decisions made again\n",
+        f"exact: {len(record.steps)} of {len(record.steps)} decisions made again; "
+        f"{record.num_unanswered} requests were left unanswered\n",
     )
     for command in (
         ("sim", path, "--latency", latency, "--num-gpu-blocks", "60", "--out", tmp_path / "twin"),

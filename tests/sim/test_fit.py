@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import twinserve.sim.fit as fits
 from twinserve.settings.errors import InputError
 from twinserve.sim.fit import (
     DRIFT_NS,
     FIRST_SCHEMA,
+    FOLDS,
     WATCHED,
     FittedLatency,
     StepSample,
@@ -211,12 +213,12 @@ def test_ramps_make_a_rising_line_through_the_knots():
 
 
 def test_a_latency_file_is_read_back_as_it_was_written(tmp_path):
-    model = fit(samples(0.1), {"model": "tiny"})
+    model = fit(samples(0.1), {"model": "tiny", "device": "none"})
     model.save(tmp_path / "latency.json")
     again = FittedLatency.load(tmp_path / "latency.json")
     assert again.identity == model.identity
     assert again.step_cost(features(5, 77)) == model.step_cost(features(5, 77))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="exists already"):
         model.save(tmp_path / "latency.json")
 
 
@@ -236,7 +238,7 @@ def test_a_changed_coefficient_is_another_model():
         ),
         ("[1]", "schema is None"),
         ("{", "expected JSON"),
-        ('{"schema": "twinserve-latency/1"}', "lacks 'regimes'"),
+        ('{"schema": "twinserve-latency/1"}', "about, is missing"),
     ],
 )
 def test_a_file_that_is_no_latency_file_is_refused_in_one_line(tmp_path, content, words):
@@ -315,3 +317,74 @@ def test_the_host_drifts_by_the_time_of_the_decision_and_phases_begin_elsewhere(
     assert levels(model) == pytest.approx([1, 2, 3, 4, 1], rel=1e-3)
     assert [levels(phase)[0] for phase in model.phases(2)] == pytest.approx([1, 3], rel=1e-3)
     assert levels(model.with_drift([])) == pytest.approx([1] * 5)
+
+
+def test_residuals_are_those_of_shapes_that_the_fit_has_not_seen(monkeypatch):
+    """The fits behind the residuals, of the host and of the device, each leave some shapes out, and each shape once."""
+    solved: list[set[tuple[float, ...]]] = []
+    least_squares = fits.least_squares
+
+    def watched_solve(rows, means, counts):
+        solved.append(set(map(tuple, means[:, None].round(3).tolist())))
+        return least_squares(rows, means, counts)
+
+    monkeypatch.setattr(fits, "least_squares", watched_solve)
+    noisy = samples(0.1)
+    fit(noisy, ABOUT, holds_out=False)
+    whole, solved[:] = list(solved), []
+    fit(noisy, ABOUT)
+    kept = [shapes for shapes in solved if shapes not in whole]
+    held_out = [(every, every - shapes) for shapes in kept for every in whole if shapes < every]
+    assert len(kept) == len(held_out) == len(whole) * FOLDS
+    for every in whole:
+        folds = [left_out for of, left_out in held_out if of == every]
+        assert len(folds) == FOLDS and all(folds)
+        assert sum(map(len, folds)) == len(set.union(*folds)) == len(every)
+
+
+JUNK = (None, True, -1, "x", "1", [], [1], {}, float("inf"), -5e9, 1e300, [[]], ["a"], "\0")
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [
+        (("drift",), [["a"], "x", [-1.0], [0], [1e308], 3, [None]]),
+        (("about",), [[], "text", {}, {"model": "m"}, {"model": 1, "device": "d"}]),
+        (("regimes", "decode", "device", "ns", "constant"), JUNK),
+        (("regimes", "decode", "device", "knots"), [["\0"], [-1], [None], [1.5], [2**64], 3, None]),
+        (("regimes", "prompt", "host"), JUNK),
+        (("regimes", "decode"), JUNK),
+        (("range", "decode"), [1, "", None, []]),
+        (("range", "decode", "seqs"), [1, [1], [1, 2, 3], ["a", "b"], [-1, 4], None]),
+        (("captured_tokens",), ["x", -1, 1.5, []]),
+        (("kernels",), [3, [], {"decodes": 5, "unknown": 1}]),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else "values",
+)
+def test_what_a_latency_file_says_is_of_the_right_kind_and_unit(tmp_path, place, values):
+    model = fit(samples(0.0), ABOUT)
+    for value in values:
+        data = json.loads(json.dumps(model.data))
+        inner = data
+        for name in place[:-1]:
+            inner = inner[name]
+        inner[place[-1]] = value
+        path = tmp_path / "latency.json"
+        path.write_text(json.dumps(data))
+        with pytest.raises(InputError) as error:
+            FittedLatency.load(path)
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value), value
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"schema": ' + "1" * 5000 + "}", "\0", "[1]"])
+def test_nesting_and_digits_beyond_measure_are_one_line(tmp_path, content):
+    (tmp_path / "latency.json").write_text(content)
+    with pytest.raises(InputError, match=r"latency.json.*expected"):
+        FittedLatency.load(tmp_path / "latency.json")
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b-h100", "smollm2-135m-cpu-2-threads"])
+def test_files_that_ship_are_what_a_latency_file_should_be(name):
+    from twinserve.worlds.run import shipped_latencies
+
+    assert FittedLatency.load(shipped_latencies()[name]).identity

@@ -64,7 +64,8 @@ def fleet_run(folder: Path, requests: list[Request], replicas: list[ReplicaSpec]
 def run_json(run: Path) -> dict:
     """The content of a run.json, but for what the summary says of the workload and of the wall clock."""
     content = json.loads((run / "run.json").read_text())
-    content["summary"].pop("dropped", None)
+    for name in ("capped", "dropped"):
+        content["summary"].pop(name, None)
     del content["summary"]["wall_s"]
     return content
 
@@ -112,7 +113,7 @@ def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, router, latency
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_death_loses_nothing(tmp_path, router):
-    requests = requests_of(3)
+    requests = requests_of(5)
     summary = fleet_run(tmp_path / "fleet", requests, specs(*[Uneven()] * 3), router, outages=OUTAGES)
     assert summary["retried"] > 0
     assert summary["requests"] == summary["finished"] == len(requests)
@@ -314,3 +315,13 @@ def test_every_event_of_a_replica_is_heard_by_its_own_listener():
     )
     assert sorted(heard) == [(0, 0), (0, 1), (1, 0)]
     assert sorted(number for ended in heard.values() for number in ended) == list(range(20))
+
+
+def test_a_replica_that_came_back_takes_as_long_as_it_did(tmp_path):
+    requests = [Request(n, n * S, (Part(n, 0, 5),), 1) for n in range(6)]
+    replicas = specs(Constant(10), Constant(1000))
+    fleet_run(tmp_path / "fleet", requests, replicas, "round-robin", outages=[Outage(1, S // 2, 2 * S + 1)])
+    records = {record.path.name: record for record in load_replicas(tmp_path / "fleet")}
+    durations = {name: {step["end_ns"] - step["start_ns"] for step in record.steps} for name, record in records.items()}
+    assert durations["1.1"] and durations["1.1"].isdisjoint(durations["0"])
+    assert durations["1.1"] == {replicas[1].latency.step_cost(None)[1]}

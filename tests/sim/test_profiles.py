@@ -29,7 +29,7 @@ def test_a_profile_is_read_back_as_it_was_kept_and_equal_ones_are_equal_bytes(tm
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert Profile.load(tmp_path / "one").identity == PROFILE.identity
     assert Profile(PROFILE.about, PROFILE.kernels, PROFILE.samples[:1]).identity != PROFILE.identity
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="exists already"):
         PROFILE.save(tmp_path / "one")
 
 

@@ -158,8 +158,14 @@ def test_what_is_no_roofline_is_refused_in_one_line(text, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_size": None}, "hidden_size is None, expected an integer >= 1"),
-        ({"num_local_experts": 8}, "num_local_experts, expected none: mixtures of experts"),
+        ({"hidden_size": None}, "hidden_size is None, expected an integer from 1 to"),
+        ({"moe_num_experts": 64}, "moe_num_experts is 64, expected none: mixtures of experts"),
+        ({"model_type": "bamba"}, "model_type is 'bamba', expected a dense decoder: llama,"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "expected full_attention in every layer"),
+        ({"text_config": {}}, "its sizes lie in text_config"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2', expected an integer from 1 to"),
+        ({"num_hidden_layers": 10**18}, "num_hidden_layers is 1000000000000000000, expected an integer from 1 to"),
+        ({"num_local_experts": 8}, "num_local_experts is 8, expected none: mixtures of experts"),
     ],
 )
 def test_a_config_that_lacks_a_size_or_has_experts_is_refused(tmp_path, change, words):
@@ -170,3 +176,15 @@ def test_a_config_that_lacks_a_size_or_has_experts_is_refused(tmp_path, change, 
     with pytest.raises(InputError) as error:
         ModelShape.load(tmp_path)
     assert words in str(error.value)
+
+
+def test_two_devices_pay_for_two_all_reduces_a_layer_and_what_they_move(monkeypatch):
+    tokens = 7
+
+    def cost(link: float, all_reduce_ns: int) -> int:
+        monkeypatch.setattr("twinserve.sim.roofline.ALL_REDUCE_NS", all_reduce_ns)
+        return RooflineLatency(TINY, replace(ROUND, link=link), 2).step_cost(decode(tokens, 100))[1]
+
+    moved_ns = tokens * 64 * 2 / (ROUND.link / 1e9)
+    assert cost(ROUND.link, 0) - cost(float("inf"), 0) == TINY.num_layers * 2 * moved_ns
+    assert cost(ROUND.link, 10_000) - cost(ROUND.link, 0) == TINY.num_layers * 2 * 10_000

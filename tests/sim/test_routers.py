@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
-from twinserve.traces.request import Part, Request
+from twinserve.traces.request import Part, PrefixKeys, Request
 
 
 @dataclass
@@ -120,3 +120,25 @@ def test_what_cannot_be_is_refused(values):
     [(name, value)] = values.items()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         PrefixAffine(**values)
+
+
+def test_prefix_affine_follows_the_longest_prefix_that_it_knows():
+    router, replicas = PrefixAffine(max_lead_tokens=10_000), up(0, 0, 0)
+    assert router.choose(request(0, 1), replicas) == 0
+    replicas[0].outstanding_tokens = 9_000
+    router._sent[request_key(1, 2)] = 1
+    assert router.choose(request(1, 1, 2), replicas) == 1, "the longer prefix went there"
+
+
+def test_prefix_affine_takes_no_shorter_prefix_for_one_whose_replica_is_down():
+    router, replicas = PrefixAffine(max_lead_tokens=10_000), up(0, 0, 5)
+    router._sent[request_key(1)] = 2
+    router._sent[request_key(1, 2)] = 1
+    up_now = [replicas[0], replicas[2]]
+    assert up_now[router.choose(request(0, 1, 2), up_now)].index == 0, "the least loaded one, as its page says"
+
+
+def request_key(*texts: int) -> tuple[str, int]:
+    """What the router remembers a prefix of whole texts by."""
+    prompt = request(0, *texts)
+    return "", PrefixKeys(prompt.parts, -1)(512 * len(texts))

@@ -22,3 +22,12 @@ def test_a_later_turn_comes_when_all_it_waits_for_has_come(own_ns, think_ns, ans
     assert arrivals.next_ns == arrives_ns
     assert arrivals.pop().arrival_ns == arrives_ns
     assert arrivals.is_empty
+
+
+def test_a_later_turn_comes_when_its_answer_has_come_and_not_with_the_traces_next_request():
+    turn = Request(1, 10, PROMPT, 5, after=0, think_ns=30)
+    arrivals = Arrivals([Request(0, 0, PROMPT, 5), turn, Request(2, 1000, PROMPT, 5)])
+    assert (arrivals.pop().id, arrivals.next_ns) == (0, 1000)
+    arrivals.answered(0, 5, 400)
+    assert arrivals.next_ns == 430
+    assert [(request.id, request.arrival_ns) for request in (arrivals.pop(), arrivals.pop())] == [(1, 430), (2, 1000)]

@@ -162,10 +162,12 @@ def test_a_later_turn_holds_the_turn_before_it_and_its_answer():
         assert request.session == before.session
 
 
-def test_a_later_turn_arrives_a_think_time_after_the_one_before():
-    requests = make(**(SESSIONS | {"num_requests": 3000}))
-    thinking = [r.arrival_ns - requests[r.after].arrival_ns for r in requests if r.after is not None]
+def test_a_later_turn_arrives_a_think_time_after_the_answer():
+    requests = make(**SESSIONS)
+    thinking = [request.think_ns for request in requests if request.after is not None]
     assert fmean(thinking) / 1e9 == pytest.approx(2.0, rel=0.1)
+    assert all(r.arrival_ns == requests[r.after].arrival_ns + r.think_ns for r in requests if r.after is not None)
+    assert {request.think_ns for request in requests if request.after is None} == {0}
 
 
 def test_without_thinking_a_turn_still_comes_after_the_one_before():

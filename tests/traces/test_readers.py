@@ -75,7 +75,11 @@ def test_azure_columns_are_found_by_name(read):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b",GeneratedTokens", b"", ":1: GeneratedTokens, is missing, expected a column of that name"),
+        (
+            b",GeneratedTokens",
+            b"",
+            ":1: GeneratedTokens, is missing: by ContextTokens, TIMESTAMP it is of the format azure",
+        ),
         (b",396,109", b",396", ":3: '2023-11-16 18:15:50.9951690,396', expected 3 columns"),
         (b",396,", b",-396,", ":3: ContextTokens is '-396', expected an integer >= 1"),
         (b",396,", b",396.0,", ":3: ContextTokens is '396.0', expected an integer >= 1"),
@@ -85,7 +89,7 @@ def test_azure_columns_are_found_by_name(read):
         (b",109", b",1" + b"0" * 5000, ":3: GeneratedTokens is '10"),
         (b"18:15:46.6", b"18:16:46.6", ":3: TIMESTAMP is '2023-11-16 18:15:50.9951690', expected no earlier time"),
         (b"11-16 18:15:46.6", b"11-31 18:15:46.6", ":2: TIMESTAMP is '2023-11-31 18:15:46.6805900', expected a time"),
-        (b".6805900", b".68059000", ":2: TIMESTAMP is '2023-11-16 18:15:46.68059000', expected a time like"),
+        (b".6805900", b".6805900000", ":2: TIMESTAMP is '2023-11-16 18:15:46.6805900000', expected a time like"),
         (b",44\r\n", b",44\r\n\r\n", ":3: '', expected 3 columns"),
         (b",44", b",\xff44", ":2: expected UTF-8: invalid start byte at byte"),
     ],
@@ -208,8 +212,11 @@ def test_a_packed_file_is_read_like_the_file_inside_it(read, content):
     [
         (b"", ": is empty, expected a trace"),
         (b"\n\n", ": is empty, expected a trace"),
-        (b"arrived,prompt\n0.0,3\n", ":1: 'arrived,prompt', expected a trace, one of twinserve, mooncake, sharegpt,"),
-        (b'{"prompt": 3}\n', ":1: '{\"prompt\": 3}', expected a trace, one of twinserve, mooncake, sharegpt,"),
+        (
+            b"arrived,prompt\n0.0,3\n",
+            ":1: 'arrived,prompt', expected a trace, one of twinserve, twinserve-record, bailian,",
+        ),
+        (b'{"prompt": 3}\n', ":1: '{\"prompt\": 3}', expected a trace, one of twinserve, twinserve-record, bailian,"),
         (b'{"hash_ids": [}\n', ":1: expected JSON: Expecting value"),
         (b'{"hash_ids": ' + b"[" * 100_000, ":1: expected JSON: "),
         (json_lines(MOONCAKE_ROWS[:1]) + b"7\n", ":2: 7, expected a JSON object"),

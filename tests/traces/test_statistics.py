@@ -141,3 +141,10 @@ def test_lengths_and_rates_of_the_public_traces(public_traces, name, rows, promp
         assert [found[key] for key in ("mean", "p50", "p99")] == pytest.approx(expected, abs=0.051)
     assert statistics["rate"] == pytest.approx(rate, abs=1e-5)
     assert statistics["gap_cv"] == pytest.approx(gap_cv, abs=1e-4)
+
+
+def test_requests_of_other_salts_share_nothing():
+    requests = [Request(n, n, (Part(0, 0, 1000),), 1, salt=f"tenant {n % 2}") for n in range(10)]
+    assert shared_tokens(requests) == [0, 0] + [1000] * 8
+    alone = [Request(n, n, (Part(0, 0, 1000),), 1, salt=str(n)) for n in range(10)]
+    assert trace_statistics(alone)["reuse"]["16"] == {"hit_tokens": 0, "hit_ratio": 0.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from twinserve.settings.errors import InputError
@@ -90,8 +92,8 @@ def test_a_limit_keeps_the_first_requests(conversation):
 # --- times ---
 
 
-def test_twice_the_rate_halves_the_times(conversation):
-    scaled = transforms.scale_rate(conversation, 2.0, [])
+def test_twice_the_rate_halves_the_times():
+    scaled = transforms.scale_rate([single(number, number + 1) for number in range(4)], 2.0, [])
     assert [request.arrival_ns for request in scaled] == [SECOND // 2, SECOND, 3 * SECOND // 2, 2 * SECOND]
 
 
@@ -121,9 +123,19 @@ def test_spread_times_follow_the_order_of_the_file(coarse):
     assert [request.id for request in sorted(spread, key=lambda request: request.arrival_ns)] == list(range(40))
 
 
-def test_the_last_group_is_spread_over_the_time_that_it_is_given(coarse):
-    spread = transforms.spread(coarse, 0, [], last_s=0.001)
-    assert max(request.arrival_ns for request in spread) - 9 * SECOND < SECOND // 1000
+def test_the_last_group_is_spread_over_a_step_of_the_clock(coarse):
+    spread = transforms.spread(coarse, 0, [])
+    assert 0 <= max(request.arrival_ns for request in spread) - 9 * SECOND < 3 * SECOND
+
+
+def test_a_time_in_which_nothing_came_stays_empty():
+    times_s = [0, 0, 0, 3, 6, 66, 69.001, 72]
+    requests = [Request(number, round(time * SECOND), (Part(number, 0, 5),), 1) for number, time in enumerate(times_s)]
+    for seed in range(20):
+        moved = transforms.spread(requests, seed, log := [])
+        moved_s = [request.arrival_ns / SECOND for request in moved]
+        assert all(old <= new < old + 3.001 for old, new in zip(times_s, moved_s, strict=True))
+    assert log[0]["parameters"] == {"seed": 19, "step_s": 3.0}
 
 
 def test_the_same_seed_spreads_alike(coarse):
@@ -199,16 +211,6 @@ def test_a_capped_output_is_that_long_in_later_prompts_too(conversation):
     assert [part.length for part in capped[3].parts] == [10, 5, 3, 5, 4]
 
 
-def test_shortened_prompts_and_outputs_are_counted(conversation):
-    log: transforms.TransformLog = []
-    transforms.cap_prompt_tokens(transforms.cap_output_tokens(conversation, 5, log), 10, log)
-    assert [entry["changed"] for entry in log] == [
-        {"outputs_shortened": 3, "prompts_with_shortened_answers": 1},
-        {"prompts_shortened": 2},
-    ]
-    assert transforms.num_shortened(log) == 5
-
-
 # --- bad input ---
 
 
@@ -251,3 +253,50 @@ def test_shuffled_requests_trade_their_arrival_times():
 def test_turns_are_not_shuffled(conversation):
     with pytest.raises(InputError, match="shuffle_seed is 0, expected a trace without turns; 2 requests wait"):
         transforms.shuffle(conversation, 0, [])
+
+
+# --- sessions, denser ---
+
+
+@pytest.fixture
+def thinking() -> list[Request]:
+    """Two sessions of two turns, the second 10 s later; a turn comes 4 s after the answer."""
+    requests = []
+    for session, begin_s in enumerate((0, 10)):
+        first = Request(2 * session, begin_s * SECOND, (Part(session, 0, 5),), 3, session)
+        requests += [
+            first,
+            Request(first.id + 1, (begin_s + 4) * SECOND, first.parts, 3, session, first.id, 4 * SECOND),
+        ]
+    return requests
+
+
+def test_denser_sessions_begin_sooner_and_last_as_long(thinking):
+    moved = transforms.scale_rate(thinking, 4.0, log := [])
+    assert [(request.arrival_ns / SECOND, request.session) for request in moved] == [(0, 0), (2.5, 1), (4, 0), (6.5, 1)]
+    assert [request.after for request in moved] == [None, None, 0, 1]
+    assert {request.think_ns for request in moved if request.after is not None} == {4 * SECOND}
+    assert log[0]["changed"] == {"arrivals_moved": 2, "sessions_moved": 1}
+
+
+def test_sessions_that_all_begin_at_once_cannot_be_denser(thinking):
+    at_once = [replace(request, arrival_ns=request.arrival_ns % (10 * SECOND)) for request in thinking]
+    with pytest.raises(
+        InputError, match="factor is 2.0, expected 1, as all sessions begin at one instant: session_rate"
+    ):
+        transforms.scale_rate(transforms.renumbered(sorted(at_once, key=lambda r: r.arrival_ns)), 2.0, [])
+
+
+def test_turns_that_no_session_names_stay_with_what_they_wait_for(thinking):
+    nameless = [replace(request, session=None) for request in thinking]
+    moved = transforms.start_sessions(nameless, 0.001, 0, [])
+    times = {request.id: request.arrival_ns for request in moved}
+    waits = [request.arrival_ns - times[request.after] for request in moved if request.after is not None]
+    assert waits == [4 * SECOND, 4 * SECOND]
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale_rate", 1e-300), ("start_sessions", 1e-300)])
+def test_times_beyond_63_bits_are_refused(thinking, name, value):
+    arguments = (value, []) if name == "scale_rate" else (value, 0, [])
+    with pytest.raises(InputError, match="so (that|many).* times have at most 63 bits"):
+        getattr(transforms, name)(thinking, *arguments)

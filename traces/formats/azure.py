@@ -1,5 +1,7 @@
-"""Azure (github.com/Azure/AzurePublicDataset, 2023 and 2024): CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
+"""Azure (github.com/Azure/AzurePublicDataset, 2023 to 2025): CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
 
+TIMESTAMP is any instant of ISO 8601, in UTC where it names no offset. Images (`NumImages`, 2025) are left out, and
+counted.
 Nothing is known of the prompts, so each is a text of its own. Time 0 is the first row.
 """
 
@@ -9,31 +11,32 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from twinserve.traces.formats import own
 from twinserve.traces.formats.reading import Reading, Rows, count, private_prompt, table_rows
-from twinserve.traces.lines import Line, json_value
+from twinserve.traces.lines import LARGEST, Line, json_value
 from twinserve.traces.request import Request
 
 NAME = "azure"
-KEYS = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
-_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_TIME = re.compile("([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.]([0-9]{1,7}))?(?:[+]00:00)?")
-_1970 = datetime(1970, 1, 1)
+_TIME = re.compile(
+    "([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,]([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
+)
+_1970 = datetime(1970, 1, 1, tzinfo=UTC)
 _TICK_NS = 100
 
 
-def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     requests: list[Request] = []
     epoch_ns = 0
-    for number, line in enumerate(table_rows(lines, path, _COLUMNS)):
+    for number, line in enumerate(table_rows(lines, path, FIELDS)):
         tick_ns = _time_ns(line)
         beside = _beside(line)
         if not number:
@@ -45,9 +48,12 @@ def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
         request = Request(number, tick_ns - epoch_ns, parts, count(line, "GeneratedTokens"))
         if beside is not None:
             request = own.completed(beside, request, requests)
-            if (epoch_ns + request.arrival_ns) // _TICK_NS * _TICK_NS != tick_ns:
+            if (epoch_ns + request.arrival_ns) // _TICK_NS != tick_ns // _TICK_NS:
                 raise beside.error(f"expected the time of the row, {tick_ns - epoch_ns} from the first", "arrival_ns")
-        requests.append(request)
+        if own.BESIDE in line.values:
+            requests.append(request)
+        if line.values.get("NumImages", "0") != "0":
+            reading.clipped["images_left_out"] += 1
         yield line, "TIMESTAMP", request
 
 
@@ -69,7 +75,7 @@ def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, 
         told.append((_time(tick_ns), request.prompt_tokens, request.max_tokens))
         besides.append(beside)
     needed = any(besides)
-    yield ",".join((*_COLUMNS, own.BESIDE) if needed else _COLUMNS), {}
+    yield ",".join((*FIELDS, own.BESIDE) if needed else FIELDS), {}
     for row, beside in zip(told, besides, strict=True):
         text = io.StringIO()
         said = json.dumps(beside, separators=(",", ":")) if beside else ""
@@ -88,22 +94,27 @@ def _beside(line: Line) -> Line | None:
 
 
 def _time_ns(line: Line) -> int:
-    """Nanoseconds since 1970, exact to the 100 ns that the column can say."""
+    """Nanoseconds since 1970."""
     match = _TIME.fullmatch(line.get("TIMESTAMP"))
-    seconds, fraction = match.groups(default="") if match else ("", "")
+    date, time, fraction, offset = match.groups(default="") if match else ("", "", "", "")
     try:
-        return _seconds(seconds) * 1_000_000_000 + int(fraction.ljust(7, "0")) * _TICK_NS
-    except ValueError as error:
-        raise line.error("expected a time like 2023-11-16 18:15:46.6805900", "TIMESTAMP") from error
+        since_ns = _seconds(date, time, offset) * 1_000_000_000 + int(fraction.ljust(9, "0"))
+    except (ValueError, OverflowError) as error:
+        raise line.error(
+            "expected a time like 2023-11-16 18:15:46.6805900 or another of ISO 8601", "TIMESTAMP"
+        ) from error
+    if not -LARGEST <= since_ns <= LARGEST:
+        raise line.error("expected a time between 1678 and 2262", "TIMESTAMP")
+    return since_ns
 
 
 @lru_cache(maxsize=16)
-def _seconds(text: str) -> int:
+def _seconds(date: str, time: str, offset: str) -> int:
     """Seconds since 1970."""
-    since = datetime.fromisoformat(text) - _1970
+    since = datetime.fromisoformat(f"{date} {time}{offset or '+00:00'}") - _1970
     return since.days * 86_400 + since.seconds
 
 
 def _time(tick_ns: int) -> str:
     seconds, rest_ns = divmod(tick_ns, 1_000_000_000)
-    return f"{_1970 + timedelta(seconds=seconds)}.{rest_ns // _TICK_NS:07}"
+    return f"{(_1970 + timedelta(seconds=seconds)).replace(tzinfo=None)}.{rest_ns // _TICK_NS:07}"

@@ -1,35 +1,43 @@
 """Mooncake (github.com/kvcache-ai/Mooncake): JSON lines with `timestamp`, `input_length`, `output_length`, `hash_ids`.
 
-Times are milliseconds. There is an id for each 512 tokens begun; equal ids mean equal tokens, so each is a text of its
-own.
+Times are milliseconds, of whatever clock: time 0 is the first row. There is an id for each 512 tokens begun;
+equal ids mean equal tokens, so each is a text of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from twinserve.traces.formats import own
 from twinserve.traces.formats.reading import Reading, Rows
-from twinserve.traces.lines import Line, json_lines
+from twinserve.traces.lines import LARGEST, Line, json_lines
 from twinserve.traces.request import Blocks, Part, PrefixKeys, Request, answer_text
 
 NAME = "mooncake"
-KEYS = {"hash_ids", "input_length", "output_length"}
+FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 _BLOCK = 512
 _MS = 1_000_000
 
 
-def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     requests: list[Request] = []
+    first_ns: int | None = None
     for number, line in enumerate(json_lines(lines, path)):
-        parts = _parts(line.integers("hash_ids"), line.integer("input_length", 1), line)
-        told = Request(number, line.integer("timestamp") * _MS, parts, line.integer("output_length", 1))
+        parts = blocks(line.integers("hash_ids"), line.integer("input_length", 1), _BLOCK, line)
+        time_ns = line.integer("timestamp") * _MS
+        if time_ns > LARGEST:
+            raise line.error("expected milliseconds that are nanoseconds of at most 63 bits", "timestamp")
+        if first_ns is None:
+            # Where a further field says when the first request comes, the times are those of the trace.
+            beside = line.values.get(own.BESIDE)
+            first_ns = 0 if isinstance(beside, dict) and "arrival_ns" in beside else time_ns
+        told = Request(number, reading.since_first(time_ns, first_ns), parts, line.integer("output_length", 1))
         request = told
         if own.BESIDE in line.values:
             if type(line.values[own.BESIDE]) is not dict:
@@ -63,6 +71,8 @@ def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, 
         prompt = Blocks(ids, _BLOCK, request.prompt_tokens)
         told = Request(request.id, timestamp * _MS, prompt, request.max_tokens)
         beside = own.beyond(request, told)
+        if not request.id and timestamp:
+            beside["arrival_ns"] = request.arrival_ns
         if epoch_ns is not None and not request.id:
             beside["epoch_ns"] = epoch_ns
         row: dict[str, Any] = {"timestamp": timestamp, "input_length": request.prompt_tokens}
@@ -70,12 +80,17 @@ def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, 
         yield json.dumps(row | ({own.BESIDE: beside} if beside else {})) + "\n", beside
 
 
-def _parts(ids: list[int], length: int, line: Line) -> Blocks:
-    num_blocks = -(-length // _BLOCK)
+def blocks(ids: list[int], length: int, size: int, line: Line) -> Blocks:
+    """A prompt of `length` tokens from an id for each `size` of them begun.
+
+    Raises:
+        InputError: there are more ids, or fewer.
+    """
+    num_blocks = -(-length // size)
     if len(ids) != num_blocks:
-        problem = f"expected {num_blocks} ids, one for each {_BLOCK} of {length} tokens begun"
+        problem = f"expected {num_blocks} ids, one for each {size} of {length} tokens begun"
         raise line.error(problem, "hash_ids", f"{len(ids)} ids")
-    return Blocks(ids, _BLOCK, length)
+    return Blocks(ids, size, length)
 
 
 def _is_as_read(parts: Seq[Part]) -> bool:

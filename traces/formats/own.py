@@ -21,7 +21,7 @@ from twinserve.traces.lines import LABELS, Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
 NAME = "twinserve"
-KEYS = {"format"}
+FIELDS = ("format",)
 TRACE_FORMAT = "twinserve-trace/1"
 BESIDE = "twinserve"
 """The field of another format's row that holds what the row cannot say."""
@@ -31,7 +31,7 @@ _FIELDS = ("arrival_ns", "prompt", "prompt_tokens", "max_tokens", *_LINKS)
 _BESIDE_FIELDS = ("arrival_ns", "prompt", *_LINKS, "epoch_ns")
 
 
-def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     header, *rest = json_lines(lines, path)
     header.one_of("format", (TRACE_FORMAT,))

@@ -19,11 +19,9 @@ from twinserve.traces.lines import Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
 NAME = "twinserve-record"
-KEYS = {"ingest"}
+FIELDS: tuple[str, ...] = ("ingest", "finish_reason", "arrival_ns")
 SEGMENTS, REPLICAS = "segments", "replicas"
 """Folders in that of a record: pieces of live traffic's, and the records of a fleet's replicas."""
-
-_LEFT_OUT = {"refused": "refused", None: "unanswered"}
 
 
 def is_record(folder: Path) -> bool:
@@ -81,7 +79,7 @@ def request_files(folder: Path) -> list[Path]:
     return [piece / "requests.jsonl" for record in records for piece in segments_of(record) or [record]]
 
 
-def rows(lines: list[str], path: Path, reading: Reading) -> Rows:
+def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     yield from rows_of(json_lines(lines, path), reading)
 
@@ -90,8 +88,9 @@ def rows_of(lines: Iterable[Line], reading: Reading) -> Rows:
     """The requests of a record's lines."""
     found: list[tuple[Line, int]] = []
     for line in lines:
-        if (reason := line.get("finish_reason")) in _LEFT_OUT:
-            reading.dropped[_LEFT_OUT[reason]] += 1
+        reason = line.get("finish_reason")
+        if reason is None or reason == "refused":
+            reading.dropped["unanswered" if reason is None else reason] += 1
         else:
             found.append((line, line.integer("arrival_ns")))
     found.sort(key=lambda row: row[1])

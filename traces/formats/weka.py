@@ -1,4 +1,6 @@
-"""WEKA's agentic coding traces (github.com/callanjfox/kv-cache-tester): a JSON object a conversation; one, or a folder.
+"""WEKA's agentic coding traces (github.com/callanjfox/kv-cache-tester): a JSON object a conversation.
+
+A file is one conversation, or has one a line; or a folder has files.
 
 `block_size`, and `requests` with `t` (seconds from the start of the conversation), `in`, `out`, and `hash_ids`: an id
 for each whole block of the prompt, alike where the prefix that ends there is alike. Ids are local to a conversation. An
@@ -21,7 +23,7 @@ from twinserve.traces.request import Part, Request, merged
 from twinserve.traces.transforms import renumbered
 
 NAME = "weka"
-KEYS = {"hash_id_scope", "requests"}
+FIELDS = ("block_size", "requests")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def rows(conversations: list[Line], reading: Reading) -> Rows:
         block = conversation.integer("block_size", 1)
         prefixes = Prefixes(block)
         for turn in _turns(conversation, 0, None, len(found), reading):
-            parts = _parts(turn, block, prefixes)
+            parts = _parts(turn, block, prefixes, reading)
             output_tokens = reading.output_tokens(turn.line, "out")
             request = Request(turn.number, turn.time_ns, parts, output_tokens, session, turn.after, turn.think_ns)
             found.append((turn.line, request))
@@ -87,9 +89,13 @@ def _think_ns(line: Line, time_ns: int, before: _Turn, is_first: bool, reading: 
     return reading.time_ns(line, "think_time")
 
 
-def _parts(turn: _Turn, block: int, prefixes: Prefixes) -> tuple[Part, ...]:
+def _parts(turn: _Turn, block: int, prefixes: Prefixes, reading: Reading) -> tuple[Part, ...]:
     """The prompt: its blocks, and what it holds beyond the last whole one."""
     length, ids = turn.line.integer("in", 1), turn.line.integers("hash_ids")
+    if length % block and len(ids) == length // block + 1:
+        # Some writers have an id for the part-filled block, too; nothing else can share it.
+        reading.repaired["id_of_a_part_filled_block"] += 1
+        ids = ids[:-1]
     if len(ids) != length // block:
         problem = f"expected {length // block} ids, one for each whole {block} of {length} tokens"
         raise turn.line.error(problem, "hash_ids", f"{len(ids)} ids")

@@ -72,7 +72,7 @@ def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:
 def check_same_trace(one: RunRecord, other: RunRecord) -> None:
     """Raise InputError if two runs did not replay the same requests."""
     for field in ("sha256", "transforms"):
-        mine, theirs = (record.run["facts"]["trace"][field] for record in (one, other))
+        mine, theirs = (record.told("facts", "trace", field) for record in (one, other))
         if mine != theirs:
             raise InputError(
                 f"expected the trace of {other.path}, {theirs!r}",

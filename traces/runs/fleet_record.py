@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND
+from twinserve.settings.errors import InputError
+from twinserve.settings.files import WholeFolder
 from twinserve.traces.formats.recorded import REPLICAS, replica_place, replicas_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.metrics import metrics_of, summary_of
@@ -17,25 +20,38 @@ from twinserve.traces.runs.record import (
     checked_run,
     finish_record,
     load_record,
-    make_partial,
     own_trace,
     run_of,
-    with_extra,
 )
 
 
 def is_fleet(path: Path) -> bool:
     """Is there a fleet's record in the folder?"""
-    return (Path(path) / REPLICAS).is_dir()
+    return os.path.isdir(Path(path) / REPLICAS)
 
 
 def load_replicas(path: Path) -> list[RunRecord]:
     """The records of a fleet's replicas, by number and life.
 
     Raises:
-        InputError: one of them cannot be read, or there is none.
+        InputError: one of them cannot be read, or they are not all of the fleet's.
     """
-    return [load_record(folder) for folder in replicas_of(Path(path))]
+    path = Path(path)
+    summary = checked_run(path / "run.json")["summary"]
+    records = [load_record(folder) for folder in replicas_of(path)]
+    if summary is None:
+        return records
+    expected = {name: summary[name] for name in ("requests", "finished", "refused", "aborted", "steps")}
+    expected["requests"] += summary.get("retries", 0)
+    for name, number in expected.items():
+        found = sum(record.run["summary"][name] for record in records)
+        if found != number:
+            raise InputError(
+                f"the record is not whole: the {len(records)} folders have {found} {name}, expected {number}, as "
+                "run.json has it",
+                path=path / REPLICAS,
+            )
+    return records
 
 
 def load_fleet(path: Path) -> RunRecord:
@@ -70,7 +86,7 @@ class FleetRecorder:
     As a context manager it discards what was not closed.
 
     Args:
-        out: the folder to write.
+        out: the folder to write; None writes nothing, and leaves the metrics.
         settings: those that all replicas have in common; where a replica has rules that were handed in, it says that.
         facts: what says which trace, router and replicas it was.
 
@@ -78,11 +94,9 @@ class FleetRecorder:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
 
-    def __init__(self, out: Path, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
-        self._out = Path(out)
+    def __init__(self, out: Path | None, *, settings: dict[str, Any], facts: dict[str, Any], device: str):
         self._settings, self._facts, self._device = settings, facts, device
-        self._partial = make_partial(self._out)
-        (self._partial / REPLICAS).mkdir()
+        self._folder = None if out is None else WholeFolder(Path(out))
         self._lives: list[RunRecorder] = []
         self._up: dict[int, RunRecorder] = {}
         self._retries: dict[int, int] = {}
@@ -92,7 +106,7 @@ class FleetRecorder:
     ) -> RunRecorder:
         """The recorder of a replica that is up."""
         name = str(replica) if life == 0 else f"{replica}.{life}"
-        out = self._partial / REPLICAS / name
+        out = None if self._folder is None else self._folder.partial / REPLICAS / name
         recorder = RunRecorder(out, world="sim", settings=settings, facts=facts, device=device)
         self._lives.append(recorder)
         self._up[replica] = recorder
@@ -115,17 +129,22 @@ class FleetRecorder:
         lost = sum(self._retries.values())
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
-        summary = with_extra(summary, summary_extra)
+        summary |= summary_extra or {}
         rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
         by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
-        run = run_of("sim", self._settings | by_hand, self._facts, self._device, summary)
-        finish_record(self._partial, self._out, run)
+        if self._folder is not None:
+            finish_record(self._folder, run_of("sim", self._settings | by_hand, self._facts, self._device, summary))
         return summary
 
     def __enter__(self) -> FleetRecorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for recorder in self._lives:
             recorder.discard()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.discard()
+            if isinstance(error, OSError):
+                raise InputError(f"cannot be written: {error.strerror or error}", path=self._folder.out) from error

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import platform
-import re
-import shutil
 import sys
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, Literal
 
 import orjson
@@ -27,6 +27,7 @@ from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams,
 from twinserve.policies.core import Growth, Span
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import Nowhere, WholeFolder, write_whole, writing
 from twinserve.traces.formats import recorded
 from twinserve.traces.formats.recorded import segments_of
 from twinserve.traces.lines import Line, json_file, json_lines_file
@@ -34,6 +35,7 @@ from twinserve.traces.readers import sha256_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.digest import Digest, Exceptions
 from twinserve.traces.runs.metrics import RunMetrics, summarize, summary_of
+from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
 SCHEMA = "twinserve-run/2"
@@ -43,18 +45,22 @@ FIRST_SCHEMA = "twinserve-run/1"
 """Of records that lack when a step was launched, and how its engine pads and cuts steps."""
 
 _SERVED = ("stop", "length")
-_TOTALS = (
-    "usual",
-    "tokens",
+_SAID_BY_REQUESTS = (
+    "finished",
+    "refused",
+    "aborted",
+    "duration_s",
+    "output_tok_s",
+    "total_tok_s",
+    "ttft_s",
+    "tpot_s",
+    "e2e_s",
+    "cached_tokens",
     "prompt_tokens",
-    "decode_tokens",
-    "kv_tokens",
-    "attention_pairs",
-    "sampled",
-    "used_blocks",
-    "waiting",
-    "running",
+    "output_tokens",
+    "preemptions",
 )
+"""Of a summary, what the requests' rows alone say."""
 
 
 _AT_ONCE = 256
@@ -184,7 +190,7 @@ class RunRecorder(RowMaker):
     a step for the metrics, and of a real run the generated tokens.
 
     Args:
-        out: the folder to write.
+        out: the folder to write; None writes nothing, and leaves the metrics.
         world: "sim" or "real"; a real run's record holds the generated tokens too.
         settings: every setting of the run; the rules among them are replaced by those that decide, see `built`.
         facts: what else a replay has to know: the trace with its sha256 and transforms, the model, seeds and so on.
@@ -199,7 +205,7 @@ class RunRecorder(RowMaker):
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         *,
         world: Literal["sim", "real"],
         settings: dict[str, Any],
@@ -208,10 +214,9 @@ class RunRecorder(RowMaker):
     ):
         super().__init__()
         self.metrics = RunMetrics()
-        self._out = Path(out)
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
         self._outputs: dict[int, dict[str, Any]] = {}
-        self._partial = make_partial(self._out)
+        self._folder = None if out is None else WholeFolder(Path(out))
         self._steps_file = self._open("steps.jsonl")
         self._requests_file = self._open("requests.jsonl")
         self._next_number = 0
@@ -220,7 +225,7 @@ class RunRecorder(RowMaker):
         self._lines: dict[int, bytes] = {}
 
     def _open(self, name: str) -> IO[bytes]:
-        return (self._partial / name).open("wb", buffering=1 << 16)
+        return Nowhere() if self._folder is None else (self._folder.partial / name).open("wb", buffering=1 << 16)
 
     # --- what a RowMaker makes of what it hears ---
 
@@ -244,8 +249,7 @@ class RunRecorder(RowMaker):
         Steps that have not ended, as their replica died, are written if it is known when they would have.
 
         Args:
-            summary_extra: joins the summary. Its `shortened` is added to the requests that count as shortened; any
-                other value goes in as it is.
+            summary_extra: joins the summary.
         """
         self._work_off()
         for served in self._served.values():
@@ -254,27 +258,39 @@ class RunRecorder(RowMaker):
         for decided in self._decided:
             if decided.batch.end_ns is not None:
                 self._write_step(decided)
-        self._steps_file.close()
-        self._requests_file.close()
-        summary = with_extra(summary_of([self.metrics], world=self._world), summary_extra)
-        if self._world == "real":
-            outputs = [row for _, row in sorted(self._outputs.items())]
-            _write_lines(self._partial / "outputs.jsonl.gz", outputs)
-        run = run_of(self._world, self._settings | self.rules, self._facts, self._device, summary)
-        finish_record(self._partial, self._out, run)
+        summary = summary_of([self.metrics], world=self._world) | (summary_extra or {})
+        if self._folder is not None:
+            self._finish(self._folder, summary)
         return summary
+
+    def _finish(self, folder: WholeFolder, summary: dict[str, Any]) -> None:
+        """Write what is known at the end, and give the folder its name."""
+        with writing(folder.out):
+            self._steps_file.close()
+            self._requests_file.close()
+            if self._world == "real":
+                outputs = [row for _, row in sorted(self._outputs.items())]
+                _write_lines(folder.partial / "outputs.jsonl.gz", outputs)
+        finish_record(folder, run_of(self._world, self._settings | self.rules, self._facts, self._device, summary))
 
     def discard(self) -> None:
         """Remove what has been written; a closed record stays."""
-        self._steps_file.close()
-        self._requests_file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        for file in (self._steps_file, self._requests_file):
+            # What is still in its buffer may have no room on the disk.
+            with suppress(OSError):
+                file.close()
+        if self._folder is not None:
+            self._folder.discard()
 
     def __enter__(self) -> RunRecorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.discard()
+        if self._folder is not None and isinstance(error, OSError):
+            raise InputError(f"cannot be written: {error.strerror or error}", path=self._folder.out) from error
 
     def _later(self, event: Served | Decided) -> None:
         """Write what a request's begin, a step or a request's end says together with others, in order; in a real run,
@@ -357,12 +373,6 @@ def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
     }
 
 
-def with_extra(summary: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
-    """A summary with what only the caller knows; `shortened` is added to that of the summary."""
-    extra = extra or {}
-    return summary | extra | {"shortened": summary["shortened"] + extra.get("shortened", 0)}
-
-
 def run_of(
     world: str, settings: dict[str, Any], facts: dict[str, Any], device: str | None, summary: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -378,24 +388,28 @@ def run_of(
     }
 
 
-def finish_record(partial: Path, out: Path, run: dict[str, Any]) -> None:
+def finish_record(folder: WholeFolder, run: dict[str, Any]) -> None:
     """Write run.json, and give a folder its name.
 
     Raises:
-        InputError: `out` cannot be created.
+        InputError: it cannot be written.
     """
-    write_run(partial, run)
-    try:
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
+    with writing(folder.out):
+        (folder.partial / "run.json").write_text(_run_text(run), encoding="utf-8", newline="\n")
+    folder.finish()
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Write run.json, in place of one that is there."""
-    beside = folder / "run.json.partial"
-    beside.write_text(json.dumps(run, indent=2, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
-    beside.replace(folder / "run.json")
+    """Write run.json, in place of one that is there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_whole(folder / "run.json", _run_text(run), replaces=True)
+
+
+def _run_text(run: dict[str, Any]) -> str:
+    return json.dumps(run, indent=2, allow_nan=False) + "\n"
 
 
 def write_record(record: RunRecord, out: Path) -> None:
@@ -404,34 +418,14 @@ def write_record(record: RunRecord, out: Path) -> None:
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
     """
-    partial = make_partial(out)
-    try:
-        _write_lines(partial / "requests.jsonl", record.requests)
-        _write_lines(partial / "steps.jsonl", record.steps)
-        if record.has_tokens:
-            rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
-            _write_lines(partial / "outputs.jsonl.gz", rows)
-        finish_record(partial, out, record.run)
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=out) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def make_partial(out: Path) -> Path:
-    """Create the folder in which a record grows."""
-    if out.exists() or out.is_symlink():
-        raise InputError("exists already, expected a new folder", path=out)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError(
-            "exists already: another run is writing it, or one was killed and it can be removed", path=partial
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=partial) from error
-    return partial
+    with WholeFolder(out) as folder:
+        with writing(out):
+            _write_lines(folder.partial / "requests.jsonl", record.requests)
+            _write_lines(folder.partial / "steps.jsonl", record.steps)
+            if record.has_tokens:
+                rows = [{"id": request_id, "tokens": tokens} for request_id, tokens in record.outputs.items()]
+                _write_lines(folder.partial / "outputs.jsonl.gz", rows)
+        finish_record(folder, record.run)
 
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
@@ -573,6 +567,24 @@ class RunRecord:
     outputs: dict[int, list[int]]
     prompts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
+    def told(self, *names: str) -> Any:
+        """What its run.json says at a place, such as `told("facts", "trace", "sha256")`.
+
+        Raises:
+            InputError: it says nothing there.
+        """
+        value: Any = self.run
+        for depth, name in enumerate(names, 1):
+            if not isinstance(value, dict) or name not in value:
+                raise InputError("is missing", path=self.path / "run.json", field=".".join(names[:depth]))
+            value = value[name]
+        return value
+
+    @property
+    def num_unanswered(self) -> int:
+        """Requests that came in, and whose end is not in the record."""
+        return sum(row["finish_reason"] is None for row in self.requests)
+
     @property
     def has_tokens(self) -> bool:
         """Are its tokens known? Not those of a simulation, nor of an engine whose record says `"tokens": null`."""
@@ -586,27 +598,33 @@ def load_record(path: Path) -> RunRecord:
     of another engine, whose facts name its `source`, has the other fields and no digest.
 
     Raises:
-        InputError: a file is missing or broken, another version wrote it, or a field is missing or wrong.
+        InputError: a file is missing or broken, another version wrote it, a field is missing or wrong, or the files are
+            not all of one run: rows are missing, say.
     """
     path = Path(path)
     run = checked_run(path / "run.json")
     pieces = segments_of(path)
-    requests = _read_requests([piece / name for piece, name in _in_pieces(path, pieces, "requests.jsonl")])
+    if run["summary"] is None and not pieces:
+        raise InputError("expected an object, as there are no segments", path=path / "run.json", field="summary")
+    requests = _read_requests(_in_pieces(path, pieces, "requests.jsonl"))
     steps: list[dict[str, Any]] = []
+    num_rows = 0
     for piece in pieces or [path]:
         for line in json_lines_file(piece / "steps.jsonl"):
             _check_step(line, len(steps), run["facts"].get("source") is None)
             steps += single_steps(line.values)
+            num_rows += 1
+    if not pieces:
+        _check_ends(path, run["summary"], len(requests), len(steps), num_rows)
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, list[int]] = {}
     if _has_tokens(run):
-        for piece, name in _in_pieces(path, pieces, "outputs.jsonl" if pieces else "outputs.jsonl.gz"):
-            _read_outputs(piece / name, outputs, prompts)
-        for line in requests:
-            length = len(outputs.get(line.values["id"], ()))
-            if line.values["output_tokens"] != length:
-                raise line.error(f"expected {length}, the number of its tokens beside it", "output_tokens")
-    rows = sorted((line.values for line in requests), key=lambda row: row["ingest"])
+        name = "outputs.jsonl" if pieces else "outputs.jsonl.gz"
+        _read_outputs(_in_pieces(path, pieces, name), requests, outputs, prompts)
+    rows = [line.values for line in requests]
+    if not pieces:
+        _check_summary(path, run["summary"], rows)
+    rows.sort(key=lambda row: row["ingest"])
     if pieces:
         run["facts"]["trace"] = own_trace(path)
         run["summary"] = summarize(rows, steps, world=run["world"])
@@ -619,11 +637,11 @@ def own_trace(path: Path) -> dict[str, Any]:
     return facts | {"notes": {}, "handled": {}, "transforms": []}
 
 
-def _in_pieces(path: Path, pieces: list[Path], name: str) -> list[tuple[Path, str]]:
-    """Where files of a name lie; in segments, what ran when the last one ended lies in a file beside."""
+def _in_pieces(path: Path, pieces: list[Path], name: str) -> list[Path]:
+    """The files of a name; in segments, what ran when the last one ended lies in a file beside."""
     if not pieces:
-        return [(path, name)]
-    return [*((piece, name) for piece in pieces), (pieces[-1], RUNNING + name)]
+        return [path / name]
+    return [*(piece / name for piece in pieces), pieces[-1] / f"{RUNNING}{name}"]
 
 
 def _read_requests(paths: list[Path]) -> list[Line]:
@@ -641,12 +659,75 @@ def _read_requests(paths: list[Path]) -> list[Line]:
     return lines
 
 
-def _read_outputs(path: Path, outputs: dict[int, list[int]], prompts: dict[int, list[int]]) -> None:
-    """Read the tokens of answers into `outputs`, and those of prompts, where they are kept, into `prompts`."""
-    for line in json_lines_file(path):
-        outputs[line.integer("id")] = line.integers("tokens")
-        if "prompt" in line.values:
-            prompts[line.integer("id")] = line.integers("prompt")
+def _read_outputs(
+    paths: list[Path], requests: list[Line], outputs: dict[int, list[int]], prompts: dict[int, list[int]]
+) -> None:
+    """Read the tokens of a run; each request has as many as its row says."""
+    known = {line.values["id"] for line in requests}
+    for path in paths:
+        for line in json_lines_file(path):
+            check_output(line)
+            request_id = line.values["id"]
+            if request_id not in known or request_id in outputs:
+                raise line.error("expected a request of requests.jsonl, and each once", "id")
+            outputs[request_id] = line.values["tokens"]
+            if "prompt" in line.values:
+                prompts[request_id] = line.values["prompt"]
+    for line in requests:
+        request_id = line.values["id"]
+        counts = [("output_tokens", len(outputs.get(request_id, ())))]
+        if request_id in prompts:
+            counts.append(("prompt_tokens", len(prompts[request_id])))
+        for field, count in counts:
+            if line.values[field] != count:
+                raise line.error(f"expected {count}, the number of its tokens in {paths[0].name}", field)
+
+
+def _check_ends(path: Path, summary: dict[str, Any], num_requests: int, num_steps: int, num_rows: int) -> None:
+    """Hold the numbers of rows against the summary, which was written when all were there.
+
+    Raises:
+        InputError: rows are missing, or there are more.
+    """
+    for name, number, found, line in (
+        ("steps", summary["steps"], num_steps, num_rows),
+        ("requests", summary["requests"], num_requests, num_requests),
+    ):
+        if found != number:
+            raise InputError(
+                f"the record is not whole: it ends here after {found} {name}, expected {number}, as run.json has it",
+                path=path / f"{name}.jsonl",
+                line=line,
+            )
+
+
+def _check_summary(path: Path, summary: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+    """Hold the summary against the requests' rows.
+
+    Raises:
+        InputError: they are not of one run.
+    """
+    metrics = RunMetrics()
+    for row in requests:
+        metrics.request(row)
+    found = summary_of([metrics])
+    for name in _SAID_BY_REQUESTS:
+        values, expected = (of[name] if isinstance(of[name], dict) else {"": of[name]} for of in (summary, found))
+        for statistic, value in values.items():
+            if not _is_same(value, expected[statistic]):
+                raise InputError(
+                    f"the record is not of one piece: expected {expected[statistic]!r}, as requests.jsonl has it",
+                    path=path / "run.json",
+                    field=f"summary.{name}" + (f".{statistic}" if statistic else ""),
+                    value=value,
+                )
+
+
+def _is_same(value: float | None, expected: float | None) -> bool:
+    """Are two numbers alike but for rounding?"""
+    if value is None or expected is None:
+        return value is expected
+    return math.isclose(value, expected, rel_tol=1e-9)
 
 
 def _has_tokens(run: dict[str, Any]) -> bool:
@@ -665,76 +746,47 @@ def checked_run(path: Path) -> dict[str, Any]:
     if value.get("schema") not in (SCHEMA, FIRST_SCHEMA):
         problem = f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}"
         raise InputError(problem, path=path, field="schema", value=value.get("schema"))
-    if value.get("world") not in ("sim", "real"):
-        raise InputError("expected 'sim' or 'real'", path=path, field="world", value=value.get("world"))
-    for field in ("settings", "facts"):
-        if type(value.get(field)) is not dict:
-            raise InputError("expected a JSON object", path=path, field=field, value=value.get(field))
+    check_run(Line(path, None, value))
     return value
 
 
 def _check_request(line: Line) -> None:
-    """Check every field that metrics or a replay need."""
-    line.integer("ingest")
-    for field in ("id", "arrival_ns", "ingested_ns", "output_tokens", "cached_tokens", "preemptions"):
-        line.integer(field)
-    line.integer("max_tokens", 1)
-    for field in ("session", "after", "first_scheduled_ns", "first_token_ns", "finish_ns"):
-        line.get(field)
-        line.optional_integer(field)
-    reason = line.one_of("finish_reason", (*_SERVED, "abort", "refused", None))
-    if reason in _SERVED:
-        line.integer("first_token_ns")
-        line.integer("finish_ns")
-    length = sum(part.length for part in line.parts("prompt"))
-    if line.integer("prompt_tokens") != length:
+    """Check a request's row, and what its fields say of one another."""
+    check_request(line)
+    row = line.values
+    if row["finish_reason"] in _SERVED:
+        line.integer("first_token_ns", row["arrival_ns"])
+        line.integer("finish_ns", row["first_token_ns"])
+    length = sum([length for _, _, length in row["prompt"]])
+    if row["prompt_tokens"] != length:
         raise line.error(f"expected {length}, the sum of the lengths in prompt", "prompt_tokens")
-    if not isinstance(line.get("refusal"), str | None):
-        raise line.error("expected words or null", "refusal")
-    line.one_of("ignore_eos", (False, True))
-    line.integers("stop_token_ids")
-    line.labels()
-
-
-def _check_repeats(line: Line, count: int) -> None:
-    """Check what the row of several steps says of those that repeat the first."""
-    times = line.child("repeats")
-    names = ["end_ns"]
-    if "decided_ns" in times.values:
-        names += ["decided_ns", "start_ns"]
-    elif len(times.integers("start_ns")) != 1:
-        raise times.error("expected one number, as there is no decided_ns", "start_ns")
-    for name in names:
-        if len(times.integers(name)) != count - 1:
-            raise times.error(f"expected {count - 1} numbers, one less than count", name)
-    grown = times.get("grown")
-    if type(grown) is not list or not all(
-        type(entry) is list and len(entry) == 3 and type(entry[2]) is list and 1 <= entry[0] < count for entry in grown
-    ):
-        raise times.error("expected a list of [number of the step, request, block ids]", "grown")
 
 
 def _check_step(line: Line, decision: int, is_digested: bool) -> None:
-    """Check the facts and the digest, and those of the other decision fields that are there."""
-    line.one_of("decision", (decision,))
-    line.integer("committed", -1)
-    if (count := line.integer("count", 1)) > 1:
-        _check_repeats(line, count)
-    for field in ("seen", "decided_ns", "start_ns", "end_ns"):
-        line.integer(field)
-    if "launched_ns" in line.values:
-        line.integer("launched_ns")
-    line.integers("aborted")
+    """Check a step's row, and what its fields say of one another."""
+    check_step(line)
+    row = line.values
+    if row["decision"] != decision:
+        raise line.error(f"expected {decision}", "decision")
     if is_digested:
-        digest = line.get("digest")
-        if type(digest) is not str or not re.fullmatch("[0-9a-f]{16}", digest):
-            raise line.error("expected 16 hexadecimal digits", "digest", digest)
-    for field in ("left", "preempted"):
-        if field in line.values:
-            line.integers(field)
-    for field, width in (("admitted", 4), ("rows", 3)):
-        if field in line.values:
-            line.integer_lists(field, width)
-    for field in _TOTALS:
-        if field in line.values:
-            line.integer(field)
+        line.get("digest")
+    if row["count"] > 1:
+        _check_repeats(line.child("repeats"), row["count"])
+        if "kv_tokens" in row:
+            for field in ("tokens", "decode_tokens", "attention_pairs", "used_blocks", "rows"):
+                line.get(field)
+
+
+def _check_repeats(times: Line, count: int) -> None:
+    """Check that the row of several steps says as much as it stands for."""
+    names = ["end_ns"]
+    if "decided_ns" in times.values:
+        names += ["decided_ns", "start_ns"]
+    elif len(times.values["start_ns"]) != 1:
+        raise times.error("expected one number, as there is no decided_ns", "start_ns")
+    for name in names:
+        if len(times.values[name]) != count - 1:
+            raise times.error(f"expected {count - 1} numbers, one less than count", name)
+    for entry in times.values["grown"]:
+        if entry[0] >= count:
+            raise times.error(f"expected numbers of steps below count ({count})", "grown", entry)

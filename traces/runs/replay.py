@@ -31,11 +31,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """Decisions made again equal to the record's, decisions in the record, and the first difference, if any."""
+    """Decisions made again equal to the record's, decisions in the record, and the first difference, if any.
+
+    Attributes:
+        unanswered: requests that came in, and whose end is not in the record.
+    """
 
     equal: int
     recorded: int
     difference: Difference | None
+    unanswered: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -81,7 +86,7 @@ def replay(
         if (unequal := _first_difference(batch, row, digest.of(batch) if digest else 0)) is not None:
             return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
-    return ReplayResult(equal, len(record.steps), None)
+    return ReplayResult(equal, len(record.steps), None, record.num_unanswered)
 
 
 def _settings_of(record: RunRecord) -> Settings:
@@ -100,7 +105,7 @@ class _Impossible(Exception):
 
 def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
     """From a request's row to its Sequence: with tokens where the run's are known, without for a simulation."""
-    maker = TokenMaker(**record.run["facts"]["tokens"]) if record.has_tokens else None
+    maker = TokenMaker(**record.told("facts", "tokens")) if record.has_tokens else None
 
     def convert(row: dict) -> Sequence:
         parts = tuple(Part(*part) for part in row["prompt"])
@@ -113,7 +118,16 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
         params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=stops)
         if maker is None:
             return request.to_sequence(params)
-        return request.to_sequence(params, record.prompts.get(request.id) or maker.token_ids(request, record.outputs))
+        try:
+            token_ids = record.prompts.get(request.id) or maker.token_ids(request, record.outputs)
+            return request.to_sequence(params, token_ids)
+        except (LookupError, ValueError) as error:
+            raise InputError(
+                f"expected parts of texts and of answers that the record has, for request {request.id}",
+                path=record.path / "requests.jsonl",
+                field="prompt",
+                value=row["prompt"],
+            ) from error
 
     return convert
 

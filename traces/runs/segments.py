@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from twinserve.policies import Batch, Sequence
-from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing, writing
 from twinserve.traces.formats.recorded import SEGMENTS, segment_name
 from twinserve.traces.runs.record import (
     RUNNING,
@@ -208,9 +208,6 @@ def make_folder(out: Path) -> None:
     Raises:
         InputError: it exists, or cannot be created.
     """
-    try:
+    refuse_existing(out)
+    with writing(out):
         out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError("exists already, expected a new folder", path=out) from error
-    except OSError as error:
-        raise InputError(f"cannot be created: {error.strerror}", path=out) from error

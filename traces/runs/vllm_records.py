@@ -16,7 +16,7 @@ from typing import Any
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.vllm_versions import nearest_version
-from twinserve.traces.lines import json_file, json_lines_file, json_value, read_content, text_lines
+from twinserve.traces.lines import Content, json_file, json_lines_file, json_value
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
@@ -95,6 +95,10 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
         outputs = log.made_up_tokens() if is_journal else {}
         rows = log.request_rows(prompts_of(requests, outputs) if is_journal else _prompts(run, requests, path, traces))
         steps = log.steps
+        for name, found in () if is_journal else (("steps", len(steps)), ("requests", len(requests))):
+            if found != run["summary"][name]:
+                problem = f"the log is not whole: it ends here after {found} {name}, expected {run['summary'][name]}"
+                raise InputError(f"{problem}, as run.json has it", path=path / f"{name}.jsonl.gz", line=found)
         whole = {
             "schema": SCHEMA,
             "world": "real",
@@ -105,7 +109,9 @@ def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
             # When a step started on the device is not in a log.
             "summary": summarize(rows, steps, world="real", wall_s=run["wall_s"]) | {"device_wait_share": None},
         }
-    except (KeyError, TypeError, IndexError) as error:
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"expected a step log of format {FORMAT!r}, but {error!r}", path=path) from error
     return RunRecord(path, whole, rows, steps, outputs)
 
@@ -130,11 +136,12 @@ def _read_log(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Iterato
 
 def _step_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows as dicts; `launched` is None where it was not recorded."""
-    for number, text in enumerate(text_lines(read_content(path), path), 1):
-        values = json_value(text, path)
-        if not isinstance(values, list) or not len(_ROW) - 1 <= len(values) <= len(_ROW):
-            raise InputError(f"expected a list of {len(_ROW) - 1} or {len(_ROW)} values", path=path, line=number)
-        yield dict(zip(_ROW, [*values, None][: len(_ROW)], strict=True))
+    with Content(path) as content:
+        for number, text in enumerate(content, 1):
+            values = json_value(text, path, number)
+            if not isinstance(values, list) or not len(_ROW) - 1 <= len(values) <= len(_ROW):
+                raise InputError(f"expected a list of {len(_ROW) - 1} or {len(_ROW)} values", path=path, line=number)
+            yield dict(zip(_ROW, [*values, None][: len(_ROW)], strict=True))
 
 
 def _settings(found: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _shape_of(sample: StepSample) -> tuple[Any, ...]:
 def _clear(out: Path) -> None:
     """Make room for the results; nothing but an earlier demo's is removed."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("real", "sim", "real.partial", "sim.partial"):
+    for name in ("real", "sim"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("latency.json", "report.html"):
         (out / name).unlink(missing_ok=True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twinserve.commands.options import Config, Json, Traces, options_of, refuse_existing
+from twinserve.commands.options import Config, Json, Traces, options_of
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import TraceOptions
 
 if TYPE_CHECKING:
@@ -90,8 +91,12 @@ def fit(
 
 
 def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:
-    """Save a latency model, and print it or how far off it is."""
-    fitted.save(out)
+    """Save a latency model, and print it or how far off it is; print it, too, where it cannot be saved."""
+    try:
+        fitted.save(out)
+    except InputError:
+        print(json.dumps(fitted.data))
+        raise
     if as_json:
         print(json.dumps(fitted.data))
     else:

@@ -1,5 +1,5 @@
 """What commands share: options made from pydantic models, so that a setting has one name, one default and one
-description; arguments that several commands take; and the check of what they write."""
+description; and arguments that several commands take."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
-
-from twinserve.settings.errors import InputError
 
 TraceFile = Annotated[
     Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
@@ -55,12 +53,6 @@ class KeepsDashes(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         at = args.index("--") if "--" in args else len(args)
         return super().parse_args(ctx, [*args[:at], *args[at : at + 1], *args[at:]])
-
-
-def refuse_existing(out: Path | None) -> None:
-    """Refuse an output that exists before long work begins."""
-    if out is not None and out.exists():
-        raise InputError("exists already, expected a new name", path=out)
 
 
 def options_of(model: type[BaseModel], panel: str, *, but: Collection[str] = ()) -> Callable[[Callable], Callable]:

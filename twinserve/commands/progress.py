@@ -7,13 +7,16 @@ import time
 from types import TracebackType
 
 from twinserve.policies import Batch, Sequence
+from twinserve.settings.errors import printable
 
 SECONDS_BETWEEN_STATES = 0.5
 
 
 def say(text: str) -> None:
     """Say on stderr what is going on, or what should be known beside a result."""
-    print(text, file=sys.stderr, flush=True)
+    # Without a stderr, print() would say it among the results.
+    if sys.stderr is not None:
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -33,7 +36,7 @@ class Bar:
         self._between, self._last = seconds_between_lines, time.monotonic()
         self._num_blocks, self._tokens, self._shown = num_blocks, 0, self._last
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,7 +59,7 @@ class Bar:
         elif (now := time.monotonic()) - self._last >= self._between:
             self._last = now
             of_all = "" if self._total is None else f" of {self._total}"
-            print(f"{self._label}: {self._done}{of_all}", file=sys.stderr, flush=True)
+            say(f"{self._label}: {self._done}{of_all}")
 
     def stepped(self, batch: Batch) -> None:
         """A step has ended: on a terminal, show now and then what runs and waits, KV use, and tokens a second."""

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from twinserve.commands.options import Json, Traces, refuse_existing
+from twinserve.commands.options import Json, Traces
 from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 from twinserve.settings.own_class import RULES
 
 
@@ -30,18 +31,22 @@ def replay(
 
     records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
     equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
+    rows = [row for record in records for row in record.requests]
+    unanswered = len({row["id"] for row in rows} - {row["id"] for row in rows if row["finish_reason"] is not None})
     for record in records:
         part = decide_again(record)
         equal += part.equal
         if part.difference is not None:
             difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
             break
-    result = ReplayResult(equal, recorded, difference)
+    result = ReplayResult(equal, recorded, difference, unanswered)
     if as_json:
         values = None if difference is None else vars(difference)
-        print(json.dumps({"exact": result.is_exact, "equal": equal, "recorded": recorded, "difference": values}))
+        counts = {"exact": result.is_exact, "equal": equal, "recorded": recorded, "unanswered": unanswered}
+        print(json.dumps(counts | {"difference": values}))
     elif result.is_exact:
-        print(f"exact: {equal} of {recorded} decisions made again")
+        left = f"; {unanswered} requests were left unanswered" if unanswered else ""
+        print(f"exact: {equal} of {recorded} decisions made again{left}")
     else:
         print(f"differs after {equal} of {recorded} decisions: {where}{difference}")
     if not result.is_exact:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from twinserve.commands.options import Config, options_of, refuse_existing
+from twinserve.commands.options import Config, options_of
 from twinserve.commands.progress import say
 from twinserve.commands.worlds import LATENCY_HELP
 from twinserve.engine.options import EngineOptions
@@ -16,6 +16,7 @@ from twinserve.planning.fleets import FleetOptions
 from twinserve.serving.options import ServeOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 
 
 @options_of(ServeOptions, "server")

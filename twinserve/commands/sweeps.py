@@ -11,6 +11,7 @@ from twinserve.commands.options import VLLM_ARGS_HELP, Json, options_of, setting
 from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
+from twinserve.settings.files import write_whole
 from twinserve.worlds.workload import PointOptions, TraceOptions
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def sweep(
     """Simulate every combination of settings, traces, latencies and rates that a file asks for."""
     from twinserve.commands.sweep_views import page_of, remarks_of, sweep_cases
     from twinserve.planning.parallel import Workers
-    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points, write_whole
+    from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points
 
     chosen = load_plan(plan)
     say_likes(chosen.points)
@@ -43,8 +44,8 @@ def sweep(
             results = run_points(chosen.points, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, results)), sweep_cases(chosen, results)
         remarks = remarks_of(chosen, results)
-        write_whole(out / "results.jsonl", lines)
-        write_whole(out / "page.html", page_of(f"Sweep of {plan.name}", remarks, chosen, cases))
+        write_whole(out / "results.jsonl", lines, replaces=True)
+        write_whole(out / "page.html", page_of(f"Sweep of {plan.name}", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
 
 
@@ -78,7 +79,7 @@ def capacity(
     from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
     from twinserve.planning.capacity import find_capacities, rows_of, with_intervals
     from twinserve.planning.parallel import Workers
-    from twinserve.planning.sweep import lines_of, load_plan, opened, write_whole
+    from twinserve.planning.sweep import lines_of, load_plan, opened
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet
@@ -90,8 +91,8 @@ def capacity(
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
         if out is not None:
-            write_whole(out / "results.jsonl", lines)
-            write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases))
+            write_whole(out / "results.jsonl", lines, replaces=True)
+            write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
 
 

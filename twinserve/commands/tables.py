@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from twinserve.planning.paired import PairedDifference
 from twinserve.planning.upgrade import Change
+from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 
 def summary_table(summary: dict[str, Any]) -> None:
-    """Print a run's summary; what was refused, shortened or dropped comes first."""
-    console = Console(width=None if Console().is_terminal else 100)
-    counts = ("requests", "finished", "refused", "aborted", "shortened", "dropped")
+    """Print a run's summary; what was refused, shortened, capped or dropped comes first."""
+    console = _console(100)
+    counts = ("requests", "finished", "refused", "aborted", "shortened", "capped", "dropped")
     console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
     table = Table("seconds", *STATISTICS)
     for name in LATENCIES:
@@ -50,7 +52,7 @@ def comparison_table(comparisons: list[Comparison]) -> None:
     for row in comparisons:
         error = "" if row.error is None else f"{row.error:+.1%}"
         table.add_row(row.metric, _number(row.sim), _number(row.real), error)
-    Console(width=None if Console().is_terminal else 100).print(table)
+    _console(100).print(table)
 
 
 def paired_table(differences: list[PairedDifference]) -> None:
@@ -59,7 +61,7 @@ def paired_table(differences: list[PairedDifference]) -> None:
     for row in differences:
         limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
         table.add_row(row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
-    Console(width=None if Console().is_terminal else 100).print(table)
+    _console(100).print(table)
 
 
 def change_table(changes: list[Change]) -> None:
@@ -77,10 +79,10 @@ def change_table(changes: list[Change]) -> None:
 
 def case_table(heads: list[str], rows: list[list[str]]) -> None:
     """Print the cases of a sweep, or their capacities."""
-    table = Table(*heads)
+    table = Table(*(Column(_plain(head)) for head in heads))
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 160).print(table)
+        table.add_row(*map(_plain, row))
+    _console(160).print(table)
 
 
 def residual_table(data: dict[str, Any]) -> None:
@@ -91,12 +93,12 @@ def residual_table(data: dict[str, Any]) -> None:
             found = residuals.get(part)
             errors = (f"{found[name]:.1%}" if found else "-" for name in ("mean_abs", "p90_abs", "bias"))
             table.add_row(regime, part, *errors, str(residuals["shapes"]), str(residuals["samples"]))
-    Console(width=None if Console().is_terminal else 100).print(table)
+    _console(100).print(table)
 
 
 def trace_table(statistics: dict[str, Any]) -> None:
     """Print what a trace holds, and what was handled."""
-    console = Console(width=None if Console().is_terminal else 100)
+    console = _console(100)
     facts = statistics["trace"]
     sessions = f" in {statistics['sessions']} sessions" if statistics["sessions"] else ""
     console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} over {statistics['span_s']:.1f} s")
@@ -128,7 +130,7 @@ def trace_table(statistics: dict[str, Any]) -> None:
 
 def verify_table(report: dict[str, Any]) -> None:
     """Print how a model as the engine runs it compares with transformers, and whether that is rounding."""
-    console = Console(width=None if Console().is_terminal else 100)
+    console = _console(100)
     console.print(
         f"{report['model']}: {report['dtype']} on {report['device']}, attention {report['attention']}, "
         f"against transformers {report['transformers']}"
@@ -152,6 +154,16 @@ def verify_table(report: dict[str, Any]) -> None:
     console.print(verdicts.get(report["agrees"], f"no verdict: in {report['dtype']} rounding alone changes tokens"))
 
 
+def _console(width: int) -> Console:
+    """Where tables go: no text is markup, and what is no terminal has so many columns."""
+    return Console(width=None if Console().is_terminal else width, markup=False, emoji=False, highlight=False)
+
+
+def _plain(text: str) -> Text:
+    """A text of a file or of a person, as it is; what would move the cursor is shown as its escape."""
+    return Text(printable(text))
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -162,7 +174,7 @@ def _range(limits: Sequence[float] | None) -> str:
 
 def top_table(url: str, rows: list[tuple[str, str]]) -> Table:
     """What a server's metrics page says, to be shown again and again."""
-    table = Table(url, "")
+    table = Table(Column(_plain(url)), "")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     return table

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, TraceFile, options_of, refuse_existing
+from twinserve.commands.options import Json, TraceFile, options_of
 from twinserve.commands.progress import say
+from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import TraceOptions
 
 LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."
@@ -22,7 +23,7 @@ def trace_stat(trace: TraceFile, trace_options: dict, as_json: Json = False) -> 
     from twinserve.traces.statistics import trace_statistics
     from twinserve.worlds.workload import load_workload
 
-    workload = load_workload(trace, trace_options)
+    workload = load_workload(trace, trace_options, is_replayed=False)
     statistics = trace_statistics(workload.requests) | {"trace": workload.facts}
     if as_json:
         print(json.dumps(statistics))
@@ -45,7 +46,7 @@ def trace_convert(
     from twinserve.worlds.workload import load_workload
 
     refuse_existing(out)
-    workload = load_workload(trace, trace_options)
+    workload = load_workload(trace, trace_options, is_replayed=False)
     beside = write_trace(
         out,
         with_own_private_prompts(workload.requests) if workload.facts["transforms"] else workload.requests,
@@ -83,7 +84,7 @@ def trace_make(
     system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
     system_prompt_tokens: Annotated[int, typer.Option(help="Length of each.")] = 0,
     turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
-    think_time_s: Annotated[float, typer.Option(help="Mean time between two turns.")] = 0.0,
+    think_time_s: Annotated[float, typer.Option(help="Mean time from an answer to the next turn.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Make a synthetic trace."""

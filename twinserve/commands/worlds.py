@@ -8,20 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from twinserve.commands.options import (
-    VLLM_ARGS_HELP,
-    Config,
-    Json,
-    TraceFile,
-    options_of,
-    refuse_existing,
-    settings_of_vllm,
-)
+from twinserve.commands.options import VLLM_ARGS_HELP, Config, Json, TraceFile, options_of, settings_of_vllm
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
@@ -108,10 +101,13 @@ def run(
     chosen = Settings.load(settings, config, beside=("engine",))
     if not 0 <= time_scale < float("inf"):
         raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
+    try:
+        params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     workload = load_workload(trace, trace_options)
     refuse_existing(out)
     llm = load_llm(options, chosen, progress=say)
-    params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
         how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
         summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)

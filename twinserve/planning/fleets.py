@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from twinserve.settings.build_core import Settings, pinned_rule
 from twinserve.settings.config import read_table, validated
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_REPLICAS
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
@@ -38,9 +39,9 @@ def parse_outage(text: object) -> Outage:
 class ReplicaGroup(BaseModel):
     """Replicas that are alike; settings of their own are beside these fields."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS)
     latency: str | None = None
     scheduling_policy: str | None = None
     admission: str | None = None
@@ -57,9 +58,9 @@ class ReplicaGroup(BaseModel):
 class FleetOptions(BaseModel):
     """A fleet. Its names are options of the command line; `group` stands in a file alone."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    replicas: int | None = Field(default=None, ge=1, description="replicas behind a router")
+    replicas: int | None = Field(default=None, ge=1, le=MOST_REPLICAS, description="replicas behind a router")
     router: str = Field(
         default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, or FILE.py:CLASS"
     )

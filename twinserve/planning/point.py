@@ -23,6 +23,7 @@ from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
+from twinserve.traces.transforms import session_begins, session_keys
 from twinserve.worlds.run import ReplicaSpec
 from twinserve.worlds.vllm_like import OWN, like_of
 from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
@@ -142,14 +143,35 @@ class Point(PointOptions):
         if self.rate is None:
             return self._changed({})
         if self.arrivals == "poisson":
-            requests = trace_at(self.trace).requests
-            sessions = {("s", r.session) if r.session is not None else ("r", r.id) for r in requests}
-            return self._changed({"session_rate": self.rate * len(sessions) / len(requests)})
+            return self._sessions_at(self.rate)
         unscaled = self._changed({})
+        if any(request.after is not None for request in unscaled.requests):
+            problem = "expected 'poisson', which has sessions begin denser: when a turn comes, its answers decide"
+            raise InputError(problem, field="arrivals", value=self.arrivals)
         own = arrival_rate(unscaled.requests)
         if own is None:
             raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=self.rate)
         return unscaled.at_rate_scale(self.rate / own)
+
+    def _sessions_at(self, rate: float) -> Workload:
+        """Sessions that begin so often that requests come at a rate in the long run.
+
+        Raises:
+            InputError: there are too few of them: they would all have begun before the longest has had its turns, even
+                if every answer came at once.
+        """
+        requests = trace_at(self.trace).requests
+        begins = session_begins(requests)
+        longest_ns = max(r.arrival_ns - begins[key] for r, key in zip(requests, session_keys(requests), strict=True))
+        begin_s = len(requests) / rate
+        if begin_s < longest_ns / 1e9:
+            raise InputError(
+                f"expected at most {len(requests) / (longest_ns / 1e9):.4g}: the {len(begins)} sessions would begin "
+                f"within {begin_s:.4g} s, and the longest lasts {longest_ns / 1e9:.4g} s without its answers",
+                field="rate",
+                value=rate,
+            )
+        return self._changed({"session_rate": rate * len(begins) / len(requests)})
 
     def _changed(self, changes: dict[str, float]) -> Workload:
         options = TraceOptions(**self.trace_options.model_dump() | changes).with_seed(self.seed)

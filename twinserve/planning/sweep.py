@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, Result, compute
 from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import lock_file, write_whole
+from twinserve.settings.limits import MOST_POINTS
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")
@@ -84,6 +85,10 @@ def _plan(values: dict[str, Any]) -> Plan:
     if text is not None and type(text) is not str:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
     cases = []
+    num_points = seeds * _num_cases(values)
+    if num_points > MOST_POINTS:
+        problem = f"expected a plan of at most {MOST_POINTS} points, seeds counted (TWINSERVE_MOST_POINTS)"
+        raise InputError(problem, field="points", value=num_points)
     for varied in _variations(values):
         first = Point.of(shared | varied)
         if seeds > 1 and not first.is_random():
@@ -94,6 +99,13 @@ def _plan(values: dict[str, Any]) -> Plan:
             )
         cases.append(Case(varied, [first.model_copy(update={"seed": first.seed + number}) for number in range(seeds)]))
     return Plan(cases, None if text is None else Objective.parse(text), price)
+
+
+def _num_cases(values: dict[str, Any]) -> int:
+    """How many combinations there are, as far as lists are lists."""
+    grid, listed = values.get("grid"), values.get("list", [{}])
+    lengths = [len(choices) for choices in grid.values() if isinstance(choices, list)] if isinstance(grid, dict) else []
+    return math.prod(lengths) * (len(listed) if isinstance(listed, list) else 1)
 
 
 def _variations(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -134,12 +146,13 @@ class Store:
             if folder.exists() and not (folder / "points").is_dir() and any(folder.iterdir()):
                 raise InputError("expected a new name, or the folder of an earlier sweep", path=folder)
             (folder / "points").mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_file(folder / "lock")
         except BlockingIOError as error:
             raise InputError("is in use by another sweep", path=folder) from error
-        except OSError as error:
-            raise InputError(f"cannot be written: {error.strerror}", path=folder) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot be written: {getattr(error, 'strerror', None) or error}", path=folder) from error
 
     def get(self, job: Job) -> Result | None:
         """The result of a job that was finished before.
@@ -150,8 +163,9 @@ class Store:
         if job.key not in self._known and self._folder is not None and self._path(job).exists():
             try:
                 result = json.loads(self._path(job).read_text(encoding="utf-8"))
-                assert result["inputs"] == job.inputs
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                if result["inputs"] != job.inputs or not isinstance(result["summary"], dict):
+                    raise ValueError("another point's")
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise InputError("is not what a sweep wrote, remove it", path=self._path(job)) from error
             self._known[job.key] = result
         return self._known.get(job.key)
@@ -160,7 +174,7 @@ class Store:
         """Keep the result of a job."""
         self._known[job.key] = json.loads(json.dumps(result))
         if self._folder is not None:
-            write_whole(self._path(job), json.dumps(result) + "\n")
+            write_whole(self._path(job), json.dumps(result) + "\n", replaces=True)
 
     def _path(self, job: Job) -> Path:
         assert self._folder is not None
@@ -180,16 +194,6 @@ def opened(folder: Path | None) -> Iterator[Store]:
         yield store
     finally:
         store.close()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that its name never stands for a part of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def run_points(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -61,13 +60,15 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
         if source is not None:
             raise InputError("expected only one of latency and latency_from", field="latency", value=source)
         rows = load_run(record).steps
+        if not rows:
+            raise InputError("has no steps, expected the record of a run or of a replica", path=record)
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
     source = source or DEFAULT_LATENCY
     if source.startswith(ROOFLINE):
         roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
         return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}
     shipped = shipped_latencies().get(source)
-    if shipped is None and not Path(source).is_file():
+    if shipped is None and not os.path.isfile(source):
         names = ", ".join(shipped_latencies())
         raise InputError(
             f"expected a file, roofline:MODEL@DEVICE, or one that ships: {names}", field="latency", value=source
@@ -113,9 +114,9 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     facts = records[0].run["facts"]
     about = {
         "model": facts.get("model", "the model"),
-        "device": records[0].run["device"],
-        "block_size": records[0].run["settings"]["block_size"],
-        "runs": [{"name": record.path.name, "trace": record.run["facts"]["trace"]["sha256"]} for record in records],
+        "device": records[0].told("device"),
+        "block_size": records[0].told("settings", "block_size"),
+        "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
     about |= {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
     if profile is None:
@@ -268,38 +269,22 @@ def recording(
     device: str | None = None,
     watch: Callable[[Batch], None] | None = None,
 ) -> Iterator[RunRecorder]:
-    """A recorder that writes `out`, or nothing that stays where `out` is None; `watch` hears of steps that end."""
+    """A recorder that writes `out`, or nothing where `out` is None; `watch` hears of steps that end."""
     make = RunRecorder if watch is None else partial(_WatchedRecorder, watch)
-    with (
-        scratch_folder(out) as folder,
-        make(folder, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder,
-    ):
+    with make(out, world=world, settings=settings.model_dump(), facts=facts, device=device) as recorder:
         yield recorder
 
 
 class _WatchedRecorder(RunRecorder):
     """A recorder beside which somebody else hears of the steps that end."""
 
-    def __init__(self, watch: Callable[[Batch], None], folder: Path, **options: Any):
-        super().__init__(folder, **options)
+    def __init__(self, watch: Callable[[Batch], None], out: Path | None, **options: Any):
+        super().__init__(out, **options)
         self._watch = watch
 
     def committed(self, batch: Batch) -> None:
         super().committed(batch)
         self._watch(batch)
-
-
-@contextmanager
-def scratch_folder(out: Path | None) -> Iterator[Path]:
-    """The folder to write: `out`, or where that is None one that is removed at the end."""
-    if out is not None:
-        yield out
-        return
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        yield scratch / "run"
-    finally:
-        shutil.rmtree(scratch)
 
 
 def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str, Any]:
@@ -391,8 +376,7 @@ def run_fleet(
     common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
     device = f"simulated: {len(replicas)} replicas"
     with (
-        scratch_folder(out) as folder,
-        FleetRecorder(folder, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
+        FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,
     ):
         begun = time.perf_counter()
@@ -466,5 +450,5 @@ def run_real(
 
 
 def _counts(workload: Workload, intervals: Intervals | None = None) -> dict[str, Any]:
-    counts: dict[str, Any] = {"shortened": workload.shortened, "dropped": workload.dropped}
+    counts: dict[str, Any] = {"capped": workload.capped, "dropped": workload.dropped}
     return counts if intervals is None else counts | {"intervals": intervals}

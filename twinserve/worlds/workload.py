@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_TOKENS
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
@@ -23,7 +24,7 @@ LIKE_HELP = (
 class TraceOptions(BaseModel):
     """How a trace is changed before it is replayed; applied in this order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
     shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
@@ -40,6 +41,15 @@ class TraceOptions(BaseModel):
     def is_random(self) -> bool:
         """Whether another seed gives another workload."""
         return any(value is not None for value in (self.spread_seed, self.shuffle_seed, self.session_rate))
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """As far as a trace has to be read: arguments of `read_trace`."""
+        if self.is_random:
+            return {}
+        if self.window_s is not None:
+            return {"until_s": _window(self.window_s)[1]}
+        return {} if self.limit is None or self.limit < 1 else {"limit": self.limit}
 
     def with_seed(self, number: int) -> TraceOptions:
         """The options with a number added to every seed."""
@@ -69,14 +79,14 @@ class Workload:
         requests: with ids 0, 1, 2...
         facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
             counts.
-        shortened: prompts and outputs cut to a cap.
+        capped: requests whose prompt or answer was cut to a cap.
         dropped: rows of the trace that are not replayed.
         epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
     """
 
     requests: list[Request]
     facts: dict[str, Any]
-    shortened: int
+    capped: int
     dropped: int
     epoch_ns: int | None = None
 
@@ -91,13 +101,17 @@ class Workload:
         return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
 
 
-def load_workload(path: Path, options: dict[str, Any]) -> Workload:
-    """Read a trace and apply `TraceOptions` to it.
+def load_workload(path: Path, options: dict[str, Any], *, is_replayed: bool = True) -> Workload:
+    """Read a trace, as far as it is wanted, and apply `TraceOptions` to it.
+
+    Args:
+        is_replayed: whether it has to be known when requests come.
 
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    return load_workloads(path, options, 1)[0]
+    wanted = validated(TraceOptions, {}, options, None)
+    return make_workload(read_trace(path, **wanted.read), path, wanted, is_replayed=is_replayed)
 
 
 def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Workload]:
@@ -108,28 +122,40 @@ def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Work
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    trace, chosen = read_trace(path), validated(TraceOptions, {}, options, None)
-    if not chosen.is_random:
-        return [make_workload(trace, path, chosen)] * count
-    return [make_workload(trace, path, chosen.with_seed(number)) for number in range(count)]
+    wanted = validated(TraceOptions, {}, options, None)
+    trace = read_trace(path, **wanted.read)
+    if not wanted.is_random:
+        return [make_workload(trace, path, wanted)] * count
+    return [make_workload(trace, path, wanted.with_seed(number)) for number in range(count)]
 
 
-def make_workload(trace: Trace, path: Path, options: TraceOptions) -> Workload:
+def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replayed: bool = True) -> Workload:
     """A trace that was read from `path`, with `options` applied to it.
 
     Raises:
-        InputError: an option cannot be used, or no request is left.
+        InputError: an option cannot be used, no request is left, or the trace does not say when requests come and no
+            option does.
     """
-    requests, log = _transformed(trace, options)
+    if is_replayed and not trace.is_timed and options.session_rate is None and not options.all_at_zero:
+        raise InputError(
+            f"a {trace.format} file does not say when requests come: expected session_rate, or all_at_zero", path=path
+        )
+    requests, capped, log = _transformed(trace, options)
+    for request in requests if is_replayed else ():
+        if max(request.prompt_tokens, request.max_tokens) > MOST_TOKENS:
+            most = f"expected at most {MOST_TOKENS} tokens in a prompt and in an answer (TWINSERVE_MOST_TOKENS)"
+            value = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
+            raise InputError(most, path=path, field=f"request {request.id}", value=value)
     if not requests:
         raise InputError("no request is left to replay", path=path)
     facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
-    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests)
-    return Workload(requests, facts, transforms.num_shortened(log), dropped, None if log else trace.epoch_ns)
+    dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
+    return Workload(requests, facts, capped, dropped, None if log else trace.epoch_ns)
 
 
-def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], transforms.TransformLog]:
+def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], int, transforms.TransformLog]:
+    """The requests that are wanted, how many of them were cut to a cap, and what was changed."""
     log: transforms.TransformLog = []
     requests = trace.requests
     if wanted.spread_seed is not None:
@@ -147,11 +173,20 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], tra
         requests = transforms.scale_rate(requests, wanted.rate_scale, log)
     if wanted.all_at_zero:
         requests = transforms.all_at_zero(requests, log)
+    whole = requests
     if wanted.max_prompt_tokens is not None:
         requests = transforms.cap_prompt_tokens(requests, wanted.max_prompt_tokens, log)
     if wanted.max_output_tokens is not None:
         requests = transforms.cap_output_tokens(requests, wanted.max_output_tokens, log)
-    return requests, log
+    if trace.num_unread:
+        # The window, or the limit, behind whose end nothing was read comes first.
+        log[0]["changed"]["requests_dropped"] += trace.num_unread
+    capped = sum(
+        (one.prompt_tokens, one.max_tokens) != (other.prompt_tokens, other.max_tokens)
+        for one, other in zip(whole, requests, strict=True)
+        if one is not other
+    )
+    return requests, capped, log
 
 
 def _window(text: str) -> tuple[float, float]:

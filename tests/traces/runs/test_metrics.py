@@ -293,3 +293,16 @@ def test_gaps_equal_those_between_the_tokens_that_sequences_got(record_run, comp
     answers = {row["id"]: row["output_tokens"] for row in record.requests if row["finish_reason"] in ("stop", "length")}
     expected = Counter(end - start for seq_id in answers for start, end in pairwise(run.token_ends.get(seq_id, [])))
     assert token_gaps(answers, record.steps) == expected
+
+
+def test_a_duration_begins_with_the_first_request_though_that_never_finished():
+    unfinished = request(id=1, arrival_ns=0, finish_reason="refused", first_token_ns=None, finish_ns=None)
+    rows = [request(arrival_ns=3 * 10**9, first_token_ns=4 * 10**9, finish_ns=8 * 10**9), unfinished]
+    assert summarize(rows, [])["duration_s"] == summarize(rows[::-1], [])["duration_s"] == 8.0
+
+
+def test_a_fleets_share_of_waiting_is_of_all_durations_and_no_mean_of_shares():
+    parts = [RunMetrics(), RunMetrics()]
+    for part, wait_ns, finish_ns in zip(parts, (9, 0), (10, 990), strict=True):
+        part.waits.total_ns, part.first_arrival_ns, part.last_finish_ns = wait_ns, 0, finish_ns
+    assert summary_of(parts)["device_wait_share"] == 9 / 1000

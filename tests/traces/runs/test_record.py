@@ -105,9 +105,11 @@ def test_the_summary_is_that_of_the_rows(run):
     assert record.run["summary"] == run.summary == summarize(record.requests, record.steps, world="sim")
 
 
-def test_shortened_requests_of_transforms_are_added_to_the_runs_own(tmp_path):
+def test_what_the_caller_knows_joins_the_summary(tmp_path):
     with recorder(tmp_path / "run") as record:
-        assert record.close({"shortened": 3, "wall_s": 1.5}).items() >= {"shortened": 3, "wall_s": 1.5}.items()
+        assert (
+            record.close({"capped": 3, "wall_s": 1.5}).items() >= {"capped": 3, "shortened": 0, "wall_s": 1.5}.items()
+        )
 
 
 def test_a_request_still_running_at_the_end_is_written_without_a_finish(tmp_path):
@@ -174,7 +176,7 @@ def test_a_record_that_was_never_closed_leaves_nothing_behind(tmp_path):
 
 def test_an_existing_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match="exists already, expected a new folder"):
+    with pytest.raises(InputError, match="exists already, expected a new name"):
         recorder(tmp_path / "run")
 
 
@@ -185,7 +187,7 @@ def test_a_folder_that_another_run_is_writing_is_refused(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be created"):
+    with pytest.raises(InputError, match="cannot be written"):
         recorder(tmp_path / "file" / "run")
 
 

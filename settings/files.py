@@ -1,0 +1,250 @@
+"""Files and folders that are written: there whole under their name, or not at all, whatever ends the work on the way.
+
+Each grows under its name with `.partial` behind it, which its process holds a lock on. What a process that is dead has
+left there is removed; what a living one is writing is respected; a symbolic link is never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from twinserve.settings.errors import InputError
+
+SUFFIX = ".partial"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Has an error of the operating system say in one line that `path` cannot be written.
+
+    Raises:
+        InputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror or error}", path=path) from error
+
+
+@contextmanager
+def whole_file(path: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
+    """A file to be written, which gets its name when all is in it and on the disk.
+
+    Args:
+        replaces: what has the name already is replaced; otherwise it is refused.
+
+    Raises:
+        InputError: `path` exists, another process is writing it, or it cannot be written.
+    """
+    if not replaces:
+        refuse_existing(path)
+    partial = _partial(path)
+    with writing(path):
+        _make(path.parent)
+        _clear(partial)
+        descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "wb") as file:
+        try:
+            _hold(descriptor, partial)
+            with writing(path):
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+                if not replaces:
+                    refuse_existing(path)
+                partial.replace(path)
+                _sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            # What is still in its buffer has no room on the disk, say; it is not needed.
+            with suppress(OSError):
+                file.close()
+            raise
+
+
+def write_whole(path: Path, content: bytes | str, *, replaces: bool = False) -> None:
+    """Write a file at once; see `whole_file`. Text is written as UTF-8, and what no UTF-8 says as a question mark."""
+    with whole_file(path, replaces=replaces) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+
+
+class WholeFolder:
+    """A folder to be written: it grows as `partial`, and gets its name by `finish`.
+
+    As a context manager it is discarded unless it was finished.
+
+    Args:
+        out: its name.
+
+    Attributes:
+        partial: where it grows.
+
+    Raises:
+        InputError: `out` exists, another process is writing it, or it cannot be written.
+    """
+
+    def __init__(self, out: Path):
+        refuse_existing(out)
+        self.out, self.partial = out, _partial(out)
+        self._descriptor: int | None = None
+        with writing(out):
+            _make(out.parent)
+            _clear(self.partial)
+            self.partial.mkdir()
+            self._descriptor = os.open(self.partial, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        _hold(self._descriptor, self.partial)
+
+    def finish(self) -> None:
+        """Have all that is in it on the disk, and give it its name.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with writing(self.out):
+            sync_all(self.partial)
+            refuse_existing(self.out)
+            self.partial.rename(self.out)
+            _sync(self.out.parent)
+        self._let_go()
+
+    def discard(self) -> None:
+        """Remove what has been written; what is finished stays."""
+        if self._descriptor is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> WholeFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+class Nowhere(io.BytesIO):
+    """A file to which nothing that is written goes."""
+
+    def write(self, content: object) -> int:
+        """Take it, and forget it."""
+        return len(content)  # type: ignore[arg-type]
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Refuse what is to be written where something has its name; commands do so before long work begins.
+
+    Raises:
+        InputError: something has.
+    """
+    if out is not None and os.path.lexists(out):
+        raise InputError("exists already, expected a new name", path=out)
+
+
+def lock_file(path: Path) -> IO[bytes]:
+    """A lock that lasts while the file returned is open; the file is made where there is none, and never written.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made, or is a symbolic link.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    file = open(descriptor, "r+b")  # noqa: SIM115 - it is the caller's
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _make(folder: Path) -> None:
+    """Make the folder in which something is to be written.
+
+    Raises:
+        OSError: it cannot be made; a NotADirectoryError where it is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + SUFFIX)
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a dead process has left.
+
+    Raises:
+        InputError: a living process is writing it, or it is a symbolic link or something else that nobody here made.
+        OSError: it cannot be removed.
+    """
+    try:
+        mode = os.lstat(partial).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError("expected nothing there, or what an earlier run has left: it can be removed", path=partial)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _hold(descriptor, partial)
+        shutil.rmtree(partial) if stat.S_ISDIR(mode) else partial.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int, partial: Path) -> None:
+    """Lock what is being written.
+
+    Raises:
+        InputError: another process has, or the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.path.samestat(os.fstat(descriptor), os.lstat(partial))
+    except BlockingIOError as error:
+        raise InputError("exists already: another run is writing it", path=partial) from error
+    except FileNotFoundError:
+        is_there = False
+    except OSError as error:
+        raise InputError(f"cannot be locked: {error.strerror}", path=partial) from error
+    if not is_there:
+        raise InputError("is gone: another run is writing it", path=partial)
+
+
+def sync_all(folder: Path) -> None:
+    """Have a folder and all that is in it on the disk.
+
+    Raises:
+        OSError: there is no room, say.
+    """
+    for inner, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(inner) / name)
+        _sync(Path(inner))
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""Signals, full disks, and what a killed command leaves: one line, the right status, and the next run works."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "hung up")}
+ORDER = """
+import os
+from twinserve.policies.orders import FirstCome
+
+class Ends(FirstCome):
+    left = 5
+
+    def pop_next(self):
+        Ends.left -= 1
+        if not Ends.left:
+            os.kill(os.getpid(), {number})
+        return super().pop_next()
+"""
+
+
+def command(*arguments: object, folder: Path, limit: int | None = None, **environment: str):
+    """Run a command in a process of its own, which can write no file longer than `limit` bytes."""
+    (folder / "tmp").mkdir(exist_ok=True)
+
+    def prepare() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "twinserve", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(folder / "tmp"), "XDG_CACHE_HOME": str(folder / "cache")} | environment,
+        preexec_fn=prepare,
+        timeout=120,
+        check=False,
+    )
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name not in ("tmp", "lock"))
+
+
+def said(result) -> str:
+    """The one line by which a command ended."""
+    lines = result.stderr.splitlines()
+    assert "Traceback" not in result.stderr, result.stderr
+    assert [line for line in lines if line.startswith("twinserve: ")] == lines[-1:], result.stderr
+    return lines[-1]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (made := tmp_path / "folder").mkdir()
+    return made
+
+
+@pytest.mark.parametrize("fleet", [(), ("--replicas", 2)], ids=["replica", "fleet"])
+@pytest.mark.parametrize("number", [*ENDS, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("has_out", [True, False])
+def test_a_signal_in_a_run_leaves_nothing(folder, tmp_path, trace, latency, fleet, number, has_out):
+    (tmp_path / "order.py").write_text(ORDER.format(number=int(number)))
+    out = ("--out", folder / "run") if has_out else ()
+    arguments = ("sim", trace, "--latency", latency, *fleet)
+    result = command(*arguments, *out, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends", folder=folder)
+    if number is signal.SIGKILL:
+        assert result.returncode == -9
+        assert {name.split("/")[0] for name in left(folder)} <= {"run.partial"}
+    else:
+        status, word = ENDS[number]
+        assert (result.returncode, said(result)) == (status, f"twinserve: {word}")
+        assert left(folder) == []
+    assert list((folder / "tmp").iterdir()) == []
+    again = command(*arguments, *out, folder=folder)
+    assert again.returncode == 0, again.stderr
+    assert {name.split("/")[0] for name in left(folder)} == ({"run"} if has_out else set())
+
+
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+@pytest.mark.parametrize("module", ["typer", "simpy", "numpy"])
+def test_a_signal_during_an_import_is_one_line(folder, trace, latency, number, module):
+    (folder / f"{module}.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
+    result = command("sim", trace, "--latency", latency, "--out", folder / "run", folder=folder, PYTHONPATH=str(folder))
+    status, word = ENDS[number]
+    assert (result.returncode, said(result)) == (status, f"twinserve: {word}")
+    assert not (folder / "run").exists()
+
+
+def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(folder, tmp_path, trace, latency):
+    text = ORDER.format(number=15).replace("os.kill(os.getpid(), 15)", "Dies()")
+    dies = "class Dies:\n    def __del__(self):\n        os.kill(os.getpid(), 15)\n        [n for n in range(9)]\n\n"
+    (tmp_path / "order.py").write_text(text.replace("class Ends", dies + "class Ends"))
+    arguments = ("sim", trace, "--latency", latency, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends")
+    result = command(*arguments, folder=folder)
+    assert (result.returncode, said(result)) == (143, "twinserve: terminated")
+
+
+@pytest.fixture
+def record(tmp_path, twinserve, trace, latency) -> Path:
+    assert twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "record").code == 0
+    return tmp_path / "record"
+
+
+@pytest.fixture
+def plan(tmp_path, trace, latency) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(f"trace = {str(trace)!r}\nlatency = {str(latency)!r}\n[grid]\nmax_num_seqs = [1, 2]\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("sim", 900), ("sim", 4000), ("fleet", 900), ("make", 900), ("convert", 300), ("report", 900), ("sweep", 100)],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(folder, trace, latency, record, plan, name, limit):
+    commands = {
+        "sim": ("sim", trace, "--latency", latency, "--out", folder / "out"),
+        "fleet": ("sim", trace, "--latency", latency, "--replicas", 2, "--out", folder / "out"),
+        "make": ("trace", "make", "--requests", 2000, "--out", folder / "out"),
+        "convert": ("trace", "convert", trace, folder / "out"),
+        "report": ("report", record, "--out", folder / "out"),
+        "sweep": ("sweep", plan, "--out", folder / "out", "--jobs", 1),
+    }
+    result = command(*commands[name], folder=folder, limit=limit)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert said(result).endswith("cannot be written: File too large")
+    assert left(folder) == (["out", "out/points"] if name == "sweep" else [])
+    assert list((folder / "tmp").iterdir()) == []
+    again = command(*commands[name], folder=folder)
+    assert again.returncode == 0, again.stderr
+    assert not [entry for entry in left(folder) if entry.endswith(".partial")]
+
+
+def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path, capsys):
+    import json
+
+    from shell import fitted
+
+    from twinserve.commands.latencies import _save_latency
+    from twinserve.settings.errors import InputError
+
+    (tmp_path / "file").touch()
+    model = fitted()
+    with pytest.raises(InputError, match="cannot be written: Not a directory"):
+        _save_latency(model, tmp_path / "file" / "latency.json", False)
+    assert json.loads(capsys.readouterr().out) == model.data
+
+
+@pytest.mark.parametrize("arguments", ["--version", "trace stat {trace}", "trace stat {trace} --json"])
+def test_results_that_cannot_be_printed_are_one_line(folder, trace, arguments):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "twinserve", *arguments.format(trace=trace).split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (result.returncode, result.stderr) == (1, "twinserve: No space left on device\n")
+
+
+def test_without_a_stderr_results_are_alone_on_stdout(folder, trace, latency):
+    import json
+
+    words = f'exec "{sys.executable}" -m twinserve sim "{trace}" --latency "{latency}" --json 2>&-'
+    result = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
+    assert json.loads(result.stdout)["requests"] == 12

@@ -23,6 +23,9 @@ TARGETS = {
 }
 """What the median and the worst error over windows are wanted below."""
 
+LOADS = ((0.5, "#2563eb", "load to 0.5"), (0.8, "#d97706", "to 0.8"), (1.0, "#dc2626", "beyond"))
+"""To which load a window has which color in the plot."""
+
 RANKED = ("tpot_s.mean", "ttft_s.mean", "e2e_s.mean")
 
 
@@ -232,7 +235,7 @@ def _worst(windows: dict[str, Result]) -> list[str]:
 def plot(windows: dict[str, Result]) -> str:
     """Simulated over measured, of each window and metric, by load."""
     metrics = [metric for metric in METRICS if metric != "output_tok_s"]
-    width, height, left, top, lane = 900, 40 + 90 * len(metrics), 140, 20, 90
+    width, height, left, top, lane = 900, 40 + 90 * len(metrics), 160, 20, 90
     drawing = Drawing(width, height, "Simulated over measured, by metric and load")
     limit = 0.25
     for number, metric in enumerate(metrics):
@@ -245,14 +248,10 @@ def plot(windows: dict[str, Result]) -> str:
         for place, (name, window) in enumerate(windows.items()):
             value = max(-limit, min(limit, error(window, metric)))
             x = left + 12 + place * (width - left - 44) / max(1, len(windows) - 1)
-            color = {0.5: "#2563eb", 0.8: "#d97706"}.get(window["load"], "#dc2626")
+            color = next(color for most, color, _ in LOADS if window["load"] <= most)
             drawing.dot(x, middle - value / limit * lane / 2, color, 4.0 if name.startswith("qwen") else 3.0)
     y = height - 10
-    for x, color, words in (
-        (left, "#2563eb", "load 0.5"),
-        (left + 110, "#d97706", "0.8"),
-        (left + 180, "#dc2626", "0.95"),
-    ):
-        drawing.dot(x, y - 4, color, 4.0)
-        drawing.text(x + 8, y, words)
+    for number, (_, color, words) in enumerate(LOADS):
+        drawing.dot(left + 110 * number, y - 4, color, 4.0)
+        drawing.text(left + 110 * number + 8, y, words)
     return drawing.svg()

@@ -133,6 +133,11 @@ def served_rate(seqs: list[Sequence], requests: list[Request]) -> float:
     return round(tokens / each / (SATURATION_S - SETTLED_S), 3)
 
 
+def has_trace(group: Group) -> bool:
+    """Is there what the workload of a group is made from?"""
+    return group.workload not in FILES or (traces_folder() / FILES[group.workload]).is_file()
+
+
 def traces_folder() -> Path:
     """The folder of the public traces."""
     return Path(os.environ.get("TWINSERVE_TRACES", "."))

@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import fidelity
 import fidelity_text
 from fidelity_numbers import METRICS, kind_of, unpacked, workload_of
 from fidelity_windows import GROUPS, SATURATION_S, SETTLED_S, SMALL, served_rate
@@ -122,3 +123,11 @@ def test_the_windows_that_ship_are_whole(folder: Path):
         assert result.is_exact and result.recorded > 1000
         if record.run["facts"]["trace"]["path"] in ("bursty", "sessions") or "TWINSERVE_TRACES" in os.environ:
             assert len(workload_of(record).requests) == len(record.requests)
+
+
+def test_what_parts_from_what_is_written_is_named():
+    written = {"a": {"b": 0.25, "c": [5, 0.1]}, "d": "x"}
+    assert fidelity.parted({"a": {"b": 0.2501, "c": [5, 0.1]}, "d": "x"}, written) == []
+    assert fidelity.parted({"a": {"b": 0.26, "c": [6, 0.1]}, "d": "x"}, written) == ["/a/b", "/a/c/0"]
+    assert fidelity.parted({"a": {"b": 0.25, "c": [5]}, "d": "x"}, written) == ["/a/c"]
+    assert fidelity.parted({"a": {}, "d": "x"}, written) == ["/a"]

@@ -103,7 +103,7 @@ def choose_knots(tokens: Seq[int]) -> list[int]:
 
 
 GROWN = (
-    "kv_token", "attention_pair", "decode_kv_token", "decode_shared_token", "decode_cut_token", "decode_span_block",
+    "kv_token", "attention_pair", "decode_kv_token", "decode_pool_token", "decode_cut_token", "decode_span_block",
     "prompt_tile_token", "prompt_token",
 )  # fmt: skip
 """Coefficients of the device on what grows while a step is repeated; see `grown`."""
@@ -121,17 +121,17 @@ HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
-    All contexts; query-key pairs; what decodes read from the pool, and what another row has read just now; how much of
-    both in spans that had to be started; the blocks of the longest of those; the context before the end of each tile of
-    a prompt; the longest context of a prompt.
+    All contexts; query-key pairs; what decodes read, and how much of it from the pool, as no other row has read it just
+    now; how much in spans that had to be started; the blocks of the longest of those; the context before the end of
+    each tile of a prompt; the longest context of a prompt.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
     return (
         features.kv_tokens,
         features.attention_pairs if features.prompt_tokens else 0,
+        features.decode_kv_tokens,
         features.decode_kv_tokens - features.shared_tokens,
-        features.shared_tokens,
         kernels.cut_tokens(decodes, padded, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
         kernels.tiles(prompts)[1],

@@ -64,7 +64,8 @@ def fitted(ns_per_token: int) -> FittedLatency:
         StepFeatures(0, n, 0, n, n * c, n * c, n, longest_decode=c) for n in (1, 2, 4, 8) for c in (64, 256, 1200)
     ]
     shapes += [StepFeatures(0, 1, p, 0, p, p * (p + 1) // 2, 1, prompts=((0, p),)) for p in (8, 16, 32, 64)]
-    return fit([StepSample(shape, 1000, 10_000 + ns_per_token * shape.tokens) for shape in shapes * 4], {})
+    samples = [StepSample(shape, 1000, 10_000 + ns_per_token * shape.tokens) for shape in shapes * 4]
+    return fit(samples, {"model": "tiny", "device": "a test's"})
 
 
 def test_a_file_that_changes_under_its_name_is_read_again(tmp_path):

@@ -131,3 +131,4 @@ def test_what_parts_from_what_is_written_is_named():
     assert fidelity.parted({"a": {"b": 0.26, "c": [6, 0.1]}, "d": "x"}, written) == ["/a/b", "/a/c/0"]
     assert fidelity.parted({"a": {"b": 0.25, "c": [5]}, "d": "x"}, written) == ["/a/c"]
     assert fidelity.parted({"a": {}, "d": "x"}, written) == ["/a"]
+    assert fidelity.parted({"limits": [1.0, 1.04]}, {"limits": [1.0, 1.0]}) == []

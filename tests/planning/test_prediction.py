@@ -8,7 +8,7 @@ import pytest
 from twinserve.planning.parallel import Workers
 from twinserve.planning.prediction import prediction_intervals
 from twinserve.settings.build_core import Settings
-from twinserve.sim.fit import FittedLatency
+from twinserve.sim.fit import REGIMES, FittedLatency
 from twinserve.sim.intervals import METRICS, NUM_DRAWS, Uncertainty, with_uncertainty
 from twinserve.sim.latency import ScaledLatency
 from twinserve.traces.runs.compare import value_of
@@ -40,7 +40,7 @@ def test_less_is_known_the_wider_the_limits_and_who_simulates_is_the_same(trace,
     found = prediction_intervals(workload, settings, model)
     assert prediction_intervals(workload, settings, model, workers=Workers(2)) == found
     assert prediction_intervals(workload, settings, model, seed=1) != found
-    vague = prediction_intervals(workload, settings, with_uncertainty(model, Uncertainty()))
+    vague = prediction_intervals(workload, settings, with_uncertainty(model, Uncertainty(dict.fromkeys(REGIMES, 0.06))))
     for metric in ("tpot_s.mean", "e2e_s.p99"):
         assert math.log(vague[metric][1] / vague[metric][0]) > 1.2 * math.log(found[metric][1] / found[metric][0])
 

@@ -168,7 +168,7 @@ def test_weights_must_be_there(folder):
     with pytest.raises(InputError, match="index.json: weight_map is None, expected the file of each tensor"):
         load_model(folder)
     index.write_text("{")
-    with pytest.raises(InputError, match="index.json: expected JSON"):
+    with pytest.raises(InputError, match="index.json:1: expected JSON"):
         load_model(folder)
 
 

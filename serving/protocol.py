@@ -149,22 +149,28 @@ class Generation(Fields):
 
         Args:
             defaults: of what the request leaves open, as the model's generation config says.
+
+        Raises:
+            ApiError: a value is out of range.
         """
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
         values = defaults | {name: value for name, value in given.items() if value is not None}
         values["top_k"] = max(0, values.get("top_k", 0))
-        return SamplingParams(
-            **values,
-            max_tokens=max_tokens,
-            seed=None if self.seed is None else self.seed + choice,
-            ignore_eos=self.ignore_eos,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            min_tokens=self.min_tokens,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=tuple((self.logit_bias or {}).items()),
-            logprobs=self.num_logprobs,
-        )
+        try:
+            return SamplingParams(
+                **values,
+                max_tokens=max_tokens,
+                seed=None if self.seed is None else self.seed + choice,
+                ignore_eos=self.ignore_eos,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                min_tokens=self.min_tokens,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                logit_bias=tuple((self.logit_bias or {}).items()),
+                logprobs=self.num_logprobs,
+            )
+        except ValueError as error:  # out of the policies' ranges, which are narrower than those of the fields
+            raise ApiError(str(error)) from error
 
 
 class CompletionRequest(Generation):

@@ -122,6 +122,13 @@ def test_broken_bodies_are_refused(serving):
         assert httpx.post(url, content=content, headers={"content-type": "application/json"}).status_code == 400
 
 
+def test_numbers_that_only_the_policies_refuse_are_refused_too(serving):
+    url = f"{serving(simulated()).url}/v1/completions"
+    for name, value in (("repetition_penalty", 5e-324), ("top_p", 5e-324), ("temperature", 1e300)):
+        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: value})
+        assert (refused.status_code, name in refused.json()["error"]["message"]) == (400, True)
+
+
 def test_the_other_paths_answer(serving):
     url = serving(simulated(), served_model_name=["first", "second"]).url
     assert httpx.get(f"{url}/health").status_code == httpx.post(f"{url}/ping").status_code == 200

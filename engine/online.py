@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -107,7 +107,7 @@ class Clock:
         return time.perf_counter_ns() - self.origin_ns
 
 
-class _RareCollections:
+class _RareCollections(ContextDecorator):
     """How many are inside `rare_collections`, and the thresholds to go back to when the last leaves."""
 
     def __init__(self) -> None:
@@ -137,6 +137,7 @@ to none. Looking as often as usual takes some percent of a simulation, and a sea
 up for longer than many steps take."""
 
 
+@rare_collections
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
@@ -148,12 +149,6 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
         StepError: a step could not be launched or failed. Nothing of `core` is of use then: it still holds what it
             decided.
     """
-    with rare_collections:
-        _serve(core, executor, inbox, clock, ended)
-
-
-def _serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
-    """The loop of `serve`."""
     launched: deque[tuple[Batch, StepHandle]] = deque()
     while True:
         for item in inbox.take(wait=core.is_idle):
@@ -240,10 +235,13 @@ class TraceFeeder(threading.Thread):
             with self._changed:
                 if self._stopped or self._arrivals.is_empty:
                     return None
-                request, due_ns = self._arrivals.peek(), self._arrivals.next_ns
-                if request is None or (made is not None and made[0] is request):
-                    wait_s = None if due_ns is None else (due_ns - self._clock()) / 1e9
-                    if made is not None and wait_s is not None and wait_s <= 0:
+                request = self._arrivals.peek()
+                if request is None:
+                    self._changed.wait()
+                    continue
+                if made is not None and made[0] is request:
+                    wait_s = (request.arrival_ns - self._clock()) / 1e9
+                    if wait_s <= 0:
                         self._arrivals.pop()
                         return made
                     self._changed.wait(wait_s)

@@ -39,9 +39,8 @@ class Arrivals:
     @property
     def next_ns(self) -> int | None:
         """When the next request arrives; None if that depends on an answer, or nothing is left."""
-        if self._answered and (self._next is None or self._answered[0][0] < self._next.arrival_ns):
-            return self._answered[0][0]
-        return None if self._next is None else self._next.arrival_ns
+        request = self.peek()
+        return None if request is None else request.arrival_ns
 
     @property
     def is_empty(self) -> bool:

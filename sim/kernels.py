@@ -86,6 +86,11 @@ class Kernels:
             tokens = max(beside + self.prompt_tokens[-1], decodes + prompt_tokens)
         return beside, tokens, beside + max(self.prompts, num_prompts)
 
+    def _cut(self, padded: int) -> tuple[int, int, int]:
+        """Spans, the shortest of them, and the block of so many padded rows; one span, read by the token, if uncut."""
+        place = bisect_right(self.decode_cuts, padded, key=lambda cut: cut[0])
+        return self.decode_cuts[place - 1][1:] if place else (1, 0, 1)
+
     def blocks(self, decodes: int, longest: Any) -> Any:
         """Blocks of the longest span of decode attention, which are read one after another.
 
@@ -95,10 +100,7 @@ class Kernels:
             decodes: rows, padding included.
             longest: the longest context, or an array of several.
         """
-        place = bisect_right(self.decode_cuts, decodes, key=lambda cut: cut[0])
-        if not place:
-            return longest
-        _, spans, shortest, block = self.decode_cuts[place - 1]
+        spans, shortest, block = self._cut(decodes)
         span = _parts(_parts(longest, spans), block)
         return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
@@ -113,8 +115,7 @@ class Kernels:
             padded: rows, padding included.
             kv_tokens: the sum of their contexts, or an array of several.
         """
-        place = bisect_right(self.decode_cuts, padded, key=lambda cut: cut[0])
-        _, spans, shortest, _ = self.decode_cuts[place - 1] if place else (0, 1, 0, 0)
+        spans, shortest, _ = self._cut(padded)
         return _least(kv_tokens, decodes * spans * shortest) if spans > 1 else 0 * kv_tokens
 
     def tiles(self, prompts: Iterable[tuple[int, int]]) -> tuple[int, int]:

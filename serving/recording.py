@@ -15,7 +15,7 @@ from twinserve.traces.formats.recorded import REPLICAS
 from twinserve.traces.runs.concealed import ConcealedTokens, as_they_are
 from twinserve.traces.runs.record import run_of, write_run
 from twinserve.traces.runs.segments import KeptTokens, SegmentedRecorder, make_folder
-from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.run import ReplicaSpec, fleet_facts
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,9 @@ class LiveRecord:
         folder = options.folder
         if len(replicas) == 1:
             return cls(folder, [recorder(folder, replicas[0])])
-        every = [spec.settings.model_dump() for spec in replicas]
-        common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
-        fleet = {
-            "router": router_facts,
-            "replicas": [{"settings": spec.settings.model_dump(), "latency": spec.latency_facts} for spec in replicas],
-        }
+        common, fleet, device = fleet_facts(replicas, router_facts)
         make_folder(folder)
-        write_run(folder, run_of("sim", common, facts | {"fleet": fleet}, f"simulated: {len(replicas)} replicas", None))
+        write_run(folder, run_of("sim", common, facts | {"fleet": fleet}, device, None))
         return cls(folder, [recorder(folder / REPLICAS / str(number), spec) for number, spec in enumerate(replicas)])
 
     def tick(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -342,6 +343,16 @@ class ReplicaSpec:
     latency_facts: dict[str, Any]
 
 
+def fleet_facts(replicas: Seq[ReplicaSpec], router_facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What the record of a fleet says: the settings that all replicas have, router and replicas, and the device."""
+    every = [spec.settings.model_dump() for spec in replicas]
+    common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
+    own = [
+        {"settings": settings, "latency": spec.latency_facts} for settings, spec in zip(every, replicas, strict=True)
+    ]
+    return common, {"router": router_facts, "replicas": own}, f"simulated: {len(replicas)} replicas"
+
+
 def run_fleet(
     workload: Workload,
     replicas: list[ReplicaSpec],
@@ -367,14 +378,8 @@ def run_fleet(
     params = params or SamplingParams(ignore_eos=True)
     outages = list(outages)
     facts = {"trace": workload.facts, "sampling": asdict(params)}
-    fleet = {
-        "router": router_facts,
-        "replicas": [{"settings": spec.settings.model_dump(), "latency": spec.latency_facts} for spec in replicas],
-        "outages": [asdict(outage) for outage in outages],
-    }
-    every = [spec.settings.model_dump() for spec in replicas]
-    common = {name: value for name, value in every[0].items() if all(other[name] == value for other in every)}
-    device = f"simulated: {len(replicas)} replicas"
+    common, fleet, device = fleet_facts(replicas, router_facts)
+    fleet |= {"outages": [asdict(outage) for outage in outages]}
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,

@@ -82,6 +82,7 @@ def test_a_command_reads_the_folder_of_a_journal(tmp_path, monkeypatch, capsys):
     [
         (0, '["format","other/1",{},0]', "expected a journal of format"),
         (3, '["s",0]', "expected a line of a journal"),
+        (3, '["s",0', "expected JSON"),
         (3, '["u",99,0.1,0.2,1,[]]', "expected a line of a journal"),
     ],
 )

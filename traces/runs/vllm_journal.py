@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.traces.lines import json_value
 from twinserve.traces.request import answer_text
 
 JOURNAL = "journal.jsonl"
 FORMAT = "twinserve-vllm-journal/1"
 KIND = "journal"
+SCHEDULING = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_chunked_prefill",
+    "long_prefill_token_threshold",
+    "scheduler_reserve_full_isl",
+    "watermark",
+)
+"""Settings of vLLM's scheduler, of which a step log tells."""
+NEWER_SCHEDULING = ("long_prefill_token_threshold_adaptive", "prefill_schedule_interval", "max_num_active_seqs")
+"""Those that 0.24 has not."""
 STOP_TOKEN = 1
 """Stands for whatever token ended an answer."""
 TOKENS = {"vocab_size": 1 << 30, "first_id": 1 << 10, "seed": 0}
@@ -28,11 +39,15 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
     Raises:
         InputError: it is not a journal.
     """
-    text = (path / JOURNAL).read_text(encoding="utf-8")
+    file = path / JOURNAL
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", path=file) from error
     whole = text[: text.rfind("\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [json_value(line, file, number) for number, line in enumerate(whole.splitlines(), 1)]
     if not lines or lines[0][:2] != ["format", FORMAT]:
-        raise InputError(f"expected a journal of format {FORMAT!r}", path=path / JOURNAL, line=1)
+        raise InputError(f"expected a journal of format {FORMAT!r}", path=file, line=1)
     settings = dict(lines[0][2])
     requests: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
@@ -61,9 +76,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
                 for i in values[1]:
                     requests[i]["aborted"] = values[0]
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"expected a line of a journal, but {error!r}", path=path / JOURNAL, line=number
-            ) from error
+            raise InputError(f"expected a line of a journal, but {error!r}", path=file, line=number) from error
     while steps and steps[-1]["end"] is None:  # in flight when the journal ended
         steps.pop()
     settings |= {

@@ -22,7 +22,16 @@ from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
 from twinserve.traces.runs.metrics import summarize
 from twinserve.traces.runs.record import SCHEMA, RunRecord, load_record
-from twinserve.traces.runs.vllm_journal import JOURNAL, KIND, STOP_TOKEN, TOKENS, prompts_of, read_journal
+from twinserve.traces.runs.vllm_journal import (
+    JOURNAL,
+    KIND,
+    NEWER_SCHEDULING,
+    SCHEDULING,
+    STOP_TOKEN,
+    TOKENS,
+    prompts_of,
+    read_journal,
+)
 
 FORMAT = "vllm-run-record/1"
 MOONCAKE_TRACE = "mooncake/conversation_trace.jsonl.gz"
@@ -43,18 +52,7 @@ _ROW = (
     "emitted",
     "launched",
 )
-_COPIED_SETTINGS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "enable_chunked_prefill",
-    "long_prefill_token_threshold",
-    "scheduler_reserve_full_isl",
-    "watermark",
-    "max_model_len",
-    "block_size",
-    "enable_prefix_caching",
-)
-_NEWER_SETTINGS = ("long_prefill_token_threshold_adaptive", "prefill_schedule_interval", "max_num_active_seqs")
+_COPIED_SETTINGS = (*SCHEDULING, "max_model_len", "block_size", "enable_prefix_caching")
 _STEPS_OF_A_PROFILE = 13
 
 
@@ -148,7 +146,7 @@ def _settings(found: dict[str, Any], path: Path) -> dict[str, Any]:
     """Our settings for vLLM's; `num_gpu_blocks` without the block that it never gives out."""
     if found["policy"] != "fcfs" and not (path / JOURNAL).is_file():  # a log does not say how urgent a request is
         raise InputError("expected 'fcfs'", path=path / "run.json", field="settings.policy", value=found["policy"])
-    newer = {name: found[name] for name in _NEWER_SETTINGS if name in found}
+    newer = {name: found[name] for name in NEWER_SCHEDULING if name in found}
     return (
         newer
         | {name: found[name] for name in _COPIED_SETTINGS}

@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version__ as vllm_version
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.vllm_journal import FORMAT, JOURNAL
+from twinserve.traces.runs.vllm_journal import FORMAT, JOURNAL, NEWER_SCHEDULING, SCHEDULING
 from twinserve.vllm.mount import options_of
 
 _MOST_STEPS = 1_000_000
@@ -196,18 +196,7 @@ class RecordingScheduler(AsyncScheduler):
 def settings_of(vllm_config: Any, block_size: int) -> dict[str, Any]:
     """What a step log says of the settings of a vLLM."""
     scheduling, cache = vllm_config.scheduler_config, vllm_config.cache_config
-    names = (
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enable_chunked_prefill",
-        "long_prefill_token_threshold",
-        "scheduler_reserve_full_isl",
-        "watermark",
-        "policy",
-        "long_prefill_token_threshold_adaptive",
-        "prefill_schedule_interval",
-        "max_num_active_seqs",
-    )
+    names = (*SCHEDULING, "policy", *NEWER_SCHEDULING)
     found = {name: getattr(scheduling, name) for name in names if hasattr(scheduling, name)}
     return found | {
         "vllm": vllm_version,

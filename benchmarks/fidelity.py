@@ -31,9 +31,13 @@ from fidelity_text import page, plot
 from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SMALL, WINDOW_S, Group, has_trace, served_rate
 from result_files import RESULTS, write_json
 
+from twinserve.commands.progress import Bar
+from twinserve.planning.parallel import Workers
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.profiles import Profile
+from twinserve.traces.request import TokenMaker
 from twinserve.worlds.run import fit_profile, load_llm, measure_steps, profile_of, run_real
 from twinserve.worlds.workload import Workload
 
@@ -66,49 +70,25 @@ class Recording:
         self._deadline = time.monotonic() + seconds
         self._out.mkdir(parents=True, exist_ok=True)
         self._saturation: dict[str, float] = {}
+        self._built: tuple[Any, TokenMaker] | None = None  # weights, and what makes prompts for them
         for folder in (have, out):
             if (path := folder / "saturation.json").exists():
                 self._saturation |= json.loads(path.read_text())["requests_per_s"]
 
     def shape(self, shape: str) -> bool:
         """Profile and serve all windows of a shape that are missing; False if time ran out."""
+        self._built = None
         groups = [group for group in GROUPS if group.shape == shape]
-        model: LLM | None = None
-        for block_size in sorted({group.settings["block_size"] for group in groups}):
-            name = f"profile-{shape}-b{block_size}.jsonl.gz"
-            if self._is_done(name):
-                continue
-            if not self._has("profile"):
-                return False
-            blocks = max(group.settings["num_gpu_blocks"] * group.settings["block_size"] for group in groups)
-            settings = Settings(
-                max_num_seqs=1024,
-                max_num_batched_tokens=8192,
-                max_model_len=MODEL_LEN,
-                block_size=block_size,
-                num_gpu_blocks=blocks // block_size,
-                pipeline_depth=1,
-            )
-            llm = self._llm(shape, settings, model)
-            model = llm
-            self._profile(llm, self._out / name)
-            llm.close()
+        most_tokens = max(group.blocks * group.block_size for group in groups)
+        for block_size, name in sorted({(group.block_size, group.profile) for group in groups}):
+            if not self._is_done(f"{name}.jsonl.gz"):
+                if not self._has("profile"):
+                    return False
+                self._profile(shape, block_size, most_tokens // block_size, self._out / f"{name}.jsonl.gz")
         for group in groups:
             missing = [(name, load) for name, load in group.windows if not self._is_done(f"{name}.tar.xz")]
-            if not missing:
-                continue
-            if not self._has("capture", "saturation", "window"):
+            if missing and not (self._has("capture", "saturation", "window") and self._serve_all(group, missing)):
                 return False
-            llm = self._llm(shape, group.build_settings(), model)
-            model = llm
-            llm.warm_up()
-            if group.name not in self._saturation:
-                self._saturate(group, llm)
-            for name, load in missing:
-                if not self._has("window"):
-                    return False
-                self._serve(group, llm, name, load)
-            llm.close()
         return True
 
     def _is_done(self, name: str) -> bool:
@@ -117,39 +97,65 @@ class Recording:
     def _has(self, *pieces: str) -> bool:
         return time.monotonic() + sum(PIECE_S[piece] for piece in pieces) < self._deadline
 
-    def _llm(self, shape: str, settings: Settings, before: LLM | None) -> LLM:
-        """The engine with these settings, around the weights that another has."""
-        from twinserve.engine.llm import LLM
-        from twinserve.engine.options import EngineOptions
-
-        options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
-        if before is None:
-            return load_llm(EngineOptions(model=shape, load_format="dummy", **options), settings, progress=print)
-        weights, makes = before.runner.model, before.token_maker
-        before.runner = before._live = None  # type: ignore[assignment]
+    def _llm(self, shape: str, settings: Settings) -> LLM:
+        """The engine with these settings, around the weights that another has had; whoever had that is done with it."""
         import gc
 
         import torch
 
+        from twinserve.engine.llm import LLM
+        from twinserve.engine.options import EngineOptions
+
+        options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
+        if self._built is None:
+            llm = load_llm(EngineOptions(model=shape, load_format="dummy", **options), settings, progress=print)
+            self._built = llm.runner.model, llm.token_maker
+            return llm
         gc.collect()
         torch.cuda.empty_cache()
+        weights, makes = self._built
         return LLM(weights, name=shape, settings=settings, token_maker=makes, **options)
 
-    def _profile(self, llm: LLM, path: Path) -> None:
+    def _profile(self, shape: str, block_size: int, num_blocks: int, path: Path) -> None:
         """Measure the engine's steps; every sample is kept."""
-        begun = time.monotonic()
-        settings = llm.settings
-        count = SHAPES[settings.block_size]
-        samples = measure_steps(llm, shapes=count, max_seqs=settings.max_num_seqs, progress=_Silent, **PROFILE)
+        settings = Settings(
+            max_num_seqs=1024,
+            max_num_batched_tokens=8192,
+            max_model_len=MODEL_LEN,
+            block_size=block_size,
+            num_gpu_blocks=num_blocks,
+            pipeline_depth=1,
+        )
+        llm, begun = self._llm(shape, settings), time.monotonic()
+        samples = measure_steps(
+            llm,
+            shapes=SHAPES[block_size],
+            max_seqs=settings.max_num_seqs,
+            progress=lambda total: Bar(path.name, total),
+            **PROFILE,
+        )
         measured = profile_of(llm, samples)
         seconds = round(time.monotonic() - begun, 1)
         replace(measured, about=measured.about | {"measured": cuda_facts(None) | {"seconds": seconds}}).save(path)
         print(f"{path.name}: {len(samples)} steps, {seconds} s", flush=True)
+        llm.close()
+
+    def _serve_all(self, group: Group, windows: list[tuple[str, float]]) -> bool:
+        """Measure what saturates a workload, unless that is known, and serve these windows; False if time ran out."""
+        llm = self._llm(group.shape, group.build_settings())
+        llm.warm_up()
+        if group.name not in self._saturation:
+            self._saturate(group, llm)
+        for name, load in windows:
+            if not self._has("window"):
+                return False
+            self._serve(group, llm, name, load)
+        llm.close()
+        return True
 
     def _saturate(self, group: Group, llm: LLM) -> None:
         """Measure how many requests a second end while more come in than can be served."""
-        requests = group.requests(group.guess, SATURATION_S)
-        ids = [request.id for request in requests]
+        requests = group.overload()
         begun: list[Any] = []
 
         def abort_all() -> None:
@@ -157,13 +163,12 @@ class Recording:
 
             inbox, clock = begun
             time.sleep(max(0.0, SATURATION_S - clock() / 1e9))
-            inbox.put(*map(Abort, ids))
+            inbox.put(*(Abort(request.id) for request in requests))
 
         def on_start(inbox: Any, clock: Any) -> None:
             begun.extend((inbox, clock))
             threading.Thread(target=abort_all, daemon=True).start()
 
-        requests = [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9]
         ended = llm.run_trace(requests, params=PARAMS, on_start=on_start)
         queued = sum(seq.first_token_ns is None for seq in ended)
         rate = self._saturation[group.name] = served_rate(ended, requests)
@@ -195,22 +200,6 @@ class Recording:
         print(f"{name}: {summary['steps']} steps, TPOT {tpot:.2f} ms, TTFT {ttft:.1f} ms", flush=True)
 
 
-class _Silent:
-    """Progress that nobody sees."""
-
-    def __init__(self, total: int):
-        self.total = total
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
-
-
 def results_of(card: str, written: dict[str, Any]) -> dict[str, Any]:
     """Every number of the page, from the records of a card.
 
@@ -218,21 +207,25 @@ def results_of(card: str, written: dict[str, Any]) -> dict[str, Any]:
         written: what was said before of the rates that saturate: these are not in the records, so that without the
             public traces they are not worked out again.
     """
-    from joblib import Parallel, delayed
-
     folder = RESULTS / card / "fidelity"
     models = {
         path.name.removesuffix(".jsonl.gz"): fit_profile(Profile.load(path))
         for path in sorted(folder.glob("profile-*.jsonl.gz"))
     }
-    by_group = {group.name: f"profile-{group.shape}-b{group.settings['block_size']}" for group in GROUPS}
     jobs = [
-        (path, models[by_group[group.name]])
+        (path, models[group.profile])
         for group in GROUPS
         for name, _ in group.windows
         if (path := folder / f"{name}.tar.xz").exists()
     ]
-    windows = Parallel(n_jobs=-1)(delayed(numbers)(path, model) for path, model in jobs)
+    found: dict[int, Any] = {}
+    with Bar("windows", len(jobs)) as bar:
+        for number, window in Workers(None).computed(numbers, jobs):
+            if isinstance(window, InputError):
+                raise window
+            found[number] = window
+            bar.advance()
+    windows = [found[number] for number in range(len(jobs))]
     measured = json.loads((folder / "saturation.json").read_text())
     rates, left_out = {}, []
     for group in GROUPS:
@@ -241,7 +234,7 @@ def results_of(card: str, written: dict[str, Any]) -> dict[str, Any]:
             rates[group.name] = before
             left_out.append(group.workload)
         elif real is not None:
-            rates[group.name] = {"real": real, "sim": saturation(group, models[by_group[group.name]])}
+            rates[group.name] = {"real": real, "sim": saturation(group, models[group.profile])}
     if left_out:
         words = ", ".join(dict.fromkeys(left_out))
         print(f"fidelity.py: TWINSERVE_TRACES has no {words}: what of it can be served is as written", file=sys.stderr)

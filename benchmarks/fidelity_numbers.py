@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fidelity_windows import GROUPS, SATURATION_S, Group, served_rate
+from fidelity_windows import FILES, GROUPS, Group, served_rate
 
 from twinserve.planning.prediction import prediction_intervals
 from twinserve.policies import SamplingParams, Sequence
@@ -21,7 +21,7 @@ from twinserve.sim.intervals import scaled
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.recorded_steps import steps_of
 from twinserve.sim.replica import simulate
-from twinserve.traces.request import Request
+from twinserve.traces.runs.compare import value_of
 from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.replay import replay
 from twinserve.traces.runs.vllm_records import requests_of
@@ -39,16 +39,11 @@ METRICS = {
 """What is held against one another, by its place in a summary."""
 
 KINDS = ("decodes, 1 to 15", "decodes, 16 to 127", "decodes, 128 and more", "prompts alone", "prompts and decodes")
+BIAS_OF = "tpot_s.mean"
+"""The metric whose error the equivalent bias explains."""
+
 BIASED = 1.02
 """A factor on all step times, to see what it does."""
-
-
-def value(summary: dict[str, Any], metric: str) -> float:
-    """A metric of a summary."""
-    found: Any = summary
-    for name in metric.split("."):
-        found = found[name]
-    return float(found)
 
 
 def kind_of(features: StepFeatures) -> str:
@@ -82,7 +77,7 @@ def workload_of(record: RunRecord) -> Workload:
     """
     facts = record.run["facts"]["trace"]
     window, group = facts["window"], group_of(record)
-    if group.workload in ("bursty", "sessions"):
+    if group.workload not in FILES:
         requests = group.requests(window["load"] * window["requests_per_s_at_saturation"])
     else:
         requests = requests_of(record)
@@ -117,11 +112,12 @@ class Window:
         return self.sim[metric] / self.real[metric] - 1.0
 
 
-def numbers(path: Path, model: FittedLatency) -> Window:
-    """Everything that is said of a recorded window."""
+def numbers(job: tuple[Path, FittedLatency]) -> Window:
+    """Everything that is said of a recorded window, by the model of a profile."""
+    path, model = job
     with unpacked(path) as record:
         run = record.run
-        settings = Settings.load(run["settings"])
+        settings = Settings.recorded(run["settings"], record.path)
         latency = FittedLatency(model.data | {"kernels": run["facts"]["kernels"]})
         workload, result = workload_of(record), replay(record)
         kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -129,7 +125,7 @@ def numbers(path: Path, model: FittedLatency) -> Window:
             sums = kinds[kind_of(features)]
             sums[0] += device_ns / 1e9
             sums[1] += latency.step_cost(features).device_ns / 1e9
-        sim, real = _summary(workload, settings, latency), run["summary"]
+        real, sim = _chosen(run["summary"]), _simulated(workload, settings, latency)
         limits = prediction_intervals(workload, settings, latency)
         name = path.name.removesuffix(".tar.xz")
         group = group_of(record).name
@@ -138,9 +134,9 @@ def numbers(path: Path, model: FittedLatency) -> Window:
             float(name.removeprefix(f"{group}-").removesuffix("-again")),
             group,
             (result.equal, result.recorded),
-            _chosen(real),
-            _chosen(sim),
-            _bias(workload, settings, latency, value(real, "tpot_s.mean"), value(sim, "tpot_s.mean")),
+            real,
+            sim,
+            _bias(workload, settings, latency, real[BIAS_OF], sim[BIAS_OF]),
             {kind: (round(taken, 6), round(said, 6)) for kind, (taken, said) in sorted(kinds.items())},
             {metric: limits[metric] for metric in METRICS},
         )
@@ -148,11 +144,12 @@ def numbers(path: Path, model: FittedLatency) -> Window:
 
 def _chosen(summary: dict[str, Any]) -> dict[str, float]:
     names = [*METRICS, "preemptions", "cached_tokens", "steps"]
-    return {name: value(summary, name) for name in names}
+    return {name: float(value_of(summary, name) or 0.0) for name in names}
 
 
-def _summary(workload: Workload, settings: Settings, latency: FittedLatency) -> dict[str, Any]:
-    return run_sim(workload, settings, latency, latency_facts={"name": "profile", "identity": latency.identity})
+def _simulated(workload: Workload, settings: Settings, latency: FittedLatency) -> dict[str, float]:
+    facts = {"name": "profile", "identity": latency.identity}
+    return _chosen(run_sim(workload, settings, latency, latency_facts=facts))
 
 
 def _bias(workload: Workload, settings: Settings, latency: FittedLatency, real: float, sim: float) -> float:
@@ -163,10 +160,8 @@ def _bias(workload: Workload, settings: Settings, latency: FittedLatency, real: 
     tried = [(1.0, sim)]
     factor = 1.0 / BIASED if sim > real else BIASED
     for _ in range(3):
-        found = value(
-            _summary(workload, settings, scaled(latency, dict.fromkeys(REGIMES, factor), factor)), "tpot_s.mean"
-        )
-        tried.append((factor, found))
+        slower = scaled(latency, dict.fromkeys(REGIMES, factor), factor)
+        tried.append((factor, _simulated(workload, settings, slower)[BIAS_OF]))
         (one, low), (other, high) = sorted(tried, key=lambda pair: abs(pair[1] - real))[:2]
         if low == high or abs(low / real - 1.0) < 1e-3:
             break
@@ -179,9 +174,7 @@ def saturation(group: Group, model: FittedLatency) -> float:
     """Requests a second that end under overload, as `fidelity.py record` measures it."""
     settings = group.build_settings()
     ended: list[Sequence] = []
-    requests: list[Request] = [
-        request for request in group.requests(group.guess, SATURATION_S) if request.arrival_ns < SATURATION_S * 0.97e9
-    ]
+    requests = group.overload()
     simulate(
         requests,
         settings.build_core(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from fidelity_runs import BLOCK_S, LATENCIES, PHASES, REPEATS, STATISTICS, Result
-from pages import prose, table
+from pages import percent, prose, table
 
 from twinserve.sim.fit import REGIMES
 
@@ -144,10 +144,6 @@ def _windows(windows: dict[str, Result]) -> list[str]:
     header = ["run (machine, process)", "tokens/s"]
     header += [f"{words}, {unit}" for words, unit, _ in LATENCIES.values()] + ["running", "preemptions"]
     return lines + table(header, rows, numbers=True)
-
-
-def percent(value: float | None) -> str:
-    return "beyond" if value is None else f"{value:+.1%}"
 
 
 def _bias(results: Result, windows: dict[str, Result]) -> list[str]:

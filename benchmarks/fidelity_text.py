@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from fidelity_numbers import KINDS, METRICS
-from pages import prose, table
+from pages import percent, prose, table
 from svg import INK, LINE, MUTED, Drawing
 
 from twinserve.sim.intervals import NUM_DRAWS
@@ -27,11 +27,6 @@ LOADS = ((0.5, "#2563eb", "load to 0.5"), (0.8, "#d97706", "to 0.8"), (1.0, "#dc
 """To which load a window has which color in the plot."""
 
 RANKED = ("tpot_s.mean", "ttft_s.mean", "e2e_s.mean")
-
-
-def percent(value: float) -> str:
-    """A relative error."""
-    return f"{value:+.1%}"
 
 
 def error(window: Result, metric: str) -> float:

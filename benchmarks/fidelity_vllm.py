@@ -22,8 +22,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from environment import ROOT
-from fidelity_page import page, percent
+from fidelity_page import page
 from fidelity_runs import BLOCK_S, FITTED_ON, LATENCIES, PHASES, REPEATS, RUNS, SETTINGS, Result
+from pages import percent
 from result_files import RESULTS, write_json
 
 from twinserve import policies

@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from twinserve.policies import Sequence
 from twinserve.settings.build_core import Settings
@@ -46,13 +46,19 @@ class Group:
     """Windows of one workload and one set of settings.
 
     Attributes:
+        tokens, seqs: max_num_batched_tokens and max_num_seqs.
         guess: requests a second that are surely more than can be served.
         repeated: loads that are served twice.
     """
 
     shape: str
     workload: str
-    settings: dict[str, Any]
+    composition: Literal["mixed", "prefill-first"]
+    tokens: int
+    seqs: int
+    block_size: int
+    has_cache: bool
+    blocks: int
     loads: tuple[float, ...]
     guess: float
     repeated: tuple[float, ...] = ()
@@ -60,11 +66,14 @@ class Group:
     @property
     def name(self) -> str:
         """Workload and settings in one word."""
-        values = self.settings
-        words = [self.shape, self.workload, values["composition"], f"{values['max_num_batched_tokens']}t"]
-        words += [f"{values['max_num_seqs']}s", f"b{values['block_size']}"]
-        words += ["cache" if values["enable_prefix_caching"] else "nocache", f"{values['num_gpu_blocks']}blocks"]
-        return "-".join(words)
+        cache = "cache" if self.has_cache else "nocache"
+        limits = f"{self.tokens}t-{self.seqs}s-b{self.block_size}-{cache}-{self.blocks}blocks"
+        return f"{self.shape}-{self.workload}-{self.composition}-{limits}"
+
+    @property
+    def profile(self) -> str:
+        """The name of the profile that its windows are predicted from."""
+        return f"profile-{self.shape}-b{self.block_size}"
 
     @property
     def windows(self) -> list[tuple[str, float]]:
@@ -73,7 +82,22 @@ class Group:
         return named + [(f"{self.name}-{load:.2f}-again", load) for load in self.repeated]
 
     def build_settings(self) -> Settings:
-        return Settings.load(self.settings | {"max_model_len": MODEL_LEN, "pipeline_depth": 1})
+        return Settings(
+            composition=self.composition,
+            max_num_batched_tokens=self.tokens,
+            max_num_seqs=self.seqs,
+            block_size=self.block_size,
+            enable_prefix_caching=self.has_cache,
+            num_gpu_blocks=self.blocks,
+            enable_chunked_prefill=True,
+            max_model_len=MODEL_LEN,
+            pipeline_depth=1,
+        )
+
+    def overload(self) -> list[Request]:
+        """More of the workload than can be served, all of it there before SATURATION_S."""
+        requests = self.requests(self.guess, SATURATION_S)
+        return [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9]
 
     def requests(self, rate: float, seconds: float = WINDOW_S) -> list[Request]:
         """The workload at so many requests a second, for so many seconds.
@@ -143,47 +167,20 @@ def traces_folder() -> Path:
     return Path(os.environ.get("TWINSERVE_TRACES", "."))
 
 
-def _group(
-    shape: str,
-    workload: str,
-    composition: str,
-    tokens: int,
-    seqs: int,
-    block_size: int,
-    cache: bool,
-    blocks: int,
-    loads: tuple[float, ...],
-    guess: float,
-    repeated: tuple[float, ...] = (),
-) -> Group:
-    settings = {
-        "composition": composition,
-        "max_num_batched_tokens": tokens,
-        "max_num_seqs": seqs,
-        "block_size": block_size,
-        "enable_prefix_caching": cache,
-        "num_gpu_blocks": blocks,
-        "enable_chunked_prefill": True,
-    }
-    return Group(shape, workload, settings, loads, guess, repeated)
-
-
 SMALL, LARGE = "qwen3-0.6b", "llama-3-8b"
 
 GROUPS = [
-    _group(
-        SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.95, 0.8, 0.73, 0.62, 0.39), 200, (0.95, 0.73, 0.62)
-    ),
-    _group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.95, 0.8, 0.5, 0.42, 0.26), 100, (0.5,)),
-    _group(SMALL, "bursty", "mixed", 2048, 64, 16, True, 60_000, (0.8, 0.5), 200, (0.8,)),
-    _group(SMALL, "azure", "mixed", 2048, 256, 256, False, 520, (0.8, 0.5), 150),
-    _group(SMALL, "bursty", "prefill-first", 2048, 1024, 16, False, 8_000, (0.8, 0.95), 250),
-    _group(SMALL, "azure", "mixed", 2048, 1024, 16, False, 60_000, (0.95,), 200),
-    _group(SMALL, "azure", "prefill-first", 8192, 64, 16, False, 4_000, (0.8,), 150),
-    _group(SMALL, "sessions", "mixed", 512, 64, 256, True, 240, (0.8, 0.95), 200),
-    _group(SMALL, "bursty", "prefill-first", 512, 256, 16, False, 60_000, (0.8,), 200),
-    _group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 1000, (0.8,)),
-    _group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
-    _group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),
-    _group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 60),
+    Group(SMALL, "azure", "mixed", 2048, 256, 16, True, 60_000, (0.95, 0.8, 0.73, 0.62, 0.39), 200, (0.95, 0.73, 0.62)),
+    Group(SMALL, "mooncake", "mixed", 8192, 256, 16, True, 60_000, (0.95, 0.8, 0.5, 0.42, 0.26), 100, (0.5,)),
+    Group(SMALL, "bursty", "mixed", 2048, 64, 16, True, 60_000, (0.8, 0.5), 200, (0.8,)),
+    Group(SMALL, "azure", "mixed", 2048, 256, 256, False, 520, (0.8, 0.5), 150),
+    Group(SMALL, "bursty", "prefill-first", 2048, 1024, 16, False, 8_000, (0.8, 0.95), 250),
+    Group(SMALL, "azure", "mixed", 2048, 1024, 16, False, 60_000, (0.95,), 200),
+    Group(SMALL, "azure", "prefill-first", 8192, 64, 16, False, 4_000, (0.8,), 150),
+    Group(SMALL, "sessions", "mixed", 512, 64, 256, True, 240, (0.8, 0.95), 200),
+    Group(SMALL, "bursty", "prefill-first", 512, 256, 16, False, 60_000, (0.8,), 200),
+    Group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 1000, (0.8,)),
+    Group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
+    Group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),
+    Group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 60),
 ]

@@ -15,3 +15,8 @@ def table(heads: list[str], rows: Iterable[Iterable[str]], *, numbers: bool = Fa
 def prose(*paragraphs: str) -> list[str]:
     """Paragraphs in lines that a person can read in a terminal."""
     return [line for text in paragraphs for line in (*textwrap.wrap(" ".join(text.split()), 118), "")]
+
+
+def percent(value: float | None) -> str:
+    """A relative error, or that it lies beyond what was tried."""
+    return "beyond" if value is None else f"{value:+.1%}"

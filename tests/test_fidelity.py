@@ -30,13 +30,14 @@ FOLDERS = sorted(path.parent for path in RESULTS.glob("*/fidelity/saturation.jso
 
 
 def test_each_pair_of_settings_occurs():
-    named = ("composition", "max_num_batched_tokens", "max_num_seqs", "block_size", "enable_prefix_caching")
-    rows = []
-    for group in GROUPS:
-        if group.shape == SMALL:
-            values = [group.settings[name] for name in named]
-            held = group.settings["num_gpu_blocks"] * group.settings["block_size"]
-            rows.append([*values, held > 500_000])
+    rows = [
+        (
+            group.composition, group.tokens, group.seqs, group.block_size, group.has_cache,
+            group.blocks * group.block_size > 500_000,
+        )
+        for group in GROUPS
+        if group.shape == SMALL
+    ]  # fmt: skip
     for one, other in combinations(range(len(rows[0])), 2):
         columns = [{row[place] for row in rows} for place in (one, other)]
         missing = set(product(*columns)) - {(row[one], row[other]) for row in rows}

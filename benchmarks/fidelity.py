@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from environment import ROOT, cuda_facts, device_folder
 from fidelity_numbers import numbers, saturation
 from fidelity_text import page, plot
-from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SATURATION_S, SMALL, WINDOW_S, Group, has_trace, served_rate
+from fidelity_windows import GROUPS, LARGE, MODEL_LEN, SMALL, WINDOW_S, Group, has_trace, served_rate
 from result_files import RESULTS, write_json
 
 from twinserve.commands.progress import Bar
@@ -52,7 +52,7 @@ TOLERANCE = {"limits": 0.05, "": 2e-3}
 
 PARAMS = SamplingParams(temperature=0.0, ignore_eos=True)
 
-PIECE_S = {"profile": 75.0, "window": WINDOW_S + 16.0, "saturation": SATURATION_S + 4.0, "capture": 25.0}
+PIECE_S = {"profile": 95.0, "window": WINDOW_S + 16.0, "capture": 25.0}
 """What each piece of work may take; it is begun only if so much time is left."""
 
 
@@ -87,15 +87,15 @@ class Recording:
                 self._profile(shape, block_size, most_tokens // block_size, self._out / f"{name}.jsonl.gz")
         for group in groups:
             missing = [(name, load) for name, load in group.windows if not self._is_done(f"{name}.tar.xz")]
-            if missing and not (self._has("capture", "saturation", "window") and self._serve_all(group, missing)):
+            if missing and not (self._has("capture", "window") and self._serve_all(group, missing)):
                 return False
         return True
 
     def _is_done(self, name: str) -> bool:
         return (self._have / name).exists() or (self._out / name).exists()
 
-    def _has(self, *pieces: str) -> bool:
-        return time.monotonic() + sum(PIECE_S[piece] for piece in pieces) < self._deadline
+    def _has(self, *pieces: str, beside: float = 0.0) -> bool:
+        return time.monotonic() + sum(PIECE_S[piece] for piece in pieces) + beside < self._deadline
 
     def _llm(self, shape: str, settings: Settings) -> LLM:
         """The engine with these settings, around the weights that another has had; whoever had that is done with it."""
@@ -145,6 +145,8 @@ class Recording:
         llm = self._llm(group.shape, group.build_settings())
         llm.warm_up()
         if group.name not in self._saturation:
+            if not self._has("window", beside=group.overload_s[1]):
+                return False
             self._saturate(group, llm)
         for name, load in windows:
             if not self._has("window"):
@@ -162,7 +164,7 @@ class Recording:
             from twinserve.engine.online import Abort
 
             inbox, clock = begun
-            time.sleep(max(0.0, SATURATION_S - clock() / 1e9))
+            time.sleep(max(0.0, group.overload_s[1] - clock() / 1e9))
             inbox.put(*(Abort(request.id) for request in requests))
 
         def on_start(inbox: Any, clock: Any) -> None:
@@ -171,7 +173,7 @@ class Recording:
 
         ended = llm.run_trace(requests, params=PARAMS, on_start=on_start)
         queued = sum(seq.first_token_ns is None for seq in ended)
-        rate = self._saturation[group.name] = served_rate(ended, requests)
+        rate = self._saturation[group.name] = served_rate(ended, requests, group.overload_s)
         print(f"{group.name}: saturates at {rate:.1f} requests/s, {queued} were still queued", flush=True)
         if queued < 10:
             raise RuntimeError(f"{group.name}: {group.guess} requests/s are served, so they do not saturate it")

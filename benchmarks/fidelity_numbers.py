@@ -182,4 +182,4 @@ def saturation(group: Group, model: FittedLatency) -> float:
         params=SamplingParams(ignore_eos=True),
         progress=ended.append,
     )
-    return served_rate(ended, requests)
+    return served_rate(ended, requests, group.overload_s)

@@ -23,12 +23,6 @@ from twinserve.traces.request import Request
 WINDOW_S = 20.0
 """Seconds in which the requests of a window arrive."""
 
-SATURATION_S = 7.0
-"""Seconds of overload after which every request is aborted."""
-
-SETTLED_S = 2.5
-"""Seconds of overload after which what ends is counted."""
-
 FILES = {"azure": "azure/AzureLLMInferenceTrace_conv.csv", "mooncake": "mooncake/conversation_trace.jsonl.gz"}
 """Public traces, beneath the folder that holds them."""
 
@@ -71,6 +65,12 @@ class Group:
         return f"{self.shape}-{self.workload}-{self.composition}-{limits}"
 
     @property
+    def overload_s(self) -> tuple[float, float]:
+        """Seconds of overload from which on, and until which, what is served is counted: as many run by then as may,
+        and prompts come in as fast as others end."""
+        return (2.5, 7.0) if self.shape == SMALL else (15.0, 30.0)
+
+    @property
     def profile(self) -> str:
         """The name of the profile that its windows are predicted from."""
         return f"profile-{self.shape}-b{self.block_size}"
@@ -95,9 +95,10 @@ class Group:
         )
 
     def overload(self) -> list[Request]:
-        """More of the workload than can be served, all of it there before SATURATION_S."""
-        requests = self.requests(self.guess, SATURATION_S)
-        return [request for request in requests if request.arrival_ns < SATURATION_S * 0.97e9]
+        """More of the workload than can be served, all of it there before the overload ends."""
+        seconds = self.overload_s[1]
+        requests = self.requests(self.guess, seconds)
+        return [request for request in requests if request.arrival_ns < seconds * 0.97e9]
 
     def requests(self, rate: float, seconds: float = WINDOW_S) -> list[Request]:
         """The workload at so many requests a second, for so many seconds.
@@ -144,17 +145,18 @@ class Group:
         return transforms.renumbered(moved)
 
 
-def served_rate(seqs: list[Sequence], requests: list[Request]) -> float:
-    """Requests a second that are served while more come in: by the tokens that were generated between SETTLED_S and
-    SATURATION_S, each request's from its first to its last as if at equal distances."""
+def served_rate(seqs: list[Sequence], requests: list[Request], counted_s: tuple[float, float]) -> float:
+    """Requests a second that are served while more come in: by the tokens that were generated within `counted_s`, each
+    request's from its first to its last as if at equal distances."""
+    start, stop = counted_s
     tokens = 0.0
     for seq in seqs:
         begin, end = (seq.first_token_ns or 0) / 1e9, (seq.finish_ns or 0) / 1e9
         if seq.num_completion_tokens > 1 and end > begin:
-            share = max(0.0, min(end, SATURATION_S) - max(begin, SETTLED_S)) / (end - begin)
+            share = max(0.0, min(end, stop) - max(begin, start)) / (end - begin)
             tokens += seq.num_completion_tokens * share
     each = sum(request.max_tokens for request in requests) / len(requests)
-    return round(tokens / each / (SATURATION_S - SETTLED_S), 3)
+    return round(tokens / each / (stop - start), 3)
 
 
 def has_trace(group: Group) -> bool:
@@ -182,5 +184,5 @@ GROUPS = [
     Group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 1000, (0.8,)),
     Group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
     Group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),
-    Group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 60),
+    Group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 200),
 ]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import fidelity
 import fidelity_text
 from fidelity_numbers import METRICS, kind_of, unpacked, workload_of
-from fidelity_windows import GROUPS, SATURATION_S, SETTLED_S, SMALL, served_rate
+from fidelity_windows import GROUPS, SMALL, served_rate
 from result_files import RESULTS
 
 from twinserve.policies import SamplingParams, Sequence
@@ -61,12 +61,12 @@ def test_what_is_served_under_overload_is_told_by_the_tokens_of_its_settled_part
         seq = Sequence([1], SamplingParams(max_tokens=100), seq_id=number)
         seq.token_ids += [0] * 100
         seq.num_tokens = 101
-        seq.first_token_ns, seq.finish_ns = 0, round(SATURATION_S * 1e9)
+        seq.first_token_ns, seq.finish_ns = 0, 7_000_000_000
         seqs.append(seq)
     requests = [Request(0, 0, (Part(0, 0, 5),), 100)]
-    assert served_rate(seqs, requests) == pytest.approx(4 / SATURATION_S, abs=1e-3)
-    seqs[0].finish_ns = round(SETTLED_S * 1e9)
-    assert served_rate(seqs, requests) == pytest.approx(3 / SATURATION_S, abs=1e-3)
+    assert served_rate(seqs, requests, (2.5, 7.0)) == pytest.approx(4 / 7, abs=1e-3)
+    seqs[0].finish_ns = 2_500_000_000
+    assert served_rate(seqs, requests, (2.5, 7.0)) == pytest.approx(3 / 7, abs=1e-3)
 
 
 def window(tpot: float, ttft: float, sim: float = 1.0, **more: Any) -> dict[str, Any]:

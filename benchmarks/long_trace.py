@@ -1,0 +1,110 @@
+"""A week of traffic in one file, 27.3 million rows as Azure's of 2024 has them: seconds and memory of each command.
+
+    python benchmarks/long_trace.py --rows 27303999 --simulated 1000000
+
+The rows are synthetic, and their file lies in a temporary folder. `sim` takes the whole file with --simulated 0, and
+its first requests otherwise. Results: benchmarks/results/long-trace.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import ROOT, command, commit, machine
+from result_files import RESULTS, write_json
+
+WEEK_S = 7 * 86_400
+CHUNK = 1 << 18
+SIM = ["--latency", "roofline:llama-3-8b@h100:tp=8", "--max-num-seqs", "1024", "--json"]
+
+
+def write_week(path: Path, rows: int) -> None:
+    """So many rows of a week: a daily wave of arrivals, long-tailed lengths."""
+    rng = np.random.default_rng(0)
+    begun = datetime(2024, 5, 10)
+    days = np.linspace(0, 7, 7 * 24 * 60 + 1)
+    passed = days - 0.6 / (2 * np.pi) * np.sin(2 * np.pi * days)  # of the week's requests, in days
+    ends = np.append(np.arange(0, rows, CHUNK), rows) / rows * 7
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write("TIMESTAMP,ContextTokens,GeneratedTokens")
+        for begin, (low, high) in zip(range(0, rows, CHUNK), zip(ends[:-1], ends[1:], strict=True), strict=True):
+            count = min(CHUNK, rows - begin)
+            when = np.interp(np.sort(rng.uniform(low, high, count)), passed, days) * 86_400
+            prompts = rng.lognormal(7.0, 1.0, count).astype(int).clip(1, 100_000).tolist()
+            outputs = rng.lognormal(4.5, 0.9, count).astype(int).clip(1, 8_000).tolist()
+            for second, prompt, output in zip(when.tolist(), prompts, outputs, strict=True):
+                stamp = begun + timedelta(seconds=second)
+                file.write(f"\r\n{stamp:%Y-%m-%d %H:%M:%S.%f}+00:00,{prompt},{output}")
+
+
+def measured(*arguments: Any) -> tuple[dict[str, Any], str]:
+    """Seconds and the most memory of a command, and what it printed."""
+    line = [sys.executable, "-m", "twinserve", *map(str, arguments)]
+    with tempfile.TemporaryFile() as out:
+        begun = time.perf_counter()
+        actions = [(os.POSIX_SPAWN_DUP2, out.fileno(), 1)]
+        pid = os.posix_spawn(sys.executable, line, os.environ | {"PYTHONPATH": str(ROOT)}, file_actions=actions)
+        _, status, usage = os.wait4(pid, 0)
+        seconds = time.perf_counter() - begun
+        out.seek(0)
+        printed = out.read().decode()
+    if status:
+        raise RuntimeError(f"{' '.join(line)}: status {os.waitstatus_to_exitcode(status)}")
+    return {"seconds": round(seconds, 1), "peak_mb": round(usage.ru_maxrss / 1024)}, printed
+
+
+def main() -> int:
+    parsing = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parsing.add_argument("--rows", type=int, default=27_303_999)
+    parsing.add_argument("--simulated", type=int, default=1_000_000, help="requests that sim takes; 0 is all")
+    parsing.add_argument("--results", type=Path, default=RESULTS / "long-trace.json")
+    arguments = parsing.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        trace, again = Path(scratch) / "week.csv", Path(scratch) / "week.jsonl.gz"
+        write_week(trace, arguments.rows)
+        limit = ["--limit", arguments.simulated] if arguments.simulated else []
+        stat, printed = measured("trace", "stat", trace, "--json")
+        statistics = json.loads(printed)
+        first, _ = measured("trace", "stat", trace, "--limit", 100, "--json")
+        convert, _ = measured("trace", "convert", trace, again)
+        stat_again, printed = measured("trace", "stat", again, "--json")
+        sim, summary = measured("sim", trace, *limit, *SIM)
+        result = {
+            "machine": machine(),
+            "commit": commit(),
+            "command": command(),
+            "rows": arguments.rows,
+            "bytes": trace.stat().st_size,
+            "trace stat": stat,
+            "trace stat --limit 100": first,
+            "trace convert to .jsonl.gz": convert | {"bytes": again.stat().st_size},
+            "trace stat of what was converted": stat_again,
+            "is_alike": without_trace(json.loads(printed)) == without_trace(statistics),
+            "sim": sim | {"options": [*map(str, limit), *SIM]} | counted(json.loads(summary)),
+        }
+    write_json(arguments.results, result)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def without_trace(statistics: dict[str, Any]) -> dict[str, Any]:
+    """Statistics without what names the file."""
+    return {name: value for name, value in statistics.items() if name != "trace"}
+
+
+def counted(summary: dict[str, Any]) -> dict[str, Any]:
+    """Of a run, what says how long it was."""
+    return {name: summary[name] for name in ("requests", "finished", "duration_s", "steps", "events")}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -69,29 +69,28 @@ def main() -> int:
     parsing.add_argument("--results", type=Path, default=RESULTS / "long-trace.json")
     arguments = parsing.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        trace, again = Path(scratch) / "week.csv", Path(scratch) / "week.jsonl.gz"
+        trace, again = Path(scratch) / "week.csv", Path(scratch) / "week.jsonl"
         write_week(trace, arguments.rows)
         limit = ["--limit", arguments.simulated] if arguments.simulated else []
+        result: dict[str, Any] = {"machine": machine(), "commit": commit(), "command": command()}
+        result |= {"rows": arguments.rows, "bytes": trace.stat().st_size}
+
+        def note(**found: Any) -> None:
+            """Keep what was found so far: the whole takes an hour."""
+            result.update(found)
+            write_json(arguments.results, result)
+
         stat, printed = measured("trace", "stat", trace, "--json")
         statistics = json.loads(printed)
+        note(stat=stat)
         first, _ = measured("trace", "stat", trace, "--limit", 100, "--json")
+        note(stat_of_100=first)
+        sim, printed = measured("sim", trace, *limit, *SIM)
+        note(sim=sim | {"options": [*map(str, limit), *SIM]} | counted(json.loads(printed)))
         convert, _ = measured("trace", "convert", trace, again)
+        note(convert=convert | {"bytes": again.stat().st_size})
         stat_again, printed = measured("trace", "stat", again, "--json")
-        sim, summary = measured("sim", trace, *limit, *SIM)
-        result = {
-            "machine": machine(),
-            "commit": commit(),
-            "command": command(),
-            "rows": arguments.rows,
-            "bytes": trace.stat().st_size,
-            "trace stat": stat,
-            "trace stat --limit 100": first,
-            "trace convert to .jsonl.gz": convert | {"bytes": again.stat().st_size},
-            "trace stat of what was converted": stat_again,
-            "is_alike": without_trace(json.loads(printed)) == without_trace(statistics),
-            "sim": sim | {"options": [*map(str, limit), *SIM]} | counted(json.loads(summary)),
-        }
-    write_json(arguments.results, result)
+        note(stat_of_converted=stat_again, is_alike=without_trace(json.loads(printed)) == without_trace(statistics))
     print(json.dumps(result, indent=1))
     return 0
 

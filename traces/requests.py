@@ -37,25 +37,27 @@ class Requests(Seq[Request]):
 
     def append(self, request: Request) -> None:
         """Take the next request."""
-        number, length = len(self._arrivals_ns), request.prompt_tokens
-        if not self._is_plain(request, number, length):
+        number, parts = len(self._arrivals_ns), request.parts
+        length = parts[0].length if len(parts) == 1 else request.prompt_tokens
+        if not self._is_plain(request, number):
             self.others[number] = request
         self._arrivals_ns.append(request.arrival_ns)
         self._prompt_tokens.append(min(length, _MOST))
         self._max_tokens.append(min(request.max_tokens, _MOST))
 
-    def _is_plain(self, request: Request, number: int, length: int) -> bool:
+    def _is_plain(self, request: Request, number: int) -> bool:
         """Is it one that its row, time and lengths make again? The first such says how rows are numbered."""
-        text, start, _ = request.parts[0] if len(request.parts) == 1 else (-1, 0, 0)
-        if text < FIRST_PRIVATE_TEXT or start or max(length, request.max_tokens) > _MOST:
+        text, start, length = request.parts[0] if len(request.parts) == 1 else (-1, 0, 0)
+        if text < FIRST_PRIVATE_TEXT or start or length > _MOST or request.max_tokens > _MOST:
             return False
         if self._first_text < 0:
             self._first_id, self._first_text = request.id - number, text - number
-        return request == Request(
-            number + self._first_id,
-            request.arrival_ns,
-            (Part(number + self._first_text, 0, length),),
-            request.max_tokens,
+        return (
+            request.id == number + self._first_id
+            and text == number + self._first_text
+            and request.session is None
+            and request.after is None
+            and not (request.think_ns or request.priority or request.salt or request.tenant)
         )
 
     def __len__(self) -> int:

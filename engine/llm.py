@@ -43,10 +43,10 @@ class Completion:
     Attributes:
         text: the generated tokens decoded, without special tokens; empty without a tokenizer.
         token_ids: the generated tokens, an end-of-sequence token included.
-        finish_reason: "stop", "length" or "refused".
+        finish_reason: "stop", "length", "refused" or "abort".
         num_prompt_tokens: tokens of the prompt.
         num_cached_tokens: those of them whose KV was found in the prefix cache.
-        refusal: why a refused prompt can never be served.
+        refusal: why a refused prompt can never be served, or why one was aborted: logits that are no numbers.
         logprobs: of each of `token_ids`, by the model's own distribution; None unless they were asked for.
     """
 

@@ -141,6 +141,9 @@ up for longer than many steps take."""
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
+    A sequence for which a step has no token, as its logits are no numbers, is aborted, and has the reason as its
+    `refusal`.
+
     Args:
         core: decides; this loop only says what the time is and who executes.
         ended: called with each sequence that ends, aborted and refused ones included.
@@ -169,10 +172,19 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
                 token_ids = step.result()
             batch.start_ns = step.start_ns - clock.origin_ns
             batch.end_ns = step.end_ns - clock.origin_ns
-            for seq in core.commit(token_ids, clock()):
+            _end_without_tokens(core, batch, token_ids, clock())
+            for seq in core.commit([max(token_id, 0) for token_id in token_ids], clock()):
                 ended(seq)
         elif core.is_idle and inbox.closed:
             return
+
+
+def _end_without_tokens(core: Core, batch: Batch, token_ids: list[int], now_ns: int) -> None:
+    """Have the sequences for which a step has no token end with the next decision, and say why."""
+    for seq, token_id in zip(batch.sampled, token_ids, strict=True):
+        if token_id < 0 and core.abort(seq.seq_id, now_ns):
+            place = seq.num_completion_tokens
+            seq.refusal = f"the model's logits are no numbers at token {place} of the answer, which means nothing there"
 
 
 class TraceFeeder(threading.Thread):

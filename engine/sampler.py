@@ -19,11 +19,14 @@ from twinserve.policies import SamplingParams
 GREEDY_BELOW = 1e-5
 _MASK = (1 << 64) - 1
 _EVERY_TOKEN = 1 << 62
+NO_TOKEN = -1
+"""Stands for a token where the logits are no numbers; the sequence ends there, see `twinserve.engine.online.serve`."""
 
 
 def is_plain(params: SamplingParams) -> bool:
     """Do `params` ask for nothing but the most probable token, or one by temperature?"""
-    keeps_all = params.temperature < GREEDY_BELOW or (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
+    is_whole = params.top_k <= 0 and (params.top_p, params.min_p) == (1.0, 0.0)
+    keeps_all = params.temperature < GREEDY_BELOW or is_whole
     changes = params.repetition_penalty != 1.0 or params.min_tokens or params.logit_bias or counts_tokens(params)
     return keeps_all and not changes and params.logprobs is None
 
@@ -74,7 +77,7 @@ def sample(
             generated.
 
     Returns:
-        [rows], int64
+        [rows], int64; NO_TOKEN for a row whose largest logit is no number
 
     Raises:
         ValueError: `seen` or `counts` has not a row for each row with such a penalty.
@@ -159,7 +162,7 @@ class SamplingPlan:
         def column(values: list, dtype: torch.dtype) -> Tensor:
             return to_device(torch.tensor(values, dtype=dtype)[:, None], device)
 
-        top_k = [param.top_k or _EVERY_TOKEN for param in drawn]
+        top_k = [param.top_k if param.top_k > 0 else _EVERY_TOKEN for param in drawn]
         top_p = [param.top_p for param in drawn]
         min_p = [param.min_p for param in drawn]
         penalised = [row for row, param in enumerate(params) if param.repetition_penalty != 1.0]
@@ -180,7 +183,7 @@ class SamplingPlan:
         )
 
     def sample(self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-        """A token [rows] for each row of `logits` [rows, vocab].
+        """A token [rows] for each row of `logits` [rows, vocab]; NO_TOKEN where the largest of them is no number.
 
         Args:
             seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
@@ -202,9 +205,10 @@ class SamplingPlan:
             counts = _shaped("counts", counts, self.counted, logits)
             lowered = logits[self.counted].float() - self.frequencies * counts - self.presences * (counts > 0)
             logits = logits.float().index_copy(0, self.counted, lowered)
-        tokens = logits.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1)  # of a NaN, where there is one
+        is_number = logits.gather(1, tokens[:, None])[:, 0].isfinite()
         if not len(self.rows):
-            return tokens
+            return tokens.where(is_number, NO_TOKEN)
         scaled = logits[self.rows].float() / self.temperatures
         if self.min_p is not None:
             least = scaled.amax(dim=-1, keepdim=True) + self.min_p.log()
@@ -214,7 +218,7 @@ class SamplingPlan:
         cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
         # `right`: the first token whose cumulative probability is above the draw, so never one of probability 0.
         drawn = torch.searchsorted(cumulative, self.uniforms * cumulative[:, -1:], right=True)
-        return tokens.index_copy(0, self.rows, drawn[:, 0])
+        return tokens.index_copy(0, self.rows, drawn[:, 0]).where(is_number, NO_TOKEN)
 
     def _kept(self, scaled: Tensor) -> Tensor:
         """Which tokens top-k, which keeps all that are as probable as the last, then top-p, keep; of equal logits top-p

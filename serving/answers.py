@@ -58,11 +58,13 @@ class _Answer:
         """What is new; None if nothing is.
 
         Raises:
-            ApiError: the request was refused.
+            ApiError: the request was refused, or ended because the model failed it.
         """
         seq, reason = self.seq, self.seq.finish_reason
         if reason == "refused":
             raise ApiError(f"this request can never be served: {seq.refusal}")
+        if seq.refusal is not None:
+            raise ApiError(seq.refusal, HTTPStatus.INTERNAL_SERVER_ERROR)
         token_ids = self._backend.tokens(seq, self.num_tokens)
         if reason is None and not token_ids:
             return None
@@ -72,7 +74,7 @@ class _Answer:
             of_prompt = self._backend.logprobs(seq)
             self.prompt_logprobs = [None, *(of_prompt[place] for place in range(1, seq.num_prompt_tokens))]
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
-        if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
+        if reason == "length" and seq.max_tokens < self.ask.max_tokens:
             piece.finish_reason = "stop"
         if seq.sampling_params.logprobs is not None:
             place = seq.num_prompt_tokens + self.num_tokens

@@ -132,7 +132,8 @@ class Server:
                 raise ApiError(f"min_tokens is {body.min_tokens}, expected at most {max_tokens}", param="min_tokens")
             for choice in range(body.n):
                 params = backend.params(body, max_tokens, choice)
-                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or "", body.num_prompt_logprobs))
+                labels = number, body.priority, body.cache_salt or ""
+                asks.append(Ask(prompt, params, max_tokens, *labels, body.num_prompt_logprobs))
         return asks
 
 

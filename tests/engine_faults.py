@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from engine_judge import GREEDY
+from engine_judge import GREEDY, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Abort, Inbox, StepError
@@ -77,3 +81,27 @@ def check_abort_while_its_token_is_in_flight(llm: LLM) -> None:
     tokens = {seq.seq_id: seq.completion_token_ids for seq in served}
     assert tokens[0] == alone[0] and tokens[2] == alone[2]
     assert tokens[1] == alone[1][: len(tokens[1])] and 0 < len(tokens[1]) < 40
+
+
+def check_logits_that_are_no_numbers_end_their_request_alone(make_llm: Callable[[Any], LLM]) -> None:
+    """A request whose logits are no numbers ends with the reason; the others get the tokens that they get without it.
+
+    Args:
+        make_llm: an LLM of a model.
+    """
+    model = tiny(LlamaForCausalLM, LlamaConfig)
+    llm = make_llm(model)
+    alone = [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]
+    model.get_input_embeddings().weight[77] = torch.nan
+    llm = make_llm(model)
+    drawn = SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=9, repetition_penalty=1.1, logprobs=1)
+    by_temperature = SamplingParams(temperature=0.7, seed=1, max_tokens=9)
+    broken = [[5, 77, 6], [77], [8] * 39 + [77], [77]]
+    params = [GREEDY, drawn, by_temperature, replace(GREEDY, max_tokens=1)]
+    for _ in range(2):
+        *served, a, b, c, d = llm.generate([*PROMPTS, *broken], [GREEDY] * 3 + params)
+        assert [completion.token_ids for completion in served] == alone
+        assert [completion.finish_reason for completion in (a, b, c)] == ["abort"] * 3
+        for completion in (a, b, c, d):
+            assert completion.refusal is not None and "logits are no numbers at token 0" in completion.refusal
+            assert len(completion.token_ids) <= 2

@@ -5,6 +5,9 @@ from __future__ import annotations
 import engine_faults
 import pytest
 
+from twinserve.engine.llm import LLM
+from twinserve.settings.build_core import Settings
+
 every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
 
 
@@ -23,3 +26,11 @@ def test_what_cannot_be_served_is_refused_and_the_others_are_unharmed(llama, ser
 def test_an_abort_while_its_token_is_in_flight(llama, serving):
     llm = serving(llama, pipeline_depth=1, max_model_len=128)
     engine_faults.check_abort_while_its_token_is_in_flight(llm)
+
+
+@every_depth
+def test_logits_that_are_no_numbers_end_their_request_alone(pipeline_depth):
+    settings = Settings(max_model_len=128, num_gpu_blocks=256, block_size=16, pipeline_depth=pipeline_depth)
+    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(
+        lambda model: LLM(model, device="cpu", settings=settings)
+    )

@@ -141,7 +141,7 @@ def _open_weights(folder: Path, stack: ExitStack) -> _Source:
             raise InputError(problem, path=path) from error
         except (OSError, SafetensorError) as error:
             raise InputError(f"expected safetensors: {error}", path=path) from error
-        for name in file.keys():
+        for name in list(file.keys()):
             if name in found:
                 raise InputError("expected each tensor in one file, another has it too", path=path, field=name)
             files[name], found[name] = file, path.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,8 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
             raise InputError(most, path=path, field=f"request {request.id}", value=value)
     if not requests:
         raise InputError("no request is left to replay", path=path)
-    facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
+    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # the same in any locale
+    facts: dict[str, Any] = {"path": name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
     dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
     return Workload(requests, facts, capped, dropped, None if log else trace.epoch_ns)

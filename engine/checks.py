@@ -78,10 +78,12 @@ class RunnerConfig:
 
 def _within_model(settings: Settings, model: ModelConfig, block_size: int) -> Settings:
     """`settings` with what the model and the attention decide."""
-    limit = model.max_position_embeddings
+    limit = model.max_model_len
     max_model_len = settings.max_model_len or limit
     if max_model_len > limit:
         problem = f"expected at most {limit}, the model's max_position_embeddings"
+        if limit != model.max_position_embeddings:
+            problem += " as its rope scaling makes them"
         raise InputError(problem, field="max_model_len", value=max_model_len)
     decided = {"max_model_len": max_model_len, "block_size": block_size}
     return Settings.load(settings.model_dump() | decided)

@@ -7,8 +7,6 @@ Both are flash attention (arXiv:2205.14135): one pass with a running maximum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from math import log2, sqrt
 
 import torch
@@ -16,14 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twinserve.engine.kernels import SMALLEST_DOT
+from twinserve.engine.kernels.cuts import PromptCut, block_heads, decode_cut, power_of_2, tile_tokens
 
 LOG2_E = log2(2.718281828459045)
-SHORTEST_SPAN = 256
-"""Tokens below which a context is not cut further."""
-
-FULL_DEVICE = 1024
-"""Programs of decode attention that keep an H100 reading."""
 
 
 @triton.jit
@@ -194,11 +187,11 @@ def decode_attention(
     cut = decode_cut(tokens, kv_heads, query.dtype)
     parts = query.new_empty(tokens, heads, cut.splits, size, dtype=torch.float32) if cut.splits > 1 else out
     sums = query.new_empty(tokens, heads, cut.splits, dtype=torch.float32) if cut.splits > 1 else out
-    block_d = triton.next_power_of_2(size)
+    block_d = power_of_2(size)
     scale = LOG2_E / sqrt(size)
     _decode_kernel[tokens, kv_heads, cut.splits](
         query, keys, values, rows, tables, positions, out, parts, sums, scale, len(tables) - 1, tables.shape[1],
-        heads, kv_heads, size, block_size, max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), block_d,
+        heads, kv_heads, size, block_size, block_heads(heads // kv_heads), block_d,
         cut.block, cut.splits, cut.shortest, window or 0, _precision(query.dtype), num_warps=cut.warps,
         num_stages=cut.stages,
     )  # fmt: skip
@@ -230,68 +223,12 @@ def prefill_attention(
     """
     _, heads, size = query.shape
     block_size, kv_heads = keys.shape[1:3]
-    wide = query.dtype == torch.float32
+    cut, group = PromptCut.of(query.dtype), heads // kv_heads
     _prefill_kernel[len(tiles), kv_heads](
         query, keys, values, tiles, tables, out, LOG2_E / sqrt(size), tables.shape[1],
-        heads, kv_heads, size, block_size, tile_tokens(heads // kv_heads, query.dtype),
-        triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(size), 32 if wide else 64,
-        window or 0, _precision(query.dtype), num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+        heads, kv_heads, size, block_size, tile_tokens(group, query.dtype), power_of_2(group), power_of_2(size),
+        cut.block, window or 0, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-
-
-def prompt_tiles(row: int, offset: int, start: int, count: int, tile: int) -> list[tuple[int, int, int, int]]:
-    """The tiles of a prompt's `count` tokens from position `start` on, which lie from `offset` on in the batch.
-
-    Args:
-        row: of its block table.
-        tile: tokens of a tile, see `tile_tokens`.
-    """
-    return [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
-
-
-def tile_tokens(group: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile of `prefill_attention`, for `group` query heads to a KV head."""
-    lines = 32 if dtype == torch.float32 else 128
-    return max(1, lines // triton.next_power_of_2(group))
-
-
-@dataclass(frozen=True)
-class DecodeCut:
-    """How decode attention is cut: a context in up to `splits` spans of at least `shortest` tokens, read by `block`."""
-
-    splits: int
-    shortest: int
-    block: int
-    warps: int
-    stages: int
-
-
-@cache
-def decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
-    """The cut for so many tokens: one span for each where they fill the device by themselves, shorter ones else.
-
-    Measured on an H100 by benchmarks/step_kernels.py. The lengths are not known here, so the kernel makes do with fewer
-    spans where a context is short.
-    """
-    if dtype == torch.float32:
-        return DecodeCut(4, 64, 32, warps=4, stages=2)
-    programs = tokens * kv_heads
-    if programs >= FULL_DEVICE:
-        return DecodeCut(1, SHORTEST_SPAN, 128, warps=4, stages=3)
-    if programs >= FULL_DEVICE // 8:
-        return DecodeCut(8, SHORTEST_SPAN, 128, warps=4, stages=4)
-    return DecodeCut(16, 64, 64, warps=4, stages=4)
-
-
-def decode_cuts(most: int, kv_heads: int, dtype: torch.dtype) -> list[list[int]]:
-    """[rows, splits, shortest, block] of each cut that steps of up to `most` rows have, from so many rows on."""
-    cuts: list[list[int]] = []
-    for rows in range(1, most + 1):
-        cut = decode_cut(rows, kv_heads, dtype)
-        values = [cut.splits, cut.shortest, cut.block]
-        if not cuts or cuts[-1][1:] != values:
-            cuts.append([rows, *values])
-    return cuts
 
 
 def _precision(dtype: torch.dtype) -> str:

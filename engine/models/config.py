@@ -89,6 +89,7 @@ class ModelConfig:
         sliding_window: tokens that a token attends to in a layer with a window, itself among them; None where no layer
             has one, or none that hides anything.
         windowed_layers: the layers that have it.
+        checkpoint_dtype: what the config says that the weights were saved in; None where it says nothing.
     """
 
     vocab_size: int
@@ -110,6 +111,7 @@ class ModelConfig:
     qkv_bias: bool = False
     sliding_window: int | None = None
     windowed_layers: tuple[int, ...] = ()
+    checkpoint_dtype: str | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -193,6 +195,7 @@ class ModelConfig:
             qkv_bias=kind.qkv_bias,
             sliding_window=window,
             windowed_layers=windowed,
+            checkpoint_dtype=fields.dtype(),
         )
 
 
@@ -265,6 +268,14 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.error(field, "expected a number > 0")
         return float(value)
+
+    def dtype(self) -> str | None:
+        """`ModelConfig.checkpoint_dtype`; newer configs call the field `dtype`."""
+        field = "torch_dtype" if self.has("torch_dtype") else "dtype"
+        value = self._values.get(field)
+        if value is not None and (not isinstance(value, str) or not value.isidentifier()):
+            raise self.error(field, "expected the name of a dtype")
+        return value
 
     def switch(self, field: str) -> bool:
         value = self._values.get(field) or False

@@ -18,7 +18,8 @@ from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
 from twinserve.settings.errors import InputError
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype) if name != "auto"}
+"""Those that a model can be served in."""
 
 
 def load_model(

@@ -280,7 +280,8 @@ class ModelRunner:
         token_ids = step.token_ids
         if step.late is not None and before is not None:
             places, sources = step.late
-            token_ids = token_ids.index_copy(0, places, before.tokens[sources])
+            # A sequence of which none was sampled goes on until it is ended.
+            token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
         attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
         hidden = self.model(token_ids, step.positions, attention)
         if step.prompts:

@@ -260,11 +260,11 @@ class GraphRunner:
             self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
             penalised = rows[plan.penalised]
             tokens = plan.sample(logits, self._rows.seen[penalised])
-            mark_seen(self._rows.seen, penalised, tokens[plan.penalised])
+            mark_seen(self._rows.seen, penalised, tokens[plan.penalised].clamp(min=0))
         if asked:
             asked.take(logits, tokens)
         self._out.index_copy_(0, places, tokens.int())
-        self._rows.tokens.index_copy_(0, rows, tokens.int())
+        self._rows.tokens.index_copy_(0, rows, tokens.int().clamp(min=0))
 
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
         """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""

@@ -160,7 +160,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
-    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), stall_s=options.client_timeout)
+    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), seconds=options.client_timeout)
     if options.api_key:
         app.add_middleware(_Keyed, keys=options.api_key)
 

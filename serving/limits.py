@@ -1,4 +1,4 @@
-"""What a client may ask of a server before anything is served: so large a body, and so long a time to send a request."""
+"""What a client may ask of a server before anything is served: so large a body, so long a time to send a request."""
 
 from __future__ import annotations
 

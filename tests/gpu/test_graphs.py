@@ -12,7 +12,6 @@ from engine_judge import GREEDY, judge_of
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from twinserve.engine.graphs.graph_runner import GraphRunner
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import source
@@ -129,6 +128,8 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
 )
 def test_what_serves_is_what_is_verified(monkeypatch, tmp_path, options, execution):
     """Its log-probabilities are those of graphs that were replayed, and agree; with a wrong weight they do not."""
+    from twinserve.engine.graphs.graph_runner import GraphRunner
+
     if options.get("attention") == "flash":
         pytest.importorskip("flash_attn")
     judge_of("qwen3").model.save_pretrained(tmp_path)

@@ -301,12 +301,8 @@ class LLM:
         has to know it; unless they ignore the end of a text.
 
         Raises:
-            InputError: they ask for something that these steps cannot do.
+            InputError: they name a token that the model has not.
         """
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(params, name) and self.attention.graphs:
-                problem = "expected 0 where steps are graphs: --execution eager has it"
-                raise InputError(problem, field=name, value=getattr(params, name))
         vocab_size = self.config.vocab_size
         named = {"logit_bias": [token_id for token_id, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
         for name, token_ids in named.items():

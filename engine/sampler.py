@@ -10,12 +10,13 @@ import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.online import NOT_SAMPLED
-from twinserve.policies import SamplingParams
+from twinserve.policies import Row, SamplingParams
 
 GREEDY_BELOW = 1e-5
 _MASK = (1 << 64) - 1
@@ -112,6 +113,50 @@ def draw_uniforms(params: Seq[SamplingParams], positions: Seq[int], generator: r
 def mark_seen(seen: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """Note in `seen` [rows, vocab] a token of each of `rows`. An assignment would copy its value from the host."""
     seen.view(-1).index_fill_(0, rows.long() * seen.shape[-1] + token_ids.long(), True)
+
+
+def row_token_pairs(tokens: Seq[list[int]]) -> np.ndarray:
+    """(row, token) for each token of each row: [2, tokens]."""
+    rows = np.repeat(np.arange(len(tokens)), [len(row) for row in tokens])
+    return np.stack((rows, np.concatenate([np.array(row, np.int64) for row in tokens])))
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """What the rows of a step that are penalised for it have generated; made on the host before the step runs.
+
+    Attributes:
+        num_rows: rows with a presence or frequency penalty.
+        known: rows and tokens [2, tokens] that the host knows.
+        late: rows, and the places in the flat batch of their last tokens [2, late], which the step before samples.
+    """
+
+    num_rows: int
+    known: Tensor
+    late: Tensor
+
+    @classmethod
+    def of(cls, sampled: Seq[tuple[Row, int]], device: torch.device) -> GeneratedTokens | None:
+        """Of the rows that sample, each with the place of its last token; None where no row is penalised for any."""
+        counted = [(row, place) for row, place in sampled if counts_tokens(row.seq.sampling_params)]
+        if not counted:
+            return None
+        known = [row.seq.token_ids[row.seq.num_prompt_tokens : row.start + row.num_tokens] for row, _ in counted]
+        late = [
+            (number, place)
+            for number, (row, place) in enumerate(counted)
+            if row.start + row.num_tokens > row.seq.num_tokens
+        ]
+        pairs = row_token_pairs(known), np.array(late, np.int64).reshape(-1, 2).T.copy()
+        return cls(len(counted), *(to_device(values, device) for values in pairs))
+
+    def counts(self, token_ids: Tensor, vocab_size: int) -> Tensor:
+        """How often each token was generated, [num_rows, vocab_size], float32; `token_ids` are the flat batch's."""
+        counts = torch.zeros(self.num_rows, vocab_size, device=token_ids.device)
+        for rows, tokens in (self.known, (self.late[0], token_ids[self.late[1]].long())):
+            # An accumulating assignment would have the host wait for a look at the indices.
+            counts.view(-1).index_add_(0, rows * vocab_size + tokens, torch.ones_like(rows, dtype=counts.dtype))
+        return counts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from twinserve.engine.options import EngineOptions
 from twinserve.serving.answers import Wakes
 from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
-from twinserve.serving.limits import give_up_after
+from twinserve.serving.limits import give_up_after, protocol_within
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
@@ -166,6 +166,7 @@ class Service:
             make_app(self._server, self._lifespan),
             host=options.host,
             port=options.port,
+            http=protocol_within(options.client_timeout),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=options.shutdown_timeout,

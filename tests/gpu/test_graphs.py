@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
+from twinserve.engine.models import source
 from twinserve.engine.models.loader import adopt_model
+from twinserve.engine.verify import verify
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 
@@ -110,6 +112,48 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
     assert means[0] <= 1.05 * means[1], f"mean error {means[0]} against {means[1]} of transformers"
     assert tops[0] <= 1.25 * tops[1], f"largest error {tops[0]} against {tops[1]} of transformers"
     llm.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "execution"),
+    [
+        ({"dtype": "float32"}, "graphs"),
+        ({"dtype": "float32", "execution": "eager"}, "eager"),
+        ({"dtype": "bfloat16"}, "graphs"),
+        ({"dtype": "float16"}, "graphs"),
+        ({"dtype": "bfloat16", "attention": "flash"}, "graphs"),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "graphs"),
+        ({"dtype": "bfloat16", "quantization": "int8"}, "graphs"),
+    ],
+)
+def test_what_serves_is_what_is_verified(monkeypatch, tmp_path, options, execution):
+    """Its log-probabilities are those of graphs that were replayed, and agree; with a wrong weight they do not."""
+    from twinserve.engine.graphs.graph_runner import GraphRunner
+
+    if options.get("attention") == "flash":
+        pytest.importorskip("flash_attn")
+    judge_of("qwen3").model.save_pretrained(tmp_path)
+    replays = Counter[str]()
+    run = GraphRunner._run
+
+    def watched(self: Any, changes: Any, graph: Any, *others: Any) -> Any:
+        replays["graphs" if graph is not None else "launches"] += 1
+        return run(self, changes, graph, *others)
+
+    monkeypatch.setattr(GraphRunner, "_run", watched)
+    report = verify(tmp_path, device="cuda", max_tokens=8, **options)
+    assert report.agrees, report
+    assert report.execution == execution
+    assert (replays["graphs"] > 100 and not replays["launches"]) if execution == "graphs" else not replays
+    load = source.load_model
+
+    def load_wrong(*args: Any, **kwargs: Any) -> Any:
+        decoder = load(*args, **kwargs)
+        decoder.layers[3].mlp_norm.weight.fill_(1.0)
+        return decoder
+
+    monkeypatch.setattr(source, "load_model", load_wrong)
+    assert not verify(tmp_path, device="cuda", max_tokens=8, **options).agrees
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 256])

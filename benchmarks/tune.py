@@ -1,4 +1,4 @@
-"""The page docs/studies/tune.md: what `twinserve tune` answers for two public traces, each at a load and for an objective.
+"""The page docs/studies/tune.md: what `twinserve tune` answers for two public traces, each at one load.
 
     python benchmarks/tune.py --traces FOLDER [--page docs/studies/tune.md] [--jobs 2]
 

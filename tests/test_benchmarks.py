@@ -421,7 +421,7 @@ def written(folder: Path, *results: dict) -> Path:
 def rendered(monkeypatch, results: Path, folder: Path, *options: str) -> int:
     """Exit status of render.py on `results`, writing below `folder`."""
     arguments = ["--results", str(results), "--out", str(folder / "results.md"), "--pages", str(folder)]
-    arguments += ["--vllm-page", str(folder / "vllm.md")]
+    arguments += ["--vllm-page", str(folder / "vllm.md"), "--serving-page", str(folder / "serving.md")]
     monkeypatch.setattr(sys, "argv", ["render.py", *arguments, *options])
     return render.main()
 
@@ -532,6 +532,29 @@ def test_what_the_simulator_takes_stands_beside_other_copies_and_its_limits(monk
     assert (
         "On one of 2 cores (CPU), Python 3.11, 2026-01-02, by `python x.py`; the load average before was 1.50." in text
     )
+
+
+def test_what_http_costs_stands_beside_its_twin(monkeypatch, tmp_path):
+    page, results = tmp_path / "serving.md", written(tmp_path / "results", measured(1, 10.0))
+    page.write_text("before\n<!-- what HTTP costs -->\nold\n<!-- end of what HTTP costs -->\nafter\n")
+    rendered(monkeypatch, results, tmp_path)
+    assert "\nNot measured on a GPU yet.\n" in page.read_text() and "old" not in page.read_text()
+
+    def turn(http: float) -> dict:
+        twin = {metric: {"sim": 1.1 * http, "real": http} for metric in render.TWIN}
+        worlds = {"run": {"full_tok_s": 1000.0}, "http": {"full_tok_s": http}, "seen_tok_s": 900.0}
+        return worlds | {"overhead": 1 - http / 1000, "replay": {"exact": True}, "twin": twin}
+
+    options = {"model": "m", "device": "cuda", "streams": 256, "max_num_seqs": 128}
+    options |= {"prompt_tokens": 64, "output_tokens": 32}
+    result = {"options": options, "command": "x", "commit": "c", "repeats": [turn(980.0), turn(990.0), turn(970.0)]}
+    (results / "h200").mkdir()
+    (results / "h200" / "http-overhead.json").write_text(json.dumps(result))
+    rendered(monkeypatch, results, tmp_path)
+    lines = page.read_text().splitlines()
+    assert "| 2 | 1,000 | 990 | 1.0% | 900 |" in lines and "Every served record" in page.read_text()
+    assert "| ttft_s.mean | 980 | 1,078 | +10.0% |" in lines
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
 def test_what_a_step_costs_stands_beside_vllms(monkeypatch, tmp_path):

@@ -97,6 +97,7 @@ def crowd(running: Running, size: int) -> Counter[tuple[str, int]]:
 def record_of(running: Running, path: Path, statuses: Counter[tuple[str, int]]) -> RunRecord:
     """The record, once it is known that nobody was lost."""
     counts = running.stop()
+    print(dict(counts), {f"{kind} {status}": count for (kind, status), count in sorted(statuses.items())})
     assert counts["requests"] == sum(count for reason, count in counts.items() if reason != "requests")
     record = load_record(path)
     assert replay(record).is_exact

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
-from twinserve.engine.layers.attention import AttentionMetadata, PagedAttention, slots_of
+from twinserve.engine.layers.attention import AttentionMetadata, PagedAttention, plan_layers, slots_of
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
@@ -30,7 +30,7 @@ class StepInput:
 
     Attributes:
         token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
-        plan: the attention backend's.
+        plans: the attention backend's, of each layer.
         last: [sampled], places in the flat batch of the last token of each row that samples.
         sampling: how they sample.
         seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
@@ -43,7 +43,7 @@ class StepInput:
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
-    plan: Any
+    plans: list[Any]
     last: Tensor
     sampling: SamplingPlan
     seen: tuple[Tensor, Tensor] | None
@@ -214,7 +214,7 @@ class ModelRunner:
             token_ids=self._to_device(token_ids),
             positions=self._to_device(positions),
             slots=self._to_device(self._slots(ordered, tables)),
-            plan=self._backend.plan(metadata, self.model.dtype, self.device),
+            plans=plan_layers(self._backend, metadata, self.model.config.windows, self.model.dtype, self.device),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
@@ -266,8 +266,9 @@ class ModelRunner:
         token_ids = step.token_ids
         if step.late is not None and before is not None:
             places, sources = step.late
-            token_ids = token_ids.index_copy(0, places, before.tokens[sources])
-        attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
+            # A sequence of which none was sampled goes on until it is ended.
+            token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
+        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
         hidden = self.model(token_ids, step.positions, attention)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)

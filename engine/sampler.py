@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
+from twinserve.engine.online import NOT_SAMPLED
 from twinserve.policies import Row, SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -225,7 +226,7 @@ class SamplingPlan:
         )
 
     def sample(self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-        """A token [rows] for each row of `logits` [rows, vocab].
+        """A token [rows] for each row of `logits` [rows, vocab]; NOT_SAMPLED where the largest is no finite number.
 
         Args:
             seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
@@ -247,19 +248,21 @@ class SamplingPlan:
             counts = _shaped("counts", counts, self.counted, logits)
             lowered = logits[self.counted].float() - self.frequencies * counts - self.presences * (counts > 0)
             logits = logits.float().index_copy(0, self.counted, lowered)
-        tokens = logits.argmax(dim=-1)
+        highest, tokens = logits.max(dim=-1)  # a NaN is the largest of its row
+        tokens = tokens.masked_fill_(~highest.isfinite(), NOT_SAMPLED)
         if not len(self.rows):
             return tokens
-        scaled = logits[self.rows].float() / self.temperatures
+        # From the largest on, so that no temperature makes an infinity of it.
+        scaled = (logits[self.rows].float() - highest[self.rows, None].float()) / self.temperatures
         if self.min_p is not None:
-            least = scaled.amax(dim=-1, keepdim=True) + self.min_p.log()
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+            scaled = scaled.masked_fill(scaled < self.min_p.log(), -torch.inf)
         if self.top_k is not None or self.top_p is not None:
             scaled = scaled.masked_fill(~self._kept(scaled), -torch.inf)
         cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
         # `right`: the first token whose cumulative probability is above the draw, so never one of probability 0.
         drawn = torch.searchsorted(cumulative, self.uniforms * cumulative[:, -1:], right=True)
-        return tokens.index_copy(0, self.rows, drawn[:, 0])
+        drawn = torch.where(tokens[self.rows] == NOT_SAMPLED, NOT_SAMPLED, drawn[:, 0])
+        return tokens.index_copy(0, self.rows, drawn)
 
     def _kept(self, scaled: Tensor) -> Tensor:
         """Which tokens top-k, which keeps all that are as probable as the last, then top-p, keep; of equal logits top-p

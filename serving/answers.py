@@ -58,11 +58,13 @@ class _Answer:
         """What is new; None if nothing is.
 
         Raises:
-            ApiError: the request was refused.
+            ApiError: the request was refused, or cannot be finished.
         """
         seq, reason = self.seq, self.seq.finish_reason
         if reason == "refused":
             raise ApiError(f"this request can never be served: {seq.refusal}")
+        if seq.refusal is not None:
+            raise ApiError(f"this request has failed: {seq.refusal}", HTTPStatus.INTERNAL_SERVER_ERROR)
         token_ids = self._backend.tokens(seq, self.num_tokens)
         if reason is None and not token_ids:
             return None

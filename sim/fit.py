@@ -358,6 +358,13 @@ def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
     )
 
 
+def least_price(about: dict[str, Any]) -> float:
+    """Nanoseconds that a token of a decode's context takes at the least, as it is read through the device's memory; 0
+    where model or device are not known."""
+    floor = floor_of(about)
+    return 0.0 if floor is None else floor.kv_token_ns
+
+
 def fit(
     samples: list[StepSample],
     about: dict[str, Any],
@@ -401,7 +408,7 @@ def fit(
     for regime, mine in by_regime.items():
         if (count := len(_by_shape(mine, "device"))) < 2:
             raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
-    devices, errors = _fit_devices(by_regime, kernels, holds_out)
+    devices, errors = _fit_devices(by_regime, kernels, least_price(about), holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
         others, residuals = _fit_host(regime, mine, bookkeeping, holds_out)
@@ -438,14 +445,14 @@ def _fit_host(
 
 
 def _fit_devices(
-    by_regime: dict[str, list[StepSample]], kernels: Kernels, holds_out: bool
+    by_regime: dict[str, list[StepSample]], kernels: Kernels, least: float, holds_out: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """By regime, knots and coefficients of the device, and where `holds_out`, the errors on shapes held out."""
     fitted: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     regimes = list(by_regime)
     for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
-        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels)
+        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels, least)
         names = coefficient_names("device", devices.knots)
         for regime, prices in devices.solve().items():
             ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
@@ -475,11 +482,15 @@ def _one(features: StepFeatures) -> list[float]:
 class _Devices:
     """The shapes of all regimes, for a fit in which they share all but the constant.
 
+    Args:
+        least: what `decode_kv_token` and `decode_pool_token` are together at the least. Where all that were measured
+            are few or short, other terms explain them as well, and more or longer ones would come out too cheap.
+
     Attributes:
         knots: of the ramps over the padded tokens.
     """
 
-    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels):
+    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels, least: float):
         import numpy as np
 
         self._regimes = list(shapes)
@@ -502,15 +513,31 @@ class _Devices:
         self._rows[:, unused] = 0.0
         apart = self._of[:, None] == np.arange(1, len(self._regimes))
         self._rows = np.concatenate((self._rows, apart.astype(float)), axis=1)
+        self._least = least
         self._counts = np.array([len(costs) for _, _, costs in ordered])
         self._means = np.array([sum(costs) / len(costs) for _, _, costs in ordered])
 
     def solve(self) -> dict[str, list[float]]:
         """The coefficients of each regime."""
-        common = least_squares(self._rows, self._means, self._counts)
+        common = self._coefficients(self._rows, self._means, self._counts)
         width = len(self._names)
         extra = [0.0, *common[width:]]
         return {regime: [common[0] + extra[number], *common[1:width]] for number, regime in enumerate(self._regimes)}
+
+    def _coefficients(self, rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
+        """Of some shapes, the common coefficients and what the constants of the other regimes are above the first's."""
+        prices = least_squares(rows, means, counts)
+        kv, pool = self._names.index("decode_kv_token"), self._names.index("decode_pool_token")
+        if prices[kv] + prices[pool] >= self._least:
+            return prices
+        # With their sum fixed, a token from the pool costs it, and one that was read just now anything up to it.
+        alone, rows = rows[:, pool], rows.copy()
+        rows[:, kv] -= alone
+        rows[:, pool] = 0.0
+        prices = least_squares(rows, means, counts, fixed=self._least * alone)
+        prices[kv] = min(prices[kv], self._least)
+        prices[pool] = self._least - prices[kv]
+        return prices
 
     def held_out_errors(self) -> dict[str, dict[str, float]]:
         """By regime, the errors on shapes that were held out."""
@@ -522,7 +549,7 @@ class _Devices:
             if held_out.all() or not held_out.any():
                 continue
             kept = ~held_out
-            coefficients = least_squares(self._rows[kept], self._means[kept], self._counts[kept])
+            coefficients = self._coefficients(self._rows[kept], self._means[kept], self._counts[kept])
             predicted[held_out] = self._rows[held_out] @ coefficients
         return {
             regime: _errors((predicted[self._of == number], self._means[self._of == number]))
@@ -536,7 +563,8 @@ def _solve(shapes: Shapes, row_of: Row) -> list[float]:
 
     rows = np.array([row_of(features) for features in shapes], dtype=float)
     counts = np.array([len(costs) for costs in shapes.values()])
-    return least_squares(rows, np.array([sum(costs) / len(costs) for costs in shapes.values()]), counts)
+    means = np.array([sum(costs) / len(costs) for costs in shapes.values()])
+    return least_squares(rows, means, counts)
 
 
 def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
@@ -556,12 +584,15 @@ def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: st
     return coefficients
 
 
-def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
+def least_squares(
+    rows: np.ndarray, means: np.ndarray, counts: np.ndarray, fixed: np.ndarray | float = 0.0
+) -> list[float]:
     """Non-negative coefficients by relative error.
 
     Args:
         rows: [shapes, coefficients]
         means, counts: [shapes]: what each cost on average, and how often it was measured.
+        fixed: [shapes]: what each costs beside the coefficients' parts.
     """
     import numpy as np
     from scipy.optimize import nnls
@@ -574,9 +605,9 @@ def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> li
     for _ in range(REWEIGHTINGS):
         weight = np.sqrt(counts) / scale
         # The triangle of a QR factorisation has the same least squares in as many rows as there are coefficients.
-        triangle = np.linalg.qr(np.column_stack((rows / norms, means)) * weight[:, None]).R
+        triangle = np.linalg.qr(np.column_stack((rows / norms, means - fixed)) * weight[:, None]).R
         solution = nnls(triangle[:, :width], triangle[:, width], maxiter=100 * width)[0] / norms
-        scale = np.maximum(rows @ solution, floor)
+        scale = np.maximum(rows @ solution + fixed, floor)
     return [float(f"{value:.6g}") for value in solution]
 
 

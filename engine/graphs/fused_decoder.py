@@ -15,7 +15,7 @@ from twinserve.engine.kernels.sampling import sample_rows
 from twinserve.engine.kernels.step_rows import gather_tables, read_rows
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.models.decoder import Decoder, DecoderLayer
-from twinserve.engine.models.rope import rotary_frequencies
+from twinserve.engine.models.rope import rotation
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ class FusedDecoder:
     ):
         self.model, self.cache, self.rows = model, cache, rows
         config, device = model.config, model.device
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
-        angles = torch.arange(max_positions, device=device)[:, None].float() * frequencies
-        self._rotation = angles.cos(), angles.sin()
+        positions = torch.arange(max_positions, device=device)
+        self._rotation = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        # A window over every position hides nothing, and what is not looked for costs nothing.
+        self._windows = [None if window is None or window >= max_positions else window for window in config.windows]
         self._order = torch.arange(max_decodes, dtype=torch.int32, device=device)
         # One for all steps: what a captured step gives stays in memory of its own.
         self._flat = torch.empty(3, aligned(max_tokens), dtype=torch.int32, device=device)
@@ -122,7 +123,7 @@ class FusedDecoder:
                 layer.attention.qkv(x), positions, slots, self._rotation, None if norm is None else norm.weight, eps,
                 keys, values,
             )  # fmt: skip
-            attended = self._attend(step, query, keys, values, positions)
+            attended = self._attend(step, query, keys, values, positions, self._windows[number])
             x = rms_norm(layer.attention.output(attended.flatten(1)), layer.mlp_norm.weight, eps, residual)
             x = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(x)))
             after = layers[number + 1].attention_norm if number + 1 < len(layers) else model.norm
@@ -130,20 +131,23 @@ class FusedDecoder:
             x = rms_norm(x, after.weight, eps, residual, out)
         return x
 
-    def _attend(self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    def _attend(
+        self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
         """Attention of decodes over a layer's pool, then of prompts, which may lie among the decodes' places."""
         tables, decodes = self.rows.tables, len(step.decode_rows)
         out = torch.empty_like(query)
         if decodes and self._flash is not None:
             lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
             attended = self._flash(
-                query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True
-            )[:, 0]
+                query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True,
+                window_size=(-1, -1) if window is None else (window - 1, 0),
+            )[:, 0]  # fmt: skip
             if decodes == len(query):
                 return attended
             out[:decodes] = attended
         elif decodes:
-            decode_attention(query[:decodes], keys, values, step.decode_rows, tables, positions, out[:decodes])
+            decode_attention(query[:decodes], keys, values, step.decode_rows, tables, positions, out[:decodes], window)
         if len(step.tiles):
-            prefill_attention(query, keys, values, step.tiles, tables, out)
+            prefill_attention(query, keys, values, step.tiles, tables, out, window)
         return out

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.checks import RunnerConfig
-from twinserve.engine.device_queue import CudaQueue, Step, to_device
+from twinserve.engine.device_queue import CudaQueue, Step, on_device, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.paged_attention import decode_cuts, prompt_tiles, tile_tokens
+from twinserve.engine.kernels.cuts import decode_cuts, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
@@ -96,10 +96,14 @@ class GraphRunner:
         self._num_resident = 0
         self._places: list[int] = []
 
-    @torch.inference_mode()
     def step_bytes(self) -> int:
         """Bytes that the largest step takes for a while: all its rows ask for every setting; or one is a prompt whose
         log-probabilities are asked for; and graphs."""
+        with on_device(self.device):
+            return self._step_bytes() + GRAPH_BYTES
+
+    @torch.inference_mode()
+    def _step_bytes(self) -> int:
         seqs, tokens = self._rows.scratch, self._max_num_batched_tokens
         size = StepSize(0, tokens, seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -121,7 +125,7 @@ class GraphRunner:
         torch.cuda.synchronize(self.device)
         taken = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        return taken + GRAPH_BYTES
+        return taken
 
     def fill_cache(self, seed: int) -> None:
         """Fill the pool with noise, see `KVCache.fill`."""
@@ -148,10 +152,11 @@ class GraphRunner:
         if self._graphs or not sizes:
             return
         pool = torch.cuda.graph_pool_handle()
-        with _no_garbage_collected():
+        with _no_garbage_collected(), on_device(self.device):
+            stream = torch.cuda.Stream(self.device)
             for size in sizes:
                 try:
-                    self._graphs[size] = self._capture(size, pool)
+                    self._graphs[size] = self._capture(size, pool, stream)
                 except torch.OutOfMemoryError as error:
                     problem = (
                         f"expected less: {len(self._graphs)} of {len(sizes)} steps are captured, and memory is full"
@@ -159,13 +164,13 @@ class GraphRunner:
                     raise InputError(problem, field="gpu_memory_utilization", value=self._memory_share) from error
 
     @torch.inference_mode()
-    def _capture(self, size: StepSize, pool: Any) -> _Graph:
+    def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:
         """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
         inputs, rows = self._padding(size)
         self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = self._decoder.run(rows, self._out)
         return _Graph(inputs, graph.replay, logits)
 
@@ -270,11 +275,11 @@ class GraphRunner:
             seen = self._rows.seen[rows[plan.penalised]]
         tokens = plan.sample(logits, seen, counts)
         if plan.penalised is not None:
-            mark_seen(self._rows.seen, rows[plan.penalised], tokens[plan.penalised])
+            mark_seen(self._rows.seen, rows[plan.penalised], tokens[plan.penalised].clamp(min=0))
         if asked:
             asked.take(logits, tokens)
         self._out.index_copy_(0, places, tokens.int())
-        self._rows.tokens.index_copy_(0, rows, tokens.int())
+        self._rows.tokens.index_copy_(0, rows, tokens.int().clamp(min=0))
 
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
         """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""

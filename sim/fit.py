@@ -372,6 +372,7 @@ def fit(
     kernels: Kernels | None = None,
     *,
     holds_out: bool = True,
+    launches_vary: bool = True,
 ) -> FittedLatency:
     """Fit what steps cost, non-negative, on relative error.
 
@@ -390,6 +391,7 @@ def fit(
         captured_tokens: the most tokens of a step that is launched as a captured graph; None where none is.
         kernels: how the engine pads and cuts steps; None where it does not.
         holds_out: work out the residuals too.
+        launches_vary: with prompts, a launch costs more the more it launches; see `_solve_host`.
 
     Raises:
         ValueError: a regime has fewer than 2 shapes.
@@ -411,7 +413,7 @@ def fit(
     devices, errors = _fit_devices(by_regime, kernels, least_price(about), holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
-        others, residuals = _fit_host(regime, mine, bookkeeping, holds_out)
+        others, residuals = _fit_host(regime, mine, bookkeeping, launches_vary, holds_out)
         data["regimes"][regime] = {"device": devices[regime]} | others
         features = {sample.features for sample in mine}
         residuals |= {"device": errors[regime]} if holds_out else {}
@@ -424,7 +426,7 @@ def fit(
 
 
 def _fit_host(
-    regime: str, samples: list[StepSample], bookkeeping: Shapes, holds_out: bool
+    regime: str, samples: list[StepSample], bookkeeping: Shapes, launches_vary: bool, holds_out: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Knots and coefficients of the host, and of the lead if there is one; where `holds_out`, the errors of both."""
     fitted: dict[str, Any] = {}
@@ -435,7 +437,7 @@ def _fit_host(
             continue
         solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=row_of)
         if part == "host" and bookkeeping:
-            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime)
+            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime, launches_vary)
         elif len(shapes) < 2:
             raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
         fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
@@ -567,17 +569,21 @@ def _solve(shapes: Shapes, row_of: Row) -> list[float]:
     return least_squares(rows, means, counts)
 
 
-def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
+def _solve_host(
+    bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, launches_vary: bool, shapes: Shapes
+) -> list[float]:
     """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
     Bookkeeping costs the same whatever the regime. What a launch takes is a constant and a cost a row, and with prompts
-    one a prompt and a token, or where few were seen the constant alone. A launch that was never seen costs nothing: the
-    device was busy for longer, in every step there was.
+    one a prompt and a token, or where few were seen, or `launches_vary` is False, the constant alone: an engine whose
+    host holds the device up lets its queue grow while it happens to be slow, so that slow launches go with many rows
+    and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device was busy for
+    longer, in every step there was.
     """
     kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
     launched = {features: costs for features, costs in launches.items() if features in shapes}
-    width = 2 if regime == "decode" else 4 if len(launched) >= LAUNCHES else 1
+    width = 2 if regime == "decode" else 4 if launches_vary and len(launched) >= LAUNCHES else 1
     if launched:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import traceback
@@ -18,6 +19,11 @@ from twinserve.settings.errors import RunError
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
 
+NOT_SAMPLED = -1
+"""In place of a token that no distribution gives: a NaN or an infinity is the largest of its row's logits."""
+
+NO_NUMBERS = "the model's logits for it are no finite numbers, so no token can be sampled"
+
 
 class StepHandle(Protocol):
     """A launched step. `start_ns` and `end_ns` are readings of time.perf_counter_ns, valid after `result`."""
@@ -26,7 +32,7 @@ class StepHandle(Protocol):
     end_ns: int
 
     def result(self) -> list[int]:
-        """Wait for the step; a token for each of the batch's `sampled`."""
+        """Wait for the step; a token for each of the batch's `sampled`, or NOT_SAMPLED."""
 
 
 class Executor(Protocol):
@@ -141,8 +147,7 @@ up for longer than many steps take."""
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
-    A sequence for which a step has no token, as its logits are no numbers, is aborted, and has the reason as its
-    `refusal`.
+    A sequence of which no token could be sampled is aborted; its `refusal` says why, and its last token is none of it.
 
     Args:
         core: decides; this loop only says what the time is and who executes.
@@ -172,19 +177,26 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
                 token_ids = step.result()
             batch.start_ns = step.start_ns - clock.origin_ns
             batch.end_ns = step.end_ns - clock.origin_ns
-            _end_without_tokens(core, batch, token_ids, clock())
-            for seq in core.commit([max(token_id, 0) for token_id in token_ids], clock()):
+            if NOT_SAMPLED in token_ids:
+                token_ids = _ending_failed(core, batch, token_ids, clock())
+            for seq in core.commit(token_ids, clock()):
                 ended(seq)
         elif core.is_idle and inbox.closed:
             return
 
 
-def _end_without_tokens(core: Core, batch: Batch, token_ids: list[int], now_ns: int) -> None:
-    """Have the sequences for which a step has no token end with the next decision, and say why."""
-    for seq, token_id in zip(batch.sampled, token_ids, strict=True):
-        if token_id < 0 and core.abort(seq.seq_id, now_ns):
-            place = seq.num_completion_tokens
-            seq.refusal = f"the model's logits are no numbers at token {place} of the answer, which means nothing there"
+def _ending_failed(core: Core, batch: Batch, token_ids: list[int], now_ns: int) -> list[int]:
+    """The tokens of a batch, with one that ends no text for each that was not sampled; the sequences of these are ended
+    at the next decision, as if somebody had asked for it, which is a fact that a record keeps."""
+    known = list(token_ids)
+    for place, seq in enumerate(batch.sampled):
+        if token_ids[place] == NOT_SAMPLED:
+            ends = {core.eos_token_id, *seq.stop_token_ids}
+            known[place] = next(token_id for token_id in itertools.count() if token_id not in ends)
+            if not seq.is_finished:
+                seq.refusal = NO_NUMBERS
+                core.abort(seq.seq_id, now_ns)
+    return known
 
 
 class TraceFeeder(threading.Thread):

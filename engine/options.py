@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twinserve.settings.config import read_table, validated
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "triton", "flash", "sdpa"]
 Execution = Literal["auto", "graphs", "eager"]
 Quantization = Literal["none", "int8"]
@@ -32,7 +32,11 @@ class EngineOptions(BaseModel):
 
     model: str = Field(default="smollm2-135m", description="smollm2-135m, a Hugging Face folder, or a hub id")
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
-    dtype: Dtype = Field(default="float32", description="of the weights, once loaded, and of what layers give")
+    dtype: Dtype = Field(
+        default="auto",
+        description="of the weights, once loaded, and of what layers give; auto: the checkpoint's own on CUDA, float32 "
+        "on a CPU",
+    )
     attention: Attention = Field(
         default="auto",
         description="triton (in graphs), flash (flash-attn), sdpa (torch), or auto: what can serve, in that order",
@@ -45,7 +49,9 @@ class EngineOptions(BaseModel):
         description="auto, or dummy: random weights; the model is a folder with config.json or a shape that ships",
     )
     quantization: Quantization = Field(
-        default="none", description="int8: linear layers and embedding of a byte a weight, and a scale a row"
+        default="none",
+        description="int8: linear layers and embedding of a byte a weight, and a scale a row; on CUDA the weights of a "
+        "step of more than 256 rows are written out in 16 bits, which takes several times as long as plain ones",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="auto: as dtype; fp8: a byte a number (e4m3, unscaled), with triton alone"

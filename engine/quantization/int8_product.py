@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.engine.quantization.int8_tiling import FUSED_ROWS
 from twinserve.engine.quantization.quantizer import LARGEST, absmax_scale
-
-FUSED_ROWS = 64
-"""On CUDA, the most rows of a product that dequantises on the way; with more, arithmetic outweighs reading weights."""
 
 CACHED_NUMBERS = 1 << 19
 """On a CPU, the most numbers of an intermediate result, so that it stays in a core's cache."""
@@ -38,7 +36,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         in_digits = x.shape[1] > 1 and sums_int8_exactly()
         multiply = _product_of_digits if in_digits else _product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
-    if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and _has_triton():
+    if x.dtype in (torch.bfloat16, torch.float16) and len(x) <= FUSED_ROWS and _has_triton():
         from twinserve.engine.quantization.int8_matmul import int8_matmul
 
         return int8_matmul(x.contiguous(), weight, scale)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import engine_faults
 import pytest
 
-from twinserve.engine.llm import LLM
-from twinserve.settings.build_core import Settings
-
 every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
 
 
@@ -29,8 +26,16 @@ def test_an_abort_while_its_token_is_in_flight(llama, serving):
 
 
 @every_depth
-def test_logits_that_are_no_numbers_end_their_request_alone(pipeline_depth):
-    settings = Settings(max_model_len=128, num_gpu_blocks=256, block_size=16, pipeline_depth=pipeline_depth)
-    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(
-        lambda model: LLM(model, device="cpu", settings=settings)
-    )
+def test_logits_that_are_no_numbers_end_their_request_alone(llama, serving, pipeline_depth):
+    llm = serving(llama, pipeline_depth=pipeline_depth, max_model_len=128, block_size=16, num_gpu_blocks=256)
+    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(llama, serving):
+    llm = serving(llama, max_model_len=128, block_size=16)
+    engine_faults.check_ids_beyond_the_vocabulary_are_refused(llm)
+
+
+def test_every_temperature_draws(llama, serving):
+    llm = serving(llama, max_model_len=128, block_size=16, num_gpu_blocks=256)
+    engine_faults.check_every_temperature_draws(llm)

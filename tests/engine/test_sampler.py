@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from twinserve.engine.sampler import (
-    NO_TOKEN,
     SamplingPlan,
     greedy_sample,
     is_plain,
@@ -209,21 +208,6 @@ def test_a_repetition_penalty_lowers_every_token_that_was_seen_below_nothing_too
         assert sample(logits, [replace(GREEDY, repetition_penalty=1.2)], [0], seen=seen_now).tolist() == [best]
     below = torch.tensor([[-1.0, -1.5]])
     assert sample(below, [replace(GREEDY, repetition_penalty=2.0)], [0], seen=seen[:, :2]).tolist() == [1]
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(
-    "params",
-    [GREEDY, SamplingParams(seed=0), SamplingParams(seed=0, top_k=2, top_p=0.9, min_p=0.1, frequency_penalty=0.5)],
-    ids=["greedy", "temperature", "all"],
-)
-def test_logits_that_are_no_numbers_give_no_token_in_their_row_alone(value, params):
-    logits = LOGITS.repeat(3, 1)
-    logits[1] = -torch.inf
-    logits[1, 2] = value
-    counts = torch.zeros(3 if params.frequency_penalty else 0, logits.shape[-1])
-    tokens = sample(logits, [params] * 3, [0, 1, 2], counts=counts).tolist()
-    assert tokens[1] == NO_TOKEN and tokens[0] >= 0 and tokens[2] >= 0
 
 
 def test_top_k_of_minus_1_is_the_whole_vocabulary():

@@ -5,9 +5,6 @@ from __future__ import annotations
 import engine_faults
 import pytest
 
-from twinserve.engine.llm import LLM
-from twinserve.settings.build_core import Settings
-
 pytestmark = pytest.mark.gpu
 
 every_depth = pytest.mark.parametrize("pipeline_depth", [0, 1])
@@ -31,8 +28,16 @@ def test_an_abort_while_its_token_is_in_flight(qwen3, serving):
 
 
 @every_depth
-def test_logits_that_are_no_numbers_end_their_request_alone(pipeline_depth):
-    settings = Settings(max_model_len=128, num_gpu_blocks=256, block_size=16, pipeline_depth=pipeline_depth)
-    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(
-        lambda model: LLM(model, device="cuda", settings=settings)
-    )
+def test_logits_that_are_no_numbers_end_their_request_alone(qwen3, serving, pipeline_depth):
+    llm = serving(qwen3, "triton", pipeline_depth=pipeline_depth, max_model_len=128, block_size=16, num_gpu_blocks=256)
+    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(qwen3, serving):
+    llm = serving(qwen3, "triton", max_model_len=128, block_size=16)
+    engine_faults.check_ids_beyond_the_vocabulary_are_refused(llm)
+
+
+def test_every_temperature_draws(qwen3, serving):
+    llm = serving(qwen3, "triton", max_model_len=128, block_size=16, num_gpu_blocks=256)
+    engine_faults.check_every_temperature_draws(llm)

@@ -5,7 +5,8 @@
 SITE is a vLLM wheel unpacked without its binaries, of 0.24 or 0.33, as tests/vllm_world.py takes it. Prefix caching is
 on, blocks hold 16 tokens, and nothing but these two calls is measured. Prints JSON: for its scheduler with a step's
 output known before the next is decided, and for its asynchronous one a step ahead, the least and the median of the
-repeats of 64 steps, microseconds of CPU time a step. benchmarks/policies.py runs this in turns with what is measured there.
+repeats of 64 steps, microseconds of CPU time a step. benchmarks/policies.py runs this in turns with what is measured
+there.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from twinserve.traces.formats import (
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, columns_of
 from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
+from twinserve.traces.runs.vllm_journal import JOURNAL
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 
@@ -101,7 +102,8 @@ class Trace:
 
 
 def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf) -> Trace:
-    """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
+    """Read a trace: a file in any of the formats, or the folder of a run record, of a vLLM recorder's journal or of
+    WEKA's conversations.
 
     Args:
         limit: so many requests are read, and no more.
@@ -113,7 +115,10 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     path = Path(path)
     reading = Reading()
     if os.path.isdir(path):  # which is no error for any name
-        form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
+        if (path / JOURNAL).is_file():
+            form, read_folder = recorded, _journal
+        else:
+            form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
         rows, sha256 = read_folder(path, reading)
         requests, _ = _read(rows, limit, until_s)
         return _trace(form.NAME, requests, sha256, reading, path, sum(1 for _ in rows))
@@ -271,6 +276,15 @@ def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:
     paths = recorded.request_files(folder)
     lines = (line for path in paths for line in json_lines_file(path))
     return recorded.rows_of(lines, reading), sha256_of(paths)
+
+
+def _journal(folder: Path, reading: Reading) -> tuple[Rows, str]:
+    """The rows of a journal of `twinserve.vllm.RecordingScheduler`, and its sha256."""
+    from twinserve.traces.runs.vllm_records import read_vllm_record  # which reads traces itself
+
+    path = folder / JOURNAL
+    lines = (Line(path, None, row) for row in read_vllm_record(folder).requests)
+    return recorded.rows_of(lines, reading), sha256_of([path])
 
 
 def sha256_of(paths: Iterable[Path]) -> str:

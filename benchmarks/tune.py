@@ -37,8 +37,8 @@ Mooncake's arrive at random. What is made small is the share of its limit that a
 search sees {seeds} seeds; what it finds is judged on {seeds} others. The gain is the mean by which the share became
 less there, beside the interval that holds it with a confidence of 95%. For a trace of one's own:
 
-    twinserve tune TRACE --latency {latency} --like {like} \\
-        --rate {rate:g} --arrivals poisson --seeds {seeds} --objective "{objective}"
+    twinserve tune TRACE --latency {latency} --like {like} --rate {rate:g} --seeds {seeds} \
+--arrivals poisson --objective "{objective}"
 """
 
 

@@ -46,7 +46,6 @@ from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, 
 from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
 from twinserve.traces.requests import Requests, as_requests
-from twinserve.traces.runs.vllm_journal import JOURNAL
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 
@@ -105,8 +104,7 @@ class Trace:
 
 
 def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf) -> Trace:
-    """Read a trace: a file in any of the formats, or the folder of a run record, of a vLLM recorder's journal or of
-    WEKA's conversations.
+    """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
 
     Args:
         limit: so many requests are read, and no more.
@@ -118,10 +116,7 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     path = Path(path)
     reading = Reading()
     if os.path.isdir(path):  # which is no error for any name
-        if (path / JOURNAL).is_file():
-            form, read_folder = recorded, _journal
-        else:
-            form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
+        form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
         rows, sha256 = read_folder(path, reading)
         _read(rows, reading, limit, until_s)
         return _trace(form.NAME, sha256, reading, path, sum(1 for _ in rows))
@@ -285,15 +280,6 @@ def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:
     paths = recorded.request_files(folder)
     lines = (line for path in paths for line in json_lines_file(path))
     return recorded.rows_of(lines, reading), sha256_of(paths)
-
-
-def _journal(folder: Path, reading: Reading) -> tuple[Rows, str]:
-    """The rows of a journal of `twinserve.vllm.RecordingScheduler`, and its sha256."""
-    from twinserve.traces.runs.vllm_records import read_vllm_record  # which reads traces itself
-
-    path = folder / JOURNAL
-    lines = (Line(path, None, row) for row in read_vllm_record(folder).requests)
-    return recorded.rows_of(lines, reading), sha256_of([path])
 
 
 def sha256_of(paths: Iterable[Path]) -> str:

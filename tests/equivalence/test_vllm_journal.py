@@ -16,7 +16,6 @@ from twinserve.cli import main
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate
-from twinserve.traces.readers import read_trace
 from twinserve.traces.runs.replay import replay
 from twinserve.traces.runs.vllm_journal import JOURNAL
 from twinserve.traces.runs.vllm_records import load_run, requests_of
@@ -68,16 +67,6 @@ def test_the_trace_of_a_journal_can_be_simulated():
     core = Settings.recorded(record.run["settings"], record.path).build_core()
     simulate(requests, core, Uneven(), progress=ended.append)
     assert len(ended) == 60
-
-
-def test_the_folder_of_a_journal_is_a_trace():
-    """Of what was answered, each with as many tokens as it got."""
-    answered = [row for row in load_run(FOLDER).requests if row["finish_reason"] is not None]
-    trace = read_trace(FOLDER)
-    assert [request.max_tokens for request in trace.requests] == [row["output_tokens"] for row in answered]
-    assert [sum(part.length for part in request.parts) for request in trace.requests] == [
-        row["prompt_tokens"] for row in answered
-    ]
 
 
 def test_a_command_reads_the_folder_of_a_journal(tmp_path, monkeypatch, capsys):

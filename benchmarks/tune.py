@@ -8,11 +8,10 @@ llama-3-8b with vLLM 0.33's defaults; the search sees three seeds and is judged 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from pages import table
+from pages import page_arguments, table
 
 from twinserve.planning.objectives import Objective
 from twinserve.planning.parallel import Workers
@@ -60,11 +59,7 @@ def cells(trace: str, rate: float, objective: str, found: Tuning) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", type=Path, required=True, help="folder of the public traces")
-    parser.add_argument("--page", type=Path, default=Path("docs/studies/tune.md"))
-    parser.add_argument("--jobs", type=int, default=None)
-    arguments = parser.parse_args()
+    arguments = page_arguments(__doc__, "docs/studies/tune.md")
     rows = []
     for trace, cases in CASES.items():
         for rate, objective in cases:

@@ -161,9 +161,10 @@ class Live(ABC):
         """Abort whatever is being served."""
         self.abort(list(self._following.followers))
 
-    def join(self) -> None:
-        """Wait until it has been closed, or has failed."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has been closed, or has failed, for so long at most; has it?"""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """Let nothing more in, and wait until everything has ended.

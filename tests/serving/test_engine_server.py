@@ -247,7 +247,7 @@ def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(
 
     assert all(asyncio.run(crowd()))
     running.settle()
-    assert not running.service.backend._llm.runner.logprobs
+    assert not running.service.host._llm.runner.logprobs
     running.stop()
     record = load_record(tmp_path / "run")
     assert len(record.requests) == 60 and sum(row["cached_tokens"] for row in record.requests) > 0

@@ -169,13 +169,15 @@ def test_a_full_queue_is_429_with_the_time_to_come_again(serving):
 
 def test_while_the_backend_is_being_made_every_path_says_503(serving):
     class Slow:
-        def backend(self, record):
+        is_apart = False
+
+        def host(self, record):
             ready.wait()
-            return simulated().backend(record)
+            return simulated().host(record)
 
     ready = threading.Event()
     running = Running(Slow())
-    running.wait(for_backend=False)
+    running.wait(for_host=False)
     for path in ("health", "v1/models", "metrics"):
         response = httpx.get(f"{running.url}/{path}")
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")

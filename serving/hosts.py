@@ -63,9 +63,9 @@ class Host(ABC):
     def tokens(self, seq: Sequence, start: int) -> list[int]:
         """The tokens of an answer that are known, from its `start`-th on."""
 
-    def take_logprobs(self, seq: Sequence) -> dict[int, TokenLogprobs]:
-        """The log-probabilities that are new since the last call, by the places of the tokens."""
-        return {}
+    def take_logprobs(self, seqs: Seq[Sequence]) -> list[tuple[int, dict[int, TokenLogprobs]]]:
+        """The log-probabilities that are new since the last call, by the places of the tokens; whose, by number."""
+        return []
 
     @abstractmethod
     def forget(self, seq: Sequence) -> None:
@@ -93,12 +93,14 @@ class EngineHost(Host):
     def tokens(self, seq: Sequence, start: int) -> list[int]:
         return seq.token_ids[seq.num_prompt_tokens + start :]
 
-    def take_logprobs(self, seq: Sequence) -> dict[int, TokenLogprobs]:
-        runner = self._llm.runner
-        if not runner.logprobs:
-            return {}
-        runner.prompt_asks.pop(seq, None)  # those of the prompt come with the first token
-        return runner.logprobs.pop(seq, {})
+    def take_logprobs(self, seqs: Seq[Sequence]) -> list[tuple[int, dict[int, TokenLogprobs]]]:
+        heard, prompt_asks = self._llm.runner.logprobs, self._llm.runner.prompt_asks
+        found = []
+        for seq in seqs if heard else ():
+            if seq in heard:
+                prompt_asks.pop(seq, None)  # all of its prompt's are there with its first token
+                found.append((seq.seq_id, heard.pop(seq)))
+        return found
 
     def forget(self, seq: Sequence) -> None:
         self._llm.runner.logprobs.pop(seq, None)
@@ -184,55 +186,57 @@ class Model(Protocol):
 class Teller(CoreListener):
     """Tells once a step what has come of all sequences, in the loop's thread.
 
-    It is told of tokens and ends as a follower, after every listener, so that what it tells is in the metrics and in
-    the record. An end is told with the last token.
+    It hears Core after all others, so that what it tells is in the metrics and in the record. An end is told with the
+    last token.
 
     Args:
         host: knows the tokens.
         front: is told by a `Call`.
 
     Attributes:
-        told: the sequences that have not ended, by their numbers, and how many of their tokens were told.
+        seqs: those that have not ended, by their numbers.
     """
 
     def __init__(self, host: Host, front: Call):
         self.seqs: dict[int, Sequence] = {}
         self._host, self._front = host, front
         self._told: dict[int, int] = {}
+        """How many of their tokens."""
 
     def add(self, seqs: Seq[Sequence]) -> None:
-        """Follow sequences that are about to come in; from any thread."""
+        """Take note of sequences that are about to come in; from any thread."""
         self._told |= {seq.seq_id: 0 for seq in seqs}
         self.seqs |= {seq.seq_id: seq for seq in seqs}
 
     def decided(self, batch: Batch) -> None:
-        first = [row for row in batch.admitted if not row.seq.num_preemptions]
-        if first:
-            admitted = [(row.seq.seq_id, row.start) for row in first]
+        admitted = [(row.seq.seq_id, row.start) for row in batch.admitted if not row.seq.num_preemptions]
+        if admitted:
             self._front("hear", News(time.perf_counter(), admitted=admitted))
 
-    def __call__(self, seqs: list[Sequence]) -> None:
+    def committed(self, batch: Batch) -> None:
+        self._tell([seq for seq in batch.sampled if seq.finish_reason is None])
+
+    def finished(self, seq: Sequence) -> None:
+        self._tell([seq])
+        del self._told[seq.seq_id], self.seqs[seq.seq_id]
+        self._host.forget(seq)
+
+    def _tell(self, seqs: list[Sequence]) -> None:
         told, tokens_of = self._told, self._host.tokens
         numbers: list[int] = []
         token_ids: list[int] = []
-        logprobs: list[tuple[int, dict[int, TokenLogprobs]]] = []
         ended: list[tuple[int, str | None, str | None]] = []
         for seq in seqs:
-            if seq.is_finished and seq.finish_ns is None:
-                continue  # it is told of once more, when the others have heard of its end
-            number = seq.seq_id
-            if seq.refusal is None and (new := tokens_of(seq, told[number])):
+            number, refusal = seq.seq_id, seq.refusal
+            if refusal is None:
+                new = tokens_of(seq, told[number])
                 told[number] += len(new)
                 token_ids += new
                 numbers += [number] * len(new)
-                if found := self._host.take_logprobs(seq):
-                    logprobs.append((number, found))
-            if seq.is_finished or seq.refusal is not None:
-                ended.append((number, seq.finish_reason, seq.refusal))
-            if seq.is_finished:
-                del told[number], self.seqs[number]
-                self._host.forget(seq)
+            if refusal is not None or seq.finish_reason is not None:
+                ended.append((number, seq.finish_reason, refusal))
         if numbers or ended:
+            logprobs = self._host.take_logprobs(seqs)
             self._front("hear", News(time.perf_counter(), [], numbers, token_ids, ended, logprobs))
 
 
@@ -334,7 +338,7 @@ class Hosting:
             return seqs
 
         with suppress(RunError):  # it has failed, which who asks is told just now
-            host.live.submit(make, teller)
+            host.live.submit(make)
 
     def abort(self, numbers: Seq[int]) -> None:
         """End requests at the next decision; those that have ended by then are left alone."""
@@ -351,7 +355,7 @@ class Hosting:
         with self._lock:
             self._is_closed = True
             if self._teller is not None:
-                self._made.live.abort_all()
+                self._made.live.abort(list(self._teller.seqs.values()))
                 self._made.live.no_more()
 
     def fail(self, error: BaseException) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 _LENGTH = Struct("<Q")
 
 
-def _message(name: str, *args: Any) -> bytes:
+def message(name: str, *args: Any) -> bytes:
     """A call as bytes, behind their number."""
     content = pickle.dumps((name, args), pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(content)) + content
@@ -37,8 +37,8 @@ class Wire:
         self._reader: threading.Thread | None = None
 
     def tell(self, name: str, *args: Any) -> None:
-        """A `Call`."""
-        self._out.put(_message(name, *args))
+        """A `Call`; what cannot be sent raises here."""
+        self._out.put(message(name, *args))
 
     def begin(self, side: Any, lost: Callable[[], None]) -> None:
         """Send what is told, and call the methods of `side` that the other end tells, in a thread of its own.
@@ -59,10 +59,10 @@ class Wire:
 
     def _send(self) -> None:
         is_open = True
-        while (message := self._out.get()) is not None:
+        while (content := self._out.get()) is not None:
             if is_open:
                 try:
-                    self._connection.sendall(message)
+                    self._connection.sendall(content)
                 except OSError:
                     is_open = False  # that the other end has gone, the reader sees
 
@@ -70,7 +70,10 @@ class Wire:
         try:
             with self._connection.makefile("rb") as file:
                 while len(head := file.read(_LENGTH.size)) == _LENGTH.size:
-                    name, args = pickle.loads(file.read(*_LENGTH.unpack(head)))
+                    (length,) = _LENGTH.unpack(head)
+                    if len(content := file.read(length)) < length:
+                        break  # the other end went while it told something
+                    name, args = pickle.loads(content)
                     getattr(side, name)(*args)
         except OSError:
             pass  # as an end
@@ -93,7 +96,7 @@ class LoopWire(asyncio.Protocol):
 
     def tell(self, name: str, *args: Any) -> None:
         """A `Call`, on the loop."""
-        self._transport.write(_message(name, *args))
+        self._transport.write(message(name, *args))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)

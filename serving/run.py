@@ -169,9 +169,9 @@ class Service:
             return (self._run_apart if self._model.is_apart else self._run_beside)(listener, self.url)
 
     def stop(self) -> None:
-        """End as at a signal, once `run` has begun; from any thread."""
-        assert self._exit is not None
-        self._exit(signal.SIGTERM)
+        """End as at a signal, unless `run` has not begun; from any thread."""
+        if self._exit is not None:
+            self._exit(signal.SIGTERM)
 
     def _run_beside(self, listener: socket.socket, url: str) -> Counter[str] | None:
         with ThreadPoolExecutor(1, "hosting") as pool:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_servers import Running, TinyModel, byte_tokenizer
 
-from twinserve.serving.links import LoopWire, _message
+from twinserve.serving.links import LoopWire, message
 from twinserve.settings.errors import RunError
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
@@ -195,8 +195,8 @@ class Side:
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.data())
-def test_messages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
-    content, side = b"".join(_message("hear", number, item) for number, item in enumerate(told)), Side()
+def testmessages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
+    content, side = b"".join(message("hear", number, item) for number, item in enumerate(told)), Side()
     wire = LoopWire(side)
     while content:
         size = data.draw(st.integers(1, len(content)))

@@ -296,6 +296,7 @@ class Hosting:
             return counts
         except BaseException as error:
             said = str(error) or type(error).__name__
+            self.close()
             raise
         finally:
             if record is not None:
@@ -310,8 +311,9 @@ class Hosting:
             if self._is_closed:
                 return False
             self._metrics = ServerMetrics(names[0] if names else host.backend.name)
-            self._teller = Teller(host, self._front)
-            host.start([self._metrics, self._teller])
+            teller = Teller(host, self._front)
+            host.start([self._metrics, teller])
+            self._teller = teller
             host.watched_by(self._metrics)
             self._front("ready", host.backend)
         return True

@@ -34,7 +34,6 @@ class Wire:
         self._connection = connection
         self._out: SimpleQueue[bytes | None] = SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="wire-out", daemon=True)
-        self._reader: threading.Thread | None = None
 
     def tell(self, name: str, *args: Any) -> None:
         """A `Call`; what cannot be sent raises here."""
@@ -47,8 +46,7 @@ class Wire:
             side: its `fail` is called with what its methods raise.
             lost: called when the other end has gone.
         """
-        self._reader = threading.Thread(target=self._read, args=(side, lost), name="wire-in", daemon=True)
-        self._reader.start()
+        threading.Thread(target=self._read, args=(side, lost), name="wire-in", daemon=True).start()
         self._sender.start()
 
     def close(self) -> None:

@@ -48,28 +48,21 @@ def _weight_within(source, length, highest, temperature, upper, BLOCK: tl.conste
 
 @triton.jit
 def _search(
-    source,
-    length,
-    highest,
-    temperature,
-    upper,
-    goal,
-    ROUNDS: tl.constexpr,
-    BY_WEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    source, length, highest, temperature, upper, goal,
+    BY_WEIGHT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The least bits of a distance within which at least `goal` tokens lie, or what they weigh, as far as so many
     rounds tell, of which each leaves an eighth; and what lies nearer. `upper` where there is not so much within."""
     parts = tl.arange(0, 8)
     low, high, below, done = -1, upper, 0.0, 0
     while (high - low > 1) & (done < ROUNDS):
         pivots = tl.minimum(low + (high - low + 7) // 8 * (parts + 1), high)
-        found = tl.zeros((BLOCK, 8), tl.float32)
+        found = tl.zeros((8, BLOCK), tl.float32)
         for start in range(0, length, BLOCK):
             places, distance, bits = _distances(source, length, highest, start, BLOCK)
             weight = tl.where(places < length, tl.exp(-distance / temperature) if BY_WEIGHT else 1.0, 0.0)
-            found += tl.where(bits[:, None] <= pivots[None, :], weight[:, None], 0.0)
-        sums = tl.sum(found, axis=0)
+            found += tl.where(bits[None, :] <= pivots[:, None], weight[None, :], 0.0)
+        sums = tl.sum(found, axis=1)
         first = tl.min(tl.where(sums >= goal, parts, 8), axis=0)
         before = parts == first - 1
         if first > 0:
@@ -114,10 +107,10 @@ def _filtered_kernel(
         counts = tl.sum((farthest[None, :] <= farthest[:, None]).to(tl.int32), axis=1)
         nearest = tl.minimum(limit, tl.min(tl.where(counts >= top_k, farthest, float("inf")), axis=0))
     elif top_k > 0:
-        rough, nearer = _search(own, size, highest, temperature, upper, top_k.to(tl.float32), ROUGH, False, BLOCK)
+        rough, nearer = _search(own, size, highest, temperature, upper, top_k.to(tl.float32), False, ROUGH, BLOCK)
         nearest = rough.to(tl.float32, bitcast=True)
     elif min_p <= 0.0:
-        rough, nearer = _search(own, size, highest, temperature, upper, top_p * total, ROUGH, True, BLOCK)
+        rough, nearer = _search(own, size, highest, temperature, upper, top_p * total, True, ROUGH, BLOCK)
         nearest = rough.to(tl.float32, bitcast=True)
 
     # Copy what lies so near.
@@ -138,14 +131,14 @@ def _filtered_kernel(
 
     # Top-k, which keeps all that are as probable as the last.
     if top_k > 0:
-        upper, nearer = _search(source, length, highest, temperature, upper, top_k.to(tl.float32), 32, False, BLOCK)
+        upper, nearer = _search(source, length, highest, temperature, upper, top_k.to(tl.float32), False, 32, BLOCK)
     # Top-p, which of equal logits keeps those of the lower ids.
     num_equal = size
     if top_p < 1.0:
         if (top_k > 0) | (min_p > 0.0):
             total = _weight_within(source, length, highest, temperature, upper, BLOCK)
         goal = top_p * total
-        upper, nearer = _search(source, length, highest, temperature, upper, goal, 32, True, BLOCK)
+        upper, nearer = _search(source, length, highest, temperature, upper, goal, True, 32, BLOCK)
         each = tl.exp(-upper.to(tl.float32, bitcast=True) / temperature)
         num_equal = tl.maximum(1, tl.ceil((goal - nearer) / each).to(tl.int32))
 
@@ -162,12 +155,11 @@ def _filtered_kernel(
             if equal > left:
                 weight = tl.where(is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) > left), 0.0, weight)
             inside = tl.sum(weight, axis=0)
-            if walk == 1:
-                if mass + inside > target:
-                    # Rounding can leave the number beyond the sum: then it is the last token that can be drawn.
-                    beyond = tl.max(tl.where(weight > 0.0, places, 0), axis=0)
-                    is_behind = (mass + tl.cumsum(weight, axis=0) > target) & (weight > 0.0)
-                    token = tl.min(tl.where(is_behind, places, beyond), axis=0)
+            if (walk == 1) & (mass + inside > target):
+                # Rounding can leave the number beyond the sum: then it is the last token that can be drawn.
+                beyond = tl.max(tl.where(weight > 0.0, places, 0), axis=0)
+                is_behind = (mass + tl.cumsum(weight, axis=0) > target) & (weight > 0.0)
+                token = tl.min(tl.where(is_behind, places, beyond), axis=0)
             mass += inside
             left = tl.maximum(left - equal, 0)
             start += BLOCK

@@ -43,7 +43,7 @@ def test_recorded_traffic_is_decided_again_and_simulated_to_the_same_numbers(tmp
 
 def test_what_http_costs_is_told_beside_the_twin(tmp_path):
     judge_of("llama").model.save_pretrained(tmp_path / "tiny")
-    sizes = "--max-model-len 64 --streams 8 --max-num-seqs 3 --prompt-tokens 24 --output-tokens 12 --num-gpu-blocks 64"
+    sizes = "--max-model-len 64 --streams 5 --max-num-seqs 2 --prompt-tokens 24 --output-tokens 12 --num-gpu-blocks 64"
     run("http_overhead.py", "--model", tmp_path / "tiny", *sizes.split(), "--repeats", 2, "--out", tmp_path)
     result = json.loads((tmp_path / "cpu" / "http-overhead.json").read_text())
     assert len(result["repeats"]) == 2

@@ -353,9 +353,7 @@ def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
     types = {about.get("dtype"), about.get("kv_cache_dtype")}
     if shape is None or device is None or about.get("quantization") != "none" or types != {"bfloat16"}:
         return None
-    return RooflineLatency(
-        ModelShape.of_facts(str(about.get("model")), shape), replace(device, bandwidth_share=1.0, flops_share=1.0)
-    )
+    return RooflineLatency(ModelShape.of_facts(str(about.get("model")), shape), device.at_peak)
 
 
 def least_price(about: dict[str, Any]) -> float:

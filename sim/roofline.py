@@ -52,8 +52,12 @@ class Shares:
     shapes: tuple[str, ...]
 
 
-H200_SHARES = Shares(0.8, 0.7, 0.75, 0.5, 10_000.0, "profile", ("llama-3-8b", "qwen3-0.6b"))
-H100_SHARES = Shares(0.8, 0.7, 0.75, 0.5, 10_000.0, "decode", ())
+H200_SHARES = Shares(
+    0.691, 0.598, 0.769, 0.449, 11_910.0, "benchmarks/results/roofline-shares.json: a profile", ("llama-3-8b",)
+)
+H100_SHARES = Shares(
+    0.775, 0.598, 0.777, 0.449, 11_910.0, "benchmarks/results/roofline-shares.json: decodes; arithmetic: H200", ()
+)
 
 
 @mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
@@ -426,9 +430,9 @@ _FLOAT8: dict[str, Callable[[ModelShape], ModelShape]] = {
 
 def _check_degree(shape: ModelShape, device: Device, tensor_parallel: int) -> None:
     """Raise ValueError if so many devices cannot share the model."""
-    reasons = (
-        [layers.mixer.why_not(tensor_parallel) for layers in shape.layers] if tensor_parallel > 0 else ["expected >= 1"]
-    )
+    if tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel is {tensor_parallel}, expected >= 1")
+    reasons = [layers.mixer.why_not(tensor_parallel) for layers in shape.layers]
     if tensor_parallel > device.linked:
         reasons.append(f"expected at most {device.linked}, as many as share a link of the {device.name}")
     for reason in reasons:

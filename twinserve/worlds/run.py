@@ -94,7 +94,7 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     if not isinstance(latency, RooflineLatency):
         return settings, "a pool without end: num_gpu_blocks is not given"
     try:
-        count = latency.num_blocks(settings.block_size)
+        count = latency.num_blocks(settings.block_size, settings.max_num_seqs)
     except ValueError as error:
         raise InputError(str(error), field="latency", value=latency.name) from error
     words = (

@@ -111,7 +111,7 @@ def fitted(device: Device, steps: Steps, known: dict[str, float]) -> list[float]
 
 
 def errors(device: Device, steps: Steps, known: dict[str, float]) -> dict[str, Any]:
-    """Mean size of the relative errors and their bias, by kind of step, of each half of the steps by the other's fit."""
+    """Mean size and bias of the relative errors, by kind of step, of each half of the steps by the other's fit."""
     halves = steps[::2], steps[1::2]
     kinds: dict[str, list[float]] = {"decodes": [], "prompts": [], "both": []}
     for half, other in (halves, halves[::-1]):

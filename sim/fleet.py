@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import groupby
@@ -75,8 +75,8 @@ def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
 class Fleet:
     """Replicas behind a router, in simulated time.
 
-    What a replica has not answered when it dies is sent anew, to those that are up; its tokens are lost. While none is
-    up, requests wait before the router.
+    What a replica has not answered when it dies is sent anew, to those that are up; its tokens are lost. A request is
+    sent to one that can serve it. While none of them is up and one will be, it waits before the router.
 
     Args:
         latencies: one a replica.
@@ -100,6 +100,7 @@ class Fleet:
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
         self._on_end, self._params, self._is_done, self._step_by_step = ended, params, is_done, step_by_step
         self._lives = [0] * len(latencies)
+        self._cores: dict[int, Core] = {}
         self._up: dict[int, Replica] = {}
         self._outstanding: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
@@ -107,6 +108,7 @@ class Fleet:
             self._begin(index)
         outages = list(outages)
         check_outages(outages, len(latencies))
+        self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
         changes = [(outage.from_ns, False, outage.replica) for outage in outages]
         changes += [(outage.to_ns, True, outage.replica) for outage in outages if outage.to_ns is not None]
         for at_ns, group in groupby(sorted(changes), key=lambda change: change[0]):
@@ -124,16 +126,27 @@ class Fleet:
             InputError: the router chooses a replica that is not there.
         """
         replicas = self.replicas
-        if not replicas:
+        seq = request.to_sequence(self._params)
+        able = [replica for replica in replicas if self._can_serve(replica.index, seq)]
+        if not replicas or (not able and any(self._can_serve(index, seq) for index in self._to_return())):
             self._waiting.append(request)
             return
-        replica = _chosen(self._router, request, replicas)
+        replica = _chosen(self._router, request, able or replicas)
         self._outstanding[request.id] = request
         self._listener.sent(request, replica.index)
-        replica.submit(request.to_sequence(self._params))
+        replica.submit(seq)
+
+    def _can_serve(self, index: int, seq: Sequence) -> bool:
+        """Could a replica, were it up, ever serve this?"""
+        return self._cores[index].scheduler.refusal_of(seq) is None
+
+    def _to_return(self) -> Iterator[int]:
+        """Replicas that are down and will come back."""
+        now = now_ns(self._env)
+        return (index for index, at_ns in self._returns if at_ns > now and index not in self._up)
 
     def _begin(self, index: int) -> None:
-        core = self._listener.begun(index, self._lives[index])
+        core = self._cores[index] = self._listener.begun(index, self._lives[index])
         self._up[index] = Replica(
             self._env, core, self._latencies[index], self._ended, index=index, step_by_step=self._step_by_step
         )
@@ -158,8 +171,10 @@ class Fleet:
                     self._listener.died(index, seqs)
                     lost += [self._outstanding.pop(seq.seq_id) for seq in seqs]
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
-            while self._waiting and self._up:
-                self.submit(self._waiting.popleft())
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for request in waiting:
+                self.submit(request)
 
         return change
 
@@ -208,10 +223,11 @@ def simulate_fleet(
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
         # processor's caches. Eight take a tenth less on the Mooncake trace.
-        for index, share in enumerate(_shares(arrivals, router, len(latencies))):
+        cores = [listener.begun(index, 0) for index in range(len(latencies))]
+        for index, share in enumerate(_shares(arrivals, router, cores, params)):
             simulate(
                 share,
-                listener.begun(index, 0),
+                cores[index],
                 latencies[index],
                 params=params,
                 announce=lambda request, index=index: listener.sent(request, index),  # type: ignore[misc]
@@ -244,13 +260,15 @@ def simulate_fleet(
         raise RuntimeError(f"the simulation stopped at {now_ns(env)} with requests that never arrived")
 
 
-def _shares(arrivals: Arrivals, router: Router, num_replicas: int) -> list[list[Request]]:
+def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: SamplingParams) -> list[list[Request]]:
     """The requests that a blind router sends to each replica."""
-    shares: list[list[Request]] = [[] for _ in range(num_replicas)]
-    replicas: list[Any] = list(map(_Numbered, range(num_replicas)))
+    shares: list[list[Request]] = [[] for _ in cores]
+    replicas: list[Any] = list(map(_Numbered, range(len(cores))))
     while not arrivals.is_empty:
         request = arrivals.pop()
-        shares[_chosen(router, request, replicas).index].append(request)
+        seq = request.to_sequence(params)
+        able = [replica for replica in replicas if cores[replica.index].scheduler.refusal_of(seq) is None]
+        shares[_chosen(router, request, able or replicas).index].append(request)
     return shares
 
 

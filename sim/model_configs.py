@@ -19,6 +19,7 @@ from twinserve.traces.lines import json_file
 
 _MOST = 1 << 24
 """No size of a model is larger by far."""
+_MOST_LAYERS = 4096
 DATA = Path(twinserve.__file__).parent / "data"
 SHAPES_FOLDER = DATA / "shapes"
 """A folder a common shape with the config.json of its model; the engine makes models of random weights of them."""
@@ -141,7 +142,10 @@ class _Config:
 
     @property
     def num_layers(self) -> int:
-        return self.size("num_hidden_layers")
+        count = self.size("num_hidden_layers")
+        if count > _MOST_LAYERS:
+            raise self.error("num_hidden_layers", f"expected an integer from 1 to {_MOST_LAYERS}")
+        return count
 
     def layer_list(self, name: str, known: tuple[str, ...]) -> list[str] | None:
         """A field that says a word a layer; None where it is not there."""

@@ -276,7 +276,7 @@ class RooflineLatency:
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
 
     def num_blocks(self, block_size: int, num_states: int = 0) -> int:
-        """KV blocks that fit beside the weights, the states of so many sequences and a reserve in a share of the memory.
+        """KV blocks that fit beside weights, the states of so many sequences and a reserve in a share of the memory.
 
         Raises:
             ValueError: not even one fits.
@@ -289,8 +289,8 @@ class RooflineLatency:
         if count < 1:
             beside = f" and {states / 1e9:.1f} GB of states" if states else ""
             raise ValueError(
-                f"{self.shape.name} has {weights / 1e9:.1f} GB of weights{beside} a device, which leaves no room for KV "
-                f"in {MEMORY_SHARE:.0%} of {self.device.memory_bytes / 1e9:.1f} GB less {RESERVED_BYTES / 1e9:.0f} GB; "
+                f"{self.shape.name} has {weights / 1e9:.1f} GB of weights{beside} a device, which leaves no room for "
+                f"KV in {MEMORY_SHARE:.0%} of {self.device.memory_bytes / 1e9:.1f} GB less {RESERVED_BYTES / 1e9:.0f} GB; "
                 "expected a higher tensor-parallel degree"
             )
         return count
@@ -311,7 +311,7 @@ class RooflineLatency:
         return self.device.host_ns + self.device.host_seq_ns * features.seqs
 
     def _attention(self, features: StepFeatures) -> Any:
-        """Nanoseconds of all attention of a step, or a column of them: decodes are one operation, each prompt another."""
+        """Nanoseconds of all attention of a step, or a column of them; decodes are one operation, a prompt another."""
         decodes, tokens = features.decode_tokens, features.decode_kv_tokens
         total: Any = 0.0
         for mixing in self._mixing:

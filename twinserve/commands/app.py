@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from twinserve.commands.latencies import fit, profile
-from twinserve.commands.models import generate, model_fetch, model_verify
+from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import KeepsDashes
 from twinserve.commands.records import compare, record_import, replay, report
 from twinserve.commands.serving import serve, top
@@ -50,6 +50,7 @@ trace_app.command("convert")(trace_convert)
 trace_app.command("fetch")(trace_fetch)
 trace_app.command("make")(trace_make)
 record_app.command("import")(record_import)
+model_app.command("describe")(model_describe)
 model_app.command("fetch")(model_fetch)
 model_app.command("verify")(model_verify)
 

@@ -46,6 +46,14 @@ def summary_table(summary: dict[str, Any]) -> None:
     console.print("; ".join(parts))
 
 
+def description_table(model: str, rows: dict[str, Any]) -> None:
+    """Print what a model is, a line a value."""
+    table = Table(Column(), Column(), title=model, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    _console(100).print(table)
+
+
 def comparison_table(comparisons: list[Comparison]) -> None:
     """Print the metrics of two runs side by side."""
     table = Table("metric", "simulated", "real", "error")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import LeastOutstanding, LeastRemaining, PrefixAffine, RandomChoice, RoundRobin
 from twinserve.traces.request import Part, PrefixKeys, Request
 
 
@@ -18,6 +18,7 @@ class Counts:
     index: int
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
+    remaining_tokens: int = 0
 
 
 def up(*tokens: int) -> list[Counts]:
@@ -58,6 +59,20 @@ def test_least_outstanding_takes_the_least_and_of_equal_ones_the_first():
     router = LeastOutstanding()
     assert router.choose(request(0), up(30, 10, 20)) == 1
     assert router.choose(request(0), up(30, 10, 10)) == 1
+
+
+def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_know():
+    replicas = [Counts(0, 10, 1, 900), Counts(1, 800, 9, 90)]
+    assert LeastRemaining().choose(request(0), replicas) == 1
+    assert LeastOutstanding().choose(request(0), replicas) == 0
+
+
+def test_a_prefix_of_a_single_block_is_seen():
+    router, replicas = PrefixAffine(), up(0, 5)
+    first, second = (Request(number, 0, (Part(7, 0, 16), Part(number, 0, 5)), 10) for number in (1, 2))
+    assert router.choose(first, replicas) == 0
+    replicas[0].outstanding_tokens = 100
+    assert router.choose(second, replicas) == 0
 
 
 def test_equal_prefixes_go_to_one_replica():
@@ -103,7 +118,7 @@ def test_a_prefix_whose_replica_is_down_goes_to_the_least_loaded():
 
 
 def test_only_so_many_prefixes_are_remembered_the_latest_used():
-    router, replicas = PrefixAffine(most_prefixes=2), up(0, 1)
+    router, replicas = PrefixAffine(most_prefixes=2, block_tokens=512), up(0, 1)
     for number, text in enumerate((7, 8, 7, 9)):
         router.choose(request(number, text), replicas)
     replicas[0].outstanding_tokens = 2

@@ -15,7 +15,7 @@ _DECODES = (1, 16, 128)
 
 
 def described(text: str) -> dict[str, Any]:
-    """What there is to say of "MODEL", "MODEL@DEVICE" or "MODEL@DEVICE:tp=N": values by what they are, with their units.
+    """What there is to say of "MODEL", "MODEL@DEVICE" or "MODEL@DEVICE:tp=N": values by what they are, with units.
 
     Raises:
         InputError: the model or the device is not known, or the model does not fit.

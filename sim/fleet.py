@@ -138,7 +138,7 @@ class Fleet:
 
     def _can_serve(self, index: int, seq: Sequence) -> bool:
         """Could a replica, were it up, ever serve this?"""
-        return self._cores[index].scheduler.refusal_of(seq) is None
+        return _could_serve(self._cores[index], seq)
 
     def _to_return(self) -> Iterator[int]:
         """Replicas that are down and will come back."""
@@ -185,6 +185,12 @@ class Fleet:
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"
+
+
+def _could_serve(core: Core, seq: Sequence) -> bool:
+    """Would these policies take in a sequence that has not been added anywhere yet?"""
+    seq.final_length = min(seq.num_prompt_tokens + seq.max_tokens, core.scheduler.max_model_len)
+    return core.scheduler.refusal_of(seq) is None
 
 
 def _chosen(router: Router, request: Request, replicas: list[Replica]) -> Replica:
@@ -267,7 +273,7 @@ def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: Sampl
     while not arrivals.is_empty:
         request = arrivals.pop()
         seq = request.to_sequence(params)
-        able = [replica for replica in replicas if cores[replica.index].scheduler.refusal_of(seq) is None]
+        able = [replica for replica in replicas if _could_serve(cores[replica.index], seq)]
         shares[_chosen(router, request, able or replicas).index].append(request)
     return shares
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -174,10 +175,23 @@ def test_windows_and_long_rotations_over_chunks_and_decodes(serving, name, atten
         pytest.skip("flash-attn has no heads of this size")
     llm = serving(judge, attention, num_gpu_blocks=16, max_num_batched_tokens=64, max_num_seqs=5)
     prompts = [[3 + place % 400 for place in range(length)] for length in (1, 19, 60, 129, 300, 700)]
-    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
-        logits = judge.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert (logits.max(-1).values - chosen).max() < (1.0 if attention == "flash" else 1e-3)
+    texts = [
+        (prompt, completion.token_ids)
+        for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True)
+    ]  # fmt: skip
+    found, least = [], []
+    half = deepcopy(judge.model).bfloat16() if attention == "flash" else judge.model
+    for prompt, tokens in texts:
+        logits, own = (
+            model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] for model in (judge.model, half)
+        )
+        best = logits.max(-1).values
+        found += (best - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]).tolist()
+        least += (best - logits.gather(1, own.argmax(-1)[:, None])[:, 0]).tolist()
+    if attention == "flash":  # in bfloat16: the tokens are as good as those of transformers in bfloat16
+        assert sum(found) <= 1.5 * sum(least) and max(found) <= 2 * max(least)
+    else:
+        assert max(found) < 1e-3
 
 
 def test_batches_that_do_not_follow_one_another_are_described_afresh(qwen3, serving):

@@ -24,6 +24,7 @@ from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
 from twinserve.sim.model_configs import SHAPES
 from twinserve.sim.roofline import DEVICES, RooflineLatency
+from twinserve.worlds.run import shipped_latencies
 
 
 def features(decodes: int, context: int, prompt: int = 0) -> StepFeatures:
@@ -410,8 +411,6 @@ def test_nesting_and_digits_beyond_measure_are_one_line(tmp_path, content):
         FittedLatency.load(tmp_path / "latency.json")
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b-h100", "smollm2-135m-cpu-2-threads"])
+@pytest.mark.parametrize("name", shipped_latencies())
 def test_files_that_ship_are_what_a_latency_file_should_be(name):
-    from twinserve.worlds.run import shipped_latencies
-
     assert FittedLatency.load(shipped_latencies()[name]).identity

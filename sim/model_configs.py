@@ -222,6 +222,8 @@ def _mixers(read: _Config) -> list[Attention | LatentAttention | LinearAttention
     if read.kind.gates_output:
         of_word["linear_attention"] = lambda: _linear(read)
     words = read.layer_list("layer_types", tuple(of_word)) or _windows(read)
+    if set(words) == {"linear_attention"}:
+        raise read.error("layer_types", "expected attention to tokens in some layers")
     return [of_word[word]() for word in words]
 
 

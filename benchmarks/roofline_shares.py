@@ -65,9 +65,9 @@ def profile_steps(path: Path) -> Steps:
         if not shapes or shapes[-1][0].features.seqs != sample.features.seqs:
             shapes.append([])
         shapes[-1].append(sample)
-    middle = [sorted(repeats, key=lambda s: s.device_ns)[len(repeats) // 2] for repeats in shapes]
+    middle = [sorted(repeats, key=lambda sample: sample.device_ns or 0)[len(repeats) // 2] for repeats in shapes]
     return [
-        (padded(sample, profile.kernels), sample.device_ns)
+        (padded(sample, profile.kernels), sample.device_ns or 0)
         for sample in middle
         if not any(is_short_piece(start, length) for start, length in sample.features.prompts)
     ]
@@ -85,7 +85,8 @@ def decode_steps(path: Path) -> Steps:
 
 def predicted(values: Any, device: Device, steps: Steps) -> np.ndarray:
     """Nanoseconds on the device by the roofline with these shares."""
-    latency = RooflineLatency(SHAPES[SHAPE], replace(device, shares=Shares(*values, source="", shapes=())))
+    named: dict[str, Any] = dict(zip(NAMES, values, strict=True))
+    latency = RooflineLatency(SHAPES[SHAPE], replace(device, shares=Shares(**named, source="", shapes=())))
     return np.array([latency.step_cost(features)[1] for features, _ in steps], float)
 
 

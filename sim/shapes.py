@@ -314,10 +314,10 @@ class ModelShape:
         """The shape that an engine's facts describe."""
         heads = facts["num_heads"], facts["num_kv_heads"], facts["head_dim"]
         windowed = len(facts.get("windowed_layers") or ())
-        counts = {None: facts["num_layers"] - windowed, facts.get("sliding_window"): windowed}
+        counts = ((None, facts["num_layers"] - windowed), (facts.get("sliding_window"), windowed))
         layers = [
             Layers(count, Attention(*heads, window), FeedForward(facts["intermediate_size"]))
-            for window, count in counts.items()
+            for window, count in counts
             if count
         ]
         return cls(

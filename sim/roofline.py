@@ -291,7 +291,8 @@ class RooflineLatency:
             held, room = self.device.memory_bytes / 1e9, RESERVED_BYTES / 1e9
             raise ValueError(
                 f"{self.shape.name} has {weights / 1e9:.1f} GB of weights{beside} a device, which leaves no room for "
-                f"KV in {MEMORY_SHARE:.0%} of {held:.1f} GB less {room:.0f} GB; expected a higher tensor-parallel degree"
+                f"KV in {MEMORY_SHARE:.0%} of {held:.1f} GB less {room:.0f} GB; "
+                "expected a higher tensor-parallel degree"
             )
         return count
 

@@ -70,6 +70,7 @@ class Device:
         flops: dense bfloat16 operations a second, at the peak.
         memory_bytes: of its memory.
         link: bytes a second to its peers and from them, each way; all-reduce goes through it.
+        multiprocessors: of them, each runs thread blocks of its own.
         source: where these are from.
         float8_flops: dense float8 operations a second, at the peak; None where it has none.
         shares: what is reached of the peaks.
@@ -84,6 +85,7 @@ class Device:
     flops: float
     memory_bytes: int
     link: float
+    multiprocessors: int
     source: str
     float8_flops: float | None = None
     shares: Shares = H200_SHARES
@@ -103,14 +105,26 @@ class Device:
 DEVICES = {
     device.name.lower().replace(" ", ""): device
     for device in (
-        Device("H100", 3.35e12, 989e12, 80 * GIB, 450e9, "NVIDIA H100 data sheet, SXM", 1979e12, H100_SHARES, True),
-        Device("A100", 2.039e12, 312e12, 80 * GIB, 300e9, "NVIDIA A100 data sheet, 80 GB SXM"),
+        Device(
+            "H100",
+            3.35e12,
+            989e12,
+            80 * GIB,
+            450e9,
+            132,
+            "NVIDIA H100 data sheet, SXM",
+            1979e12,
+            H100_SHARES,
+            own_shares=True,
+        ),
+        Device("A100", 2.039e12, 312e12, 80 * GIB, 300e9, 108, "NVIDIA A100 data sheet, 80 GB SXM"),
         Device(
             "H200",
             4.8e12,
             989e12,
             143_771 * MIB,
             450e9,
+            132,
             "NVIDIA H200 data sheet, SXM; memory: as its driver says",
             1979e12,
             own_shares=True,
@@ -121,6 +135,7 @@ DEVICES = {
             121e12,
             23_034 * MIB,
             32e9,
+            58,
             "NVIDIA L4 data sheet; PCIe 4.0 x16; memory: as its driver says",
             242.5e12,
             hop_ns=PCIE_HOP_NS,
@@ -131,6 +146,7 @@ DEVICES = {
             362e12,
             46_068 * MIB,
             32e9,
+            142,
             "NVIDIA L40S data sheet; PCIe 4.0 x16; memory: as its driver says",
             733e12,
             hop_ns=PCIE_HOP_NS,
@@ -141,6 +157,7 @@ DEVICES = {
             165.2e12,
             24_564 * MIB,
             32e9,
+            128,
             "NVIDIA Ada GPU architecture white paper, FP32 accumulate; PCIe 4.0 x16; memory: as its driver says",
             330.3e12,
             hop_ns=PCIE_HOP_NS,
@@ -151,6 +168,7 @@ DEVICES = {
             1307.4e12,
             192 * GIB,
             448e9,
+            304,
             "AMD Instinct MI300X data sheet; seven links of 64 GB/s each way",
             2614.9e12,
         ),

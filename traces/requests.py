@@ -117,10 +117,9 @@ class Requests(Seq[Request]):
 
     def longer_than(self, most: int) -> Iterator[Request]:
         """Those whose prompt or answer has more tokens."""
-        for column in (self._prompt_tokens, self._max_tokens):
-            if max(column, default=0) > min(most, _MOST - 1):
-                yield from (r for r in self if max(r.prompt_tokens, r.max_tokens) > most)
-                return
+        longest = max(max(column, default=0) for column in (self._prompt_tokens, self._max_tokens))
+        if longest > min(most, _MOST - 1):
+            yield from (r for r in self if max(r.prompt_tokens, r.max_tokens) > most)
 
 
 def as_requests(requests: Iterable[Request]) -> Requests:

@@ -16,7 +16,7 @@ from twinserve.sim.roofline import ALL_REDUCE_NS, DEVICES, GIB, MIB, NVLINK_HOP_
 from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
-ROUND = Device("round", 1e9, 1e12, 10**10, 1e9, "made up", host_ns=500, host_seq_ns=10).at_peak
+ROUND = Device("round", 1e9, 1e12, 10**10, 1e9, 8, "made up", host_ns=500, host_seq_ns=10).at_peak
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 

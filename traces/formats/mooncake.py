@@ -7,6 +7,7 @@ equal ids mean equal tokens, so each is a text of its own.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import count
@@ -58,21 +59,17 @@ def texts(requests: Requests, epoch_ns: int | None) -> Iterator[tuple[str, dict[
     Where all prompts are made as this reader makes them, their texts are the ids. Otherwise an id stands for the whole
     prefix that ends with its block, as in Mooncake's own traces, and the prompt itself stands beside it.
     """
-    numbers: dict[int, int] = {}
     free = count()
+    numbers: defaultdict[int, int] = defaultdict(free.__next__)
     told_of = {part.text for request in requests.others.values() for part in request.parts}
     as_read = all(_is_as_read(request.parts) for request in requests)
     for number, request in enumerate(requests):
         if as_read:
             ids = [part.text for part in request.parts]
         else:
-            keys = PrefixKeys(request.parts, answer_text(request.id))
             ends = (*range(_BLOCK, request.prompt_tokens, _BLOCK), request.prompt_tokens)
             if number in requests.others or request.parts[0].text in told_of:
-                ids = [
-                    numbers.setdefault(key, next(free)) if key not in numbers else numbers[key]
-                    for key in map(keys, ends)
-                ]
+                ids = [numbers[key] for key in map(PrefixKeys(request.parts, answer_text(request.id)), ends)]
             else:  # nothing else begins so
                 ids = [next(free) for _ in ends]
         timestamp = request.arrival_ns // _MS

@@ -13,7 +13,7 @@ import orjson
 
 import twinserve
 from twinserve.settings.errors import InputError
-from twinserve.sim.quantized_configs import quantized
+from twinserve.sim.quantized_configs import SAID_OF_WEIGHTS, quantized
 from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
 from twinserve.traces.lines import json_file
 
@@ -165,6 +165,9 @@ def load_shape(path: Path) -> ModelShape:
     """
     path = path / "config.json" if os.path.isdir(path) else path
     config = json_file(path)
+    beside = path.with_name("hf_quant_config.json")
+    if beside.exists():
+        raise InputError("expected none beside config.json: what it says of weights is not modelled", path=beside)
     if not isinstance(config, dict):
         raise InputError("expected a JSON object", path=path)
     return shape_of(config, path.parent.name or path.stem, path)
@@ -188,7 +191,7 @@ def shape_of(config: dict[str, Any], name: str, path: Path) -> ModelShape:
         tuple(Layers(count, mixer, network) for (mixer, network), count in alike.items()),
         read.kind.tied if tied is None else bool(tied),
     )
-    return quantized(shape, config, path)
+    return quantized(shape, {name: read.anywhere(name) for name in SAID_OF_WEIGHTS}, path)
 
 
 def _check_known(read: _Config) -> None:

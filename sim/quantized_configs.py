@@ -10,12 +10,14 @@ from typing import Any
 from twinserve.settings.errors import InputError
 from twinserve.sim.shapes import STORED_BITS, ModelShape
 
+SAID_OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config")
+"""The fields of a configuration that are read here."""
 _LEFT_OUT = ("lm_head", "embed", "gate", "norm", "router", "visual", "vision", "indexer")
 """What is not quantised and need not be: small, or counted with 16 bits anyway."""
 
 
 def quantized(shape: ModelShape, config: dict[str, Any], path: Path) -> ModelShape:
-    """The shape with the bits that its configuration says.
+    """The shape with the bits that its configuration says, of which `config` has the fields `SAID_OF_WEIGHTS`.
 
     Raises:
         InputError: it says something that is not modelled.

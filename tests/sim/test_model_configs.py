@@ -156,3 +156,20 @@ def test_a_model_of_text_and_images_is_priced_by_its_text():
     text = {"model_type": "qwen2", **LLAMA}
     whole = {"model_type": "qwen2_vl", "text_config": text, "vision_config": {"hidden_size": 1}}
     assert shape_of(whole, "a", Path("x")) == shape_of(text, "a", Path("x"))
+
+
+def test_what_the_text_of_text_and_images_says_of_its_weights_holds():
+    """Kimi K2.5 says it there; its experts of 4 bits were priced with 16 in silence."""
+    said = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    whole = {"text_config": {"model_type": "qwen2", **LLAMA, "quantization_config": said}}
+    assert shape_of(whole, "a", Path("x")).weight_bits == 4 + 20 / 128
+    with pytest.raises(InputError, match="dtype is 'float32', expected bfloat16 or float16"):
+        shape_of({"text_config": {"model_type": "qwen2", **LLAMA, "dtype": "float32"}}, "a", Path("x"))
+
+
+def test_a_quantisation_in_a_file_of_its_own_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert load_shape(tmp_path).weight_bits == 16
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(InputError, match=r"hf_quant_config\.json: expected none beside config\.json"):
+        load_shape(tmp_path)

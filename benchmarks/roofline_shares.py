@@ -9,14 +9,13 @@ layer beside is the H100's: with what many steps take it cannot be told from tha
 
 H100: from the decode steps of benchmarks/results/h100/decode-llama-3-8b.json, arithmetic as on the H200.
 
-Writes benchmarks/results/roofline-shares.json, which `sim/roofline.py` has the numbers of.
+Writes benchmarks/results/roofline-shares.json, of which `twinserve/data/devices.toml` has the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from environment import commit
 from result_files import RESULTS, write_json
 from scipy.optimize import least_squares
 
+from twinserve.sim.devices import DEVICES, PEAKS, Device
 from twinserve.sim.fit import StepSample
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES
 from twinserve.sim.profiles import Profile
-from twinserve.sim.roofline import DEVICES, Device, RooflineLatency, Shares
+from twinserve.sim.roofline import RooflineLatency
 
 SHAPE = "llama-3-8b"
 PROFILE = RESULTS / "h200" / "fidelity" / f"profile-{SHAPE}-b16.jsonl.gz"
@@ -85,8 +85,8 @@ def decode_steps(path: Path) -> Steps:
 
 def predicted(values: Any, device: Device, steps: Steps) -> np.ndarray:
     """Nanoseconds on the device by the roofline with these shares."""
-    named: dict[str, Any] = dict(zip(NAMES, values, strict=True))
-    latency = RooflineLatency(SHAPES[SHAPE], replace(device, shares=Shares(**named, source="", shapes=())))
+    shares = PEAKS.model_copy(update=dict(zip(NAMES, values, strict=True)))
+    latency = RooflineLatency(SHAPES[SHAPE], device.model_copy(update={"shares": shares}))
     return np.array([latency.step_cost(features)[1] for features, _ in steps], float)
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import write_whole
+from twinserve.sim.devices import device_of
 from twinserve.sim.kernels import Kernels, most
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.latency_file import check_latency_file
-from twinserve.sim.roofline import RooflineLatency, device_of
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.shapes import ModelShape
 from twinserve.traces.lines import Line, json_file
 
@@ -377,7 +378,9 @@ def prompt_wave(about: dict[str, Any]) -> float:
     each multiprocessor has the tile of one KV head, and with WAVE_SHARE of them busy the rest of the device holds
     nobody up."""
     device, shape = device_of(str(about.get("device"))), about.get("shape")
-    return 0.0 if device is None or shape is None else WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
+    if device is None or device.multiprocessors is None or shape is None:
+        return 0.0
+    return WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
 
 
 def fit(

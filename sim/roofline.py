@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,172 +14,17 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import Device, named_device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
 from twinserve.sim.quantized_configs import with_float8
 from twinserve.sim.shapes import STORED_BITS, Layers, Matrix, ModelShape
 
-MIB, GIB = 1 << 20, 1 << 30
 MEMORY_SHARE = 0.9
 RESERVED_BYTES = 2 * 10**9
 ALL_REDUCE_NS = 6_600
 """What an all-reduce of few bytes takes beside its hops: the base latency of a ring with the LL protocol in NCCL's own
 model of its speed (src/graph/tuning.cc, baseLat)."""
-NVLINK_HOP_NS, PCIE_HOP_NS = 600, 1_000
-"""What each of the 2 (n - 1) hops of that ring takes, over NVLink and over PCIe (the same file, hwLat)."""
-
-
-@mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
-@dataclass(frozen=True)
-class Shares:
-    """What is reached of a device's peaks, and what a layer takes beside.
-
-    Attributes:
-        bandwidth: reading weights and activations, in matrix products of few rows.
-        flops: in matrix products of many rows.
-        attention_bandwidth, attention_flops: the same in attention.
-        layer_ns: of what is neither, a layer: norms, rotations, activation functions, and the gaps between kernels.
-        source: what they were fitted on.
-        shapes: the models of which steps were.
-    """
-
-    bandwidth: float
-    flops: float
-    attention_bandwidth: float
-    attention_flops: float
-    layer_ns: float
-    source: str
-    shapes: tuple[str, ...]
-
-
-H200_SHARES = Shares(
-    0.691, 0.598, 0.769, 0.449, 11_910.0, "benchmarks/results/roofline-shares.json: a profile", ("llama-3-8b",)
-)
-H100_SHARES = Shares(
-    0.775, 0.598, 0.777, 0.449, 11_910.0, "benchmarks/results/roofline-shares.json: decodes; arithmetic: H200", ()
-)
-
-
-@mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
-@dataclass(frozen=True)
-class Device:
-    """What a device can do.
-
-    Attributes:
-        bandwidth: bytes read from its memory a second, at the peak.
-        flops: dense bfloat16 operations a second, at the peak.
-        memory_bytes: of its memory.
-        link: bytes a second to its peers and from them, each way; all-reduce goes through it.
-        multiprocessors: of them, each runs thread blocks of its own.
-        source: where these are from.
-        float8_flops: dense float8 operations a second, at the peak; None where it has none.
-        shares: what is reached of the peaks.
-        own_shares: they were fitted on steps of such a device; else on another's.
-        linked: so many share the link.
-        hop_ns: what a hop over it takes.
-        host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences.
-    """
-
-    name: str
-    bandwidth: float
-    flops: float
-    memory_bytes: int
-    link: float
-    multiprocessors: int
-    source: str
-    float8_flops: float | None = None
-    shares: Shares = H200_SHARES
-    own_shares: bool = False
-    linked: int = 8
-    hop_ns: int = NVLINK_HOP_NS
-    host_ns: int = 1_900_000
-    host_seq_ns: int = 25_000
-
-    @property
-    def at_peak(self) -> Device:
-        """The same, if all that it can do were reached and there were nothing beside."""
-        whole = Shares(1.0, 1.0, 1.0, 1.0, 0.0, "peaks", ())
-        return replace(self, shares=whole, own_shares=False)
-
-
-DEVICES = {
-    device.name.lower().replace(" ", ""): device
-    for device in (
-        Device(
-            "H100",
-            3.35e12,
-            989e12,
-            80 * GIB,
-            450e9,
-            132,
-            "NVIDIA H100 data sheet, SXM",
-            1979e12,
-            H100_SHARES,
-            own_shares=True,
-        ),
-        Device("A100", 2.039e12, 312e12, 80 * GIB, 300e9, 108, "NVIDIA A100 data sheet, 80 GB SXM"),
-        Device(
-            "H200",
-            4.8e12,
-            989e12,
-            143_771 * MIB,
-            450e9,
-            132,
-            "NVIDIA H200 data sheet, SXM; memory: as its driver says",
-            1979e12,
-            own_shares=True,
-        ),
-        Device(
-            "L4",
-            0.3e12,
-            121e12,
-            23_034 * MIB,
-            32e9,
-            58,
-            "NVIDIA L4 data sheet; PCIe 4.0 x16; memory: as its driver says",
-            242.5e12,
-            hop_ns=PCIE_HOP_NS,
-        ),
-        Device(
-            "L40S",
-            0.864e12,
-            362e12,
-            46_068 * MIB,
-            32e9,
-            142,
-            "NVIDIA L40S data sheet; PCIe 4.0 x16; memory: as its driver says",
-            733e12,
-            hop_ns=PCIE_HOP_NS,
-        ),
-        Device(
-            "RTX 4090",
-            1.008e12,
-            165.2e12,
-            24_564 * MIB,
-            32e9,
-            128,
-            "NVIDIA Ada GPU architecture white paper, FP32 accumulate; PCIe 4.0 x16; memory: as its driver says",
-            330.3e12,
-            hop_ns=PCIE_HOP_NS,
-        ),
-        Device(
-            "MI300X",
-            5.3e12,
-            1307.4e12,
-            192 * GIB,
-            448e9,
-            304,
-            "AMD Instinct MI300X data sheet; seven links of 64 GB/s each way",
-            2614.9e12,
-        ),
-    )
-}
-"""The GB of a data sheet are chips of so many GiB; where a driver keeps some of them back, what it leaves counts."""
-
-
-def device_of(name: str) -> Device | None:
-    """The device that a driver's name stands for, such as "NVIDIA H100 80GB HBM3"; None if it is not among DEVICES."""
-    return next((device for device in DEVICES.values() if device.name in name.replace("-", " ").split()), None)
 
 
 class _Mixing(NamedTuple):
@@ -264,7 +109,7 @@ class RooflineLatency:
         """The model, the device with its source, and the degree of parallelism."""
         return {
             "model": self.shape.as_dict(),
-            "device": asdict(self.device),
+            "device": self.device.model_dump(mode="json"),
             "tensor_parallel": self.tensor_parallel,
             "basis": self.basis,
         }
@@ -276,7 +121,7 @@ class RooflineLatency:
         "shares measured": steps of other models, sizes or numbers of devices were measured on this device, and from
         them the shares of its peaks. "datasheet": nothing was measured on it.
         """
-        if not self.device.own_shares:
+        if not self.device.has_own_shares:
             return "datasheet"
         shape = self.shape
         is_plain = shape.weight_bits == shape.kv_bits == STORED_BITS and self.tensor_parallel == 1
@@ -403,10 +248,7 @@ class RooflineLatency:
                 field="latency",
                 value=text,
             )
-        device = DEVICES.get(device_name.lower())
-        if device is None:
-            raise InputError(f"expected a device: {', '.join(DEVICES)}", field="latency", value=device_name)
-        shape = named_shape(model)
+        device, shape = named_device(device_name), named_shape(model)
         try:
             for name, value in options.items():
                 if name in _FLOAT8:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import twinserve.sim.fit as fits
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import DEVICES
 from twinserve.sim.fit import (
     DRIFT_NS,
     FIRST_SCHEMA,
@@ -24,7 +25,7 @@ from twinserve.sim.fit import (
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
 from twinserve.sim.model_configs import SHAPES
-from twinserve.sim.roofline import DEVICES, RooflineLatency
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.worlds.run import shipped_latencies
 
 

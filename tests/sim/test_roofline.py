@@ -10,14 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
-from twinserve.sim.roofline import ALL_REDUCE_NS, DEVICES, GIB, MIB, NVLINK_HOP_NS, Device, RooflineLatency
+from twinserve.sim.roofline import ALL_REDUCE_NS, RooflineLatency
 from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
-ROUND = Device("round", 1e9, 1e12, 10**10, 1e9, 8, "made up", host_ns=500, host_seq_ns=10).at_peak
+ROUND = Device(
+    name="round", bandwidth=1e9, flops=1e12, memory_mib=9_537, link=1e9, source="made up", host_ns=500, host_seq_ns=10,
+    shares=PEAKS,
+)  # fmt: skip
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def changed(device: Device, **values) -> Device:
+    return device.model_copy(update=values)
 
 
 def decode(rows: int, context: int) -> StepFeatures:
@@ -53,7 +61,7 @@ def test_a_step_bound_by_bandwidth_takes_its_bytes_over_the_bandwidth():
 
 
 def test_a_step_bound_by_arithmetic_takes_its_operations_over_the_flops():
-    slow = replace(ROUND, bandwidth=1e15, flops=1e9)
+    slow = changed(ROUND, bandwidth=1e15, flops=1e9)
     tokens, layer_values = 50, 64 * 128 + 64 * 64 + 64 * 256 + 128 * 64
     layer = 2 * tokens * layer_values + 4 * (tokens * (tokens + 1) // 2) * 4 * 16
     assert RooflineLatency(TINY, slow).step_cost(prefill(tokens))[1] == 2 * layer + 2 * 64 * 1000
@@ -112,7 +120,7 @@ def test_the_identity_changes_with_a_figure():
     latency = RooflineLatency.parse("llama-3-8b@H100:tp=2")
     others = [
         RooflineLatency.parse("llama-3-8b@a100"),
-        RooflineLatency(latency.shape, replace(latency.device, bandwidth=3e12), 2),
+        RooflineLatency(latency.shape, changed(latency.device, bandwidth=3e12), 2),
         RooflineLatency.parse("llama-3-8b@H100:tp=2:kv_cache_dtype=fp8"),
     ]
     assert len({latency.identity, *(other.identity for other in others)}) == 4
@@ -133,6 +141,7 @@ def test_the_shares_are_those_that_were_fitted():
     fits = json.loads((RESULTS / "roofline-shares.json").read_text())
     for name in ("h100", "h200"):
         shares = DEVICES[name].shares
+        assert shares.device.lower() == name
         assert {field: getattr(shares, field) for field in fits[name]["shares"]} == fits[name]["shares"]
     assert DEVICES["h200"].shares.shapes == (fits["shape"],)
     errors = fits["h200"]["errors_of_unseen_halves"]
@@ -155,7 +164,10 @@ def test_a_roofline_can_be_built_upon_and_pickled_compiled_or_not():
 
 
 def test_every_device_has_a_source():
-    assert set(DEVICES) == {"a100", "h100", "h200", "l4", "l40s", "rtx4090", "mi300x"}
+    assert set(DEVICES) == {
+        "a100", "h100", "h200", "h20", "b200", "gb200", "b300", "a10", "l4", "l20", "l40s", "rtx4090", "rtxpro6000",
+        "mi300x", "mi355x",
+    }  # fmt: skip
     for device in DEVICES.values():
         assert device.source and device.shares.source
         assert 0 < device.shares.bandwidth <= 1 and 0 < device.shares.flops <= 1
@@ -163,13 +175,54 @@ def test_every_device_has_a_source():
 
 def test_memory_is_what_the_parts_have():
     """A data sheet's GB are GiB of chips: 141, 24 and 192 times 10^9 would leave pools 14 to 31% short."""
-    expected = {"h200": 143_771 * MIB, "rtx4090": 24_564 * MIB, "mi300x": 192 * GIB, "h100": 80 * GIB}
+    expected = {"h200": 143_771 * MIB, "rtx4090": 24_564 * MIB, "mi300x": 192 * GIB, "h100": 81_559 * MIB}
     assert {name: DEVICES[name].memory_bytes for name in expected} == expected
-    short = replace(DEVICES["h200"], memory_bytes=141 * 10**9)
+    short = changed(DEVICES["h200"], memory_mib=141 * 10**9 // MIB)
     blocks, fewer = (
         RooflineLatency(SHAPES["llama-3-70b"], device, 2).num_blocks(16) for device in (DEVICES["h200"], short)
     )
     assert blocks > 1.1 * fewer
+
+
+OWN = """
+name = "Own"
+bandwidth = 2e12
+flops = 300e12
+memory_mib = 40960
+link = 64e9
+source = "its vendor"
+"""
+
+
+def test_a_device_of_ones_own_is_read_from_toml(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(OWN)
+    latency = RooflineLatency.parse(f"llama-3-8b@{path}:tp=2")
+    assert latency.name == "roofline of llama-3-8b on 2 x Own, datasheet"
+    assert latency.device.memory_bytes == 40 * GIB and latency.device.shares == DEVICES["h200"].shares
+    path.write_text(
+        OWN + '[shares]\ndevice = "Own"\nbandwidth = 0.5\nflops = 0.5\nattention_bandwidth = 0.5\n'
+        'attention_flops = 0.5\nlayer_ns = 0\nsource = "mine"\nshapes = ["llama-3-8b"]\n'
+    )
+    assert RooflineLatency.parse(f"llama-3-8b@{path}").basis == "measured"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (OWN.replace("2e12", "-1"), "bandwidth is -1, expected: Input should be greater than 0"),
+        (OWN + "speed = 3", "speed is 3, expected: Extra inputs are not permitted"),
+        (OWN.replace('source = "its vendor"', ""), "source is .*, expected: Field required"),
+        ("name = ", "expected TOML: "),
+    ],
+    ids=["negative", "unknown", "no source", "no TOML"],
+)
+def test_a_device_that_cannot_be_is_refused_by_its_field(tmp_path, text, problem):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=problem) as refused:
+        RooflineLatency.parse(f"llama-3-8b@{path}")
+    assert "own.toml" in str(refused.value)
 
 
 def test_a_config_of_ones_own_is_read(tmp_path):
@@ -191,7 +244,7 @@ def test_a_config_of_ones_own_is_read(tmp_path):
     [
         ("llama-3-8b", "expected roofline:MODEL@DEVICE"),
         ("llama-3-8b@h100:dp=2", "expected roofline:MODEL@DEVICE"),
-        ("llama-3-8b@tpu", "latency is 'tpu', expected a device: h100"),
+        ("llama-3-8b@tpu", "device is 'tpu', expected a TOML file or a device: a100, h100"),
         ("llama-9@h100", "latency is 'llama-9', expected a config.json"),
         ("llama-3-8b@h100:tp=3", "expected a divisor of the 32 query heads"),
         ("llama-3-8b@h100:tp=0", "tensor_parallel is 0, expected >= 1"),
@@ -247,7 +300,7 @@ def test_devices_pay_for_two_all_reduces_a_layer_their_hops_and_what_they_move()
     tokens, shape = 7, ModelShape.dense("tiny", 1000, 64, 128, 2, 8, 8, 16)
 
     def cost(degree: int, **values: float) -> int:
-        return RooflineLatency(shape, replace(ROUND, **values), degree).step_cost(decode(tokens, 100))[1]
+        return RooflineLatency(shape, changed(ROUND, **values), degree).step_cost(decode(tokens, 100))[1]
 
     for degree in (2, 4, 8):
         moved_ns = 2 * (degree - 1) / degree * tokens * 64 * 2 / (ROUND.link / 1e9)
@@ -255,7 +308,7 @@ def test_devices_pay_for_two_all_reduces_a_layer_their_hops_and_what_they_move()
         assert cost(degree, hop_ns=0) - free == pytest.approx(shape.num_layers * 2 * moved_ns, abs=1)
         hops_ns = 2 * (degree - 1) * NVLINK_HOP_NS
         assert cost(degree) - cost(degree, hop_ns=0) == pytest.approx(shape.num_layers * 2 * hops_ns, abs=1)
-    alone = replace(ROUND, link=float("inf"), hop_ns=0, bandwidth=1e18, flops=1e21)
+    alone = changed(ROUND, link=float("inf"), hop_ns=0, bandwidth=1e18, flops=1e21)
     two = RooflineLatency(shape, alone, 2).step_cost(decode(tokens, 100))[1]
     assert two == pytest.approx(shape.num_layers * 2 * ALL_REDUCE_NS, abs=1)
 
@@ -293,14 +346,14 @@ def test_repetitions_cost_what_single_steps_do_whatever_the_attention():
 
 def windowed(window: int | None) -> RooflineLatency:
     shape = replace(TINY, layers=(Layers(2, Attention(4, 2, 16, window), FeedForward(128)),))
-    return RooflineLatency(shape, replace(ROUND, bandwidth=1e6, flops=1e6))
+    return RooflineLatency(shape, changed(ROUND, bandwidth=1e6, flops=1e6))
 
 
 @given(start=st.integers(0, 200), length=st.integers(1, 200), window=st.integers(1, 250))
 def test_a_prompt_in_a_window_costs_the_pairs_within_it_one_by_one(start, length, window):
     """Arithmetic is made to bind: 4 x 16 x 4 operations a pair and a layer, at 1 a microsecond."""
     latency = windowed(window)
-    slow = RooflineLatency(latency.shape, replace(latency.device, bandwidth=1e18))
+    slow = RooflineLatency(latency.shape, changed(latency.device, bandwidth=1e18))
     pairs = sum(min(position, window) for position in range(start + 1, start + length + 1))
     assert attention_ns(slow, prefill(length, start)) == pytest.approx(2 * 256 * pairs * 1000, rel=1e-9)
 
@@ -314,9 +367,9 @@ def test_decodes_in_a_window_read_no_more_than_it():
 def test_latent_attention_reads_the_latent_and_computes_by_heads():
     mixer = LatentAttention(8, None, 32, 16, 8, 16)
     shape = replace(TINY, layers=(Layers(2, mixer, FeedForward(128)),))
-    reads = RooflineLatency(shape, replace(ROUND, flops=1e18))
+    reads = RooflineLatency(shape, changed(ROUND, flops=1e18))
     assert attention_ns(reads, decode(3, 100)) == 2 * 3 * 100 * (32 + 8) * 2
-    computes = RooflineLatency(shape, replace(ROUND, flops=1e9, bandwidth=1e18))
+    computes = RooflineLatency(shape, changed(ROUND, flops=1e9, bandwidth=1e18))
     assert attention_ns(computes, decode(3, 100)) == 2 * 3 * 100 * 2 * 8 * (32 + 8 + 32)
     expanded = 60 * 2 * 32 * 8 * (16 + 16)
     pairs = 10 * 60 + 10 * 11 // 2
@@ -330,7 +383,7 @@ def test_linear_attention_moves_a_state_a_row_however_long_the_context_and_takes
     shape = replace(TINY, layers=(Layers(3, mixer, FeedForward(128)), Layers(1, Attention(4, 2, 16), FeedForward(128))))
     state = 4 * 4 * 8 * 8 + 2 * (2 * 2 * 8 + 4 * 8) * 3
     assert shape.state_bytes == 3 * state
-    latency = RooflineLatency(shape, replace(ROUND, flops=1e18))
+    latency = RooflineLatency(shape, changed(ROUND, flops=1e18))
     kv_ns = 100 * 2 * 2 * 16 * 2
     assert attention_ns(latency, decode(5, 100)) == 5 * kv_ns
     only = replace(shape, layers=shape.layers[:1])
@@ -348,7 +401,7 @@ def test_experts_are_read_as_far_as_tokens_choose_them():
     assert experts.distinct(10_000) == pytest.approx(8)
     shape = replace(TINY, layers=(Layers(1, Attention(4, 2, 16), experts),))
     dense = replace(TINY, layers=(Layers(1, Attention(4, 2, 16), FeedForward(64)),))
-    read, whole = (RooflineLatency(one, replace(ROUND, flops=1e18)) for one in (shape, dense))
+    read, whole = (RooflineLatency(one, changed(ROUND, flops=1e18)) for one in (shape, dense))
     router = 2 * (64 * 8 + 64 + 8)
     activations = 2 * (2 * (64 + 64 + 32 + 64)) - 2 * (64 + 128 + 64 + 64)
     difference = read.step_cost(decode(1, 10))[1] - whole.step_cost(decode(1, 10))[1]

@@ -19,7 +19,9 @@ from twinserve.sim.routers import Router
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
-_DIES = -1
+_CHANGES = -1
+_DIES, _NOTICED, _RETURNS = range(3)
+"""What happens to replicas, in the order of those at one instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,12 @@ class Fleet:
     What a replica has not answered when it dies is sent anew, to those that are up; its tokens are lost. A request is
     sent to one that can serve it. While none of them is up and one will be, it waits before the router.
 
+    A death is noticed some time later, or when the replica is back. Until then the router goes on sending requests
+    there, and what was sent waits.
+
     Args:
         latencies: one a replica.
+        failover_ns: nanoseconds from a death until the router knows of it.
         ended: called with each sequence that ends.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
@@ -94,6 +100,7 @@ class Fleet:
         *,
         params: SamplingParams,
         outages: Iterable[Outage] = (),
+        failover_ns: int = 0,
         is_done: Callable[[], bool],
         step_by_step: bool = False,
     ):
@@ -102,6 +109,7 @@ class Fleet:
         self._lives = [0] * len(latencies)
         self._cores: dict[int, Core] = {}
         self._up: dict[int, Replica] = {}
+        self._dead: set[int] = set()
         self._outstanding: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         for index in range(len(latencies)):
@@ -109,14 +117,19 @@ class Fleet:
         outages = list(outages)
         check_outages(outages, len(latencies))
         self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
-        changes = [(outage.from_ns, False, outage.replica) for outage in outages]
-        changes += [(outage.to_ns, True, outage.replica) for outage in outages if outage.to_ns is not None]
+        changes = []
+        for outage in outages:
+            noticed_ns, back_ns = outage.from_ns + failover_ns, outage.to_ns
+            if back_ns is not None:
+                noticed_ns = min(noticed_ns, back_ns)
+                changes.append((back_ns, _RETURNS, outage.replica))
+            changes += [(outage.from_ns, _DIES, outage.replica), (noticed_ns, _NOTICED, outage.replica)]
         for at_ns, group in groupby(sorted(changes), key=lambda change: change[0]):
-            alarm(env, at_ns, _DIES, self._change([(is_up, index) for _, is_up, index in group]))
+            alarm(env, at_ns, _CHANGES, self._change([(kind, index) for _, kind, index in group]))
 
     @property
     def replicas(self) -> list[Replica]:
-        """Those that are up, by number."""
+        """Those that are up as far as the router knows, by number."""
         return [self._up[index] for index in sorted(self._up)]
 
     def submit(self, request: Request) -> None:
@@ -133,7 +146,8 @@ class Fleet:
             return
         replica = _chosen(self._router, request, able or replicas)
         self._outstanding[request.id] = request
-        self._listener.sent(request, replica.index)
+        if replica.index not in self._dead:
+            self._listener.sent(request, replica.index)
         replica.submit(seq)
 
     def _can_serve(self, index: int, seq: Sequence) -> bool:
@@ -156,20 +170,22 @@ class Fleet:
         del self._outstanding[seq.seq_id]
         self._on_end(seq)
 
-    def _change(self, changes: list[tuple[bool, int]]) -> Callable[[simpy.Event], None]:
-        """What happens at an instant at which replicas die (False) or come back (True)."""
+    def _change(self, changes: list[tuple[int, int]]) -> Callable[[simpy.Event], None]:
+        """What happens at an instant at which replicas die, are noticed to have died, or come back."""
 
         def change(_: simpy.Event) -> None:
             if self._is_done():
                 return
             lost: list[Request] = []
-            for is_up, index in changes:
-                if is_up:
-                    self._begin(index)
+            for kind, index in changes:
+                if kind == _DIES:
+                    self._listener.died(index, self._up[index].stop())
+                    self._dead.add(index)
+                elif kind == _NOTICED:
+                    lost += [self._outstanding.pop(seq.seq_id) for seq in self._up.pop(index).unanswered]
+                    self._dead.remove(index)
                 else:
-                    seqs = self._up.pop(index).stop()
-                    self._listener.died(index, seqs)
-                    lost += [self._outstanding.pop(seq.seq_id) for seq in seqs]
+                    self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -208,6 +224,7 @@ def simulate_fleet(
     *,
     params: SamplingParams | None = None,
     outages: Iterable[Outage] = (),
+    failover_ns: int = 0,
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
 ) -> None:
@@ -217,6 +234,7 @@ def simulate_fleet(
         latencies: what a step costs, one a replica.
         router: chooses a replica for each request as it arrives.
         listener: builds the policies.
+        failover_ns: nanoseconds from a death until the router knows of it.
         progress: called with each sequence that ends; in the order of time, unless the router is blind.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
 
@@ -256,6 +274,7 @@ def simulate_fleet(
         ended,
         params=params,
         outages=outages,
+        failover_ns=failover_ns,
         is_done=lambda: arrivals.is_empty and not fleet._outstanding and not fleet._waiting,
         step_by_step=step_by_step,
     )

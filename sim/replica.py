@@ -121,10 +121,18 @@ class Replica:
             self._resume_at(until, _ENDS)
 
     def stop(self) -> list[Sequence]:
-        """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came."""
+        """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came.
+
+        What is submitted from then on waits for ever.
+        """
         if self._leap is not None:
             self._make(self._leap.num_before(now_ns(self._env)))
         self._event.callbacks.clear()
+        return self.unanswered
+
+    @property
+    def unanswered(self) -> list[Sequence]:
+        """The sequences that have not ended, in the order in which they came."""
         return [*self.core.sequences.values(), *self._inbox]
 
     def _run(self) -> Generator[simpy.Event, None, None]:

@@ -128,6 +128,47 @@ def test_a_death_loses_nothing(tmp_path, router):
             assert row["arrival_ns"] == by_id[row["id"]].arrival_ns, "it counts from its first arrival"
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("failover_ns", [S // 3, 2 * S, 100 * S])
+def test_a_death_that_is_noticed_late_loses_nothing(tmp_path, router, failover_ns):
+    requests = requests_of(5)
+    replicas = specs(*[Uneven()] * 3)
+    summaries = [
+        fleet_run(tmp_path / str(single), requests, replicas, router, outages=OUTAGES[:2], failover_ns=failover_ns,
+                  step_by_step=single)
+        for single in (False, True)
+    ]  # fmt: skip
+    assert summaries[0]["retried"] > 0
+    assert summaries[0]["requests"] == summaries[0]["finished"] == len(requests)
+    assert all(replay(record).is_exact for record in load_replicas(tmp_path / "False"))
+    assert summaries[0]["e2e_s"] == summaries[1]["e2e_s"]
+
+
+@pytest.mark.parametrize(
+    ("to_ns", "failover_ns", "noticed_ns"), [(None, 2 * S, 3 * S), (2 * S, 5 * S, 2 * S), (9 * S, 0, S)]
+)
+def test_until_a_death_is_noticed_requests_are_sent_to_the_dead_and_wait(to_ns, failover_ns, noticed_ns):
+    """Or until the replica is back. Each of them needs ten milliseconds."""
+    sent, ended = [], {}
+
+    class Listener(FleetListener):
+        def sent(self, request, replica):
+            sent.append((request.id, replica))
+
+    requests = [Request(number, number * S // 4, (Part(number, 0, 5),), 1) for number in range(40)]
+    simulate_fleet(
+        requests, [Constant()] * 2, RoundRobin(), Listener([Settings().build_core] * 2),
+        outages=[Outage(1, S, to_ns)], failover_ns=failover_ns,
+        progress=lambda seq: ended.update({seq.seq_id: seq.finish_ns}),
+    )  # fmt: skip
+    assert sorted(ended) == list(range(40)) and len(sent) == 40
+    to_the_dead = [number for number in range(5, 40, 2) if S <= requests[number].arrival_ns < noticed_ns]
+    for number in range(40):
+        begun_ns = noticed_ns if number in to_the_dead else requests[number].arrival_ns
+        assert ended[number] >= begun_ns and ended[number] - begun_ns < S // 4, number
+    assert bool(to_the_dead) == (failover_ns > 0)
+
+
 def test_what_was_lost_is_served_from_the_beginning_by_another(tmp_path):
     requests = [Request(number, 0, (Part(number, 0, 20),), 50) for number in range(4)]
     outages = [Outage(0, S // 10)]

@@ -73,6 +73,9 @@ class FleetOptions(BaseModel):
     die: list[Annotated[Outage, BeforeValidator(parse_outage)]] = Field(
         default=[], description="REPLICA:FROM:TO, in seconds: a replica is down; without TO for good"
     )
+    failover_s: float = Field(
+        default=0.0, ge=0, le=86_400, description="seconds until the router knows that a replica is down"
+    )
     group: list[ReplicaGroup] = []
 
     @field_validator("router")
@@ -186,4 +189,7 @@ class FleetOptions(BaseModel):
             return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
         seeded = self.model_copy(update={"router_seed": self.router_seed + seed})
         router, facts = seeded.build_router(), seeded.router_facts
-        return run_fleet(workload, replicas, router, router_facts=facts, outages=self.die, **options)
+        failover_ns = round(self.failover_s * 1e9)
+        return run_fleet(
+            workload, replicas, router, router_facts=facts, outages=self.die, failover_ns=failover_ns, **options
+        )

@@ -19,6 +19,7 @@ _USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
 """What is shown where no objective says what counts; its limits are not."""
 
 COST, OUTPUT_COST, SPEED = "cost of 1M tokens", "cost of 1M output tokens", "output tokens/s"
+GPU_SECONDS = "GPU seconds of 1M tokens"
 
 
 def sweep_cases(plan: Plan, results: list[Result]) -> list[PageCase]:
@@ -27,7 +28,7 @@ def sweep_cases(plan: Plan, results: list[Result]) -> list[PageCase]:
     cases = []
     for case in plan.cases:
         of_case = [next(left) for _ in case.points]
-        values = _values(plan, of_case, case.points[0].num_gpus())
+        values = _values(plan, of_case, case.points[0].gpus())
         if plan.objective is None:
             cases.append(PageCase(case.varied, values))
             continue
@@ -45,7 +46,7 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         values = {unit: Estimate(capacity.value), "mean over seeds": Estimate(capacity.mean, capacity.interval)}
         values["misses at"] = Estimate(capacity.failed)
         if capacity.value is not None:
-            values |= _values(plan, capacity.results, capacity.point.num_gpus())
+            values |= _values(plan, capacity.results, capacity.point.gpus())
         words = {"what is missed there": "; ".join(capacity.missed) or "nothing"}
         for term in (plan.objective or _USUAL).terms:
             if (limits := capacity.intervals.get(term.metric)) is not None:
@@ -58,13 +59,10 @@ def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase
     """The page: cost, where there is a price, or else time, against what the objective limits."""
     objective = plan.objective or _USUAL
     upwards = [Axis(_column(t), _column(t), None if plan.objective is None else t.limit_s) for t in objective.terms]
-    if plan.price_per_gpu_hour is None:
-        across = Axis("GPU seconds of 1M tokens", "GPU seconds of 1M tokens")
-    else:
-        across = Axis(COST, COST)
+    cost = GPU_SECONDS if plan.prices is None else COST
     varied = {name for case in plan.cases for name in case.varied}
     shared = {name: value for name, value in plan.points[0].flat().items() if name not in (*varied, "seed")}
-    return sweep_page(title, remarks, cases, shared, across, upwards)
+    return sweep_page(title, remarks, cases, shared, Axis(cost, cost), upwards)
 
 
 def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
@@ -72,8 +70,8 @@ def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
     remarks = [f"Latency: {', '.join(dict.fromkeys(r['latency'] for r in results))}."]
     if plan.objective is not None:
         remarks.append(f"Objective: {plan.objective}.")
-    if plan.price_per_gpu_hour is not None:
-        remarks.append(f"Price: {plan.price_per_gpu_hour:g} a GPU-hour.")
+    if plan.prices is not None:
+        remarks.append(f"Price: {plan.prices}.")
     beyond = [r["beyond_fit"] for r in results if "beyond_fit" in r]
     if beyond:
         remarks.append(f"{len(beyond)} runs leave what the latency was fitted on, by up to {max(beyond):.1f} times.")
@@ -91,17 +89,17 @@ def _column(term: Term) -> str:
     return f"{statistic} {name.removesuffix('_s').upper()}, s"
 
 
-def _values(plan: Plan, results: list[Result], num_gpus: int) -> dict[str, Estimate]:
+def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:
     values = {
         _column(term): _estimate([value_of(r["summary"], term.metric) for r in results])
         for term in (plan.objective or _USUAL).terms
     }
     values[SPEED] = _estimate([r["summary"]["output_tok_s"] for r in results])
-    if plan.price_per_gpu_hour is None:
-        seconds = cost_of(results, num_gpus, 3600.0)
-        values["GPU seconds of 1M tokens"] = Estimate(seconds["total"])
+    if plan.prices is None:
+        seconds = cost_of(results, 3600.0 * sum(gpus.values()))
+        values[GPU_SECONDS] = Estimate(seconds["total"])
     else:
-        cost = cost_of(results, num_gpus, plan.price_per_gpu_hour)
+        cost = cost_of(results, plan.prices.per_hour(gpus))
         values |= {COST: Estimate(cost["total"]), OUTPUT_COST: Estimate(cost["output"])}
     return values
 

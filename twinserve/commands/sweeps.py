@@ -66,7 +66,7 @@ def capacity(
     objective: Annotated[str | None, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")] = None,
     tolerance: Annotated[float, typer.Option(help="Share of itself to which a rate is found.")] = 0.02,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of a GPU-hour, in any currency; by kind: h100=2.5,l4=0.8.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     jobs: Jobs = None,
     ray: Ray = None,

@@ -84,9 +84,9 @@ class Objective:
         return missed
 
 
-def cost_per_million_tokens(tokens_per_s: float | None, num_gpus: int, price_per_gpu_hour: float) -> float | None:
+def cost_per_million_tokens(tokens_per_s: float | None, price_per_hour: float) -> float | None:
     """What a million tokens cost while so many are served a second; None where none are."""
-    return price_per_gpu_hour * num_gpus / 3600 / tokens_per_s * 1e6 if tokens_per_s else None
+    return price_per_hour / 3600 / tokens_per_s * 1e6 if tokens_per_s else None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

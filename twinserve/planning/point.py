@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence as Seq
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.settings.build_core import Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import device_of
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
@@ -126,10 +128,17 @@ class Point(PointOptions):
         seeds = [self.seed + number * self.is_random() for number in range(NUM_DRAWS)]
         return [self.model_copy(update={"draw": number, "seed": seed}) for number, seed in enumerate(seeds)]
 
-    def num_gpus(self) -> int:
-        """Devices that serve it."""
-        models = [spec.latency for spec in self.replicas()]
-        return sum(model.tensor_parallel if isinstance(model, RooflineLatency) else 1 for model in models)
+    def gpus(self) -> dict[str, int]:
+        """How many devices of each kind serve it, by name in small letters without spaces; "" where it is not known."""
+        counts: Counter[str] = Counter()
+        for spec in self.replicas():
+            model = spec.latency
+            if isinstance(model, RooflineLatency):
+                counts[model.device.name.lower().replace(" ", "")] += model.tensor_parallel
+            else:
+                device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
+                counts["" if device is None else device.name.lower().replace(" ", "")] += 1
+        return dict(counts)
 
     def own_rate(self) -> float | None:
         """Requests a second as they arrive in the trace; None where all arrive at once."""

@@ -14,7 +14,18 @@ import orjson
 import twinserve
 from twinserve.settings.errors import InputError
 from twinserve.sim.quantized_configs import SAID_OF_WEIGHTS, quantized
-from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
+from twinserve.sim.shapes import (
+    STORED_BITS,
+    Attention,
+    Experts,
+    FeedForward,
+    LatentAttention,
+    Layers,
+    LinearAttention,
+    Mamba,
+    Mixer,
+    ModelShape,
+)
 from twinserve.traces.lines import json_file
 
 _MOST = 1 << 24
@@ -40,6 +51,7 @@ class _Kind:
             `layer_types` say so; 1: none has a window; 0: all have.
         experts: the field with an expert's inner size; None: there are no experts.
         is_latent: attention is latent.
+        is_mamba: layers of linear attention are Mamba's.
         gates_output: attention that is not linear projects a gate of its output.
         defaults: of fields that published configurations leave out.
     """
@@ -49,6 +61,7 @@ class _Kind:
     full_every: int = 1
     experts: str | None = None
     is_latent: bool = False
+    is_mamba: bool = False
     gates_output: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -88,6 +101,10 @@ KINDS: dict[str, _Kind] = {
     "qwen3_moe": replace(_MOE, full_every=0),
     "ernie4_5_moe": replace(_MOE, tied=True),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), _LATENT_MOE),
+    "llama4_text": replace(_WIDE_MOE, defaults={"attention_chunk_size": 8192}),
+    "bamba": _Kind(is_mamba=True),
+    "granitemoehybrid": replace(_WIDE_MOE, is_mamba=True),
+    "nemotron_h": replace(_MOE, is_gated=False, is_mamba=True),
     "qwen3_next": replace(_MOE, gates_output=True),
     "qwen3_5_text": _Kind(gates_output=True),
     "qwen3_5_moe_text": replace(_MOE, gates_output=True),
@@ -181,8 +198,7 @@ def shape_of(config: dict[str, Any], name: str, path: Path) -> ModelShape:
     """
     read = _Config(config, path)
     _check_known(read)
-    mixers, networks = _mixers(read), _networks(read)
-    alike = Counter(zip(mixers, networks, strict=True))
+    alike = Counter(_blocks(read) if read.values.get("model_type") == "nemotron_h" else _layers(read))
     tied = read.anywhere("tie_word_embeddings")
     shape = ModelShape(
         name,
@@ -207,22 +223,68 @@ def _check_known(read: _Config) -> None:
             raise read.error(name, "expected none: this kind of model is priced without latent attention")
 
 
-def _mixers(read: _Config) -> list[Attention | LatentAttention | LinearAttention]:
+def _layers(read: _Config) -> list[tuple[Mixer, FeedForward | Experts]]:
+    """What each layer mixes the tokens with, and its network."""
+    return list(zip(_mixers(read), _networks(read), strict=True))
+
+
+_BLOCKS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+"""What the letters of a pattern stand for."""
+_OLD_WORDS = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Words of older configurations."""
+
+
+def _blocks(read: _Config) -> list[tuple[Mixer, FeedForward | Experts]]:
+    """The layers of a model that lists mixers and networks as blocks of their own: a network belongs to the mixer
+    before it, and a mixer before another one has none."""
+    pattern = read.values.get("hybrid_override_pattern")
+    words = [_BLOCKS.get(letter) for letter in pattern] if isinstance(pattern, str) else None
+    if words is None:
+        found = read.values.get("layers_block_type")
+        words = [_OLD_WORDS.get(word, word) for word in found] if isinstance(found, list) else []
+    if not words or not set(words) <= set(_BLOCKS.values()) or words[0] not in ("linear_attention", "full_attention"):
+        name = "layers_block_type" if pattern is None else "hybrid_override_pattern"
+        raise read.error(name, f"expected blocks of {', '.join(_BLOCKS.values())}, the first no network")
+    if read.values.get("moe_latent_size"):
+        raise read.error("moe_latent_size", "expected none: experts of a latent are not modelled")
+    layers: list[tuple[Mixer, FeedForward | Experts]] = []
+    for word in words:
+        if word in ("linear_attention", "full_attention"):
+            layers.append((_mamba(read) if word == "linear_attention" else _full(read), FeedForward(0)))
+            continue
+        mixer, network = layers[-1]
+        if network != FeedForward(0):
+            raise read.error("hybrid_override_pattern", "expected no network behind a network")
+        layers[-1] = mixer, _experts(read) if word == "moe" else FeedForward(read.size("intermediate_size"), False)
+    return layers
+
+
+def _full(read: _Config) -> Attention:
+    """Attention to all tokens."""
+    heads = read.size("num_attention_heads")
+    return Attention(
+        heads,
+        read.optional("num_key_value_heads") or heads,
+        read.optional("head_dim", "attention_head_dim") or max(1, read.size("hidden_size") // heads),
+        is_gated=read.kind.gates_output,
+    )
+
+
+def _mixers(read: _Config) -> list[Mixer]:
     """What mixes the tokens, a layer."""
     if read.kind.is_latent:
         return [_latent(read)] * read.num_layers
-    heads = read.size("num_attention_heads")
-    full = Attention(
-        heads,
-        read.optional("num_key_value_heads") or heads,
-        read.optional("head_dim") or max(1, read.size("hidden_size") // heads),
-        is_gated=read.kind.gates_output,
-    )
-    of_word: dict[str, Callable[[], Attention | LinearAttention]] = {
+    full = _full(read)
+    of_word: dict[str, Callable[[], Mixer]] = {
         "full_attention": lambda: full,
         "sliding_attention": lambda: replace(full, window=read.size("sliding_window")),
     }
-    if read.kind.gates_output:
+    if (chunk := read.optional("attention_chunk_size")) is not None:
+        of_word["chunked_attention"] = lambda: replace(full, window=chunk)
+    if read.kind.is_mamba:
+        of_word["linear_attention"] = lambda: _mamba(read)
+        of_word |= {old: of_word[word] for old, word in _OLD_WORDS.items()}
+    elif read.kind.gates_output:
         of_word["linear_attention"] = lambda: _linear(read)
     words = read.layer_list("layer_types", tuple(of_word)) or _windows(read)
     if set(words) == {"linear_attention"}:
@@ -233,6 +295,13 @@ def _mixers(read: _Config) -> list[Attention | LatentAttention | LinearAttention
 def _windows(read: _Config) -> list[str]:
     """The kinds of layers of a configuration that does not list them."""
     count = read.num_layers
+    if read.kind.is_mamba:
+        attending = read.values.get("attn_layer_indices") or []
+        if not isinstance(attending, list):
+            raise read.error("attn_layer_indices", "expected a list of layers")
+        return ["full_attention" if layer in attending else "linear_attention" for layer in range(count)]
+    if read.values.get("model_type") == "llama4_text":
+        return ["full_attention" if (layer + 1) % 4 == 0 else "chunked_attention" for layer in range(count)]
     if read.kind.gates_output:
         every = read.optional("full_attention_interval") or 4
         return ["linear_attention" if (layer + 1) % every else "full_attention" for layer in range(count)]
@@ -269,15 +338,26 @@ def _linear(read: _Config) -> LinearAttention:
     )
 
 
+def _mamba(read: _Config) -> Mamba:
+    return Mamba(
+        read.size("mamba_n_heads", "mamba_num_heads"),
+        read.size("mamba_d_head", "mamba_head_dim"),
+        read.size("mamba_d_state", "ssm_state_size"),
+        read.size("mamba_n_groups", "n_groups"),
+        read.size("mamba_d_conv", "conv_kernel"),
+        32 if read.values.get("mamba_ssm_cache_dtype") == "float32" else STORED_BITS,
+    )
+
+
 def _networks(read: _Config) -> list[FeedForward | Experts]:
     """The feed-forward network, a layer."""
     if read.kind.experts is None:
         return [FeedForward(read.size("intermediate_size"), read.kind.is_gated)] * read.num_layers
+    if read.values.get("num_local_experts") == 0:
+        return [FeedForward(read.size("shared_intermediate_size"), read.kind.is_gated)] * read.num_layers
     experts = _experts(read)
-    return [
-        experts if sparse else FeedForward(read.size("intermediate_size"), read.kind.is_gated)
-        for sparse in _sparse(read)
-    ]
+    dense = ("intermediate_size_mlp", "intermediate_size")
+    return [experts if sparse else FeedForward(read.size(*dense), read.kind.is_gated) for sparse in _sparse(read)]
 
 
 def _experts(read: _Config) -> Experts:
@@ -286,9 +366,12 @@ def _experts(read: _Config) -> Experts:
     if top_k > num:
         raise read.error("num_experts_per_tok", f"expected at most the {num} experts")
     inner = read.size(read.kind.experts or "")
-    shared = read.optional("shared_expert_intermediate_size", least=0)
-    count = read.optional("n_shared_experts", "moe_num_shared_experts", least=0) or 0
-    return Experts(num, top_k, inner, count * inner if shared is None else shared, has_shared_gate=bool(shared))
+    gated = read.optional("shared_expert_intermediate_size", least=0)
+    shared = read.optional("shared_intermediate_size", "moe_shared_expert_intermediate_size", least=0)
+    if shared is None:
+        count = read.optional("n_shared_experts", "moe_num_shared_experts", least=0) or 0
+        shared = (1 if read.values.get("model_type") == "llama4_text" else count) * inner if gated is None else gated
+    return Experts(num, top_k, inner, shared, read.kind.is_gated, has_shared_gate=bool(gated))
 
 
 def _sparse(read: _Config) -> list[bool]:
@@ -296,12 +379,17 @@ def _sparse(read: _Config) -> list[bool]:
     words = read.layer_list("mlp_layer_types", ("dense", "sparse"))
     if words is not None:
         return [word == "sparse" for word in words]
+    sparse_layers = read.values.get("moe_layers")
+    if isinstance(sparse_layers, list):
+        return [layer in sparse_layers for layer in range(read.num_layers)]
     dense_layers = read.values.get("mlp_only_layers") or []
     if not isinstance(dense_layers, list):
         raise read.error("mlp_only_layers", "expected a list of layers")
     first = read.optional("first_k_dense_replace", "moe_layer_start_index", least=0) or 0
     last = read.optional("moe_layer_end_index", least=0)
-    step = read.optional("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq") or 1
+    step = (
+        read.optional("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq", "interleave_moe_layer_step") or 1
+    )
     offset = 0 if "moe_layer_freq" in read.values else 1
     return [
         first <= layer <= (read.num_layers if last is None else last)

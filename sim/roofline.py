@@ -58,7 +58,7 @@ class RooflineLatency:
     - experts, a layer: those of top_k of them a token; read are as many as T tokens are expected to choose together;
     - attention, a layer: of all decodes together and of each prompt by itself; operations a query-key pair and the
       reading of contexts, both within the window if there is one, as `sim.shapes` has them;
-    - linear attention, a layer: the states of all rows are read and written;
+    - linear attention and Mamba, a layer: the states of all rows are read and written;
     - the output projection: as a projection, for the sampled rows alone;
     - a time for what lies between them, a layer;
     - with tp > 1, two all-reduces a layer of T hidden states: 2 (tp - 1) / tp of their bytes over the link, and for
@@ -197,7 +197,7 @@ class RooflineLatency:
             known = self._projection(sampled, self.shape.head, 1.0, STORED_BITS, self._flops)
             for layers in self.shape.layers:
                 known += layers.count * (self._layer(layers, tokens) + self.device.shares.layer_ns)
-            known += 2 * self.shape.num_layers * self._all_reduce(tokens)
+            known += self.shape.num_sums * self._all_reduce(tokens)
             self._matrices_ns[tokens, sampled] = known
         return known
 

@@ -198,12 +198,67 @@ class LinearAttention:
         return 7 * self.num_value_heads * self.key_dim * self.value_dim
 
 
-Mixer = Attention | LatentAttention | LinearAttention
+@dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 (Dao and Gu, ICML 2024): a state of one size in place of keys and values.
+
+    Attributes:
+        state_dim: values that each channel keeps.
+        num_groups: of heads that share their input and output projections of the state.
+        conv: tokens that the convolution sees.
+        state_bits: of a value of the state.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    num_groups: int
+    conv: int
+    state_bits: int = STORED_BITS
+
+    window = None
+    pair_operations = prompt_pair_operations = expansion_operations = 0
+
+    @property
+    def _inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def _channels(self) -> int:
+        """Inputs of the convolution: the values, and what goes into the state and out of it."""
+        return self._inner + 2 * self.num_groups * self.state_dim
+
+    def matrices(self, hidden: int) -> list[Matrix]:
+        """The projections to the gate, the convolution's inputs and the time steps, and of the output."""
+        return [Matrix(hidden, self._inner + self._channels + self.num_heads), Matrix(self._inner, hidden)]
+
+    def kv_values(self, tensor_parallel: int = 1) -> float:
+        """None: the state is no part of the pool."""
+        return 0.0
+
+    def why_not(self, tensor_parallel: int) -> str | None:
+        """Why so many devices cannot share the heads, in words."""
+        heads = self.num_heads
+        return f"expected a divisor of the {heads} heads of Mamba" if heads % tensor_parallel else None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a sequence keeps however long it is."""
+        state = self.state_bits // 8 * self._inner * self.state_dim
+        return state + STORED_BITS // 8 * self._channels * (self.conv - 1)
+
+    @property
+    def state_operations(self) -> int:
+        """Operations a token, five a value of the state: decay, the input's product and its sum, the output's."""
+        return 5 * self._inner * self.state_dim
+
+
+Mixer = Attention | LatentAttention | LinearAttention | Mamba
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward network of one inner layer, with a gate beside it or not."""
+    """A feed-forward network of one inner layer, with a gate beside it or not; none, where the inner size is 0."""
 
     inner: int
     is_gated: bool = True
@@ -212,6 +267,8 @@ class FeedForward:
 
     def matrices(self, hidden: int) -> list[Matrix]:
         """The projections up, gate included, and down."""
+        if not self.inner:
+            return []
         return [Matrix(hidden, (1 + self.is_gated) * self.inner), Matrix(self.inner, hidden)]
 
     def of_each(self, hidden: int) -> list[Matrix]:
@@ -328,6 +385,14 @@ class ModelShape:
     def num_layers(self) -> int:
         """Layers of all kinds."""
         return sum(layers.count for layers in self.layers)
+
+    @property
+    def num_sums(self) -> int:
+        """Times that a step adds up what devices that share the layers have: after each mixer and each network."""
+        return sum(
+            layers.count * (1 if isinstance(layers.network, FeedForward) and not layers.network.inner else 2)
+            for layers in self.layers
+        )
 
     @property
     def head(self) -> Matrix:

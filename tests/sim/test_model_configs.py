@@ -9,7 +9,16 @@ import pytest
 
 from twinserve.settings.errors import InputError
 from twinserve.sim.model_configs import KINDS, SHAPES, load_shape, shape_of, shipped_models
-from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
+from twinserve.sim.shapes import (
+    Attention,
+    Experts,
+    FeedForward,
+    LatentAttention,
+    Layers,
+    LinearAttention,
+    Mamba,
+    ModelShape,
+)
 
 TRANSFORMERS_CANNOT_MAKE = {"hunyuan_v1_dense", "nemotron"}
 """Their default configurations lack a size that their models need."""
@@ -17,10 +26,18 @@ NO_DEFAULTS = {"kimi_k2", "deepseek_v2"}
 """No kind of transformers', a DeepSeek-V3 by another name; and one whose default has no number of chosen experts."""
 
 
+WITH_ATTENTION = {
+    "bamba": {"attn_layer_indices": [3, 11, 30]},
+    "granitemoehybrid": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 4},
+}
+"""Their default configurations attend to no tokens anywhere, and so have no pool."""
+
+
 def default_config(model_type: str) -> dict:
     from transformers import AutoConfig
 
-    return json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+    config = AutoConfig.for_model(model_type, **WITH_ATTENTION.get(model_type, {}))
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def parameters_in_transformers(model_type: str) -> int:
@@ -28,7 +45,7 @@ def parameters_in_transformers(model_type: str) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **WITH_ATTENTION.get(model_type, {})))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -65,7 +82,7 @@ def test_every_default_of_transformers_is_of_a_known_kind_or_refused_by_name():
             assert "config.json: " in str(error) and "expected" in str(error)
             refused.add(model_type)
     assert priced <= set(KINDS) and "ernie4_5_moe" in priced
-    assert {"bamba", "mamba2", "jamba", "llama4_text", "falcon_h1", "gpt2", "deepseek_v32", "zamba2"} <= refused
+    assert {"mamba2", "jamba", "falcon_h1", "gpt2", "deepseek_v32", "zamba2"} <= refused
 
 
 @pytest.mark.parametrize("name", shipped_models())
@@ -123,6 +140,36 @@ def test_layers_are_of_the_kinds_that_the_models_have():
         Layers(36, LinearAttention(16, 32, 128, 128, 4), experts),
         Layers(12, Attention(16, 2, 256, is_gated=True), experts),
     )
+
+
+def test_layers_of_llama_4_attend_to_their_chunk_and_every_fourth_to_all():
+    experts, dense = Experts(128, 1, 8192, 8192), FeedForward(16384)
+    chunked, full = Attention(40, 8, 128, 8192), Attention(40, 8, 128)
+    assert SHAPES["llama-4-maverick"].layers == (
+        Layers(24, chunked, dense),
+        Layers(12, chunked, experts),
+        Layers(12, full, experts),
+    )
+
+
+def test_blocks_of_nemotron_h_are_mixers_with_the_network_behind_them():
+    mamba = Mamba(64, 64, 128, 8, 4, 32)
+    experts = Experts(128, 6, 1856, 3712, is_gated=False)
+    shape = SHAPES["nemotron-3-nano-30b-a3b"]
+    assert shape.layers == (
+        Layers(17, mamba, experts),
+        Layers(6, mamba, FeedForward(0)),
+        Layers(6, Attention(32, 2, 128), experts),
+    )
+    assert shape.num_sums == 52, "one behind each block"
+    assert shape.state_bytes == 23 * (4 * 64 * 64 * 128 + 2 * 3 * (64 * 64 + 2 * 8 * 128))
+
+
+@pytest.mark.parametrize("pattern", ["-M", "M--", "MX", "", 3])
+def test_patterns_of_blocks_that_cannot_be_are_refused(pattern):
+    config = shipped_models()["nemotron-3-nano-30b-a3b"]["config"] | {"hybrid_override_pattern": pattern}
+    with pytest.raises(InputError, match="hybrid_override_pattern is .*expected"):
+        shape_of(config | {"intermediate_size": 8}, "a", Path("x"))
 
 
 LLAMA = {

@@ -266,7 +266,7 @@ def test_what_is_no_roofline_is_refused_in_one_line(text, words):
         ({"hidden_size": None}, "hidden_size is None, expected an integer from 1 to"),
         ({"moe_num_experts": 64}, "moe_num_experts is 64, expected none: this kind of model is priced without experts"),
         ({"kv_lora_rank": 512}, "kv_lora_rank is 512, expected none: this kind of model is priced without latent"),
-        ({"model_type": "bamba"}, "model_type is 'bamba', expected a model that is known: "),
+        ({"model_type": "jamba"}, "model_type is 'jamba', expected a model that is known: "),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "expected 8 of full_attention, sliding_attention"),
         ({"layer_types": ["chunked_attention"] * 8}, "expected 8 of full_attention, sliding_attention"),
         ({"sliding_window": 4096}, "sliding_window is 4096, expected layer_types beside it"),

@@ -7,7 +7,7 @@ from typing import Any
 from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.roofline import RooflineLatency, named_shape
-from twinserve.sim.shapes import Attention, Experts, Layers, LinearAttention, ModelShape
+from twinserve.sim.shapes import Attention, Experts, Layers, LinearAttention, Mamba, ModelShape
 
 BLOCK_SIZE = 16
 CONTEXT = 1024
@@ -58,6 +58,8 @@ def _words_of(layers: Layers) -> str:
     if isinstance(mixer, Attention):
         window = f" in a window of {mixer.window}" if mixer.window else ""
         words = f"{mixer.num_heads} heads, {mixer.num_kv_heads} of KV, {mixer.head_dim} wide{window}"
+    elif isinstance(mixer, Mamba):
+        words = f"Mamba of {mixer.num_heads} heads of {mixer.head_dim}, {mixer.state_dim} kept of each value"
     elif isinstance(mixer, LinearAttention):
         words = f"linear attention of {mixer.num_value_heads} heads"
     else:
@@ -65,6 +67,8 @@ def _words_of(layers: Layers) -> str:
     if isinstance(network, Experts):
         shared = f" and {network.shared_inner} shared" if network.shared_inner else ""
         return f"{layers.count} with {words}; {network.top_k} of {network.num} experts of {network.inner}{shared}"
+    if not network.inner:
+        return f"{layers.count} with {words}; no network"
     return f"{layers.count} with {words}; {'gated ' if network.is_gated else ''}network of {network.inner}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from twinserve.planning.capacity import Capacity
-from twinserve.planning.objectives import Objective, Term, interval
+from twinserve.planning.objectives import Term, interval
 from twinserve.planning.point import Result
 from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
@@ -15,8 +15,8 @@ from twinserve.reports.text import number
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import value_of
 
-_USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
-"""What is shown where no objective says what counts; its limits are not."""
+_USUAL = (Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0))
+"""What is shown where no objective says which metrics count; its limits are not."""
 
 COST, OUTPUT_COST, SPEED = "cost of 1M tokens", "cost of 1M output tokens", "output tokens/s"
 GPU_SECONDS = "GPU seconds of 1M tokens"
@@ -48,7 +48,7 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         if capacity.value is not None:
             values |= _values(plan, capacity.results, capacity.point.gpus())
         words = {"what is missed there": "; ".join(capacity.missed) or "nothing"}
-        for term in (plan.objective or _USUAL).terms:
+        for term in _terms(plan):
             if (limits := capacity.intervals.get(term.metric)) is not None:
                 words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
         cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words))
@@ -57,8 +57,7 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
 
 def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase]) -> str:
     """The page: cost, where there is a price, or else time, against what the objective limits."""
-    objective = plan.objective or _USUAL
-    upwards = [Axis(_column(t), _column(t), None if plan.objective is None else t.limit_s) for t in objective.terms]
+    upwards = [Axis(_column(t), _column(t), t.limit_s or None) for t in _terms(plan)]
     cost = GPU_SECONDS if plan.prices is None else COST
     varied = {name for case in plan.cases for name in case.varied}
     shared = {name: value for name, value in plan.points[0].flat().items() if name not in (*varied, "seed")}
@@ -84,16 +83,21 @@ def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
     return remarks
 
 
+def _terms(plan: Plan) -> tuple[Term, ...]:
+    return plan.objective.terms if plan.objective is not None and plan.objective.terms else _USUAL
+
+
 def _column(term: Term) -> str:
     name, _, statistic = term.metric.partition(".")
     return f"{statistic} {name.removesuffix('_s').upper()}, s"
 
 
 def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:
-    values = {
-        _column(term): _estimate([value_of(r["summary"], term.metric) for r in results])
-        for term in (plan.objective or _USUAL).terms
-    }
+    values = {_column(term): _estimate([value_of(r["summary"], term.metric) for r in results]) for term in _terms(plan)}
+    if all("attainment" in r["summary"] for r in results):
+        found = [r["summary"]["attainment"] for r in results]
+        values |= {"share that keeps the limits": _estimate([one["share"] for one in found])}
+        values |= {"goodput, requests/s": _estimate([one["goodput_req_s"] for one in found])}
     values[SPEED] = _estimate([r["summary"]["output_tok_s"] for r in results])
     if plan.prices is None:
         seconds = cost_of(results, 3600.0 * sum(gpus.values()))

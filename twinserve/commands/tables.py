@@ -32,6 +32,12 @@ def summary_table(summary: dict[str, Any]) -> None:
             spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
         console.print(spread)
         console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
+    if found := summary.get("attainment"):
+        share = "none came" if found["share"] is None else f"{found['share']:.2%} of requests"
+        rates = (
+            f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
+        )
+        console.print(f"{found['limits']}: {share}; {rates}")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",

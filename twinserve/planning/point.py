@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 import twinserve
+from twinserve.planning.attainment import Attainment, Limits
 from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.settings.build_core import Settings
@@ -57,6 +58,8 @@ class Point(PointOptions):
             for name in ("rate_scale", "session_rate", "all_at_zero"):
                 if (value := getattr(self.trace_options, name)) is not None:
                     raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
+        if self.limits is not None:
+            Limits.parse(self.limits)
         return self
 
     @classmethod
@@ -210,7 +213,7 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(twinserve.__file__).parent
-    modules = [root / "planning" / name for name in ("fleets.py", "point.py", "prediction.py")]
+    modules = [root / "planning" / name for name in ("attainment.py", "fleets.py", "point.py", "prediction.py")]
     for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -264,8 +267,12 @@ def compute(job: Job) -> Result:
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
-    summary = point.fleet.serve(workload, specs, seed=point.seed)
+    attainment = None if point.limits is None else Attainment(Limits.parse(point.limits))
+    progress = None if attainment is None else attainment.ended
+    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=progress)
     del summary["wall_s"]
+    if attainment is not None:
+        summary["attainment"] = attainment.of(summary)
     result = {
         "inputs": job.inputs,
         "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),

@@ -85,6 +85,9 @@ def _plan(values: dict[str, Any]) -> Plan:
     text = values.get("objective")
     if text is not None and type(text) is not str:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
+    objective = None if text is None else Objective.parse(text)
+    if objective is not None and objective.limits is not None:
+        shared["limits"] = str(objective.limits)
     cases = []
     num_points = seeds * _num_cases(values)
     if num_points > MOST_POINTS:
@@ -99,7 +102,7 @@ def _plan(values: dict[str, Any]) -> Plan:
                 value=seeds,
             )
         cases.append(Case(varied, [first.model_copy(update={"seed": first.seed + number}) for number in range(seeds)]))
-    return Plan(cases, None if text is None else Objective.parse(text), prices)
+    return Plan(cases, objective, prices)
 
 
 def _num_cases(values: dict[str, Any]) -> int:

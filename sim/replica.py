@@ -84,10 +84,10 @@ class Replica:
     def outstanding_tokens(self) -> int:
         """What a router knows to be left to do, in tokens: the prompts of which no token has come back, and one more
         token of every request that has not ended."""
-        self._cut_leap()
-        answered = [number for number, seq in self._unanswered.items() if seq.num_completion_tokens]
-        for number in answered:
-            del self._unanswered[number]
+        if self._unanswered:
+            self._cut_leap()
+            for number in [number for number, seq in self._unanswered.items() if seq.num_completion_tokens]:
+                del self._unanswered[number]
         return sum(seq.num_prompt_tokens for seq in self._unanswered.values()) + self.outstanding_requests
 
     @property

@@ -69,13 +69,14 @@ class LeastRemaining:
 class PrefixAffine:
     """The replica that was sent the longest prefix of the prompt before, unless it has too much to do.
 
-    The router remembers to which replica each prefix, in whole blocks, went last; it does not know what the replicas'
-    caches still hold. Where no prefix is known, or the replica is down or has more than `max_lead_tokens` outstanding
-    tokens more than the least loaded one, the request goes to the least loaded one, and its prefixes with it.
+    The router remembers to which replica each prefix, in whole blocks, went last; beyond 32 blocks, the prefixes that
+    end at every 32nd. It does not know what the replicas' caches still hold. Where no prefix is known, or the replica
+    is down or has more than `max_lead_tokens` outstanding tokens more than the least loaded one, the request goes to
+    the least loaded one, and its prefixes with it.
 
     Args:
         max_lead_tokens: outstanding tokens that a cached prefix is worth waiting for.
-        block_tokens: prefixes are looked at in steps of so many tokens; a block of the replicas' caches.
+        block_tokens: of a block of the replicas' caches.
         most_prefixes: so many are remembered; the least recently used is forgotten first.
 
     Raises:
@@ -95,8 +96,12 @@ class PrefixAffine:
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
         key_of = PrefixKeys(request.parts, answer_text(request.id))
-        ends = range(self._block_tokens, request.prompt_tokens + 1, self._block_tokens)
-        keys = [(request.salt, key) for key in key_of.each(ends)]
+        block, most = self._block_tokens, 32 * self._block_tokens
+        ends = (
+            range(block, min(most, request.prompt_tokens) + 1, block),
+            range(2 * most, request.prompt_tokens + 1, most),
+        )
+        keys = [(request.salt, key) for part in ends for key in key_of.each(part)]
         tokens = [replica.outstanding_tokens for replica in replicas]
         least = tokens.index(min(tokens))
         place = self._known(keys, replicas)

@@ -75,6 +75,15 @@ def test_a_prefix_of_a_single_block_is_seen():
     assert router.choose(second, replicas) == 0
 
 
+def test_of_a_long_prompt_every_32nd_block_is_remembered():
+    router, replicas = PrefixAffine(), up(0, 5)
+    shared = Part(7, 0, 1600)
+    assert router.choose(Request(1, 0, (shared, Part(1, 0, 16)), 10), replicas) == 0
+    assert len(router._sent) == 32 + 2, "16, 32, ..., 512, and 1,024 and 1,536"
+    replicas[0].outstanding_tokens = 100
+    assert router.choose(Request(2, 0, (Part(7, 0, 1540), Part(2, 0, 500)), 10), replicas) == 0
+
+
 def test_equal_prefixes_go_to_one_replica():
     router, replicas = PrefixAffine(), up(0, 5, 0)
     assert router.choose(request(0, 7, 8), replicas) == 0

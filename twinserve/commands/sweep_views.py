@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from twinserve.planning.capacity import Capacity
+from twinserve.planning.deployments import Deployment
 from twinserve.planning.objectives import Term, interval
 from twinserve.planning.point import Result
 from twinserve.planning.sweep import Plan, cost_of
@@ -52,6 +53,23 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
             if (limits := capacity.intervals.get(term.metric)) is not None:
                 words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
         cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words))
+    return cases
+
+
+def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase]:
+    """A row a deployment."""
+    cases = []
+    for deployment in deployments:
+        capacity = deployment.capacity
+        together = {kind: count // len(capacity.point.replicas()) for kind, count in deployment.gpus.items()}
+        varied = {"a replica": " and ".join(f"{count} x {kind}" for kind, count in together.items())}
+        values: dict[str, Estimate] = {
+            "replicas": Estimate(capacity.value, capacity.interval),
+            "price an hour": Estimate(deployment.price_per_hour),
+        }
+        values.update(_values(plan, capacity.results, deployment.gpus))
+        words = {"one fewer misses": "; ".join(capacity.missed) or "there are none fewer"}
+        cases.append(PageCase(varied, values, True, words))
     return cases
 
 

@@ -5,9 +5,9 @@ number, so the bits of its float32 are an integer that rises with it: the distan
 top-k says, or as much probability as top-p, is searched among the integers, eight parts at a time.
 
 What is searched is short. As many blocks of the vocabulary as top-k keeps tokens have a largest logit each, so none of
-the tokens that are kept lies below the least of these; and tokens so improbable that all of the vocabulary of them
-would not be what top-p leaves out are none of them. What is left is copied, in the order of the vocabulary, unless it
-is more than there is room for: then the row's own logits are searched.
+the tokens that are kept lies below the least of these; where that says nothing, a few rounds among all logits do. What
+is left is copied, in the order of the vocabulary, unless it is more than there is room for: then the row's own logits
+are searched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from twinserve.engine.sampler import GREEDY_BELOW
 ROOM = 2048
 """Tokens of a row that are copied."""
 
+ROUGH = tl.constexpr(4)
+"""Rounds of a search among all of a row's logits, whose result is then searched further where it fits the room."""
+
 
 @triton.jit
 def _distances(source, length, highest, start, BLOCK: tl.constexpr):
@@ -34,26 +37,39 @@ def _distances(source, length, highest, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _search(source, length, highest, temperature, upper, goal, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The least bits of a distance within which at least `goal` tokens lie, or their weights; and what lies nearer.
+def _weight_within(source, length, highest, temperature, upper, BLOCK: tl.constexpr):
+    """The weight of the tokens within a distance of these bits, where the most probable token weighs 1."""
+    found = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        places, distance, bits = _distances(source, length, highest, start, BLOCK)
+        found += tl.where(bits <= upper, tl.exp(-distance / temperature), 0.0)
+    return tl.sum(found, axis=0)
 
-    `upper` where even within that there is not so much.
-    """
+
+@triton.jit
+def _search(
+    source, length, highest, temperature, upper, goal,
+    BY_WEIGHT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The least bits of a distance within which at least `goal` tokens lie, or what they weigh, as far as so many
+    rounds tell, of which each leaves an eighth; and what lies nearer. `upper` where there is not so much within."""
     parts = tl.arange(0, 8)
-    low, high, below = -1, upper, 0.0
-    while high - low > 1:
+    low, high, below, done = -1, upper, 0.0, 0
+    while (high - low > 1) & (done < ROUNDS):
         pivots = tl.minimum(low + (high - low + 7) // 8 * (parts + 1), high)
-        found = tl.zeros((8,), tl.float32)
+        found = tl.zeros((8, BLOCK), tl.float32)
         for start in range(0, length, BLOCK):
             places, distance, bits = _distances(source, length, highest, start, BLOCK)
-            weight = tl.where(places < length, tl.exp(-distance / temperature) if BY_MASS else 1.0, 0.0)
-            found += tl.sum(tl.where(bits[:, None] <= pivots[None, :], weight[:, None], 0.0), axis=0)
-        first = tl.min(tl.where(found >= goal, parts, 8), axis=0)
+            weight = tl.where(places < length, tl.exp(-distance / temperature) if BY_WEIGHT else 1.0, 0.0)
+            found += tl.where(bits[None, :] <= pivots[:, None], weight[None, :], 0.0)
+        sums = tl.sum(found, axis=1)
+        first = tl.min(tl.where(sums >= goal, parts, 8), axis=0)
         before = parts == first - 1
         if first > 0:
             low = tl.sum(tl.where(before | ((first == 8) & (parts == 7)), pivots, 0), axis=0)
-            below = tl.sum(tl.where(before, found, 0.0), axis=0)
+            below = tl.sum(tl.where(before, sums, 0.0), axis=0)
         high = tl.where(first == 8, high, tl.sum(tl.where(parts == first, pivots, 0), axis=0))
+        done += 1
     return high, below
 
 
@@ -81,16 +97,21 @@ def _filtered_kernel(
     weights = tl.load(sums + index * num_blocks + blocks, blocks < num_blocks, other=0.0)
     total = tl.sum(tl.exp(-farthest / temperature) * weights, axis=0)
 
-    # Within which distance everything lies that is kept.
+    # Within which distance everything lies that is kept: first what is known of the blocks, else roughly.
     limit = tl.full((), float("inf"), tl.float32)
     if min_p > 0.0:
         limit = -tl.log(min_p) * temperature
+    upper = limit.to(tl.int32, bitcast=True)
     nearest = limit
     if (top_k > 0) & (top_k <= num_blocks):
         counts = tl.sum((farthest[None, :] <= farthest[:, None]).to(tl.int32), axis=1)
         nearest = tl.minimum(limit, tl.min(tl.where(counts >= top_k, farthest, float("inf")), axis=0))
-    elif (top_k <= 0) & (min_p <= 0.0):
-        nearest = temperature * tl.log(1.001 * size / ((1.0 - top_p) * total))
+    elif top_k > 0:
+        rough, nearer = _search(own, size, highest, temperature, upper, top_k.to(tl.float32), False, ROUGH, BLOCK)
+        nearest = rough.to(tl.float32, bitcast=True)
+    elif min_p <= 0.0:
+        rough, nearer = _search(own, size, highest, temperature, upper, top_p * total, True, ROUGH, BLOCK)
+        nearest = rough.to(tl.float32, bitcast=True)
 
     # Copy what lies so near.
     count = 0
@@ -109,41 +130,40 @@ def _filtered_kernel(
         source, length = near + index * ROOM, count
 
     # Top-k, which keeps all that are as probable as the last.
-    upper = limit.to(tl.int32, bitcast=True)
     if top_k > 0:
-        upper, nearer = _search(source, length, highest, temperature, upper, top_k.to(tl.float32), False, BLOCK)
+        upper, nearer = _search(source, length, highest, temperature, upper, top_k.to(tl.float32), False, 32, BLOCK)
     # Top-p, which of equal logits keeps those of the lower ids.
     num_equal = size
     if top_p < 1.0:
         if (top_k > 0) | (min_p > 0.0):
-            total = 0.0
-            for start in range(0, length, BLOCK):
-                places, distance, bits = _distances(source, length, highest, start, BLOCK)
-                total += tl.sum(tl.where(bits <= upper, tl.exp(-distance / temperature), 0.0), axis=0)
+            total = _weight_within(source, length, highest, temperature, upper, BLOCK)
         goal = top_p * total
-        upper, below = _search(source, length, highest, temperature, upper, goal, True, BLOCK)
+        upper, nearer = _search(source, length, highest, temperature, upper, goal, True, 32, BLOCK)
         each = tl.exp(-upper.to(tl.float32, bitcast=True) / temperature)
-        num_equal = tl.maximum(1, tl.ceil((goal - below) / each).to(tl.int32))
+        num_equal = tl.maximum(1, tl.ceil((goal - nearer) / each).to(tl.int32))
 
     # Draw among them, in the order of the vocabulary.
-    target = 0.0
-    token, last = -1, 0
+    target = tl.full((), 0.0, tl.float64)
+    token = -1
     for walk in tl.static_range(2):
-        mass, equal = tl.full((), 0.0, tl.float64), 0
-        for start in range(0, length, BLOCK):
+        mass, left, start = tl.full((), 0.0, tl.float64), num_equal, 0
+        while (start < length) & (token < 0):
             places, distance, bits = _distances(source, length, highest, start, BLOCK)
             is_equal = (bits == upper) & (places < length)
-            is_kept = (bits < upper) | (is_equal & (equal + tl.cumsum(is_equal.to(tl.int32), axis=0) <= num_equal))
-            weight = tl.where(is_kept, tl.exp(-distance / temperature), 0.0).to(tl.float64)
-            if walk == 1:
-                is_beyond = (mass + tl.cumsum(weight, axis=0) > target) & (weight > 0.0)
-                place = tl.min(tl.where(is_beyond, places, size), axis=0)
-                token = tl.where((token < 0) & (place < size), place, token)
-                last = tl.maximum(last, tl.max(tl.where(weight > 0.0, places, 0), axis=0))
-            mass += tl.sum(weight, axis=0)
-            equal += tl.sum(is_equal.to(tl.int32), axis=0)
+            weight = tl.where((bits < upper) | is_equal, tl.exp(-distance / temperature), 0.0).to(tl.float64)
+            equal = tl.sum(is_equal.to(tl.int32), axis=0)
+            if equal > left:
+                weight = tl.where(is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) > left), 0.0, weight)
+            inside = tl.sum(weight, axis=0)
+            if (walk == 1) & (mass + inside > target):
+                # Rounding can leave the number beyond the sum: then it is the last token that can be drawn.
+                beyond = tl.max(tl.where(weight > 0.0, places, 0), axis=0)
+                is_behind = (mass + tl.cumsum(weight, axis=0) > target) & (weight > 0.0)
+                token = tl.min(tl.where(is_behind, places, beyond), axis=0)
+            mass += inside
+            left = tl.maximum(left - equal, 0)
+            start += BLOCK
         target = mass * uniform_at(seeds, row, tl.load(computed + row))
-    token = tl.where(token < 0, last, token)  # rounding can leave the number beyond the sum
     if count <= ROOM:
         token = tl.load(near_places + index * ROOM + token)
     tl.store(out + index, token)

@@ -89,7 +89,7 @@ def test_what_is_kept_is_searched_for_as_it_is_sorted_for(dtype, width):
     from twinserve.engine.kernels.sampling import sample_rows
 
     device, size = torch.device("cuda"), 151_936
-    kept = [(0, 0.95, 0.0), (20, 1.0, 0.0), (20, 0.95, 0.0), (1, 0.5, 0.0), (0, 1.0, 0.1), (500, 0.9, 0.01)]
+    kept = [(0, 0.95, 0.0), (20, 1.0, 0.0), (20, 0.95, 0.0), (1, 0.497, 0.0), (0, 1.0, 0.1), (500, 0.9, 0.01)]
     kept += [(0, 0.9999, 0.0), (3000, 1.0, 0.0), (0, 1e-6, 0.0), (1 << 40, 0.8, 1.0), (0, 1.0, 0.0)]
     params = [
         SamplingParams(temperature, seed=number, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -78,7 +78,7 @@ class Replica:
         self._device_free = 0
         self._leap: Leap | None = None
         self._event = env.event()
-        env.process(self._run())
+        self._process = env.process(self._run())
 
     @property
     def outstanding_tokens(self) -> int:
@@ -127,7 +127,9 @@ class Replica:
         """
         if self._leap is not None:
             self._make(self._leap.num_before(now_ns(self._env)))
-        self._event.callbacks.clear()
+        for event in (self._event, self._process.target):  # the second is what it waits for before it has begun
+            if event.callbacks:
+                event.callbacks.clear()
         return self.unanswered
 
     @property

@@ -59,6 +59,39 @@ class LeastOutstanding:
         return min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
 
 
+class PowerOfTwo:
+    """Of two replicas drawn at random, the one with fewer outstanding tokens (Mitzenmacher, IEEE TPDS 12(10), 2001).
+
+    The same seed draws the same.
+    """
+
+    def __init__(self, seed: int = 0):
+        self._draws = random.Random(seed)
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        places = self._draws.sample(range(len(replicas)), min(2, len(replicas)))
+        return min(places, key=lambda place: replicas[place].outstanding_tokens)
+
+
+class SessionSticky:
+    """The replica that the session was sent to last, as long as it is up; else, and without a session, the one with the
+    fewest outstanding tokens."""
+
+    def __init__(self) -> None:
+        self._replica_of: dict[int, int] = {}
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        session = request.session
+        if session is not None and (known := self._replica_of.get(session)) is not None:
+            for place, replica in enumerate(replicas):
+                if replica.index == known:
+                    return place
+        place = min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        if session is not None:
+            self._replica_of[session] = replicas[place].index
+        return place
+
+
 class LeastRemaining:
     """The one with the fewest tokens still to compute; of equal ones the first. It knows how long answers will be."""
 
@@ -126,6 +159,10 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "round-robin": RoundRobin,
     "random": RandomChoice,
     "least-outstanding": LeastOutstanding,
+    "power-of-two": PowerOfTwo,
+    "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": PrefixAffine,
 }
+SEEDED: dict[str, Callable[[int], Router]] = {"random": RandomChoice, "power-of-two": PowerOfTwo}
+"""Those that draw at random."""

@@ -14,7 +14,15 @@ from latencies import Constant, Uneven
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
-from twinserve.sim.routers import LeastOutstanding, LeastRemaining, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import (
+    LeastOutstanding,
+    LeastRemaining,
+    PowerOfTwo,
+    PrefixAffine,
+    RandomChoice,
+    RoundRobin,
+    SessionSticky,
+)
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
@@ -28,6 +36,8 @@ ROUTERS = {
     "round-robin": RoundRobin,
     "random": lambda: RandomChoice(3),
     "least-outstanding": LeastOutstanding,
+    "power-of-two": PowerOfTwo,
+    "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": lambda: PrefixAffine(max_lead_tokens=300, block_tokens=16),
 }

@@ -11,11 +11,10 @@ from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
-from twinserve.sim.routers import LeastOutstanding, LeastRemaining, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import ROUTERS
 from twinserve.traces.request import Part, Request
 
 MS = 10**6
-ROUTERS = (RoundRobin, RandomChoice, LeastOutstanding, LeastRemaining, PrefixAffine)
 EXAMPLES = int(os.environ.get("TWINSERVE_FLEETS", "30"))
 
 
@@ -68,7 +67,7 @@ def fleets(draw):
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(fleets(), st.sampled_from(ROUTERS))
+@given(fleets(), st.sampled_from(list(ROUTERS.values())))
 def test_requests_are_conserved_and_littles_law_holds(fleet, router):
     """What is in the system over time adds up to the times that requests spend in it (Little, 1961)."""
     requests, core, latencies, outages, failover_ns = fleet

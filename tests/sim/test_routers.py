@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from twinserve.sim.routers import LeastOutstanding, LeastRemaining, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import (
+    LeastOutstanding,
+    LeastRemaining,
+    PowerOfTwo,
+    PrefixAffine,
+    RandomChoice,
+    RoundRobin,
+    SessionSticky,
+)
 from twinserve.traces.request import Part, PrefixKeys, Request
 
 
@@ -65,6 +73,26 @@ def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_kno
     replicas = [Counts(0, 10, 1, 900), Counts(1, 800, 9, 90)]
     assert LeastRemaining().choose(request(0), replicas) == 1
     assert LeastOutstanding().choose(request(0), replicas) == 0
+
+
+def test_of_two_that_are_drawn_the_one_with_less_to_do_is_taken():
+    router, replicas = PowerOfTwo(3), up(9, 1, 5)
+    places = [router.choose(request(number), replicas) for number in range(60)]
+    assert set(places) == {1, 2}, "the one with most to do loses to either of the others"
+    assert places.count(1) > places.count(2)
+    assert places == [PowerOfTwo(3).choose(request(0), replicas)] + places[1:]
+    assert PowerOfTwo().choose(request(0), replicas[:1]) == 0
+
+
+def test_a_session_stays_where_it_is_until_that_is_down():
+    router, replicas = SessionSticky(), up(5, 1, 3)
+    first, alone = replace(request(0), session=7), request(1)
+    assert router.choose(first, replicas) == 1
+    replicas[1].outstanding_tokens = 100
+    assert router.choose(first, replicas) == 1 and router.choose(alone, replicas) == 2
+    without = [replicas[0], replicas[2]]
+    assert router.choose(first, without) == 1
+    assert router.choose(first, replicas) == 2, "it stays where it was sent"
 
 
 def test_a_prefix_of_a_single_block_is_seen():

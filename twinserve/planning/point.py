@@ -25,6 +25,7 @@ from twinserve.sim.devices import device_of
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
+from twinserve.sim.routers import SEEDED
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
@@ -110,7 +111,7 @@ class Point(PointOptions):
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
-        return self.arrivals == "poisson" or self.fleet.router == "random" or self.trace_options.is_random
+        return self.arrivals == "poisson" or self.fleet.router in SEEDED or self.trace_options.is_random
 
     def replicas(self) -> list[ReplicaSpec]:
         """The replicas that serve it, each with its settings and its latency.

@@ -20,8 +20,8 @@ from twinserve.serving.links import LoopWire
 from twinserve.serving.messages import Call, News
 from twinserve.serving.options import ServeOptions
 
-Open = Callable[["Front"], Awaitable[Call]]
-"""Lets a front and a Core's side tell each other something; gives what tells the latter. Called on the event loop."""
+Open = Callable[["Front"], Awaitable[None]]
+"""Lets a front and a Core's side tell each other something, on the event loop; calls `linked` first of all."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -98,8 +98,7 @@ class Front:
 
     async def _begin(self) -> None:
         self._ended = asyncio.Event()
-        self._host = await self._open(self)
-        self._host("say", f"listening at {self._url}")
+        await self._open(self)
 
     async def _finish(self) -> None:
         """Have what serves behind it end too."""
@@ -107,6 +106,11 @@ class Front:
         await self._ended.wait()
 
     # --- what the Core's side tells ---
+
+    def linked(self, host: Call) -> None:
+        """The Core's side can be told something from now on, by `host`."""
+        self._host = host
+        host("say", f"listening at {self._url}")
 
     def ready(self, backend: Backend) -> None:
         """Requests can be served."""
@@ -151,10 +155,9 @@ def serve_apart(options: ServeOptions, url: str, listener: socket.socket, connec
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's go to both processes, and that one tells this one
 
-    async def open_link(front: Front) -> Call:
+    async def open_link(front: Front) -> None:
         loop = asyncio.get_running_loop()
-        _, wire = await loop.create_connection(lambda: LoopWire(front), sock=connection)
-        return wire.tell
+        await loop.create_unix_connection(lambda: LoopWire(front), sock=connection)
 
     front = Front(options, url, open_link, catches_signals=False)
     front.run(listener)

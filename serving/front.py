@@ -21,8 +21,7 @@ from twinserve.serving.messages import Call, News
 from twinserve.serving.options import ServeOptions
 
 Open = Callable[["Front"], Awaitable[None]]
-"""Lets a front and a Core's side tell each other something: sets the front's `host` before it is told anything itself.
-Called on the event loop."""
+"""Lets a front and a Core's side tell each other something, on the event loop; calls `linked` first of all."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -101,7 +100,6 @@ class Front:
     async def _begin(self) -> None:
         self._ended = asyncio.Event()
         await self._open(self)
-        self.host("say", f"listening at {self._url}")
 
     async def _finish(self) -> None:
         """Have what serves behind it end too."""
@@ -109,6 +107,11 @@ class Front:
         await self._ended.wait()
 
     # --- what the Core's side tells ---
+
+    def linked(self, host: Call) -> None:
+        """The Core's side can be told something from now on, by `host`."""
+        self._host = host
+        host("say", f"listening at {self._url}")
 
     def ready(self, backend: Backend) -> None:
         """Requests can be served."""
@@ -154,9 +157,8 @@ def serve_apart(options: ServeOptions, url: str, listener: socket.socket, connec
         signal.signal(number, signal.SIG_IGN)  # a terminal's go to both processes, and that one tells this one
 
     async def open_link(front: Front) -> None:
-        wire = LoopWire(front)
-        front.host = wire.tell
-        await asyncio.get_running_loop().create_connection(lambda: wire, sock=connection)
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: LoopWire(front), sock=connection)
 
     front = Front(options, url, open_link, catches_signals=False)
     front.run(listener)

@@ -84,7 +84,7 @@ class LoopWire(asyncio.Protocol):
     """The end of a socket on an event loop.
 
     Args:
-        side: its methods are called; `lost` too, when the other end has gone.
+        side: its methods are called; before them `linked`, and `lost` when the other end has gone.
     """
 
     _transport: asyncio.WriteTransport
@@ -93,12 +93,13 @@ class LoopWire(asyncio.Protocol):
         self._side, self._buffer = side, bytearray()
 
     def tell(self, name: str, *args: Any) -> None:
-        """A `Call`, on the loop; nothing once the other end has gone."""
+        """A `Call`, on the loop; nobody hears it once the other end has gone."""
         if not self._transport.is_closing():
             self._transport.write(message(name, *args))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one by its methods alone
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one in all but its class
+        self._side.linked(self.tell)
 
     def data_received(self, data: bytes) -> None:
         buffer, begin, size = self._buffer, 0, _LENGTH.size

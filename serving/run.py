@@ -183,7 +183,7 @@ class Service:
                     loop.call_soon_threadsafe(getattr(front, name), *args)
 
                 hosting = self._hosting = Hosting(self._model, self._options, self._record, tell, self._say)
-                front.host = lambda name, *args: getattr(hosting, name)(*args)
+                front.linked(lambda name, *args: getattr(hosting, name)(*args))
                 hosted.append(pool.submit(hosting.run))
 
             front = self.front = Front(self._options, url, open_link, catches_signals=True)

@@ -95,8 +95,9 @@ def test_a_reader_that_is_slow_gets_everything_and_keeps_nobody_waiting(serving)
 
 def test_a_reader_that_reads_nothing_is_given_up(serving):
     """What it was to get lies in the server's memory no longer."""
-    running = serving(simulated(0.001, num_gpu_blocks=4096, max_model_len=60_000), client_timeout=1)
-    with ask(running, max_tokens=50_000, stream=True) as slow:
+    running = serving(simulated(0.001, num_gpu_blocks=60_000, max_model_len=60_000), client_timeout=1)
+    much = {"max_tokens": 50_000, "n": 16, "return_token_ids": True}  # more than sockets hold, however it is cut
+    with ask(running, stream=True, **much) as slow:
         slow.recv(1000)
         running.settle()
         while running.service.front.server.dispatcher.streams:

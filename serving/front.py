@@ -73,7 +73,6 @@ class Front:
         catches_signals: SIGINT and SIGTERM end it, where it runs in the main thread; else `exit` alone does.
 
     Attributes:
-        host: tells the Core's side; set by `open_link`.
         server: what the paths share.
         is_lost: the Core's side has gone without a word.
     """
@@ -82,7 +81,7 @@ class Front:
         self.server = Server(options)
         self.is_lost = False
         self._url, self._open, self._catches = url, open_link, catches_signals
-        self.host: Call
+        self._host: Call
         self._ended: asyncio.Event
         config = uvicorn.Config(
             make_app(self.server),
@@ -103,7 +102,7 @@ class Front:
 
     async def _finish(self) -> None:
         """Have what serves behind it end too."""
-        self.host("close")
+        self._host("close")
         await self._ended.wait()
 
     # --- what the Core's side tells ---
@@ -115,8 +114,8 @@ class Front:
 
     def ready(self, backend: Backend) -> None:
         """Requests can be served."""
-        self.server.dispatcher = Dispatcher(backend, self.host)
-        self.host("serving")
+        self.server.dispatcher = Dispatcher(backend, self._host)
+        self._host("serving")
 
     def hear(self, news: News) -> None:
         """Something has come of requests."""

@@ -10,13 +10,15 @@ from twinserve.policies.sequence import Sequence
 
 class Row(NamedTuple):
     """One sequence's part of a step: `num_tokens` tokens from position `start` on. `samples`: the step reaches the last
-    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted."""
+    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted. The last
+    `num_drafts` of the tokens are drafts."""
 
     seq: Sequence
     start: int
     num_tokens: int
     samples: bool
     is_prompt: bool
+    num_drafts: int = 0
 
 
 class Batch:
@@ -30,6 +32,7 @@ class Batch:
         sampled: those of `seqs` that sample a token.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
+        drafts: how many of its tokens are drafts, of each row that has any. num_drafts_asked: how many to propose then.
         grown: block tables of running sequences that became longer, with the new blocks.
         skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
@@ -52,6 +55,8 @@ class Batch:
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.aborted: list[Sequence] = []
+        self.drafts: dict[Sequence, int] = {}
+        self.num_drafts_asked = 0
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
@@ -107,9 +112,9 @@ class Batch:
     @property
     def rows(self) -> list[Row]:
         """The rows, in running order; a new list."""
-        chunks, prompts = set(self.chunks), set(self.prompts)
+        chunks, prompts, drafts = set(self.chunks), set(self.prompts), self.drafts
         return [
-            Row(seq, start, length, seq not in chunks, seq in prompts)
+            Row(seq, start, length, seq not in chunks, seq in prompts, drafts.get(seq, 0))
             for seq, start, length in zip(self.seqs, self.starts, self.lengths, strict=True)
         ]
 

@@ -179,8 +179,10 @@ class BlockManager:
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
         """The hashes of the blocks that end with so many tokens of a sequence without token ids. Each tells its prefix
-        from every other, so that no content has to be compared."""
+        (and as much behind it as the cache looks ahead) from every other, so that no content has to be compared."""
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
+        if ahead := self.prefix_cache.hash_lookahead_tokens:
+            ends = range(ends.start + ahead, ends.stop + ahead, ends.step)
         each = getattr(seq.prefix_key, "each", None)
         keys: list[int] = list(map(seq.prefix_key, ends)) if each is None else each(ends)
         mask = self.prefix_cache.root(seq.salt)[0]
@@ -216,8 +218,11 @@ class BlockManager:
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
         cache, size = self.prefix_cache, self.block_size
+        if cache is None:
+            return
+        num_tokens = min(num_tokens, seq.num_tokens - cache.hash_lookahead_tokens)
         first, end = seq.num_registered_tokens // size, num_tokens // size
-        if cache is None or first >= end:
+        if first >= end:
             return
         self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
@@ -266,12 +271,13 @@ class BlockManager:
             return
         if seq.prefix_key is not None:
             # All that it will ever have, as many keys at once cost least.
-            num_blocks = max(num_blocks, seq.final_length // size)
+            ahead = 0 if cache is None else cache.hash_lookahead_tokens
+            num_blocks = max(num_blocks, (seq.final_length - ahead) // size)
             hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return
         assert cache is not None
-        packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
+        packed = token_bytes(seq.token_ids[first * size : num_blocks * size + cache.hash_lookahead_tokens])
         cache.extend_chain(hashes, contents, packed, 4 * size, cache.root(seq.salt)[0])
 
     def check_integrity(self) -> None:
@@ -292,7 +298,9 @@ class BlockManager:
             for index in range(seq.num_registered_tokens // size):
                 entry, content = cache.get(seq.block_table[index]), None
                 if seq.prefix_key is None:
-                    content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
+                    content = token_bytes(
+                        seq.token_ids[index * size : (index + 1) * size + cache.hash_lookahead_tokens]
+                    )
                 expected = seq.block_hashes[index], content, parent
                 found = None if entry is None else (entry.hash, entry.content, entry.parent)
                 assert entry is not None and found == expected, f"{seq}: block {index} is {found}, not {expected}"

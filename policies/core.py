@@ -10,6 +10,7 @@ from mypy_extensions import mypyc_attr
 from twinserve.policies.batch import Batch
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
+from twinserve.policies.speculation import Runs, SpeculativeScheduler
 
 Span = tuple[int, int, int]
 """When a decision is made, and when its step starts and ends, in nanoseconds."""
@@ -55,6 +56,8 @@ class Core:
     ):
         if pipeline_depth < 0:
             raise ValueError(f"pipeline_depth is {pipeline_depth}, expected an integer >= 0")
+        if isinstance(scheduler, SpeculativeScheduler) and scheduler.speculation.is_async != (pipeline_depth > 0):
+            raise ValueError(f"is_async is {scheduler.speculation.is_async}, but pipeline_depth is {pipeline_depth}")
         self.scheduler, self.pipeline_depth, self.eos_token_id = scheduler, pipeline_depth, eos_token_id
         self.listener = CoreListener() if listener is None else listener
         self.in_flight: deque[Batch] = deque()
@@ -119,8 +122,9 @@ class Core:
         self.listener.decided(batch)
         return batch
 
-    def commit(self, token_ids: Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end."""
+    def commit(self, token_ids: Runs | Seq[int] | None, now_ns: int) -> list[Sequence]:
+        """Take the tokens of the oldest batch in flight (one for each of its `sampled`, or a run); the sequences that
+        end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
         batch = self.in_flight[0]

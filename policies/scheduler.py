@@ -239,7 +239,7 @@ class Scheduler:
         preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
         while not batch.preempted:
-            budget = self.max_num_batched_tokens - batch.num_tokens
+            budget = self._budget(batch)
             if self.pipeline_parallel_size > 1 and self.has_place(budget):
                 head = self.waiting.peek()
                 if any([head in before.seqs for before in self.in_flight]):
@@ -250,7 +250,9 @@ class Scheduler:
                 break
             seq, hits, num_tokens = found
             self.waiting.pop_next()
-            self.block_manager.admit(seq, hits, num_tokens)
+            start = len(hits) * self.block_manager.block_size
+            seq.num_drafts = max(0, start + num_tokens - seq.num_tokens)
+            self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
             seq.status = RUNNING
             seq.num_computed_tokens = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
@@ -258,10 +260,23 @@ class Scheduler:
             self._running[seq] = None
             self._passed_over.pop(seq, None)
             self._serve([seq], batch)
-            batch.admitted.append(Row(seq, seq.num_cached_tokens, num_tokens, seq.has_sampled, True))
+            row = Row(seq, start, num_tokens, seq.has_sampled, True, batch.drafts.get(seq, 0))
+            batch.admitted.append(row)
         for seq in reversed(passed_over):
             self.waiting.push_preempted(seq)
             self._passed_over[seq] = None
+
+    def _budget(self, batch: Batch) -> int:
+        """Tokens of the budget that are left for one more sequence."""
+        return self.max_num_batched_tokens - batch.num_tokens
+
+    def _padding(self, num_hit_tokens: int, missing: int) -> int:
+        """Tokens that an admission computes beside those that are missing behind its hits."""
+        return 0
+
+    def _reach(self, start: int, num_tokens: int) -> int:
+        """For so many tokens from `start` on there have to be blocks when `num_tokens` are computed."""
+        return num_tokens
 
     def has_place(self, budget: int) -> bool:
         """Does somebody wait, for whom there are tokens in the step and a place among those that run?"""
@@ -283,18 +298,22 @@ class Scheduler:
         if refusal is not None and facts == refusal.facts and not manager.is_stored(refusal.last_hash):
             return None
         hits = manager.find_hits(seq)
-        missing = seq.num_tokens - len(hits) * manager.block_size
+        start = len(hits) * manager.block_size
+        missing = seq.num_tokens - start
+        padding = self._padding(start, missing)
         most = min(limit, budget)
-        num_tokens = min(missing, most)
-        is_cut = min(missing, limit) > budget and not self.enable_chunked_prefill
+        num_tokens = min(missing + padding, most)
+        is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)
         if is_held and missing > 1:
             num_hits = manager.blocks_for(seq.num_tokens - 1)
         elif is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
-            num_hits = len(hits) + manager.blocks_for(missing - most)
-        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, not self._running):
+            num_hits = len(hits) + manager.blocks_for(missing + padding - most)
+        elif lacking := self.admission.lacks(manager, seq, hits, self._reach(start, num_tokens), not self._running):
             num_hits = len(hits) + lacking
         else:
             return seq, hits, num_tokens
+        if padding:
+            return None  # with fewer hits it would not be padded, and might fit
         may_hit = manager.prefix_cache is not None and num_hits <= (seq.num_tokens - 1) // manager.block_size
         self.refusal = Refusal(facts, num_hits, seq.block_hashes[num_hits - 1] if may_hit else None)
         return None
@@ -315,17 +334,15 @@ class Scheduler:
         return row is not None
 
     def postprocess(
-        self, seqs: Batch | list[Sequence], token_ids: Seq[int] | None, eos_token_id: int | None = None
+        self, seqs: Batch | list[Sequence], token_ids: Seq[Any] | None, eos_token_id: int | None = None
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
         or is None in a simulation. ValueError for anything else. `eos_token_id` ends a sequence that heeds it."""
-        batch = self.in_flight[0] if self.in_flight else None
-        if batch is None or (seqs is not batch and seqs is not batch.seqs):
-            raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
+        batch = self._oldest(seqs)
         sampled = batch.sampled
-        tokens = _checked(token_ids, sampled)
+        tokens = checked_tokens(token_ids, sampled, len(sampled))
         self.in_flight.popleft()
         eos = -1 if eos_token_id is None else eos_token_id
         may_stop = tokens is not None and eos in tokens
@@ -349,6 +366,13 @@ class Scheduler:
                 ended.append(seq)
         return ended
 
+    def _oldest(self, seqs: Batch | list[Sequence]) -> Batch:
+        """The oldest batch in flight, which this has to be, or the list that it holds."""
+        batch = self.in_flight[0] if self.in_flight else None
+        if batch is None or (seqs is not batch and seqs is not batch.seqs):
+            raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
+        return batch
+
     def _end(self, seq: Sequence, reason: str) -> None:
         if seq.status is RUNNING:
             self._release(seq)
@@ -370,13 +394,17 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most, manager = seq.final_length - 1, self.block_manager
+        most, manager = self._most_tokens(seq), self.block_manager
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
             limit = f"max_num_batched_tokens is {self.max_num_batched_tokens} and chunked prefill is off"
             return f"may have to compute {most} tokens in a step, but {limit}"
         return None
+
+    def _most_tokens(self, seq: Sequence) -> int:
+        """For so many tokens a sequence may need blocks at once."""
+        return seq.final_length - 1
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of pool, cache or queues does not hold."""
@@ -389,13 +417,18 @@ class Scheduler:
             computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
+            self._check_running(seq)
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
-                right = least - manager.block_size < seq.num_registered_tokens <= min(seq.num_tokens, computed)
+                behind = manager.block_size + manager.prefix_cache.hash_lookahead_tokens
+                right = least - behind < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
+
+    def _check_running(self, seq: Sequence) -> None:
+        manager, computed = self.block_manager, seq.num_computed_tokens
+        assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
 
 
 def _limit(name: str, value: int | None) -> int:
@@ -404,15 +437,15 @@ def _limit(name: str, value: int | None) -> int:
     return UNLIMITED if value is None else value
 
 
-def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[Any] | None:
-    """The tokens of a step as a list, one for each sequence that samples; None in a simulation. ValueError if they are
-    not as many, not 4-byte integers, or none for sequences with token ids."""
+def checked_tokens(token_ids: Seq[int] | None, sampled: list[Sequence], number: int) -> list[Any] | None:
+    """The tokens of a step as a list, so many for those that sample; None in a simulation. ValueError if they are not
+    as many, not 4-byte integers, or none for sequences with token ids."""
     if token_ids is None and any([seq.has_token_ids for seq in sampled]):
         raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
     if token_ids is None:
         return None
-    if len(token_ids) != len(sampled):
-        raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(sampled)}")
+    if len(token_ids) != number:
+        raise ValueError(f"{len(token_ids)} tokens for a batch that samples {number}")
     try:
         packed = array("I", token_ids)
         return token_ids if isinstance(token_ids, list) else packed.tolist()

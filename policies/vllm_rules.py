@@ -15,8 +15,8 @@ UNLIMITED: Final = 1 << 60
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class VllmAdmission:
-    """vLLM's rule: what is needed must be free: with `reserve_full_prompt` for all tokens that the sequence knows, else
-    for its first step's; and `watermark_blocks` besides, while anything is running."""
+    """vLLM's rule: what is needed must be free: for its first step's tokens, with `reserve_full_prompt` for all that the
+    sequence knows too; and `watermark_blocks` besides, while anything is running."""
 
     def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
         if watermark_blocks < 0:
@@ -24,7 +24,9 @@ class VllmAdmission:
         self.reserve_full_prompt, self.watermark_blocks = reserve_full_prompt, watermark_blocks
 
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
-        covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
+        covered = len(hits) * manager.block_size + num_tokens
+        if self.reserve_full_prompt:
+            covered = max(covered, seq.num_tokens)
         margin = 0 if is_alone else self.watermark_blocks
         return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
 

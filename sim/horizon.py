@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 
-from twinserve.policies import Batch, Core, Scheduler
+from twinserve.policies import Batch, Core, Scheduler, SpeculativeScheduler
 from twinserve.policies.core import Growth, Span
 
 
@@ -18,13 +18,16 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
     Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
-    decided before anything is committed, where a token might stop a sequence, or in a pipeline of ranks. It may be too
+    decided before anything is committed, where a token might stop a sequence, in a pipeline of ranks, or with drafts, as
+    nobody knows how many of them are right. It may be too
     small in these cases: a batch in flight has other rows than `batch`; somebody was preempted just now; the head of
     the waiting queue has a token in flight, or lacks blocks that a running sequence is about to compute; a prefill
     interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
-    if core.must_abort or core.can_decide or batch is not in_flight[-1] or not all(in_flight):
+    if isinstance(scheduler, SpeculativeScheduler) or core.must_abort or core.can_decide:
+        return 1
+    if batch is not in_flight[-1] or not all(in_flight):
         return 1
     if (interval := scheduler.rules.interval).steps > 1:
         cap = min(cap, interval.num_alike(scheduler.running))

@@ -9,9 +9,9 @@ from twinserve.policies.sequence import Sequence
 
 
 class Row(NamedTuple):
-    """One sequence's part of a step: `num_tokens` tokens from position `start` on. `samples`: the step reaches the last
-    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted. The last
-    `num_drafts` of the tokens are drafts."""
+    """One sequence's part of a step: `num_tokens` tokens from position `start` on; the last `num_drafts` are drafts.
+    `samples`: the step reaches the last known token, so it samples the next one. `is_prompt`: the sequence has sampled
+    nothing since it was admitted."""
 
     seq: Sequence
     start: int
@@ -33,6 +33,7 @@ class Batch:
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
         drafts: how many of its tokens are drafts, of each row that has any. num_drafts_asked: how many to propose then.
+        runs: what came of `drafts`: sequence, tokens made, tokens kept. proposed: sequence, drafts for its next step.
         grown: block tables of running sequences that became longer, with the new blocks.
         skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
@@ -57,6 +58,8 @@ class Batch:
         self.aborted: list[Sequence] = []
         self.drafts: dict[Sequence, int] = {}
         self.num_drafts_asked = 0
+        self.runs: list[tuple[Sequence, int, int]] = []
+        self.proposed: list[tuple[Sequence, int]] = []
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0

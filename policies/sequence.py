@@ -123,9 +123,9 @@ class Sequence:
         "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
         "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
         "has_token_ids", "ingested_ns", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
-        "num_drafts", "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens", "num_scheduled_tokens",
-        "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status",
-        "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
+        "num_drafts", "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens",
+        "num_scheduled_tokens", "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id",
+        "status", "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
     )  # fmt: skip
 
     def __init__(

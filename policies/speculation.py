@@ -211,12 +211,18 @@ class SpeculativeScheduler(Scheduler):
             run = None if tokens is None else tokens[first : first + length]
             first += length
             if seq.status is FINISHED:
+                if num_drafts:
+                    batch.runs.append((seq, length, 0))
                 continue
             kept, reason = _append(seq, run, length, eos)
+            if num_drafts:
+                batch.runs.append((seq, length, kept))
             seq.num_in_flight -= 1 + num_drafts
             if seq.status is RUNNING:  # else it was preempted, and computes all of it again
                 seq.num_computed_tokens -= 1 + num_drafts - kept
-                seq.num_drafts = seq.num_drafts if runs.proposed is None else runs.proposed[place]
+                if runs.proposed is not None and reason is None and runs.proposed[place]:
+                    seq.num_drafts = runs.proposed[place]
+                    batch.proposed.append((seq, seq.num_drafts))
                 self.block_manager.register(seq, seq.num_computed_tokens - seq.num_in_flight)
             if reason is not None:
                 self._end(seq, reason)

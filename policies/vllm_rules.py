@@ -15,8 +15,8 @@ UNLIMITED: Final = 1 << 60
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class VllmAdmission:
-    """vLLM's rule: what is needed must be free: for its first step's tokens, with `reserve_full_prompt` for all that the
-    sequence knows too; and `watermark_blocks` besides, while anything is running."""
+    """vLLM's rule: what is needed must be free: for its first step's tokens, with `reserve_full_prompt` for all that it
+    knows too; and `watermark_blocks` besides, while anything is running."""
 
     def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
         if watermark_blocks < 0:

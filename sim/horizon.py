@@ -18,11 +18,11 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
     Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
-    decided before anything is committed, where a token might stop a sequence, in a pipeline of ranks, or with drafts, as
-    nobody knows how many of them are right. It may be too
-    small in these cases: a batch in flight has other rows than `batch`; somebody was preempted just now; the head of
-    the waiting queue has a token in flight, or lacks blocks that a running sequence is about to compute; a prefill
-    interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
+    decided before anything is committed, where a token might stop a sequence, in a pipeline of ranks, or with drafts,
+    as nobody knows how many of them are right. It may be too small in these cases: a batch in flight has other rows
+    than `batch`; somebody was preempted just now; the head of the waiting queue has a token in flight, or lacks blocks
+    that a running sequence is about to compute; a prefill interval begins or ends; or the order's choice may change by
+    itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
     if isinstance(scheduler, SpeculativeScheduler) or core.must_abort or core.can_decide:

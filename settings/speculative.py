@@ -1,0 +1,96 @@
+"""The setting `speculative_config`: vLLM's names where vLLM has them, and the Speculation that it describes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from twinserve.policies import FixedLength, LengthByBatchSize, Speculation, vllm_speculation
+from twinserve.policies.speculation import METHODS, DraftLength
+from twinserve.settings.own_class import build, pinned
+
+
+class SpeculativeConfig(BaseModel):
+    """How drafts are proposed and how many.
+
+    Attributes:
+        method: who proposes: an earlier place of the text with the same last tokens ("ngram"; "ngram_gpu" is vLLM's
+            name of the same where decisions run ahead of results), a smaller model, or EAGLE-3's head.
+        num_speculative_tokens: the most drafts of a sequence in a step.
+        num_speculative_tokens_per_batch_size: rows of first and last batch size and the drafts to ask for there.
+        draft_length: FILE.py:CLASS, a rule of one's own how many drafts to ask for.
+        model: of "draft_model", what its weights are loaded from.
+        prompt_lookup_max, prompt_lookup_min: the most and the fewest last tokens that "ngram" looks for.
+        synthetic_acceptance_rate: each draft is taken for right with this probability, whatever it is; for
+            measurements of speed, as the tokens are not the model's then.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: Literal["ngram", "ngram_gpu", "draft_model", "eagle3"]
+    num_speculative_tokens: int = Field(ge=1, le=256)
+    num_speculative_tokens_per_batch_size: list[list[int]] | None = None
+    draft_length: str | None = None
+    model: str | None = None
+    prompt_lookup_max: int = Field(default=5, ge=1, le=256)
+    prompt_lookup_min: int = Field(default=5, ge=1, le=256)
+    synthetic_acceptance_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+
+    @field_validator("draft_length")
+    @classmethod
+    def _pinned(cls, text: str | None) -> str | None:
+        return None if text is None else pinned(text)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpeculativeConfig:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min is {self.prompt_lookup_min}, expected at most prompt_lookup_max "
+                f"({self.prompt_lookup_max})"
+            )
+        if (self.model is not None) != (self.method == "draft_model"):
+            raise ValueError(f"model is {self.model}, expected a model with the method draft_model, and none without")
+        if self.draft_length is not None and self.num_speculative_tokens_per_batch_size is not None:
+            raise ValueError("num_speculative_tokens_per_batch_size is given, expected none beside draft_length")
+        for row in self.num_speculative_tokens_per_batch_size or ():
+            if len(row) != 3:
+                raise ValueError(
+                    f"a row of the table is {row}, expected first and last batch size and a number of drafts"
+                )
+        if self.draft_length is None:
+            self.build_length()
+        return self
+
+    def build_length(self) -> DraftLength:
+        """The rule how many drafts to ask for.
+
+        Raises:
+            InputError: it is a class of one's own that cannot be used.
+        """
+        if self.draft_length is not None:
+            return build(self.draft_length, "draft_length", DraftLength)
+        if self.num_speculative_tokens_per_batch_size is None:
+            return FixedLength(self.num_speculative_tokens)
+        rows = [(first, last, drafts) for first, last, drafts in self.num_speculative_tokens_per_batch_size]
+        return LengthByBatchSize(self.num_speculative_tokens, rows)
+
+    def build_speculation(self, *, is_async: bool) -> Speculation:
+        """What the scheduler is told of it."""
+        return vllm_speculation(self.method, self.build_length(), is_async)
+
+    @property
+    def hash_lookahead_tokens(self) -> int:
+        """Tokens behind a block that its key in the prefix cache covers."""
+        return METHODS[self.method][2]
+
+
+def parsed(value: Any) -> Any:
+    """A value of the setting, a text being JSON; ValueError if it is not."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"a JSON object ({error})") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.settings.errors import RunError
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
@@ -24,6 +24,13 @@ class StepHandle(Protocol):
 
     start_ns: int
     end_ns: int
+
+    def result(self) -> Runs | list[int]:
+        """Wait for the step; a token for each of the batch's `sampled`, or a run of them."""
+
+
+class TokenHandle(StepHandle, Protocol):
+    """A launched step without drafts."""
 
     def result(self) -> list[int]:
         """Wait for the step; a token for each of the batch's `sampled`."""

@@ -10,7 +10,6 @@ from struct import Struct
 from typing import Any, Protocol
 
 import xxhash
-from scipy.special import betaincinv
 
 from twinserve.policies import Batch, Runs, Sequence, SpeculativeScheduler
 
@@ -97,6 +96,8 @@ class AcceptanceLaw:
         first = self.by_position[0]
         if self.concentration is None or first in (0.0, 1.0):
             return 1.0
+        from scipy.special import betaincinv  # heavy
+
         draw = _uniform(self.seed, _REQUEST, request)
         own = float(betaincinv(first * self.concentration, (1.0 - first) * self.concentration, draw))
         return math.log(min(max(own, 1e-12), 1.0 - 1e-12)) / math.log(first)

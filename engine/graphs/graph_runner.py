@@ -23,7 +23,7 @@ from twinserve.engine.kernels.paged_attention import decode_cuts, prompt_tiles, 
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.online import StepHandle
+from twinserve.engine.online import TokenHandle
 from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
@@ -171,7 +171,7 @@ class GraphRunner:
         """Run a step; a token for each of `batch.sampled`."""
         return self.launch(batch).result()
 
-    def launch(self, batch: Batch) -> StepHandle:
+    def launch(self, batch: Batch) -> TokenHandle:
         """Start a step.
 
         Raises:

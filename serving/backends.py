@@ -19,6 +19,7 @@ from twinserve.serving.recording import LiveRecord
 from twinserve.serving.simulated import LiveReplicas, StandInTokenizer, stand_in
 from twinserve.settings.build_core import Settings
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import acceptance_of
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.request import Part, Request
 from twinserve.worlds.run import ReplicaSpec
@@ -260,6 +261,7 @@ class SimulatedBackend(Backend):
             [spec.latency for spec in self._replicas],
             self._router,
             listeners,
+            acceptances=[acceptance_of(spec.settings.speculative_config) for spec in self._replicas],
             time_scale=self._time_scale,
             routed=routed,
         )

@@ -25,6 +25,8 @@ class SpeculativeConfig(BaseModel):
         prompt_lookup_max, prompt_lookup_min: the most and the fewest last tokens that "ngram" looks for.
         synthetic_acceptance_rate: each draft is taken for right with this probability, whatever it is; for
             measurements of speed, as the tokens are not the model's then.
+        acceptance: what comes of drafts in a simulation, where that rate does not say it: the record of a speculative
+            run, or a law that `twinserve fit --acceptance` has written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -37,6 +39,7 @@ class SpeculativeConfig(BaseModel):
     prompt_lookup_max: int = Field(default=5, ge=1, le=256)
     prompt_lookup_min: int = Field(default=5, ge=1, le=256)
     synthetic_acceptance_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+    acceptance: str | None = None
 
     @field_validator("draft_length")
     @classmethod
@@ -50,8 +53,10 @@ class SpeculativeConfig(BaseModel):
                 f"prompt_lookup_min is {self.prompt_lookup_min}, expected at most prompt_lookup_max "
                 f"({self.prompt_lookup_max})"
             )
-        if (self.model is not None) != (self.method == "draft_model"):
-            raise ValueError(f"model is {self.model}, expected a model with the method draft_model, and none without")
+        if self.model is not None and self.method != "draft_model":
+            raise ValueError(f"model is {self.model}, expected none with the method {self.method}")
+        if self.acceptance is not None and self.synthetic_acceptance_rate is not None:
+            raise ValueError("acceptance is given, expected none beside synthetic_acceptance_rate")
         if self.draft_length is not None and self.num_speculative_tokens_per_batch_size is not None:
             raise ValueError("num_speculative_tokens_per_batch_size is given, expected none beside draft_length")
         for row in self.num_speculative_tokens_per_batch_size or ():

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from struct import Struct
 from typing import Any, Protocol
 
 import xxhash
 
 from twinserve.policies import Batch, Runs, Sequence, SpeculativeScheduler
+from twinserve.settings.errors import InputError
+from twinserve.settings.files import write_whole
+from twinserve.settings.speculative import SpeculativeConfig
+from twinserve.traces.lines import json_file
+from twinserve.traces.runs.record import load_record
 
 _PACKED = Struct("=3q").pack
 _FOUND, _RIGHT, _REQUEST = range(3)
@@ -21,11 +29,11 @@ _FOUND, _RIGHT, _REQUEST = range(3)
 class Acceptance(Protocol):
     """Says what comes of drafts in a simulation. The same request at the same place of its answer gets the same."""
 
-    def found(self, seq: Sequence, asked: int) -> int:
-        """Drafts that are proposed for the next step of `seq`, at most `asked`."""
+    def found(self, seq: Sequence, place: int, asked: int) -> int:
+        """Drafts that are proposed behind the first `place` tokens of `seq`, at most `asked`."""
 
-    def right(self, seq: Sequence, drafts: int) -> int:
-        """How many of so many drafts behind the tokens that `seq` knows are right: the first ones."""
+    def right(self, seq: Sequence, place: int, drafts: int) -> int:
+        """How many of so many drafts behind them are right: the first ones."""
 
 
 def output_of(batch: Batch, scheduler: SpeculativeScheduler, acceptance: Acceptance) -> Runs:
@@ -40,9 +48,9 @@ def output_of(batch: Batch, scheduler: SpeculativeScheduler, acceptance: Accepta
     for seq in batch.sampled:
         drafts = 0 if seq in prompts else batch.drafts.get(seq, 0)
         if is_async and drafts:
-            drafts = min(drafts, acceptance.found(seq, drafts))
-        lengths.append(1 + (acceptance.right(seq, drafts) if drafts else 0))
-        proposed.append(acceptance.found(seq, batch.num_drafts_asked))
+            drafts = min(drafts, acceptance.found(seq, seq.num_tokens, drafts))
+        lengths.append(1 + (acceptance.right(seq, seq.num_tokens, drafts) if drafts else 0))
+        proposed.append(acceptance.found(seq, seq.num_tokens + lengths[-1], batch.num_drafts_asked))
     return Runs(None, lengths, None if is_async else proposed)
 
 
@@ -80,14 +88,14 @@ class AcceptanceLaw:
         if self.concentration is not None and not 0.0 < self.concentration < math.inf:
             raise ValueError(f"concentration is {self.concentration}, expected a number > 0, or None")
 
-    def found(self, seq: Sequence, asked: int) -> int:
-        return asked if _uniform(self.seed, _FOUND, seq.seq_id, seq.num_tokens) < self.found_share else 0
+    def found(self, seq: Sequence, place: int, asked: int) -> int:
+        return asked if _uniform(self.seed, _FOUND, seq.seq_id, place) < self.found_share else 0
 
-    def right(self, seq: Sequence, drafts: int) -> int:
+    def right(self, seq: Sequence, place: int, drafts: int) -> int:
         power = self._power(seq.seq_id)
         for position in range(drafts):
             chance = self.by_position[min(position, len(self.by_position) - 1)] ** power
-            if _uniform(self.seed, _RIGHT, seq.seq_id, seq.num_tokens + position) >= chance:
+            if _uniform(self.seed, _RIGHT, seq.seq_id, place + position) >= chance:
                 return position
         return drafts
 
@@ -114,9 +122,9 @@ class AcceptanceLaw:
     @classmethod
     def of(cls, values: dict[str, Any]) -> AcceptanceLaw:
         """The law that `to_dict` gave; ValueError if it is none."""
-        unknown = set(values) - {"by_position", "concentration", "found_share", "seed"}
-        if unknown or "by_position" not in values:
-            raise ValueError(f"fields are {sorted(values)}, expected by_position, concentration, found_share and seed")
+        known = {"by_position", "concentration", "found_share", "seed"}
+        if not isinstance(values, dict) or set(values) - known or "by_position" not in values:
+            raise ValueError(f"by_position, and perhaps {', '.join(sorted(known - {'by_position'}))}")
         return cls(**(values | {"by_position": tuple(values["by_position"])}))
 
 
@@ -144,10 +152,10 @@ class RecordedAcceptance:
             self._rows[request].append((num_drafts, made))
             answered[request] += kept
 
-    def _row(self, seq: Sequence) -> tuple[int, int] | None:
-        """Drafts and tokens of the recorded row that covers the place at which `seq` is, what lies before it left out;
-        None if none does."""
-        place = seq.num_completion_tokens
+    def _row(self, seq: Sequence, place: int) -> tuple[int, int] | None:
+        """Drafts and tokens of the recorded row that covers a place of `seq`, less what lies before the place; None if
+        none does."""
+        place -= seq.num_prompt_tokens
         index = bisect_right(self._places[seq.seq_id], place) - 1
         if index < 0:
             return None
@@ -155,13 +163,13 @@ class RecordedAcceptance:
         drafts, made = self._rows[seq.seq_id][index]
         return (max(0, drafts - behind), made - behind) if behind < made else None
 
-    def found(self, seq: Sequence, asked: int) -> int:
-        row = self._row(seq)
-        return self._else_law.found(seq, asked) if row is None else min(asked, row[0])
+    def found(self, seq: Sequence, place: int, asked: int) -> int:
+        row = self._row(seq, place)
+        return self._else_law.found(seq, place, asked) if row is None else min(asked, row[0])
 
-    def right(self, seq: Sequence, drafts: int) -> int:
-        row = self._row(seq)
-        return self._else_law.right(seq, drafts) if row is None else min(drafts, row[1] - 1)
+    def right(self, seq: Sequence, place: int, drafts: int) -> int:
+        row = self._row(seq, place)
+        return self._else_law.right(seq, place, drafts) if row is None else min(drafts, row[1] - 1)
 
 
 def _sampled_rows(steps: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
@@ -182,9 +190,55 @@ def _sampled_rows(steps: list[dict[str, Any]]) -> list[tuple[int, int, int, int]
     return found
 
 
+def acceptance_of(config: SpeculativeConfig | None) -> Acceptance | None:
+    """What comes of drafts in a simulation, as the settings have it; None without drafts.
+
+    Raises:
+        InputError: they do not say it, or name what cannot be used.
+    """
+    if config is None:
+        return None
+    if config.synthetic_acceptance_rate is not None:
+        return AcceptanceLaw((config.synthetic_acceptance_rate,))
+    if config.acceptance is None:
+        problem = "expected one of synthetic_acceptance_rate and acceptance, as nothing is computed in a simulation"
+        raise InputError(problem, field="speculative_config")
+    path = Path(config.acceptance)
+    if not path.is_dir():
+        return load_law(path)
+    steps = load_record(path).steps
+    try:
+        return RecordedAcceptance(steps, fit_law(steps))
+    except ValueError as error:
+        raise InputError(str(error), path=path) from error
+
+
+def load_law(path: Path) -> AcceptanceLaw:
+    """The law in a file.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
+    values = json_file(path)
+    try:
+        return AcceptanceLaw.of(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected a law of acceptance: {error}", path=path) from error
+
+
+def save_law(law: AcceptanceLaw, path: Path) -> None:
+    """Write a law to a file that is not there yet.
+
+    Raises:
+        InputError: it is there, or cannot be written.
+    """
+    write_whole(path, json.dumps(law.to_dict(), indent=2) + "\n")
+
+
 def fit_law(steps: list[dict[str, Any]], *, seed: int = 0) -> AcceptanceLaw:
     """The law of a recorded run's drafts: each position's share of right ones, how often drafts were found, and how
-    much requests differ, by the variance of their own shares at the first position beyond that of chance.
+    much requests differ, by the variance of their own shares at the first position beyond that of chance. The share at
+    the first position is the mean of the requests' own: of all rows together, more are of requests guessed badly.
 
     Raises:
         ValueError: the run has no drafts.
@@ -202,7 +256,8 @@ def fit_law(steps: list[dict[str, Any]], *, seed: int = 0) -> AcceptanceLaw:
             own[request][1] += made > 1
     if not tried:
         raise ValueError("the run has no drafts, expected some to fit a law of acceptance to")
-    shares = tuple(right[position] / tried[position] for position in sorted(tried))
+    first = statistics.fmean(good / number for number, good in own.values())
+    shares = (first, *(right[position] / tried[position] for position in sorted(tried)[1:]))
     asked = [step.get("asked", 0) for step in steps]
     with_drafts = sum(drafts > 0 for _, drafts, _, _ in rows)
     begun = {request for request, *_ in rows}

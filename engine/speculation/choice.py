@@ -43,6 +43,8 @@ def draft_of(
         raise InputError(problem, field="speculative_config", value=speculative.method)
     if speculative.method != "draft_model":
         return None
+    if draft is None and speculative.model is None:
+        raise InputError("is missing, expected a model that drafts", field="speculative_config.model")
     model = draft if draft is not None else resolve_model(str(speculative.model))
     found = ModelSource.of(model, options)
     field = "speculative_config.model"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
-from engine_judge import GREEDY, tiny
+import torch
+from engine_judge import GREEDY, Judge, tiny
+from scipy.stats import chi2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.llm import LLM
@@ -115,7 +119,7 @@ def test_preemptions(llama, speculating, counted, proposer, depth):
 def test_drafts_that_are_all_right_give_all_tokens_of_a_row(llama, speculating, counted, depth):
     llm = speculating(llama, "itself", depth)
     sequences = llm.run_trace(prompts_of([20], 41), params=GREEDY, recorder=counted)
-    assert counted.made == [K + 1] * 10
+    assert counted.made[:10] == [K + 1] * 10 and len(counted.made) <= 10 + depth, "one more may run ahead"
     llama.check_all(sequences)
 
 
@@ -173,6 +177,59 @@ def test_a_real_speculative_run_is_decided_again_from_its_record(llama, speculat
     assert not replay(record).is_exact
 
 
+WAYS = {
+    "temperature": {"temperature": 1.3},
+    "top_k": {"temperature": 1.0, "top_k": 5},
+    "top_p": {"temperature": 1.5, "top_p": 0.8},
+    "min_p": {"temperature": 1.5, "min_p": 0.1},
+}
+VOCAB = 16
+
+
+def probabilities(logits: torch.Tensor, way: dict) -> torch.Tensor:
+    """What `way` draws from, worked out a token at a time from sorted probabilities."""
+    own = (logits.double() / way["temperature"]).softmax(-1)
+    order = own.argsort(descending=True).tolist()
+    kept = [token for token in order if own[token] >= way.get("min_p", 0.0) * own[order[0]]]
+    kept = kept[: way.get("top_k", len(kept))]
+    total, nucleus = 0.0, []
+    mass = sum(own[token].item() for token in kept)
+    for token in kept:
+        if total < way.get("top_p", 1.0):
+            nucleus.append(token)
+        total += own[token].item() / mass
+    chosen = torch.zeros_like(own)
+    chosen[nucleus] = own[nucleus]
+    return chosen / chosen.sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_accepted_is_distributed_as_the_model_has_it(speculating, way):
+    """10,000 answers of three tokens, the last two of them verified drafts or what took their place: 20,000 draws."""
+    model = tiny(LlamaForCausalLM, LlamaConfig, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, seed=3)
+    llm = speculating(Judge(model), "itself", 0, max_num_seqs=256, num_gpu_blocks=600, max_num_batched_tokens=2048)
+    prompt = [3, 9, 4]
+    number = 10_000
+    params = SamplingParams(max_tokens=3, ignore_eos=True, **WAYS[way])
+    answers = [tuple(one.token_ids) for one in llm.generate([prompt] * number, params)]
+    expected: dict[tuple[int, ...], float] = {(): float(number)}
+    for _ in range(3):
+        longer = {}
+        for text, count in expected.items():
+            own = probabilities(model(torch.tensor([[*prompt, *text]])).logits[0, -1], WAYS[way])
+            longer |= {(*text, token): count * p for token, p in enumerate(own.tolist()) if p > 0}
+        expected = longer
+    observed = Counter(answers)
+    assert set(observed) <= set(expected), "a token that is not kept was drawn"
+    cells = [(observed[text], count) for text, count in expected.items() if count >= 5]
+    rest = number - sum(count for _, count in cells)
+    if rest >= 5:
+        cells.append((number - sum(seen for seen, _ in cells), rest))
+    assert len(cells) > 20
+    statistic = sum((seen - count) ** 2 / count for seen, count in cells)
+    assert chi2.sf(statistic, len(cells) - 1) > 0.001, f"{statistic:.1f} with {len(cells)} cells"
+
+
 def test_prompt_lookup_takes_the_longest_run_of_last_tokens_and_its_first_place():
     lookup = NgramProposer(2, 3, 100)
     assert lookup.of([1, 2, 3, 4, 9, 2, 3], 2) == [4, 9]
@@ -191,7 +248,7 @@ def test_a_draft_with_another_vocabulary_or_a_shorter_context_is_refused_before_
     ):
         with pytest.raises(InputError, match=problem):
             LLM(llama.model, settings=Settings.load(settings), draft=tiny(LlamaForCausalLM, LlamaConfig, **fields))
-    with pytest.raises(InputError, match="eagle3, expected ngram, ngram_gpu or draft_model in the engine"):
+    with pytest.raises(InputError, match="'eagle3', expected ngram, ngram_gpu or draft_model in the engine"):
         LLM(
             llama.model,
             settings=Settings.load({"speculative_config": {"method": "eagle3", "num_speculative_tokens": 2}}),

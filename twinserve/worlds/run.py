@@ -26,9 +26,10 @@ from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.profiles import Profile
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import Acceptance, acceptance_of, fit_law, save_law
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
-from twinserve.traces.runs.record import RunRecorder
+from twinserve.traces.runs.record import RunRecorder, load_record
 from twinserve.traces.runs.vllm_records import load_run
 from twinserve.worlds.workload import Workload
 
@@ -131,6 +132,19 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
 
 
+def fit_acceptance(run: Path, out: Path) -> None:
+    """Write the law of acceptance of a speculative run's drafts.
+
+    Raises:
+        InputError: the record cannot be read or has no drafts, or the file cannot be written.
+    """
+    try:
+        law = fit_law(load_record(run).steps)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error), path=run) from error
+    save_law(law, out)
+
+
 def require_engine(device: str) -> None:
     """Refuse to begin where the engine is not installed, or its device is not there.
 
@@ -222,7 +236,8 @@ def measure_steps(
         # As it is measured: where steps are graphs, one step ahead.
         ahead = Settings.load(settings.model_dump() | {"pipeline_depth": int(llm.attention.graphs)})
         core = ahead.build_core(listener=_Decided(lambda batch: made.add(StepShape.of(batch, ahead.block_size))))
-        simulate(workload.requests, core, latency or fit_steps(llm, samples), step_by_step=True)
+        acceptance = acceptance_of(ahead.speculative_config)
+        simulate(workload.requests, core, latency or fit_steps(llm, samples), step_by_step=True, acceptance=acceptance)
         samples += measured(covering(made, shapes - count, max_context=limit, **room))
     return samples
 
@@ -316,7 +331,7 @@ def run_sim(
     """
     from twinserve.sim.replica import simulate
 
-    params = params or SamplingParams(ignore_eos=True)
+    params, acceptance = params or SamplingParams(ignore_eos=True), acceptance_of(settings.speculative_config)
     facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
     device = f"simulated: {latency_facts['name']}"
     with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
@@ -329,6 +344,7 @@ def run_sim(
             announce=lambda request: recorder.expect(request, params),
             progress=progress,
             step_by_step=step_by_step,
+            acceptance=acceptance,
         )
         wall_s = round(time.perf_counter() - begun, 3)
         return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
@@ -417,6 +433,9 @@ class _RecordedFleet(FleetListener):
             device=f"simulated: {spec.latency_facts['name']}",
         )
         return spec.settings.build_core(listener=listener)
+
+    def acceptance(self, replica: int) -> Acceptance | None:
+        return acceptance_of(self._replicas[replica].settings.speculative_config)
 
     def sent(self, request: Request, replica: int) -> None:
         self._recorder.expect(request, self._params, replica)

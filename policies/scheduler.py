@@ -424,7 +424,8 @@ class Scheduler:
                 right = least - behind < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
-            assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
+            has_nothing = not seq.block_table and not seq.num_drafts
+            assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
     def _check_running(self, seq: Sequence) -> None:
         manager, computed = self.block_manager, seq.num_computed_tokens

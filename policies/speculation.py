@@ -177,9 +177,7 @@ class SpeculativeScheduler(Scheduler):
                 seq.has_sampled = end >= known
 
     def _admit(self, batch: Batch) -> None:
-        beside = bool(batch.prompts), bool(batch)
-        if beside != self._beside:
-            self._beside, self.refusal = beside, None
+        self._beside = bool(batch.prompts), bool(batch)
         super()._admit(batch)
 
     def _padding(self, num_hit_tokens: int, missing: int) -> int:

@@ -23,6 +23,10 @@ from twinserve.traces.runs.replay import replay
 every_depth = pytest.mark.parametrize("depth", [0, 1])
 K = 3
 PROPOSERS = ["ngram", "draft_model", "itself", "forced 0.7", "forced 1"]
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 every_proposer = pytest.mark.parametrize("proposer", PROPOSERS)
 
 
@@ -31,14 +35,15 @@ def speculating():
     """Makes LLMs of a judge's model that draft in some way, and closes them."""
     made: list[LLM] = []
 
-    def make(judge, proposer: str, depth: int, seed: int = 0, **settings) -> LLM:
+    def make(judge, proposer: str, depth: int, seed: int = 0, device: str = "cpu", **settings) -> LLM:
         config: dict = {"method": "ngram_gpu", "num_speculative_tokens": K, "prompt_lookup_min": 1}
         draft = None
         if proposer in ("draft_model", "itself"):
             config = {"method": "draft_model", "num_speculative_tokens": K, "model": "given"}
             draft = judge.model if proposer == "itself" else tiny(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
         values = {"block_size": 16, "num_gpu_blocks": 256, "pipeline_depth": depth, "speculative_config": config}
-        llm = LLM(judge.model, settings=Settings.load(values | settings), draft=draft, seed=seed)
+        options = {"seed": seed, "device": device, "execution": "eager"}
+        llm = LLM(judge.model, settings=Settings.load(values | settings), draft=draft, **options)
         made.append(llm)
         if proposer.startswith("forced"):
             assert isinstance(llm.runner, SpeculativeRunner)
@@ -80,10 +85,11 @@ def counted(watcher) -> Drafts:
     return Drafts(watcher)
 
 
+@every_device
 @every_depth
 @every_proposer
-def test_chunked_prompts_beside_drafts(llama, speculating, counted, proposer, depth):
-    llm = speculating(llama, proposer, depth, max_num_seqs=8, max_num_batched_tokens=48)
+def test_chunked_prompts_beside_drafts(llama, speculating, counted, proposer, depth, device):
+    llm = speculating(llama, proposer, depth, device=device, max_num_seqs=8, max_num_batched_tokens=48)
     requests = prompts_of([1, 90, 7, 16, 33, 130, 2, 48, 17, 64], max_tokens=14)
     sequences = llm.run_trace(requests, params=GREEDY, recorder=counted)
     assert counted.watcher.chunks and counted.watcher.largest_batch >= 5 and counted.watcher.mixed_steps

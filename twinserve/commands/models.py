@@ -15,9 +15,11 @@ from twinserve.settings.errors import InputError
 
 
 @options_of(EngineOptions, "engine")
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - {"speculative_config", "pipeline_depth"})
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     engine: dict,
+    settings: dict,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
@@ -33,7 +35,7 @@ def generate(
     from twinserve.worlds.run import load_llm
 
     options = EngineOptions.load(engine, config)
-    chosen = Settings.load({}, config, beside=("engine",))
+    chosen = Settings.load(settings, config, beside=("engine",))
     try:
         params = SamplingParams(temperature, max_tokens, top_k, top_p, options.seed)
     except ValueError as error:

@@ -81,8 +81,9 @@ def workload_of(record: RunRecord) -> Workload:
         requests = group.requests(window["load"] * window["requests_per_s_at_saturation"])
     else:
         requests = requests_of(record)
-    served = [(row["id"], row["max_tokens"]) for row in record.requests]
-    assert served == [(request.id, request.max_tokens) for request in requests], f"{record.path}: other requests"
+    served = sorted((row["id"], row["max_tokens"]) for row in record.requests)
+    made = sorted((request.id, request.max_tokens) for request in requests)
+    assert served == made, f"{record.path}: other requests"
     return Workload(requests, facts, 0, 0)
 
 

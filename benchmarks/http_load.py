@@ -20,6 +20,19 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 
+def twinserve(*arguments: object) -> str:
+    """What a command says on its standard output.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    line = [sys.executable, "-m", "twinserve", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(line)}: {done.stderr}")
+    return done.stdout
+
+
 @contextmanager
 def served(arguments: Seq[str], cores: set[int] | None = None) -> Iterator[str]:
     """The URL of `twinserve serve` with these arguments, on these cores, until the block ends; then it has ended too.

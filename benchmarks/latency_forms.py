@@ -28,6 +28,7 @@ from twinserve.sim.recorded_steps import fit_records, steps_of
 from twinserve.sim.replica import simulate
 from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.vllm_records import requests_of
+from twinserve.worlds.run import about_runs
 
 Predict = Callable[[list[StepFeatures]], list[float]]
 """From features to nanoseconds on the device."""
@@ -43,7 +44,10 @@ def tokens_and_pairs(steps: Steps, model: FittedLatency) -> Predict:
         mine = [(f, ns) for f, ns in steps if bool(f.prompt_tokens) == with_prompts]
         knots = choose_knots([f.tokens for f, _ in mine])
         rows = np.array([_token_row(f, knots) for f, _ in mine])
-        fitted[with_prompts] = knots, least_squares(rows, np.array([ns for _, ns in mine]), np.ones(len(mine)))
+        fitted[with_prompts] = (
+            knots,
+            least_squares(rows, np.array([ns for _, ns in mine]), np.ones(len(mine)), np.zeros(rows.shape[1])),
+        )
 
     def predict(features: StepFeatures) -> float:
         knots, coefficients = fitted[bool(features.prompt_tokens)]
@@ -161,7 +165,8 @@ def main() -> int:
     }
     for name, record in records.items():
         others = [other for other in records if other != name]
-        model = fit_records([records[other] for other in others], {})
+        known = [records[other] for other in others]
+        model = fit_records(known, about_runs(known))
         training = [step for other in others for step in steps[other]]
         results["runs"][name] = {
             form: judge(record, steps[name], fitted(training, model), model) for form, fitted in FORMS.items()

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import command, commit, machine
-from http_load import Streamed, scraped, served, stream
-from http_overhead import twinserve
+from http_load import Streamed, scraped, served, stream, twinserve
 from result_files import RESULTS, write_json
 
 from twinserve.traces.generator import LengthSpec, generate

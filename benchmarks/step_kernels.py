@@ -116,7 +116,8 @@ def prefill_table() -> Iterator[dict[str, Any]]:
     """Attention of prompts, ours and flash-attn's, over blocks of 256."""
     from flash_attn import flash_attn_varlen_func
 
-    from twinserve.engine.kernels.paged_attention import prefill_attention, prompt_tiles, tile_tokens
+    from twinserve.engine.kernels.cuts import prompt_tiles, tile_tokens
+    from twinserve.engine.kernels.paged_attention import prefill_attention
 
     for name, spans in {
         "1 of 1,024": [(0, 1024)],

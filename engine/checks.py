@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from twinserve.engine.capability import Capability
 from twinserve.engine.device_queue import usable_device
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.layers.choice import AttentionChoice, choose_attention
@@ -49,13 +50,18 @@ class RunnerConfig:
             InputError: they cannot, or the device is not there.
         """
         device, model = usable_device(options.device), source.config
+        kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
+        if device.type == "cuda":
+            Capability.of(device).check_formats(source.dtype, kv_cache_dtype)
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
-        attention = choose_attention(options.attention, model.head_dim, source.dtype, device, asked, options.execution)
+        group = model.num_heads // model.num_kv_heads
+        attention = choose_attention(
+            options.attention, model.head_dim, source.dtype, device, asked, options.execution, group
+        )
         if graph_options is not None and not attention.graphs:
             raise InputError("expected None where steps are no graphs", field="graph_options", value=graph_options)
         if options.kv_cache_dtype == "fp8" and attention.name != "triton":
             raise InputError(f"expected auto with {attention.name}", field="kv_cache_dtype", value="fp8")
-        kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
         settings = _within_model(settings, model, attention.block_size)
         return cls(options, model, device, attention, kv_cache_dtype, settings, graph_options)
 
@@ -78,10 +84,12 @@ class RunnerConfig:
 
 def _within_model(settings: Settings, model: ModelConfig, block_size: int) -> Settings:
     """`settings` with what the model and the attention decide."""
-    limit = model.max_position_embeddings
+    limit = model.max_model_len
     max_model_len = settings.max_model_len or limit
     if max_model_len > limit:
         problem = f"expected at most {limit}, the model's max_position_embeddings"
+        if limit != model.max_position_embeddings:
+            problem += " as its rope scaling makes them"
         raise InputError(problem, field="max_model_len", value=max_model_len)
     decided = {"max_model_len": max_model_len, "block_size": block_size}
     return Settings.load(settings.model_dump() | decided)

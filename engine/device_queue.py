@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ Made = TypeVar("Made")
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that an option of the engine names.
+    """The device that an option of the engine names; of CUDA devices always one with its number.
 
     Raises:
         InputError: it is a CUDA device that is not there.
@@ -27,7 +28,14 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         problem = f"but torch finds {torch.cuda.device_count()} CUDA devices"
         raise InputError(problem, field="device", value=name)
-    return device
+    # The current device is a thread's own, and a model is not served by the thread that made it.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside it, a CUDA device is the current one of the thread: Triton launches there, and graphs are captured there,
+    whatever device their tensors are of."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -137,7 +145,7 @@ class CpuStep:
 
 
 class CudaQueue:
-    """Puts steps on the current CUDA stream, and tells their times by the host's clock.
+    """Puts steps on the current stream of a CUDA device, and tells their times by the host's clock.
 
     Where the host waits for a step, it sees its end as it happens, and the device's own measure says how long before
     that it began. A step that has ended before anybody waits is told from the end of the step before it.
@@ -153,9 +161,10 @@ class CudaQueue:
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
         """Enqueue what `compute` does on the device behind all that was submitted before it."""
         launched_ns = time.perf_counter_ns()
-        start = self._event()
-        tokens = compute()
-        return CudaStep(self, tokens, to_host(tokens), launched_ns, start, self._event())
+        with on_device(self._device):
+            start = self._event()
+            tokens = compute()
+            return CudaStep(self, tokens, to_host(tokens), launched_ns, start, self._event())
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.

@@ -45,10 +45,10 @@ class Completion:
     Attributes:
         text: the generated tokens decoded, without special tokens; empty without a tokenizer.
         token_ids: the generated tokens, an end-of-sequence token included.
-        finish_reason: "stop", "length" or "refused".
+        finish_reason: "stop", "length", "refused", or "abort" where it could not be finished.
         num_prompt_tokens: tokens of the prompt.
         num_cached_tokens: those of them whose KV was found in the prefix cache.
-        refusal: why a refused prompt can never be served.
+        refusal: why a refused prompt can never be served, or why one that was begun could not be finished.
         logprobs: of each of `token_ids`, by the model's own distribution; None unless they were asked for.
     """
 
@@ -307,33 +307,34 @@ class LLM:
         has to know it; unless they ignore the end of a text.
 
         Raises:
-            InputError: they ask for something that these steps cannot do.
+            InputError: they name a token that the model has not.
         """
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(params, name) and self.attention.graphs:
-                problem = "expected 0 where steps are graphs: --execution eager has it"
-                raise InputError(problem, field=name, value=getattr(params, name))
-        for token_id, _ in params.logit_bias:
-            if not 0 <= token_id < self.config.vocab_size:
-                problem = f"expected an id from 0 to {self.config.vocab_size - 1}"
-                raise InputError(problem, field="a token of logit_bias", value=token_id)
+        vocab_size = self.config.vocab_size
+        named = {"logit_bias": [token_id for token_id, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
+        for name, token_ids in named.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    problem = f"expected an id from 0 to {vocab_size - 1}"
+                    raise InputError(problem, field=f"a token of {name}", value=token_id)
         if params.ignore_eos:
             return params
-        ends = self.eos_token_ids if params.min_tokens else self.eos_token_ids[1:]
+        # A tokenizer may know ids that the model has not: none of them is ever sampled.
+        ends = [token_id for token_id in self.eos_token_ids[0 if params.min_tokens else 1 :] if token_id < vocab_size]
         return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *ends))))
 
     def _completion(self, seq: Sequence) -> Completion:
-        token_ids = seq.completion_token_ids
+        failed = seq.refusal is not None and seq.finish_reason != "refused"
+        token_ids = seq.completion_token_ids[:-1] if failed else seq.completion_token_ids
         heard = self.runner.logprobs.get(seq, {})
         asked = seq.sampling_params.logprobs is not None
         return Completion(
             text=self.tokenizer.decode(token_ids, skip_special_tokens=True) if self.tokenizer is not None else "",
             token_ids=token_ids,
-            finish_reason=str(seq.finish_reason),
+            finish_reason="abort" if failed else str(seq.finish_reason),
             num_prompt_tokens=seq.num_prompt_tokens,
             num_cached_tokens=seq.num_cached_tokens,
             refusal=seq.refusal,
-            logprobs=[heard[place] for place in range(seq.num_prompt_tokens, seq.num_tokens)] if asked else None,
+            logprobs=[heard[seq.num_prompt_tokens + place] for place in range(len(token_ids))] if asked else None,
         )
 
 

@@ -55,7 +55,7 @@ class AskedLogprobs:
         most = max(row.seq.sampling_params.logprobs or 0 for _, row in self._asked)
         places = to_device(torch.tensor([place for place, _ in self._asked]), logits.device)
         logprobs = logits[places].float().log_softmax(dim=-1)
-        chosen = logprobs.gather(1, tokens[places].long()[:, None])
+        chosen = logprobs.gather(1, tokens[places].long().clamp(min=0)[:, None])  # one that was not sampled has none
         top, token_ids = logprobs.topk(min(most, logits.shape[-1]))
         self._taken = to_host(torch.cat((chosen, top), dim=1)), to_host(token_ids)
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
-from twinserve.engine.layers.attention import PagedAttention
+from twinserve.engine.layers.attention import PagedAttention, plan_layers
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.layout import Layout
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.online import StepHandle, TokenHandle
-from twinserve.engine.sampler import SamplingPlan, counts_tokens, draw_uniforms, mark_seen
+from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen, row_token_pairs
 from twinserve.policies import Batch, Row, Runs, Sequence
 
 
@@ -31,14 +31,13 @@ class StepInput:
 
     Attributes:
         token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
-        plan: the attention backend's.
+        plans: the attention backend's, of each layer.
         last: [sampled], places in the flat batch of the last token of each row that samples; of one with drafts, of
             the token before the first of them and of each of them.
         sampling: how they sample.
         seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
             of their last tokens; None where there is no such row.
-        generated: likewise for each generated token of each row with a presence or frequency penalty, and (row, place)
-            for each of them whose last token the step before samples.
+        generated: what rows with a presence or frequency penalty have generated; None where there is no such row.
         late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
         prompts: the log-probabilities of prompts that are asked for.
     """
@@ -46,11 +45,11 @@ class StepInput:
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
-    plan: Any
+    plans: list[Any]
     last: Tensor
     sampling: SamplingPlan
     seen: tuple[Tensor, Tensor] | None
-    generated: tuple[Tensor, Tensor] | None
+    generated: GeneratedTokens | None
     late: tuple[Tensor, Tensor] | None
     prompts: PromptLogprobs
 
@@ -206,11 +205,17 @@ class ModelRunner:
             token_ids=self._to_device(token_ids),
             positions=self._to_device(layout.positions),
             slots=self._to_device(layout.slots(self.block_size)),
-            plan=self._backend.plan(layout.metadata(self.block_size), self.model.dtype, self.device),
+            plans=plan_layers(
+                self._backend,
+                layout.metadata(self.block_size),
+                self.model.config.windows,
+                self.model.dtype,
+                self.device,
+            ),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
-            generated=self._generated(sampled),
+            generated=GeneratedTokens.of(sampled, self.device, self._known),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
             prompts=PromptLogprobs(ordered, self.prompt_asks, self.logprobs),
         )
@@ -221,20 +226,7 @@ class ModelRunner:
         if not penalised:
             return None
         known = [self._known(row) for row, _ in penalised]
-        return self._to_device(_pairs(known)), self._to_device([place for _, place in penalised])
-
-    def _generated(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
-        """`StepInput.generated` for the rows that sample, each with the place of its last token."""
-        counted = [(row, place) for row, place in sampled if counts_tokens(row.seq.sampling_params)]
-        if not counted:
-            return None
-        known = [self._known(row)[row.seq.num_prompt_tokens :] for row, _ in counted]
-        late = [
-            (number, place)
-            for number, (row, place) in enumerate(counted)
-            if row.seq.num_prompt_tokens + len(known[number]) < row.start + row.num_tokens
-        ]
-        return self._to_device(_pairs(known)), self._to_device(np.array(late, np.int64).reshape(-1, 2))
+        return self._to_device(row_token_pairs(known)), self._to_device([place for _, place in penalised])
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         """The block table of each row, all of them within the pool."""
@@ -267,8 +259,9 @@ class ModelRunner:
         token_ids = step.token_ids
         if step.late is not None and before is not None:
             places, sources = step.late
-            token_ids = token_ids.index_copy(0, places, before.tokens[sources])
-        attention = PagedAttention(self._backend, self._cache, step.slots, step.plan)
+            # A sequence of which none was sampled goes on until it is ended.
+            token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
+        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
         hidden = self.model(token_ids, step.positions, attention)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
@@ -278,20 +271,11 @@ class ModelRunner:
             seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
             mark_seen(seen, *pairs)
             seen.scatter_(1, token_ids[last][:, None], True)
-        tokens = step.sampling.sample(logits, seen, self._counts(step, token_ids, logits))
+        counts = None if step.generated is None else step.generated.counts(token_ids, logits.shape[-1])
+        tokens = step.sampling.sample(logits, seen, counts)
         if asked:
             asked.take(logits, tokens)
         return tokens
-
-    def _counts(self, step: StepInput, token_ids: Tensor, logits: Tensor) -> Tensor | None:
-        """How often each token was generated, of the rows that are penalised for it: [counted, vocab]."""
-        if step.generated is None or step.sampling.counted is None:
-            return None
-        (rows, tokens), late = step.generated
-        counts = torch.zeros(len(step.sampling.counted), logits.shape[-1], device=self.device)
-        ones = torch.ones(1, device=self.device)
-        counts.index_put_((rows, tokens), ones, accumulate=True)
-        return counts.index_put_((late[:, 0], token_ids[late[:, 1]]), ones, accumulate=True)
 
 
 def drawn(row: Row, last: int) -> list[tuple[Row, int]]:
@@ -301,12 +285,6 @@ def drawn(row: Row, last: int) -> list[tuple[Row, int]]:
         return [(row, last)]
     cut = range(row.num_drafts, -1, -1)
     return [(row._replace(num_tokens=row.num_tokens - n, num_drafts=row.num_drafts - n), last - n) for n in cut]
-
-
-def _pairs(tokens: Seq[list[int]]) -> np.ndarray:
-    """(row, token) for each token of each row: [2, tokens]."""
-    rows = np.repeat(np.arange(len(tokens)), [len(row) for row in tokens])
-    return np.stack((rows, np.concatenate([np.array(row, np.int64) for row in tokens])))
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import traceback
@@ -17,6 +18,11 @@ from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.settings.errors import RunError
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
+
+NOT_SAMPLED = -1
+"""In place of a token that no distribution gives: a NaN or an infinity is the largest of its row's logits."""
+
+NO_NUMBERS = "the model's logits for it are no finite numbers, so no token can be sampled"
 
 
 class StepHandle(Protocol):
@@ -33,7 +39,7 @@ class TokenHandle(StepHandle, Protocol):
     """A launched step without drafts."""
 
     def result(self) -> list[int]:
-        """Wait for the step; a token for each of the batch's `sampled`."""
+        """Wait for the step; a token for each of the batch's `sampled`, or NOT_SAMPLED."""
 
 
 class Executor(Protocol):
@@ -148,6 +154,8 @@ up for longer than many steps take."""
 def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Callable[[Sequence], None]) -> None:
     """Serve what comes in until the inbox is closed and everything has ended.
 
+    A sequence of which no token could be sampled is aborted; its `refusal` says why, and its last token is none of it.
+
     Args:
         core: decides; this loop only says what the time is and who executes.
         ended: called with each sequence that ends, aborted and refused ones included.
@@ -173,13 +181,31 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
         if core.must_commit:
             batch, step = launched.popleft()
             with _failing_as_step(batch):
-                token_ids = step.result()
+                output = step.result()
             batch.start_ns = step.start_ns - clock.origin_ns
             batch.end_ns = step.end_ns - clock.origin_ns
-            for seq in core.commit(token_ids, clock()):
+            if NOT_SAMPLED in ((output.token_ids or ()) if isinstance(output, Runs) else output):
+                output = _ending_failed(core, batch, output, clock())
+            for seq in core.commit(output, clock()):
                 ended(seq)
         elif core.is_idle and inbox.closed:
             return
+
+
+def _ending_failed(core: Core, batch: Batch, output: Runs | list[int], now_ns: int) -> Runs | list[int]:
+    """What came of a batch, with a token that ends no text for each that was not sampled; the sequences of these are
+    ended at the next decision, as if somebody had asked for it, which is a fact that a record keeps."""
+    runs = output if isinstance(output, Runs) else Runs(output, [1] * len(output))
+    known, last = list(runs.token_ids or ()), -1
+    for place, seq in enumerate(batch.sampled):
+        last += runs.lengths[place]
+        if known[last] == NOT_SAMPLED:  # which ends a run
+            ends = {core.eos_token_id, *seq.stop_token_ids}
+            known[last] = next(token_id for token_id in itertools.count() if token_id not in ends)
+            if not seq.is_finished:
+                seq.refusal = NO_NUMBERS
+                core.abort(seq.seq_id, now_ns)
+    return runs._replace(token_ids=known) if isinstance(output, Runs) else known
 
 
 class TraceFeeder(threading.Thread):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twinserve.settings.config import read_table, validated
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "triton", "flash", "sdpa"]
 Execution = Literal["auto", "graphs", "eager"]
 Quantization = Literal["none", "int8"]
@@ -32,7 +32,11 @@ class EngineOptions(BaseModel):
 
     model: str = Field(default="smollm2-135m", description="smollm2-135m, a Hugging Face folder, or a hub id")
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
-    dtype: Dtype = Field(default="float32", description="of the weights, once loaded, and of what layers give")
+    dtype: Dtype = Field(
+        default="auto",
+        description="of the weights, once loaded, and of what layers give; auto: the checkpoint's own on CUDA, float32 "
+        "on a CPU",
+    )
     attention: Attention = Field(
         default="auto",
         description="triton (in graphs), flash (flash-attn), sdpa (torch), or auto: what can serve, in that order",

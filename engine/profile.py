@@ -28,6 +28,12 @@ MOST_PROMPTS = 16
 LEAST_CONTEXT = 64
 """Where the design's contexts begin, on average over a step."""
 
+WARMING_NS = 60_000_000
+"""How long a shape is run before its steps count: power lowers a device's clocks within some tens of milliseconds."""
+
+MOST_WARMING = 24
+"""Steps of a shape that do not count, at most, beside the first."""
+
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -227,7 +233,7 @@ def _cut(lengths: list[int], most: int) -> list[int]:
 def measure(
     llm: LLM, shapes: list[StepShape], *, repeats: int, seed: int = 0, progress: Callable[[], None] | None = None
 ) -> list[MeasuredStep]:
-    """Run each shape `repeats` steps in a row, after one that warms it up; the shapes in random order.
+    """Run each shape `repeats` steps in a row, after some that warm the device up; the shapes in random order.
 
     The sequences of a step are put in place without computing them. The pool is filled with noise before: keys and
     values of zero would be read at less power, and so faster where power is what limits a device.
@@ -241,8 +247,9 @@ def measure(
     settings = llm.settings
     pool = (settings.num_gpu_blocks or 0) * settings.block_size
     for shape in shapes:
-        if shape.longest + repeats + 2 > (settings.max_model_len or shape.longest + repeats + 2):
-            raise InputError(f"expected contexts below {settings.max_model_len}", field="shape", value=shape)
+        most = settings.max_model_len
+        if most is not None and shape.longest + spare_tokens(repeats) > most:
+            raise InputError(f"expected contexts below {most}", field="shape", value=shape)
         if _blocks_of(shape, repeats, settings.block_size) * settings.block_size > pool:
             raise InputError(f"expected at most the {pool} tokens of the KV pool", field="shape", value=shape)
     llm.capture()
@@ -259,7 +266,9 @@ def measure(
 
 
 def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep]:
-    """Put the sequences of a shape in place, then run its steps for real; all but the first count.
+    """Put the sequences of a shape in place, then run its steps for real; the first ones do not count.
+
+    Where steps follow one another without a gap, these last for WARMING_NS, if they are no more than MOST_WARMING.
 
     Decodes go on from step to step; each step brings prompts of its own, which have left once it is known.
     """
@@ -267,12 +276,12 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
     core = _core_for(llm, shape, repeats)
     _put_in_place(core, texts, shape, repeats)
     coming = [texts.prompts(shape) for _ in range(repeats + 1)]
-    depth = core.pipeline_depth
+    depth, warming, number = core.pipeline_depth, 1, 0
     in_flight: deque[tuple[Batch, StepHandle, int, int]] = deque()
     free = time.perf_counter_ns()
     ended: int | None = None
-    for number in range(repeats + 1 + depth):
-        if number <= repeats:
+    while number < warming + repeats + depth:
+        if number < warming + repeats:
             for seq in coming[number]:
                 core.ingest(seq, 0)
             decided = time.perf_counter_ns()
@@ -290,14 +299,23 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
             free = max(free, handle.end_ns)
             core.commit(token_ids, 0)
             device = device_ns(handle.start_ns, handle.end_ns, ended)
+            if depth and ended is None:
+                warming += min(MOST_WARMING, WARMING_NS // max(1, device))
+                coming += [texts.prompts(shape) for _ in range(warming - 1)]
             ended = handle.end_ns
-            if number > depth:
+            if number - depth >= warming:
                 yield MeasuredStep(batch, len(shape.prompts), bookkeeping_ns, launch_ns, device)
+        number += 1
+
+
+def spare_tokens(repeats: int) -> int:
+    """By how many tokens a context may grow while its shape is run."""
+    return MOST_WARMING + repeats + 2
 
 
 def _blocks_of(shape: StepShape, repeats: int, size: int) -> int:
     """Blocks that hold a shape's sequences while its steps are run, those of three steps' prompts among them."""
-    decodes = sum(-(-(context + repeats + 2) // size) for context in shape.contexts)
+    decodes = sum(-(-(context + spare_tokens(repeats)) // size) for context in shape.contexts)
     prompts = sum(-(-length // size) + 1 for _, length in shape.prompts)
     starts = [start // size for start, _ in shape.prompts]
     return decodes + 3 * prompts + (max(starts) if shape.shares and starts else sum(starts)) + 2
@@ -353,7 +371,7 @@ def _put_in_place(core: Core, texts: _Texts, shape: StepShape, repeats: int) -> 
     """Let the decodes of a shape have their contexts, and the cache what its prompts begin behind."""
     common = texts.tokens(shape.common)
     for context in shape.contexts:
-        core.ingest(texts.sequence(common + texts.tokens(context - 1 - shape.common), repeats + 4), 0)
+        core.ingest(texts.sequence(common + texts.tokens(context - 1 - shape.common), spare_tokens(repeats) + 2), 0)
     for tokens in texts.before(shape):
         core.ingest(texts.sequence(tokens, 1), 0)
     while core.can_decide and any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in core.sequences.values()):

@@ -7,14 +7,17 @@ and the token's position, so a request's tokens depend neither on the batch arou
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
-from twinserve.policies import SamplingParams
+from twinserve.engine.online import NOT_SAMPLED
+from twinserve.policies import Row, SamplingParams
 
 GREEDY_BELOW = 1e-5
 _MASK = (1 << 64) - 1
@@ -113,6 +116,60 @@ def mark_seen(seen: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     seen.view(-1).index_fill_(0, rows.long() * seen.shape[-1] + token_ids.long(), True)
 
 
+def row_token_pairs(tokens: Seq[list[int]]) -> np.ndarray:
+    """(row, token) for each token of each row: [2, tokens]."""
+    rows = np.repeat(np.arange(len(tokens)), [len(row) for row in tokens])
+    return np.stack((rows, np.concatenate([np.array(row, np.int64) for row in tokens])))
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """What the rows of a step that are penalised for it have generated; made on the host before the step runs.
+
+    Attributes:
+        num_rows: rows with a presence or frequency penalty.
+        known: rows and tokens [2, tokens] that the host knows.
+        late: rows, and the places in the flat batch of their last tokens [2, late], which the step before samples.
+    """
+
+    num_rows: int
+    known: Tensor
+    late: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        sampled: Seq[tuple[Row, int]],
+        device: torch.device,
+        known_of: Callable[[Row], list[int]] | None = None,
+    ) -> GeneratedTokens | None:
+        """Of the rows that sample, each with the place of its last token; None where no row is penalised for any.
+
+        Args:
+            known_of: the tokens up to the end of a row, as far as they are known; None asks its sequence.
+        """
+        counted = [(row, place) for row, place in sampled if counts_tokens(row.seq.sampling_params)]
+        if not counted:
+            return None
+        known_of = known_of or (lambda row: row.seq.token_ids[: row.start + row.num_tokens])
+        known = [known_of(row)[row.seq.num_prompt_tokens :] for row, _ in counted]
+        late = [
+            (number, place)
+            for number, (row, place) in enumerate(counted)
+            if row.seq.num_prompt_tokens + len(known[number]) < row.start + row.num_tokens
+        ]
+        pairs = row_token_pairs(known), np.array(late, np.int64).reshape(-1, 2).T.copy()
+        return cls(len(counted), *(to_device(values, device) for values in pairs))
+
+    def counts(self, token_ids: Tensor, vocab_size: int) -> Tensor:
+        """How often each token was generated, [num_rows, vocab_size], float32; `token_ids` are the flat batch's."""
+        counts = torch.zeros(self.num_rows, vocab_size, device=token_ids.device)
+        for rows, tokens in (self.known, (self.late[0], token_ids[self.late[1]].long())):
+            # An accumulating assignment would have the host wait for a look at the indices.
+            counts.view(-1).index_add_(0, rows * vocab_size + tokens, torch.ones_like(rows, dtype=counts.dtype))
+        return counts
+
+
 @dataclass(frozen=True)
 class SamplingPlan:
     """How each row of a step is sampled; made on the host before the logits exist.
@@ -180,7 +237,7 @@ class SamplingPlan:
         )
 
     def sample(self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-        """A token [rows] for each row of `logits` [rows, vocab].
+        """A token [rows] for each row of `logits` [rows, vocab]; NOT_SAMPLED where the largest is no finite number.
 
         Args:
             seen: [penalised, vocab], bool; of each row with a repetition penalty, the tokens before the new one.
@@ -202,19 +259,21 @@ class SamplingPlan:
             counts = _shaped("counts", counts, self.counted, logits)
             lowered = logits[self.counted].float() - self.frequencies * counts - self.presences * (counts > 0)
             logits = logits.float().index_copy(0, self.counted, lowered)
-        tokens = logits.argmax(dim=-1)
+        highest, tokens = logits.max(dim=-1)  # a NaN is the largest of its row
+        tokens = tokens.masked_fill_(~highest.isfinite(), NOT_SAMPLED)
         if not len(self.rows):
             return tokens
-        scaled = logits[self.rows].float() / self.temperatures
+        # From the largest on, so that no temperature makes an infinity of it.
+        scaled = (logits[self.rows].float() - highest[self.rows, None].float()) / self.temperatures
         if self.min_p is not None:
-            least = scaled.amax(dim=-1, keepdim=True) + self.min_p.log()
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+            scaled = scaled.masked_fill(scaled < self.min_p.log(), -torch.inf)
         if self.top_k is not None or self.top_p is not None:
             scaled = scaled.masked_fill(~self._kept(scaled), -torch.inf)
         cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
         # `right`: the first token whose cumulative probability is above the draw, so never one of probability 0.
         drawn = torch.searchsorted(cumulative, self.uniforms * cumulative[:, -1:], right=True)
-        return tokens.index_copy(0, self.rows, drawn[:, 0])
+        drawn = torch.where(tokens[self.rows] == NOT_SAMPLED, NOT_SAMPLED, drawn[:, 0])
+        return tokens.index_copy(0, self.rows, drawn)
 
     def _kept(self, scaled: Tensor) -> Tensor:
         """Which tokens top-k, which keeps all that are as probable as the last, then top-p, keep; of equal logits top-p

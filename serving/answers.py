@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _MOST_APART = 16
 """So many tokens that have come together are still said one by one; of a stream that is further behind, all at once."""
 
+_BEHIND_S = 0.002
+"""Streams that go out so much later than their tokens were known say all that they have at once, and so catch up."""
+
 
 @dataclass
 class Piece:
@@ -54,19 +57,24 @@ class _Answer:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._backend, self._text = backend, text
 
-    def take(self) -> Piece | None:
+    def take(self, is_behind: bool) -> Piece | None:
         """What is new; None if nothing is.
 
+        Args:
+            is_behind: streams are late, so that all of it is one piece.
+
         Raises:
-            ApiError: the request was refused.
+            ApiError: the request was refused, or cannot be finished.
         """
         seq, reason = self.seq, self.seq.finish_reason
         if reason == "refused":
             raise ApiError(f"this request can never be served: {seq.refusal}")
+        if seq.refusal is not None:
+            raise ApiError(f"this request has failed: {seq.refusal}", HTTPStatus.INTERNAL_SERVER_ERROR)
         token_ids = self._backend.tokens(seq, self.num_tokens)
         if reason is None and not token_ids:
             return None
-        if 1 < len(token_ids) <= _MOST_APART:
+        if 1 < len(token_ids) <= _MOST_APART and not is_behind:
             token_ids, reason = token_ids[:1], None
         if self.num_tokens == 0 and token_ids and self.ask.prompt_logprobs is not None:
             of_prompt = self._backend.logprobs(seq)
@@ -202,7 +210,7 @@ class Answers:
                 self._event.clear()
                 found: list[Piece] = []
                 for answer in left:
-                    while not answer.is_done and (piece := answer.take()) is not None:
+                    while not answer.is_done and (piece := answer.take(self._wakes.lag_s > _BEHIND_S)) is not None:
                         found.append(piece)
                 left = [answer for answer in left if not answer.is_done]
                 if found:

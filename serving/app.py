@@ -25,7 +25,7 @@ from twinserve.serving.answers import Answers, Piece, Wakes
 from twinserve.serving.backends import Ask, Backend
 from twinserve.serving.formats import ChatFormat, CompletionFormat, Format
 from twinserve.serving.limits import BodyLimits
-from twinserve.serving.metrics import ServerMetrics
+from twinserve.serving.metrics import HttpMetrics, ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.protocol import (
     ApiError,
@@ -50,12 +50,14 @@ class Server:
     Attributes:
         backend: None while it is being made; until then every path says 503.
         metrics, wakes: there with the backend.
+        http: counts what comes over HTTP from the beginning.
     """
 
     def __init__(self, options: ServeOptions):
         self.options = options
         self.backend: Backend | None = None
         self.metrics: ServerMetrics | None = None
+        self.http = HttpMetrics()
         self.wakes: Wakes
         self._sessions: dict[str, int] = defaultdict(lambda: len(self._sessions))
 
@@ -160,9 +162,11 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
-    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), stall_s=options.client_timeout)
+    app.add_middleware(BodyLimits, most_bytes=round(options.max_body_mib * (1 << 20)), seconds=options.client_timeout)
     if options.api_key:
         app.add_middleware(_Keyed, keys=options.api_key)
+
+    app.add_middleware(server.http.middleware)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
@@ -208,7 +212,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
         """The metrics page, for Prometheus."""
         _ = server.ready
         assert server.metrics is not None
-        return Response(server.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return Response(server.metrics.page() + server.http.page(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -187,9 +187,6 @@ class EngineBackend(Backend):
         return asked or self.max_model_len - num_prompt_tokens
 
     def params(self, body: Generation, max_tokens: int, choice: int) -> SamplingParams:
-        if body.num_prompt_logprobs is not None and self._llm.attention.graphs:
-            problem = "log-probabilities of prompts are not served where steps are graphs: --execution eager has them"
-            raise ApiError(problem, param="prompt_logprobs")
         if body.stop_token_ids:
             self.check_prompt(body.stop_token_ids)
         try:

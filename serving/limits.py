@@ -1,14 +1,57 @@
-"""What a client may ask of a server before anything is served: so large a body, and so long a time to send it."""
+"""What a client may ask of a server before anything is served: so large a body, so long a time to send a request."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from http import HTTPStatus
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+def protocol_within(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP, which ends connections whose requests' heads are not there as a whole within `seconds`.
+
+    However the bytes come, one by one among them; so nobody holds connections open by sending heads that never end.
+    """
+
+    class HeadsInTime(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
+        _limit: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._set_limit()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._set_limit()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            self._unset_limit()
+
+        def _set_limit(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._unset_limit()
+            elif self._limit is None:
+                self._limit = self.loop.call_later(seconds, self._give_up)
+
+        def _unset_limit(self) -> None:
+            if self._limit is not None:
+                self._limit.cancel()
+                self._limit = None
+
+        def _give_up(self) -> None:
+            self.transport.write(_TOO_SLOW)
+            self.transport.close()
+
+    return HeadsInTime
 
 
 class BodyLimits:
@@ -16,11 +59,11 @@ class BodyLimits:
 
     Args:
         most_bytes: of a body.
-        stall_s: seconds within which the next piece of a body has to come.
+        seconds: within which all of a body has to come.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int, stall_s: float):
-        self._app, self._most_bytes, self._stall_s = app, most_bytes, stall_s
+    def __init__(self, app: ASGIApp, most_bytes: int, seconds: float):
+        self._app, self._most_bytes, self._seconds = app, most_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -29,6 +72,7 @@ class BodyLimits:
         said = Headers(scope=scope).get("content-length", "")
         claimed = int(said) if said.isdecimal() else 0
         num_bytes, is_whole = 0, False
+        end_s = asyncio.get_running_loop().time() + self._seconds
 
         async def limited() -> Message:
             nonlocal num_bytes, is_whole
@@ -37,10 +81,10 @@ class BodyLimits:
             if claimed > self._most_bytes:
                 raise self._too_large()
             try:
-                async with asyncio.timeout(self._stall_s):
+                async with asyncio.timeout_at(end_s):
                     message = await receive()
             except TimeoutError as error:
-                problem = f"the body did not come: nothing of it within {self._stall_s:g} s"
+                problem = f"the body did not come as a whole within {self._seconds:g} s"
                 raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, problem, {"connection": "close"}) from error
             num_bytes += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twinserve.policies import Batch, Core, CoreListener, Sequence
 from twinserve.policies.block_manager import ENDLESS
@@ -23,6 +26,9 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1,
 _GAPS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50, 100)
+_HTTP = (0.1, 0.5, 1)
+_PROBES = ("/metrics", "/health", "/ping", "/version")
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -54,12 +60,59 @@ class _Gaps(Collector):
         self._sum += value * count
 
     def collect(self) -> Iterator[Metric]:
-        bounds = [*map(str, self._bounds), "+Inf"]
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = list(zip(bounds, accumulate(self._counts), strict=True))
         for name, text in self._names.items():
             family = HistogramMetricFamily(PREFIX + name, text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), buckets, self._sum)
             yield family
+
+
+class HttpMetrics:
+    """What comes over HTTP and goes: the names and labels that prometheus-fastapi-instrumentator gives it in vLLM.
+
+    Probes are left out, as there.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter("http_requests", "Requests.", ["method", "status", "handler"], registry=self._registry)
+        self._seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request to the end of its response.",
+            ["method", "handler"],
+            registry=self._registry,
+            buckets=_HTTP,
+        )
+
+    def page(self) -> bytes:
+        """The metrics, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """`app`, whose requests are counted; the status of one without a response is that of a failure."""
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] in _PROBES:
+                await app(scope, receive, send)
+                return
+            status, begun_s = 500, time.perf_counter()
+
+            async def sent(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                await send(message)
+
+            try:
+                await app(scope, receive, sent)
+            finally:
+                route = scope.get("route")
+                method, handler = scope["method"], "none" if route is None else route.path
+                self._requests.labels(method, f"{status // 100}xx", handler).inc()
+                self._seconds.labels(method, handler).observe(time.perf_counter() - begun_s)
+
+        return counted
 
 
 class ServerMetrics(CoreListener):
@@ -79,6 +132,7 @@ class ServerMetrics(CoreListener):
         self._page = CollectorRegistry()
         self._page.register(_UnderBothNames(self._registry))
         ProcessCollector(registry=self._page)
+        self._counters: dict[str, Counter] = {}
         self._latest: dict[Sequence, int] = {}
         self._first_hits: dict[Sequence, int] = {}
         """Tokens found when a sequence was admitted for the first time."""
@@ -89,6 +143,12 @@ class ServerMetrics(CoreListener):
         self._preemptions = counter("num_preemptions", "Preemptions.")
         self._queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+        computed, found, _ = (
+            counter("prompt_tokens_by_source", "Prompt tokens by source.", source=source) for source in sources
+        )
+        self._by_source = computed, found
+        self._from_device = counter("prompt_tokens_cached_by_source", "Tokens found, by where.", source="device")
         self._ended = Counter(
             f"{PREFIX}request_success",
             "Requests that have ended, by reason.",
@@ -119,6 +179,7 @@ class ServerMetrics(CoreListener):
         self._computed = histogram("request_prefill_kv_computed_tokens", "Those that were computed.", _TOKENS)
         self._answers = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self._longest = histogram("request_max_num_generation_tokens", "Tokens of the longest answer.", _TOKENS)
+        self._preempted = histogram("request_num_preemptions", "Preemptions of a request.", _PREEMPTIONS)
         self._limits = histogram("request_params_max_tokens", "Tokens that a request allows.", _TOKENS)
 
     def watch(self, cores: Seq[Core], settings: Settings) -> None:
@@ -136,7 +197,17 @@ class ServerMetrics(CoreListener):
         ):
             gauge = Gauge(PREFIX + name, text, list(self._labels), registry=self._registry)
             gauge.labels(**self._labels).set_function(read)
-        config = {name: str(getattr(settings, name)) for name in ("block_size", "num_gpu_blocks")}
+        by_reason = Gauge(
+            f"{PREFIX}num_requests_waiting_by_reason",
+            "Requests that wait, by reason: for room, or for something else, which there is not.",
+            [*self._labels, "reason"],
+            registry=self._registry,
+        )
+        waiting = by_reason.labels(**self._labels, reason="capacity")
+        waiting.set_function(lambda: sum(len(one.waiting) for one in schedulers))
+        by_reason.labels(**self._labels, reason="deferred").set(0)
+        names = ("block_size", "num_gpu_blocks", "enable_prefix_caching")
+        config = {name: str(getattr(settings, name)) for name in names}
         info = Gauge(f"{PREFIX}cache_config_info", "The pool.", [*self._labels, *config], registry=self._registry)
         info.labels(**self._labels, **config).set(1)
 
@@ -161,6 +232,7 @@ class ServerMetrics(CoreListener):
                 self._first_hits[row.seq] = row.start
                 self._queries.inc(row.seq.num_tokens)
                 self._hits.inc(row.start)
+                self._from_device.inc(row.start)
 
     def committed(self, batch: Batch) -> None:
         if batch.num_tokens:
@@ -180,8 +252,11 @@ class ServerMetrics(CoreListener):
                 gaps[now_ns - before_ns] += 1
             else:
                 self._generation_tokens.inc()
+                found = self._first_hits[seq]
                 self._prompt_tokens.inc(seq.num_prompt_tokens)
-                self._cached_tokens.inc(self._first_hits[seq])
+                self._cached_tokens.inc(found)
+                self._by_source[0].inc(seq.num_prompt_tokens - found)
+                self._by_source[1].inc(found)
                 self._ttft.observe(((seq.first_token_ns or now_ns) - seq.arrival_ns) / 1e9)
         for gap_ns, count in gaps.items():
             self._gaps.add(gap_ns / 1e9, count)
@@ -212,11 +287,16 @@ class ServerMetrics(CoreListener):
         self._computed.observe(seq.num_prompt_tokens - cached)
         self._answers.observe(seq.num_completion_tokens)
         self._longest.observe(seq.num_completion_tokens)
+        self._preempted.observe(seq.num_preemptions)
         if seq.num_completion_tokens > 1:
             self._tpot.observe((last - first) / (seq.num_completion_tokens - 1))
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(PREFIX + name, text, list(self._labels), registry=self._registry).labels(**self._labels)
+    def _counter(self, name: str, text: str, **more: str) -> Counter:
+        """A counter with the page's labels, and more; of one name, those of other values of `more` are the same."""
+        labels = self._labels | more
+        if name not in self._counters:
+            self._counters[name] = Counter(PREFIX + name, text, list(labels), registry=self._registry)
+        return self._counters[name].labels(**labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, list(self._labels), registry=self._registry, buckets=buckets).labels(

@@ -28,7 +28,7 @@ class ServeOptions(BaseModel):
         default=60,
         gt=0,
         allow_inf_nan=False,
-        description="seconds in which a client has to go on sending its request, or reading its answer",
+        description="seconds in which a client has to send its request, and to go on reading its answer",
     )
     generation_config: Literal["auto", "vllm"] = Field(
         default="auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +21,7 @@ from twinserve.engine.options import EngineOptions
 from twinserve.serving.answers import Wakes
 from twinserve.serving.app import Server, make_app
 from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
-from twinserve.serving.limits import give_up_after
+from twinserve.serving.limits import give_up_after, protocol_within
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
@@ -138,6 +139,22 @@ def _listening(options: ServeOptions) -> socket.socket:
         raise InputError(problem, field="host and port", value=f"{options.host}:{options.port}") from error
 
 
+TURN_S = 1e-4
+"""The loop of Core needs the interpreter a few times a step, and waits for as long each time while streams are written:
+with Python's 5 ms a step would take several times as long as the device does."""
+
+
+@contextmanager
+def _threads_in_turns() -> Iterator[None]:
+    """Within the block, a thread of Python gives way to another after TURN_S."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class Service:
     """A server and its life: it listens, gets its backend, serves, drains, and closes its record.
 
@@ -166,6 +183,7 @@ class Service:
             make_app(self._server, self._lifespan),
             host=options.host,
             port=options.port,
+            http=protocol_within(options.client_timeout),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=options.shutdown_timeout,
@@ -191,7 +209,7 @@ class Service:
             InputError: the model, or something else that was given, cannot be used.
             RunError: the engine has failed.
         """
-        with _listening(self._server.options) as listener:
+        with _listening(self._server.options) as listener, _threads_in_turns():
             give_up_after(listener, self._server.options.client_timeout)
             self._uvicorn.run([listener])
         if self._error is not None:

@@ -358,6 +358,13 @@ def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
     )
 
 
+def least_price(about: dict[str, Any]) -> float:
+    """Nanoseconds that a token of a decode's context takes at the least, as it is read through the device's memory; 0
+    where model or device are not known."""
+    floor = floor_of(about)
+    return 0.0 if floor is None else floor.kv_token_ns
+
+
 def fit(
     samples: list[StepSample],
     about: dict[str, Any],
@@ -365,6 +372,7 @@ def fit(
     kernels: Kernels | None = None,
     *,
     holds_out: bool = True,
+    launches_vary: bool = True,
 ) -> FittedLatency:
     """Fit what steps cost, non-negative, on relative error.
 
@@ -383,6 +391,7 @@ def fit(
         captured_tokens: the most tokens of a step that is launched as a captured graph; None where none is.
         kernels: how the engine pads and cuts steps; None where it does not.
         holds_out: work out the residuals too.
+        launches_vary: with prompts, a launch costs more the more it launches; see `_solve_host`.
 
     Raises:
         ValueError: a regime has fewer than 2 shapes.
@@ -401,10 +410,10 @@ def fit(
     for regime, mine in by_regime.items():
         if (count := len(_by_shape(mine, "device"))) < 2:
             raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
-    devices, errors = _fit_devices(by_regime, kernels, holds_out)
+    devices, errors = _fit_devices(by_regime, kernels, least_price(about), holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
-        others, residuals = _fit_host(regime, mine, bookkeeping, holds_out)
+        others, residuals = _fit_host(regime, mine, bookkeeping, launches_vary, holds_out)
         data["regimes"][regime] = {"device": devices[regime]} | others
         features = {sample.features for sample in mine}
         residuals |= {"device": errors[regime]} if holds_out else {}
@@ -417,7 +426,7 @@ def fit(
 
 
 def _fit_host(
-    regime: str, samples: list[StepSample], bookkeeping: Shapes, holds_out: bool
+    regime: str, samples: list[StepSample], bookkeeping: Shapes, launches_vary: bool, holds_out: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Knots and coefficients of the host, and of the lead if there is one; where `holds_out`, the errors of both."""
     fitted: dict[str, Any] = {}
@@ -428,7 +437,7 @@ def _fit_host(
             continue
         solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=row_of)
         if part == "host" and bookkeeping:
-            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime)
+            solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime, launches_vary)
         elif len(shapes) < 2:
             raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
         fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
@@ -438,14 +447,14 @@ def _fit_host(
 
 
 def _fit_devices(
-    by_regime: dict[str, list[StepSample]], kernels: Kernels, holds_out: bool
+    by_regime: dict[str, list[StepSample]], kernels: Kernels, least: float, holds_out: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """By regime, knots and coefficients of the device, and where `holds_out`, the errors on shapes held out."""
     fitted: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     regimes = list(by_regime)
     for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
-        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels)
+        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels, least)
         names = coefficient_names("device", devices.knots)
         for regime, prices in devices.solve().items():
             ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
@@ -475,11 +484,15 @@ def _one(features: StepFeatures) -> list[float]:
 class _Devices:
     """The shapes of all regimes, for a fit in which they share all but the constant.
 
+    Args:
+        least: what `decode_kv_token` and `decode_pool_token` are together at the least. Where all that were measured
+            are few or short, other terms explain them as well, and more or longer ones would come out too cheap.
+
     Attributes:
         knots: of the ramps over the padded tokens.
     """
 
-    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels):
+    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels, least: float):
         import numpy as np
 
         self._regimes = list(shapes)
@@ -502,15 +515,31 @@ class _Devices:
         self._rows[:, unused] = 0.0
         apart = self._of[:, None] == np.arange(1, len(self._regimes))
         self._rows = np.concatenate((self._rows, apart.astype(float)), axis=1)
+        self._least = least
         self._counts = np.array([len(costs) for _, _, costs in ordered])
         self._means = np.array([sum(costs) / len(costs) for _, _, costs in ordered])
 
     def solve(self) -> dict[str, list[float]]:
         """The coefficients of each regime."""
-        common = least_squares(self._rows, self._means, self._counts)
+        common = self._coefficients(self._rows, self._means, self._counts)
         width = len(self._names)
         extra = [0.0, *common[width:]]
         return {regime: [common[0] + extra[number], *common[1:width]] for number, regime in enumerate(self._regimes)}
+
+    def _coefficients(self, rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
+        """Of some shapes, the common coefficients and what the constants of the other regimes are above the first's."""
+        prices = least_squares(rows, means, counts)
+        kv, pool = self._names.index("decode_kv_token"), self._names.index("decode_pool_token")
+        if prices[kv] + prices[pool] >= self._least:
+            return prices
+        # With their sum fixed, a token from the pool costs it, and one that was read just now anything up to it.
+        alone, rows = rows[:, pool], rows.copy()
+        rows[:, kv] -= alone
+        rows[:, pool] = 0.0
+        prices = least_squares(rows, means, counts, fixed=self._least * alone)
+        prices[kv] = min(prices[kv], self._least)
+        prices[pool] = self._least - prices[kv]
+        return prices
 
     def held_out_errors(self) -> dict[str, dict[str, float]]:
         """By regime, the errors on shapes that were held out."""
@@ -522,7 +551,7 @@ class _Devices:
             if held_out.all() or not held_out.any():
                 continue
             kept = ~held_out
-            coefficients = least_squares(self._rows[kept], self._means[kept], self._counts[kept])
+            coefficients = self._coefficients(self._rows[kept], self._means[kept], self._counts[kept])
             predicted[held_out] = self._rows[held_out] @ coefficients
         return {
             regime: _errors((predicted[self._of == number], self._means[self._of == number]))
@@ -536,32 +565,40 @@ def _solve(shapes: Shapes, row_of: Row) -> list[float]:
 
     rows = np.array([row_of(features) for features in shapes], dtype=float)
     counts = np.array([len(costs) for costs in shapes.values()])
-    return least_squares(rows, np.array([sum(costs) / len(costs) for costs in shapes.values()]), counts)
+    means = np.array([sum(costs) / len(costs) for costs in shapes.values()])
+    return least_squares(rows, means, counts)
 
 
-def _solve_host(bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, shapes: Shapes) -> list[float]:
+def _solve_host(
+    bookkeeping: Shapes, launches: Shapes, known: Shapes, regime: str, launches_vary: bool, shapes: Shapes
+) -> list[float]:
     """The host's coefficients where bookkeeping was measured; of those `known` as a whole, from `shapes` alone.
 
     Bookkeeping costs the same whatever the regime. What a launch takes is a constant and a cost a row, and with prompts
-    one a prompt and a token, or where few were seen the constant alone. A launch that was never seen costs nothing: the
-    device was busy for longer, in every step there was.
+    one a prompt and a token, or where few were seen, or `launches_vary` is False, the constant alone: an engine whose
+    host holds the device up lets its queue grow while it happens to be slow, so that slow launches go with many rows
+    and tokens, though neither makes them slow. A launch that was never seen costs nothing: the device was busy for
+    longer, in every step there was.
     """
     kept = {features: costs for features, costs in bookkeeping.items() if features in shapes or features not in known}
     coefficients = _solve(kept, host_row)
     launched = {features: costs for features, costs in launches.items() if features in shapes}
-    width = 2 if regime == "decode" else 4 if len(launched) >= LAUNCHES else 1
+    width = 2 if regime == "decode" else 4 if launches_vary and len(launched) >= LAUNCHES else 1
     if launched:
         for index, ns in enumerate(_solve(launched, lambda features: host_row(features)[:width])):
             coefficients[index] += ns
     return coefficients
 
 
-def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
+def least_squares(
+    rows: np.ndarray, means: np.ndarray, counts: np.ndarray, fixed: np.ndarray | float = 0.0
+) -> list[float]:
     """Non-negative coefficients by relative error.
 
     Args:
         rows: [shapes, coefficients]
         means, counts: [shapes]: what each cost on average, and how often it was measured.
+        fixed: [shapes]: what each costs beside the coefficients' parts.
     """
     import numpy as np
     from scipy.optimize import nnls
@@ -574,9 +611,9 @@ def least_squares(rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> li
     for _ in range(REWEIGHTINGS):
         weight = np.sqrt(counts) / scale
         # The triangle of a QR factorisation has the same least squares in as many rows as there are coefficients.
-        triangle = np.linalg.qr(np.column_stack((rows / norms, means)) * weight[:, None]).R
+        triangle = np.linalg.qr(np.column_stack((rows / norms, means - fixed)) * weight[:, None]).R
         solution = nnls(triangle[:, :width], triangle[:, width], maxiter=100 * width)[0] / norms
-        scale = np.maximum(rows @ solution, floor)
+        scale = np.maximum(rows @ solution + fixed, floor)
     return [float(f"{value:.6g}") for value in solution]
 
 

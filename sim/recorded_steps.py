@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -110,19 +111,23 @@ def fit_records(records: list[RunRecord], about: dict[str, Any], profile: Profil
     if profile is not None and (profile.kernels != kernels or captured_tokens is not None):
         raise InputError("expected a profile of the engine of the runs, with the same sizes of steps", field="profile")
     profiled = [] if profile is None else profile.samples
+    fitted = partial(
+        fit, about=about, captured_tokens=captured_tokens, kernels=kernels,
+        launches_vary=not any(run.is_log for run in runs),
+    )  # fmt: skip
     model: FittedLatency | None = None
     samples: list[list[StepSample]] = []
     for rounds_left in reversed(range(ROUNDS)):
         tail = 0 if model is None else _captured_lead([ns for run in runs for ns in run.lead_bounds(model)])
         samples = [list(run.samples(model, tail)) for run in runs]
         try:
-            model = fit([*chain(*samples), *profiled], about, captured_tokens, kernels, holds_out=not rounds_left)
+            model = fitted([*chain(*samples), *profiled], holds_out=not rounds_left)
         except ValueError as error:
             raise InputError(f"{error}; a fit needs runs with more of them") from error
     assert model is not None
 
     def refit(kept: list[StepSample]) -> FittedLatency:
-        return fit(kept, about, captured_tokens, kernels, holds_out=False)
+        return fitted(kept, holds_out=False)
 
     known = list(zip(runs, samples, strict=True))
     served = [Served(steps, _workload_of(run.record)) for run, steps in known if not _is_profile(run.record)]

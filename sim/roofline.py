@@ -115,6 +115,9 @@ class RooflineLatency:
         device: where it runs.
         tensor_parallel: devices that share each layer.
 
+    Attributes:
+        kv_token_ns: nanoseconds in which the keys and values of a token are read.
+
     Raises:
         ValueError: the query heads cannot be shared by so many devices.
     """
@@ -131,7 +134,7 @@ class RooflineLatency:
         self._kv_bytes = shape.kv_bytes_per_token * held_heads / shape.num_kv_heads
         heads = shape.num_heads * shape.head_dim / tensor_parallel
         self._pair_ns = 4.0 * shape.num_layers * heads / self._flops
-        self._kv_token_ns = self._kv_bytes / self._bandwidth
+        self.kv_token_ns = self._kv_bytes / self._bandwidth
         self._matrices_ns: dict[tuple[int, int], float] = {}
 
     @property
@@ -173,14 +176,14 @@ class RooflineLatency:
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int]:
         """(host_ns, device_ns) of a step with these features."""
-        attention = max(features.attention_pairs * self._pair_ns, features.kv_tokens * self._kv_token_ns)
+        attention = max(features.attention_pairs * self._pair_ns, features.kv_tokens * self.kv_token_ns)
         return self._host(features), round(self._matrices(features.tokens, features.sampled) + attention)
 
     def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray]:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
         numbers = np.arange(1.0, count + 1)
         pairs_ns = (numbers * features.num_new_pairs + features.attention_pairs) * self._pair_ns
-        costs_ns = (numbers * features.tokens + features.kv_tokens) * self._kv_token_ns
+        costs_ns = (numbers * features.tokens + features.kv_tokens) * self.kv_token_ns
         np.maximum(pairs_ns, costs_ns, out=costs_ns)
         costs_ns += self._matrices(features.tokens, features.sampled)
         return self._host(features), np.rint(costs_ns, out=costs_ns).astype(np.int64)

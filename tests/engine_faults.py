@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from engine_judge import GREEDY
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Abort, Inbox, StepError
 from twinserve.policies import SamplingParams
+from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
 
 PROMPTS = [[5, 6, 7], [8] * 40, [9, 10]]
@@ -53,6 +55,57 @@ def check_what_cannot_be_served_is_refused(llm: LLM) -> None:
     assert completions[1].refusal == f"prompt of {limit + 1} tokens, but max_model_len is {limit}"
     assert completions[3].refusal == "the prompt has no tokens"
     assert len(completions[5].token_ids) == limit - 2
+
+
+def check_logits_that_are_no_numbers_end_their_request_alone(llm: LLM) -> None:
+    """A request whose logits are no numbers ends with the reason; the others get the tokens that they get alone."""
+    bad = 511
+    drawn = SamplingParams(temperature=0.8, seed=3, max_tokens=20, ignore_eos=True)
+    special = replace(drawn, top_k=40, repetition_penalty=1.2, logprobs=2)
+    ways = [GREEDY, drawn, special]
+    alone = [llm.generate([prompt], way)[0] for prompt in PROMPTS for way in ways]
+    assert not any(bad in completion.token_ids for completion in alone)
+    weight = llm.runner.model.embedding.weight.data
+    kept = weight[bad].clone()
+    for poison in (torch.nan, torch.inf):
+        weight[bad] = poison
+        prompts = [prompt for prompt in PROMPTS for _ in ways]
+        failing = [[bad], [7] * 30 + [bad], [9, bad, 8]]
+        found = llm.generate(prompts + failing, ways * len(PROMPTS) + ways)
+        assert [completion.token_ids for completion in found[: len(prompts)]] == [one.token_ids for one in alone]
+        for completion in found[len(prompts) :]:
+            assert (completion.finish_reason, completion.token_ids, completion.text) == ("abort", [], "")
+            assert completion.refusal == "the model's logits for it are no finite numbers, so no token can be sampled"
+            assert not completion.logprobs
+    weight[bad] = kept
+    assert llm.generate([PROMPTS[0]], GREEDY)[0].token_ids == alone[0].token_ids
+
+
+def check_ids_beyond_the_vocabulary_are_refused(llm: LLM) -> None:
+    """Of prompts, of stop tokens and of biases; nothing is computed for them."""
+    for token_id in (512, -1):
+        for prompt, more, field in (
+            ([token_id], {}, r"a token of prompts\[1\]"),
+            ([5], {"stop_token_ids": (3, token_id), "min_tokens": 4}, "a token of stop_token_ids"),
+            ([5], {"logit_bias": ((token_id, 1.0),)}, "a token of logit_bias"),
+        ):
+            with pytest.raises(InputError, match=f"{field} is {token_id}, expected an id from 0 to 511"):
+                llm.generate([[5], prompt], [GREEDY, replace(GREEDY, **more)])
+    llm.eos_token_ids = (2, 3, 700)  # as of a tokenizer with tokens that were added
+    ends = replace(GREEDY, ignore_eos=False, min_tokens=2, max_tokens=4)
+    assert len(llm.generate([[5]], ends)[0].token_ids) >= 2
+
+
+def check_every_temperature_draws(llm: LLM) -> None:
+    """The least temperature that draws, and the largest: near the most probable token, and evenly."""
+    prompts = [[5, 6, 7]] * 40
+    best = llm.generate(prompts[:1], replace(GREEDY, max_tokens=1))[0].token_ids
+    for temperature, least, most in ((1e-5, 1, 1), (1e30, 30, 40)):
+        params = [SamplingParams(temperature, 1, seed=seed, ignore_eos=True) for seed in range(40)]
+        tokens = [completion.token_ids[0] for completion in llm.generate(prompts, params)]
+        assert least <= len(set(tokens)) <= most and all(0 <= token < 512 for token in tokens)
+        assert temperature > 1 or tokens[:1] == best
+        assert temperature < 1 or min(tokens) < 100 and max(tokens) > 412
 
 
 def check_abort_while_its_token_is_in_flight(llm: LLM) -> None:

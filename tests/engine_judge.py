@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from twinserve.policies import Batch, SamplingParams, Sequence
 from twinserve.traces.request import Request
@@ -53,6 +62,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 256,
 }
 LINEAR = {"rope_type": "linear", "factor": 3.0}
+# Of 16 frequencies some are kept, some slowed down and some blended; sines and cosines are 1.14 times as long.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+YARN_SCALED = YARN | {"beta_fast": 8, "beta_slow": 2, "truncate": False, "mscale": 1.5, "mscale_all_dim": 0.5}
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tiny(LlamaForCausalLM, LlamaConfig),
@@ -70,6 +82,29 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mistral-llama3": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=None, rope_scaling=dict(LLAMA3)),
     "mistral-linear": lambda: tiny(
         MistralForCausalLM, MistralConfig, sliding_window=None, rope_scaling=dict(LINEAR), seed=2
+    ),
+    "mistral-window": lambda: tiny(MistralForCausalLM, MistralConfig, sliding_window=37),
+    "qwen2": lambda: tiny(Qwen2ForCausalLM, Qwen2Config),
+    "qwen2-windows": lambda: tiny(
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        use_sliding_window=True,
+        sliding_window=20,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+        head_dim=64,
+    ),  # fmt: skip
+    "qwen3-windows": lambda: tiny(
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        use_sliding_window=True,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),  # fmt: skip
+    "llama-yarn": lambda: tiny(LlamaForCausalLM, LlamaConfig, rope_scaling=dict(YARN), rope_theta=500.0),
+    "qwen2-yarn": lambda: tiny(Qwen2ForCausalLM, Qwen2Config, rope_scaling=dict(YARN_SCALED), seed=4),
+    "qwen3-yarn": lambda: tiny(
+        Qwen3ForCausalLM, Qwen3Config, rope_scaling=YARN | {"attention_factor": 0.8}, tie_word_embeddings=True
     ),
 }
 

@@ -49,7 +49,7 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ) -> Tensor:
-    assert (dropout_p, softmax_scale, window_size, softcap, alibi_slopes) == (0.0, None, (-1, -1), 0.0, None)
+    assert (dropout_p, softmax_scale, softcap, alibi_slopes) == (0.0, None, 0.0, None)
     assert type(max_seqlen_q) is int and type(max_seqlen_k) is int, "the library's operator takes plain numbers"
     _check(q, k, v, [cu_seqlens_q, cu_seqlens_k], block_table)
     rows = len(cu_seqlens_q) - 1
@@ -67,7 +67,7 @@ def flash_attn_varlen_func(
             keys, values = k[context], v[context]
         else:
             keys, values = (_context(x, block_table[row], context.stop - context.start) for x in (k, v))
-        output[tokens] = _attend(q[tokens], keys, values, causal)
+        output[tokens] = _attend(q[tokens], keys, values, causal, window_size)
     return output
 
 
@@ -93,14 +93,14 @@ def flash_attn_with_kvcache(
     return_softmax_lse=False,
 ) -> Tensor:
     unused = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, softmax_scale, alibi_slopes)
-    assert unused == (None,) * 8 and window_size == (-1, -1) and softcap == 0.0
+    assert unused == (None,) * 8 and softcap == 0.0
     assert block_table is not None and q.dim() == 4
     _check(q, k_cache, v_cache, [cache_seqlens], block_table)
     assert len(cache_seqlens) == len(q) == len(block_table)
     output = torch.empty_like(q)
     for row, context in enumerate(cache_seqlens.tolist()):
         keys, values = (_context(x, block_table[row], context) for x in (k_cache, v_cache))
-        output[row] = _attend(q[row], keys, values, causal)
+        output[row] = _attend(q[row], keys, values, causal, window_size)
     return output
 
 
@@ -126,12 +126,16 @@ def _context(pool: Tensor, table: Tensor, context: int) -> Tensor:
     return pool[table[:blocks].long()].flatten(0, 1)[:context]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """[tokens, heads, head_dim]; a causal mask is aligned with the last key."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int]) -> Tensor:
+    """[tokens, heads, head_dim]; a causal mask is aligned with the last key, and so is a window, of so many keys to the
+    left of a query's own and to its right, -1 being all."""
+    assert causal and window[1] in (-1, 0), window
     tokens, heads, head_dim = q.shape
     k, v = (x.float().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) / head_dim**0.5
     if causal:
         hidden = torch.ones(tokens, len(k), dtype=torch.bool, device=q.device).triu_(len(k) - tokens + 1)
+        if window[0] >= 0:
+            hidden |= torch.ones_like(hidden).tril_(len(k) - tokens - window[0] - 1)
         scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers import AttentionBackend, AttentionMetadata, PagedAttention
-from twinserve.engine.layers.attention import slots_of
+from twinserve.engine.layers.attention import plan_layers, slots_of
 from twinserve.engine.models import Decoder
 
 BLOCK_SIZE = 256
@@ -84,8 +84,8 @@ def engine_log_probs(decoder: Decoder, backend: AttentionBackend, texts: list[li
             block_size=BLOCK_SIZE,
         )
         token_ids = np.concatenate([texts[i][start : start + count] for i, start, count in rows])
-        plan = backend.plan(metadata, decoder.dtype, device)
-        attention = PagedAttention(backend, cache, to_device(np.concatenate(slots), device), plan)
+        plans = plan_layers(backend, metadata, decoder.config.windows, decoder.dtype, device)
+        attention = PagedAttention(backend, cache, to_device(np.concatenate(slots), device), plans)
         hidden = decoder(to_device(token_ids, device), to_device(np.concatenate(places), device), attention)
         logits = decoder.logits(hidden).float().log_softmax(-1).cpu().split(metadata.query_lens)
         for (i, _, count), part in zip(rows, logits, strict=True):

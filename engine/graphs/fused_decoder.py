@@ -8,14 +8,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.kernels.fused import rms_norm, rotate_and_store, silu_and_mul
 from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention
 from twinserve.engine.kernels.sampling import sample_rows
 from twinserve.engine.kernels.step_rows import gather_tables, read_rows
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.models.decoder import Decoder, DecoderLayer
-from twinserve.engine.models.rope import rotary_frequencies
+from twinserve.engine.models.rope import rotation
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,13 @@ class FusedDecoder:
     Args:
         attention: of decodes: "triton", or "flash" (flash-attn). Prompts attend by Triton's kernel.
         max_decodes: rows of the largest step.
+        max_tokens: of the largest step, padding included.
         max_sampled: rows that a step samples at most.
         max_positions: tokens of the longest context.
+
+    Attributes:
+        hidden: [max_tokens, hidden_size], what the last layer gives for each token of the latest step, normalised.
+        token_ids: [max_tokens], int32, the tokens of the latest step.
     """
 
     def __init__(
@@ -59,16 +64,21 @@ class FusedDecoder:
         *,
         attention: Literal["triton", "flash"],
         max_decodes: int,
+        max_tokens: int,
         max_sampled: int,
         max_positions: int,
     ):
         self.model, self.cache, self.rows = model, cache, rows
         config, device = model.config, model.device
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, device)
-        angles = torch.arange(max_positions, device=device)[:, None].float() * frequencies
-        self._rotation = angles.cos(), angles.sin()
+        positions = torch.arange(max_positions, device=device)
+        self._rotation = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        # A window over every position hides nothing, and what is not looked for costs nothing.
+        self._windows = [None if window is None or window >= max_positions else window for window in config.windows]
         self._order = torch.arange(max_decodes, dtype=torch.int32, device=device)
         # One for all steps: what a captured step gives stays in memory of its own.
+        self._flat = torch.empty(3, aligned(max_tokens), dtype=torch.int32, device=device)
+        self.token_ids = self._flat[0]
+        self.hidden = torch.empty(max_tokens, config.hidden_size, dtype=model.dtype, device=device)
         self._logits = torch.empty(max_sampled, config.vocab_size, dtype=model.dtype, device=device)
         self._flash: Any = None
         if attention == "flash":
@@ -82,8 +92,7 @@ class FusedDecoder:
         """Compute a step and sample; `out` [at least sampled] takes the tokens. The logits [sampled, vocabulary], until
         the next step."""
         rows, cache, decodes = self.rows, self.cache, len(step.decode_rows)
-        flat = torch.empty(3, len(step.rows), dtype=torch.int32, device=out.device)
-        token_ids, positions, slots = flat[0], flat[1], flat[2]
+        token_ids, positions, slots = self._flat[:, : len(step.rows)]
         read_rows(
             step.rows, rows.tokens, rows.computed, rows.tables, step.prompt_tokens, step.prompt_positions,
             cache.block_size, (token_ids, positions, slots),
@@ -114,27 +123,31 @@ class FusedDecoder:
                 layer.attention.qkv(x), positions, slots, self._rotation, None if norm is None else norm.weight, eps,
                 keys, values,
             )  # fmt: skip
-            attended = self._attend(step, query, keys, values, positions)
+            attended = self._attend(step, query, keys, values, positions, self._windows[number])
             x = rms_norm(layer.attention.output(attended.flatten(1)), layer.mlp_norm.weight, eps, residual)
             x = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(x)))
             after = layers[number + 1].attention_norm if number + 1 < len(layers) else model.norm
-            x = rms_norm(x, after.weight, eps, residual)
+            out = self.hidden[: len(x)] if after is model.norm else None
+            x = rms_norm(x, after.weight, eps, residual, out)
         return x
 
-    def _attend(self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    def _attend(
+        self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
         """Attention of decodes over a layer's pool, then of prompts, which may lie among the decodes' places."""
         tables, decodes = self.rows.tables, len(step.decode_rows)
         out = torch.empty_like(query)
         if decodes and self._flash is not None:
             lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
             attended = self._flash(
-                query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True
-            )[:, 0]
+                query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True,
+                window_size=(-1, -1) if window is None else (window - 1, 0),
+            )[:, 0]  # fmt: skip
             if decodes == len(query):
                 return attended
             out[:decodes] = attended
         elif decodes:
-            decode_attention(query[:decodes], keys, values, step.decode_rows, tables, positions, out[:decodes])
+            decode_attention(query[:decodes], keys, values, step.decode_rows, tables, positions, out[:decodes], window)
         if len(step.tiles):
-            prefill_attention(query, keys, values, step.tiles, tables, out)
+            prefill_attention(query, keys, values, step.tiles, tables, out, window)
         return out

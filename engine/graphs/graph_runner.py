@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.checks import RunnerConfig
-from twinserve.engine.device_queue import CudaQueue, Step, to_device
+from twinserve.engine.device_queue import CudaQueue, Step, on_device, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.paged_attention import decode_cuts, prompt_tiles, tile_tokens
+from twinserve.engine.kernels.cuts import decode_cuts, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep
+from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import TokenHandle
-from twinserve.engine.sampler import SamplingPlan, draw_uniforms, mark_seen
+from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
 
@@ -57,8 +57,7 @@ class GraphRunner:
         model, device, num_blocks, block_size: as in use.
         logprobs: what steps that were waited for have given of those asked for, until whoever serves a sequence takes
             it out.
-        prompt_asks: None may ask for the log-probabilities of prompts here: a graph leaves no more than the logits of
-            what it samples.
+        prompt_asks: see `ModelRunner`.
     """
 
     def __init__(self, model: Decoder, config: RunnerConfig):
@@ -75,20 +74,21 @@ class GraphRunner:
             max_num_seqs, width, model.config.vocab_size, self.num_blocks, self.device, self._generator
         )
         self._attention = cast(Literal["triton", "flash"], config.attention.name)
+        self._max_num_batched_tokens = config.settings.max_num_batched_tokens
+        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
         self._decoder = FusedDecoder(
             model,
             self._cache,
             self._rows,
             attention=self._attention,
             max_decodes=max_num_seqs,
+            max_tokens=self._sizes.most_tokens,
             max_sampled=max_num_seqs + CAPTURED_PROMPTS,
             max_positions=max_model_len,
         )
-        self._max_num_batched_tokens = config.settings.max_num_batched_tokens
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
         self._options = config.graph_options or GraphOptions()
         self._memory_share = config.options.gpu_memory_utilization
         self._graphs: dict[StepSize, _Graph] = {}
@@ -96,25 +96,36 @@ class GraphRunner:
         self._num_resident = 0
         self._places: list[int] = []
 
-    @torch.inference_mode()
     def step_bytes(self) -> int:
-        """Bytes that the largest step takes for a while: all its rows ask for every setting; and graphs."""
+        """Bytes that the largest step takes for a while: all its rows ask for every setting; or one is a prompt whose
+        log-probabilities are asked for; and graphs."""
+        with on_device(self.device):
+            return self._step_bytes() + GRAPH_BYTES
+
+    @torch.inference_mode()
+    def _step_bytes(self) -> int:
         seqs, tokens = self._rows.scratch, self._max_num_batched_tokens
         size = StepSize(0, tokens, seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         logits = self._decoder.run(self._padding(size)[1], self._out)
-        params = [SamplingParams(top_p=0.5, repetition_penalty=1.5, logprobs=1)] * seqs
+        vocab_size = self.model.config.vocab_size
+        params = [SamplingParams(top_p=0.5, repetition_penalty=1.5, presence_penalty=0.5, logprobs=1)] * seqs
         # Twice: what is kept of all rows, and the copy that a step takes of it.
-        seen = torch.zeros(2, seqs, self.model.config.vocab_size, dtype=torch.bool, device=self.device)[0]
+        seen = torch.zeros(2, seqs, vocab_size, dtype=torch.bool, device=self.device)[0]
+        counts = torch.zeros(seqs, vocab_size, device=self.device)
         asked = AskedLogprobs([Row(Sequence([0], param), 0, 1, True, True) for param in params])
-        sampled = SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits, seen)
+        sampled = SamplingPlan.of(params, [0.5] * seqs, self.device).sample(logits, seen, counts)
         asked.take(logits, sampled)
+        del logits, seen, counts, sampled, asked
+        prompt = Sequence([0] * tokens)
+        asks = PromptLogprobs([Row(prompt, 0, tokens, True, True)], {prompt: 1}, {})
+        if asks:
+            asks.take(self._decoder.hidden, self.model.logits)
         torch.cuda.synchronize(self.device)
         taken = torch.cuda.max_memory_allocated(self.device) - before
-        del logits, seen, sampled, asked
         torch.cuda.empty_cache()
-        return taken + GRAPH_BYTES
+        return taken
 
     def fill_cache(self, seed: int) -> None:
         """Fill the pool with noise, see `KVCache.fill`."""
@@ -141,10 +152,11 @@ class GraphRunner:
         if self._graphs or not sizes:
             return
         pool = torch.cuda.graph_pool_handle()
-        with _no_garbage_collected():
+        with _no_garbage_collected(), on_device(self.device):
+            stream = torch.cuda.Stream(self.device)
             for size in sizes:
                 try:
-                    self._graphs[size] = self._capture(size, pool)
+                    self._graphs[size] = self._capture(size, pool, stream)
                 except torch.OutOfMemoryError as error:
                     problem = (
                         f"expected less: {len(self._graphs)} of {len(sizes)} steps are captured, and memory is full"
@@ -152,13 +164,13 @@ class GraphRunner:
                     raise InputError(problem, field="gpu_memory_utilization", value=self._memory_share) from error
 
     @torch.inference_mode()
-    def _capture(self, size: StepSize, pool: Any) -> _Graph:
+    def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:
         """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
         inputs, rows = self._padding(size)
         self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = self._decoder.run(rows, self._out)
         return _Graph(inputs, graph.replay, logits)
 
@@ -205,12 +217,14 @@ class GraphRunner:
         device_rows = self._rows.of(row.seq for row in decodes), self._rows.of(row.seq for row in prompts)
         inputs = to_device(self._inputs(size, device_rows[0], prompts, device_rows[1]), self.device)
         asked = AskedLogprobs([one.row for one in special])
-        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special, asked))
+        of_prompts = PromptLogprobs([*decodes, *prompts], self.prompt_asks, self.logprobs)
+        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special, asked, of_prompts))
         places = {row.seq: place for place, row in enumerate(decodes)}
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
         self._places = [places[row.seq] for row in rows if row.samples]
         in_order = _InOrder(step, self._places)
-        return LogprobStep(in_order, [asked], self.logprobs) if asked else in_order
+        every = [one for one in (asked, of_prompts) if one]
+        return LogprobStep(in_order, every, self.logprobs) if every else in_order
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
@@ -225,6 +239,7 @@ class GraphRunner:
         size: StepSize | None = None,
         special: Seq[_Special] = (),
         asked: AskedLogprobs | None = None,
+        of_prompts: PromptLogprobs | None = None,
     ) -> Tensor:
         """Run a step: a graph, with `inputs` unless it has them already, or without one; the tokens."""
         if changes is not None:
@@ -237,6 +252,8 @@ class GraphRunner:
                 graph.inputs.copy_(inputs)
             graph.replay()
             logits = graph.logits
+        if of_prompts:
+            of_prompts.take(self._decoder.hidden, self.model.logits)
         if special:
             self._sample(special, logits, asked)
         return self._out
@@ -248,18 +265,21 @@ class GraphRunner:
         params = [one.row.seq.sampling_params for one in special]
         generated = [one.row.start + one.row.num_tokens - one.row.seq.num_prompt_tokens for one in special]
         plan = SamplingPlan.of(params, [one.draw for one in special], self.device, generated)
-        logits = logits[places]
-        if plan.penalised is None:
-            tokens = plan.sample(logits)
-        else:
+        logits, seen, counts = logits[places], None, None
+        # Only a decode's last token may be in flight, and decodes lie first in the flat batch, as among the sampled.
+        counted = GeneratedTokens.of([(one.row, one.place) for one in special], self.device)
+        if counted is not None:
+            counts = counted.counts(self._decoder.token_ids, logits.shape[-1])
+        if plan.penalised is not None:
             self._rows.see({one.device_row: one.unseen for one in special if one.unseen is not None})
-            penalised = rows[plan.penalised]
-            tokens = plan.sample(logits, self._rows.seen[penalised])
-            mark_seen(self._rows.seen, penalised, tokens[plan.penalised])
+            seen = self._rows.seen[rows[plan.penalised]]
+        tokens = plan.sample(logits, seen, counts)
+        if plan.penalised is not None:
+            mark_seen(self._rows.seen, rows[plan.penalised], tokens[plan.penalised].clamp(min=0))
         if asked:
             asked.take(logits, tokens)
         self._out.index_copy_(0, places, tokens.int())
-        self._rows.tokens.index_copy_(0, rows, tokens.int())
+        self._rows.tokens.index_copy_(0, rows, tokens.int().clamp(min=0))
 
     def _special(self, size: StepSize, decodes: list[Row], prompts: list[Row]) -> list[_Special]:
         """The sampling rows that ask for more than the step does by itself: the best token, or one by temperature."""

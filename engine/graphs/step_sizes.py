@@ -75,7 +75,13 @@ class StepSizes:
         most = LAUNCHED_FLOP / token_flop
         tokens = CAPTURED_TOKENS + tuple(size for size in CAPTURED_BEYOND if size <= most)
         self._tokens = tokens[: bisect_left(tokens, max_num_batched_tokens) + 1]
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._decodes_beside = [0, *(size for size in (16, 64, 256) if size < max_num_seqs), max_num_seqs]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the largest step, padding included."""
+        return max(self._decodes[-1], self._tokens[-1], self._max_num_batched_tokens)
 
     def captured(self, which: Captured) -> list[StepSize]:
         """The sizes of these steps, the largest of each kind first."""

@@ -27,14 +27,17 @@ def _rms_norm_kernel(x, residual, weight, out, eps, size, BLOCK: tl.constexpr, A
     tl.store(out + row + columns, normed.to(out.dtype.element_ty), inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Root mean square normalisation of the rows of `x` [rows, size]; with `residual`, of the sum of both.
 
     Args:
         residual: [rows, size]; the sum is left in it.
+        out: takes the result, if there is one.
     """
     rows, size = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     block = triton.next_power_of_2(size)
     warps = 4 if block <= 2048 else 8
     _rms_norm_kernel[(rows,)](

@@ -7,8 +7,6 @@ Both are flash attention (arXiv:2205.14135): one pass with a running maximum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from math import log2, sqrt
 
 import torch
@@ -16,24 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twinserve.engine.kernels import SMALLEST_DOT
+from twinserve.engine.kernels.cuts import PromptCut, block_heads, decode_cut, power_of_2, tile_tokens
 
 LOG2_E = log2(2.718281828459045)
-SHORTEST_SPAN = 256
-"""Tokens below which a context is not cut further."""
-
-FULL_DEVICE = 1024
-"""Programs of decode attention that keep an H100 reading."""
 
 
 @triton.jit
 def _attend_block(
     q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a context more: the running maximum, the sum of weights, and the weighted sum of values.
 
-    `known` tokens are read. All queries attend to them, or, if CAUSAL, each to those up to position `last`.
+    `known` tokens are read. All queries attend to them, or, if CAUSAL, each to those up to position `last`; to WINDOW
+    of these, the last ones, unless it is 0.
     """
     block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
     place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
@@ -41,10 +36,14 @@ def _attend_block(
     v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
     score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
     seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
+    if CAUSAL and WINDOW:
+        seen = seen & (tokens[None, :] > last[:, None] - WINDOW)
     score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(top, tl.max(score, axis=1))
-    weight = tl.exp2(score - higher[:, None])
-    fade = tl.exp2(top - higher)
+    # The first tokens that are read may lie before a query's window, all of them: there is no maximum then.
+    base = tl.where(higher == float("-inf"), 0.0, higher) if CAUSAL and WINDOW else higher
+    weight = tl.exp2(score - base[:, None])
+    fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, axis=1)
     summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
     return higher, total, summed
@@ -55,16 +54,17 @@ def _decode_kernel(
     query, keys, values, rows, tables, positions, out, parts, sums, scale, scratch, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    SHORTEST: tl.constexpr, PRECISION: tl.constexpr,
+    SHORTEST: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     table_row = tl.load(rows + row)
     if table_row == scratch:
         return
     length = tl.load(positions + row) + 1
-    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    hidden = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    span = tl.cdiv(tl.cdiv(length - hidden, SPLITS), BLOCK_N) * BLOCK_N
     span = tl.maximum(span, SHORTEST)
-    begin = split * span
+    begin = hidden + split * span
     if begin >= length:
         return
     end = tl.minimum(begin + span, length)
@@ -86,12 +86,12 @@ def _decode_kernel(
         known = tokens < end
         top, total, summed = _attend_block(
             q, keys, values, table, tokens, known, None, kv_head, columns, in_head, scale, top, total, summed,
-            KV_HEADS, SIZE, BLOCK_SIZE, False, PRECISION,
+            KV_HEADS, SIZE, BLOCK_SIZE, False, 0, PRECISION,
         )  # fmt: skip
 
     place = head[:, None] * SIZE + columns[None, :]
     mask = (members < group)[:, None] & in_head[None, :]
-    if length <= span:
+    if length - hidden <= span:
         tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mask)
     else:
         tl.store(parts + (head * SPLITS + split)[:, None] * SIZE + columns[None, :], summed / total[:, None], mask)
@@ -101,12 +101,14 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     parts, sums, rows, positions, out, scratch, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(rows + row) == scratch:
         return
     length = tl.load(positions + row) + 1
+    if WINDOW:
+        length = tl.minimum(length, WINDOW)
     span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
     span = tl.maximum(span, SHORTEST)
     if length <= span:
@@ -127,7 +129,7 @@ def _prefill_kernel(
     query, keys, values, tiles, tables, out, scale, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A tile: the device row of its sequence, its first token in the batch, that token's position, its tokens.
     tile, kv_head = tiles + tl.program_id(0) * 4, tl.program_id(1)
@@ -147,18 +149,26 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS], tl.float32)
     summed = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS, BLOCK_D], tl.float32)
     last = start + token
-    for first in range(0, start + count, BLOCK_N):
+    begin = tl.maximum(start + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+    for first in range(begin, start + count, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         known = tokens < start + count
         top, total, summed = _attend_block(
             q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
-            KV_HEADS, SIZE, BLOCK_SIZE, True, PRECISION,
+            KV_HEADS, SIZE, BLOCK_SIZE, True, WINDOW, PRECISION,
         )  # fmt: skip
     tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mine[:, None] & in_head[None, :])
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, tables: Tensor, positions: Tensor, out: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    window: int | None = None,
 ) -> None:
     """Attention of one token of each row over its whole context, its own KV written already.
 
@@ -170,27 +180,37 @@ def decode_attention(
             scratch, and a token of it is left out.
         positions: [tokens or more], int32: each token's place in its sequence.
         out: [tokens, heads, head_dim]; written but for tokens of scratch.
+        window: tokens that each attends to, itself the last of them; None is its whole context.
     """
     tokens, heads, size = query.shape
     block_size, kv_heads = keys.shape[1:3]
     cut = decode_cut(tokens, kv_heads, query.dtype)
     parts = query.new_empty(tokens, heads, cut.splits, size, dtype=torch.float32) if cut.splits > 1 else out
     sums = query.new_empty(tokens, heads, cut.splits, dtype=torch.float32) if cut.splits > 1 else out
-    block_d = triton.next_power_of_2(size)
+    block_d = power_of_2(size)
     scale = LOG2_E / sqrt(size)
     _decode_kernel[tokens, kv_heads, cut.splits](
         query, keys, values, rows, tables, positions, out, parts, sums, scale, len(tables) - 1, tables.shape[1],
-        heads, kv_heads, size, block_size, max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), block_d,
-        cut.block, cut.splits, cut.shortest, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
+        heads, kv_heads, size, block_size, block_heads(heads // kv_heads), block_d,
+        cut.block, cut.splits, cut.shortest, window or 0, _precision(query.dtype), num_warps=cut.warps,
+        num_stages=cut.stages,
     )  # fmt: skip
     if cut.splits > 1:
         _merge_kernel[tokens, heads](
             parts, sums, rows, positions, out, len(tables) - 1, heads, size, block_d, cut.block, cut.splits,
-            cut.shortest, num_warps=1,
+            cut.shortest, window or 0, num_warps=1,
         )  # fmt: skip
 
 
-def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, tiles: Tensor, tables: Tensor, out: Tensor) -> None:
+def prefill_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tiles: Tensor,
+    tables: Tensor,
+    out: Tensor,
+    window: int | None = None,
+) -> None:
     """Causal attention of several tokens of each row, the last of which ends the row's context.
 
     Args:
@@ -198,73 +218,17 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, tiles: Tensor
         keys, values: a layer's pool [num_blocks, block_size, kv_heads, head_dim], this step's written already.
         tiles: [tiles, 4], int32: of each tile of at most `tile_tokens` tokens of one row, the row of `tables`, its
             first token's place in `query`, that token's place in its sequence, and how many tokens; 0 for no tile.
-        tables: as in `decode_attention`.
+        tables, window: as in `decode_attention`.
         out: [tokens, heads, head_dim]; written where tiles are.
     """
     _, heads, size = query.shape
     block_size, kv_heads = keys.shape[1:3]
-    wide = query.dtype == torch.float32
+    cut, group = PromptCut.of(query.dtype), heads // kv_heads
     _prefill_kernel[len(tiles), kv_heads](
         query, keys, values, tiles, tables, out, LOG2_E / sqrt(size), tables.shape[1],
-        heads, kv_heads, size, block_size, tile_tokens(heads // kv_heads, query.dtype),
-        triton.next_power_of_2(heads // kv_heads), triton.next_power_of_2(size), 32 if wide else 64,
-        _precision(query.dtype), num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+        heads, kv_heads, size, block_size, tile_tokens(group, query.dtype), power_of_2(group), power_of_2(size),
+        cut.block, window or 0, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-
-
-def prompt_tiles(row: int, offset: int, start: int, count: int, tile: int) -> list[tuple[int, int, int, int]]:
-    """The tiles of a prompt's `count` tokens from position `start` on, which lie from `offset` on in the batch.
-
-    Args:
-        row: of its block table.
-        tile: tokens of a tile, see `tile_tokens`.
-    """
-    return [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
-
-
-def tile_tokens(group: int, dtype: torch.dtype) -> int:
-    """Tokens of a tile of `prefill_attention`, for `group` query heads to a KV head."""
-    lines = 32 if dtype == torch.float32 else 128
-    return max(1, lines // triton.next_power_of_2(group))
-
-
-@dataclass(frozen=True)
-class DecodeCut:
-    """How decode attention is cut: a context in up to `splits` spans of at least `shortest` tokens, read by `block`."""
-
-    splits: int
-    shortest: int
-    block: int
-    warps: int
-    stages: int
-
-
-@cache
-def decode_cut(tokens: int, kv_heads: int, dtype: torch.dtype) -> DecodeCut:
-    """The cut for so many tokens: one span for each where they fill the device by themselves, shorter ones else.
-
-    Measured on an H100 by benchmarks/step_kernels.py. The lengths are not known here, so the kernel makes do with fewer
-    spans where a context is short.
-    """
-    if dtype == torch.float32:
-        return DecodeCut(4, 64, 32, warps=4, stages=2)
-    programs = tokens * kv_heads
-    if programs >= FULL_DEVICE:
-        return DecodeCut(1, SHORTEST_SPAN, 128, warps=4, stages=3)
-    if programs >= FULL_DEVICE // 8:
-        return DecodeCut(8, SHORTEST_SPAN, 128, warps=4, stages=4)
-    return DecodeCut(16, 64, 64, warps=4, stages=4)
-
-
-def decode_cuts(most: int, kv_heads: int, dtype: torch.dtype) -> list[list[int]]:
-    """[rows, splits, shortest, block] of each cut that steps of up to `most` rows have, from so many rows on."""
-    cuts: list[list[int]] = []
-    for rows in range(1, most + 1):
-        cut = decode_cut(rows, kv_heads, dtype)
-        values = [cut.splits, cut.shortest, cut.block]
-        if not cuts or cuts[-1][1:] != values:
-            cuts.append([rows, *values])
-    return cuts
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinserve.engine.online import NOT_SAMPLED
 from twinserve.engine.sampler import GREEDY_BELOW
 
 BLOCK = 2048
@@ -37,8 +38,10 @@ def _block_kernel(
     x = tl.load(logits + row * size + columns, columns < size, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=0)
     temperature = tl.load(temperatures + tl.load(rows + row))
-    weights = tl.exp((x - top) / tl.maximum(temperature, GREEDY_BELOW))
-    tl.store(tops + row * num_blocks + block, top)
+    # Of a block all of whose tokens are left out, no difference to the largest is a number.
+    weights = tl.exp((x - tl.where(top == float("-inf"), 0.0, top)) / tl.maximum(temperature, GREEDY_BELOW))
+    are_numbers = tl.max((x != x).to(tl.int32), axis=0) == 0
+    tl.store(tops + row * num_blocks + block, tl.where(are_numbers, top, float("nan")))
     tl.store(places + row * num_blocks + block, tl.min(tl.where(x == top, columns, size), axis=0))
     tl.store(sums + row * num_blocks + block, tl.sum(weights, axis=0))
 
@@ -46,7 +49,7 @@ def _block_kernel(
 @triton.jit
 def _draw_kernel(
     logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GREEDY_BELOW: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GREEDY_BELOW: tl.constexpr, NOT_SAMPLED: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     row = tl.load(rows + index)
@@ -55,6 +58,7 @@ def _draw_kernel(
     there = blocks < num_blocks
     top = tl.load(tops + index * num_blocks + blocks, there, other=float("-inf"))
     highest = tl.max(top, axis=0)
+    are_numbers = (tl.max((top != top).to(tl.int32), axis=0) == 0) & (tl.abs(highest) != float("inf"))
     place = tl.load(places + index * num_blocks + blocks, there, other=size)
     token = tl.min(tl.where(top == highest, place, size), axis=0)
     temperature = tl.load(temperatures + row)
@@ -75,8 +79,8 @@ def _draw_kernel(
         # Rounding can leave the number beyond the block's sum: then it is the block's last token that can be drawn.
         beyond = tl.max(tl.where(inner > 0.0, columns, 0), axis=0)
         token = tl.min(tl.where((tl.cumsum(inner, axis=0) > rest) & (inner > 0.0), columns, beyond), axis=0)
-    token = tl.minimum(token, size - 1)  # logits that are no numbers have no largest
-    tl.store(out + index, token)
+    token = tl.where(are_numbers, token, 0)
+    tl.store(out + index, tl.where(are_numbers, token, NOT_SAMPLED))
     tl.store(tokens + row, token)
     tl.store(computed + row, position)
 
@@ -102,7 +106,8 @@ def sample_rows(
         temperatures: [device rows], float32; below 1e-5 the most probable token is taken, of equal ones the first.
         seeds: [device rows, 2], int32: the low and the high half of each one's mixed seed.
         tokens, computed: [device rows], int32: written: the token, and the tokens computed before it.
-        out: [at least sampled], int32: written: the tokens, in the order of `rows`.
+        out: [at least sampled], int32: written: the tokens, in the order of `rows`; NOT_SAMPLED where the largest of
+            the logits is no finite number, for which `tokens` have token 0.
     """
     count, size = logits.shape
     num_blocks = triton.cdiv(size, BLOCK)
@@ -114,5 +119,5 @@ def sample_rows(
     )
     _draw_kernel[(count,)](
         logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
-        BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, num_warps=4,
+        BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, NOT_SAMPLED, num_warps=4,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class AttentionMetadata:
         context_lens: tokens of each row whose KV exists once this step has written its own.
         block_tables: ids of the blocks that hold each row's context, in token order.
         block_size: tokens in a block.
+        window: tokens that a token attends to, itself the last of them; None is all of its context.
     """
 
     num_single: int
@@ -33,10 +34,11 @@ class AttentionMetadata:
     context_lens: Seq[int]
     block_tables: Seq[np.ndarray]
     block_size: int
+    window: int | None = None
 
 
 class AttentionBackend(Protocol):
-    """Attends over paged KV. A step is planned once, on the host; every layer then attends by that plan.
+    """Attends over paged KV. A step is planned once, on the host; every layer with the same window attends by one plan.
 
     `prefill_attention` and `decode_attention` are the same attention for callers that have tensors and no plan.
 
@@ -54,7 +56,7 @@ class AttentionBackend(Protocol):
         """What `attend` needs to know of a step, its tensors on `device`."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
-        """Causal attention of every row over its own context.
+        """Causal attention of every row over its own context, as far as the plan's window goes.
 
         Args:
             query: [tokens, heads, head_dim]. The last token of a row attends to its whole context, the token before to
@@ -88,15 +90,34 @@ class PagedAttention:
     """A step's attention: in each layer, the keys and values of all its tokens are written before any token attends.
 
     So a row may attend to blocks that another row of the same step fills: a prefix hit within a step is right.
+
+    Args:
+        plans: of each layer, see `plan_layers`.
     """
 
-    def __init__(self, backend: AttentionBackend, cache: KVCache, slots: Tensor, plan: Any):
-        self._backend, self._cache, self._slots, self._plan = backend, cache, slots, plan
+    def __init__(self, backend: AttentionBackend, cache: KVCache, slots: Tensor, plans: Seq[Any]):
+        self._backend, self._cache, self._slots, self._plans = backend, cache, slots, plans
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         cache = self._cache
         cache.write(layer, key, value, self._slots)
-        return self._backend.attend(query, cache.keys[layer], cache.values[layer], self._plan)
+        return self._backend.attend(query, cache.keys[layer], cache.values[layer], self._plans[layer])
+
+
+def plan_layers(
+    backend: AttentionBackend,
+    metadata: AttentionMetadata,
+    windows: Seq[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Any]:
+    """The plan of a step for each layer, one for all that have the same window.
+
+    Args:
+        windows: of each layer, as `ModelConfig.windows`.
+    """
+    plans = {window: backend.plan(replace(metadata, window=window), dtype, device) for window in dict.fromkeys(windows)}
+    return [plans[window] for window in windows]
 
 
 class FlashAttention:
@@ -161,14 +182,16 @@ class FlashAttention:
                 int(contexts[first:].max()),
                 to_device(tables, device),
             )
-        return _FlashPlan(first, singles, prompts)
+        # Tokens to the left of a query's own, and to its right, that it attends to; -1 is all.
+        window = (-1, -1) if metadata.window is None else (metadata.window - 1, 0)
+        return _FlashPlan(first, singles, prompts, window)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: _FlashPlan) -> Tensor:
         first, outputs = plan.num_single, []
         if plan.singles is not None:
-            outputs.append(self.decode_attention(query[:first], keys, values, *plan.singles))
+            outputs.append(self._decode(query[:first], keys, values, *plan.singles, plan.window))
         if plan.prompts is not None:
-            outputs.append(self.prefill_attention(query[first:], keys, values, *plan.prompts))
+            outputs.append(self._prefill(query[first:], keys, values, *plan.prompts, plan.window))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def prefill_attention(
@@ -199,6 +222,21 @@ class FlashAttention:
         Raises:
             InputError: a dtype, head size or block size that the kernels are not made for.
         """
+        return self._prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, (-1, -1))
+
+    def _prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        block_table: Tensor | None,
+        window: tuple[int, int],
+    ) -> Tensor:
+        """`prefill_attention`, as far as a window goes."""
         self._check_shapes(q.shape[-1], q.dtype, None if block_table is None else k.shape[1])
         # flash-attn aligns the causal mask with the end of the context, so a chunk sees all that came before it.
         return self._varlen(
@@ -210,6 +248,7 @@ class FlashAttention:
             max_seqlen_q,
             max_seqlen_k,
             causal=True,
+            window_size=window,
             block_table=block_table,
         )
 
@@ -230,9 +269,27 @@ class FlashAttention:
         Raises:
             InputError: a dtype, head size or block size that the kernels are not made for.
         """
+        return self._decode(q, k_cache, v_cache, context_lens, block_table, (-1, -1))
+
+    def _decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        context_lens: Tensor,
+        block_table: Tensor,
+        window: tuple[int, int],
+    ) -> Tensor:
+        """`decode_attention`, as far as a window goes."""
         self._check_shapes(q.shape[-1], q.dtype, k_cache.shape[1])
         output = self._with_kvcache(
-            q[:, None], k_cache, v_cache, cache_seqlens=context_lens, block_table=block_table, causal=True
+            q[:, None],
+            k_cache,
+            v_cache,
+            cache_seqlens=context_lens,
+            block_table=block_table,
+            causal=True,
+            window_size=window,
         )
         return output[:, 0]
 
@@ -240,11 +297,13 @@ class FlashAttention:
 @dataclass(frozen=True)
 class _FlashPlan:
     """A step's arguments of the two calls: of `decode_attention` from `context_lens` on, for the first `num_single`
-    rows, and of `prefill_attention` from `cu_seqlens_q` on, for the others; None where there are no such rows."""
+    rows, and of `prefill_attention` from `cu_seqlens_q` on, for the others; None where there are no such rows; and
+    flash-attn's `window_size`."""
 
     num_single: int
     singles: tuple[Tensor, Tensor] | None
     prompts: tuple[Tensor, Tensor, int, int, Tensor] | None
+    window: tuple[int, int]
 
 
 def slots_of(block_tables: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:

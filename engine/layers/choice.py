@@ -8,6 +8,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from twinserve.engine.capability import Capability
+from twinserve.engine.kernels.cuts import shared_bytes
 from twinserve.engine.layers.attention import AttentionBackend, FlashAttention
 from twinserve.engine.layers.sdpa import SdpaAttention
 from twinserve.engine.options import Attention, Execution
@@ -47,6 +49,7 @@ def choose_attention(
     device: torch.device,
     block_size: int | None = None,
     execution: Execution = "eager",
+    group: int = 1,
 ) -> AttentionChoice:
     """The attention backend that was asked for; for "auto", the fastest that can serve.
 
@@ -54,6 +57,7 @@ def choose_attention(
         wanted: "auto", "flash", "triton" or "sdpa".
         block_size: tokens in a block; None leaves it to the backend.
         execution: "triton" runs in graphs alone, "sdpa" in none.
+        group: query heads to a KV head.
 
     Raises:
         InputError: there is no such backend, or it cannot serve this model, device or block size.
@@ -62,7 +66,7 @@ def choose_attention(
         raise InputError(f"expected one of {', '.join(get_args(Attention))}", field="attention", value=wanted)
     if execution == "graphs" or (execution == "auto" and wanted != "sdpa" and device.type == "cuda"):
         try:
-            return _choose_in_graphs(wanted, head_dim, dtype, device, block_size)
+            return _choose_in_graphs(wanted, head_dim, dtype, device, block_size, group)
         except InputError as refusal:
             if execution == "graphs" or wanted == "triton":
                 raise
@@ -84,7 +88,7 @@ def choose_attention(
 
 
 def _choose_in_graphs(
-    wanted: str, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int | None
+    wanted: str, head_dim: int, dtype: torch.dtype, device: torch.device, block_size: int | None, group: int
 ) -> AttentionChoice:
     """As `choose_attention`, for steps that are graphs: triton unless flash is asked for."""
     if device.type != "cuda":
@@ -93,6 +97,9 @@ def _choose_in_graphs(
         raise InputError("triton cannot be imported, expected triton >= 3.2", field="execution", value="graphs")
     if wanted == "sdpa":
         raise InputError("expected flash or triton: sdpa does not run in graphs", field="attention", value=wanted)
+    # Prompts attend by triton with flash, too.
+    capability = Capability.of(device)
+    capability.check_shared_memory(shared_bytes(group, head_dim, dtype, capability.level), head_dim)
     if wanted == "flash":
         size = block_size or FlashAttention.default_block_size
         FlashAttention.check(head_dim, dtype, device, size)

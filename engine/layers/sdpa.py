@@ -45,9 +45,11 @@ class SdpaAttention:
     def plan(self, metadata: AttentionMetadata, dtype: torch.dtype, device: torch.device) -> list[_Singles | _Prompt]:
         plans: list[_Singles | _Prompt] = []
         first = 0
+        contexts = np.asarray(metadata.context_lens[: metadata.num_single])
+        seen = contexts if metadata.window is None else np.minimum(contexts, metadata.window)
         while first < metadata.num_single:
-            last = self._group_end(metadata, first, device)
-            plans.append(_plan_singles(metadata, first, last, dtype, device))
+            last = self._group_end(seen, first, device)
+            plans.append(_plan_singles(metadata, seen[first:last, None], first, dtype, device))
             first = last
         for row in range(metadata.num_single, len(metadata.query_lens)):
             plans.append(_plan_prompt(metadata, row, first, dtype, device))
@@ -98,14 +100,14 @@ class SdpaAttention:
         output[order] = self.attend(q[order], k_cache, v_cache, self.plan(metadata, q.dtype, q.device))
         return output
 
-    def _group_end(self, metadata: AttentionMetadata, first: int, device: torch.device) -> int:
-        """One past the last row of one token that attends together with row `first`."""
-        longest = metadata.context_lens[first]
+    def _group_end(self, seen: np.ndarray, first: int, device: torch.device) -> int:
+        """One past the last row of one token that attends together with row `first`; they attend to `seen` tokens."""
+        longest = int(seen[first])
         most = self.GATHERED_TOKENS_CPU if device.type == "cpu" else self.GATHERED_TOKENS_CUDA
-        end = min(metadata.num_single, first + max(1, most // longest))
+        end = min(len(seen), first + max(1, most // longest))
         shortest = longest - max(self.PADDED_TOKENS, int(longest * self.PADDED_SHARE))
         last = first + 1
-        while last < end and metadata.context_lens[last] >= shortest:
+        while last < end and seen[last] >= shortest:
             last += 1
         return last
 
@@ -127,8 +129,8 @@ class SdpaAttention:
 class _Singles:
     """Rows of one token each, `first` to `last` of the flat batch.
 
-    `slots` [rows * width] are those of each row's context, padded to the longest; `mask` [rows, 1, 1, width] is 0 in
-    the context and -inf beyond, or None where all contexts are as long.
+    `slots` [rows * width] are those that each row attends to, padded to the longest; `mask` [rows, 1, 1, width] is 0
+    in them and -inf beyond, or None where all rows attend to as many.
     """
 
     first: int
@@ -148,12 +150,14 @@ class _Singles:
 class _Prompt:
     """One row of several tokens, `first` to `last` of the flat batch.
 
-    `slots` [context] are those of its context; `dtype` is the queries'.
+    `slots` [context] are those of its context from the first on that any of its tokens attends to; `window` is None
+    where that is the whole context for each of them; `dtype` is the queries'.
     """
 
     first: int
     last: int
     slots: Tensor
+    window: int | None
     dtype: torch.dtype
 
     @cached_property
@@ -163,10 +167,11 @@ class _Prompt:
         Made by the first layer, as a large one is a parallel loop: on a CPU these belong into the thread of the steps.
         """
         tokens, context = self.last - self.first, len(self.slots)
-        if context == tokens:
+        if context == tokens and self.window is None:
             return None
         mask = torch.full((tokens, context), -torch.inf, dtype=self.dtype, device=self.slots.device)
-        return mask.triu_(context - tokens + 1)
+        hidden = mask.triu(context - tokens + 1)
+        return hidden if self.window is None else hidden.add_(mask.tril_(context - tokens - self.window))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens, heads, head_dim = query.shape
@@ -181,15 +186,17 @@ class _Prompt:
 
 
 def _plan_singles(
-    metadata: AttentionMetadata, first: int, last: int, dtype: torch.dtype, device: torch.device
+    metadata: AttentionMetadata, seen: np.ndarray, first: int, dtype: torch.dtype, device: torch.device
 ) -> _Singles:
+    """The plan of the rows from `first` on that attend to `seen` [rows, 1] tokens, the last of their contexts."""
+    last = first + len(seen)
     contexts = np.asarray(metadata.context_lens[first:last])[:, None]
     tables = padded_tables(metadata.block_tables[first:last], np.int64)
-    places = np.arange(contexts.max())
-    slots = slots_of(tables, np.minimum(places, contexts - 1), metadata.block_size)
+    places = np.arange(seen.max())
+    slots = slots_of(tables, contexts - seen + np.minimum(places, seen - 1), metadata.block_size)
     mask = None
-    if contexts.min() < contexts.max():
-        beyond = torch.from_numpy(places >= contexts)[:, None, None]
+    if seen.min() < seen.max():
+        beyond = torch.from_numpy(places >= seen)[:, None, None]
         mask = to_device(torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf), device)
     return _Singles(first, last, to_device(slots.reshape(-1), device), mask)
 
@@ -198,5 +205,7 @@ def _plan_prompt(
     metadata: AttentionMetadata, row: int, first: int, dtype: torch.dtype, device: torch.device
 ) -> _Prompt:
     num_tokens, context = metadata.query_lens[row], metadata.context_lens[row]
-    slots = slots_of(metadata.block_tables[row], np.arange(context), metadata.block_size)
-    return _Prompt(first, first + num_tokens, to_device(slots, device), dtype)
+    window = metadata.window if metadata.window is not None and metadata.window < context else None
+    begin = 0 if window is None else max(0, context - num_tokens + 1 - window)
+    slots = slots_of(metadata.block_tables[row], np.arange(begin, context), metadata.block_size)
+    return _Prompt(first, first + num_tokens, to_device(slots, device), window, dtype)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling
+from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, yarn_amplitude
 from twinserve.settings.errors import InputError
 from twinserve.traces.lines import json_file
 
@@ -19,30 +19,32 @@ class Architecture:
     Attributes:
         qk_norm: each head's query and key are normalised before the rotation.
         biases: the fields among "attention_bias" and "mlp_bias" that it knows.
-        window_has_switch: `sliding_window` means nothing where `use_sliding_window` is false.
+        qkv_bias: the projections of queries, keys and values have a bias, whatever the config says.
+        window: what `sliding_window` is to it: nothing ("none"), that of every layer ("all"), or, where
+            `use_sliding_window` is true, that of the layers that `layer_types` or `max_window_layers` says ("some").
         defaults: what a field means that the config lacks, where that is more than what null means.
     """
 
     qk_norm: bool = False
     biases: frozenset[str] = frozenset()
-    window_has_switch: bool = True
+    qkv_bias: bool = False
+    window: Literal["none", "all", "some"] = "none"
     defaults: Mapping[str, Any] | None = None
 
 
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(biases=frozenset({"attention_bias", "mlp_bias"})),
-    "MistralForCausalLM": Architecture(
-        window_has_switch=False, defaults={"sliding_window": 4096, "num_key_value_heads": 8}
-    ),
+    "MistralForCausalLM": Architecture(window="all", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, window="some", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(
-        qk_norm=True,
-        biases=frozenset({"attention_bias"}),
-        defaults={
-            "head_dim": 128,
-            "num_key_value_heads": 32,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-        },
+        qk_norm=True, biases=frozenset({"attention_bias"}), window="some", defaults=_QWEN | {"head_dim": 128}
     ),
 }
 
@@ -65,6 +67,8 @@ _ROPE_FIELDS = {
     "default": set[str](),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+    | {"mscale", "mscale_all_dim", "truncate"},
 }
 """What each rope type takes beside its name and `rope_theta`."""
 
@@ -78,9 +82,14 @@ class ModelConfig:
         qk_norm: each head's query and key are normalised before the rotation (Qwen3).
         rope_scaling: how the rotation is slowed down for long contexts; None leaves it.
         attention_bias: the four projections of the attention have a bias.
+        qkv_bias: those of queries, keys and values have one, whatever the fourth has (Qwen2).
         mlp_bias: the three projections of the feed-forward network have a bias.
         tie_word_embeddings: the output projection is the embedding.
         eos_token_ids: any of them ends a text.
+        sliding_window: tokens that a token attends to in a layer with a window, itself among them; None where no layer
+            has one, or none that hides anything.
+        windowed_layers: the layers that have it.
+        checkpoint_dtype: what the config says that the weights were saved in; None where it says nothing.
     """
 
     vocab_size: int
@@ -99,6 +108,20 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    checkpoint_dtype: str | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest context, which the scaling of the rotation makes longer, by vLLM's rule for it."""
+        return _longest(self.max_position_embeddings, self.rope_scaling)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`sliding_window` for each layer that has it, None for each that has none."""
+        return tuple(self.sliding_window if layer in self.windowed_layers else None for layer in range(self.num_layers))
 
     @property
     def num_layer_parameters(self) -> int:
@@ -141,9 +164,10 @@ class ModelConfig:
             raise InputError(f"expected one of {known}", path=path, field="architectures", value=architecture)
         kind = ARCHITECTURES[str(architecture)]
         fields = _Fields({**(kind.defaults or {}), **values}, path)
-        max_positions = fields.positive("max_position_embeddings")
-        fields.refuse_unhonoured(kind, max_positions)
+        max_positions, num_layers = fields.positive("max_position_embeddings"), fields.positive("num_hidden_layers")
+        fields.refuse_unhonoured()
         rope_theta, rope_scaling = fields.rope()
+        window, windowed = fields.windows(kind, num_layers, _longest(max_positions, rope_scaling))
         hidden_size, num_heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
         num_kv_heads = fields.positive("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
@@ -155,7 +179,7 @@ class ModelConfig:
             vocab_size=fields.positive("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=fields.positive("intermediate_size"),
-            num_layers=fields.positive("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -168,6 +192,10 @@ class ModelConfig:
             mlp_bias=fields.bias("mlp_bias", kind),
             tie_word_embeddings=fields.switch("tie_word_embeddings"),
             eos_token_ids=tuple(dict.fromkeys((*fields.ids("eos_token_id"), *_as_ids(more_eos)))),
+            qkv_bias=kind.qkv_bias,
+            sliding_window=window,
+            windowed_layers=windowed,
+            checkpoint_dtype=fields.dtype(),
         )
 
 
@@ -181,6 +209,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError("expected a JSON object", path=path)
     return values
+
+
+def _longest(max_positions: int, scaling: RopeScaling | None) -> int:
+    """`ModelConfig.max_model_len`."""
+    if isinstance(scaling, LinearScaling):
+        return max(1, int(max_positions * scaling.factor))
+    if isinstance(scaling, YarnScaling):
+        return max(1, int(scaling.original_max_position_embeddings * scaling.factor))
+    return max_positions
 
 
 def _as_ids(value: object) -> tuple[int, ...]:
@@ -219,12 +256,26 @@ class _Fields:
             raise self.error(field, "expected an integer >= 1" + (f" and <= {_MOST}" if type(value) is int else ""))
         return value
 
+    def whole(self, field: str) -> int:
+        value = self._values.get(field)
+        if type(value) is not int or not 0 <= value <= _MOST:
+            raise self.error(field, "expected an integer >= 0")
+        return value
+
     def number(self, field: str, default: float | None = None) -> float:
         value = self._values.get(field)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.error(field, "expected a number > 0")
         return float(value)
+
+    def dtype(self) -> str | None:
+        """`ModelConfig.checkpoint_dtype`; newer configs call the field `dtype`."""
+        field = "torch_dtype" if self.has("torch_dtype") else "dtype"
+        value = self._values.get(field)
+        if value is not None and (not isinstance(value, str) or not value.isidentifier()):
+            raise self.error(field, "expected the name of a dtype")
+        return value
 
     def switch(self, field: str) -> bool:
         value = self._values.get(field) or False
@@ -265,17 +316,36 @@ class _Fields:
         if kind == "default":
             return theta, None
         factor = rope.number("factor")
-        return theta, LinearScaling(factor) if kind == "linear" else self._llama3(rope, factor)
+        if kind == "linear":
+            return theta, LinearScaling(factor)
+        return theta, self._llama3(rope, factor) if kind == "llama3" else self._yarn(rope, factor)
 
     def _llama3(self, rope: _Fields, factor: float) -> Llama3Scaling:
         """The scaling of Llama 3.1; `self` are the fields around those of `rope`."""
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"expected more than low_freq_factor ({low:g})")
-        original = rope.positive("original_max_position_embeddings")
+        return Llama3Scaling(factor, low, high, self._original(rope))
+
+    def _yarn(self, rope: _Fields, factor: float) -> YarnScaling:
+        """The scaling by YaRN; `self` are the fields around those of `rope`."""
+        fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+        if fast < slow:
+            raise rope.error("beta_fast", f"expected at least beta_slow ({slow:g})")
+        original = self._original(rope, self.positive("max_position_embeddings"))
+        scales = [rope.number(name, 0.0) for name in ("mscale", "mscale_all_dim") if rope.has(name)]
+        amplitude = yarn_amplitude(factor)
+        if len(scales) == 2:
+            amplitude = yarn_amplitude(factor, scales[0]) / yarn_amplitude(factor, scales[1])
+        truncate = rope.switch("truncate") if rope.has("truncate") else True
+        return YarnScaling(factor, original, rope.number("attention_factor", amplitude), fast, slow, truncate)
+
+    def _original(self, rope: _Fields, default: int | None = None) -> int:
+        """Tokens of the context of the first training; what the rope's own fields say may be said around them, too."""
+        original = rope.positive("original_max_position_embeddings", default)
         if self.positive("original_max_position_embeddings", original) != original:
             raise self.error("original_max_position_embeddings", f"expected none, or {original} as in the rope's own")
-        return Llama3Scaling(factor, low, high, original)
+        return original
 
     def refuse_beyond(self, known: Collection[str], where: str) -> None:
         """Raise InputError for a field that is neither known nor asks for nothing."""
@@ -284,16 +354,44 @@ class _Fields:
             if field not in known and value is not None and value not in harmless:
                 raise self.error(field, expected)
 
-    def refuse_unhonoured(self, kind: Architecture, max_positions: int) -> None:
+    def has(self, field: str) -> bool:
+        """Is the field there, and not null?"""
+        return self._values.get(field) is not None
+
+    def refuse_unhonoured(self) -> None:
         """Raise InputError for what would change the numbers and is not implemented."""
         values = self._values
         for field, (harmless, expected) in UNHONOURED.items():
             if values.get(field) is not None and values[field] not in harmless:
                 raise self.error(field, expected)
-        layer_types = values.get("layer_types") or []
-        if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
-            raise self.error("layer_types", 'expected "full_attention" in every layer')
-        is_windowed = values.get("use_sliding_window", True) or not kind.window_has_switch
-        # A window over every position that can be served hides none of them.
-        if is_windowed and self.positive("sliding_window", max_positions) < max_positions:
-            raise self.error("sliding_window", f"expected null, or at least max_position_embeddings ({max_positions})")
+
+    def windows(self, kind: Architecture, num_layers: int, longest: int) -> tuple[int | None, tuple[int, ...]]:
+        """The sliding window, and the layers that have it; none where it hides nothing of the `longest` context."""
+        types = self._layer_types(kind, num_layers)
+        if kind.window == "some" and not self.switch("use_sliding_window"):
+            if "sliding_attention" in types:
+                raise self.error("layer_types", 'expected "full_attention" alone where use_sliding_window is false')
+            return None, ()
+        if kind.window == "none" and self._values.get("use_sliding_window") is False:
+            return None, ()
+        window = self.positive("sliding_window", longest)
+        if window >= longest:
+            return None, ()
+        if kind.window == "none":
+            problem = f"expected null, or at least the longest context ({longest}), as this architecture has no window"
+            raise self.error("sliding_window", problem)
+        if types:
+            return window, tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
+        first = self.whole("max_window_layers") if kind.window == "some" else 0
+        return window, tuple(range(first, num_layers))
+
+    def _layer_types(self, kind: Architecture, num_layers: int) -> list[str]:
+        """How each layer attends, where the config says so."""
+        types = self._values.get("layer_types") or []
+        known = ("full_attention", "sliding_attention") if kind.window == "some" else ("full_attention",)
+        named = " or ".join(f'"{name}"' for name in known)
+        if not isinstance(types, list) or any(name not in known for name in types):
+            raise self.error("layer_types", f"expected {named} in every layer")
+        if types and len(types) != num_layers:
+            raise self.error("layer_types", f"expected one for each of {num_layers} layers")
+        return types if kind.window == "some" else []

@@ -1,4 +1,4 @@
-"""Decoder: the forward pass of Llama, Mistral and Qwen3 over a flat batch of tokens."""
+"""Decoder: the forward pass of Llama, Mistral, Qwen2 and Qwen3 over a flat batch of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinserve.engine.models.config import ModelConfig
-from twinserve.engine.models.rope import rotary_frequencies
+from twinserve.engine.models.rope import rotation
 from twinserve.engine.options import Quantization
 from twinserve.engine.quantization import Int8Embedding
 
@@ -52,12 +52,12 @@ class Rotation:
 
     Args:
         positions: [tokens].
-        frequencies: radians a position, [head_dim / 2].
+        config: has the frequencies, and how they are scaled.
     """
 
-    def __init__(self, positions: Tensor, frequencies: Tensor):
-        angles = positions[:, None, None].float() * frequencies
-        self._cos, self._sin = angles.cos(), angles.sin()
+    def __init__(self, positions: Tensor, config: ModelConfig):
+        cos, sin = rotation(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        self._cos, self._sin = cos[:, None], sin[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [tokens, heads, head_dim], each token turned to its position."""
@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = head_dim
         self.splits = [heads, kv_heads, kv_heads]
-        bias = config.attention_bias
-        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, bias=bias, dtype=dtype)
+        qkv_size, bias = (heads + 2 * kv_heads) * head_dim, config.attention_bias
+        self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=bias or config.qkv_bias, dtype=dtype)
         self.output = nn.Linear(heads * head_dim, config.hidden_size, bias=bias, dtype=dtype)
         # A weight for each head, so that queries and keys are normalised at once.
         self.qk_norm = RMSNorm((heads + kv_heads, head_dim), config.rms_norm_eps, dtype) if config.qk_norm else None
@@ -130,7 +130,7 @@ class Embedding(nn.Embedding):
 class Decoder(nn.Module):
     """A decoder-only transformer over a flat batch: the tokens of all rows one after another, no padding.
 
-    Llama, Mistral and Qwen3 are this one class; what tells them apart is in the config. Its weights are given by
+    Llama, Mistral, Qwen2 and Qwen3 are this one class; what tells them apart is in the config. Its weights are given by
     `load_model`, `adopt_model` or `random_model`.
 
     Attributes:
@@ -169,14 +169,10 @@ class Decoder(nn.Module):
         Returns:
             [tokens, hidden_size]
         """
-        config = self.config
-        rotation = Rotation(
-            positions,
-            rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device),
-        )
+        rotate = Rotation(positions, self.config)
         x = self.embedding(token_ids)
         for layer in self.layers:
-            x = layer(x, rotation, attention)
+            x = layer(x, rotate, attention)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

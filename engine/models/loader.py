@@ -18,7 +18,8 @@ from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
 from twinserve.settings.errors import InputError
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype) if name != "auto"}
+"""Those that a model can be served in."""
 
 
 def load_model(
@@ -176,8 +177,9 @@ def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
             f"{ours}mlp.gate_up.weight": gate_up,
             f"{ours}mlp.down.weight": [_Part(f"{theirs}mlp.down_proj.weight", (hidden, inner))],
         }
-        if config.attention_bias:
+        if config.attention_bias or config.qkv_bias:
             parts[f"{ours}attention.qkv.bias"] = [_Part(f"{attention}{p}.bias", (n,)) for p, n in projections]
+        if config.attention_bias:
             parts[f"{ours}attention.output.bias"] = [_Part(f"{attention}o_proj.bias", (hidden,))]
         if config.mlp_bias:
             biases = [_Part(f"{theirs}mlp.{name}.bias", (inner,)) for name in ("gate_proj", "up_proj")]

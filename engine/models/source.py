@@ -51,22 +51,24 @@ class ModelSource:
         Raises:
             InputError: the model, or an option for it, cannot be used.
         """
-        dtype = DTYPES[options.dtype]
-        how: dict[str, Any] = {"dtype": dtype, "device": options.device, "quantization": options.quantization}
+        how: dict[str, Any] = {"device": options.device, "quantization": options.quantization}
         if isinstance(model, nn.Module):
             if options.load_format == "dummy":
                 raise InputError("expected auto: the model has its weights", field="load_format", value="dummy")
             if isinstance(model, Decoder):
-                _check_quantization(model, options)
+                _check_decoder(model, options)
                 return cls(model.config, model.dtype, partial(model.to, options.device), tokenizer)
-            return cls(config_of(model), dtype, partial(adopt_model, model, **how), tokenizer)
+            config = config_of(model)
+            dtype = _dtype(options, _name(next(model.parameters()).dtype))
+            return cls(config, dtype, partial(adopt_model, model, dtype=dtype, **how), tokenizer)
+        folder = shape_folder(model) if options.load_format == "dummy" else Path(model)
+        config = ModelConfig.load(folder)
+        dtype = _dtype(options, config.checkpoint_dtype)
         if options.load_format == "dummy":
-            shape = shape_folder(model)
-            load = partial(dummy_model, shape, seed=options.seed, **how)
-            return cls(ModelConfig.load(shape), dtype, load, load_tokenizer(Path(model)))
-        folder = Path(model)
-        load = partial(load_model, folder, **how)
-        return cls(ModelConfig.load(folder), dtype, load, load_tokenizer(folder), _sampling_defaults(folder))
+            load = partial(dummy_model, folder, seed=options.seed, dtype=dtype, **how)
+            return cls(config, dtype, load, load_tokenizer(Path(model)))
+        load = partial(load_model, folder, dtype=dtype, **how)
+        return cls(config, dtype, load, load_tokenizer(folder), _sampling_defaults(folder))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -75,8 +77,30 @@ class ModelSource:
         return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
-def _check_quantization(model: Decoder, options: EngineOptions) -> None:
+def _dtype(options: EngineOptions, own: str | None) -> torch.dtype:
+    """What the weights will be in; `own` is what they are in, None where nobody says, which is float32.
+
+    Raises:
+        InputError: that is left to the checkpoint, and no model can be served in its dtype.
+    """
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    if options.device == "cpu":
+        return torch.float32
+    if own is not None and own not in DTYPES:
+        problem = f"expected {', '.join(DTYPES)}, as the checkpoint has {own}"
+        raise InputError(problem, field="dtype", value="auto")
+    return DTYPES[own or "float32"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_decoder(model: Decoder, options: EngineOptions) -> None:
     """Refuse an option that says otherwise than a Decoder is."""
+    if options.dtype != "auto" and DTYPES[options.dtype] != model.dtype:
+        raise InputError(f"expected {_name(model.dtype)}, as the Decoder is", field="dtype", value=options.dtype)
     if "quantization" in options.model_fields_set and options.quantization != model.quantization:
         problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
         raise InputError(problem, field="quantization", value=options.quantization)

@@ -47,13 +47,13 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
     With few rows a product costs what reading the weights does, and int8 is half of bfloat16.
 
     Args:
-        x: [rows, in], bfloat16, contiguous.
+        x: [rows, in], bfloat16 or float16, contiguous.
         weight: [out, in], int8, contiguous.
         scale: [out, 1], float32.
         tiling: None takes `choose_tiling`'s.
 
     Returns:
-        [rows, out], bfloat16.
+        [rows, out], of the dtype of `x`.
     """
     rows, num_in = x.shape
     num_out = len(weight)
@@ -155,7 +155,7 @@ def _multiply(
         is_inner = inner < num_in - start
         x = tl.load(x_at + start, mask=is_row & is_inner[None, :], other=0.0)
         weight = tl.load(weight_at + start, mask=is_out & is_inner[:, None], other=0)
-        # Every int8 is exact in bfloat16, so nothing is lost before the sum.
+        # Every int8 is exact in bfloat16 and in float16, so nothing is lost before the sum.
         total = tl.dot(x, weight.to(x.dtype), total)
     scale = tl.load(scale_ptr + out, mask=out < num_out, other=0.0)
     at = row[:, None] * num_out + out[None, :]

@@ -38,7 +38,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         in_digits = x.shape[1] > 1 and sums_int8_exactly()
         multiply = _product_of_digits if in_digits else _product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
-    if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and _has_triton():
+    if x.dtype in (torch.bfloat16, torch.float16) and len(x) <= FUSED_ROWS and _has_triton():
         from twinserve.engine.quantization.int8_matmul import int8_matmul
 
         return int8_matmul(x.contiguous(), weight, scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers.attention import AttentionBackend, PagedAttention
+from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, plan_layers
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
@@ -143,8 +143,9 @@ class DraftModel:
         layout = Layout.of([(start, len(tokens)) for tokens, start, _ in spans], [table for *_, table in spans])
         flat = [token for index in layout.order for token in spans[index][0]]
         slots = layout.slots(self._block_size)
-        plan = self._backend.plan(layout.metadata(self._block_size), self._model.dtype, self._model.device)
-        attention = PagedAttention(self._backend, self._cache, self._on_device(slots), plan)
+        device, dtype, windows = torch.device(self._model.device), self._model.dtype, self._model.config.windows
+        plans = plan_layers(self._backend, layout.metadata(self._block_size), windows, dtype, device)
+        attention = PagedAttention(self._backend, self._cache, self._on_device(slots), plans)
         hidden = self._model(self._on_device(flat), self._on_device(layout.positions), attention)
         if not wanted:
             return []

@@ -156,7 +156,7 @@ class SpeculativeRunner(ModelRunner):
                 first += 1 + row.num_drafts
                 made += run
                 launched.lengths.append(len(run))
-                self._texts[row.seq] += run
+                self._texts[row.seq] += [max(0, token) for token in run]  # one of which none was sampled goes on
                 text = self._texts[row.seq]
                 own = text[row.start :]
             verified.append(VerifiedRow(row.seq, row.start, own, text, table))

@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 
 SIZES = ("--max-seqs", 2, "--max-context", 64, "--max-prompt", 32, "--repeats", 1)
 CHOICES = {
-    "dtype": ("float16", "'float32', 'bfloat16'"),
+    "dtype": ("float64", "'auto', 'float32', 'bfloat16', 'float16'"),
     "attention": ("fast", "'auto', 'triton', 'flash', 'sdpa'"),
     "execution": ("graph", "'auto', 'graphs', 'eager'"),
     "load_format": ("empty", "'auto', 'dummy'"),

@@ -22,18 +22,26 @@ def config_of(heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
     return ModelConfig(16, 8, 8, 1, heads, kv_heads, head_dim, 4096)
 
 
-def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last tokens of one sequence, in float64."""
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Causal attention of the last tokens of one sequence, in float64; each to its own and the `window - 1` before."""
     tokens, heads, head_dim = query.shape
     context, kv_heads, _ = key.shape
     key, value = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query.double(), key) / head_dim**0.5
-    allowed = torch.arange(context) <= torch.arange(context - tokens, context)[:, None]
+    places, own = torch.arange(context), torch.arange(context - tokens, context)[:, None]
+    allowed = (places <= own) & (places > own - (window or context))
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
 
 
-def attend_both(rows: list[tuple[int, int]], heads: int, kv_heads: int, block_size: int, seed: int = 0):
+def attend_both(
+    rows: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    block_size: int,
+    seed: int = 0,
+    window: int | None = None,
+):
     """Outputs of SdpaAttention and of plain attention for rows of (tokens before this step, tokens in it)."""
     torch.manual_seed(seed)
     rows = sorted(rows, key=lambda row: (row[1] > 1, -row[0]))
@@ -60,12 +68,13 @@ def attend_both(rows: list[tuple[int, int]], heads: int, kv_heads: int, block_si
         context_lens=[start + tokens for start, tokens in rows],
         block_tables=tables,
         block_size=block_size,
+        window=window,
     )
     backend = SdpaAttention()
     plan = backend.plan(metadata, torch.float32, CPU)
-    attention = PagedAttention(backend, cache, torch.from_numpy(np.concatenate(now)), plan)
+    attention = PagedAttention(backend, cache, torch.from_numpy(np.concatenate(now)), [plan])
     queries = query.split(metadata.query_lens)
-    expected = torch.cat([plain(q, *kv) for q, kv in zip(queries, whole, strict=True)])
+    expected = torch.cat([plain(q, *kv, window) for q, kv in zip(queries, whole, strict=True)])
     return attention(0, query, key, value), expected, plan
 
 
@@ -77,6 +86,15 @@ def test_every_kind_of_row_at_once(heads, kv_heads, block_size):
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 2, 16, 100, 256, 341])
+def test_a_window_hides_what_lies_before_it(window):
+    rows = [(0, 1), (1, 1), (15, 1), (99, 1), (255, 1), (700, 1), (0, 5), (0, 120), (7, 9), (300, 40), (256, 2)]
+    output, expected, plan = attend_both(rows, 6, 2, 16, window=window)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    read = sum(len(part.slots) for part in plan)
+    assert read <= 1.25 * sum(min(start + tokens, window + tokens - 1) for start, tokens in rows) + 64 * 6
+
+
 def test_random_steps():
     generator = random.Random(7)
     for seed in range(20):
@@ -84,7 +102,8 @@ def test_random_steps():
             (generator.choice([0, 3, 60, 200]) + generator.randrange(9), generator.choice([1, 1, 1, 2, 33]))
             for _ in range(generator.randrange(1, 12))
         ]
-        output, expected, _ = attend_both(rows, 6, 2, generator.choice([1, 3, 16]), seed)
+        window = generator.choice([None, 5, 64])
+        output, expected, _ = attend_both(rows, 6, 2, generator.choice([1, 3, 16]), seed, window)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,19 +1,20 @@
-"""Llama, Mistral and Qwen3 from folders that transformers saved: its greedy tokens, and a refusal of what is beyond."""
+"""Llama, Mistral, Qwen2 and Qwen3 from folders of transformers: its greedy tokens, and a refusal of what is beyond."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 
 import pytest
 import torch
-from engine_judge import GREEDY, LINEAR, LLAMA3, MODELS, Judge, judge_of, tiny
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from engine_judge import GREEDY, LINEAR, LLAMA3, MODELS, YARN, Judge, judge_of, tiny
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig, adopt_model, load_model
-from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, rotary_frequencies
+from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, YarnScaling, rotary_frequencies
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -22,8 +23,15 @@ from twinserve.traces.request import Part, Request
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
-FAMILIES = ["llama", "mistral", "qwen3"]
-SCALED = {"llama-llama3": LLAMA3, "llama-linear": LINEAR, "mistral-linear": LINEAR, "qwen3-llama3": LLAMA3}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+SCALED = {
+    "llama-llama3": LLAMA3,
+    "llama-linear": LINEAR,
+    "mistral-linear": LINEAR,
+    "qwen3-llama3": LLAMA3,
+    "llama-yarn": YARN,
+}
+YARNS = ["llama-yarn", "qwen2-yarn", "qwen3-yarn"]
 
 
 @pytest.fixture
@@ -91,11 +99,71 @@ def test_a_window_over_every_position_is_full_attention_to_the_last_of_them(open
     judge.check(prompt, completion.token_ids)
 
 
-@pytest.mark.parametrize("name", ["llama", *SCALED])
+def test_a_window_larger_than_what_is_served_hides_nothing(tmp_path):
+    """Mistral-7B-v0.1 has a window of 4,096 of 32,768 positions."""
+    judge_of("mistral-window").model.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, settings=Settings.load({"max_model_len": 30, "num_gpu_blocks": 8}))
+    prompt = list(range(3, 23))
+    (completion,) = llm.generate([prompt], GREEDY)
+    llm.close()
+    assert len(completion.token_ids) == 10
+    judge_of("mistral-window").check(prompt, completion.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "windows"),
+    [
+        ("mistral-window", {}, [37] * 4),
+        ("mistral", {"sliding_window": None, "max_position_embeddings": 4097}, [4096] * 4),
+        ("mistral", {"sliding_window": 512, "use_sliding_window": False}, [512] * 4),
+        ("mistral", {"sliding_window": 1024}, [None] * 4),
+        ("mistral-linear", {"sliding_window": 1024}, [1024] * 4),
+        ("qwen2-windows", {"layer_types": None}, [None, None, 20, 20]),
+        ("qwen2-windows", {"layer_types": None, "max_window_layers": 0}, [20] * 4),
+        ("qwen2-windows", {"layer_types": ["full_attention"] * 4, "use_sliding_window": False}, [None] * 4),
+        ("qwen3-windows", {}, [48, None, 48, None]),
+        ("qwen3", {"use_sliding_window": True, "max_position_embeddings": 4097, "layer_types": None}, [None] * 4),
+        ("llama", {"sliding_window": 512, "use_sliding_window": False}, [None] * 4),
+    ],
+)
+def test_the_windows_of_layers_are_those_of_transformers(name, fields, windows, saved):
+    assert list(ModelConfig.load(saved(name, **fields)).windows) == windows
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "longest"),
+    [
+        ("llama", {}, 1024),
+        ("llama-linear", {}, 3 * 1024),
+        ("llama-llama3", {}, 1024),
+        ("llama-yarn", {}, 4 * 256),
+        ("llama-yarn", {"max_position_embeddings": 256}, 4 * 256),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, 4 * 1024),
+    ],
+)
+def test_the_longest_context_is_as_the_scaling_makes_it(name, fields, longest, saved):
+    assert ModelConfig.load(saved(name, **fields)).max_model_len == longest
+
+
+def test_a_context_beyond_the_positions_of_a_scaled_rope_is_served(opened, tmp_path):
+    """vicuna-7b-v1.5-16k: 4,096 positions, and a factor of 4."""
+    judge = Judge(tiny(LlamaForCausalLM, LlamaConfig, max_position_embeddings=48, rope_scaling=dict(LINEAR)))
+    judge.model.save_pretrained(tmp_path)
+    prompt = list(range(3, 103))
+    (completion,) = opened(tmp_path).generate([prompt], SamplingParams(temperature=0.0, max_tokens=99, ignore_eos=True))
+    assert len(completion.token_ids) == 3 * 48 - 100
+    judge.check(prompt, completion.token_ids)
+
+
+@pytest.mark.parametrize("name", ["llama", *SCALED, *YARNS])
 def test_frequencies_are_those_of_transformers(name):
     config = adopt_model(judge_of(name).model).config
     ours = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, torch.device("cpu"))
-    torch.testing.assert_close(ours, judge_of(name).model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    theirs = judge_of(name).model.model.rotary_emb
+    torch.testing.assert_close(ours, theirs.inv_freq, rtol=1e-6, atol=0)
+    amplitude = 1.0 if config.rope_scaling is None else config.rope_scaling.amplitude
+    assert amplitude == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    assert (amplitude != 1.0) == (name in YARNS)
 
 
 def test_llama3_keeps_high_frequencies_divides_low_ones_and_blends_those_between():
@@ -117,7 +185,12 @@ def test_both_spellings_of_the_rope_mean_the_same(name, saved):
     assert ModelConfig.load(saved(name, rope_parameters=None, rope_scaling=old, rope_theta=700.0)) == new
     assert ModelConfig.load(saved(name, rope_scaling=scaling, rope_theta=700.0)) == new
     assert new.rope_theta == 700.0
-    assert new.rope_scaling == (LinearScaling(3.0) if scaling is LINEAR else Llama3Scaling(8.0, 1.0, 4.0, 256))
+    expected = {
+        "linear": LinearScaling(3.0),
+        "llama3": Llama3Scaling(8.0, 1.0, 4.0, 256),
+        "yarn": YarnScaling(4.0, 256, 0.1 * math.log(4.0) + 1.0),
+    }
+    assert new.rope_scaling == expected[scaling["rope_type"]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,10 +201,13 @@ def test_a_config_without_scaling_has_none(name, saved):
 
 
 REFUSED_EVERYWHERE = [
+    ({"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor is None, expected a number > 0"),
     (
-        {"rope_parameters": LINEAR | {"rope_type": "yarn"}},
-        "rope_parameters.rope_type is 'yarn', expected one of",
+        {"rope_parameters": YARN | {"beta_fast": 0.5}},
+        "rope_parameters.beta_fast is 0.5, expected at least beta_slow (1",
     ),
+    ({"rope_parameters": YARN | {"truncate": "no"}}, "rope_parameters.truncate is 'no', expected true or false"),
+    ({"rope_parameters": YARN | {"finetuned": True}}, "rope_parameters.finetuned is True, expected none beside"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type is 'dynamic', expected one of default"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type is 'longrope', expected one of default, lin"),
     ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type is ['linear'], expected one of default"),
@@ -162,20 +238,25 @@ REFUSED_EVERYWHERE = [
     ),
     ({"num_local_experts": 8}, "num_local_experts is 8, expected none: mixtures of experts are not supported"),
     ({"num_experts": 128, "moe_intermediate_size": 64}, "num_experts is 128, expected none: mixtures of experts"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is ['full_attention', 'sliding"),
     (
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types is ['full_attention', 'sliding",
+        {"layer_types": ["full_attention"] * 3},
+        "layer_types is ['full_attention', 'full_attention', 'full_attention'], ex",
     ),
-    ({"layer_types": 4}, 'layer_types is 4, expected "full_attention" in every layer'),
+    ({"layer_types": 4}, 'layer_types is 4, expected "full_attention"'),
     ({"sliding_window": "long", "use_sliding_window": True}, "sliding_window is 'long', expected an integer >= 1"),
 ]
 REFUSED = [
-    ("mistral", {"sliding_window": 1023}, "sliding_window is 1023, expected null, or at least max_position_embeddings"),
-    ("mistral", {"sliding_window": 512, "use_sliding_window": False}, "sliding_window is 512, expected null, or at"),
-    ("mistral", {"sliding_window": None, "max_position_embeddings": 4097}, "sliding_window is 4096, expected null, or"),
-    ("qwen3", {"sliding_window": 512, "use_sliding_window": True}, "sliding_window is 512, expected null, or at least"),
-    ("qwen3", {"use_sliding_window": True, "max_position_embeddings": 4097}, "sliding_window is 4096, expected null"),
-    ("llama", {"sliding_window": 512}, "sliding_window is 512, expected null, or at least max_position_embeddings"),
+    ("llama", {"sliding_window": 512}, "sliding_window is 512, expected null, or at least the longest context (1024)"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ['sliding_attention', 'sliding_attention'"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ['sliding_attention', 'sliding_attention'"),
+    ("mistral", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ['sliding_attention', 'sliding_attention'"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": -1, "layer_types": None, "sliding_window": 20},
+        "max_window_layers is -1, expected an integer >= 0",
+    ),
+    ("qwen2", {"attention_bias": True}, "attention_bias is True, expected false: this architecture has no such bias"),
     ("mistral", {"attention_bias": True}, "attention_bias is True, expected false: this architecture has no such bias"),
     ("mistral", {"mlp_bias": True}, "mlp_bias is True, expected false: this architecture has no such bias"),
     ("qwen3", {"mlp_bias": True}, "mlp_bias is True, expected false: this architecture has no such bias"),
@@ -189,12 +270,6 @@ def test_what_is_not_honoured_is_refused_by_file_field_and_value(name, fields, m
     folder = saved(name, **fields)
     with pytest.raises(InputError, match=re.escape(f"{folder / 'config.json'}: {message}")):
         load_model(folder)
-
-
-def test_a_real_window_is_refused_of_a_model_at_hand_too():
-    model = tiny(MistralForCausalLM, MistralConfig, sliding_window=64)
-    with pytest.raises(InputError, match="config of MistralForCausalLM: sliding_window is 64, expected null, or"):
-        adopt_model(model)
 
 
 @pytest.mark.parametrize(

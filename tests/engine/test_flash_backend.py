@@ -45,6 +45,16 @@ def test_chunks_and_prefix_hits_beside_decodes(flash, qwen3, watcher, serving, p
     qwen3.check_all(sequences)
 
 
+def test_windows_beside_full_layers(flash, watcher, serving):
+    judge = judge_of("qwen2-windows")
+    llm = serving(judge, block_size=256, max_num_seqs=4, max_num_batched_tokens=40)
+    assert llm.attention.name == "flash"
+    requests = [Request(i, 0, (Part(i, 0, length),), 12) for i, length in enumerate([5, 90, 1, 19])]
+    sequences = llm.run_trace(requests, params=GREEDY, recorder=watcher)
+    assert watcher.chunks and watcher.mixed_steps
+    judge.check_all(sequences)
+
+
 @every_depth
 def test_preemptions(flash, qwen3, watcher, serving, pipeline_depth):
     llm = serving(qwen3, block_size=256, num_gpu_blocks=3, pipeline_depth=pipeline_depth, max_num_batched_tokens=300)

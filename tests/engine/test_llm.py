@@ -56,7 +56,10 @@ def test_open_settings_are_resolved(llama, serving):
             {"settings": Settings.load({"enable_chunked_prefill": False, "max_num_batched_tokens": 512})},
             "max_num_batched_tokens is 512, expected at least max_model_len (1024)",
         ),
-        ({"dtype": "float16"}, "dtype is 'float16', expected: Input should be 'float32' or 'bfloat16'"),
+        (
+            {"dtype": "float64"},
+            "dtype is 'float64', expected: Input should be 'auto', 'float32', 'bfl",
+        ),
         ({"attention": "fast"}, "attention is 'fast', expected: Input should be 'auto', 'triton', 'flash' or 'sdpa'"),
         ({"execution": "graph"}, "execution is 'graph', expected: Input should be 'auto', 'graphs' or 'eager'"),
         ({"load_format": "empty"}, "load_format is 'empty', expected: Input should be 'auto' or 'dummy'"),

@@ -18,13 +18,17 @@ from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_mode
 from twinserve.settings.errors import InputError
 
 
-def attend_alone(layer, query, key, value):
-    """Causal attention of one sequence to itself, without any cache."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
 def logits_of(model: Decoder, token_ids: list[int]) -> torch.Tensor:
+    windows = model.config.windows
+
+    def attend_alone(layer, query, key, value):
+        """Causal attention of one sequence to itself, without any cache."""
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril_()
+        if windows[layer] is not None:
+            seen.triu_(1 - windows[layer])
+        return F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)[0].transpose(0, 1)
+
     with torch.inference_mode():
         return model.logits(model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend_alone))
 
@@ -106,7 +110,7 @@ def test_random_weights_are_made_by_their_seed():
 REFUSED_FIELDS = [
     ({"architectures": ["GPT2LMHeadModel"]}, "architectures is 'GPT2LMHeadModel', expected one of LlamaForCausalLM"),
     ({"architectures": None}, "architectures is None"),
-    ({"sliding_window": 512}, "sliding_window is 512, expected null, or at least max_position_embeddings (1024)"),
+    ({"sliding_window": 512}, "sliding_window is 512, expected null, or at least the longest context (1024)"),
     ({"sliding_window": 512, "use_sliding_window": True}, "sliding_window is 512"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is "),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is {'quant_method': 'awq'}"),
@@ -139,8 +143,7 @@ def test_a_window_that_is_not_in_use_is_honoured(folder, fields):
 def test_a_mistral_that_says_no_window_has_its_default_one(tmp_path):
     judge_of("mistral").model.save_pretrained(tmp_path)
     edit(tmp_path / "config.json", sliding_window=None, max_position_embeddings=8192)
-    with pytest.raises(InputError, match="sliding_window is 4096"):
-        load_model(tmp_path)
+    assert load_model(tmp_path).config.windows == (4096,) * 4
 
 
 def test_a_folder_must_be_there(tmp_path):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from engine_judge import GREEDY, Judge
 
+from twinserve.engine.kernels.cuts import prompt_tiles, shared_bytes, tile_tokens
+from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.llm import LLM
+from twinserve.engine.models import adopt_model
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -193,8 +199,78 @@ def test_kv_in_float8_is_near(qwen3, serving):
 
 
 def test_a_pool_beyond_the_memory_is_refused(qwen3):
-    with pytest.raises(InputError, match="num_gpu_blocks is 100000000, expected fewer"):
-        LLM(qwen3.model, device="cuda", settings=Settings.load({"num_gpu_blocks": 100_000_000}))
+    """The largest pool that the settings have, in blocks of 256 tokens: 8 TiB of the tiny model's KV in bfloat16."""
+    settings = Settings.load({"num_gpu_blocks": 1 << 24, "block_size": 256})
+    size = (1 << 24) * bytes_per_block(adopt_model(qwen3.model).config, 256, torch.bfloat16)
+    assert size == 8 << 40
+    with pytest.raises(
+        InputError, match=f"num_gpu_blocks is 16777216, expected fewer: {size:,} bytes of KV do not fit"
+    ):
+        LLM(qwen3.model, device="cuda", dtype="bfloat16", settings=settings)
+
+
+def test_the_checkpoints_dtype_is_the_default(qwen3, tmp_path):
+    copy.deepcopy(qwen3.model).to(torch.bfloat16).save_pretrained(tmp_path)
+    for asked, dtype in ({}, "bfloat16"), ({"dtype": "float16"}, "float16"), ({"dtype": "float32"}, "float32"):
+        llm = LLM(tmp_path, device="cuda", settings=Settings(num_gpu_blocks=64, max_num_seqs=4), **asked)
+        assert llm.facts()["dtype"] == llm.facts()["kv_cache_dtype"] == dtype
+        assert llm.attention.graphs
+        prompt = [3 + place % 400 for place in range(200)]
+        check_tokens(qwen3, prompt, llm.generate([prompt], GREEDY)[0].token_ids, "flash")
+        llm.close()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton", "flash"])
+def test_another_device_than_the_first_serves(qwen3, attention):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    if attention == "flash":
+        pytest.importorskip("flash_attn")
+    dtype = "bfloat16" if attention == "flash" else "float32"
+    settings = Settings.load({"num_gpu_blocks": 16, "block_size": 256, "max_num_seqs": 4})
+    options = {"dtype": dtype, "attention": attention, "settings": settings}
+    one, two = (LLM(qwen3.model, device=f"cuda:{index}", **options) for index in (1, 0))
+    prompts = [[3 + place % 400 for place in range(length)] for length in (1, 200, 33)]
+    for llm in (one, two, one):
+        for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+            check_tokens(qwen3, prompt, completion.token_ids, attention)
+    assert torch.cuda.current_device() == 0
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_takes_no_more_shared_memory_than_is_reckoned_with(monkeypatch, head_dim, dtype):
+    from twinserve.engine.kernels import paged_attention
+
+    taken = []
+    for name in ("_decode_kernel", "_prefill_kernel"):
+        monkeypatch.setattr(paged_attention, name, Launched(getattr(paged_attention, name), taken))
+    keys, values = torch.randn(2, 8, 16, 2, head_dim, device="cuda", dtype=dtype)
+    tables = torch.arange(8, dtype=torch.int32, device="cuda")[None].repeat(2, 1)
+    for tokens in (1, 100, 600):
+        query = torch.randn(tokens, 8, head_dim, device="cuda", dtype=dtype)
+        rows, positions = torch.zeros(tokens, dtype=torch.int32, device="cuda"), torch.full((tokens,), 99).int().cuda()
+        paged_attention.decode_attention(query, keys, values, rows, tables, positions, torch.empty_like(query))
+    tiles = torch.tensor(prompt_tiles(0, 0, 0, 100, tile_tokens(4, dtype)), dtype=torch.int32, device="cuda")
+    query = torch.randn(100, 8, head_dim, device="cuda", dtype=dtype)
+    paged_attention.prefill_attention(query, keys, values, tiles, tables, torch.empty_like(query))
+    assert len(taken) == 4
+    assert max(taken) <= shared_bytes(4, head_dim, dtype, torch.cuda.get_device_capability()), taken
+
+
+class Launched:
+    """A Triton kernel that notes the shared memory of what it launches."""
+
+    def __init__(self, kernel: Any, taken: list[int]) -> None:
+        self.kernel, self.taken = kernel, taken
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.taken.append(self.kernel[grid](*arguments, **options).metadata.shared)
+
+        return launch
 
 
 def test_a_token_or_context_out_of_range_is_refused(qwen3, serving):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_judge import GREEDY
+from engine_judge import GREEDY, judge_of
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -120,6 +120,20 @@ def test_any_multiple_of_16_tokens_is_a_block(qwen3, serving, block_size):
         logits = qwen3.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert (logits.max(-1).values - chosen).max() < 1e-3
+
+
+@pytest.mark.parametrize("attention", ["flash", "triton", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen2-windows", "mistral-window", "qwen3-windows", "qwen2-yarn"])
+def test_windows_and_long_rotations_over_chunks_and_decodes(serving, name, attention):
+    judge = judge_of(name)
+    if attention == "flash" and judge.model.config.head_dim != 64:
+        pytest.skip("flash-attn has no heads of this size")
+    llm = serving(judge, attention, num_gpu_blocks=16, max_num_batched_tokens=64, max_num_seqs=5)
+    prompts = [[3 + place % 400 for place in range(length)] for length in (1, 19, 60, 129, 300, 700)]
+    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
+        logits = judge.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < (1.0 if attention == "flash" else 1e-3)
 
 
 def test_batches_that_do_not_follow_one_another_are_described_afresh(qwen3, serving):

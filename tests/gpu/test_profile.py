@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from twinserve.engine.profile import StepShape, measure
+import twinserve.engine.profile as profile
+from twinserve.engine.profile import MOST_WARMING, StepShape, measure
 from twinserve.sim.kernels import Kernels
 
 pytestmark = pytest.mark.gpu
@@ -27,10 +28,19 @@ def test_measured_steps_are_graphs_and_decodes_go_on_from_a_step_before(qwen3, s
         return run(changes, graph, inputs, *others)
 
     monkeypatch.setattr(llm.runner, "_run", watched)
+    monkeypatch.setattr(profile, "WARMING_NS", 0)
     steps = measure(llm, SHAPES, repeats=2)
     assert len(steps) == 2 * len(SHAPES)
     assert len(ran) == 3 * len(SHAPES) and all(is_graph for is_graph, _ in ran)
     assert sum(is_resident for _, is_resident in ran) == 2, "those of decodes alone go on from the step before"
+
+
+def test_steps_are_run_until_the_device_is_warm_before_they_count(qwen3, serving, monkeypatch):
+    llm = serving(qwen3, "triton", max_model_len=512, max_num_batched_tokens=256)
+    monkeypatch.setattr(profile, "WARMING_NS", 1 << 60)
+    steps = measure(llm, SHAPES[:1], repeats=2)
+    contexts = [step.batch.starts[0] + 1 for step in steps]
+    assert contexts == [64 + 1 + MOST_WARMING, 64 + 2 + MOST_WARMING]
 
 
 def test_the_facts_of_a_run_say_how_its_steps_are_padded_and_cut(qwen3, serving):

@@ -27,6 +27,8 @@ def mixed(temperature: float) -> list[SamplingParams]:
             top_p=(1.0, 1.0, 0.9, 0.6, 1.0)[number % 5],
             min_p=(0.0, 0.0, 0.03)[number % 3],
             repetition_penalty=(1.0, 1.5, 0.8)[number % 3],
+            presence_penalty=(0.0, 0.0, 0.0, 1.0)[number % 4],
+            frequency_penalty=(0.0, 1.5, -0.5, 0.0, 0.0)[number % 5],
             logprobs=(None, None, 0, 5)[number % 4],
         )
         for number in range(len(PROMPTS))
@@ -57,7 +59,7 @@ def test_a_mixed_batch_samples_what_the_eager_path_samples(qwen3, serving, monke
     assert all(
         one.token_ids != other.token_ids
         for one, other, param in zip(found, graphs.generate(PROMPTS, plain), params, strict=True)
-        if param.repetition_penalty == 1.5
+        if param.repetition_penalty == 1.5 or param.frequency_penalty
     )
 
 
@@ -75,6 +77,38 @@ def assert_logprobs(found, expected, count: int | None) -> None:
         assert len({token_id for token_id, _ in one.top} ^ {token_id for token_id, _ in other.top}) <= 2
 
 
+@every_depth
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logprobs_of_prompts_are_the_models_own_in_graphs_too(qwen3, serving, pipeline_depth, temperature):
+    """Cut into chunks, preempted, beside prompts and decodes that ask for none; as `prompt_logprobs` and `echo` ask."""
+    llm = serving(qwen3, "triton", pipeline_depth=pipeline_depth, **TIGHT)
+    llm.warm_up()
+    core, launched, preempted = llm.settings.build_core(), [], 0
+    seqs = [Sequence(prompt, SamplingParams(temperature, 24, seed=7, ignore_eos=True)) for prompt in PROMPTS]
+    asked = {seq: number % 4 for number, seq in enumerate(seqs) if number % 3 != 1}
+    llm.runner.prompt_asks.update(asked)
+    for seq in seqs:
+        core.ingest(seq, 0)
+    while core.can_decide:
+        batch = core.decide(0)
+        preempted += len(batch.preempted)
+        launched.append(llm.runner.launch(batch))
+        while core.must_commit:
+            core.commit(launched.pop(0).result(), 0)
+    assert core.is_idle and preempted
+    assert set(llm.runner.logprobs) == set(asked)
+    for seq, count in asked.items():
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        rows = qwen3.model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        heard = llm.runner.logprobs[seq]
+        assert sorted(heard) == list(range(1, len(prompt)))
+        for place, row in enumerate(rows, 1):
+            one, own = heard[place], row[prompt[place]]
+            assert one.logprob == pytest.approx(own.item(), abs=1e-3)
+            assert abs(one.rank - int((row >= own).sum())) <= 1
+            assert [value for _, value in one.top] == pytest.approx(row.topk(count).values.tolist(), abs=1e-3)
+
+
 def test_what_was_seen_goes_with_its_row(qwen3, serving):
     """A row that is taken over by another sequence begins without the tokens of the one before."""
     llm = serving(qwen3, "triton", num_gpu_blocks=16, max_num_seqs=1)
@@ -90,7 +124,9 @@ def test_special_rows_wait_for_nothing_but_tokens(qwen3, serving):
     llm.warm_up()
     core = llm.settings.build_core()
     for prompt in PROMPTS[:4]:
-        params = SamplingParams(0.7, 60, ignore_eos=True, repetition_penalty=1.2, min_p=0.02, logprobs=3)
+        params = SamplingParams(
+            0.7, 60, ignore_eos=True, repetition_penalty=1.2, presence_penalty=0.5, min_p=0.02, logprobs=3
+        )
         core.ingest(Sequence(prompt, params), 0)
     launched: list = []
     torch.cuda.set_sync_debug_mode("error")

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -124,6 +125,50 @@ def test_bodies_that_are_too_large_or_do_not_come_are_refused(serving):
         assert read_all(connection).startswith(b"HTTP/1.1 413")
     with ask(running, max_tokens=5) as connection:
         assert b'"completion_tokens":5' in read_all(connection)
+
+
+def drip(running: Running, begun: bytes, piece: bytes) -> bytes:
+    """What comes of a request that begins so and goes on by `piece` after `piece`, without an end."""
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        if begun.startswith(WHOLE):
+            connection.sendall(WHOLE)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(begun.removeprefix(WHOLE))
+        connection.settimeout(0.05)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return connection.recv(65536)
+            connection.sendall(piece)
+
+
+WHOLE = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece"),
+    [
+        (b"", b""),
+        (HEAD, b"x-a: b\r\n"),
+        (WHOLE + HEAD, b"x-a: b\r\n"),
+        (HEAD + b"content-length: 99999\r\n\r\n", b" "),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+)
+def test_requests_that_never_end_are_ended_and_leave_nothing(serving, begun, piece):
+    """However steadily their bytes come; who does send a request is served meanwhile."""
+    running = serving(simulated(), client_timeout=0.5)
+    with ThreadPoolExecutor(10) as pool:
+        waits = [pool.submit(drip, running, begun, piece) for _ in range(10)]
+        with ask(running, max_tokens=5) as other:
+            assert b'"completion_tokens":5' in read_all(other)
+    for wait in waits:
+        with contextlib.suppress(ConnectionError):  # closed just as a piece was sent
+            assert wait.result().startswith(b"HTTP/1.1 408")
+    while running.service._uvicorn.server_state.connections:
+        time.sleep(0.01)
+    assert not running.core.sequences and not running.service._server.wakes.events
 
 
 def test_a_socket_that_is_closed_for_writing_is_a_client_that_has_gone(serving):

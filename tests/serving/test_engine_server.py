@@ -65,6 +65,35 @@ def test_greedy_answers_are_the_models_own(serving):
     assert chat.choices[0].token_ids == alone("<user>what is it?\n<assistant>", 5)
 
 
+@pytest.mark.parametrize("pipeline_depth", [0, 1])
+def test_logits_that_are_no_numbers_fail_their_request_alone_and_the_record_replays(serving, tmp_path, pipeline_depth):
+    model = TinyModel({"pipeline_depth": pipeline_depth})
+    running = serving(model, tmp_path / "run")
+    model.llm.runner.model.embedding.weight.data[511] = torch.nan
+    client = running.client()
+    how = {"model": "tiny", "max_tokens": 12, "temperature": 0, "extra_body": IDS | {"ignore_eos": True}}
+    expected = alone("abc", 12)
+    assert 511 not in expected
+    answers: list = []
+    beside = threading.Thread(target=lambda: answers.append(client.completions.create(prompt="abc", **how)))
+    beside.start()
+    for stream in (False, True):
+        with pytest.raises(openai.APIError, match="this request has failed: the model's logits for it are no finite"):
+            list(client.completions.create(prompt=[5, 511], stream=stream, logprobs=2, **how))
+    beside.join()
+    assert answers[0].choices[0].token_ids == expected
+    assert client.completions.create(prompt="abc", **how).choices[0].token_ids == expected
+    running.settle()
+    running.stop()
+    record = load_record(tmp_path / "run")
+    assert sorted(row["finish_reason"] for row in record.requests) == ["abort", "abort", "length", "length"]
+    assert [row["refusal"] is None for row in record.requests] == [
+        row["finish_reason"] == "length" for row in record.requests
+    ]
+    result = replay(record)
+    assert result.is_exact, result.difference
+
+
 def test_a_stop_token_ends_the_answer_and_is_not_in_its_text(serving):
     tokens = alone("abc", 12)
     stop = next(token for token in tokens[2:] if token not in tokens[:2])

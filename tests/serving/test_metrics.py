@@ -19,10 +19,30 @@ from twinserve.serving.top import Reading, quantile
 from twinserve.traces.runs.metrics import token_gaps
 from twinserve.traces.runs.record import load_record
 
-# What vLLM's dashboard (examples/observability/prometheus_grafana) asks for, each by the label model_name.
-QUANTILES = ("e2e_request_latency_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds")
-HEATMAPS = ("request_prompt_tokens", "request_generation_tokens")
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+# What vLLM's dashboards ask for: grafana.json of its examples/observability/prometheus_grafana, and the five of
+# examples/observability/dashboards/grafana that are about more than drafts, but for their rows of what is not served
+# here: drafts, adapters, images, KV from elsewhere, sleep, block residency and model FLOPs.
+QUANTILES = (
+    "e2e_request_latency_seconds",
+    "inter_token_latency_seconds",
+    "time_to_first_token_seconds",
+    "request_time_per_output_token_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_prefill_kv_computed_tokens",
+    "iteration_tokens_total",
+)
+GAUGES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+)
+PROCESS = ("cpu_seconds_total", "resident_memory_bytes", "open_fds", "max_fds", "start_time_seconds")
 RATES = (
     "prompt_tokens_total",
     "generation_tokens_total",
@@ -30,6 +50,11 @@ RATES = (
     "request_prefill_time_seconds_sum",
     "request_decode_time_seconds_sum",
     "request_max_num_generation_tokens_sum",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "prompt_tokens_cached_total",
+    "prompt_tokens_by_source_total",
+    "prompt_tokens_cached_by_source_total",
 )
 
 
@@ -67,7 +92,7 @@ def served(request, serving, tmp_path: Path) -> tuple[dict[tuple[str, str], Any]
 def test_every_expression_of_vllms_dashboard_has_an_answer(served):
     samples, reading, record = served
     names = [f"{name}_{part}" for name in QUANTILES for part in ("bucket", "sum", "count")]
-    names += [f"{name}_bucket" for name in HEATMAPS] + [*GAUGES, *RATES, "request_success_total"]
+    names += [*GAUGES, *RATES, "num_preemptions_total", "request_success_total"]
     found = {name.removeprefix("vllm:") for name, _ in samples}
     assert set(names) <= found
     model = record.run["facts"].get("model") or "round"
@@ -76,10 +101,60 @@ def test_every_expression_of_vllms_dashboard_has_an_answer(served):
         assert {one["model_name"] for one in labels} == {model.rpartition("/")[2]}
         assert not name.endswith("_bucket") or {one["le"] for one in labels} > {"+Inf"}
     for name in RATES:
-        assert reading.values[name] > 0
+        assert reading.values[name] > 0, name
+    assert {f"process_{name}" for name in PROCESS} <= {name for name, _ in samples}
     reasons = Counter(row["finish_reason"] for row in record.requests)
     assert reasons["abort"] and reasons["length"] and None not in reasons
     assert sum(reasons.values()) == reading.values["request_success_total"]
+
+
+def test_the_thresholds_that_vllms_dashboard_offers_are_bounds_of_buckets(served):
+    """As text: that is what they are looked up by."""
+    samples, _, _ = served
+    offered = {
+        "time_to_first_token_seconds": "0.1 0.25 0.5 0.75 1.0 2.5 5.0 10.0",
+        "request_time_per_output_token_seconds": "0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.5",
+        "inter_token_latency_seconds": "1.0",
+    }
+    for name, bounds in offered.items():
+        assert all((f"vllm:{name}_bucket", bound) in samples for bound in bounds.split())
+
+
+def test_sources_and_reasons_add_up(served):
+    samples, reading, record = served
+    values = reading.values
+    assert values["prompt_tokens_by_source_total"] == values["prompt_tokens_total"]
+    assert values["prompt_tokens_cached_by_source_total"] == values["prefix_cache_hits_total"]
+    ended = [row for row in record.requests if row["finish_reason"] in ("stop", "length")]
+    assert values["request_num_preemptions_sum"] == sum(row["preemptions"] for row in ended)
+
+
+def test_requests_over_http_are_counted_by_path_and_status(serving):
+    """But for probes; also those that are refused before a path is found, and those whose client goes away."""
+    running = serving(simulated(5.0), api_key=["one"])
+    key = {"authorization": "Bearer one"}
+    url = f"{running.url}/v1/completions"
+    for body, headers, status in (({"prompt": "a"}, key, 200), ({"prompt": 5}, key, 400), ({"prompt": "a"}, {}, 401)):
+        assert httpx.post(url, json=body, headers=headers).status_code == status
+    assert httpx.get(f"{running.url}/nowhere").status_code == 404
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={"prompt": "a", "max_tokens": 900}, headers=key, timeout=0.2)
+    running.settle()
+    page = httpx.get(f"{running.url}/metrics").text
+    samples = [one for family in text_string_to_metric_families(page) for one in family.samples]
+    counted = {tuple(sorted(one.labels.items())): one.value for one in samples if one.name == "http_requests_total"}
+
+    def labels(handler: str, method: str, status: str) -> tuple[tuple[str, str], ...]:
+        return ("handler", handler), ("method", method), ("status", status)
+
+    assert counted == {
+        labels("/v1/completions", "POST", "2xx"): 1,
+        labels("/v1/completions", "POST", "4xx"): 2,
+        labels("none", "POST", "4xx"): 1,
+        labels("none", "GET", "4xx"): 1,
+    }
+    durations = {one.labels["handler"] for one in samples if one.name == "http_request_duration_seconds_count"}
+    assert durations == {"/v1/completions", "none"}
 
 
 def test_the_buckets_hold_what_the_record_says(served):
@@ -101,6 +176,6 @@ def test_the_buckets_hold_what_the_record_says(served):
         bounds = sorted(reading.buckets[name])
         counts = [sum(value <= bound for value in recorded) for bound in bounds]
         assert [reading.buckets[name][bound] for bound in bounds] == counts, name
-        if name in QUANTILES:
+        if name.endswith("_seconds") and name != "request_queue_time_seconds":
             said, exact = quantile(reading.buckets[name], 0.9), np.quantile(recorded, 0.9, method="inverted_cdf")
             assert said is not None and bisect_left(bounds, said) == bisect_left(bounds, exact)

@@ -176,6 +176,23 @@ def test_no_step_takes_less_than_its_arithmetic_and_its_bytes_at_the_devices_pea
     ]
 
 
+def test_what_is_read_from_the_pool_is_never_cheaper_than_the_devices_memory():
+    """Where what was measured cost the same whatever the contexts, longer ones still cost what their bytes take."""
+    few = [
+        StepSample(features(n, context, p), 1000, 10**7)
+        for n in (1, 2, 3, 4) for context in (64, 128) for p in (0, 16)
+    ]  # fmt: skip
+    model, unknown = fit(few, ABOUT), fit(few, ABOUT | {"device": "a card of nobody"})
+    kv_token_ns = SHAPES["qwen3-8b"].kv_bytes_per_token / (DEVICES["h100"].bandwidth / 1e9)
+    shape, deep = features(3, 64), features(3, 9000)
+    for fitted, least in ((model, kv_token_ns), (unknown, 0.0)):
+        for data in fitted.data["regimes"].values():
+            ns = data["device"]["ns"]
+            assert ns["decode_kv_token"] + ns["decode_pool_token"] == pytest.approx(least, rel=1e-5)
+        assert fitted.step_cost(shape).device_ns == pytest.approx(10**7, rel=0.01)
+    assert model.step_cost(deep).device_ns - model.step_cost(shape).device_ns >= 0.99 * 3 * 8936 * kv_token_ns
+
+
 def test_a_captured_step_costs_what_its_padding_does():
     model = fit(samples(0.0), {}, kernels=CUT)
     for decodes, prompt in ((5, 0), (5, 20)):
@@ -324,15 +341,15 @@ def test_residuals_are_those_of_shapes_that_the_fit_has_not_seen(monkeypatch):
     solved: list[set[tuple[float, ...]]] = []
     least_squares = fits.least_squares
 
-    def watched_solve(rows, means, counts):
+    def watched_solve(rows, means, counts, fixed=0.0):
         solved.append(set(map(tuple, means[:, None].round(3).tolist())))
-        return least_squares(rows, means, counts)
+        return least_squares(rows, means, counts, fixed)
 
     monkeypatch.setattr(fits, "least_squares", watched_solve)
     noisy = samples(0.1)
-    fit(noisy, ABOUT, holds_out=False)
+    fit(noisy, {}, holds_out=False)
     whole, solved[:] = list(solved), []
-    fit(noisy, ABOUT)
+    fit(noisy, {})
     kept = [shapes for shapes in solved if shapes not in whole]
     held_out = [(every, every - shapes) for shapes in kept for every in whole if shapes < every]
     assert len(kept) == len(held_out) == len(whole) * FOLDS

@@ -29,7 +29,7 @@ from twinserve.sim.routers import Router
 from twinserve.sim.speculation import Acceptance, acceptance_of, fit_law, save_law
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
-from twinserve.traces.runs.record import RunRecorder, load_record
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 from twinserve.traces.runs.vllm_records import load_run
 from twinserve.worlds.workload import Workload
 
@@ -104,6 +104,18 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
 
 
+def about_runs(records: list[RunRecord]) -> dict[str, Any]:
+    """What a latency model says of the runs that it is fitted on, and of the engine and the device that made them."""
+    facts = records[0].run["facts"]
+    about = {
+        "model": facts.get("model", "the model"),
+        "device": records[0].told("device"),
+        "block_size": records[0].told("settings", "block_size"),
+        "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
+    }
+    return about | {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
+
+
 def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None) -> FittedLatency:
     """A latency model from the steps of recorded runs of one engine on one device, and of a profile of it.
 
@@ -113,14 +125,7 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     from twinserve.sim.recorded_steps import fit_records
 
     records = [load_run(run, traces) for run in runs]
-    facts = records[0].run["facts"]
-    about = {
-        "model": facts.get("model", "the model"),
-        "device": records[0].told("device"),
-        "block_size": records[0].told("settings", "block_size"),
-        "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
-    }
-    about |= {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
+    about = about_runs(records)
     if profile is None:
         return fit_records(records, about)
     measured = Profile.load(profile)
@@ -201,11 +206,11 @@ def measure_steps(
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
         latency: what the workload is simulated with; None is what was measured over the design.
     """
-    from twinserve.engine.profile import StepShape, covering, design, measure
+    from twinserve.engine.profile import StepShape, covering, design, measure, spare_tokens
     from twinserve.sim.replica import simulate
 
     settings = llm.settings
-    limit = (settings.max_model_len or max_context) - repeats - 2
+    limit = (settings.max_model_len or max_context) - spare_tokens(repeats)
     room = {
         "block_size": settings.block_size,
         "num_blocks": settings.num_gpu_blocks or 0,

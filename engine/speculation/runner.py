@@ -28,6 +28,7 @@ class _Launched:
         texts: by sequence, all tokens known, of rows of prompts that sample.
         gone: sequences that no longer run.
         asked: how many drafts to propose.
+        is_first: of its Core, so that nothing is known of what runs.
     """
 
     rows: list[Row]
@@ -36,6 +37,7 @@ class _Launched:
     texts: dict[Sequence, list[int]]
     gone: list[Sequence]
     asked: int
+    is_first: bool
     heard: list[AskedLogprobs | PromptLogprobs] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     proposed: list[int] = field(default_factory=list)
@@ -103,12 +105,16 @@ class SpeculativeRunner(ModelRunner):
             {row.seq: row.seq.token_ids[:] for row in rows if row.is_prompt and row.samples},
             [*batch.left, *batch.preempted],
             batch.num_drafts_asked,
+            batch.decision <= 0,
         )
         step = self._queue.submit(lambda: self._run(launched))
         return VerifiedStep(step, launched, self.logprobs, tells=not self._is_async)
 
     def _run(self, launched: _Launched) -> Tensor:
         """Compute a step, verify its drafts and have new ones proposed; the tokens of its runs, one behind another."""
+        if launched.is_first:
+            self._texts.clear()
+            self._drafts.clear()
         for seq in launched.gone:
             self._texts.pop(seq, None)
             self._drafts.pop(seq, None)

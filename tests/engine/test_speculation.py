@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import engine_faults
 import pytest
 import torch
 from engine_judge import GREEDY, Judge, tiny
@@ -11,6 +12,7 @@ from scipy.stats import chi2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.llm import LLM
+from twinserve.engine.online import StepError
 from twinserve.engine.speculation.proposers import ForcedProposer, NgramProposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
 from twinserve.policies import SamplingParams, Sequence
@@ -181,6 +183,42 @@ def test_a_real_speculative_run_is_decided_again_from_its_record(llama, speculat
     request, made, kept = row["runs"][0]
     row["runs"][0] = (request, made, kept + 1)
     assert not replay(record).is_exact
+
+
+@every_depth
+@pytest.mark.parametrize("proposer", ["ngram", "draft_model"])
+def test_faults_end_what_they_must_and_nothing_else(llama, speculating, monkeypatch, proposer, depth):
+    llm = speculating(llama, proposer, depth, max_model_len=128)
+    engine_faults.check_what_cannot_be_served_is_refused(llm)
+    prompts = [[5 + i, 9, 300 - i] * 4 for i in range(3)]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    propose, calls = llm.runner._proposer.propose, []
+
+    def failing(rows, asked):
+        calls.append(asked)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return propose(rows, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner._proposer, "propose", failing)
+        with pytest.raises(StepError, match="tried to allocate 2 GiB"):
+            llm.generate(prompts, params)
+    for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
+        llama.check(prompt, completion.token_ids)
+
+
+@every_depth
+def test_logits_that_are_no_numbers_end_their_request_alone(llama, speculating, depth):
+    llm = speculating(llama, "ngram", depth, max_model_len=128)
+    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
+
+
+def test_what_ended_is_forgotten(llama, speculating):
+    llm = speculating(llama, "ngram", 0)
+    for length in (5, 9):
+        llm.run_trace(prompts_of([length, 30], 12), params=GREEDY)
+        assert len(llm.runner._texts) <= 2, "those that ended last are known until the next decision"
 
 
 WAYS = {

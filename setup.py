@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 COMPILED = (
     "policies/[!_]*.py",
@@ -49,4 +50,16 @@ def extensions() -> list:
     return modules
 
 
-setup(ext_modules=extensions())
+class AllOrNone(build_ext):
+    """Builds extensions of which each needs the one that they share: where one fails, none is kept."""
+
+    def build_extensions(self) -> None:
+        super().build_extensions()
+        built = [Path(self.get_ext_fullpath(module.name)) for module in self.extensions]
+        if not all(path.exists() for path in built):
+            print("twinserve: pure Python, as the C compiler failed")
+            for path in built:
+                path.unlink(missing_ok=True)
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": AllOrNone})

@@ -4,7 +4,9 @@
 
 Times every kind of layer of two models by the rows that it is given. Other weights push a layer's out of the
 caches before it is measured again, as in a model. On CUDA, calls are replayed from a graph, so that what is timed is
-the device's work alone; how long the host takes to launch one is given beside it. --tune tries other tilings.
+the device's work alone; how long the host takes to launch one is given beside it. --tune tries other tilings. At the
+end it says up to how many rows the product that dequantises on the way is no slower than bfloat16, and than writing
+the weights out: the second is what FUSED_ROWS in engine/quantization/int8_tiling.py should be.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ from twinserve.engine.device_queue import device_name
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.quantization import AbsMaxQuantizer
-from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product
+from twinserve.engine.quantization.int8_product import int8_product
+from twinserve.engine.quantization.int8_tiling import FUSED_ROWS
 
 MODELS = ("smollm2-135m-shape", "qwen3-0.6b")
-ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)}
+ROWS = {"cpu": (1, 4, 8, 16, 128), "cuda": (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512)}
+MOST_FUSED = 256
+"""Rows up to which the product that dequantises on the way is timed, whatever FUSED_ROWS is."""
 COLD_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 MOST_COPIES = 256
 TILES = [
@@ -50,6 +55,12 @@ TILES = [
     (32, 128, 4, 4),
     (64, 128, 1, 4),
     (128, 64, 1, 4),
+    (64, 64, 1, 4),
+    (64, 64, 2, 4),
+    (64, 64, 4, 4),
+    (64, 128, 1, 4),
+    (64, 64, 2, 8),
+    (128, 64, 1, 8),
 ]
 
 
@@ -133,7 +144,8 @@ def _on_cpu(weights: _Weights, rows: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
-    from twinserve.engine.quantization.int8_matmul import choose_tiling
+    from twinserve.engine.quantization.int8_matmul import int8_matmul
+    from twinserve.engine.quantization.int8_tiling import choose_tiling
 
     x = weights.x(rows)
 
@@ -148,7 +160,9 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
         "fused": rows <= FUSED_ROWS,
     }
-    if tune and rows <= 64:
+    if rows <= MOST_FUSED:
+        figures["fused_us"] = graph_us([partial(int8_matmul, x, *pair) for pair in weights.int8])
+    if tune and rows <= MOST_FUSED:
         figures |= _best_tiling(weights, x) | {
             "tiling": str(choose_tiling(rows, len(weights.plain[0]), weights.num_in))
         }
@@ -158,19 +172,38 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
 def _best_tiling(weights: _Weights, x: Tensor) -> dict[str, Any]:
     """The fastest of the tilings that fit a multiprocessor, and its time."""
     from twinserve.engine.kernels import SMALLEST_DOT
-    from twinserve.engine.quantization.int8_matmul import Tiling, int8_matmul
+    from twinserve.engine.quantization.int8_matmul import int8_matmul
+    from twinserve.engine.quantization.int8_tiling import FEW_ROWS, Tiling, tile_bytes
 
     row_block = max(SMALLEST_DOT, 1 << (len(x) - 1).bit_length())
     times: dict[Tiling, float] = {}
     for outputs, inputs, splits, warps in TILES:
         tiles = -(-weights.num_in // (inputs * splits))
         for stages in sorted({min(4, tiles), min(6, tiles)}):
-            if stages < 2 or stages * inputs * (outputs + 2 * row_block) > 200 << 10:
+            if stages < 2 or stages * tile_bytes(row_block, outputs, inputs) > 200 << 10:
                 continue
-            tiling = Tiling(row_block, outputs, inputs, splits, warps, stages)
+            tiling = Tiling(row_block, outputs, inputs, splits, warps, stages, row_block > FEW_ROWS and outputs >= 64)
             times[tiling] = graph_us([partial(int8_matmul, x, *pair, tiling) for pair in weights.int8])
     best = min(times, key=lambda tiling: times[tiling])
     return {"best_us": times[best], "best_tiling": str(best)}
+
+
+def crossovers(layers: Seq[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By model: up to how many rows the layers of a step together take no longer when they dequantise on the way than
+    in bfloat16 ("plain"), and than when the weights are written out ("dequantised"); 0 is never."""
+    found: dict[str, dict[str, int]] = {}
+    for model in dict.fromkeys(one["model"] for one in layers):
+        sums: dict[int, dict[str, float]] = {}
+        for one in layers:
+            if one["model"] == model and "fused_us" in one:
+                of_rows = sums.setdefault(one["rows"], dict.fromkeys(("plain", "dequantised", "fused"), 0.0))
+                for name in of_rows:
+                    of_rows[name] += one[f"{name}_us"]
+        found[model] = {}
+        for name in ("plain", "dequantised"):
+            lost = [rows for rows, of_rows in sorted(sums.items()) if of_rows["fused"] > of_rows[name]]
+            found[model][name] = max((rows for rows in sums if not lost or rows < lost[0]), default=0)
+    return found
 
 
 def _launch_us(call: Callable[[], object], count: int = 200) -> float:
@@ -204,6 +237,13 @@ def main() -> int:
         "commit": commit(),
         "layers": layers,
     }
+    if device == "cuda":
+        values["crossovers"] = crossovers(layers)
+        for model, rows in crossovers(layers).items():
+            print(
+                f"{model}: dequantising on the way is no slower than bfloat16 up to {rows['plain']} rows, than writing "
+                f"the weights out up to {rows['dequantised']}; FUSED_ROWS is {FUSED_ROWS}"
+            )
     out = arguments.out or RESULTS / device_folder(device) / "int8-layers.json"
     write_json(out, values)
     print(out)

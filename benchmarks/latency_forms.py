@@ -46,7 +46,7 @@ def tokens_and_pairs(steps: Steps, model: FittedLatency) -> Predict:
         rows = np.array([_token_row(f, knots) for f, _ in mine])
         fitted[with_prompts] = (
             knots,
-            least_squares(rows, np.array([ns for _, ns in mine]), np.ones(len(mine)), np.zeros(rows.shape[1])),
+            least_squares(rows, np.array([ns for _, ns in mine]), np.ones(len(mine))),
         )
 
     def predict(features: StepFeatures) -> float:

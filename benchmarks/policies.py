@@ -1,6 +1,7 @@
 """What the policies cost: a step's decision and its result, hashing, hits, and many sequences that end at once.
 
     python benchmarks/policies.py [--json FILE] [--repeats 25] [--quick] [--other NAME=FOLDER ...] [--turns 5]
+                                  [--vllm SITE ...]
 
 Microseconds on one core, the minimum and the median of the repeats. A decode-only step is `schedule` + `postprocess`
 (choosing, block tables, hashing full blocks, checking stops, tokens handed over as the list that the engine hands over;
@@ -9,7 +10,7 @@ prefix caching on, no listener). A mixed step is the same beside a prompt of whi
 
 With --other, other copies of twinserve do the same in turns with the one that is imported, each in a process of its own
 on the same core: another commit's checkout, or a compiled wheel, as benchmarks/simulator.py says. Every figure is then
-the median of the turns.
+the median of the turns. With --vllm, so do the schedulers of vLLM wheels, as benchmarks/vllm_steps.py says.
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
         "step_us": {"16": {"1": 18, "16": 139, "64": 524, "256": 2109, "1024": 9186}},
         "hash_mtok_s": 9,
         "hits_on_freed_mtok_s": 17,
+    },
+    "vLLM 0.33": {
+        "source": "vLLM 0.33.0's Scheduler as shipped, schedule + update_from_output, prefix caching on",
+        "step_us": {"16": {"256": 2927}},
+    },
+    "vLLM 0.33, asynchronous": {
+        "source": "vLLM 0.33.0's AsyncScheduler as shipped, a step ahead",
+        "step_us": {"16": {"256": 3315}},
     },
     "nano-vllm": {
         "source": "nano-vllm's Scheduler and BlockManager as shipped",
@@ -222,23 +231,26 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--quick", action="store_true")
     add_other(parser)
+    parser.add_argument("--vllm", type=Path, action="append", default=[], metavar="SITE", help="an unpacked vLLM wheel")
     parser.add_argument("--turns", type=int, default=5, help="of the copies, where there are others")
     arguments = parser.parse_args()
     load_before = os.getloadavg()[0]
-    if arguments.other:
+    theirs: dict[str, list[dict[str, Any]]] = {}
+    if arguments.other or arguments.vllm:
         stay_on_one_core()
         measured = with_imported(arguments.other, parser)
-        copies = in_turns(measured, arguments.turns, arguments.repeats, arguments.quick)
+        copies = in_turns(measured, arguments.turns, arguments.repeats, arguments.quick, arguments.vllm, theirs)
     else:
         copies = {policies(): measure(arguments.repeats, arguments.quick)}
     results = copies.pop(policies()) | {
         "policies": policies(),
         "others": copies,
+        "vllm_step_us": {version: medians(found) for version, found in theirs.items()},
         "command": command(),
         "date": date.today().isoformat(),
         "machine": machine(),
         "load_before": load_before,
-        "turns": arguments.turns if arguments.other else 1,
+        "turns": arguments.turns if arguments.other or arguments.vllm else 1,
         "repeats": 2 if arguments.quick else arguments.repeats,
         "elsewhere": ELSEWHERE,
     }
@@ -271,13 +283,31 @@ def measure(repeats: int, is_quick: bool) -> dict[str, Any]:
     }
 
 
-def in_turns(copies: list[Copy], turns: int, repeats: int, is_quick: bool) -> dict[str, dict[str, Any]]:
-    """The figures of several copies, by name: every number the median of turns in which each was measured once."""
+def in_turns(
+    copies: list[Copy],
+    turns: int,
+    repeats: int,
+    is_quick: bool,
+    sites: list[Path],
+    theirs: dict[str, list[dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+    """The figures of several copies, by name: every number the median of turns in which each was measured once.
+
+    Args:
+        sites: of vLLM's wheels, measured in the same turns.
+        theirs: takes their figures, by version, one a turn.
+    """
     found: dict[str, list[dict[str, Any]]] = {copy.name: [] for copy in copies}
     for turn in range(turns):
         for copy in copies:
             found[copy.name].append(run_copy(copy, repeats, is_quick))
             print(f"turn {turn + 1}, {copy.name}: {found[copy.name][-1]['step_us']}", file=sys.stderr)
+        for site in sites:
+            command = [sys.executable, str(ROOT / "benchmarks" / "vllm_steps.py"), str(site)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            measured = json.loads(done.stdout.splitlines()[-1])
+            theirs.setdefault(measured["version"], []).append(measured["step_us"])
+            print(f"turn {turn + 1}, vLLM {measured['version']}: {measured['step_us']}", file=sys.stderr)
     return {name: medians(of_copy) for name, of_copy in found.items()}
 
 

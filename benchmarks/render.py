@@ -1,6 +1,7 @@
-"""results.md and the figures in the pages of the seven cycles, from the JSON files of the benchmarks alone.
+"""results.md and the figures in the pages of the seven cycles and of vLLM, from the JSON files of the benchmarks alone.
 
-    python benchmarks/render.py [--results FOLDER] [--out FILE] [--pages FOLDER] [--check]
+    python benchmarks/render.py [--results FOLDER] [--out FILE] [--pages FOLDER] [--vllm-page FILE]
+                                [--serving-page FILE] [--check]
 
 With --check nothing is written, and the exit status is 1 where something would change.
 """
@@ -20,6 +21,10 @@ from pages import table
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
+TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
+"""The metrics of which the page on serving shows the twin's."""
+COSTS = re.compile(r"(<!-- what a step costs -->\n).*?(<!-- end of what a step costs -->)", re.DOTALL)
 DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 """The devices that every page tells of, measured or not, in this order."""
 NOTHING = "–"
@@ -48,6 +53,8 @@ def main() -> int:
     parsing.add_argument("--results", type=Path, default=HERE / "results")
     parsing.add_argument("--out", type=Path, default=HERE / "results.md")
     parsing.add_argument("--pages", type=Path, default=HERE.parent / "docs" / "cycles")
+    parsing.add_argument("--vllm-page", type=Path, default=HERE.parent / "docs" / "vllm.md")
+    parsing.add_argument("--serving-page", type=Path, default=HERE.parent / "docs" / "serving.md")
     parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parsing.parse_args()
     results = load(arguments.results)
@@ -59,6 +66,15 @@ def main() -> int:
     texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
+    if "policies" in costs and arguments.vllm_page.exists():
+        page = arguments.vllm_page.read_text(encoding="utf-8")
+        texts[arguments.vllm_page] = COSTS.sub(
+            lambda found: found[1] + cost_beside_vllm(costs["policies"]) + found[2], page
+        )
+    if arguments.serving_page.exists():
+        page = arguments.serving_page.read_text(encoding="utf-8")
+        found = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*/http-overhead.json"))]
+        texts[arguments.serving_page] = HTTP.sub(lambda match: match[1] + cost_of_http(found) + match[2], page)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in changed:
         print(path)
@@ -110,6 +126,65 @@ def circumstances(measured: dict[str, Any]) -> str:
         f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, {measured['date']}, by "
         f"`{measured['command']}`; the load average before was {number(measured['load_before'])}."
     )
+
+
+def cost_of_http(found: list[dict[str, Any]]) -> str:
+    """What HTTP costs on each device, and beside each served run its twin: of the repeat in the middle by its cost."""
+    if not found:
+        return "Not measured on a GPU yet.\n"
+    lines: list[str] = []
+    for result in found:
+        options, repeats = result["options"], sorted(result["repeats"], key=lambda one: one["overhead"])
+        middle = repeats[(len(repeats) - 1) // 2]
+        exact = all(one["replay"]["exact"] for one in repeats)
+        lines += [
+            f"{options['model']} on {options['device']}, {options['streams']} streams of which "
+            f"{options['max_num_seqs']} run, prompts of {options['prompt_tokens']} tokens and answers of "
+            f"{options['output_tokens']}, {len(repeats)} turns of each, by `{result['command']}` (commit "
+            f"{result['commit']}). {'Every' if exact else 'Not every'} served record is decided again exactly.",
+            "",
+            *table(
+                ["turn", "run, tokens/s", "over HTTP, tokens/s", "HTTP costs", "seen by clients, tokens/s"],
+                [
+                    [
+                        str(place),
+                        number(one["run"]["full_tok_s"]),
+                        number(one["http"]["full_tok_s"]),
+                        f"{one['overhead']:.1%}",
+                        number(one["seen_tok_s"]),
+                    ]
+                    for place, one in enumerate(result["repeats"], start=1)
+                ],
+                numbers=True,
+            ),
+            *table(
+                ["the served run in the middle", "served", "its twin", "error"],
+                [
+                    [name, number(pair["real"]), number(pair["sim"]), f"{pair['sim'] / pair['real'] - 1:+.1%}"]
+                    for name in TWIN
+                    if (pair := middle["twin"][name])["real"] and pair["sim"] is not None
+                ],
+                numbers=True,
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def cost_beside_vllm(policies: dict[str, Any]) -> str:
+    """What a step of 256 decodes costs in vLLM's schedulers and here: a table, and where it was measured."""
+    measured = policies.get("vllm_step_us", {})
+    rows = [
+        [f"vLLM {version}, {how}", number(cost["min"])]
+        for version, costs in sorted(measured.items())
+        for how, cost in costs.items()
+    ]
+    if not measured:
+        known = {name: other["step_us"].get("16", {}).get("256") for name, other in policies["elsewhere"].items()}
+        rows = [[f"{name}, on a like machine", number(cost)] for name, cost in known.items() if cost is not None]
+    own = {name: copy for name, copy in in_turns(policies).items() if name in ("interpreted", "compiled")}
+    rows += [[f"here, {name}", number(copy["step_us"]["16"]["256"])] for name, copy in own.items()]
+    lines = table(["", "microseconds"], rows, numbers=True)
+    return "\n".join([*lines, circumstances(policies), ""])
 
 
 def policies_section(policies: dict[str, Any]) -> str:

@@ -77,15 +77,15 @@ def generate_with_kv_cache(
     """
     token_ids = _prompt_token_ids(tokenizer, prompt, max_new_tokens, temperature)
     end_token_ids = _end_token_ids(model, tokenizer)
-    cache_name = _cache_name(model)
+    past_name = cache_name(model)
     new_token_ids, past_key_values = token_ids, None
     for _ in range(max_new_tokens):
         input_ids = torch.tensor([new_token_ids], device=model.device)
-        outputs = model(input_ids, use_cache=True, **{cache_name: past_key_values})
+        outputs = model(input_ids, use_cache=True, **{past_name: past_key_values})
         token_ids.append(_next_token(outputs.logits[0, -1], temperature, seed, position=len(token_ids)))
         if token_ids[-1] in end_token_ids:
             break
-        new_token_ids, past_key_values = token_ids[-1:], getattr(outputs, cache_name)
+        new_token_ids, past_key_values = token_ids[-1:], getattr(outputs, past_name)
     return tokenizer.decode(token_ids)
 
 
@@ -239,7 +239,7 @@ def _end_token_ids(model: Any, tokenizer: Any) -> set[int]:
     return ends - {None}
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """What the model calls its KV cache: `past_key_values`, or `cache` in newer releases of transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -49,7 +49,9 @@ class EngineOptions(BaseModel):
         description="auto, or dummy: random weights; the model is a folder with config.json or a shape that ships",
     )
     quantization: Quantization = Field(
-        default="none", description="int8: linear layers and embedding of a byte a weight, and a scale a row"
+        default="none",
+        description="int8: linear layers and embedding of a byte a weight, and a scale a row; on CUDA the weights of a "
+        "step of more than 256 rows are written out in 16 bits, which takes several times as long as plain ones",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="auto: as dtype; fp8: a byte a number (e4m3, unscaled), with triton alone"

@@ -30,6 +30,7 @@ import flash_stand_in
 import render
 import run_all
 import simulator
+import tune
 from environment import ROOT, commit, device_folder
 from sizes import SIZES
 from subject import EndlessTokenizer, Subject
@@ -37,6 +38,7 @@ from work import yardstick
 
 import twinserve
 from twinserve.engine.layers import choice
+from twinserve.planning.tune import Tuning
 from twinserve.policies import IS_COMPILED
 from twinserve.settings.errors import InputError
 
@@ -419,6 +421,7 @@ def written(folder: Path, *results: dict) -> Path:
 def rendered(monkeypatch, results: Path, folder: Path, *options: str) -> int:
     """Exit status of render.py on `results`, writing below `folder`."""
     arguments = ["--results", str(results), "--out", str(folder / "results.md"), "--pages", str(folder)]
+    arguments += ["--vllm-page", str(folder / "vllm.md"), "--serving-page", str(folder / "serving.md")]
     monkeypatch.setattr(sys, "argv", ["render.py", *arguments, *options])
     return render.main()
 
@@ -477,6 +480,16 @@ def timed(steps: int | None = None, **fields) -> dict:
     return run | ({} if steps is None else {"steps": steps}) | fields
 
 
+def test_the_page_of_tuning_says_flags_gain_and_interval_or_that_none_helps():
+    better = Tuning({"max_num_batched_tokens": 512}, 1.25, 0.5, 0.6, (0.5, 0.7), 60)
+    unsure, same = replace(better, interval=(-0.1, 0.7)), replace(better, changed={}, after=1.25, gain=0.0)
+    assert tune.cells("t", 15.0, "o", better)[3:] == [
+        "`--max-num-batched-tokens 512`", "125.0%", "50.0%", "60.0%", "50.0% to 70.0%", "60"
+    ]  # fmt: skip
+    assert tune.cells("t", 15.0, "o", unsure)[3] == "none helps; best `--max-num-batched-tokens 512`"
+    assert tune.cells("t", 15.0, "o", same)[3:] == ["none helps", "125.0%", "125.0%", "0.0%", "-", "60"]
+
+
 CIRCUMSTANCES = {
     "policies": "compiled",
     "command": "python x.py",
@@ -519,6 +532,58 @@ def test_what_the_simulator_takes_stands_beside_other_copies_and_its_limits(monk
     assert (
         "On one of 2 cores (CPU), Python 3.11, 2026-01-02, by `python x.py`; the load average before was 1.50." in text
     )
+
+
+def test_what_http_costs_stands_beside_its_twin(monkeypatch, tmp_path):
+    page, results = tmp_path / "serving.md", written(tmp_path / "results", measured(1, 10.0))
+    page.write_text("before\n<!-- what HTTP costs -->\nold\n<!-- end of what HTTP costs -->\nafter\n")
+    rendered(monkeypatch, results, tmp_path)
+    assert "\nNot measured on a GPU yet.\n" in page.read_text() and "old" not in page.read_text()
+
+    def turn(http: float) -> dict:
+        twin = {metric: {"sim": 1.1 * http, "real": http} for metric in render.TWIN}
+        worlds = {"run": {"full_tok_s": 1000.0}, "http": {"full_tok_s": http}, "seen_tok_s": 900.0}
+        return worlds | {"overhead": 1 - http / 1000, "replay": {"exact": True}, "twin": twin}
+
+    options = {"model": "m", "device": "cuda", "streams": 256, "max_num_seqs": 128}
+    options |= {"prompt_tokens": 64, "output_tokens": 32}
+    result = {"options": options, "command": "x", "commit": "c", "repeats": [turn(980.0), turn(990.0), turn(970.0)]}
+    (results / "h200").mkdir()
+    (results / "h200" / "http-overhead.json").write_text(json.dumps(result))
+    rendered(monkeypatch, results, tmp_path)
+    lines = page.read_text().splitlines()
+    assert "| 2 | 1,000 | 990 | 1.0% | 900 |" in lines and "Every served record" in page.read_text()
+    assert "| ttft_s.mean | 980 | 1,078 | +10.0% |" in lines
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def test_what_a_step_costs_stands_beside_vllms(monkeypatch, tmp_path):
+    """As it was measured in turns with them; else as it was measured elsewhere."""
+
+    def costs(cost: float) -> dict:
+        return {"step_us": {"16": {"256": cost}}, "mixed_step_us": {"16": {"256": cost}}}
+
+    page, results = tmp_path / "vllm.md", written(tmp_path / "results", measured(1, 10.0))
+    page.write_text("before\n<!-- what a step costs -->\nold\n<!-- end of what a step costs -->\nafter\n")
+    policies = CIRCUMSTANCES | costs(32.0) | {"others": {"interpreted": costs(90.0), "before": costs(1.0)}}
+    policies["elsewhere"] = {"vLLM 1": {"step_us": {"16": {"256": 2000}}}, "other": {"step_us": {}}}
+    for turns, expected in (
+        ({}, ["| vLLM 1, on a like machine | 2,000 |"]),
+        (
+            {"2": {"synchronous": {"min": 10.0}, "asynchronous": {"min": 20.0}}},
+            ["| vLLM 2, synchronous | 10.0 |", "| vLLM 2, asynchronous | 20.0 |"],
+        ),
+    ):
+        (results / "policies.json").write_text(json.dumps(policies | {"vllm_step_us": turns}))
+        rendered(monkeypatch, results, tmp_path)
+        lines = page.read_text().splitlines()
+        assert [line for line in lines if line.startswith("| ") and "---" not in line][1:] == [
+            *expected,
+            "| here, interpreted | 90.0 |",
+            "| here, compiled | 32.0 |",
+        ]
+        assert (lines[0], lines[-1]) == ("before", "after") and "old" not in lines
+        assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
 def test_what_a_step_costs_stands_beside_other_copies_and_others(monkeypatch, tmp_path):

@@ -191,15 +191,16 @@ MODEL = {
 
 
 class VllmWorld:
-    """vLLM's scheduler on a workload, one step ahead."""
+    """vLLM's scheduler on a workload; each step is decided with the outputs of so many before it unknown."""
 
-    def __init__(self, workload: Workload, scheduler: Any):
+    def __init__(self, workload: Workload, scheduler: Any, steps_ahead: int = 1):
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
         init_none_hash(sha256)
         self.scheduler, self._hasher = scheduler, get_request_block_hasher(16, sha256)
         self._coming, self._in_flight, self.steps = deque(workload.arrivals), deque(), list[Step]()
+        self._steps_ahead = steps_ahead
 
     def run(self) -> list[Step]:
         """Every decision until all have ended."""
@@ -229,7 +230,7 @@ class VllmWorld:
         )
         sampling = [name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk]
         self._in_flight.append((output, sampling))
-        if len(self._in_flight) > 1:
+        if len(self._in_flight) > self._steps_ahead:
             self._process(*self._in_flight.popleft())
 
     def _process(self, output: Any, sampling: list[str]) -> None:
@@ -298,11 +299,16 @@ def watch_recorder(workload: Workload, folder: Path) -> tuple[str, bool]:
     return told, result.is_exact
 
 
+def import_vllm(site: str | Path) -> None:
+    """Have vLLM be imported from an unpacked wheel, here and where it asks itself about models."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    sys.path.insert(0, str(site))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+
+
 def main() -> int:
     site, names = sys.argv[1], sys.argv[2:]
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    sys.path.insert(0, site)
-    os.environ["PYTHONPATH"] = os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])  # it asks itself about models
+    import_vllm(site)
     from twinserve.vllm import MountedScheduler
 
     parted = 0

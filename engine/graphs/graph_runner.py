@@ -165,13 +165,15 @@ class GraphRunner:
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:
-        """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
+        """Capture a step of padding alone, which leaves nothing behind but in the scratch row, and replay it once: the
+        first replay loads a graph onto the device, and no step that is served should wait for that."""
         inputs, rows = self._padding(size)
         self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = self._decoder.run(rows, self._out)
+        graph.replay()
         return _Graph(inputs, graph.replay, logits)
 
     def _padding(self, size: StepSize) -> tuple[Tensor, StepRows]:

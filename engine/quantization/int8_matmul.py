@@ -1,9 +1,8 @@
-"""Matrix product with int8 weights that are dequantised on the way, for few rows on a CUDA device."""
+"""Matrix product with int8 weights that are dequantised on the way, for up to 256 rows on a CUDA device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
@@ -11,34 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twinserve.engine.kernels import SMALLEST_DOT
-
-SHARED_BYTES = 160 << 10
-"""Of a multiprocessor's shared memory, what the tiles in flight may take; Hopper's has 227 KiB."""
-
-MULTIPROCESSORS = 132
-"""Of an H100; another number costs some time and changes no result."""
-
-SPLITS = 4
-"""Parts of the sum of a layer too narrow to keep every multiprocessor reading; 1, 2 and 4 were measured."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the product is cut: a program computes `rows` x `outputs` of the result, `inputs` of the sum at a time.
-
-    Attributes:
-        splits: programs that share a sum; the last of them to finish adds their parts up, always in the same order.
-        warps: of a program.
-        stages: tiles in flight.
-    """
-
-    rows: int
-    outputs: int
-    inputs: int
-    splits: int
-    warps: int
-    stages: int
+from twinserve.engine.capability import Capability
+from twinserve.engine.quantization.int8_tiling import Tiling, choose_tiling
 
 
 def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None = None) -> Tensor:
@@ -63,24 +36,6 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, tiling: Tiling | None 
     return out
 
 
-@lru_cache(maxsize=1024)
-def choose_tiling(rows: int, num_out: int, num_in: int) -> Tiling:
-    """A tiling that keeps a device of MULTIPROCESSORS reading.
-
-    Narrow tiles, many in flight, and split sums where even those are too few; a vocabulary's width gets wide tiles,
-    which read `x` less often. Measured by benchmarks/int8_layers.py --tune.
-    """
-    row_block = min(64, max(SMALLEST_DOT, triton.next_power_of_2(rows)))
-    warps = 2 if row_block == SMALLEST_DOT else 4
-    if num_out >= 2 * MULTIPROCESSORS * 64:
-        tile_bytes = 128 * (64 + row_block * torch.bfloat16.itemsize)
-        stages = max(2, min(triton.cdiv(num_in, 128), 8, SHARED_BYTES // tile_bytes))
-        return Tiling(row_block, 64, 128, 1, warps=4, stages=stages)
-    splits = 1 if triton.cdiv(num_out, 16) >= MULTIPROCESSORS else min(SPLITS, triton.cdiv(num_in, 64))
-    stages = max(2, min(6, triton.cdiv(num_in, 64 * splits)))
-    return Tiling(row_block, 16, 64, splits, warps, stages)
-
-
 @cache
 def _counts(device: torch.device) -> Tensor:
     """How many programs of a split sum have finished, by block of the result; all 0 between products of a stream."""
@@ -102,14 +57,15 @@ def _launcher(
     Triton looks at every argument at every call to choose among what it has compiled, which takes the host longer than
     torch takes to launch its own product. Here what it looks at is known: the shape and whether pointers are `aligned`.
     """
-    tiling = tiling or choose_tiling(rows, num_out, num_in)
+    tiling = tiling or choose_tiling(rows, num_out, num_in, Capability.of(device).shared_bytes)
     grid = (triton.cdiv(num_out, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.splits)
     counts = _counts(device)
     if tiling.splits > 1 and grid[0] * grid[1] > len(counts):
         raise ValueError(f"{grid[0] * grid[1]} blocks of a split sum, expected at most {len(counts)}")
     # As large as any number of rows in the same blocks needs, so that few are kept.
     parts = _parts(tiling.splits * grid[1] * tiling.rows * num_out if tiling.splits > 1 else 1, device)
-    fixed = (parts, counts, rows, num_out, num_in, tiling.rows, tiling.outputs, tiling.inputs, tiling.splits)
+    sizes = (rows, num_out, num_in, tiling.rows, tiling.outputs, tiling.inputs, tiling.splits)
+    fixed = (parts, counts, *sizes, tiling.weights_first)
     run = None
 
     def launch(*tensors: Tensor) -> None:
@@ -139,6 +95,7 @@ def _multiply(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     SPLITS: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):
     """A block of the result, [BLOCK_ROWS, BLOCK_OUT], or one of SPLITS parts of its sum."""
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -150,13 +107,21 @@ def _multiply(
     weight_at = weight_ptr + out[None, :] * num_in + inner[:, None]
     part_of_in: tl.constexpr = (num_in + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
     begin = tl.program_id(2) * part_of_in
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+    if WEIGHTS_FIRST:
+        total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), dtype=tl.float32)
+    else:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
     for start in range(begin, begin + part_of_in, BLOCK_IN):
         is_inner = inner < num_in - start
         x = tl.load(x_at + start, mask=is_row & is_inner[None, :], other=0.0)
         weight = tl.load(weight_at + start, mask=is_out & is_inner[:, None], other=0)
         # Every int8 is exact in bfloat16 and in float16, so nothing is lost before the sum.
-        total = tl.dot(x, weight.to(x.dtype), total)
+        if WEIGHTS_FIRST:
+            total = tl.dot(tl.trans(weight.to(x.dtype)), tl.trans(x), total)
+        else:
+            total = tl.dot(x, weight.to(x.dtype), total)
+    if WEIGHTS_FIRST:
+        total = tl.trans(total)
     scale = tl.load(scale_ptr + out, mask=out < num_out, other=0.0)
     at = row[:, None] * num_out + out[None, :]
     if SPLITS == 1:

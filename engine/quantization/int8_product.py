@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twinserve.engine.quantization.int8_tiling import FUSED_ROWS
 from twinserve.engine.quantization.quantizer import LARGEST, absmax_scale
-
-FUSED_ROWS = 64
-"""On CUDA, the most rows of a product that dequantises on the way; with more, arithmetic outweighs reading weights."""
 
 CACHED_NUMBERS = 1 << 19
 """On a CPU, the most numbers of an intermediate result, so that it stays in a core's cache."""

@@ -268,9 +268,10 @@ def test_what_cannot_be_profiled_is_refused(twinserve, shape, tmp_path, option, 
     assert result.code == 2 and result.err.splitlines()[-1].endswith(message) and not out.exists()
 
 
-def test_verify_takes_the_options_that_transformers_has_too(twinserve, tmp_path):
+def test_verify_takes_the_options_of_what_serves(twinserve, tmp_path):
     for flag, value, expected in (
-        ("--dtype", "float16", "'float16' is not one of 'float32', 'bfloat16'."),
+        ("--dtype", "float64", "'float64' is not one of 'auto', 'float32', 'bfloat16', 'float16'."),
+        ("--kv-cache-dtype", "fp16", "'fp16' is not one of 'auto', 'fp8'."),
         ("--device", "gpu", "device is 'gpu', expected: cpu, cuda or cuda:N"),
     ):
         result = twinserve("model", "verify", tmp_path / "nowhere", flag, value)

@@ -28,7 +28,8 @@ from twinserve.engine.quantization import (
     measure_memory,
     quantize_decoder,
 )
-from twinserve.engine.quantization.int8_product import FUSED_ROWS, int8_product, sums_int8_exactly
+from twinserve.engine.quantization.int8_product import int8_product, sums_int8_exactly
+from twinserve.engine.quantization.int8_tiling import FUSED_ROWS, Tiling, choose_tiling
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -341,6 +342,21 @@ def test_smollm2_in_int8_knows_the_capital_of_france():
     assert "red" in colours.text.lower()
 
 
+@pytest.mark.parametrize("shared_bytes", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize(
+    ("num_out", "num_in"), [(960, 576), (1024, 3072), (4096, 1024), (28672, 4096), (151_936, 1024)]
+)
+def test_every_tiling_fits_the_device_and_has_all_rows_in_one_tile(num_out, num_in, shared_bytes):
+    for rows in range(1, FUSED_ROWS + 1):
+        tiling = choose_tiling(rows, num_out, num_in, shared_bytes)
+        assert rows <= tiling.rows < 2 * max(rows, 16)
+        assert tiling.shared_bytes <= shared_bytes or tiling.stages == 2
+        assert tiling.weights_first == (rows > 64)
+        if shared_bytes > 64 << 10:
+            assert tiling.shared_bytes <= min(shared_bytes, 160 << 10)
+        assert tiling.splits * -(-num_out // tiling.outputs) <= 4096
+
+
 # --- CUDA ---
 
 
@@ -349,7 +365,7 @@ MODEL_SHAPES = [(960, 576), (576, 1536), (3072, 576), (4096, 1024), (1024, 3072)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_out", "num_in"), [*MODEL_SHAPES, (130, 200), (7, 64)])
-@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 32, 33, 64, 65, 128, 200, 256, 257])
 def test_the_kernel_multiplies_by_the_dequantised_weights(num_out, num_in, rows):
     weight, scale = int8_weight(num_in, num_out)
     x = some(rows, num_in, seed=rows).bfloat16()
@@ -365,7 +381,11 @@ def test_the_kernel_writes_all_of_its_output_and_no_more():
     weight, scale = (tensor.cuda() for tensor in int8_weight(576, 130))
     x = some(19, 576).bfloat16().cuda()
     first = int8_matmul.int8_matmul(x, weight, scale)
-    for tiling in (int8_matmul.Tiling(16, 16, 64, 4, 2, 3), int8_matmul.Tiling(32, 64, 128, 1, 4, 4)):
+    for tiling in (
+        Tiling(16, 16, 64, 4, 2, 3),
+        Tiling(32, 64, 128, 1, 4, 4),
+        Tiling(64, 64, 64, 3, 4, 3, weights_first=True),
+    ):
         # The allocator gives the memory of what was just freed: poison there shows what is not written.
         poison = torch.full_like(first, torch.nan)
         del poison
@@ -374,10 +394,10 @@ def test_the_kernel_writes_all_of_its_output_and_no_more():
 
 @pytest.mark.gpu
 def test_a_split_sum_is_the_same_every_time():
-    from twinserve.engine.quantization.int8_matmul import choose_tiling, int8_matmul
+    from twinserve.engine.quantization.int8_matmul import int8_matmul
 
     weight, scale = (tensor.cuda() for tensor in int8_weight(3072, 1024))
-    for rows in (1, 32):
+    for rows in (1, 32, 256):
         assert choose_tiling(rows, *weight.shape).splits > 1
         x = some(rows, 3072).bfloat16().cuda()
         first = int8_matmul(x, weight, scale)

@@ -81,3 +81,11 @@ def test_what_is_switched_off_is_not_captured():
     assert GraphOptions() == GraphOptions(captured="all", longest_first=True)
     with pytest.raises(InputError, match="captured is 'few', expected one of all, decodes, none"):
         GraphOptions(captured=cast(Any, "few"))
+
+
+@pytest.mark.parametrize(("seqs", "budget"), [(8, 2048), (1024, 512), (256, 16384), (4, 30)])
+def test_no_step_has_more_tokens_than_the_largest(seqs, budget):
+    """What a step leaves of each token is kept in memory of that size."""
+    sizes = StepSizes(seqs, budget, 1e9)
+    captured = [size.tokens for size in sizes.captured("all")]
+    assert sizes.most_tokens == max(*captured, budget)

@@ -21,9 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import twinserve.engine.verify as verify_module
 from twinserve.cli import main
-from twinserve.engine.models import load_model
+from twinserve.engine.models import load_model, source
 from twinserve.engine.verify import LOG_PROB_LIMIT, PROMPTS, TEXT, verify
 from twinserve.settings.errors import InputError
 
@@ -48,7 +47,7 @@ def plant(monkeypatch):
                 change(decoder)
             return decoder
 
-        monkeypatch.setattr(verify_module, "load_model", load_wrong)
+        monkeypatch.setattr(source, "load_model", load_wrong)
 
     return replace_loader
 
@@ -160,11 +159,36 @@ def test_near_ties_are_counted_and_agree(tmp_path, plant):
     assert report.equal == report.sequences and report.first_difference is None and report.agrees
 
 
-def test_bfloat16_gets_no_verdict(folder):
-    report = verify(folder, dtype="bfloat16", max_tokens=4)
-    assert report.agrees is None
-    assert report.log_prob_difference > 0
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("bfloat16", "none"), ("float16", "none"), ("bfloat16", "int8"), ("float32", "int8")]
+)
+def test_in_16_bits_it_is_as_near_to_float32_as_transformers(folder, dtype, quantization):
+    report = verify(folder, dtype=dtype, quantization=quantization, max_tokens=4)
+    assert report.agrees, report
+    assert report.beside == ("float16" if dtype == "float16" else "bfloat16")
+    assert (report.dtype, report.quantization, report.execution) == (dtype, quantization, "eager")
+    assert 0 < report.mean_difference < report.log_prob_difference
+    assert 0 < report.transformers_mean < report.transformers_difference
     assert report.perplexity == pytest.approx(report.reference_perplexity, rel=0.05)
+
+
+@pytest.mark.parametrize("change", [query_of_one_layer_perturbed, key_heads_swapped, norm_forgotten])
+def test_a_wrong_weight_is_further_from_float32_than_transformers(change, folder, plant):
+    plant(change)
+    report = verify(folder, dtype="bfloat16", max_tokens=4)
+    assert report.agrees is False
+
+
+def test_weights_in_int8_are_held_against_the_same_weights(folder):
+    report = verify(folder, quantization="int8", max_tokens=4)
+    assert report.log_prob_difference < 0.1  # what 16 bits of activations leave out
+    assert report.reference_perplexity != pytest.approx(verify(folder, max_tokens=1).reference_perplexity, rel=1e-6)
+
+
+def test_numbers_that_are_none_do_not_agree(folder, plant):
+    plant(lambda decoder: decoder.layers[1].mlp_norm.weight.fill_(torch.nan))
+    with pytest.raises(InputError, match="the model's logits for it are no finite numbers"):
+        verify(folder, max_tokens=2)
 
 
 def test_a_short_context_shortens_prompts_and_windows(tmp_path):
@@ -196,8 +220,10 @@ def test_texts_are_read_by_the_tokenizer_of_the_folder(folder):
         ({"prompts": [[512]]}, r"a token of prompts\[0\] is 512, expected an id from 0 to 511"),
         ({"prompts": [[5] * 2000]}, r"prompts\[0\] is \[5, 5"),
         ({"max_tokens": 0}, r"max_tokens is 0, expected 1 or more"),
-        ({"max_tokens": 1024}, r"max_tokens is 1024, .* less than the model's max_position_embeddings \(1024\)"),
-        ({"dtype": "float16"}, "dtype is 'float16', expected: Input should be 'float32' or 'bfloat16'"),
+        ({"max_tokens": 1024}, r"max_tokens is 1024, .* less than the model's longest context \(1024\)"),
+        ({"dtype": "float64"}, "dtype is 'float64', expected: Input should be 'auto', 'float32', 'bfloat16' or"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8', expected auto with sdpa"),
+        ({"execution": "graphs"}, "device is 'cpu', expected cuda: graphs run on NVIDIA GPUs"),
         ({"device": "abacus"}, "device is 'abacus', expected"),
     ],
 )
@@ -246,6 +272,10 @@ def test_the_command_prints_json_alone(model_verify, folder, plant):
     assert set(report["first_difference"]) == {"prompt", "position", "ours", "theirs", "margin"}
 
 
-def test_the_command_gives_bfloat16_no_verdict(model_verify, folder):
+def test_the_command_judges_bfloat16_by_transformers_in_bfloat16(model_verify, folder, plant):
     code, out = model_verify(folder, "--dtype", "bfloat16")
-    assert code == 0 and "no verdict: in bfloat16 rounding alone changes tokens" in out
+    assert code == 0 and "agrees: as near to float32 as transformers is" in out
+    assert "transformers in bfloat16" in out.replace("\n", " ")
+    plant(key_heads_swapped)
+    code, out = model_verify(folder, "--dtype", "bfloat16")
+    assert code == 1 and "further from float32 than transformers is" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
+from twinserve.engine.models import source
 from twinserve.engine.models.loader import adopt_model
+from twinserve.engine.verify import verify
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 
@@ -112,6 +115,48 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
     llm.close()
 
 
+@pytest.mark.parametrize(
+    ("options", "execution"),
+    [
+        ({"dtype": "float32"}, "graphs"),
+        ({"dtype": "float32", "execution": "eager"}, "eager"),
+        ({"dtype": "bfloat16"}, "graphs"),
+        ({"dtype": "float16"}, "graphs"),
+        ({"dtype": "bfloat16", "attention": "flash"}, "graphs"),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "graphs"),
+        ({"dtype": "bfloat16", "quantization": "int8"}, "graphs"),
+    ],
+)
+def test_what_serves_is_what_is_verified(monkeypatch, tmp_path, options, execution):
+    """Its log-probabilities are those of graphs that were replayed, and agree; with a wrong weight they do not."""
+    from twinserve.engine.graphs.graph_runner import GraphRunner
+
+    if options.get("attention") == "flash":
+        pytest.importorskip("flash_attn")
+    judge_of("qwen3").model.save_pretrained(tmp_path)
+    replays = Counter[str]()
+    run = GraphRunner._run
+
+    def watched(self: Any, changes: Any, graph: Any, *others: Any) -> Any:
+        replays["graphs" if graph is not None else "launches"] += 1
+        return run(self, changes, graph, *others)
+
+    monkeypatch.setattr(GraphRunner, "_run", watched)
+    report = verify(tmp_path, device="cuda", max_tokens=8, **options)
+    assert report.agrees, report
+    assert report.execution == execution
+    assert (replays["graphs"] > 100 and not replays["launches"]) if execution == "graphs" else not replays
+    load = source.load_model
+
+    def load_wrong(*args: Any, **kwargs: Any) -> Any:
+        decoder = load(*args, **kwargs)
+        decoder.layers[3].mlp_norm.weight.fill_(1.0)
+        return decoder
+
+    monkeypatch.setattr(source, "load_model", load_wrong)
+    assert not verify(tmp_path, device="cuda", max_tokens=8, **options).agrees
+
+
 @pytest.mark.parametrize("block_size", [16, 48, 256])
 def test_any_multiple_of_16_tokens_is_a_block(qwen3, serving, block_size):
     llm = serving(qwen3, "triton", block_size=block_size, num_gpu_blocks=60, max_num_batched_tokens=64, max_num_seqs=5)
@@ -130,10 +175,23 @@ def test_windows_and_long_rotations_over_chunks_and_decodes(serving, name, atten
         pytest.skip("flash-attn has no heads of this size")
     llm = serving(judge, attention, num_gpu_blocks=16, max_num_batched_tokens=64, max_num_seqs=5)
     prompts = [[3 + place % 400 for place in range(length)] for length in (1, 19, 60, 129, 300, 700)]
-    for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
-        logits = judge.model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        assert (logits.max(-1).values - chosen).max() < (1.0 if attention == "flash" else 1e-3)
+    texts = [
+        (prompt, completion.token_ids)
+        for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True)
+    ]  # fmt: skip
+    found, least = [], []
+    half = deepcopy(judge.model).bfloat16() if attention == "flash" else judge.model
+    for prompt, tokens in texts:
+        logits, own = (
+            model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1] for model in (judge.model, half)
+        )
+        best = logits.max(-1).values
+        found += (best - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]).tolist()
+        least += (best - logits.gather(1, own.argmax(-1)[:, None])[:, 0]).tolist()
+    if attention == "flash":  # in bfloat16: the tokens are as good as those of transformers in bfloat16
+        assert sum(found) <= 1.5 * sum(least) and max(found) <= 2 * max(least)
+    else:
+        assert max(found) < 1e-3
 
 
 def test_batches_that_do_not_follow_one_another_are_described_afresh(qwen3, serving):

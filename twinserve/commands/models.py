@@ -56,14 +56,14 @@ def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
     print(fetch(name, progress=say))
 
 
-@options_of(EngineOptions, "engine", but=EngineOptions.model_fields.keys() - {"device", "dtype"})
+@options_of(EngineOptions, "engine", but={"model", "load_format"})
 def model_verify(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, smollm2-135m, or a hub id.")],
     engine: dict,
     max_tokens: Annotated[int, typer.Option(help="Generated after each prompt.", min=1)] = 32,
     as_json: Json = False,
 ) -> None:
-    """Hold a model on this engine against transformers; exit status 1 if more than rounding differs in float32."""
+    """Hold a model on this engine against transformers; exit status 1 if more than rounding differs."""
     from twinserve.worlds.run import require_engine
 
     options = EngineOptions.load(engine)
@@ -72,12 +72,13 @@ def model_verify(
     from twinserve.engine.verify import verify
 
     folder = resolve_model(model, progress=say)
-    report = verify(folder, device=options.device, dtype=options.dtype, max_tokens=max_tokens, progress=say)
+    given = options.model_dump(exclude={"model"}, exclude_unset=True)
+    report = verify(folder, max_tokens=max_tokens, progress=say, **given)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
         from twinserve.commands.tables import verify_table
 
         verify_table(report.as_dict())
-    if report.agrees is False:
+    if not report.agrees:
         raise typer.Exit(1)

@@ -169,7 +169,7 @@ class _WithCache:
     """A model, and its KV of the tokens that it was given."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._name, self._cache, self._length = model, _cache_name(model), None, 0
+        self._model, self._name, self._cache, self._length = model, cache_name(model), None, 0
 
     def logits(self, token_ids: list[int], count: int) -> Tensor:
         """The logits [count, vocab] behind each of the last `count` tokens of a text that begins as what is kept."""

@@ -12,6 +12,7 @@ from latencies import Uneven
 
 import twinserve.traces.runs
 from twinserve.policies import SamplingParams
+from twinserve.serving.metrics import ServerMetrics
 from twinserve.settings.build_core import Settings
 from twinserve.sim.replica import simulate
 from twinserve.sim.speculation import AcceptanceLaw
@@ -175,3 +176,30 @@ def test_a_run_without_drafts_says_nothing_of_them(tmp_path):
         )
         assert "speculation" not in recorder.close()
     assert not any({"asked", "drafts", "runs", "proposed"} & set(row) for row in load_record(tmp_path / "run").steps)
+
+
+def test_a_servers_page_counts_drafts_under_vllms_names():
+    settings = Settings.load(
+        {"num_gpu_blocks": 200, "speculative_config": {"method": "ngram", "num_speculative_tokens": K}}
+    )
+    metrics = ServerMetrics("model")
+    requests = generate(
+        seed=1,
+        num_requests=10,
+        rate=5,
+        prompt_tokens=LengthSpec.parse("fixed:9"),
+        output_tokens=LengthSpec.parse("fixed:40"),
+    )
+    simulate(requests, settings.build_core(listener=metrics), Uneven(), acceptance=AcceptanceLaw((0.5,)))
+    page = dict(line.rsplit(" ", 1) for line in metrics.page().decode().splitlines() if not line.startswith("#"))
+    labels = 'engine="0",model_name="model"'
+
+    def value(name: str, more: str = "") -> float:
+        return float(page[f"vllm:{name}_total{{{labels}{more}}}"])
+
+    drafts, tokens = value("spec_decode_num_drafts"), value("spec_decode_num_draft_tokens")
+    accepted = value("spec_decode_num_accepted_tokens")
+    by_position = [value("spec_decode_num_accepted_tokens_per_pos", f',position="{position}"') for position in range(K)]
+    assert tokens == K * drafts and sum(by_position) == accepted
+    assert drafts > by_position[0] > by_position[1] > by_position[2] > by_position[3] > 0
+    assert value("generation_tokens") == 10 * 40

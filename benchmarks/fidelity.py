@@ -6,8 +6,8 @@
 `record` needs a CUDA device, and the public traces in $TWINSERVE_TRACES. It profiles the engine, measures at which rate
 each workload saturates under its settings, and serves each window in real time. What lies in the folder of the card's
 results or in FOLDER already is not done again, and nothing is begun that would not end within `--seconds`, so the work
-can be cut into parts. `page` needs neither: it writes docs/fidelity.md and the card's fidelity.json, or says with
-`--check` which number is no longer what it was.
+can be cut into parts. `page` needs neither: it writes docs/fidelity.md, the card's fidelity.json and the latencies that
+ship, of its profiles with blocks of 16, or says with `--check` which number is no longer what it was.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from twinserve.planning.parallel import Workers
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.sim.fit import FittedLatency
 from twinserve.sim.profiles import Profile
 from twinserve.traces.request import TokenMaker
 from twinserve.worlds.run import fit_profile, load_llm, measure_steps, profile_of, run_real
@@ -202,18 +203,23 @@ class Recording:
         print(f"{name}: {summary['steps']} steps, TPOT {tpot:.2f} ms, TTFT {ttft:.1f} ms", flush=True)
 
 
-def results_of(card: str, written: dict[str, Any]) -> dict[str, Any]:
+def models_of(card: str) -> dict[str, FittedLatency]:
+    """What is fitted from the profiles of a card, by their names."""
+    return {
+        path.name.removesuffix(".jsonl.gz"): fit_profile(Profile.load(path))
+        for path in sorted((RESULTS / card / "fidelity").glob("profile-*.jsonl.gz"))
+    }
+
+
+def results_of(card: str, models: dict[str, FittedLatency], written: dict[str, Any]) -> dict[str, Any]:
     """Every number of the page, from the records of a card.
 
     Args:
+        models: see `models_of`.
         written: what was said before of the rates that saturate: these are not in the records, so that without the
             public traces they are not worked out again.
     """
     folder = RESULTS / card / "fidelity"
-    models = {
-        path.name.removesuffix(".jsonl.gz"): fit_profile(Profile.load(path))
-        for path in sorted(folder.glob("profile-*.jsonl.gz"))
-    }
     jobs = [
         (path, models[group.profile])
         for group in GROUPS
@@ -268,15 +274,25 @@ def write_page(card: str, check: bool) -> int:
     """Recompute every number and write it down; with `check`, say which are others than those written down."""
     path, docs = RESULTS / card / "fidelity.json", ROOT / "docs"
     before = json.loads(path.read_text()) if path.exists() else {}
-    results = json.loads(json.dumps(results_of(card, before.get("saturation", {}))))
+    models = models_of(card)
+    results = json.loads(json.dumps(results_of(card, models, before.get("saturation", {}))))
+    shipped = {
+        ROOT / "sim" / "data" / f"{shape}-{card}.json": models[name].data
+        for shape in (SMALL, LARGE)
+        if (name := f"profile-{shape}-b16") in models
+    }
     said = before if check else results
     texts = {docs / "fidelity.md": page(said), docs / "fidelity.svg": plot(said["windows"])}
     if not check:
         write_json(path, results)
+        for file, data in shipped.items():
+            write_json(file, data)
         for file, text in texts.items():
             file.write_text(text)
         return 0
     wrong = parted(results, before)
+    for file, data in shipped.items():
+        wrong += parted(json.loads(json.dumps(data)), json.loads(file.read_text()), str(file.relative_to(ROOT)))
     wrong += [str(file.relative_to(ROOT)) for file, text in texts.items() if file.read_text() != text]
     if wrong:
         print(f"fidelity.py: {len(wrong)} are not as they were: {', '.join(wrong[:8])}", file=sys.stderr)

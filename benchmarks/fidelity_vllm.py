@@ -73,7 +73,7 @@ class Outcome(CoreListener):
                 "finish_ns": seq.finish_ns,
                 "prompt_tokens": seq.num_prompt_tokens,
                 "output_tokens": seq.num_completion_tokens,
-                "max_tokens": seq.sampling_params.max_tokens,
+                "max_tokens": seq.max_tokens,
                 "cached_tokens": 0,
                 "preemptions": seq.num_preemptions,
                 "finish_reason": seq.finish_reason,

@@ -142,7 +142,7 @@ class Group:
         begin = chosen[0].arrival_ns
         scale = count / rate * 1e9 / (chosen[-1].arrival_ns - begin)
         moved = [replace(request, arrival_ns=round((request.arrival_ns - begin) * scale)) for request in chosen[:count]]
-        return transforms.renumbered(moved)
+        return list(transforms.renumbered(moved))
 
 
 def served_rate(seqs: list[Sequence], requests: list[Request], counted_s: tuple[float, float]) -> float:

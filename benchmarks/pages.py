@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
+
+
+def page_arguments(doc: str | None, page: str) -> argparse.Namespace:
+    """The options of a script that makes a page from the public traces: `traces`, `page` and `jobs`.
+
+    Args:
+        doc: of the script, whose first line its help says.
+        page: which one it is, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--traces", type=Path, required=True, help="folder of the public traces")
+    parser.add_argument("--page", type=Path, default=Path(page))
+    parser.add_argument("--jobs", type=int, default=None)
+    return parser.parse_args()
 
 
 def table(heads: list[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> list[str]:

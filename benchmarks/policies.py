@@ -3,10 +3,10 @@
     python benchmarks/policies.py [--json FILE] [--repeats 25] [--quick] [--other NAME=FOLDER ...] [--turns 5]
                                   [--vllm SITE ...]
 
-Microseconds on one core, the minimum and the median of the repeats. A decode-only step is `schedule` + `postprocess`
-(choosing, block tables, hashing full blocks, checking stops, tokens handed over as the list that the engine hands over;
-prefix caching on, no listener). A mixed step is the same beside a prompt of which each step computes 256 tokens.
---quick takes fewer repeats and no step of 1,024 sequences.
+Microseconds of CPU time on one core, the minimum and the median of the repeats. A decode-only step is `schedule` +
+`postprocess` (choosing, block tables, hashing full blocks, checking stops, tokens handed over as the list that the
+engine hands over; prefix caching on, no listener). A mixed step is the same beside a prompt of which each step computes
+256 tokens. --quick takes fewer repeats and no step of 1,024 sequences.
 
 With --other, other copies of twinserve do the same in turns with the one that is imported, each in a process of its own
 on the same core: another commit's checkout, or a compiled wheel, as benchmarks/simulator.py says. Every figure is then
@@ -52,14 +52,6 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
         "hash_mtok_s": 9,
         "hits_on_freed_mtok_s": 17,
     },
-    "vLLM 0.33": {
-        "source": "vLLM 0.33.0's Scheduler as shipped, schedule + update_from_output, prefix caching on",
-        "step_us": {"16": {"256": 2927}},
-    },
-    "vLLM 0.33, asynchronous": {
-        "source": "vLLM 0.33.0's AsyncScheduler as shipped, a step ahead",
-        "step_us": {"16": {"256": 3315}},
-    },
     "nano-vllm": {
         "source": "nano-vllm's Scheduler and BlockManager as shipped",
         "step_us": {"16": {"256": 210}, "256": {"256": 178}},
@@ -70,16 +62,16 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 
 
 def timed(run: Callable[[], Any], repeats: int, per: float, prepare: Callable[[], Any] | None = None) -> dict:
-    """Microseconds of `run` divided by `per`, after `prepare`, with the garbage collector off."""
+    """Microseconds of CPU time of `run` divided by `per`, after `prepare`, with the garbage collector off."""
     values = []
     for _ in range(repeats):
         if prepare is not None:
             prepare()
         gc.collect()
         gc.disable()
-        begun = time.perf_counter()
+        begun = time.process_time()
         run()
-        values.append((time.perf_counter() - begun) / per * 1e6)
+        values.append((time.process_time() - begun) / per * 1e6)
         gc.enable()
     return {"min": min(values), "median": statistics.median(values)}
 

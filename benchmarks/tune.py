@@ -8,11 +8,10 @@ llama-3-8b with vLLM 0.33's defaults; the search sees three seeds and is judged 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from pages import table
+from pages import page_arguments, table
 
 from twinserve.planning.objectives import Objective
 from twinserve.planning.parallel import Workers
@@ -21,24 +20,24 @@ from twinserve.planning.tune import Tuning, tune
 
 LATENCY, LIKE, SEEDS = "roofline:llama-3-8b@h200", "vllm-0.33@h200", 3
 TRACES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 150}),
-    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 40}),
+    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 4000}),
+    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 1000}),
 }
 CASES: dict[str, tuple[tuple[float, str], ...]] = {
-    "Azure": ((15.0, "p99 TTFT <= 1 s and p99 TPOT <= 15 ms"),),
-    "Mooncake": ((1.0, "p99 TTFT <= 5 s and p99 TPOT <= 25 ms"),),
+    "Azure": ((20.0, "p99 TTFT <= 1 s and p99 TPOT <= 15 ms"),),
+    "Mooncake": ((0.4, "p99 TTFT <= 5 s and p99 TPOT <= 25 ms"),),
 }
 
 HEAD = """# Which flags suit a trace
 
 `python benchmarks/tune.py` writes this page. One H200 serves llama-3-8b (`{latency}`) with the
-defaults of vLLM 0.33 on it; the first {azure} requests of Azure's conversation trace and the first {mooncake} of
+defaults of vLLM 0.33 on it; the first {azure:,} requests of Azure's conversation trace and the first {mooncake:,} of
 Mooncake's arrive at random. What is made small is the share of its limit that an objective's worst term takes. Each
 search sees {seeds} seeds; what it finds is judged on {seeds} others. The gain is the mean by which the share became
 less there, beside the interval that holds it with a confidence of 95%. For a trace of one's own:
 
-    twinserve tune TRACE --latency {latency} --like {like} \\
-        --rate 15 --arrivals poisson --seeds {seeds} --objective "p99 TTFT <= 1 s and p99 TPOT <= 15 ms"
+    twinserve tune TRACE --latency {latency} --like {like} --rate {rate:g} --seeds {seeds} \
+--arrivals poisson --objective "{objective}"
 """
 
 
@@ -60,11 +59,7 @@ def cells(trace: str, rate: float, objective: str, found: Tuning) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", type=Path, required=True, help="folder of the public traces")
-    parser.add_argument("--page", type=Path, default=Path("docs/studies/tune.md"))
-    parser.add_argument("--jobs", type=int, default=None)
-    arguments = parser.parse_args()
+    arguments = page_arguments(__doc__, "docs/studies/tune.md")
     rows = []
     for trace, cases in CASES.items():
         for rate, objective in cases:
@@ -73,7 +68,8 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     heads = ["trace", "requests/s", "objective", "answer", "share before", "with it", "gain", "interval", "simulations"]
     limits = {trace.lower(): options["limit"] for trace, (_, options) in TRACES.items()}
-    head = HEAD.format(latency=LATENCY, like=LIKE, seeds=SEEDS, **limits)
+    rate, objective = CASES["Azure"][0]
+    head = HEAD.format(latency=LATENCY, like=LIKE, seeds=SEEDS, rate=rate, objective=objective, **limits)
     arguments.page.write_text("\n".join([head.rstrip("\n"), "", *table(heads, rows)]), encoding="utf-8")
 
 

@@ -8,9 +8,10 @@ and with the settings that the changed rules are about: requests by priority, an
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
+
+from pages import page_arguments
 
 from twinserve.planning.parallel import Workers
 from twinserve.planning.upgrade import Change, find_changes
@@ -74,11 +75,7 @@ are shown; times are in seconds.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", type=Path, required=True, help="folder of the public traces")
-    parser.add_argument("--page", type=Path, default=Path("docs/studies/upgrade.md"))
-    parser.add_argument("--jobs", type=int, default=None)
-    arguments = parser.parse_args()
+    arguments = page_arguments(__doc__, "docs/studies/upgrade.md")
     lines = []
     for trace in TRACES:
         for case in CASES:

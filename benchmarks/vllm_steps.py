@@ -5,7 +5,8 @@
 SITE is a vLLM wheel unpacked without its binaries, of 0.24 or 0.33, as tests/vllm_world.py takes it. Prefix caching is
 on, blocks hold 16 tokens, and nothing but these two calls is measured. Prints JSON: for its scheduler with a step's
 output known before the next is decided, and for its asynchronous one a step ahead, the least and the median of the
-repeats of 64 steps, microseconds a step. benchmarks/policies.py runs this in turns with what is measured there.
+repeats of 64 steps, microseconds of CPU time a step. benchmarks/policies.py runs this in turns with what is measured
+there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WORLD = ROOT / "tests" / "vllm_world.py"
 
 
 class Timed:
-    """Adds up what calls take, with the garbage collector off."""
+    """Adds up the CPU time that calls take, with the garbage collector off."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -38,11 +39,11 @@ class Timed:
     def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             gc.disable()
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 return call(*arguments)
             finally:
-                self.seconds += time.perf_counter() - begun
+                self.seconds += time.process_time() - begun
                 gc.enable()
 
         return timed

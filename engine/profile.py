@@ -245,9 +245,8 @@ def measure(
         InputError: a shape does not fit the model's context or the KV pool.
     """
     settings = llm.settings
-    pool = (settings.num_gpu_blocks or 0) * settings.block_size
+    pool, most = (settings.num_gpu_blocks or 0) * settings.block_size, settings.max_model_len
     for shape in shapes:
-        most = settings.max_model_len
         if most is not None and shape.longest + spare_tokens(repeats) > most:
             raise InputError(f"expected contexts below {most}", field="shape", value=shape)
         if _blocks_of(shape, repeats, settings.block_size) * settings.block_size > pool:

@@ -26,7 +26,8 @@ _EVERY_TOKEN = 1 << 62
 
 def is_plain(params: SamplingParams) -> bool:
     """Do `params` ask for nothing but the most probable token, or one by temperature?"""
-    keeps_all = params.temperature < GREEDY_BELOW or (params.top_k, params.top_p, params.min_p) == (0, 1.0, 0.0)
+    is_whole = params.top_k <= 0 and (params.top_p, params.min_p) == (1.0, 0.0)
+    keeps_all = params.temperature < GREEDY_BELOW or is_whole
     changes = params.repetition_penalty != 1.0 or params.min_tokens or params.logit_bias or counts_tokens(params)
     return keeps_all and not changes and params.logprobs is None
 
@@ -216,7 +217,7 @@ class SamplingPlan:
         def column(values: list, dtype: torch.dtype) -> Tensor:
             return to_device(torch.tensor(values, dtype=dtype)[:, None], device)
 
-        top_k = [param.top_k or _EVERY_TOKEN for param in drawn]
+        top_k = [param.top_k if param.top_k > 0 else _EVERY_TOKEN for param in drawn]
         top_p = [param.top_p for param in drawn]
         min_p = [param.min_p for param in drawn]
         penalised = [row for row, param in enumerate(params) if param.repetition_penalty != 1.0]

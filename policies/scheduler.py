@@ -107,7 +107,7 @@ class Scheduler:
         `finish_reason` "refused" and `refusal` in words, and the result is False. ValueError if it was added before."""
         if seq.arrival_index >= 0 or seq.is_finished:
             raise ValueError(f"{seq} cannot be added: it was added before, expected a new sequence")
-        seq.final_length = min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len)
+        seq.final_length = min(seq.num_prompt_tokens + seq.max_tokens, self.max_model_len)
         seq.refusal = self._refusal(seq)
         if seq.refusal is not None:
             seq.status, seq.finish_reason = SequenceStatus.FINISHED, "refused"

@@ -29,16 +29,16 @@ class SequenceStatus(Enum):
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
-    `temperature` below 1e-5 is greedy. `top_k` 0, `top_p` 1.0 and `min_p` 0.0 (a share of the largest probability) keep
-    the whole vocabulary. `repetition_penalty` divides the positive logits of earlier tokens, prompt included, and
-    multiplies negative ones (arXiv:1909.05858); `presence_penalty` is taken off those of generated tokens,
-    `frequency_penalty` as often as they came; `logit_bias` is added. With a `seed` a request's tokens are the same
-    whatever runs beside it. `stop_token_ids` end it as the end-of-sequence token does, which alone `ignore_eos`
-    switches off; none is sampled before there are `min_tokens`. `logprobs` asks for the log-probabilities of each
-    generated token and of so many most probable ones, before penalties and temperature."""
+    `temperature` below 1e-5 is greedy. `max_tokens` None is up to the model's length. `top_k` 0 or -1, `top_p` 1.0 and
+    `min_p` 0.0 (a share of the largest probability) keep the whole vocabulary. `repetition_penalty` divides positive
+    logits of earlier tokens, prompt included, and multiplies negative ones (arXiv:1909.05858); `presence_penalty` is
+    taken off those of generated tokens, `frequency_penalty` as often as they came; `logit_bias` is added. A `seed` has
+    a request's tokens be the same whatever runs beside it. `stop_token_ids` end it as the end-of-sequence token does,
+    which alone `ignore_eos` switches off; none is sampled before there are `min_tokens`. `logprobs` asks for those of
+    each generated token and of so many most probable ones, before penalties and temperature."""
 
     temperature: float = 1.0
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
@@ -56,8 +56,8 @@ class SamplingParams:
         whole, number, most = (int,), (int, float), float(1 << 62)
         for name, kinds, least, largest, expected in (
             ("temperature", number, 0.0, 1e30, "a number >= 0 and at most 1e30"),
-            ("max_tokens", whole, 1.0, most, "an integer >= 1"),
-            ("top_k", whole, 0.0, most, "an integer >= 0 (0 keeps every token)"),
+            ("max_tokens", whole, 1.0, most, "an integer >= 1, or None"),
+            ("top_k", whole, -1.0, most, "an integer >= -1 (0 and -1 keep every token)"),
             ("top_p", number, 1e-30, 1.0, "a number in (0, 1], at least 1e-30"),
             ("min_p", number, 0.0, 1.0, "a number in [0, 1] (0 keeps every token)"),
             ("repetition_penalty", number, 1e-6, 1e6, "a number > 0, from 1e-6 to 1e6 (1 changes nothing)"),
@@ -67,7 +67,7 @@ class SamplingParams:
             ("logprobs", whole, 0.0, most, "an integer >= 0, or None"),
         ):
             value = getattr(self, name)
-            if not (type(value) in kinds and least <= value <= largest or (name, value) == ("logprobs", None)):
+            if not (type(value) in kinds and least <= value <= largest or value is None and "None" in expected):
                 raise ValueError(f"{name} is {value}, expected {expected}")
 
     def stops(self, token_id: int, eos_token_id: int) -> bool:
@@ -110,7 +110,7 @@ class Sequence:
         num_in_flight: tokens that launched steps will sample and that are not known yet; drafts count as if right.
         num_drafts: draft tokens that wait for its next step.
         num_scheduled_tokens: tokens that the latest step with a row of this sequence computes for it.
-        final_length: tokens at which generation ends, whatever is generated.
+        max_tokens, final_length: the most it asks for; tokens at which it ends, whatever is generated.
         block_table, num_block_tokens: ids of the KV blocks held, in token order; how many tokens they hold.
         num_cached_tokens, num_registered_tokens: found in the prefix cache at the latest admission; known to it now.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
@@ -122,7 +122,7 @@ class Sequence:
     __slots__ = (
         "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
         "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
-        "has_token_ids", "ingested_ns", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
+        "has_token_ids", "ingested_ns", "max_tokens", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
         "num_drafts", "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens",
         "num_scheduled_tokens", "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id",
         "status", "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
@@ -153,8 +153,8 @@ class Sequence:
         self.priority, self.salt, self.tenant = priority, salt, tenant
         self.status, self.has_sampled = SequenceStatus.WAITING, False
         self.arrival_index = self.admission_index = -1
-        self.num_tokens = self.num_prompt_tokens
-        self.final_length = self.num_prompt_tokens + self.sampling_params.max_tokens
+        self.num_tokens, self.max_tokens = self.num_prompt_tokens, self.sampling_params.max_tokens or 1 << 62
+        self.final_length = self.num_prompt_tokens + self.max_tokens
         self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = self.num_drafts = 0
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []

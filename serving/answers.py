@@ -80,7 +80,7 @@ class _Answer:
             of_prompt = self._backend.logprobs(seq)
             self.prompt_logprobs = [None, *(of_prompt[place] for place in range(1, seq.num_prompt_tokens))]
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
-        if reason == "length" and seq.sampling_params.max_tokens < self.ask.params.max_tokens:
+        if reason == "length" and seq.max_tokens < self.ask.max_tokens:
             piece.finish_reason = "stop"
         if seq.sampling_params.logprobs is not None:
             place = seq.num_prompt_tokens + self.num_tokens

@@ -83,13 +83,28 @@ class Server:
 
     def encoded(self, prompt: str | list[int], special: bool) -> list[int]:
         """The tokens of a prompt."""
-        tokenizer = self.ready.tokenizer
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ApiError("expected token ids, as the model has no tokenizer", param="prompt")
+        if not isinstance(prompt, str):
+            self.ready.check_prompt(prompt)
+            return prompt
+        tokenizer = self._tokenizer("prompt")
+        try:
             return list(tokenizer.encode(prompt, add_special_tokens=special))
-        self.ready.check_prompt(prompt)
-        return prompt
+        except Exception as error:  # a tokenizer raises what it likes
+            raise ApiError(f"the tokenizer refuses the prompt: {error}", param="prompt") from error
+
+    def decoded(self, token_ids: list[int], param: str) -> str:
+        """The text of tokens that a client has sent."""
+        tokenizer = self._tokenizer(param)
+        self.ready.check_prompt(token_ids)
+        try:
+            return tokenizer.decode(token_ids, skip_special_tokens=False)
+        except Exception as error:
+            raise ApiError(f"the tokenizer refuses the tokens: {error}", param=param) from error
+
+    def _tokenizer(self, param: str) -> Any:
+        if self.ready.tokenizer is None:
+            raise ApiError("expected token ids and no texts, as the model has no tokenizer", param=param)
+        return self.ready.tokenizer
 
     def chat(self, messages: list[Message], **how: Any) -> list[int]:
         """The tokens of a chat, by the model's own template."""
@@ -98,9 +113,12 @@ class Server:
             raise ApiError("the model has no chat template, expected a call of /v1/completions", param="messages")
         try:
             said = [message.as_template_takes_it() for message in messages]
-            return list(tokenizer.apply_chat_template(said, return_dict=False, **how))
+            token_ids = list(tokenizer.apply_chat_template(said, return_dict=False, **how))
         except Exception as error:  # a template raises what it likes about the messages
             raise ApiError(f"the chat template refuses the messages: {error}", param="messages") from error
+        if not all(type(token_id) is int for token_id in token_ids):
+            raise ApiError("expected none that has the template give something else", param="chat_template_kwargs")
+        return token_ids
 
     def asks(self, body: Generation, prompts: list[list[int]], session: str | None) -> list[Ask]:
         """The answers that a body asks for, once it is known that they can be served.
@@ -134,7 +152,8 @@ class Server:
                 raise ApiError(f"min_tokens is {body.min_tokens}, expected at most {max_tokens}", param="min_tokens")
             for choice in range(body.n):
                 params = backend.params(body, max_tokens, choice)
-                asks.append(Ask(prompt, params, number, body.priority, body.cache_salt or "", body.num_prompt_logprobs))
+                labels = number, body.priority, body.cache_salt or ""
+                asks.append(Ask(prompt, params, max_tokens, *labels, body.num_prompt_logprobs))
         return asks
 
 
@@ -239,9 +258,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
         prompts = [server.encoded(prompt, body.add_special_tokens) for prompt in body.prompts]
         echoed = None
         if body.echo:
-            echoed = [
-                prompt if isinstance(prompt, str) else server.ready.tokenizer.decode(prompt) for prompt in body.prompts
-            ]
+            echoed = [prompt if isinstance(prompt, str) else server.decoded(prompt, "echo") for prompt in body.prompts]
         name = body.model or server.names()[0]
         return await _answer(
             server, body, prompts, CompletionFormat(name, body, server.ready.tokenizer, echoed), request
@@ -282,10 +299,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of some tokens."""
         server.check_model(body.model)
-        server.ready.check_prompt(body.tokens)
-        if server.ready.tokenizer is None:
-            raise ApiError("the model has no tokenizer")
-        return {"prompt": server.ready.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return {"prompt": server.decoded(body.tokens, "tokens")}
 
     return app
 

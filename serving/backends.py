@@ -39,6 +39,7 @@ class Ask:
     Attributes:
         prompt: its tokens.
         params: how the answer is chosen.
+        max_tokens: the most tokens of it.
         session: the conversation it belongs to.
         priority: smaller is more urgent.
         salt: requests of different salts never share blocks.
@@ -47,6 +48,7 @@ class Ask:
 
     prompt: list[int]
     params: SamplingParams
+    max_tokens: int
     session: int | None = None
     priority: int = 0
     salt: str = ""
@@ -153,7 +155,7 @@ class Backend(ABC):
             for number, ask, parts in made:
                 salt = self._concealed(ask.salt, None if ask.prompt_logprobs is None else number)
                 labels = {"session": ask.session, "priority": ask.priority, "salt": salt}
-                request = Request(number, now_ns, parts, ask.params.max_tokens, **labels)  # type: ignore[arg-type]
+                request = Request(number, now_ns, parts, ask.max_tokens, **labels)  # type: ignore[arg-type]
                 seqs.append(self._sequence(request, ask))
             return seqs
 

@@ -223,7 +223,7 @@ class ServerMetrics(CoreListener):
     # --- what a CoreListener hears ---
 
     def ingested(self, seq: Sequence, number: int) -> None:
-        self._limits.observe(seq.sampling_params.max_tokens)
+        self._limits.observe(seq.max_tokens)
 
     def decided(self, batch: Batch) -> None:
         self._preemptions.inc(len(batch.preempted))

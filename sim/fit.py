@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import write_whole
-from twinserve.sim.kernels import Kernels
+from twinserve.sim.kernels import Kernels, most
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.latency_file import check_latency_file
 from twinserve.sim.roofline import RooflineLatency, device_of
@@ -36,6 +36,10 @@ REWEIGHTINGS = 4
 
 LAUNCHES = 40
 """Launches with prompts that tell what a prompt and a token of them cost."""
+
+WAVE_SHARE = 0.5
+"""Of a device's multiprocessors; of 0, 1/4, 1/2, 3/4 and 1 the one by which shapes held out of three profiles of an
+H200 were predicted best."""
 
 GROWING = ("kv_tokens", "attention_pairs", "longest_decode", "longest_prompt")
 """Features that grow while a step is repeated."""
@@ -118,12 +122,15 @@ HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 """Coefficients of the host."""
 
 
-def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
+def grown(features: StepFeatures, kernels: Kernels, wave: float) -> tuple[Any, ...]:
     """What GROWN are coefficients on; columns where the features have columns.
 
     All contexts; query-key pairs; what decodes read, and how much of it from the pool, as no other row has read it just
     now; how much in spans that had to be started; the blocks of the longest of those; the context before the end of
-    each tile of a prompt; the longest context of a prompt.
+    each tile of a prompt, or while the longest is attended by all that run at once; the longest context of a prompt.
+
+    Args:
+        wave: tiles of prompts that attend at once, as if each were alone; 0 if that is not known.
     """
     decodes, prompts = features.decode_tokens, features.prompts
     padded, _, _ = kernels.padded(decodes, features.prompt_tokens, len(prompts), 0)
@@ -134,7 +141,7 @@ def grown(features: StepFeatures, kernels: Kernels) -> tuple[Any, ...]:
         features.decode_kv_tokens - features.shared_tokens,
         kernels.cut_tokens(decodes, padded, features.decode_kv_tokens),
         kernels.blocks(padded, features.longest_decode) if decodes else 0,
-        kernels.tiles(prompts)[1],
+        most(kernels.tiles(prompts)[1], wave * features.longest_prompt),
         features.longest_prompt,
     )
 
@@ -169,7 +176,7 @@ class FittedLatency:
         data: the file's content (schema "twinserve-latency/2" or 1). `captured_tokens`, where it is there, is the most
             tokens of a step that is launched as a captured graph; `kernels`, how steps are padded and cut; a part or a
             coefficient that is absent costs nothing.
-        kernels: of `data`.
+        kernels: of `data`, as is `prompt_wave`, the tiles of prompts that attend at once.
         num_outside: steps made beyond the range that was measured (see `watch`).
         worst_excess: the largest ratio of a feature to the end of its range among them.
     """
@@ -184,6 +191,7 @@ class FittedLatency:
     def __post_init__(self) -> None:
         self._captured_tokens: int | None = self.data.get("captured_tokens")
         self._drift: list[float] = self.data.get("drift", [])
+        self._wave: float = self.data.get("prompt_wave", 0.0)
         self.kernels = Kernels.load(self.data.get("kernels", {}))
         self._floor = floor_of(self.data["about"]) if self.data.get("schema") == SCHEMA else None
         for regime in REGIMES[: 2 if self._captured_tokens is None else 3]:
@@ -269,7 +277,8 @@ class FittedLatency:
         """Nanoseconds on the device, of a step or, where the features have columns, of several."""
         _, device, _ = self._steady(regime, features)
         prices = self._prices[regime]
-        return device + sum(ns * x for ns, x in zip(prices, grown(features, self.kernels), strict=True) if ns)
+        values = grown(features, self.kernels, self._wave)
+        return device + sum(ns * x for ns, x in zip(prices, values, strict=True) if ns)
 
     def _steady(self, regime: str, features: StepFeatures) -> tuple[int, float, int]:
         """Nanoseconds, whatever the contexts: of the host, of the device, and of the lead."""
@@ -365,6 +374,14 @@ def least_price(about: dict[str, Any]) -> float:
     return 0.0 if floor is None else floor.kv_token_ns
 
 
+def prompt_wave(about: dict[str, Any]) -> float:
+    """Tiles of prompts that attend beside the longest as if alone, where the device and the KV heads are known, else 0:
+    each multiprocessor has the tile of one KV head, and with WAVE_SHARE of them busy the rest of the device holds
+    nobody up."""
+    device, shape = device_of(str(about.get("device"))), about.get("shape")
+    return 0.0 if device is None or shape is None else WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
+
+
 def fit(
     samples: list[StepSample],
     about: dict[str, Any],
@@ -402,6 +419,8 @@ def fit(
         data["captured_tokens"] = captured_tokens
     if kernels != Kernels():
         data["kernels"] = kernels.as_dict()
+    if wave := prompt_wave(about):
+        data["prompt_wave"] = wave
     regimes = REGIMES[: 2 if captured_tokens is None else 3]
     by_regime = {
         regime: [sample for sample in samples if regime_of(sample.features, captured_tokens) == regime]
@@ -410,7 +429,7 @@ def fit(
     for regime, mine in by_regime.items():
         if (count := len(_by_shape(mine, "device"))) < 2:
             raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
-    devices, errors = _fit_devices(by_regime, kernels, least_price(about), holds_out)
+    devices, errors = _fit_devices(by_regime, kernels, wave, least_price(about), holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
         others, residuals = _fit_host(regime, mine, bookkeeping, launches_vary, holds_out)
@@ -447,14 +466,14 @@ def _fit_host(
 
 
 def _fit_devices(
-    by_regime: dict[str, list[StepSample]], kernels: Kernels, least: float, holds_out: bool
+    by_regime: dict[str, list[StepSample]], kernels: Kernels, wave: float, least: float, holds_out: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """By regime, knots and coefficients of the device, and where `holds_out`, the errors on shapes held out."""
     fitted: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     regimes = list(by_regime)
     for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
-        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels, least)
+        devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels, wave, least)
         names = coefficient_names("device", devices.knots)
         for regime, prices in devices.solve().items():
             ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
@@ -485,6 +504,7 @@ class _Devices:
     """The shapes of all regimes, for a fit in which they share all but the constant.
 
     Args:
+        wave: see `grown`.
         least: what `decode_kv_token` and `decode_pool_token` are together at the least. Where all that were measured
             are few or short, other terms explain them as well, and more or longer ones would come out too cheap.
 
@@ -492,7 +512,7 @@ class _Devices:
         knots: of the ramps over the padded tokens.
     """
 
-    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels, least: float):
+    def __init__(self, shapes: dict[str, Shapes], kernels: Kernels, wave: float, least: float):
         import numpy as np
 
         self._regimes = list(shapes)
@@ -501,7 +521,7 @@ class _Devices:
             for number, mine in enumerate(shapes.values())
             for features, costs in sorted(mine.items())
         ]
-        values = [(*steady(features, kernels), *grown(features, kernels)) for _, features, _ in ordered]
+        values = [(*steady(features, kernels), *grown(features, kernels, wave)) for _, features, _ in ordered]
         width = len(STEADY)
         counts = [int(row[width]) for row in values]
         self.knots = sorted({*choose_knots(counts), *(set(counts) & set(kernels.tokens))})

@@ -102,7 +102,7 @@ class Kernels:
         """
         spans, shortest, block = self._cut(decodes)
         span = _parts(_parts(longest, spans), block)
-        return _most(span, _least(_parts(shortest, block), _parts(longest, block)))
+        return most(span, _least(_parts(shortest, block), _parts(longest, block)))
 
     def cut_tokens(self, decodes: int, padded: int, kv_tokens: Any) -> Any:
         """How much of their contexts decodes read in spans that had to be started, in tokens.
@@ -145,7 +145,7 @@ def _at_least(sizes: tuple[int, ...], size: int) -> int:
     return sizes[place] if place < len(sizes) else size
 
 
-def _most(one: Any, other: Any) -> Any:
+def most(one: Any, other: Any) -> Any:
     """max, of two numbers or of each pair in two arrays."""
     return max(one, other) if isinstance(one, int) else np.maximum(one, other)
 

@@ -126,13 +126,10 @@ def fit_records(records: list[RunRecord], about: dict[str, Any], profile: Profil
             raise InputError(f"{error}; a fit needs runs with more of them") from error
     assert model is not None
 
-    def refit(kept: list[StepSample]) -> FittedLatency:
-        return fitted(kept, holds_out=False)
-
     known = list(zip(runs, samples, strict=True))
     served = [Served(steps, _workload_of(run.record)) for run, steps in known if not _is_profile(run.record)]
     profiled = [*profiled, *(sample for run, steps in known if _is_profile(run.record) for sample in steps)]
-    model = with_uncertainty(model, uncertainty_of(model, refit, served, profiled))
+    model = with_uncertainty(model, uncertainty_of(model, partial(fitted, holds_out=False), served, profiled))
     drifting = [run for run in runs if run.is_log and not _is_profile(run.record)]
     return model.with_drift([level for run in drifting for level in host_levels(run.record, model, run.features)])
 

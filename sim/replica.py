@@ -206,7 +206,7 @@ class Replica:
 
 
 def _tokens_of(seq: Sequence) -> int:
-    return seq.num_prompt_tokens + seq.sampling_params.max_tokens
+    return seq.num_prompt_tokens + seq.max_tokens
 
 
 class Feeder:

@@ -34,6 +34,7 @@ class Device:
         memory_bytes: of its memory.
         link: bytes a second to its peers and from them, each way; all-reduce goes through it.
         host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences.
+        multiprocessors: of them, each runs thread blocks of its own.
         basis: "measured": bandwidth and flops were measured on such a device; "datasheet": peaks of its data sheet, and
             shares as measured on the H100.
         source: where the peaks are from.
@@ -44,6 +45,7 @@ class Device:
     flops: float
     memory_bytes: int
     link: float
+    multiprocessors: int
     basis: Literal["measured", "datasheet"]
     source: str
     bandwidth_share: float = 0.92
@@ -61,19 +63,21 @@ DEVICES = {
             989e12,
             80 * GIB,
             450e9,
+            132,
             "measured",
             "NVIDIA H100 data sheet, SXM; 3.08 TB/s read and 650 to 800 TFLOP/s measured; host: vLLM 0.24's records",
         ),
-        Device("A100", 2.039e12, 312e12, 80 * GIB, 300e9, "datasheet", "NVIDIA A100 data sheet, 80 GB SXM"),
-        Device("H200", 4.8e12, 989e12, 141 * 10**9, 450e9, "datasheet", "NVIDIA H200 data sheet, SXM"),
-        Device("L4", 0.3e12, 121e12, 24 * 10**9, 32e9, "datasheet", "NVIDIA L4 data sheet; PCIe 4.0 x16"),
-        Device("L40S", 0.864e12, 362e12, 48 * 10**9, 32e9, "datasheet", "NVIDIA L40S data sheet; PCIe 4.0 x16"),
+        Device("A100", 2.039e12, 312e12, 80 * GIB, 300e9, 108, "datasheet", "NVIDIA A100 data sheet, 80 GB SXM"),
+        Device("H200", 4.8e12, 989e12, 141 * 10**9, 450e9, 132, "datasheet", "NVIDIA H200 data sheet, SXM"),
+        Device("L4", 0.3e12, 121e12, 24 * 10**9, 32e9, 58, "datasheet", "NVIDIA L4 data sheet; PCIe 4.0 x16"),
+        Device("L40S", 0.864e12, 362e12, 48 * 10**9, 32e9, 142, "datasheet", "NVIDIA L40S data sheet; PCIe 4.0 x16"),
         Device(
             "RTX 4090",
             1.008e12,
             165.2e12,
             24 * 10**9,
             32e9,
+            128,
             "datasheet",
             "NVIDIA Ada GPU architecture white paper, FP32 accumulate; PCIe 4.0 x16",
         ),
@@ -83,6 +87,7 @@ DEVICES = {
             1307.4e12,
             192 * 10**9,
             448e9,
+            304,
             "datasheet",
             "AMD Instinct MI300X data sheet; seven links of 64 GB/s each way",
         ),

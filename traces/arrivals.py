@@ -27,11 +27,14 @@ class Arrivals:
         self._answer_lengths: dict[int, int] = {}
         self._answered: list[tuple[int, int, Request]] = []
         if isinstance(requests, Seq):
-            free = [request for request in requests if request.after is None]
+            latest, is_ordered = (0, -1), True
             for request in requests:
                 if request.after is not None:
                     self._held[request.after].append(request)
-            self._coming = iter(sorted(free, key=_place))
+                else:
+                    is_ordered, latest = is_ordered and latest <= _place(request), _place(request)
+            ordered = requests if is_ordered else sorted(requests, key=_place)
+            self._coming: Iterator[Request] = (request for request in ordered if request.after is None)
         else:
             self._coming = _checked(requests)
         self._next = next(self._coming, None)

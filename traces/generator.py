@@ -161,7 +161,7 @@ def generate(
         start_ns += round(next(gaps_s) * 1e9)
     # Stable, so that a turn stays behind the one before it.
     drafts.sort(key=lambda request: request.arrival_ns)
-    return renumbered(drafts)
+    return list(renumbered(drafts))
 
 
 def _check(

@@ -179,7 +179,7 @@ class Content:
 
     def __iter__(self) -> Iterator[str]:
         num_empty = 0
-        while raw := self._raw_line():
+        for raw in self._raw_lines():
             text = self._decoded(raw)
             if not text:
                 num_empty += 1
@@ -218,16 +218,16 @@ class Content:
             lines.append(line)
         return "\n".join(lines)
 
-    def _raw_line(self) -> bytes:
+    def _raw_lines(self) -> Iterator[bytes]:
         with self._reading():
-            raw = self._stream.readline(_PIECE)
-            if len(raw) == _PIECE and b"\0" not in raw:
-                raw += self._stream.readline(self._most + 1 - _PIECE)
-        self._number += 1
-        if len(raw) > self._most:
-            raise self._too_large(f"lines of at most {self._most} bytes")
-        self._digest.update(raw)
-        return raw
+            while raw := self._stream.readline(_PIECE):
+                if len(raw) == _PIECE and b"\0" not in raw:
+                    raw += self._stream.readline(self._most + 1 - _PIECE)
+                self._number += 1
+                if len(raw) > self._most:
+                    raise self._too_large(f"lines of at most {self._most} bytes")
+                self._digest.update(raw)
+                yield raw
 
     def _decoded(self, raw: bytes) -> str:
         try:

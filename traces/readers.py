@@ -13,13 +13,15 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import write_whole
+from twinserve.settings.files import whole_file
 from twinserve.traces.formats import (
     aiperf,
     azure,
@@ -43,6 +45,7 @@ from twinserve.traces.formats import (
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, columns_of
 from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
+from twinserve.traces.requests import Requests, as_requests
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
 
@@ -90,7 +93,7 @@ class Trace:
         num_unread: lines behind the last that was wanted.
     """
 
-    requests: list[Request]
+    requests: Requests
     format: str
     sha256: str
     notes: dict[str, int]
@@ -115,32 +118,34 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     if os.path.isdir(path):  # which is no error for any name
         form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
         rows, sha256 = read_folder(path, reading)
-        requests, _ = _read(rows, limit, until_s)
-        return _trace(form.NAME, requests, sha256, reading, path, sum(1 for _ in rows))
+        _read(rows, reading, limit, until_s)
+        return _trace(form.NAME, sha256, reading, path, sum(1 for _ in rows))
     with Content(path) as content:
         name, rows = _recognise(content, path, reading)
-        requests, is_whole = _read(rows, limit, until_s)
+        is_whole = _read(rows, reading, limit, until_s)
         num_unread = 0
         if not is_whole:
             num_unread = content.rest_of_lines() if name in _STREAMED else sum(1 for _ in rows)
-        return _trace(name, requests, content.sha256(), reading, path, num_unread)
+        return _trace(name, content.sha256(), reading, path, num_unread)
 
 
-def _read(rows: Rows, limit: int | None, until_s: float) -> tuple[list[Request], bool]:
-    """The requests that are wanted, and whether they are all."""
-    requests: list[Request] = []
-    latest_ns = 0
+def _read(rows: Rows, reading: Reading, limit: int | None, until_s: float) -> bool:
+    """Read the requests that are wanted; whether they are all."""
+    requests = reading.requests
+    first_ns = latest_ns = 0
     for line, time_field, request in rows:
         if request.arrival_ns < latest_ns:
             raise line.error("expected no earlier time than in the line before", time_field)
         latest_ns = request.arrival_ns
+        first_ns = first_ns if requests else latest_ns
         requests.append(request)
-        if len(requests) == limit or latest_ns - requests[0].arrival_ns >= until_s * 1e9:
-            return requests, False
-    return requests, True
+        if len(requests) == limit or latest_ns - first_ns >= until_s * 1e9:
+            return False
+    return True
 
 
-def _trace(name: str, requests: list[Request], sha256: str, reading: Reading, path: Path, num_unread: int = 0) -> Trace:
+def _trace(name: str, sha256: str, reading: Reading, path: Path, num_unread: int) -> Trace:
+    requests = reading.requests
     if not requests:
         dropped = reading.dropped.total()
         raise InputError("has no requests" + (f" to replay, {dropped} were dropped" if dropped else ""), path=path)
@@ -150,7 +155,7 @@ def _trace(name: str, requests: list[Request], sha256: str, reading: Reading, pa
 
 def write_trace(
     path: Path,
-    requests: list[Request],
+    requests: Seq[Request],
     header: dict[str, Any],
     *,
     format: WrittenFormat = "twinserve",
@@ -177,20 +182,24 @@ def write_trace(
         if request.id != number:
             raise ValueError(f"request {number} has id {request.id}, expected ids 0, 1, 2...")
     beside: Counter[str] = Counter()
-    if format == "twinserve":
-        header = header | ({} if epoch_ns is None else {"epoch_ns": epoch_ns})
-        rows = own.texts(requests, header)
-        text = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
-    else:
-        written = {"mooncake": mooncake, "azure": azure}[format].texts(requests, epoch_ns)
-        lines = []
-        for line, said in written:
-            lines.append(line)
-            beside.update(dict.fromkeys(said, 1))
-        text = "".join(lines)
-    content = text.encode()
-    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    with whole_file(path) as file:
+        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else nullcontext(file)
+        with packed as into:
+            for line, said in _written(format, as_requests(requests), header, epoch_ns):
+                into.write(line.encode())
+                beside.update(list(said))
     return dict(beside)
+
+
+def _written(
+    format: WrittenFormat, requests: Requests, header: dict[str, Any], epoch_ns: int | None
+) -> Iterator[tuple[str, Iterable[str]]]:
+    """The lines of a trace, each with the names of what it holds in the field `twinserve`."""
+    if format != "twinserve":
+        yield from {"mooncake": mooncake, "azure": azure}[format].texts(requests, epoch_ns)
+        return
+    for row in own.texts(requests, header | ({} if epoch_ns is None else {"epoch_ns": epoch_ns})):
+        yield json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n", ()
 
 
 def _recognise(content: Content, path: Path, reading: Reading) -> tuple[str, Rows]:
@@ -304,10 +313,14 @@ def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:
     return weka.rows(conversations, reading), digest.hexdigest()
 
 
-def _notes(requests: list[Request]) -> dict[str, int]:
+def _notes(requests: Requests) -> dict[str, int]:
+    others = requests.others.values()
+    num_plain = len(requests) - len(others)
+    prompts = {request.parts for request in others}
+    arrivals_ns = requests.column("arrival_ns")
     return {
-        "same_instant": len(requests) - len({request.arrival_ns for request in requests}),
-        "repeated_prompt": len(requests) - len({request.parts for request in requests}),
-        "private_prompt": sum(next(iter(request.parts)).text >= FIRST_PRIVATE_TEXT for request in requests),
-        "one_token_output": sum(request.max_tokens == 1 for request in requests),
+        "same_instant": int((arrivals_ns[1:] == arrivals_ns[:-1]).sum()),
+        "repeated_prompt": len(others) - sum(not requests.has_plain(parts) for parts in prompts),
+        "private_prompt": num_plain + sum(next(iter(request.parts)).text >= FIRST_PRIVATE_TEXT for request in others),
+        "one_token_output": int((requests.column("max_tokens") == 1).sum()),
     }

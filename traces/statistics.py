@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from twinserve.traces.request import Part, Request, answer_text, merged
+from twinserve.traces.requests import Requests, as_requests
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 PEAK_WINDOWS_S = (1, 10, 60)
+_PIECE = 1 << 20
 
 
-def trace_statistics(requests: list[Request]) -> dict[str, Any]:
+def trace_statistics(requests: Seq[Request]) -> dict[str, Any]:
     """Counts, lengths in tokens, rate in requests a second, burstiness, and reuse by block size.
 
     The rate is (n - 1) / (last - first arrival); percentiles interpolate linearly. Burstiness: `gap_cv`, the population
@@ -19,36 +24,43 @@ def trace_statistics(requests: list[Request]) -> dict[str, Any]:
     prefix cache without end would hit, in blocks of so many tokens, see `shared_tokens`; a request's last token is
     always computed. What is not defined is None.
     """
-    import numpy as np
-
-    arrivals = np.array([request.arrival_ns for request in requests], dtype=np.int64)
-    span_ns = int(arrivals.max() - arrivals.min())
-    gaps = np.diff(np.sort(arrivals))
+    requests = as_requests(requests)
+    arrivals = requests.column("arrival_ns")
+    arrivals.sort()
+    span_ns = int(arrivals[-1] - arrivals[0])
     return {
         "requests": len(requests),
         "span_s": span_ns / 1e9,
         "rate": (len(requests) - 1) / (span_ns / 1e9) if span_ns else None,
-        "gap_cv": float(gaps.std() / gaps.mean()) if span_ns else None,
-        "peak_to_mean": {
-            f"{seconds}s": _peak_to_mean(arrivals - arrivals.min(), seconds) for seconds in PEAK_WINDOWS_S
-        },
-        "sessions": len({request.session for request in requests if request.session is not None}),
-        "prompt_tokens": _lengths(np.array([request.prompt_tokens for request in requests])),
-        "output_tokens": _lengths(np.array([request.max_tokens for request in requests])),
+        "gap_cv": _gap_cv(arrivals, span_ns) if span_ns else None,
+        "peak_to_mean": {f"{seconds}s": _peak_to_mean(arrivals, seconds) for seconds in PEAK_WINDOWS_S},
+        "sessions": len({request.session for request in requests.others.values()} - {None}),
+        "prompt_tokens": _lengths(requests.column("prompt_tokens")),
+        "output_tokens": _lengths(requests.column("max_tokens")),
         "reuse": _reuse(requests),
     }
 
 
-def shared_tokens(requests: list[Request]) -> list[int]:
+def shared_tokens(requests: Seq[Request]) -> list[int]:
     """Of each request, how many tokens its prompt shares from the start on with one before it of the same salt.
 
     The requests are served one after the other, and nothing is forgotten: prompts, and answers but for their last
     token, which is never computed.
     """
+    shared = [0] * len(requests)
+    for number, num_shared in _shared(as_requests(requests)):
+        shared[number] = num_shared
+    return shared
+
+
+def _shared(requests: Requests) -> Iterator[tuple[int, int]]:
+    """The places of requests, with how many tokens each shares; those that are left out share none."""
     # A radix tree over texts for each salt: (text, start) leads to the length of an edge and to what follows it.
     roots: dict[str, dict[tuple[int, int], list[Any]]] = {}
-    shared = []
-    for request in requests:
+    told_of = {part.text for request in requests.others.values() for part in request.parts}
+    for number, request in enumerate(requests) if told_of else ():
+        if number not in requests.others and told_of.isdisjoint((request.parts[0].text, answer_text(request.id))):
+            continue
         children, num_shared, is_known = roots.setdefault(request.salt, {}), 0, True
         for text, start, length in merged((*request.parts, Part(answer_text(request.id), 0, request.max_tokens - 1))):
             while length:
@@ -61,13 +73,12 @@ def shared_tokens(requests: list[Request]) -> list[int]:
                     edge[:] = common, {(text, start + common): [edge[0] - common, edge[1]]}
                 num_shared += common if is_known else 0
                 children, start, length = edge[1], start + common, length - common
-        shared.append(num_shared)
-    return shared
+        yield number, num_shared
 
 
-def _reuse(requests: list[Request]) -> dict[str, dict[str, float]]:
-    pairs = [(num, request.prompt_tokens) for num, request in zip(shared_tokens(requests), requests, strict=True)]
-    total = sum(length for _, length in pairs)
+def _reuse(requests: Requests) -> dict[str, dict[str, float]]:
+    pairs = [(num_shared, requests[number].prompt_tokens) for number, num_shared in _shared(requests)]
+    total = int(requests.column("prompt_tokens").sum())
     reuse = {}
     for size in BLOCK_SIZES:
         hits = sum(min(num, length - 1) // size * size for num, length in pairs)
@@ -75,12 +86,33 @@ def _reuse(requests: list[Request]) -> dict[str, dict[str, float]]:
     return reuse
 
 
-def _peak_to_mean(since_first_ns: Any, seconds: int) -> float | None:
+def _gap_cv(arrivals_ns: Any, span_ns: int) -> float:
+    """The standard deviation of the gaps between sorted arrivals, divided by their mean."""
+    mean, squares = span_ns / (len(arrivals_ns) - 1), 0.0
+    for piece in _pieces(arrivals_ns, 1):
+        differences = piece[1:] - piece[:-1] - mean
+        squares += float(differences @ differences)
+    return math.sqrt(squares / (len(arrivals_ns) - 1)) / mean
+
+
+def _peak_to_mean(arrivals_ns: Any, seconds: int) -> float | None:
+    """The most of sorted arrivals in a window, divided by the mean over all windows."""
     import numpy as np
 
-    windows, counts = np.unique(since_first_ns // (seconds * 1_000_000_000), return_counts=True)
-    num_windows = int(windows[-1]) + 1
-    return float(counts.max() * num_windows / counts.sum()) if num_windows > 1 else None
+    width_ns = seconds * 1_000_000_000
+    num_windows = int(arrivals_ns[-1] - arrivals_ns[0]) // width_ns + 1
+    most, last, so_far = 0, -1, 0
+    for piece in _pieces(arrivals_ns, 0):
+        windows, counts = np.unique((piece - arrivals_ns[0]) // width_ns, return_counts=True)
+        counts[0] += so_far if windows[0] == last else 0
+        most, last, so_far = max(most, int(counts.max())), windows[-1], counts[-1]
+    return most * num_windows / len(arrivals_ns) if num_windows > 1 else None
+
+
+def _pieces(values: Any, overlap: int) -> Iterator[Any]:
+    """The values in pieces, of which each begins with the last ones before it: millions take no more memory so."""
+    for begin in range(0, max(len(values) - overlap, 1), _PIECE):
+        yield values[begin : begin + _PIECE + overlap]
 
 
 def _lengths(tokens: Any) -> dict[str, float]:

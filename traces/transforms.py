@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, repeat
 from typing import Any
 
 from twinserve.settings.errors import InputError
 from twinserve.traces.lines import LARGEST
 from twinserve.traces.request import Part, Request, answer_text
+from twinserve.traces.requests import Requests, as_requests
 
 TransformLog = list[dict[str, Any]]
 
 
-def window(requests: list[Request], start_s: float, end_s: float, log: TransformLog) -> list[Request]:
+def window(requests: Seq[Request], start_s: float, end_s: float, log: TransformLog) -> Seq[Request]:
     """The requests that arrive in [start_s, end_s), in seconds from the first arrival; start_s becomes time 0.
 
     What a request held of the answer of one before the window becomes text that its conversation alone has, and it no
@@ -35,16 +38,16 @@ def window(requests: list[Request], start_s: float, end_s: float, log: Transform
     require(start_s < end_s, "end_s", end_s, f"seconds > start_s ({start_s})")
     origin_ns = requests[0].arrival_ns + round(start_s * 1e9)
     length_ns = math.inf if end_s == math.inf else round(end_s * 1e9) - round(start_s * 1e9)
-    moved = [replace(request, arrival_ns=request.arrival_ns - origin_ns) for request in requests]
-    kept = [request for request in moved if 0 <= request.arrival_ns < length_ns]
+    moved = (replace(request, arrival_ns=request.arrival_ns - origin_ns) for request in requests)
+    kept = Requests(request for request in moved if 0 <= request.arrival_ns < length_ns)
     require(bool(kept), "window", [start_s, end_s], "at least one request in it")
-    orphaned = sum(request.after is not None and request.after < kept[0].id for request in kept)
+    orphaned = sum(request.after is not None and request.after < kept[0].id for request in kept.others.values())
     changed = {"requests_dropped": len(requests) - len(kept), "requests_cut_from_their_past": orphaned}
     _write(log, "window", {"start_s": start_s, "end_s": None if end_s == math.inf else end_s}, changed)
     return renumbered(kept)
 
 
-def limit(requests: list[Request], num_requests: int, log: TransformLog) -> list[Request]:
+def limit(requests: Seq[Request], num_requests: int, log: TransformLog) -> Seq[Request]:
     """The first `num_requests` requests.
 
     Raises:
@@ -56,7 +59,7 @@ def limit(requests: list[Request], num_requests: int, log: TransformLog) -> list
     return kept
 
 
-def scale_rate(requests: list[Request], factor: float, log: TransformLog) -> list[Request]:
+def scale_rate(requests: Seq[Request], factor: float, log: TransformLog) -> Seq[Request]:
     """Arrivals `factor` times as dense: each time divided by it and rounded to a nanosecond.
 
     Where requests wait for answers, sessions begin so much denser, and within a session nothing moves: how long its
@@ -69,8 +72,8 @@ def scale_rate(requests: list[Request], factor: float, log: TransformLog) -> lis
     require(0 < factor < math.inf, "factor", factor, "a number > 0")
     least = requests[-1].arrival_ns / LARGEST
     require(factor > least, "factor", factor, f"a number > {least:.3g}, so that times have at most 63 bits")
-    if all(request.after is None for request in requests):
-        return _at(requests, [round(r.arrival_ns / factor) for r in requests], "scale_rate", {"factor": factor}, log)
+    if all(request.after is None for request in as_requests(requests).others.values()):
+        return _at(requests, (round(r.arrival_ns / factor) for r in requests), "scale_rate", {"factor": factor}, log)
     begins = session_begins(requests)
     at_once = len(begins) > 1 and len(set(begins.values())) == 1
     words = "1, as all sessions begin at one instant: session_rate has them begin at random"
@@ -85,7 +88,7 @@ def scale_rate(requests: list[Request], factor: float, log: TransformLog) -> lis
     return renumbered(sorted(moved, key=lambda request: request.arrival_ns))
 
 
-def session_keys(requests: list[Request]) -> list[int]:
+def session_keys(requests: Seq[Request]) -> list[int]:
     """Of each request the first of those that it belongs to: of its session, or of those that wait for one another."""
     of_session: dict[int, int] = {}
     keys: list[int] = []
@@ -97,7 +100,7 @@ def session_keys(requests: list[Request]) -> list[int]:
     return keys
 
 
-def session_begins(requests: list[Request]) -> dict[int, int]:
+def session_begins(requests: Seq[Request]) -> dict[int, int]:
     """When each session begins, in nanoseconds, by its first request; a request without one is one of its own."""
     begins: dict[int, int] = {}
     for request, key in zip(requests, session_keys(requests), strict=True):
@@ -105,12 +108,12 @@ def session_begins(requests: list[Request]) -> dict[int, int]:
     return begins
 
 
-def all_at_zero(requests: list[Request], log: TransformLog) -> list[Request]:
+def all_at_zero(requests: Seq[Request], log: TransformLog) -> Seq[Request]:
     """Every request arrives at 0; those with `after` still wait for the answer before them."""
-    return _at(requests, [0] * len(requests), "all_at_zero", {}, log)
+    return _at(requests, repeat(0, len(requests)), "all_at_zero", {}, log)
 
 
-def spread(requests: list[Request], seed: int, log: TransformLog) -> list[Request]:
+def spread(requests: Seq[Request], seed: int, log: TransformLog) -> Seq[Request]:
     """Arrivals that were recorded in coarse steps, spread out again.
 
     The requests of an instant get times drawn uniformly within a step of the clock from it on, sorted, in the order of
@@ -127,14 +130,14 @@ def spread(requests: list[Request], seed: int, log: TransformLog) -> list[Reques
     # A clock's steps are not quite equal; what is much longer is several of them.
     widths = {instant: following - instant for instant, following in pairwise(instants)}
     widths = {instant: width if 2 * width < 3 * step_ns else step_ns for instant, width in widths.items()}
-    times_ns: list[int] = []
+    times_ns = array("q")
     for instant_ns, group in groupby(request.arrival_ns for request in requests):
         width_ns = widths.get(instant_ns, step_ns)
-        times_ns += sorted(rng.randrange(instant_ns, instant_ns + width_ns) for _ in group)
+        times_ns.extend(sorted(rng.randrange(instant_ns, instant_ns + width_ns) for _ in group))
     return _at(requests, times_ns, "spread", {"seed": seed, "step_s": step_ns / 1e9}, log)
 
 
-def shuffle(requests: list[Request], seed: int, log: TransformLog) -> list[Request]:
+def shuffle(requests: Seq[Request], seed: int, log: TransformLog) -> Seq[Request]:
     """The same arrival times and the same requests, dealt to each other at random: bursts and lengths stay.
 
     Args:
@@ -155,7 +158,7 @@ def shuffle(requests: list[Request], seed: int, log: TransformLog) -> list[Reque
     return renumbered(moved)
 
 
-def start_sessions(requests: list[Request], rate: float, seed: int, log: TransformLog) -> list[Request]:
+def start_sessions(requests: Seq[Request], rate: float, seed: int, log: TransformLog) -> Seq[Request]:
     """Sessions that begin at random, with exponential gaps, the first one at 0; within a session nothing moves.
 
     Some traces do not say when a session began. A request without a session that waits for none is one of its own.
@@ -184,28 +187,28 @@ def start_sessions(requests: list[Request], rate: float, seed: int, log: Transfo
     return renumbered(sorted(moved, key=lambda request: request.arrival_ns))
 
 
-def cap_prompt_tokens(requests: list[Request], most: int, log: TransformLog) -> list[Request]:
+def cap_prompt_tokens(requests: Seq[Request], most: int, log: TransformLog) -> Seq[Request]:
     """Prompts of at most `most` tokens: longer ones keep their first tokens, and so the prefixes they share.
 
     Raises:
         InputError: `most` is less than 1.
     """
     require(most >= 1, "most", most, "an integer >= 1")
-    capped = [replace(request, parts=_head(request.parts, most)) for request in requests]
+    capped = Requests(replace(request, parts=_head(request.parts, most)) for request in requests)
     _write(log, "cap_prompt_tokens", {"most": most}, {"prompts_shortened": _count_changed(requests, capped)})
     return capped
 
 
-def cap_output_tokens(requests: list[Request], most: int, log: TransformLog) -> list[Request]:
+def cap_output_tokens(requests: Seq[Request], most: int, log: TransformLog) -> Seq[Request]:
     """Answers of at most `most` tokens; prompts that hold such an answer hold what is left of it.
 
     Raises:
         InputError: `most` is less than 1.
     """
     require(most >= 1, "most", most, "an integer >= 1")
-    lengths = {request.id: min(request.max_tokens, most) for request in requests}
-    capped = [replace(request, max_tokens=lengths[request.id]) for request in requests]
-    resolved = [request.resolved(lengths) for request in capped]
+    capped = Requests(replace(request, max_tokens=min(request.max_tokens, most)) for request in requests)
+    lengths = {request.id: request.max_tokens for request in capped} if capped.others else {}
+    resolved = Requests(request.resolved(lengths) for request in capped)
     changed = {
         "outputs_shortened": _count_changed(requests, capped),
         "prompts_with_shortened_answers": _count_changed(capped, resolved),
@@ -214,12 +217,15 @@ def cap_output_tokens(requests: list[Request], most: int, log: TransformLog) -> 
     return resolved
 
 
-def renumbered(requests: list[Request]) -> list[Request]:
+def renumbered(requests: Seq[Request]) -> Seq[Request]:
     """The requests with ids 0, 1, 2... in the given order, and references to them changed alike.
 
     A reference to a request that is not among them: `after` becomes None, and the parts of its answer become parts of
     a text that nothing else in the trace has (one text an answer, so that later turns still share it).
     """
+    said = as_requests(requests).others.values()
+    if all(request.after is None and all(part.text >= 0 for part in request.parts) for request in said):
+        return Requests(replace(request, id=index) for index, request in enumerate(requests))
     new_ids = {request.id: index for index, request in enumerate(requests)}
     texts = {answer_text(old): answer_text(new) for old, new in new_ids.items()}
     next_text = 1 + max((part.text for request in requests for part in request.parts), default=0)
@@ -247,10 +253,10 @@ def require(holds: bool, field: str, value: object, expected: str) -> None:
 
 
 def _at(
-    requests: list[Request], times_ns: list[int], name: str, parameters: dict[str, Any], log: TransformLog
-) -> list[Request]:
+    requests: Seq[Request], times_ns: Iterable[int], name: str, parameters: dict[str, Any], log: TransformLog
+) -> Seq[Request]:
     """The requests at other times, which keep their order."""
-    moved = [replace(request, arrival_ns=time) for request, time in zip(requests, times_ns, strict=True)]
+    moved = Requests(replace(request, arrival_ns=time) for request, time in zip(requests, times_ns, strict=True))
     _write(log, name, parameters, {"arrivals_moved": _count_changed(requests, moved)})
     return moved
 
@@ -266,7 +272,7 @@ def _head(parts: Seq[Part], most: int) -> tuple[Part, ...]:
     return tuple(head)
 
 
-def _count_changed(before: list[Request], after: list[Request]) -> int:
+def _count_changed(before: Iterable[Request], after: Iterable[Request]) -> int:
     return sum(old != new for old, new in zip(before, after, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -87,6 +88,9 @@ def _run(signals: _Signals) -> int:
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
         signals.begin()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         code = app(prog_name="twinserve", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -14,6 +14,7 @@ from twinserve.engine.kernels.paged_attention import decode_attention, prefill_a
 from twinserve.engine.kernels.sampling import sample_rows
 from twinserve.engine.kernels.step_rows import gather_tables, read_rows
 from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.layers.attention import window_size
 from twinserve.engine.models.decoder import Decoder, DecoderLayer
 from twinserve.engine.models.rope import rotation
 
@@ -141,7 +142,7 @@ class FusedDecoder:
             lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
             attended = self._flash(
                 query[:decodes, None], keys, values, cache_seqlens=lengths, block_table=gathered, causal=True,
-                window_size=(-1, -1) if window is None else (window - 1, 0),
+                window_size=window_size(window),
             )[:, 0]  # fmt: skip
             if decodes == len(query):
                 return attended

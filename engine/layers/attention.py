@@ -182,16 +182,14 @@ class FlashAttention:
                 int(contexts[first:].max()),
                 to_device(tables, device),
             )
-        # Tokens to the left of a query's own, and to its right, that it attends to; -1 is all.
-        window = (-1, -1) if metadata.window is None else (metadata.window - 1, 0)
-        return _FlashPlan(first, singles, prompts, window)
+        return _FlashPlan(first, singles, prompts, metadata.window)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, plan: _FlashPlan) -> Tensor:
         first, outputs = plan.num_single, []
         if plan.singles is not None:
-            outputs.append(self._decode(query[:first], keys, values, *plan.singles, plan.window))
+            outputs.append(self.decode_attention(query[:first], keys, values, *plan.singles, plan.window))
         if plan.prompts is not None:
-            outputs.append(self._prefill(query[first:], keys, values, *plan.prompts, plan.window))
+            outputs.append(self.prefill_attention(query[first:], keys, values, *plan.prompts, plan.window))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def prefill_attention(
@@ -204,6 +202,7 @@ class FlashAttention:
         max_seqlen_q: int,
         max_seqlen_k: int,
         block_table: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Causal attention of several tokens of each sequence, the last of which ends its context.
 
@@ -215,6 +214,7 @@ class FlashAttention:
                 5, 3 and 7 tokens are 0, 5, 8, 15.
             max_seqlen_q, max_seqlen_k: the greatest of these lengths.
             block_table: [sequences, blocks], int32, each row's blocks in token order, then anything.
+            window: as in `AttentionMetadata`.
 
         Returns:
             [tokens, heads, head_dim]
@@ -222,21 +222,6 @@ class FlashAttention:
         Raises:
             InputError: a dtype, head size or block size that the kernels are not made for.
         """
-        return self._prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, (-1, -1))
-
-    def _prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        block_table: Tensor | None,
-        window: tuple[int, int],
-    ) -> Tensor:
-        """`prefill_attention`, as far as a window goes."""
         self._check_shapes(q.shape[-1], q.dtype, None if block_table is None else k.shape[1])
         # flash-attn aligns the causal mask with the end of the context, so a chunk sees all that came before it.
         return self._varlen(
@@ -248,20 +233,27 @@ class FlashAttention:
             max_seqlen_q,
             max_seqlen_k,
             causal=True,
-            window_size=window,
+            window_size=window_size(window),
             block_table=block_table,
         )
 
     def decode_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, context_lens: Tensor, block_table: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        context_lens: Tensor,
+        block_table: Tensor,
+        window: int | None = None,
     ) -> Tensor:
-        """Attention of one token of each sequence over its whole context, which holds the token itself.
+        """Attention of one token of each sequence over its context, which holds the token itself.
 
         Args:
             q: [sequences, heads, head_dim]
             k_cache, v_cache: pools [num_blocks, block_size, kv_heads, head_dim].
             context_lens: [sequences], int32.
             block_table: [sequences, blocks], int32, each row's blocks in token order, then anything.
+            window: as in `AttentionMetadata`.
 
         Returns:
             [sequences, heads, head_dim]
@@ -269,18 +261,6 @@ class FlashAttention:
         Raises:
             InputError: a dtype, head size or block size that the kernels are not made for.
         """
-        return self._decode(q, k_cache, v_cache, context_lens, block_table, (-1, -1))
-
-    def _decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        context_lens: Tensor,
-        block_table: Tensor,
-        window: tuple[int, int],
-    ) -> Tensor:
-        """`decode_attention`, as far as a window goes."""
         self._check_shapes(q.shape[-1], q.dtype, k_cache.shape[1])
         output = self._with_kvcache(
             q[:, None],
@@ -289,7 +269,7 @@ class FlashAttention:
             cache_seqlens=context_lens,
             block_table=block_table,
             causal=True,
-            window_size=window,
+            window_size=window_size(window),
         )
         return output[:, 0]
 
@@ -298,12 +278,17 @@ class FlashAttention:
 class _FlashPlan:
     """A step's arguments of the two calls: of `decode_attention` from `context_lens` on, for the first `num_single`
     rows, and of `prefill_attention` from `cu_seqlens_q` on, for the others; None where there are no such rows; and
-    flash-attn's `window_size`."""
+    the `window` of both."""
 
     num_single: int
     singles: tuple[Tensor, Tensor] | None
     prompts: tuple[Tensor, Tensor, int, int, Tensor] | None
-    window: tuple[int, int]
+    window: int | None
+
+
+def window_size(window: int | None) -> tuple[int, int]:
+    """A window as flash-attn takes it: tokens to the left of a query's own, and to its right; -1 is all."""
+    return (-1, -1) if window is None else (window - 1, 0)
 
 
 def slots_of(block_tables: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:

@@ -124,25 +124,50 @@ class _Source:
 def _open_weights(folder: Path, stack: ExitStack) -> _Source:
     """The tensors of the folder's safetensors files, read when asked for."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    weight_map: dict[str, str] = {}
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError("expected the file of each tensor", path=index, field="weight_map", value=weight_map)
+        weight_map = _weight_map(index)
         paths = [folder / name for name in dict.fromkeys(weight_map.values())]
     elif single.exists():
         paths = [single]
     else:
         raise InputError(f"no weights: expected {single.name} or {index.name}", path=folder)
     files: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for path in paths:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError as error:
-            raise InputError(f"is missing, but {index.name} names it", path=path) from error
+        except FileNotFoundError as error:  # also of one that may not be read
+            problem = f"cannot be read: {error}" if path.exists() else f"is missing, but {index.name} names it"
+            raise InputError(problem, path=path) from error
         except (OSError, SafetensorError) as error:
             raise InputError(f"expected safetensors: {error}", path=path) from error
-        files |= dict.fromkeys(file.keys(), file)
+        for name in list(file.keys()):
+            if name in found:
+                raise InputError("expected each tensor in one file, another has it too", path=path, field=name)
+            files[name], found[name] = file, path.name
+    for name, told in weight_map.items():
+        if found.get(name) != told:
+            problem = f"expected {found[name]}, which has it" if name in found else "expected a file that has it"
+            raise InputError(problem, path=index, field=f"weight_map.{name}", value=told)
     return _Source(folder, files, lambda name: files[name].get_tensor(name))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor; all lie beside their index.
+
+    Raises:
+        InputError: it says something else.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("expected the file of each tensor", path=index, field="weight_map", value=weight_map)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or file == "..":
+            raise InputError(
+                "expected the name of a file beside it", path=index, field=f"weight_map.{name}", value=file
+            )
+    return weight_map
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from twinserve.engine.kernels import SMALLEST_DOT
@@ -73,15 +73,16 @@ def choose_tiling(rows: int, num_out: int, num_in: int, shared_bytes: int = SHAR
     if row_block > FEW_ROWS:
         blocks = -(-num_out // 64)
         splits = max(1, min(SPLITS, MULTIPROCESSORS // blocks, num_in // 128))
-        return Tiling(row_block, 64, 64, splits, 4, _stages(row_block, 64, 64, num_in, splits, 4, shared), True)
+        return _filled(Tiling(row_block, 64, 64, splits, 4, 4, weights_first=True), num_in, shared)
     if num_out >= 2 * MULTIPROCESSORS * 64:
-        return Tiling(row_block, 64, 128, 1, 4, _stages(row_block, 64, 128, num_in, 1, 8, shared))
+        return _filled(Tiling(row_block, 64, 128, 1, 4, 8), num_in, shared)
     warps = 2 if row_block == SMALLEST_DOT else 4
     splits = 1 if -(-num_out // 16) >= MULTIPROCESSORS else min(SPLITS, -(-num_in // 64))
-    return Tiling(row_block, 16, 64, splits, warps, _stages(row_block, 16, 64, num_in, splits, 6, shared))
+    return _filled(Tiling(row_block, 16, 64, splits, warps, 6), num_in, shared)
 
 
-def _stages(rows: int, outputs: int, inputs: int, num_in: int, splits: int, most: int, shared_bytes: int) -> int:
-    """Tiles in flight: no more than there are, and than fit."""
-    fitting = shared_bytes // tile_bytes(rows, outputs, inputs)
-    return max(2, min(-(-num_in // (inputs * splits)), most, fitting))
+def _filled(wanted: Tiling, num_in: int, shared_bytes: int) -> Tiling:
+    """A tiling with as many of its stages as there are tiles to be in flight, and as fit."""
+    fitting = shared_bytes // tile_bytes(wanted.rows, wanted.outputs, wanted.inputs)
+    stages = max(2, min(-(-num_in // (wanted.inputs * wanted.splits)), wanted.stages, fitting))
+    return replace(wanted, stages=stages)

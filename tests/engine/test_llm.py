@@ -6,6 +6,7 @@ import gc
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 
 import pytest
@@ -214,6 +215,11 @@ def test_texts_are_encoded_and_decoded(llama):
     llama.check([3, 4, 5], completion.token_ids)
     assert completion.text == Letters().decode(completion.token_ids, True) != ""
     assert completion.num_prompt_tokens == 3
+
+
+def test_without_max_tokens_an_answer_goes_on_to_the_models_length(llama, serving):
+    (completion,) = serving(llama, max_model_len=50).generate([[5, 6, 7]], replace(GREEDY, max_tokens=None))
+    assert (completion.finish_reason, len(completion.token_ids)) == ("length", 47)
 
 
 def test_bad_prompts_are_refused(llama, serving):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,49 @@ def test_weights_must_be_there(folder):
     index.write_text("{")
     with pytest.raises(InputError, match="index.json:1: expected JSON"):
         load_model(folder)
+
+
+@pytest.fixture
+def shards(folder):
+    """The folder with its weights in two files and their index; writes them changed."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"model-{1 + (name > names[9])}.safetensors" for name in names}
+
+    def write(weight_map: dict[str, object], more: dict[str, str] | None = None) -> Path:
+        for file in set(files.values()):
+            own = {name: tensors[name] for name in names if file in (files[name], (more or {}).get(name))}
+            save_file(own, folder / file)
+        text = json.dumps({"weight_map": files | weight_map})
+        (folder / "model.safetensors.index.json").write_text(text)
+        return folder
+
+    return write
+
+
+def test_an_index_says_where_each_tensor_is(shards):
+    assert load_model(shards({})).config.vocab_size == 512
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "more", "message"),
+    [
+        ({NORM: "../model-2.safetensors"}, {}, f"index.json: weight_map.{NORM} is '../model-2.safetensors', expected"),
+        ({NORM: "/etc/passwd"}, {}, f"weight_map.{NORM} is '/etc/passwd', expected the name of a file beside it"),
+        ({NORM: ".."}, {}, f"weight_map.{NORM} is '..', expected the name of a file beside it"),
+        ({NORM: 5}, {}, f"weight_map.{NORM} is 5, expected the name of a file beside it"),
+        ({NORM: "model-1.safetensors"}, {}, f"weight_map.{NORM} is 'model-1.safetensors', expected model-2.safetens"),
+        ({"model.more": "model-1.safetensors"}, {}, "weight_map.model.more is 'model-1.safetensors', expected a file"),
+        ({}, {NORM: "model-1.safetensors"}, f".safetensors: {NORM}, expected each tensor in one file, another has it"),
+    ],
+)  # fmt: skip
+def test_an_index_that_says_something_else_is_refused(shards, weight_map, more, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_model(shards(weight_map, more))
 
 
 def test_every_tensor_must_be_there_with_its_shape_and_no_other(folder):

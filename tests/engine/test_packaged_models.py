@@ -221,6 +221,7 @@ def test_weights_are_what_the_quantised_numbers_stand_for(cache, package):
         rope_theta=5000.0,
         tie_word_embeddings=True,
         eos_token_ids=(2,),
+        checkpoint_dtype="float32",
     )
 
 

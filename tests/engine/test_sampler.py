@@ -16,7 +16,14 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from twinserve.engine.sampler import SamplingPlan, greedy_sample, sample, sample_with_temperature, uniform
+from twinserve.engine.sampler import (
+    SamplingPlan,
+    greedy_sample,
+    is_plain,
+    sample,
+    sample_with_temperature,
+    uniform,
+)
 from twinserve.policies import SamplingParams
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.0, 0.5])
@@ -201,6 +208,13 @@ def test_a_repetition_penalty_lowers_every_token_that_was_seen_below_nothing_too
         assert sample(logits, [replace(GREEDY, repetition_penalty=1.2)], [0], seen=seen_now).tolist() == [best]
     below = torch.tensor([[-1.0, -1.5]])
     assert sample(below, [replace(GREEDY, repetition_penalty=2.0)], [0], seen=seen[:, :2]).tolist() == [1]
+
+
+def test_top_k_of_minus_1_is_the_whole_vocabulary():
+    rows = [SamplingParams(seed=seed, top_k=top_k) for top_k in (-1, 0) for seed in range(50)]
+    tokens = sample(LOGITS.expand(100, -1), rows, [0] * 100).tolist()
+    assert tokens[:50] == tokens[50:] and len(set(tokens)) > 2
+    assert is_plain(rows[0])
 
 
 def test_top_p_is_a_share_of_what_top_k_left():

@@ -16,7 +16,7 @@ from twinserve.sim.horizon import advance, horizon
         ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
         ({"temperature": float("nan")}, "temperature is nan, expected a number >= 0"),
         ({"max_tokens": 0}, "max_tokens is 0, expected an integer >= 1"),
-        ({"top_k": -1}, "top_k is -1, expected an integer >= 0"),
+        ({"top_k": -2}, "top_k is -2, expected an integer >= -1"),
         ({"top_p": 0.0}, "top_p is 0.0, expected a number in"),
         ({"top_p": 1.5}, "top_p is 1.5, expected a number in"),
         ({"min_p": -0.1}, "min_p is -0.1, expected a number in"),

@@ -16,6 +16,7 @@ from shell import fitted
 
 from twinserve.policies import SamplingParams
 from twinserve.serving.protocol import NOT_SERVED
+from twinserve.serving.simulated import StandInTokenizer
 from twinserve.settings.build_core import Settings
 from twinserve.sim.replica import simulate
 from twinserve.traces.generator import LengthSpec
@@ -349,3 +350,35 @@ def test_the_page_of_the_interface_is_there(serving):
     paths = httpx.get(f"{serving(simulated()).url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/tokenize"} <= paths.keys()
     assert json.dumps(paths)
+
+
+@pytest.mark.parametrize(
+    ("broken", "path", "body"),
+    [
+        ("encode", "/v1/completions", {"prompt": "hello"}),
+        ("encode", "/tokenize", {"prompt": "hello"}),
+        ("apply_chat_template", "/v1/chat/completions", {"messages": CHAT}),
+        ("apply_chat_template", "/tokenize", {"messages": CHAT}),
+        ("decode", "/detokenize", {"tokens": [5]}),
+        ("decode", "/v1/completions", {"prompt": [5], "echo": True, "max_tokens": 1}),
+    ],
+)
+def test_what_a_tokenizer_or_a_template_refuses_is_said_to_the_client(serving, monkeypatch, broken, path, body):
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("byte 7 is not among mine")
+
+    running = serving(simulated())
+    with monkeypatch.context() as patch:
+        patch.setattr(StandInTokenizer, broken, refuse)
+        answer = httpx.post(running.url + path, json=body)
+    assert answer.status_code == 400
+    assert "byte 7 is not among mine" in answer.json()["error"]["message"]
+    assert httpx.post(f"{running.url}/tokenize", json={"prompt": "hello"}).json()["count"] == 2
+
+
+def test_arguments_that_have_a_template_give_something_else_are_refused(serving, monkeypatch):
+    monkeypatch.setattr(StandInTokenizer, "apply_chat_template", lambda *_, **how: "text" if "tokenize" in how else [5])
+    running = serving(simulated())
+    for kwargs, status in ((None, 200), ({"tokenize": False}, 400)):
+        body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": kwargs}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == status

@@ -19,7 +19,7 @@ def test_a_stream_says_its_tokens_one_by_one_until_it_is_behind():
     backend = SimpleNamespace(tokens=lambda seq, start: tokens[start:], eos_token_id=None)
     params = SamplingParams(max_tokens=9)
     seq = Sequence([1], params)
-    answer = _Answer(backend, 0, Ask([1], params), seq, None)
+    answer = _Answer(backend, 0, Ask([1], params, 9), seq, None)
     assert [answer.take(is_behind=False).token_ids for _ in range(3)] == [[100], [101], [102]]
     assert answer.take(is_behind=True).token_ids == tokens[3:]
     assert answer.take(is_behind=True) is None

@@ -15,6 +15,7 @@ from twinserve.sim.fit import (
     FIRST_SCHEMA,
     FOLDS,
     WATCHED,
+    WAVE_SHARE,
     FittedLatency,
     StepSample,
     choose_knots,
@@ -25,6 +26,7 @@ from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
 from twinserve.sim.roofline import DEVICES, RooflineLatency
 from twinserve.sim.shapes import SHAPES
+from twinserve.worlds.run import shipped_latencies
 
 
 def features(decodes: int, context: int, prompt: int = 0) -> StepFeatures:
@@ -191,6 +193,23 @@ def test_what_is_read_from_the_pool_is_never_cheaper_than_the_devices_memory():
             assert ns["decode_kv_token"] + ns["decode_pool_token"] == pytest.approx(least, rel=1e-5)
         assert fitted.step_cost(shape).device_ns == pytest.approx(10**7, rel=0.01)
     assert model.step_cost(deep).device_ns - model.step_cost(shape).device_ns >= 0.99 * 3 * 8936 * kv_token_ns
+
+
+def test_tiles_of_prompts_that_attend_at_once_take_as_long_as_the_longest_of_them():
+    """On the device of ABOUT so many tiles of each KV head run at once: up to those, more of them cost nothing more."""
+    wave = WAVE_SHARE * DEVICES["h100"].multiprocessors / ABOUT["shape"]["num_kv_heads"]
+    few = [features(0, 0, 64)._replace(prompts=((start, 64),) * n) for n in (1, 2, 40) for start in (0, 1024, 4096)]
+    few = [f._replace(seqs=len(f.prompts), prompt_tokens=64 * len(f.prompts)) for f in few]
+    decodes = [features(n, 64) for n in (1, 2)]
+    measured = [
+        StepSample(f, 1000, 5 * 10**7 + round(1000 * max(Kernels().tiles(f.prompts)[1], wave * f.longest_prompt)))
+        for f in (*few, *decodes)
+    ]  # fmt: skip
+    model = fit(measured, ABOUT)
+    assert model.data["prompt_wave"] == wave == 8.25
+    assert "prompt_wave" not in fit(measured, ABOUT | {"device": "a card of nobody"}).data
+    for sample in measured:
+        assert model.step_cost(sample.features).device_ns == pytest.approx(sample.device_ns, rel=0.03)
 
 
 def test_a_captured_step_costs_what_its_padding_does():
@@ -400,8 +419,6 @@ def test_nesting_and_digits_beyond_measure_are_one_line(tmp_path, content):
         FittedLatency.load(tmp_path / "latency.json")
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b-h100", "smollm2-135m-cpu-2-threads"])
+@pytest.mark.parametrize("name", shipped_latencies())
 def test_files_that_ship_are_what_a_latency_file_should_be(name):
-    from twinserve.worlds.run import shipped_latencies
-
     assert FittedLatency.load(shipped_latencies()[name]).identity

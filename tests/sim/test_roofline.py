@@ -12,7 +12,7 @@ from twinserve.sim.roofline import DEVICES, Device, RooflineLatency
 from twinserve.sim.shapes import SHAPES, ModelShape
 
 TINY = ModelShape("tiny", 1000, 64, 128, 2, 4, 2, 16)
-ROUND = Device("round", 1e9, 1e12, 10**10, 1e9, "datasheet", "made up", 1.0, 1.0, host_ns=500, host_seq_ns=10)
+ROUND = Device("round", 1e9, 1e12, 10**10, 1e9, 8, "datasheet", "made up", 1.0, 1.0, host_ns=500, host_seq_ns=10)
 
 
 def decode(rows: int, context: int) -> StepFeatures:

@@ -162,9 +162,18 @@ def test_a_row_of_parts_is_its_request(read):
 
 
 def test_a_bare_prompt_length_is_a_text_that_no_other_row_has(read):
-    rows = [*OWN_ROWS, {"arrival_ns": 4, "prompt": [[(1 << 40) + 1, 0, 3]], "max_tokens": 1}]
+    rows = [*OWN_ROWS, {"arrival_ns": 4, "prompt": [[(1 << 40) + 3, 0, 3]], "max_tokens": 1}]
     texts = [request.parts[0].text for request in read(json_lines(rows)).requests]
     assert texts[1] not in (texts[0], texts[3])
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_row_that_names_the_text_of_a_bare_prompt_length_is_refused_before_or_behind_it(read, number):
+    rows = [{"arrival_ns": n, "prompt": [[n, 0, 3]], "max_tokens": 1} for n in range(3)]
+    rows[1] = {"arrival_ns": 1, "prompt_tokens": 4, "max_tokens": 1}
+    rows[number]["prompt"] = [[(1 << 40) + 1, 0, 3]]
+    with pytest.raises(InputError, match="expected a text that is not 1099511627777, as request 1 has prompt_tokens"):
+        read(json_lines([OWN_ROWS[0], *rows]))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from twinserve.traces.formats import own
 from twinserve.traces.formats.reading import Reading, Rows, count, private_prompt, table_rows
 from twinserve.traces.lines import LARGEST, Line, json_value
 from twinserve.traces.request import Request
+from twinserve.traces.requests import Requests
 
 NAME = "azure"
 FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -34,7 +35,6 @@ _TICK_NS = 100
 
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
-    requests: list[Request] = []
     epoch_ns = 0
     for number, line in enumerate(table_rows(lines, path, FIELDS)):
         tick_ns = _time_ns(line)
@@ -47,40 +47,45 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
         parts = private_prompt(number, count(line, "ContextTokens"))
         request = Request(number, tick_ns - epoch_ns, parts, count(line, "GeneratedTokens"))
         if beside is not None:
-            request = own.completed(beside, request, requests)
+            request = own.completed(beside, request, reading.requests)
             if (epoch_ns + request.arrival_ns) // _TICK_NS != tick_ns // _TICK_NS:
                 raise beside.error(f"expected the time of the row, {tick_ns - epoch_ns} from the first", "arrival_ns")
-        if own.BESIDE in line.values:
-            requests.append(request)
         if line.values.get("NumImages", "0") != "0":
             reading.clipped["images_left_out"] += 1
         yield line, "TIMESTAMP", request
 
 
-def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def texts(requests: Requests, epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file, each with what it holds in the column `twinserve`, which is there if a row needs it.
 
     Lines end as in Azure's files: in CRLF, the last one in nothing. A trace that does not say when it began begins
     with 1970.
     """
     epoch_ns = epoch_ns or 0
-    told: list[tuple[str, int, int]] = []
-    besides: list[dict[str, Any]] = []
-    for request in requests:
-        tick_ns = (epoch_ns + request.arrival_ns) // _TICK_NS * _TICK_NS
-        parts = private_prompt(request.id, request.prompt_tokens)
-        beside = own.beyond(request, Request(request.id, tick_ns - epoch_ns, parts, request.max_tokens))
-        if not request.id and (request.arrival_ns or epoch_ns % _TICK_NS):
-            beside |= {"arrival_ns": request.arrival_ns, "epoch_ns": epoch_ns}
-        told.append((_time(tick_ns), request.prompt_tokens, request.max_tokens))
-        besides.append(beside)
-    needed = any(besides)
+    needed = any(_said_beside(request, epoch_ns) for request in requests)
     yield ",".join((*FIELDS, own.BESIDE) if needed else FIELDS), {}
-    for row, beside in zip(told, besides, strict=True):
+    for request in requests:
+        row = (_time(_tick_ns(request, epoch_ns)), request.prompt_tokens, request.max_tokens)
+        beside = _said_beside(request, epoch_ns) if needed else {}
         text = io.StringIO()
         said = json.dumps(beside, separators=(",", ":")) if beside else ""
         csv.writer(text, lineterminator="").writerow((*row, said) if needed else row)
         yield "\r\n" + text.getvalue(), beside
+
+
+def _tick_ns(request: Request, epoch_ns: int) -> int:
+    """When a request comes, as exactly as a row says it, in nanoseconds since 1970."""
+    return (epoch_ns + request.arrival_ns) // _TICK_NS * _TICK_NS
+
+
+def _said_beside(request: Request, epoch_ns: int) -> dict[str, Any]:
+    """What a request's row holds in the column `twinserve`."""
+    parts = private_prompt(request.id, request.prompt_tokens)
+    told = Request(request.id, _tick_ns(request, epoch_ns) - epoch_ns, parts, request.max_tokens)
+    beside = own.beyond(request, told)
+    if not request.id and (request.arrival_ns or epoch_ns % _TICK_NS):
+        beside |= {"arrival_ns": request.arrival_ns, "epoch_ns": epoch_ns}
+    return beside
 
 
 def _beside(line: Line) -> Line | None:

@@ -7,8 +7,10 @@ equal ids mean equal tokens, so each is a text of its own.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from twinserve.traces.formats import own
 from twinserve.traces.formats.reading import Reading, Rows
 from twinserve.traces.lines import LARGEST, Line, json_lines
 from twinserve.traces.request import Blocks, Part, PrefixKeys, Request, answer_text
+from twinserve.traces.requests import Requests
 
 NAME = "mooncake"
 FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
@@ -26,7 +29,6 @@ _MS = 1_000_000
 
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
-    requests: list[Request] = []
     first_ns: int | None = None
     for number, line in enumerate(json_lines(lines, path)):
         parts = blocks(line.integers("hash_ids"), line.integer("input_length", 1), _BLOCK, line)
@@ -43,30 +45,33 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
             if type(line.values[own.BESIDE]) is not dict:
                 raise line.error("expected an object", own.BESIDE)
             beside = Line(path, line.number, line.values[own.BESIDE], f"{own.BESIDE}.")
-            request = own.completed(beside, told, requests)
+            request = own.completed(beside, told, reading.requests)
             if request.arrival_ns // _MS * _MS != told.arrival_ns:
                 raise beside.error(f"expected a time within millisecond {told.arrival_ns // _MS}", "arrival_ns")
             if not number:
                 reading.epoch_ns = beside.optional_integer("epoch_ns")
-        requests.append(request)
         yield line, "timestamp", request
 
 
-def texts(requests: list[Request], epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def texts(requests: Requests, epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file, each with what it holds in the field `twinserve`.
 
     Where all prompts are made as this reader makes them, their texts are the ids. Otherwise an id stands for the whole
     prefix that ends with its block, as in Mooncake's own traces, and the prompt itself stands beside it.
     """
-    numbers: dict[int, int] = {}
+    free = count()
+    numbers: defaultdict[int, int] = defaultdict(free.__next__)
+    told_of = {part.text for request in requests.others.values() for part in request.parts}
     as_read = all(_is_as_read(request.parts) for request in requests)
-    for request in requests:
+    for number, request in enumerate(requests):
         if as_read:
             ids = [part.text for part in request.parts]
         else:
-            keys = PrefixKeys(request.parts, answer_text(request.id))
             ends = (*range(_BLOCK, request.prompt_tokens, _BLOCK), request.prompt_tokens)
-            ids = [numbers.setdefault(keys(end), len(numbers)) for end in ends]
+            if number in requests.others or request.parts[0].text in told_of:
+                ids = [numbers[key] for key in map(PrefixKeys(request.parts, answer_text(request.id)), ends)]
+            else:  # nothing else begins so
+                ids = [next(free) for _ in ends]
         timestamp = request.arrival_ns // _MS
         prompt = Blocks(ids, _BLOCK, request.prompt_tokens)
         told = Request(request.id, timestamp * _MS, prompt, request.max_tokens)

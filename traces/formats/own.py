@@ -11,12 +11,13 @@ A row of another format may have a field or column `twinserve`: an object with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows
+from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, private_prompt
 from twinserve.traces.lines import LABELS, Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
 
@@ -33,26 +34,55 @@ _BESIDE_FIELDS = ("arrival_ns", "prompt", *_LINKS, "epoch_ns")
 
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
-    header, *rest = json_lines(lines, path)
+    rest = json_lines(lines, path)
+    header = next(rest)
     header.one_of("format", (TRACE_FORMAT,))
     reading.epoch_ns = header.optional_integer("epoch_ns")
-    prompts = [line.parts("prompt") if "prompt" in line.values else () for line in rest]
-    texts = (part.text for prompt in prompts for part in prompt)
-    first_private = max(FIRST_PRIVATE_TEXT, 1 + max(texts, default=0))
-    requests: list[Request] = []
-    for number, (line, parts) in enumerate(zip(rest, prompts, strict=True)):
+    private = _PrivateTexts()
+    for number, line in enumerate(rest):
         _refuse_unknown(line, _FIELDS)
         if ("prompt" in line.values) == ("prompt_tokens" in line.values):
             raise InputError("expected either prompt or prompt_tokens", path=path, line=line.number)
-        if "prompt_tokens" in line.values:
-            parts = (Part(first_private + number, 0, line.integer("prompt_tokens", 1)),)
+        if "prompt" in line.values:
+            parts = line.parts("prompt")
+            private.meet(line, parts, number)
+        else:
+            parts = private.prompt(line, number)
         request = Request(number, line.integer("arrival_ns"), parts, line.integer("max_tokens", 1), **_links(line))
-        _check_links(line, request, requests)
-        requests.append(request)
+        _check_links(line, request, reading.requests)
         yield line, "arrival_ns", request
 
 
-def texts(requests: Iterable[Request], header: dict[str, Any]) -> Iterable[dict[str, Any]]:
+class _PrivateTexts:
+    """The texts of rows with `prompt_tokens`, held apart from those that other rows name by number."""
+
+    def __init__(self) -> None:
+        self._is_taken = bytearray()
+        self._named: set[int] = set()
+
+    def prompt(self, line: Line, number: int) -> tuple[Part, ...]:
+        """The prompt of a row of which nothing but the length is known."""
+        self._is_taken.extend(bytes(number + 1 - len(self._is_taken)))
+        if FIRST_PRIVATE_TEXT + number in self._named:
+            self._refuse(line, "prompt_tokens", number)
+        self._is_taken[number] = 1
+        return private_prompt(number, line.integer("prompt_tokens", 1))
+
+    def meet(self, line: Line, parts: tuple[Part, ...], number: int) -> None:
+        """A row names texts, its own private one in most long traces."""
+        for part in parts:
+            if part.text >= FIRST_PRIVATE_TEXT and part.text != FIRST_PRIVATE_TEXT + number:
+                named = part.text - FIRST_PRIVATE_TEXT
+                if named < len(self._is_taken) and self._is_taken[named]:
+                    self._refuse(line, "prompt", named)
+                self._named.add(part.text)
+
+    def _refuse(self, line: Line, field: str, number: int) -> None:
+        problem = f"expected a text that is not {FIRST_PRIVATE_TEXT + number}, as request {number} has prompt_tokens"
+        raise line.error(problem, field)
+
+
+def texts(requests: Iterable[Request], header: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The objects of the lines of a file, the header first."""
     yield {"format": TRACE_FORMAT} | header
     for request in requests:
@@ -70,7 +100,7 @@ def beyond(request: Request, told: Request) -> dict[str, Any]:
     return said | _said_links(request)
 
 
-def completed(beside: Line, told: Request, earlier: list[Request]) -> Request:
+def completed(beside: Line, told: Request, earlier: Seq[Request]) -> Request:
     """The request that a row of another format says as `told`, with what stands beside it.
 
     Raises:
@@ -109,7 +139,7 @@ def _said_links(request: Request) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None} | request.labels
 
 
-def _check_links(line: Line, request: Request, earlier: list[Request]) -> None:
+def _check_links(line: Line, request: Request, earlier: Seq[Request]) -> None:
     """The prompt is not empty, `after` names an earlier request, and answers in the prompt are complete by then."""
     if not request.parts:
         raise line.error("expected at least one part", "prompt")

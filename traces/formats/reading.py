@@ -12,9 +12,7 @@ from pathlib import Path
 from twinserve.settings.errors import InputError
 from twinserve.traces.lines import LARGEST_VALUE, Line, nanoseconds
 from twinserve.traces.request import Part, Request
-
-FIRST_PRIVATE_TEXT = 1 << 40
-"""Texts from this number on are prompts of which nothing but the length is known."""
+from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests, as_requests
 
 _2000_NS = 946_684_800 * 1_000_000_000
 """The year 2000: what counts from 1970 is later, and what counts from the start of a trace is not so long."""
@@ -25,9 +23,10 @@ Rows = Iterator[tuple[Line, str, Request]]
 
 @dataclass
 class Reading:
-    """What a reader finds out about a trace besides its requests.
+    """What a reader finds out about a trace.
 
     Attributes:
+        requests: those of the rows so far.
         dropped: rows that are no requests to replay, by reason.
         clipped: lengths that were changed, by reason.
         repaired: what was put right without a change to what is replayed, by reason.
@@ -35,6 +34,7 @@ class Reading:
         is_timed: whether the file says when requests come; where it does not, all are at 0.
     """
 
+    requests: Requests = field(default_factory=Requests)
     dropped: Counter[str] = field(default_factory=Counter)
     clipped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
@@ -97,15 +97,17 @@ def private_prompt(number: int, length: int) -> tuple[Part, ...]:
     return (Part(FIRST_PRIVATE_TEXT + number, 0, length),)
 
 
-def with_own_private_prompts(requests: list[Request]) -> list[Request]:
+def with_own_private_prompts(requests: Seq[Request]) -> Requests:
     """The requests with each private prompt as `private_prompt` makes it for the request's number."""
-    uses = Counter(part.text for request in requests for part in request.parts)
-    return [
+    requests = as_requests(requests)
+    # A plain request's text is that of no other plain one.
+    uses = Counter(part.text for request in requests.others.values() for part in request.parts)
+    return Requests(
         replace(request, parts=private_prompt(request.id, request.prompt_tokens))
-        if _is_private(request.parts) and uses[request.parts[0].text] == 1
+        if _is_private(request.parts) and uses[request.parts[0].text] == (number in requests.others)
         else request
-        for request in requests
-    ]
+        for number, request in enumerate(requests)
+    )
 
 
 def _is_private(parts: Seq[Part]) -> bool:

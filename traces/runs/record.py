@@ -314,7 +314,7 @@ class RunRecorder(RowMaker):
                 self._keep(event)
             else:
                 event.has_begun = True
-                self.metrics.gaps.begin(event.seq.seq_id, event.seq.sampling_params.max_tokens)
+                self.metrics.gaps.begin(event.seq.seq_id, event.seq.max_tokens)
         self._waiting.clear()
 
     def _keep(self, served: Served) -> None:
@@ -529,7 +529,7 @@ def request_row(served: Served) -> dict[str, Any]:
         "first_token_ns": seq.first_token_ns,
         "finish_ns": seq.finish_ns,
         "prompt_tokens": seq.num_prompt_tokens,
-        "max_tokens": seq.sampling_params.max_tokens,
+        "max_tokens": seq.max_tokens,
         "output_tokens": seq.num_completion_tokens,
         "cached_tokens": served.cached_tokens or 0,
         "preemptions": seq.num_preemptions,

@@ -11,7 +11,7 @@ from twinserve.commands.options import Config, Json, options_of
 from twinserve.commands.progress import say
 from twinserve.engine.options import EngineOptions
 from twinserve.settings.build_core import Settings
-from twinserve.settings.errors import InputError
+from twinserve.settings.errors import InputError, RunError
 
 
 @options_of(EngineOptions, "engine")
@@ -20,9 +20,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     engine: dict,
     settings: dict,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens to answer with.", min=1)] = 200,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="The most tokens to answer with; unless given, up to the model's length.", min=1)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0: all.", min=0)] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest tokens; 0 or -1: all.", min=-1)] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of so much probability.")] = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     config: Config = None,
@@ -44,8 +46,10 @@ def generate(
     from twinserve.engine.hub import chat_prompt
 
     (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
+    if completion.finish_reason == "refused":
+        raise InputError(completion.refusal or "", field="prompt", value=prompt)
     if completion.refusal is not None:
-        raise InputError(completion.refusal, field="prompt", value=prompt)
+        raise RunError(completion.refusal)
     print(json.dumps(asdict(completion)) if as_json else completion.text)
 
 

@@ -19,7 +19,8 @@ from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 LATENCY_HELP = (
-    "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, or qwen3-0.6b-h100), or "
+    "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, qwen3-0.6b-h100, qwen3-0.6b-h200, or "
+    "llama-3-8b-h200), or "
     "roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b."
 )
 

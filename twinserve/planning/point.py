@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence as Seq
 from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import groupby
@@ -178,12 +179,12 @@ class Point(PointOptions):
         return make_workload(trace_at(self.trace), Path(self.trace), options)
 
 
-def arrivals_span_s(requests: list[Request]) -> float:
+def arrivals_span_s(requests: Seq[Request]) -> float:
     """Seconds from the first arrival to the last."""
     return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
 
 
-def arrival_rate(requests: list[Request]) -> float | None:
+def arrival_rate(requests: Seq[Request]) -> float | None:
     """Requests a second, from the first arrival to the last; None where all arrive at once."""
     span_s = arrivals_span_s(requests)
     return (len(requests) - 1) / span_s if span_s else None

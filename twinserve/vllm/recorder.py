@@ -2,7 +2,7 @@
 
 The journal holds no text and no token: of a prompt its length, and with which earlier request it begins alike, by the
 hashes of whole blocks. It is a file of lines, handed to the system once a second, so a kill costs the last second.
-`twinserve replay`, `fit` and `sim --latency-from` read its folder.
+`twinserve replay` reads its folder.
 """
 
 from __future__ import annotations

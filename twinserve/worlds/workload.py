@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from twinserve.settings.limits import MOST_TOKENS
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request
+from twinserve.traces.requests import as_requests
 
 LIKE_HELP = (
     "vllm-VERSION@DEVICE[:offline], whose defaults hold where nothing is set, or own for twinserve's; "
@@ -84,7 +87,7 @@ class Workload:
         epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
     """
 
-    requests: list[Request]
+    requests: Seq[Request]
     facts: dict[str, Any]
     capped: int
     dropped: int
@@ -141,23 +144,24 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
             f"a {trace.format} file does not say when requests come: expected session_rate, or all_at_zero", path=path
         )
     requests, capped, log = _transformed(trace, options)
-    for request in requests if is_replayed else ():
-        if max(request.prompt_tokens, request.max_tokens) > MOST_TOKENS:
+    if is_replayed:
+        for request in as_requests(requests).longer_than(MOST_TOKENS):
             most = f"expected at most {MOST_TOKENS} tokens in a prompt and in an answer (TWINSERVE_MOST_TOKENS)"
             value = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
             raise InputError(most, path=path, field=f"request {request.id}", value=value)
     if not requests:
         raise InputError("no request is left to replay", path=path)
-    facts: dict[str, Any] = {"path": path.name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
+    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # the same in any locale
+    facts: dict[str, Any] = {"path": name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
     dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
     return Workload(requests, facts, capped, dropped, None if log else trace.epoch_ns)
 
 
-def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], int, transforms.TransformLog]:
+def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[Seq[Request], int, transforms.TransformLog]:
     """The requests that are wanted, how many of them were cut to a cap, and what was changed."""
     log: transforms.TransformLog = []
-    requests = trace.requests
+    requests: Seq[Request] = trace.requests
     if wanted.spread_seed is not None:
         requests = transforms.spread(requests, wanted.spread_seed, log)
     if wanted.shuffle_seed is not None:
@@ -181,11 +185,12 @@ def _transformed(trace: Trace, wanted: TraceOptions) -> tuple[list[Request], int
     if trace.num_unread:
         # The window, or the limit, behind whose end nothing was read comes first.
         log[0]["changed"]["requests_dropped"] += trace.num_unread
-    capped = sum(
-        (one.prompt_tokens, one.max_tokens) != (other.prompt_tokens, other.max_tokens)
-        for one, other in zip(whole, requests, strict=True)
-        if one is not other
-    )
+    capped = 0
+    if requests is not whole:
+        capped = sum(
+            (one.prompt_tokens, one.max_tokens) != (other.prompt_tokens, other.max_tokens)
+            for one, other in zip(whole, requests, strict=True)
+        )
     return requests, capped, log
 
 

@@ -1,0 +1,116 @@
+"""Requests in columns are the requests that went in, whatever little or much is known of each."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twinserve.traces import transforms
+from twinserve.traces.formats.reading import private_prompt, with_own_private_prompts
+from twinserve.traces.request import Part, Request, answer_text
+from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests
+from twinserve.traces.statistics import shared_tokens, trace_statistics
+
+SECOND = 10**9
+
+
+@st.composite
+def mixed(draw) -> list[Request]:
+    """Plain requests, and among them those that say more or are numbered in another way."""
+    first_id, offset = draw(st.sampled_from([0, 0, 7])), draw(st.sampled_from([0, 0, 5]))
+    lengths = st.integers(1, 3000) | st.sampled_from([(1 << 32) - 1, 1 << 32, 1 << 40])
+    changes = st.sampled_from([
+        {}, {}, {}, {}, {"session": 3}, {"priority": -1}, {"salt": "a"}, {"tenant": "b"}, {"after": 0, "think_ns": 5},
+        {"parts": (Part(1, 0, 600), Part(answer_text(0), 0, 1))}, {"parts": (Part(3, 0, 5),)},
+        {"parts": (Part(FIRST_PRIVATE_TEXT, 0, 9),)}, {"parts": (Part(FIRST_PRIVATE_TEXT + 40, 2, 9),)},
+    ])  # fmt: skip
+    requests = []
+    arrival_ns = 0
+    for number in range(draw(st.integers(1, 12))):
+        arrival_ns += draw(st.sampled_from([0, 1, SECOND, 90 * SECOND]))
+        plain = Request(first_id + number, arrival_ns, private_prompt(offset + number, draw(lengths)), draw(lengths))
+        requests.append(replace(plain, **draw(changes)))
+    return requests
+
+
+@settings(deadline=None, max_examples=200)
+@given(mixed(), st.integers(-15, 15), st.integers(-15, 15))
+def test_what_comes_out_is_what_went_in(listed, begin, end):
+    requests = Requests(listed)
+    assert requests == listed and listed == requests and list(requests) == listed
+    assert [requests[number] for number in range(-len(listed), len(listed))] == listed * 2
+    assert requests[begin:end] == listed[begin:end] and requests[::-1] == listed[::-1]
+    assert pickle.loads(pickle.dumps(requests)) == listed
+    assert requests != [*listed, listed[0]] and requests != [replace(listed[0], max_tokens=17_000), *listed[1:]]
+    for name in ("arrival_ns", "prompt_tokens", "max_tokens"):
+        assert requests.column(name).tolist() == [getattr(request, name) for request in listed]
+    for most in (1, 3000, 1 << 32):
+        longer = [request for request in listed if max(request.prompt_tokens, request.max_tokens) > most]
+        assert list(requests.longer_than(most)) == longer
+    for request in listed:
+        assert requests.has_plain(request.parts) == any(
+            other.parts == request.parts and place not in requests.others for place, other in enumerate(listed)
+        )
+
+
+@settings(deadline=None, max_examples=100)
+@given(mixed())
+def test_statistics_know_no_difference(listed):
+    listed = [replace(request, id=number, after=None, think_ns=0) for number, request in enumerate(listed)]
+    arrivals = np.array([request.arrival_ns for request in listed])
+    found = trace_statistics(listed)
+    gaps = np.diff(arrivals)
+    if arrivals[-1] > arrivals[0]:
+        assert found["gap_cv"] == pytest.approx(gaps.std() / gaps.mean())
+    for seconds in (1, 10, 60):
+        counts = np.bincount((arrivals - arrivals[0]) // (seconds * SECOND))
+        expected = counts.max() / counts.mean() if len(counts) > 1 else None
+        assert found["peak_to_mean"][f"{seconds}s"] == pytest.approx(expected)
+    assert found["prompt_tokens"]["total"] == sum(request.prompt_tokens for request in listed)
+    # None of these is plain: a text below those that are private, all of them moved alike.
+    moved = [
+        replace(r, parts=tuple(part._replace(text=part.text % FIRST_PRIVATE_TEXT + 50) for part in r.parts))
+        for r in listed
+        if all(part.text >= 0 for part in r.parts)
+    ]
+    moved = [replace(request, id=number) for number, request in enumerate(moved)]
+    private = [
+        replace(r, parts=tuple(part._replace(text=part.text + FIRST_PRIVATE_TEXT) for part in r.parts)) for r in moved
+    ]
+    assert shared_tokens(moved) == shared_tokens(private)
+
+
+def plain_requests(count: int) -> Requests:
+    rng = random.Random(0)
+    return Requests(
+        Request(n, n * SECOND // 40, private_prompt(n, rng.randrange(1, 4000)), rng.randrange(1, 900))
+        for n in range(count)
+    )
+
+
+def test_a_plain_request_takes_16_bytes_whatever_is_done_with_it():
+    requests = plain_requests(20_000)
+    log: transforms.TransformLog = []
+    changed = [
+        requests,
+        requests[5:],
+        transforms.window(requests, 10, 400, log),
+        transforms.limit(requests, 10_000, log),
+        transforms.scale_rate(requests, 3.0, log),
+        transforms.all_at_zero(requests, log),
+        transforms.spread(requests, 0, log),
+        transforms.cap_prompt_tokens(requests, 100, log),
+        transforms.cap_output_tokens(requests, 100, log),
+        with_own_private_prompts(transforms.window(requests, 10, 400, log)),
+    ]
+    for one in changed:
+        assert isinstance(one, Requests) and not one.others
+        columns = (one._arrivals_ns, one._prompt_tokens, one._max_tokens)
+        assert sum(map(sys.getsizeof, columns)) < 19 * len(one) + 1000  # arrays grow by an eighth at a time

@@ -7,10 +7,9 @@ from collections.abc import Sequence as Seq
 
 from mypy_extensions import mypyc_attr
 
-from twinserve.policies.batch import Batch
+from twinserve.policies.batch import Batch, Runs
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
-from twinserve.policies.speculation import Runs, SpeculativeScheduler
 
 Span = tuple[int, int, int]
 """When a decision is made, and when its step starts and ends, in nanoseconds."""
@@ -56,8 +55,9 @@ class Core:
     ):
         if pipeline_depth < 0:
             raise ValueError(f"pipeline_depth is {pipeline_depth}, expected an integer >= 0")
-        if isinstance(scheduler, SpeculativeScheduler) and scheduler.speculation.is_async != (pipeline_depth > 0):
-            raise ValueError(f"is_async is {scheduler.speculation.is_async}, but pipeline_depth is {pipeline_depth}")
+        speculation = scheduler.speculation
+        if speculation is not None and speculation.is_async != (pipeline_depth > 0):
+            raise ValueError(f"is_async is {speculation.is_async}, but pipeline_depth is {pipeline_depth}")
         self.scheduler, self.pipeline_depth, self.eos_token_id = scheduler, pipeline_depth, eos_token_id
         self.listener = CoreListener() if listener is None else listener
         self.in_flight: deque[Batch] = deque()

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from typing import Any, Final, NamedTuple
 
-from twinserve.policies.batch import Batch, Row
+from twinserve.policies.batch import Batch, Row, Runs
 from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
+from twinserve.policies.speculation import Speculation
 from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules
 
 COMPOSITIONS = ("prefill-first", "mixed")
@@ -46,6 +47,7 @@ class Scheduler:
         order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
             come, vLLM's rule, and the order's own rule.
         rules: what differs between versions of vLLM; by default the newest's.
+        speculation: how drafts are scheduled, in mixed batches; None: there are none.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
@@ -69,6 +71,7 @@ class Scheduler:
         admission: Admission | None = None,
         victim: Victim | None = None,
         rules: VllmRules | None = None,
+        speculation: Speculation | None = None,
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
@@ -89,6 +92,12 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
         self._threshold = self.long_prefill_token_threshold
+        self.speculation = speculation
+        budget = self.max_num_batched_tokens
+        drafts = (0, 0, 0) if speculation is None else speculation.limits(composition, budget)
+        self._most_drafts, self._lookahead, self._draft_slots = drafts
+        self._left_tokens = 0  # of the budget, for one more sequence
+        self._pads_hits = self._pads_new = False  # is an admission padded behind a hit, and without one?
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
         self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0
@@ -147,6 +156,8 @@ class Scheduler:
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
         batch.count()
+        if self.speculation is not None:
+            self.speculation.end(batch)
         batch.is_ahead, batch.left, self._left = bool(self.in_flight), self._left, []
         batch.num_waiting, batch.num_running = len(self.waiting), len(self._running)
         batch.num_used_blocks = self.block_manager.num_used_blocks
@@ -157,6 +168,7 @@ class Scheduler:
 
     def _begin(self) -> list[Sequence]:
         """Work out what holds for this decision; the running sequences that may get tokens."""
+        self._left_tokens = self.max_num_batched_tokens - self._draft_slots
         seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
         many = len(seqs) + len(self.waiting)
         self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
@@ -170,39 +182,38 @@ class Scheduler:
         return seqs
 
     def _serve(self, seqs: list[Sequence], batch: Batch) -> None:
-        """Give running sequences, in this order, the tokens that they know and have not computed, as far as the limits
-        let them; preempt where there is no room for their blocks."""
-        limit, left = self._threshold, self.max_num_batched_tokens - batch.num_tokens
+        """Give running sequences, in this order, the tokens that they know and have not computed, and drafts, as far as
+        the limits let them; preempt where there is no room for their blocks."""
+        limit, left, slots = self._threshold, self._left_tokens, self._draft_slots
         cacheable = self.block_manager.cacheable_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
         passed_over: list[Sequence] = []
         for seq in seqs:
             if preempted and (seq.status is not RUNNING or seq in passed_over):
                 continue
-            start, in_flight = seq.num_computed_tokens, seq.num_in_flight
+            start, in_flight, drafts = seq.num_computed_tokens, seq.num_in_flight, seq.num_drafts
             known = seq.num_tokens + in_flight
-            num_tokens = known - start
+            num_tokens = known + drafts - start
+            if (in_flight or drafts) and known + drafts >= seq.final_length:
+                num_tokens = self._num_before_end(seq, num_tokens)
             if num_tokens > limit:
                 num_tokens = limit
             if num_tokens > left:
                 num_tokens = left
-            if num_tokens <= 0 or (in_flight and known >= seq.final_length):
+            if num_tokens <= 0:
                 continue
-            end, held = start + num_tokens, seq.num_block_tokens
-            if end > held:
-                batch.num_tokens = self.max_num_batched_tokens - left
-                has_room = self._make_room(seq, num_tokens, batch, passed_over)
-                left = self.max_num_batched_tokens - batch.num_tokens
-                if not has_room and self.rules.self_preemption.ends_pass:
-                    break
+            end = start + num_tokens
+            if end > seq.num_block_tokens:
+                self._left_tokens = left
+                has_room = self._make_room(seq, self._reach(start, num_tokens), batch, passed_over)
+                left = self._left_tokens
                 if not has_room:
                     continue
             rows.append(seq)
             starts.append(start)
             lengths.append(num_tokens)
-            left -= num_tokens
-            seq.num_computed_tokens = end
-            seq.num_scheduled_tokens = num_tokens
+            left -= num_tokens + slots
+            seq.num_computed_tokens, seq.num_scheduled_tokens = end, num_tokens
             if end < known:
                 batch.chunks.append(seq)
             else:
@@ -212,8 +223,20 @@ class Scheduler:
             if not seq.has_sampled:
                 batch.prompts.append(seq)
                 batch.num_prompt_tokens += num_tokens
-                seq.has_sampled = end == known
-        batch.num_tokens = self.max_num_batched_tokens - left
+                seq.has_sampled = end >= known
+        self._left_tokens = left
+
+    def _num_before_end(self, seq: Sequence, num_tokens: int) -> int:
+        """Of so many tokens of a sequence that may come to its end with them, those that it gets: short of the model's
+        length; none once its last token is in flight, even if of the drafts in flight none is right."""
+        drafts = sum([batch.drafts.get(seq, 0) for batch in self.in_flight])
+        if seq.num_in_flight and seq.num_tokens + seq.num_in_flight - drafts >= seq.final_length:
+            return 0
+        return min(num_tokens, self.max_model_len - 1 - seq.num_computed_tokens)
+
+    def _reach(self, start: int, num_tokens: int) -> int:
+        """For so many tokens from `start` on there have to be blocks when `num_tokens` are computed."""
+        return min(num_tokens + self._lookahead, self.max_model_len - start)
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch, passed_over: list[Sequence]) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
@@ -225,21 +248,26 @@ class Scheduler:
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             num_before += not self._preempt(victim, batch) and victim.admission_index < place
-        if num_before and self.rules.victim_before.skips:
+        has_room = seq.status is RUNNING
+        if not has_room and self.rules.self_preemption.ends_pass:
+            num_before = len(self._running)
+        elif not self.rules.victim_before.skips:
+            num_before = 0
+        if num_before:
             passed_over += [other for other in self._running if other.admission_index > place][:num_before]
-        if seq.status is not RUNNING:
-            return False
-        block_ids = manager.take(missing)
-        manager.grow(seq, block_ids)
-        batch.grown.append((seq, block_ids))
-        return True
+        if has_room and missing > 0:
+            block_ids = manager.take(missing)
+            manager.grow(seq, block_ids)
+            batch.grown.append((seq, block_ids))
+        return has_room
 
     def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
         preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
+        self._pads_hits, self._pads_new = not batch.prompts, not batch.prompts and bool(batch)
         while not batch.preempted:
-            budget = self._budget(batch)
+            budget = self._left_tokens
             if self.pipeline_parallel_size > 1 and self.has_place(budget):
                 head = self.waiting.peek()
                 if any([head in before.seqs for before in self.in_flight]):
@@ -251,8 +279,9 @@ class Scheduler:
             seq, hits, num_tokens = found
             self.waiting.pop_next()
             start = len(hits) * self.block_manager.block_size
-            seq.num_drafts = max(0, start + num_tokens - seq.num_tokens)
+            seq.num_drafts = num_drafts = max(0, start + num_tokens - seq.num_tokens)
             self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
+            seq.num_block_tokens -= self._lookahead
             seq.status = RUNNING
             seq.num_computed_tokens = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
@@ -260,23 +289,10 @@ class Scheduler:
             self._running[seq] = None
             self._passed_over.pop(seq, None)
             self._serve([seq], batch)
-            row = Row(seq, start, num_tokens, seq.has_sampled, True, batch.drafts.get(seq, 0))
-            batch.admitted.append(row)
+            batch.admitted.append(Row(seq, start, num_tokens, seq.has_sampled, True, num_drafts))
         for seq in reversed(passed_over):
             self.waiting.push_preempted(seq)
             self._passed_over[seq] = None
-
-    def _budget(self, batch: Batch) -> int:
-        """Tokens of the budget that are left for one more sequence."""
-        return self.max_num_batched_tokens - batch.num_tokens
-
-    def _padding(self, num_hit_tokens: int, missing: int) -> int:
-        """Tokens that an admission computes beside those that are missing behind its hits."""
-        return 0
-
-    def _reach(self, start: int, num_tokens: int) -> int:
-        """For so many tokens from `start` on there have to be blocks when `num_tokens` are computed."""
-        return num_tokens
 
     def has_place(self, budget: int) -> bool:
         """Does somebody wait, for whom there are tokens in the step and a place among those that run?"""
@@ -285,7 +301,8 @@ class Scheduler:
     def find_admission(self, budget: int) -> tuple[Sequence, list[int], int] | None:
         """Who is admitted next with so many tokens left in the step: the sequence, its cached blocks and the number of
         its tokens; None if nobody is. A refusal is remembered while running sequences do no more than grow, so that a
-        waiting prompt is not looked up in every step."""
+        waiting prompt is not looked up in every step. With drafts, one token to compute is padded to the length of
+        rows with drafts, by placeholders that are never right."""
         if not self.has_place(budget):
             return None
         seq, manager, refusal = self.waiting.peek(), self.block_manager, self.refusal
@@ -300,7 +317,8 @@ class Scheduler:
         hits = manager.find_hits(seq)
         start = len(hits) * manager.block_size
         missing = seq.num_tokens - start
-        padding = self._padding(start, missing)
+        is_padded = missing == 1 and (self._pads_hits if hits else self._pads_new)
+        padding = self._most_drafts if is_padded and start + self._most_drafts + 2 <= self.max_model_len else 0
         most = min(limit, budget)
         num_tokens = min(missing + padding, most)
         is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)
@@ -324,29 +342,36 @@ class Scheduler:
         row = batch.remove(seq)
         self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
-        if row is not None and row.samples:
-            seq.num_in_flight -= 1
+        if row is not None:
+            self._left_tokens += row.num_tokens + self._draft_slots
+            seq.num_in_flight -= int(row.samples)
         seq.status, seq.has_sampled = SequenceStatus.WAITING, False
-        seq.num_computed_tokens = seq.num_scheduled_tokens = 0
+        seq.num_computed_tokens = seq.num_scheduled_tokens = seq.num_drafts = 0
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
         return row is not None
 
     def postprocess(
-        self, seqs: Batch | list[Sequence], token_ids: Seq[Any] | None, eos_token_id: int | None = None
+        self, seqs: Batch | list[Sequence], token_ids: Runs | Seq[Any] | None, eos_token_id: int | None = None
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
-        or is None in a simulation. ValueError for anything else. `eos_token_id` ends a sequence that heeds it."""
-        batch = self._oldest(seqs)
-        sampled = batch.sampled
-        tokens = checked_tokens(token_ids, sampled, len(sampled))
+        or the runs of a step that verified drafts, or is None in a simulation. ValueError for anything else.
+        `eos_token_id` ends a sequence that heeds it."""
+        batch = self.in_flight[0] if self.in_flight else None
+        if batch is None or (seqs is not batch and seqs is not batch.seqs):
+            raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
+        eos, sampled = -1 if eos_token_id is None else eos_token_id, batch.sampled
+        runs = token_ids if isinstance(token_ids, Runs) else None
+        if batch.drafts or runs is not None:
+            tokens = self._accept(batch, runs or Runs(token_ids, [1] * len(sampled)), eos)
+        else:
+            tokens = checked_tokens(token_ids, sampled, len(sampled))
         self.in_flight.popleft()
-        eos = -1 if eos_token_id is None else eos_token_id
         may_stop = tokens is not None and eos in tokens
-        is_ahead, cacheable = batch.is_ahead, self.block_manager.cacheable_tokens
+        may_fill, cacheable = batch.is_ahead or self.speculation is not None, self.block_manager.cacheable_tokens
         ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
@@ -359,19 +384,57 @@ class Scheduler:
                 seq.token_ids.append(token_id)
                 if (may_stop or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
                     reason = "stop"
-            if is_ahead and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
+            if may_fill and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
                 self.block_manager.register(seq, seq.num_computed_tokens - in_flight)
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)
+        for place, number in enumerate((runs and runs.proposed) or ()):
+            if number and sampled[place].status is RUNNING:
+                sampled[place].num_drafts = number
+                batch.proposed.append((sampled[place], number))
         return ended
 
-    def _oldest(self, seqs: Batch | list[Sequence]) -> Batch:
-        """The oldest batch in flight, which this has to be, or the list that it holds."""
-        batch = self.in_flight[0] if self.in_flight else None
-        if batch is None or (seqs is not batch and seqs is not batch.seqs):
-            raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
-        return batch
+    def _accept(self, batch: Batch, runs: Runs, eos: int) -> list[Any] | None:
+        """Hand what comes before the last token of each run, or before the token that ends the sequence, to it, and
+        take rejected drafts back, and those behind the end; the last tokens, None in a simulation."""
+        tokens, first, last = self._checked_runs(batch, runs), 0, []
+        for place, seq in enumerate(batch.sampled):
+            length, num_drafts = runs.lengths[place], batch.drafts.get(seq, 0)
+            kept = 0 if seq.status is FINISHED else min(length, seq.final_length - seq.num_tokens)
+            run = [] if tokens is None else tokens[first : first + kept]
+            stops = [seq.sampling_params.stops(token_id, eos) for token_id in run]
+            if True in stops:
+                kept = stops.index(True) + 1
+            if num_drafts:
+                batch.runs.append((seq, length, kept))
+            if kept:
+                seq.token_ids += run[: kept - 1]
+                seq.num_tokens += kept - 1
+                seq.num_in_flight -= num_drafts
+                if seq.status is RUNNING:  # else it was preempted, and computes all of it again
+                    seq.num_computed_tokens -= num_drafts + 1 - kept
+            last.append(run[kept - 1] if kept and run else 0)
+            first += length
+        return None if tokens is None else last
+
+    def _checked_runs(self, batch: Batch, runs: Runs) -> list[Any] | None:
+        """The tokens of all runs; ValueError if runs or proposals are not as many or as long as they can be."""
+        number, (token_ids, lengths, proposed) = len(batch.sampled), runs
+        if len(lengths) != number:
+            raise ValueError(f"{len(lengths)} runs for a batch that samples {number}")
+        for place, seq in enumerate(batch.sampled):
+            most = 1 + batch.drafts.get(seq, 0)
+            if not 1 <= lengths[place] <= most:
+                raise ValueError(f"a run of {lengths[place]} tokens for {seq}, expected 1 to {most}")
+        if proposed is not None:
+            is_async, most = self.speculation is not None and self.speculation.is_async, batch.num_drafts_asked
+            if is_async or len(proposed) != number:
+                expected = "none" if is_async else number
+                raise ValueError(f"{len(proposed)} numbers of proposed drafts, expected {expected}")
+            if wrong := [drafts for drafts in proposed if not 0 <= drafts <= most]:
+                raise ValueError(f"{wrong[0]} drafts were proposed, expected 0 to {most}")
+        return checked_tokens(token_ids, batch.sampled, sum(lengths))
 
     def _end(self, seq: Sequence, reason: str) -> None:
         if seq.status is RUNNING:
@@ -389,22 +452,20 @@ class Scheduler:
         del self._running[seq]
 
     def _refusal(self, seq: Sequence) -> str | None:
-        """Why `seq` can never be served; None if it can. Its last generated token needs no KV."""
+        """Why `seq` can never be served; None if it can. Its last generated token needs no KV, but
+        its drafts beside it do: with a pool of fewer, one that has to give way to itself might never get a token."""
         if seq.num_prompt_tokens == 0:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most, manager = self._most_tokens(seq), self.block_manager
+        manager = self.block_manager
+        most = min(seq.final_length - 1 + self._most_drafts + self._lookahead, self.max_model_len)
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
             limit = f"max_num_batched_tokens is {self.max_num_batched_tokens} and chunked prefill is off"
             return f"may have to compute {most} tokens in a step, but {limit}"
         return None
-
-    def _most_tokens(self, seq: Sequence) -> int:
-        """For so many tokens a sequence may need blocks at once."""
-        return seq.final_length - 1
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the values, if an invariant of pool, cache or queues does not hold."""
@@ -413,11 +474,14 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
+        ahead = manager.blocks_for(2 * self._most_drafts + self._lookahead)
         for seq in self._running:
             computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            self._check_running(seq)
+            missing = manager.num_missing(seq, 0)
+            assert -ahead <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
+            assert 0 <= seq.num_drafts <= self._most_drafts, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
                 behind = manager.block_size + manager.prefix_cache.hash_lookahead_tokens
@@ -427,10 +491,6 @@ class Scheduler:
             has_nothing = not seq.block_table and not seq.num_drafts
             assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
-    def _check_running(self, seq: Sequence) -> None:
-        manager, computed = self.block_manager, seq.num_computed_tokens
-        assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
-
 
 def _limit(name: str, value: int | None) -> int:
     if value is not None and value < 1:
@@ -438,7 +498,7 @@ def _limit(name: str, value: int | None) -> int:
     return UNLIMITED if value is None else value
 
 
-def checked_tokens(token_ids: Seq[int] | None, sampled: list[Sequence], number: int) -> list[Any] | None:
+def checked_tokens(token_ids: Seq[Any] | None, sampled: list[Sequence], number: int) -> list[Any] | None:
     """The tokens of a step as a list, so many for those that sample; None in a simulation. ValueError if they are not
     as many, not 4-byte integers, or none for sequences with token ids."""
     if token_ids is None and any([seq.has_token_ids for seq in sampled]):

@@ -27,7 +27,6 @@ from twinserve.policies import (
     Priority,
     Scheduler,
     ShortestJob,
-    SpeculativeScheduler,
     VllmAdmission,
 )
 from twinserve.policies.orders import Admission, Order, Victim
@@ -279,10 +278,7 @@ class Settings(BaseModel):
             named = self.model_dump(include=set(RULES))
             listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
         config = self.speculative_config
-        drafts: dict[str, Any] = {}
-        if config is not None:
-            drafts["speculation"] = config.build_speculation(is_async=self.pipeline_depth > 0)
-        scheduler = (SpeculativeScheduler if drafts else Scheduler)(
+        scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_active_seqs or self.max_num_seqs,
             composition=self.composition,
@@ -304,6 +300,6 @@ class Settings(BaseModel):
             admission=self.build_admission(),
             victim=self.build_victim() if victim is None else victim,
             rules=self.build_rules(),
-            **drafts,
+            speculation=None if config is None else config.build_speculation(is_async=self.pipeline_depth > 0),
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

@@ -7,9 +7,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from twinserve.policies import FixedLength, LengthByBatchSize, Speculation, vllm_speculation
-from twinserve.policies.speculation import METHODS, DraftLength
+from twinserve.policies import Speculation, VllmDraftLength
+from twinserve.policies.speculation import DraftLength
 from twinserve.settings.own_class import build, pinned
+
+METHODS = {
+    "ngram": (False, 0, 0),
+    "ngram_gpu": (False, 0, 0),
+    "draft_model": (True, 1, 0),
+    "eagle3": (True, 0, 1),
+}
+"""What a method sets in vLLM's scheduler: does its proposer write KV behind a row, its `draft_slots`, and the tokens
+behind a block that the key of the block covers (`PrefixCache.hash_lookahead_tokens`)."""
 
 
 class SpeculativeConfig(BaseModel):
@@ -76,14 +85,13 @@ class SpeculativeConfig(BaseModel):
         """
         if self.draft_length is not None:
             return build(self.draft_length, "draft_length", DraftLength)
-        if self.num_speculative_tokens_per_batch_size is None:
-            return FixedLength(self.num_speculative_tokens)
-        rows = [(first, last, drafts) for first, last, drafts in self.num_speculative_tokens_per_batch_size]
-        return LengthByBatchSize(self.num_speculative_tokens, rows)
+        rows = [(first, last, drafts) for first, last, drafts in self.num_speculative_tokens_per_batch_size or ()]
+        return VllmDraftLength(self.num_speculative_tokens, rows)
 
     def build_speculation(self, *, is_async: bool) -> Speculation:
         """What the scheduler is told of it."""
-        return vllm_speculation(self.method, self.build_length(), is_async)
+        length, (has_lookahead, draft_slots, _) = self.build_length(), METHODS[self.method]
+        return Speculation(length, length.most if has_lookahead else 0, draft_slots, is_async)
 
     @property
     def hash_lookahead_tokens(self) -> int:

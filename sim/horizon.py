@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 
-from twinserve.policies import Batch, Core, Scheduler, SpeculativeScheduler
+from twinserve.policies import Batch, Core, Scheduler
 from twinserve.policies.core import Growth, Span
 
 
@@ -25,10 +25,12 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
-    if isinstance(scheduler, SpeculativeScheduler) or core.must_abort or core.can_decide:
+    if scheduler.speculation is not None or core.must_abort or core.can_decide:
         return 1
     if batch is not in_flight[-1] or not all(in_flight):
         return 1
+    if batch.chunks and len(scheduler.waiting) != batch.num_waiting:
+        return 1  # how many wait may have changed the threshold that cut them
     if (interval := scheduler.rules.interval).steps > 1:
         cap = min(cap, interval.num_alike(scheduler.running))
     if cap <= 1 or scheduler.pipeline_parallel_size > 1 or not batch or batch.admitted or batch.preempted:
@@ -158,9 +160,25 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
         manager.register(seq, seq.num_registered_tokens + size)
     used_blocks = manager.num_used_blocks
     for behind in range(len(scheduler.in_flight)):
-        now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch
+        now = scheduler.in_flight[-1 - behind] = _repeated(batch, num_steps - behind) if behind < num_steps else batch
         now.num_used_blocks = used_blocks - sum(len(ids) for number, _, ids in grown if number > num_steps - behind)
     return grown
+
+
+def _repeated(decided: Batch, num_steps: int) -> Batch:
+    """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
+    batch = Batch(decided.usual_tokens)
+    batch.seqs, batch.lengths = decided.seqs, decided.lengths
+    batch.chunks, batch.prompts = decided.chunks, decided.prompts
+    batch.sampled, batch.skipped, batch.is_ahead = decided.sampled, decided.skipped, decided.is_ahead
+    batch.starts = [start + num_steps * decided.lengths[place] for place, start in enumerate(decided.starts)]
+    batch.num_tokens, batch.num_prompt_tokens = decided.num_tokens, decided.num_prompt_tokens
+    batch.num_kv_tokens = decided.num_kv_tokens + num_steps * decided.num_tokens
+    batch.num_attention_pairs = decided.num_attention_pairs + num_steps * sum([n * n for n in decided.lengths])
+    batch.num_waiting, batch.num_running = decided.num_waiting, decided.num_running
+    batch.decision, batch.committed = decided.decision + num_steps, decided.committed + num_steps
+    batch.seen, batch.decided_ns = decided.seen, decided.decided_ns
+    return batch
 
 
 def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[int]) -> Growth:

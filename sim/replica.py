@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 import simpy
 from simpy.events import URGENT
 
-from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence, SpeculativeScheduler
+from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
@@ -69,9 +69,7 @@ class Replica:
         step_by_step: bool = False,
         acceptance: Acceptance | None = None,
     ):
-        scheduler = core.scheduler
-        self._drafting = scheduler if isinstance(scheduler, SpeculativeScheduler) else None
-        if self._drafting is not None and acceptance is None:
+        if core.scheduler.speculation is not None and acceptance is None:
             raise ValueError("acceptance is None, expected one where drafts are scheduled")
         self._acceptance = acceptance
         self.index, self.core = index, core
@@ -172,9 +170,10 @@ class Replica:
 
     def _output(self, batch: Batch) -> Runs | None:
         """What comes of a step: nothing but of drafts."""
-        if self._drafting is None or self._acceptance is None:
+        speculation = self.core.scheduler.speculation
+        if speculation is None or self._acceptance is None:
             return None
-        return output_of(batch, self._drafting, self._acceptance)
+        return output_of(batch, self._acceptance, is_async=speculation.is_async)
 
     def _others_come(self) -> bool:
         """Does anything else happen now? Then it comes before the next decision."""

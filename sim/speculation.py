@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from twinserve.policies import Batch, Runs, Sequence, SpeculativeScheduler
+from twinserve.policies import Batch, Runs, Sequence
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import write_whole
 from twinserve.settings.speculative import SpeculativeConfig
@@ -36,13 +36,12 @@ class Acceptance(Protocol):
         """How many of so many drafts behind them are right: the first ones."""
 
 
-def output_of(batch: Batch, scheduler: SpeculativeScheduler, acceptance: Acceptance) -> Runs:
+def output_of(batch: Batch, acceptance: Acceptance, *, is_async: bool) -> Runs:
     """What comes of a simulated step: the length of each run, and the drafts that are proposed behind it.
 
     Where decisions run ahead the scheduler counts as many drafts as it asked for; those that were not found are wrong.
     The placeholders of a padded admission are never right.
     """
-    is_async = scheduler.speculation.is_async
     prompts = set(batch.prompts)
     lengths, proposed = [], []
     for seq in batch.sampled:

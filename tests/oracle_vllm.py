@@ -29,7 +29,6 @@ from twinserve.policies import (
     BlockManager,
     Core,
     FirstCome,
-    FixedLength,
     PrefixCache,
     Priority,
     Runs,
@@ -37,8 +36,8 @@ from twinserve.policies import (
     Scheduler,
     Sequence,
     Speculation,
-    SpeculativeScheduler,
     VllmAdmission,
+    VllmDraftLength,
 )
 from twinserve.settings.vllm_versions import build_rules, nearest_version
 
@@ -92,8 +91,7 @@ def build_core(header: dict) -> Core:
     `max_num_partial_prefills` is left out: vLLM's scheduler reads nothing but the threshold derived from it.
     """
     config = header["config"]
-    drafts = {"speculation": speculation_of(config)} if "speculative_method" in config else {}
-    scheduler = (SpeculativeScheduler if drafts else Scheduler)(
+    scheduler = Scheduler(
         BlockManager(config["num_gpu_blocks"] - 1, config["block_size"]),
         config.get("max_num_active_seqs") or config["max_num_seqs"],
         composition="mixed",
@@ -117,7 +115,7 @@ def build_core(header: dict) -> Core:
             adaptive=config.get("long_prefill_token_threshold_adaptive", False),
             prefill_schedule_interval=config.get("prefill_schedule_interval", 1),
         ),
-        **drafts,
+        speculation=speculation_of(config) if "speculative_method" in config else None,
     )
     return Core(scheduler, pipeline_depth=depth_of(config))
 
@@ -125,7 +123,7 @@ def build_core(header: dict) -> Core:
 def speculation_of(config: dict) -> Speculation:
     """How a scenario's drafts are scheduled."""
     return Speculation(
-        FixedLength(config["num_speculative_tokens"]),
+        VllmDraftLength(config["num_speculative_tokens"]),
         config.get("num_lookahead_tokens", 0),
         config.get("draft_slots", 0),
         config["async_scheduling"],
@@ -214,7 +212,7 @@ class Scenario:
         """Take the output of the oldest step in flight: its number (None if it scheduled nothing), who ended, and with
         drafts what each run had and what was kept of it."""
         number, batch = self._in_flight.pop(0)
-        if not isinstance(self.core.scheduler, SpeculativeScheduler):
+        if self.core.scheduler.speculation is None:
             tokens = [generated_token(seq.seq_id, seq.num_completion_tokens) for seq in batch.sampled]
             return number if batch else None, [seq.seq_id for seq in self.core.commit(tokens, 0)], []
         live = [seq for seq in batch.sampled if not seq.is_finished]

@@ -17,7 +17,6 @@ from twinserve.policies import (
     Core,
     CoreListener,
     FirstCome,
-    FixedLength,
     PrefixCache,
     Priority,
     Runs,
@@ -27,8 +26,8 @@ from twinserve.policies import (
     SequenceStatus,
     ShortestJob,
     Speculation,
-    SpeculativeScheduler,
     VllmAdmission,
+    VllmDraftLength,
 )
 from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, SelfPreemption, VictimBefore, VllmRules
 from twinserve.sim.horizon import advance, horizon
@@ -65,11 +64,11 @@ def build_order(rules: Rules) -> FirstCome | Priority | ShortestJob | CacheAware
 
 def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh64") -> Scheduler:
     """The Scheduler that the rules describe."""
-    drafts = {}
+    speculation = None
     if rules.most_drafts:
-        length = FixedLength(rules.most_drafts)
-        drafts["speculation"] = Speculation(length, rules.lookahead, rules.draft_slots, rules.is_async)
-    return (SpeculativeScheduler if drafts else Scheduler)(
+        length = VllmDraftLength(rules.most_drafts)
+        speculation = Speculation(length, rules.lookahead, rules.draft_slots, rules.is_async)
+    return Scheduler(
         BlockManager(rules.num_blocks, rules.block_size),
         rules.max_num_seqs,
         composition=rules.composition,
@@ -88,7 +87,7 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
             VictimBefore(skips=rules.victim_skips),
             LongPrefillThreshold(binds_alone=rules.binds_alone, adaptive=rules.adaptive),
         ),
-        **drafts,
+        speculation=speculation,
     )
 
 

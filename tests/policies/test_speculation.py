@@ -8,26 +8,25 @@ from twinserve.policies import (
     Batch,
     BlockManager,
     Core,
-    FixedLength,
-    LengthByBatchSize,
     PrefixCache,
     Runs,
     SamplingParams,
+    Scheduler,
     Sequence,
     Speculation,
-    SpeculativeScheduler,
-    vllm_speculation,
+    VllmDraftLength,
 )
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.speculative import SpeculativeConfig
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 
 
-def scheduler(*, k: int = 3, blocks: int | None = None, block_size: int = 4, **values) -> SpeculativeScheduler:
+def scheduler(*, k: int = 3, blocks: int | None = None, block_size: int = 4, **values) -> Scheduler:
     """A scheduler of drafts by n-grams with a prefix cache."""
-    speculation = values.pop("speculation", Speculation(FixedLength(k)))
-    return SpeculativeScheduler(
+    speculation = values.pop("speculation", Speculation(VllmDraftLength(k)))
+    return Scheduler(
         BlockManager(blocks, block_size),
         speculation=speculation,
         composition="mixed",
@@ -77,7 +76,7 @@ def test_an_end_inside_a_run_throws_away_what_comes_behind_it(params, kept, reas
 
 
 def test_where_decisions_run_ahead_each_that_samples_has_as_many_drafts_as_were_asked_for():
-    ours = scheduler(speculation=Speculation(FixedLength(2), is_async=True))
+    ours = scheduler(speculation=Speculation(VllmDraftLength(2), is_async=True))
     seq = sequence(3, 30)
     ours.add(seq)
     first, second = ours.schedule(), ours.schedule()
@@ -106,7 +105,7 @@ def test_tokens_that_are_no_runs_are_runs_of_one():
     assert simulated.num_tokens == 6
 
 
-def decided() -> tuple[SpeculativeScheduler, Batch]:
+def decided() -> tuple[Scheduler, Batch]:
     """A scheduler with a step of one row with three drafts in flight."""
     ours = scheduler()
     ours.add(sequence(6, 20))
@@ -137,7 +136,7 @@ def test_what_cannot_come_of_a_step_is_refused_and_changes_nothing(runs, problem
 
 
 def test_a_table_says_how_many_drafts_a_batch_of_some_size_asks_for():
-    length = LengthByBatchSize(5, [(1, 2, 5), (3, 8, 2), (10, 20, 0)])
+    length = VllmDraftLength(5, [(1, 2, 5), (3, 8, 2), (10, 20, 0)])
     asked = []
     for size in (0, 1, 2, 3, 8, 9, 10, 20, 21):
         batch = Batch(1)
@@ -149,31 +148,34 @@ def test_a_table_says_how_many_drafts_a_batch_of_some_size_asks_for():
 @pytest.mark.parametrize("table", [[(0, 2, 1)], [(3, 2, 1)], [(1, 4, 1), (4, 5, 1)], [(1, 2, 6)], [(1, 2, -1)]])
 def test_a_table_that_does_not_rise_or_asks_for_too_many_is_refused(table):
     with pytest.raises(ValueError, match="a row of the table is"):
-        LengthByBatchSize(5, table)
+        VllmDraftLength(5, table)
 
 
 def test_numbers_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="num_speculative_tokens is 0, expected an integer >= 1"):
-        FixedLength(0)
+        VllmDraftLength(0)
     with pytest.raises(ValueError, match="draft_slots is -1"):
-        scheduler(speculation=Speculation(FixedLength(1), draft_slots=-1))
+        scheduler(speculation=Speculation(VllmDraftLength(1), draft_slots=-1))
     with pytest.raises(ValueError, match="num_lookahead_tokens is -1"):
-        scheduler(speculation=Speculation(FixedLength(1), num_lookahead_tokens=-1))
+        scheduler(speculation=Speculation(VllmDraftLength(1), num_lookahead_tokens=-1))
     with pytest.raises(ValueError, match="max_num_batched_tokens is 4, expected at least 5"):
-        scheduler(speculation=Speculation(FixedLength(3), draft_slots=1), max_num_batched_tokens=4)
+        scheduler(speculation=Speculation(VllmDraftLength(3), draft_slots=1), max_num_batched_tokens=4)
     with pytest.raises(ValueError, match="composition is 'prefill-first', expected 'mixed'"):
-        SpeculativeScheduler(BlockManager(None, 4), speculation=Speculation(FixedLength(1)))
+        Scheduler(BlockManager(None, 4), speculation=Speculation(VllmDraftLength(1)))
     with pytest.raises(ValueError, match="is_async is False, but pipeline_depth is 1"):
         Core(scheduler(), pipeline_depth=1)
-    with pytest.raises(ValueError, match="the method is 'medusa', expected one of ngram, ngram_gpu, draft_model"):
-        vllm_speculation("medusa", FixedLength(1), is_async=False)
 
 
 def test_what_a_method_of_vllms_sets():
-    found = {name: vllm_speculation(name, FixedLength(4), is_async=True)[1:] for name in ("ngram", "ngram_gpu")}
-    assert found == {"ngram": (0, 0, True), "ngram_gpu": (0, 0, True)}
-    assert vllm_speculation("draft_model", FixedLength(4), is_async=False)[1:] == (4, 1, False)
-    assert vllm_speculation("eagle3", FixedLength(4), is_async=False)[1:] == (4, 0, False)
+    def said(method: str, **values) -> tuple[int, int, bool]:
+        config = SpeculativeConfig(method=method, num_speculative_tokens=4)
+        _, *others = config.build_speculation(**values)
+        return *others, config.hash_lookahead_tokens
+
+    assert said("ngram", is_async=False) == (0, 0, False, 0)
+    assert said("ngram_gpu", is_async=True) == (0, 0, True, 0)
+    assert said("draft_model", is_async=False) == (4, 1, False, 0)
+    assert said("eagle3", is_async=False) == (4, 0, False, 1)
 
 
 def test_one_that_could_hang_at_its_end_for_want_of_blocks_is_refused():

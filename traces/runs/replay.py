@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.policies import Batch, Core, CoreListener, Runs, SamplingParams, Sequence, SpeculativeScheduler
+from twinserve.policies import Batch, Core, CoreListener, Runs, SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND, Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
@@ -137,7 +137,7 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
 
 def _recorded_output(core: Core, batch: Batch | None, record: RunRecord) -> Runs | list[int] | None:
     """What came out of a step, as `Core.commit` takes it."""
-    if batch is None or not isinstance(core.scheduler, SpeculativeScheduler):
+    if batch is None or core.scheduler.speculation is None:
         return _recorded_tokens(batch, record)
     row = record.steps[batch.decision]
     made = {seq_id: number for seq_id, number, _ in row.get("runs", ())}

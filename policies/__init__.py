@@ -9,7 +9,7 @@ from twinserve.policies.orders import CacheAware, FirstCome, LastAdmitted, Least
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import SamplingParams, Sequence, SequenceStatus
-from twinserve.policies.speculation import Speculation, VllmDraftLength
+from twinserve.policies.speculation import Speculation
 from twinserve.policies.vllm_rules import VllmAdmission
 
 IS_COMPILED = not str(sequence.__file__).endswith(".py")

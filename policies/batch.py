@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twinserve.policies.sequence import Sequence
 
@@ -27,7 +27,7 @@ class Runs(NamedTuple):
     1 + its drafts. `token_ids` has those of all runs, one behind another; None in a simulation. `proposed` has for each
     how many drafts wait for its next step, None where the scheduler never hears of them."""
 
-    token_ids: Seq[int] | None
+    token_ids: Seq[Any] | None
     lengths: Seq[int]
     proposed: Seq[int] | None = None
 

@@ -144,19 +144,16 @@ class CacheAware(FirstCome):
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Ranked:
+class Ranked(FirstCome):
     """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival. With
     `ageing`, so many later arrivals outweigh one unit of the order's own measure; with 0 none do."""
 
-    is_steady = True
-
     def __init__(self, *, ageing: int = 0):
+        super().__init__()
         if ageing < 0:
             raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
-        self.ageing = ageing
-        self.starvation_free = ageing > 0
-        self.victim: Victim = LastAdmitted()
-        self._queue: list[tuple[tuple[int, int], Sequence]] = []
+        self.ageing, self.starvation_free = ageing, ageing > 0
+        self._ranks: dict[Sequence, tuple[int, int]] = {}
 
     def measure(self, seq: Sequence) -> int:
         """What the order goes by."""
@@ -168,25 +165,20 @@ class Ranked:
         return measure * self.ageing + seq.arrival_index if self.ageing else measure, seq.arrival_index
 
     def push(self, seq: Sequence) -> None:
-        insort(self._queue, (self.rank(seq), seq))
+        self._ranks[seq] = self.rank(seq)
+        insort(self._queue, seq, key=self._ranks.__getitem__)
 
     def push_preempted(self, seq: Sequence) -> None:
         self.push(seq)
 
-    def peek(self) -> Sequence:
-        return self._queue[0][1]
-
     def pop_next(self) -> Sequence:
-        return self._queue.pop(0)[1]
+        seq = super().pop_next()
+        del self._ranks[seq]
+        return seq
 
     def remove(self, seq: Sequence) -> None:
-        del self._queue[list(self).index(seq)]
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter([seq for _, seq in self._queue])
+        super().remove(seq)
+        del self._ranks[seq]
 
 
 class Priority(Ranked):

@@ -47,7 +47,7 @@ class Scheduler:
         order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
             come, vLLM's rule, and the order's own rule.
         rules: what differs between versions of vLLM; by default the newest's.
-        speculation: how drafts are scheduled, in mixed batches; None: there are none.
+        speculation: how drafts are scheduled, in mixed batches; by default there are none.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
@@ -92,10 +92,11 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
         self._threshold = self.long_prefill_token_threshold
-        self.speculation = speculation
-        budget = self.max_num_batched_tokens
-        drafts = (0, 0, 0) if speculation is None else speculation.limits(composition, budget)
-        self._most_drafts, self._lookahead, self._draft_slots = drafts
+        self.speculation = Speculation() if speculation is None else speculation
+        if self.speculation.most and composition != "mixed":
+            raise ValueError(f"composition is {composition!r}, expected 'mixed' with speculation")
+        if self.max_num_batched_tokens < (least := self.speculation.draft_slots + 1 + self.speculation.most):
+            raise ValueError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least {least}")
         self._left_tokens = 0  # of the budget, for one more sequence
         self._pads_hits = self._pads_new = False  # is an admission padded behind a hit, and without one?
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
@@ -156,7 +157,7 @@ class Scheduler:
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
         batch.count()
-        if self.speculation is not None:
+        if self.speculation.most:
             self.speculation.end(batch)
         batch.is_ahead, batch.left, self._left = bool(self.in_flight), self._left, []
         batch.num_waiting, batch.num_running = len(self.waiting), len(self._running)
@@ -168,7 +169,7 @@ class Scheduler:
 
     def _begin(self) -> list[Sequence]:
         """Work out what holds for this decision; the running sequences that may get tokens."""
-        self._left_tokens = self.max_num_batched_tokens - self._draft_slots
+        self._left_tokens = self.max_num_batched_tokens - self.speculation.draft_slots
         seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
         many = len(seqs) + len(self.waiting)
         self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
@@ -184,7 +185,7 @@ class Scheduler:
     def _serve(self, seqs: list[Sequence], batch: Batch) -> None:
         """Give running sequences, in this order, the tokens that they know and have not computed, and drafts, as far as
         the limits let them; preempt where there is no room for their blocks."""
-        limit, left, slots = self._threshold, self._left_tokens, self._draft_slots
+        limit, left, slots = self._threshold, self._left_tokens, self.speculation.draft_slots
         cacheable = self.block_manager.cacheable_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
         passed_over: list[Sequence] = []
@@ -236,7 +237,7 @@ class Scheduler:
 
     def _reach(self, start: int, num_tokens: int) -> int:
         """For so many tokens from `start` on there have to be blocks when `num_tokens` are computed."""
-        return min(num_tokens + self._lookahead, self.max_model_len - start)
+        return min(num_tokens + self.speculation.num_lookahead_tokens, self.max_model_len - start)
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch, passed_over: list[Sequence]) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
@@ -249,9 +250,9 @@ class Scheduler:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             num_before += not self._preempt(victim, batch) and victim.admission_index < place
         has_room = seq.status is RUNNING
-        if not has_room and self.rules.self_preemption.ends_pass:
+        if not has_room and self.rules.self_preemption_ends_pass:
             num_before = len(self._running)
-        elif not self.rules.victim_before.skips:
+        elif not self.rules.victim_before_skips:
             num_before = 0
         if num_before:
             passed_over += [other for other in self._running if other.admission_index > place][:num_before]
@@ -281,7 +282,7 @@ class Scheduler:
             start = len(hits) * self.block_manager.block_size
             seq.num_drafts = num_drafts = max(0, start + num_tokens - seq.num_tokens)
             self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
-            seq.num_block_tokens -= self._lookahead
+            seq.num_block_tokens -= self.speculation.num_lookahead_tokens
             seq.status = RUNNING
             seq.num_computed_tokens = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
@@ -318,7 +319,8 @@ class Scheduler:
         start = len(hits) * manager.block_size
         missing = seq.num_tokens - start
         is_padded = missing == 1 and (self._pads_hits if hits else self._pads_new)
-        padding = self._most_drafts if is_padded and start + self._most_drafts + 2 <= self.max_model_len else 0
+        is_padded &= start + self.speculation.most + 2 <= self.max_model_len
+        padding = self.speculation.most if is_padded else 0
         most = min(limit, budget)
         num_tokens = min(missing + padding, most)
         is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)
@@ -343,7 +345,7 @@ class Scheduler:
         self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
         if row is not None:
-            self._left_tokens += row.num_tokens + self._draft_slots
+            self._left_tokens += row.num_tokens + self.speculation.draft_slots
             seq.num_in_flight -= int(row.samples)
         seq.status, seq.has_sampled = SequenceStatus.WAITING, False
         seq.num_computed_tokens = seq.num_scheduled_tokens = seq.num_drafts = 0
@@ -364,14 +366,14 @@ class Scheduler:
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
         eos, sampled = -1 if eos_token_id is None else eos_token_id, batch.sampled
-        runs = token_ids if isinstance(token_ids, Runs) else None
-        if batch.drafts or runs is not None:
-            tokens = self._accept(batch, runs or Runs(token_ids, [1] * len(sampled)), eos)
+        if isinstance(token_ids, Runs):
+            runs: Runs | None = token_ids
         else:
-            tokens = checked_tokens(token_ids, sampled, len(sampled))
+            runs = Runs(token_ids, [1] * len(sampled)) if batch.drafts else None
+        tokens = checked_tokens(token_ids, sampled, len(sampled)) if runs is None else self._accept(batch, runs, eos)
         self.in_flight.popleft()
         may_stop = tokens is not None and eos in tokens
-        may_fill, cacheable = batch.is_ahead or self.speculation is not None, self.block_manager.cacheable_tokens
+        may_fill, cacheable = batch.is_ahead or self.speculation.most > 0, self.block_manager.cacheable_tokens
         ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
@@ -420,20 +422,13 @@ class Scheduler:
 
     def _checked_runs(self, batch: Batch, runs: Runs) -> list[Any] | None:
         """The tokens of all runs; ValueError if runs or proposals are not as many or as long as they can be."""
-        number, (token_ids, lengths, proposed) = len(batch.sampled), runs
-        if len(lengths) != number:
-            raise ValueError(f"{len(lengths)} runs for a batch that samples {number}")
-        for place, seq in enumerate(batch.sampled):
-            most = 1 + batch.drafts.get(seq, 0)
-            if not 1 <= lengths[place] <= most:
-                raise ValueError(f"a run of {lengths[place]} tokens for {seq}, expected 1 to {most}")
-        if proposed is not None:
-            is_async, most = self.speculation is not None and self.speculation.is_async, batch.num_drafts_asked
-            if is_async or len(proposed) != number:
-                expected = "none" if is_async else number
-                raise ValueError(f"{len(proposed)} numbers of proposed drafts, expected {expected}")
-            if wrong := [drafts for drafts in proposed if not 0 <= drafts <= most]:
-                raise ValueError(f"{wrong[0]} drafts were proposed, expected 0 to {most}")
+        (token_ids, lengths, proposed), asked = runs, batch.num_drafts_asked
+        most = [1 + batch.drafts.get(seq, 0) for seq in batch.sampled]
+        if len(lengths) != len(most) or not all([1 <= length <= most[place] for place, length in enumerate(lengths)]):
+            raise ValueError(f"runs of {[*lengths]} tokens, expected one of 1 to each of {most}")
+        expected = 0 if self.speculation.is_async else len(most)
+        if proposed is not None and (len(proposed) != expected or not all([0 <= n <= asked for n in proposed])):
+            raise ValueError(f"{[*proposed]} drafts were proposed, expected {expected} numbers from 0 to {asked}")
         return checked_tokens(token_ids, batch.sampled, sum(lengths))
 
     def _end(self, seq: Sequence, reason: str) -> None:
@@ -458,8 +453,8 @@ class Scheduler:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        manager = self.block_manager
-        most = min(seq.final_length - 1 + self._most_drafts + self._lookahead, self.max_model_len)
+        manager, ahead = self.block_manager, self.speculation.most + self.speculation.num_lookahead_tokens
+        most = min(seq.final_length - 1 + ahead, self.max_model_len)
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
@@ -474,14 +469,14 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
-        ahead = manager.blocks_for(2 * self._most_drafts + self._lookahead)
+        ahead = manager.blocks_for(2 * self.speculation.most + self.speculation.num_lookahead_tokens)
         for seq in self._running:
             computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
             missing = manager.num_missing(seq, 0)
             assert -ahead <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
-            assert 0 <= seq.num_drafts <= self._most_drafts, f"{seq.num_drafts} drafts wait: {seq}"
+            assert 0 <= seq.num_drafts <= self.speculation.most, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
                 behind = manager.block_size + manager.prefix_cache.hash_lookahead_tokens

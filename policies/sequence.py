@@ -111,7 +111,7 @@ class Sequence:
         num_drafts: draft tokens that wait for its next step.
         num_scheduled_tokens: tokens that the latest step with a row of this sequence computes for it.
         max_tokens, final_length: the most it asks for; tokens at which it ends, whatever is generated.
-        block_table: ids of the KV blocks held, in token order. num_block_tokens: tokens that fit, and its proposer's behind.
+        block_table: ids of the KV blocks held, in token order. num_block_tokens: tokens that fit in.
         num_cached_tokens, num_registered_tokens: found in the prefix cache at the latest admission; known to it now.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
         finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.

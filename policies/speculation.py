@@ -1,45 +1,11 @@
-"""Speculation: how drafts are scheduled, behind the last known token of a sequence, and how many to ask for."""
+"""Speculation: how drafts are scheduled, behind the last known token of a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from typing import NamedTuple, Protocol
-
-from mypy_extensions import mypyc_attr
+from collections.abc import Callable
+from typing import NamedTuple
 
 from twinserve.policies.batch import Batch
-
-
-class DraftLength(Protocol):
-    """Says how many drafts to ask for. `most` is the largest answer, at least 1."""
-
-    most: int
-
-    def choose(self, batch: Batch) -> int:
-        """Drafts to propose for each sequence that samples in this batch, from 0 to `most`."""
-
-
-@mypyc_attr(allow_interpreted_subclasses=True)
-class VllmDraftLength:
-    """vLLM's `num_speculative_tokens`; where `num_speculative_tokens_per_batch_size` has a row `(first, last, drafts)`
-    for a batch of so many sequences, that many."""
-
-    def __init__(self, most: int, table: Seq[tuple[int, int, int]] = ()):
-        if most < 1:
-            raise ValueError(f"num_speculative_tokens is {most}, expected an integer >= 1")
-        self.most, self.table = most, [*table]
-        before = 0
-        for first, last, drafts in self.table:
-            if not (before < first <= last and 0 <= drafts <= most):
-                expected = f"first > {before}, last >= first and 0 to {most} drafts"
-                raise ValueError(f"a row of the table is {(first, last, drafts)}, expected {expected}")
-            before = last
-
-    def choose(self, batch: Batch) -> int:
-        for first, last, drafts in self.table:
-            if first <= len(batch) <= last:
-                return drafts
-        return self.most
 
 
 class Speculation(NamedTuple):
@@ -52,29 +18,20 @@ class Speculation(NamedTuple):
     drafts reached stay with their sequence.
 
     Attributes:
-        length: how many drafts are asked for.
+        most: the most drafts of a sequence in a step; 0: there are none.
+        choose: how many to ask for behind a decision, for each sequence that samples in it; None: as many as there may
+            be.
         num_lookahead_tokens: tokens behind a row for which its sequence holds blocks too, where the proposer writes KV.
         draft_slots: tokens of the budget that a sequence costs beside those of its row.
         is_async: decisions run ahead of results. Nobody tells how many drafts there are; each sequence that samples has
             as many as were asked for, and what was not found counts as rejected.
     """
 
-    length: DraftLength
+    most: int = 0
+    choose: Callable[[Batch], int] | None = None
     num_lookahead_tokens: int = 0
     draft_slots: int = 0
     is_async: bool = False
-
-    def limits(self, composition: str, budget: int) -> tuple[int, int, int]:
-        """The most drafts of a row, the tokens of lookahead and the slots; ValueError if rows with all their drafts
-        cannot be had in batches of this composition and token budget."""
-        for name, value in (("num_lookahead_tokens", self.num_lookahead_tokens), ("draft_slots", self.draft_slots)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}, expected an integer >= 0")
-        if composition != "mixed":
-            raise ValueError(f"composition is {composition!r}, expected 'mixed' with speculation")
-        if budget < (least := self.draft_slots + 1 + self.length.most):
-            raise ValueError(f"max_num_batched_tokens is {budget}, expected at least {least}")
-        return self.length.most, self.num_lookahead_tokens, self.draft_slots
 
     def end(self, batch: Batch) -> None:
         """Count the drafts that the rows of a decision have, and say how many to propose behind it; where results come
@@ -84,9 +41,9 @@ class Speculation(NamedTuple):
             if num_drafts > 0:
                 batch.drafts[seq] = num_drafts
                 seq.num_in_flight += num_drafts
-        asked = batch.num_drafts_asked = self.length.choose(batch)
-        if not 0 <= asked <= self.length.most:
-            raise ValueError(f"{self.length} asks for {asked} drafts, expected 0 to {self.length.most}")
+        asked = batch.num_drafts_asked = self.most if self.choose is None else self.choose(batch)
+        if not 0 <= asked <= self.most:
+            raise ValueError(f"{self.choose} asks for {asked} drafts, expected 0 to {self.most}")
         if self.is_async:
             for seq in batch.sampled:
                 seq.num_drafts = asked

@@ -31,19 +31,6 @@ class VllmAdmission:
         return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
 
 
-class SelfPreemption(NamedTuple):
-    """Does a sequence that has to make room by going itself end the pass? In vLLM 0.24 it does, in 0.33 it does not."""
-
-    ends_pass: bool = False
-
-
-class VictimBefore(NamedTuple):
-    """Where the pass goes on after victims that stood before the sequence which needed room: in vLLM 0.33 behind that
-    sequence; in 0.24 it `skips` as many more as there were such victims without tokens in the step."""
-
-    skips: bool = False
-
-
 class LongPrefillThreshold(NamedTuple):
     """How `long_prefill_token_threshold` binds: in vLLM 0.24 always; in 0.33 not a request that is alone, and where it
     is `adaptive`, it is the budget's share of each request at least."""
@@ -82,17 +69,17 @@ class PrefillInterval:
         if leaves_waiting is not None and not self.is_held:
             self.is_saturated = leaves_waiting
 
-    def num_alike(self, running: list[Sequence]) -> int:
-        """How many decisions in a row, from the latest on, are held as it was or are all not held."""
-        if self.holds(running) != self.is_held:
-            return 1
-        return self.steps - self.num_since if self.is_held else UNLIMITED
-
 
 class VllmRules(NamedTuple):
-    """The rules that changed, for one Scheduler, as the interval counts its steps."""
+    """The rules that changed, for one Scheduler, as the interval counts its steps.
+
+    Attributes:
+        self_preemption_ends_pass: does a sequence that has to make room by going itself end the pass? In vLLM 0.24.
+        victim_before_skips: as many sequences lose their turn as there were victims without tokens in the step before
+            the one that needed room. In vLLM 0.24; in 0.33 the pass goes on behind that one.
+    """
 
     interval: PrefillInterval
-    self_preemption: SelfPreemption = SelfPreemption()
-    victim_before: VictimBefore = VictimBefore()
+    self_preemption_ends_pass: bool = False
+    victim_before_skips: bool = False
     threshold: LongPrefillThreshold = LongPrefillThreshold()

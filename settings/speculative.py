@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Sequence as Seq
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from twinserve.policies import Speculation, VllmDraftLength
-from twinserve.policies.speculation import DraftLength
+from twinserve.policies import Batch, Speculation
 from twinserve.settings.own_class import build, pinned
 
 METHODS = {
@@ -19,6 +19,37 @@ METHODS = {
 }
 """What a method sets in vLLM's scheduler: does its proposer write KV behind a row, its `draft_slots`, and the tokens
 behind a block that the key of the block covers (`PrefixCache.hash_lookahead_tokens`)."""
+
+
+class DraftLength(Protocol):
+    """Says how many drafts to ask for. `most` is the largest answer, at least 1."""
+
+    most: int
+
+    def choose(self, batch: Batch) -> int:
+        """Drafts to propose for each sequence that samples in this batch, from 0 to `most`."""
+
+
+class VllmDraftLength:
+    """vLLM's `num_speculative_tokens`; where `num_speculative_tokens_per_batch_size` has a row `(first, last, drafts)`
+    for a batch of so many sequences, that many."""
+
+    def __init__(self, most: int, table: Seq[tuple[int, int, int]] = ()):
+        if most < 1:
+            raise ValueError(f"num_speculative_tokens is {most}, expected an integer >= 1")
+        self.most, self.table = most, [*table]
+        before = 0
+        for first, last, drafts in self.table:
+            if not (before < first <= last and 0 <= drafts <= most):
+                expected = f"first > {before}, last >= first and 0 to {most} drafts"
+                raise ValueError(f"a row of the table is {(first, last, drafts)}, expected {expected}")
+            before = last
+
+    def choose(self, batch: Batch) -> int:
+        for first, last, drafts in self.table:
+            if first <= len(batch) <= last:
+                return drafts
+        return self.most
 
 
 class SpeculativeConfig(BaseModel):
@@ -91,7 +122,7 @@ class SpeculativeConfig(BaseModel):
     def build_speculation(self, *, is_async: bool) -> Speculation:
         """What the scheduler is told of it."""
         length, (has_lookahead, draft_slots, _) = self.build_length(), METHODS[self.method]
-        return Speculation(length, length.most if has_lookahead else 0, draft_slots, is_async)
+        return Speculation(length.most, length.choose, length.most if has_lookahead else 0, draft_slots, is_async)
 
     @property
     def hash_lookahead_tokens(self) -> int:

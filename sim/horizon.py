@@ -25,14 +25,17 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
-    if scheduler.speculation is not None or core.must_abort or core.can_decide:
+    if scheduler.speculation.most or core.aborts or core.can_decide:
         return 1
     if batch is not in_flight[-1] or not all(in_flight):
         return 1
     if batch.chunks and len(scheduler.waiting) != batch.num_waiting:
         return 1  # how many wait may have changed the threshold that cut them
     if (interval := scheduler.rules.interval).steps > 1:
-        cap = min(cap, interval.num_alike(scheduler.running))
+        if interval.holds(scheduler.running) != interval.is_held:
+            return 1
+        if interval.is_held:
+            cap = min(cap, interval.steps - interval.num_since)
     if cap <= 1 or scheduler.pipeline_parallel_size > 1 or not batch or batch.admitted or batch.preempted:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in in_flight):

@@ -69,7 +69,7 @@ class Replica:
         step_by_step: bool = False,
         acceptance: Acceptance | None = None,
     ):
-        if core.scheduler.speculation is not None and acceptance is None:
+        if core.scheduler.speculation.most and acceptance is None:
             raise ValueError("acceptance is None, expected one where drafts are scheduled")
         self._acceptance = acceptance
         self.index, self.core = index, core
@@ -171,7 +171,7 @@ class Replica:
     def _output(self, batch: Batch) -> Runs | None:
         """What comes of a step: nothing but of drafts."""
         speculation = self.core.scheduler.speculation
-        if speculation is None or self._acceptance is None:
+        if not speculation.most or self._acceptance is None:
             return None
         return output_of(batch, self._acceptance, is_async=speculation.is_async)
 

@@ -37,7 +37,6 @@ from twinserve.policies import (
     Sequence,
     Speculation,
     VllmAdmission,
-    VllmDraftLength,
 )
 from twinserve.settings.vllm_versions import build_rules, nearest_version
 
@@ -123,7 +122,8 @@ def build_core(header: dict) -> Core:
 def speculation_of(config: dict) -> Speculation:
     """How a scenario's drafts are scheduled."""
     return Speculation(
-        VllmDraftLength(config["num_speculative_tokens"]),
+        config["num_speculative_tokens"],
+        None,
         config.get("num_lookahead_tokens", 0),
         config.get("draft_slots", 0),
         config["async_scheduling"],
@@ -212,7 +212,7 @@ class Scenario:
         """Take the output of the oldest step in flight: its number (None if it scheduled nothing), who ended, and with
         drafts what each run had and what was kept of it."""
         number, batch = self._in_flight.pop(0)
-        if self.core.scheduler.speculation is None:
+        if not self.core.scheduler.speculation.most:
             tokens = [generated_token(seq.seq_id, seq.num_completion_tokens) for seq in batch.sampled]
             return number if batch else None, [seq.seq_id for seq in self.core.commit(tokens, 0)], []
         live = [seq for seq in batch.sampled if not seq.is_finished]

@@ -27,9 +27,8 @@ from twinserve.policies import (
     ShortestJob,
     Speculation,
     VllmAdmission,
-    VllmDraftLength,
 )
-from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, SelfPreemption, VictimBefore, VllmRules
+from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, VllmRules
 from twinserve.sim.horizon import advance, horizon
 
 EOS = 0
@@ -66,8 +65,7 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
     """The Scheduler that the rules describe."""
     speculation = None
     if rules.most_drafts:
-        length = VllmDraftLength(rules.most_drafts)
-        speculation = Speculation(length, rules.lookahead, rules.draft_slots, rules.is_async)
+        speculation = Speculation(rules.most_drafts, None, rules.lookahead, rules.draft_slots, rules.is_async)
     return Scheduler(
         BlockManager(rules.num_blocks, rules.block_size),
         rules.max_num_seqs,
@@ -83,8 +81,8 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
         pipeline_parallel_size=rules.ranks,
         rules=VllmRules(
             PrefillInterval(rules.interval),
-            SelfPreemption(ends_pass=rules.self_ends),
-            VictimBefore(skips=rules.victim_skips),
+            rules.self_ends,
+            rules.victim_skips,
             LongPrefillThreshold(binds_alone=rules.binds_alone, adaptive=rules.adaptive),
         ),
         speculation=speculation,

@@ -137,7 +137,7 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
 
 def _recorded_output(core: Core, batch: Batch | None, record: RunRecord) -> Runs | list[int] | None:
     """What came out of a step, as `Core.commit` takes it."""
-    if batch is None or core.scheduler.speculation is None:
+    if batch is None or not core.scheduler.speculation.most:
         return _recorded_tokens(batch, record)
     row = record.steps[batch.decision]
     made = {seq_id: number for seq_id, number, _ in row.get("runs", ())}

@@ -215,8 +215,9 @@ class BlockManager:
             else:
                 taken.append(free.popitem(last=False)[0])
             blocks[taken[-1]].ref_count = 1
-        if cache is not None:
-            cache.remove([block_id for block_id in taken if block_id in cache])
+        evicted = [] if cache is None else [block_id for block_id in taken if block_id in cache]
+        if evicted and cache is not None:
+            cache.remove(evicted)
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:

@@ -93,12 +93,8 @@ class Scheduler:
         self._left: list[Sequence] = []
         self._threshold = self.long_prefill_token_threshold
         self.speculation = Speculation() if speculation is None else speculation
-        if self.speculation.most and composition != "mixed":
-            raise ValueError(f"composition is {composition!r}, expected 'mixed' with speculation")
-        if self.max_num_batched_tokens < (least := self.speculation.draft_slots + 1 + self.speculation.most):
-            raise ValueError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least {least}")
-        self._left_tokens = 0  # of the budget, for one more sequence
-        self._pads_hits = self._pads_new = False  # is an admission padded behind a hit, and without one?
+        self.speculation.check(composition, self.max_num_batched_tokens)
+        self._left_tokens, self._padding = 0, (0, 0)  # for one more sequence; of an admission without a hit, behind one
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
         self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0
@@ -194,9 +190,11 @@ class Scheduler:
                 continue
             start, in_flight, drafts = seq.num_computed_tokens, seq.num_in_flight, seq.num_drafts
             known = seq.num_tokens + in_flight
-            num_tokens = known + drafts - start
-            if (in_flight or drafts) and known + drafts >= seq.final_length:
-                num_tokens = self._num_before_end(seq, num_tokens)
+            num_tokens = known - start
+            if in_flight or drafts:
+                num_tokens += drafts
+                if known + drafts >= seq.final_length:
+                    num_tokens = self._num_before_end(seq, num_tokens)
             if num_tokens > limit:
                 num_tokens = limit
             if num_tokens > left:
@@ -206,7 +204,7 @@ class Scheduler:
             end = start + num_tokens
             if end > seq.num_block_tokens:
                 self._left_tokens = left
-                has_room = self._make_room(seq, self._reach(start, num_tokens), batch, passed_over)
+                has_room = self._make_room(seq, num_tokens, batch, passed_over)
                 left = self._left_tokens
                 if not has_room:
                     continue
@@ -243,6 +241,8 @@ class Scheduler:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
         Those behind it that get nothing for that are added to `passed_over`."""
         manager, place, num_before = self.block_manager, seq.admission_index, 0
+        if self.speculation.num_lookahead_tokens:
+            num_tokens = self._reach(seq.num_computed_tokens, num_tokens)
         missing = manager.num_missing(seq, num_tokens)
         while seq.status is RUNNING and missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
@@ -266,7 +266,8 @@ class Scheduler:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
         preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
-        self._pads_hits, self._pads_new = not batch.prompts, not batch.prompts and bool(batch)
+        most = 0 if batch.prompts else self.speculation.most
+        self._padding = (most if batch else 0, most)
         while not batch.preempted:
             budget = self._left_tokens
             if self.pipeline_parallel_size > 1 and self.has_place(budget):
@@ -318,9 +319,9 @@ class Scheduler:
         hits = manager.find_hits(seq)
         start = len(hits) * manager.block_size
         missing = seq.num_tokens - start
-        is_padded = missing == 1 and (self._pads_hits if hits else self._pads_new)
-        is_padded &= start + self.speculation.most + 2 <= self.max_model_len
-        padding = self.speculation.most if is_padded else 0
+        padding = self._padding[min(1, len(hits))] if missing == 1 else 0
+        if start + padding + 2 > self.max_model_len:
+            padding = 0
         most = min(limit, budget)
         num_tokens = min(missing + padding, most)
         is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)

@@ -33,6 +33,13 @@ class Speculation(NamedTuple):
     draft_slots: int = 0
     is_async: bool = False
 
+    def check(self, composition: str, budget: int) -> None:
+        """ValueError if rows with all their drafts cannot be had in batches of this composition and token budget."""
+        if self.most and composition != "mixed":
+            raise ValueError(f"composition is {composition!r}, expected 'mixed' with speculation")
+        if budget < (least := self.draft_slots + 1 + self.most):
+            raise ValueError(f"max_num_batched_tokens is {budget}, expected at least {least}")
+
     def end(self, batch: Batch) -> None:
         """Count the drafts that the rows of a decision have, and say how many to propose behind it; where results come
         late, these wait from now on."""

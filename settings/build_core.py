@@ -17,16 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     BlockManager,
-    CacheAware,
     Core,
     CoreListener,
     FirstCome,
     PrefixCache,
-    Priority,
     Scheduler,
-    ShortestJob,
     VllmAdmission,
 )
 from twinserve.policies.orders import Admission, Order, Victim

@@ -24,13 +24,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinserve.orders import Priority
 from twinserve.policies import (
     Batch,
     BlockManager,
     Core,
     FirstCome,
     PrefixCache,
-    Priority,
     Runs,
     SamplingParams,
     Scheduler,

@@ -10,21 +10,19 @@ from functools import partial
 import pytest
 from slow_model import FINISHED, RUNNING, Request, Rules, SlowModel, Step
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     Batch,
     BlockManager,
-    CacheAware,
     Core,
     CoreListener,
     FirstCome,
     PrefixCache,
-    Priority,
     Runs,
     SamplingParams,
     Scheduler,
     Sequence,
     SequenceStatus,
-    ShortestJob,
     Speculation,
     VllmAdmission,
 )

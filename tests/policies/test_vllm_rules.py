@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from twinserve.orders import LeastUrgent, Priority
 from twinserve.policies import (
     Batch,
     BlockManager,
     Core,
-    LeastUrgent,
     PrefixCache,
-    Priority,
     SamplingParams,
     Scheduler,
     Sequence,

@@ -22,7 +22,7 @@ from twinserve.sim.routers import Router
 from twinserve.sim.speculation import acceptance_of
 from twinserve.traces.generator import LengthSpec
 from twinserve.traces.request import Part, Request
-from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.run import ReplicaSpec, with_drafting
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
@@ -257,7 +257,7 @@ class SimulatedBackend(Backend):
 
         self.live = LiveReplicas(
             [build(number, spec) for number, spec in enumerate(self._replicas)],
-            [spec.latency for spec in self._replicas],
+            [with_drafting(spec.latency, spec.settings) for spec in self._replicas],
             self._router,
             listeners,
             acceptances=[acceptance_of(spec.settings.speculative_config) for spec in self._replicas],

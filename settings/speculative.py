@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as Seq
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinserve.policies import Batch, Speculation
 from twinserve.settings.own_class import build, pinned
 
+_Nanoseconds = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
 METHODS = {
     "ngram": (False, 0, 0),
     "ngram_gpu": (False, 0, 0),
@@ -67,6 +68,9 @@ class SpeculativeConfig(BaseModel):
             measurements of speed, as the tokens are not the model's then.
         acceptance: what comes of drafts in a simulation, where that rate does not say it: the record of a speculative
             run, or a law that `twinserve fit --acceptance` has written.
+        draft_latency: what steps of the model that drafts cost in a simulation, as `--latency` says it; none: nothing.
+        lookup_ns: nanoseconds that prompt lookup takes in a simulation, of a sequence and of a token of its text; none:
+            nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -80,6 +84,8 @@ class SpeculativeConfig(BaseModel):
     prompt_lookup_min: int = Field(default=5, ge=1, le=256)
     synthetic_acceptance_rate: float | None = Field(default=None, ge=0.0, le=1.0)
     acceptance: str | None = None
+    draft_latency: str | None = None
+    lookup_ns: tuple[_Nanoseconds, _Nanoseconds] | None = Field(default=None, strict=False)
 
     @field_validator("draft_length")
     @classmethod
@@ -95,6 +101,10 @@ class SpeculativeConfig(BaseModel):
             )
         if self.model is not None and self.method != "draft_model":
             raise ValueError(f"model is {self.model}, expected none with the method {self.method}")
+        if self.draft_latency is not None and self.method not in ("draft_model", "eagle3"):
+            raise ValueError(f"draft_latency is {self.draft_latency}, expected none with the method {self.method}")
+        if self.lookup_ns is not None and self.method not in ("ngram", "ngram_gpu"):
+            raise ValueError(f"lookup_ns is {self.lookup_ns}, expected none with the method {self.method}")
         if self.acceptance is not None and self.synthetic_acceptance_rate is not None:
             raise ValueError("acceptance is given, expected none beside synthetic_acceptance_rate")
         if self.draft_length is not None and self.num_speculative_tokens_per_batch_size is not None:

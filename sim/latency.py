@@ -33,6 +33,8 @@ class StepFeatures(NamedTuple):
         prompts: (start, length) of each row of `prompt_tokens`: the position of its first token and its tokens.
         shared_tokens: of the tokens of `kv_tokens` that decodes read, those in blocks that another row reads as well,
             but for the first of these; as far as all that run are rows of the step.
+        asked: drafts that are proposed behind the step for each sequence that samples in it.
+        drafting, drafting_tokens: where any are asked for, these sequences, and the sum of their contexts.
     """
 
     decision: Count
@@ -48,6 +50,9 @@ class StepFeatures(NamedTuple):
     longest_decode: Count = 0
     prompts: tuple[tuple[Count, int], ...] = ()
     shared_tokens: int = 0
+    asked: int = 0
+    drafting: int = 0
+    drafting_tokens: Count = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
@@ -71,6 +76,12 @@ class StepFeatures(NamedTuple):
         if num_shared > 0:
             prompt_kv_tokens = sum([start + length for start, length in prompts])
             shared_tokens = min(num_shared * batch.seqs[0].tokens_per_block, batch.num_kv_tokens - prompt_kv_tokens)
+        ends: list[int] = []
+        if batch.num_drafts_asked:
+            chunks = set(batch.chunks)
+            for place, seq in enumerate(batch.seqs):
+                if seq not in chunks:
+                    ends.append(batch.starts[place] + batch.lengths[place])
         # A row with drafts is computed as a prompt's is, by the kernels of rows of several tokens.
         num_prompt_tokens = sum([length for _, length in prompts]) if drafts else batch.num_prompt_tokens
         return cls(
@@ -87,6 +98,9 @@ class StepFeatures(NamedTuple):
             longest_decode,
             tuple(prompts),
             shared_tokens,
+            batch.num_drafts_asked,
+            len(ends),
+            sum(ends),
         )
 
     def repeated(self, number: Count, decided_ns: int) -> StepFeatures:

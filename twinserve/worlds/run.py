@@ -18,6 +18,7 @@ from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
 from twinserve.sim.intervals import Intervals, uncertainty_of, with_uncertainty
@@ -79,6 +80,22 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     about = model.data["about"]
     name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
     return model, {"name": name, "identity": model.identity, "about": about}
+
+
+def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
+    """A latency model with what drafts cost, as the settings say it; recorded times have it in them.
+
+    Raises:
+        InputError: `draft_latency` names none.
+    """
+    config = settings.speculative_config
+    if config is None or isinstance(latency, RecordedLatency):
+        return latency
+    if config.lookup_ns is not None:
+        return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
+    if config.draft_latency is not None:
+        return DraftedLatency(latency, ModelDrafting(choose_latency(config.draft_latency, None)[0]))
+    return latency
 
 
 def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str | None]:
@@ -344,7 +361,7 @@ def run_sim(
         simulate(
             workload.requests,
             settings.build_core(listener=recorder),
-            latency,
+            with_drafting(latency, settings),
             params=params,
             announce=lambda request: recorder.expect(request, params),
             progress=progress,
@@ -408,7 +425,7 @@ def run_fleet(
         begun = time.perf_counter()
         simulate_fleet(
             workload.requests,
-            [spec.latency for spec in replicas],
+            [with_drafting(spec.latency, spec.settings) for spec in replicas],
             router,
             _RecordedFleet(recorder, replicas, facts, params),
             params=params,

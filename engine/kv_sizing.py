@@ -24,7 +24,7 @@ def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None =
     if config.settings.num_gpu_blocks is not None:
         return config
     step_bytes = None
-    if config.attention.graphs:
+    if config.attention.graphs and config.settings.speculative_config is None:
         from twinserve.engine.graphs.graph_runner import GraphRunner
 
         step_bytes = GraphRunner(decoder, config.with_blocks(1)).step_bytes()

@@ -12,7 +12,7 @@ from twinserve.engine.layers.attention import AttentionMetadata, slots_of
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat batch: rows of one token first, the longest context first among them.
+    """A flat batch: rows of one token, or of some at most, first; the longest context first among them.
 
     Attributes:
         order: the numbers of the rows, as they lie in the batch.
@@ -29,9 +29,9 @@ class Layout:
     positions: np.ndarray
 
     @classmethod
-    def of(cls, spans: Seq[tuple[int, int]], tables: Seq[np.ndarray]) -> Layout:
-        """The layout of rows that begin at positions and have so many tokens."""
-        order = sorted(range(len(spans)), key=lambda i: (spans[i][1] > 1, -spans[i][0]))
+    def of(cls, spans: Seq[tuple[int, int]], tables: Seq[np.ndarray], most_single: int = 1) -> Layout:
+        """The layout of rows that begin at positions and have so many tokens; first those of at most `most_single`."""
+        order = sorted(range(len(spans)), key=lambda i: (spans[i][1] > most_single, -spans[i][0]))
         ordered = [spans[i] for i in order]
         ends = np.cumsum([length for _, length in ordered])
         last_of = dict(zip(order, (ends - 1).tolist(), strict=True))

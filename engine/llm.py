@@ -184,8 +184,7 @@ class LLM:
 
     def capture(self) -> None:
         """Capture the graphs of the steps, if they are graphs and that was not done; serving does so by itself."""
-        if not isinstance(self.runner, ModelRunner):
-            self.runner.capture()
+        self.runner.capture()
 
     def fill_cache(self, seed: int) -> None:
         """Fill the KV pool with noise where steps are graphs: on a CPU it makes no difference what is read."""
@@ -342,6 +341,10 @@ def _make_runner(
     decoder: Decoder, config: RunnerConfig, tokenizer: Any, drafting: Decoder | None
 ) -> ModelRunner | GraphRunner:
     """What runs the steps of `decoder`, for which `drafting` drafts, if any model does."""
+    if config.attention.graphs and config.settings.speculative_config is not None:
+        from twinserve.engine.graphs.speculative_runner import GraphSpeculativeRunner
+
+        return GraphSpeculativeRunner(decoder, tokenizer, config, proposer_maker(config, drafting))
     if config.attention.graphs:
         from twinserve.engine.graphs.graph_runner import GraphRunner
 

@@ -111,6 +111,10 @@ class ModelRunner:
         self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
+        self._most_single = 1  # tokens of the rows that lie first
+
+    def capture(self) -> None:
+        """There is nothing to capture: steps are launched kernel by kernel."""
 
     def close(self) -> None:
         """Wait for what was launched."""
@@ -187,7 +191,8 @@ class ModelRunner:
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
-        layout = Layout.of([(row.start, row.num_tokens) for row in rows], self._block_tables(rows))
+        spans = [(row.start, row.num_tokens) for row in rows]
+        layout = Layout.of(spans, self._block_tables(rows), self._most_single)
         ordered = [rows[i] for i in layout.order]
         token_ids, places, sources = [], [], []
         for i, row in zip(layout.order, ordered, strict=True):
@@ -205,13 +210,7 @@ class ModelRunner:
             token_ids=self._to_device(token_ids),
             positions=self._to_device(layout.positions),
             slots=self._to_device(layout.slots(self.block_size)),
-            plans=plan_layers(
-                self._backend,
-                layout.metadata(self.block_size),
-                self.model.config.windows,
-                self.model.dtype,
-                self.device,
-            ),
+            plans=self._plans(layout),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
@@ -219,6 +218,11 @@ class ModelRunner:
             late=(self._to_device(places), self._to_device(sources)) if places else None,
             prompts=PromptLogprobs(ordered, self.prompt_asks, self.logprobs),
         )
+
+    def _plans(self, layout: Layout) -> list[Any]:
+        """`StepInput.plans`: what `_hidden` has to know of the layout."""
+        metadata, windows = layout.metadata(self.block_size), self.model.config.windows
+        return plan_layers(self._backend, metadata, windows, self.model.dtype, self.device)
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""
@@ -261,8 +265,7 @@ class ModelRunner:
             places, sources = step.late
             # A sequence of which none was sampled goes on until it is ended.
             token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
-        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
-        hidden = self.model(token_ids, step.positions, attention)
+        hidden = self._hidden(step, token_ids)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
         logits, seen = self.model.logits(hidden[step.last]), None
@@ -276,6 +279,12 @@ class ModelRunner:
         if asked:
             asked.take(logits, tokens)
         return tokens
+
+    def _hidden(self, step: StepInput, token_ids: Tensor) -> Tensor:
+        """What the model's last layer gives for each token of the flat batch, [tokens, hidden_size], normalised."""
+        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
+        hidden: Tensor = self.model(token_ids, step.positions, attention)
+        return hidden
 
 
 def drawn(row: Row, last: int) -> list[tuple[Row, int]]:

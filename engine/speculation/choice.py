@@ -38,9 +38,8 @@ def draft_of(
     field = "speculative_config.method"
     if speculative.method == "eagle3":
         raise InputError("expected ngram, ngram_gpu or draft_model in the engine", field=field, value="eagle3")
-    if config.attention.graphs:
-        problem = "expected none where steps are graphs: --execution eager has it"
-        raise InputError(problem, field="speculative_config", value=speculative.method)
+    if options.kv_cache_dtype == "fp8":
+        raise InputError("expected auto with speculative_config", field="kv_cache_dtype", value="fp8")
     if speculative.method != "draft_model":
         return None
     if draft is None and speculative.model is None:

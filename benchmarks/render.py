@@ -140,12 +140,11 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
         return "\nNot measured yet.\n\n"
     lines = [""]
     for result in found:
-        row_ns, token_ns = result["lookup_ns"]
+        most, (row_ns, token_ns) = result["speculative_config"]["num_speculative_tokens"], result["lookup_ns"]
         lines += [
-            f"{result['model']} on {result['machine']}, {result['speculative_config']['num_speculative_tokens']} drafts at "
-            f"most, medians of {result['repeats']} turns (commit {result['commit']}, load average before "
-            f"{number(result['load_before'])}). Prompt lookup takes {number(row_ns / 1000)} us and "
-            f"{number(token_ns)} ns a token of the text.",
+            f"{result['model']} on {result['machine']}, at most {most} drafts, medians of {result['repeats']} turns "
+            f"(commit {result['commit']}, load average before {number(result['load_before'])}). Prompt "
+            f"lookup takes {number(row_ns / 1000)} us and {number(token_ns)} ns a token of the text.",
             "",
             *table(
                 [

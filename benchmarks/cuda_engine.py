@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class Work:
     Attributes:
         prompts: token ids of each.
         outputs: tokens that each generates, whatever they are.
+        kept: what top-k, top-p and min-p are, by name.
     """
 
     prompts: list[list[int]]
     outputs: list[int]
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def w256(cls) -> Work:
@@ -46,7 +48,8 @@ class Work:
         return cls(prompts, [output for _, output in lengths])
 
     def params(self) -> list[SamplingParams]:
-        return [SamplingParams(temperature=TEMPERATURE, max_tokens=output, ignore_eos=True) for output in self.outputs]
+        how = {"temperature": TEMPERATURE, "ignore_eos": True} | self.kept
+        return [SamplingParams(max_tokens=output, **how) for output in self.outputs]
 
 
 @dataclass

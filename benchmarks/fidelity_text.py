@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from fidelity_numbers import KINDS, METRICS
+from fidelity_windows import LARGE, SMALL
 from pages import percent, prose, table
 from svg import INK, LINE, MUTED, Drawing
 
@@ -22,6 +23,8 @@ TARGETS = {
     "output_tok_s": (0.01, 0.01),
 }
 """What the median and the worst error over windows are wanted below."""
+
+WORST_BIAS = 0.03
 
 LOADS = ((0.5, "#2563eb", "load to 0.5"), (0.8, "#d97706", "to 0.8"), (1.0, "#dc2626", "beyond"))
 """To which load a window has which color in the plot."""
@@ -57,6 +60,7 @@ def page(results: Result) -> str:
         ),
         *_summary(windows),
         *_every(windows),
+        *_missed(windows),
         *_kinds(windows),
         *_saturation(results["saturation"]),
         *_limits(windows),
@@ -67,12 +71,11 @@ def page(results: Result) -> str:
 
 
 def _summary(windows: dict[str, Result]) -> list[str]:
-    once = {name: window for name, window in windows.items() if not name.endswith("-again")}
     rows = []
-    biases = [abs(window["bias"]) for window in once.values()]
-    rows.append(["equivalent bias", f"{median(biases):.1%}", f"{max(biases):.1%}", "1.0%", "3.0%"])
+    biases = [abs(window["bias"]) for window in windows.values()]
+    rows.append(["equivalent bias", f"{median(biases):.1%}", f"{max(biases):.1%}", "1.0%", f"{WORST_BIAS:.1%}"])
     for metric, words in METRICS.items():
-        errors = [abs(error(window, metric)) for window in once.values()]
+        errors = [abs(error(window, metric)) for window in windows.values()]
         wanted = TARGETS.get(metric)
         limits = ["", ""] if wanted is None else [f"{limit:.0%}" for limit in wanted]
         rows.append([words, f"{median(errors):.1%}", f"{max(errors):.1%}", *limits])
@@ -108,6 +111,32 @@ def _every(windows: dict[str, Result]) -> list[str]:
             under these settings. In brackets: by how much the same window differs when it is served again."""
         ),
         *table(["window", "bias", *METRICS.values(), "preemptions", "TPOT, ms"], rows, numbers=True),
+    ]
+
+
+def _missed(windows: dict[str, Result]) -> list[str]:
+    """The windows whose errors are larger than the worst that is wanted."""
+    rows = []
+    for name, window in windows.items():
+        missed = {"bias": window["bias"]} if abs(window["bias"]) > WORST_BIAS else {}
+        for metric, (_, most) in TARGETS.items():
+            if abs(found := error(window, metric)) > most:
+                missed[METRICS[metric]] = found
+        if missed:
+            other = spread(windows, name, "tpot_s.mean")
+            again = "" if other is None else percent(other)
+            rows.append([f"`{name}`", ", ".join(f"{words} {percent(found)}" for words, found in missed.items()), again])
+    return [
+        "## Beyond the worst that is wanted",
+        "",
+        *prose(
+            f"""{len(rows)} of the {len(windows)} windows have an error beyond the last column of the first table.
+            Where such a window was served twice, the last column has the difference of its TPOT mean: what is beyond
+            any model of steps. The large shape runs at the card's limit of power, and a profile measures each step
+            behind others of its kind, where serving brings a prompt behind decodes, which take less; so its prompts
+            alone come out too dear (see the next table)."""
+        ),
+        *table(["window", "beyond", "served again"], rows),
     ]
 
 
@@ -172,22 +201,34 @@ def _limits(windows: dict[str, Result]) -> list[str]:
     ]
 
 
+def _alike(name: str) -> tuple[str, str]:
+    """Shape and workload of a window."""
+    shape = next(shape for shape in (SMALL, LARGE) if name.startswith(shape))
+    return shape, name.removeprefix(f"{shape}-").split("-")[0]
+
+
+def _widest_spread(windows: dict[str, Result], name: str, metric: str) -> float:
+    """The largest difference between two runs of a window of the same shape and workload; the median of all windows
+    that were served twice, if none of these was."""
+    known = {other: abs(found) for other in windows if (found := spread(windows, other, metric)) is not None}
+    alike = [found for other, found in known.items() if _alike(other) == _alike(name)]
+    return max(alike) if alike else median(known.values() or [0.0])
+
+
 def ranked(windows: dict[str, Result]) -> dict[str, tuple[int, int]]:
     """By metric, the pairs of windows of one workload and shape whose results differ by more than the spread, and in
     how many of them the simulation says the same of which is better."""
     once = {name: window for name, window in windows.items() if not name.endswith("-again")}
     found: dict[str, tuple[int, int]] = {}
     for metric in RANKED:
-        differences = [spread(windows, name, metric) for name in once]
-        least = max([abs(difference) for difference in differences if difference is not None], default=0.0)
         right = pairs = 0
         for one, other in combinations(once, 2):
-            if one.split("-")[:3] != other.split("-")[:3]:
+            if _alike(one) != _alike(other):
                 continue
             (real, theirs), (sim, their_sim) = (
                 [once[name][world][metric] for name in (one, other)] for world in ("real", "sim")
             )
-            if abs(real / theirs - 1.0) > least:
+            if abs(real / theirs - 1.0) > _widest_spread(windows, one, metric):
                 pairs += 1
                 right += (real < theirs) == (sim < their_sim)
         found[metric] = right, pairs
@@ -201,8 +242,8 @@ def _ranking(windows: dict[str, Result]) -> list[str]:
         "",
         *prose(
             """Pairs of windows of one shape and workload, under other settings or loads, whose measured results differ
-            by more than the widest spread of a window that was served twice, and those of them in which the simulation
-            names the same winner."""
+            by more than the widest spread of such a window that was served twice (the median of all such where none
+            was), and those of them in which the simulation names the same winner."""
         ),
         *table(["by", "pairs", "the same winner"], rows, numbers=True),
     ]

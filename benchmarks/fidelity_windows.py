@@ -183,6 +183,6 @@ GROUPS = [
     Group(SMALL, "bursty", "prefill-first", 512, 256, 16, False, 60_000, (0.8,), 200),
     Group(SMALL, "sessions", "prefill-first", 8192, 1024, 256, True, 3_700, (0.8, 0.5), 1000, (0.8,)),
     Group(LARGE, "azure", "mixed", 2048, 256, 16, True, 40_000, (0.5, 0.8, 0.95), 40, (0.8,)),
-    Group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25),
+    Group(LARGE, "mooncake", "mixed", 8192, 256, 16, True, 40_000, (0.5, 0.8), 25, (0.5,)),
     Group(LARGE, "sessions", "prefill-first", 2048, 64, 16, True, 40_000, (0.5, 0.8, 0.95), 200),
 ]

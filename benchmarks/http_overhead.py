@@ -3,12 +3,13 @@
     python benchmarks/http_overhead.py --device cuda --dtype bfloat16 --model qwen3-0.6b --load-format dummy
     python benchmarks/http_overhead.py --streams 8 --max-num-seqs 4 --prompt-tokens 64 --output-tokens 16    # on a CPU
 
-One model is loaded once and serves both, so that a turn of either has the same weights and captured graphs; the clients
-are a process of their own. All requests come at once, no two of them begin alike, and --max-num-seqs of them run.
-`full_tok_s` are the tokens a second between the ends of steps in both of which so many ran, of the records;
-`output_tok_s` those from the first arrival to the last finish; `seen_tok_s` what the clients saw, from the first byte
-sent to the last one read. Each served record is decided again, and simulated with a latency that is fitted to the
-record of the run beside it. A shape that has no tokenizer gets one, so that answers are made into text.
+One model is loaded once and serves both, so that a turn of either has the same weights and captured graphs; HTTP is
+served by a process of its own, as by `twinserve serve`, and the clients are another. All requests come at once, no two
+of them begin alike, and --max-num-seqs of them run. `full_tok_s` are the tokens a second between the ends of steps in
+both of which so many ran, of the records; `output_tok_s` those from the first arrival to the last finish; `seen_tok_s`
+what the clients saw, from the first byte sent to the last one read. Each served record is decided again, and simulated
+with a latency that is fitted to the record of the run beside it. A shape that has no tokenizer gets one, so that
+answers are made into text.
 Results: OUT/<device>/http-overhead.json.
 """
 
@@ -18,7 +19,6 @@ import argparse
 import asyncio
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -66,16 +66,19 @@ def streamed(url: str, asked: list[dict[str, Any]]) -> float:
 @contextmanager
 def served(llm: Any, record: Path) -> Iterator[str]:
     """The URL of a server over `llm`, whose traffic is recorded, until the block ends; then it has ended too."""
-    from twinserve.serving.backends import Backend, EngineBackend
+    from twinserve.serving.backends import EngineBackend
+    from twinserve.serving.hosts import EngineHost, Host
     from twinserve.serving.options import ServeOptions
     from twinserve.serving.recording import LiveRecord, RecordOptions
     from twinserve.serving.run import Service
 
     class Loaded:
-        def backend(self, options: RecordOptions | None) -> Backend:
+        is_apart = True
+
+        def host(self, options: RecordOptions | None) -> Host:
             assert options is not None
             kept = LiveRecord.of_engine(options, llm.settings, llm.facts(), llm.device_name)
-            return EngineBackend(llm, kept, takes_defaults=False)
+            return EngineHost(EngineBackend(llm, takes_defaults=False), llm, kept)
 
     is_up, failures = threading.Event(), list[BaseException]()
 
@@ -92,8 +95,6 @@ def served(llm: Any, record: Path) -> Iterator[str]:
             failures.append(error)
             is_up.set()
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(5e-4)  # as `twinserve serve` does
     thread = threading.Thread(target=serve)
     thread.start()
     try:
@@ -103,7 +104,6 @@ def served(llm: Any, record: Path) -> Iterator[str]:
     finally:
         service.stop()
         thread.join()
-        sys.setswitchinterval(interval)
     if failures:
         raise failures[0]
 

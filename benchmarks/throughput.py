@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from result_files import RESULTS, merge
 
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.traces.readers import read_trace
+
+KEPT = {"top_k": 20, "top_p": 0.95}
+"""What Qwen3's own generation config keeps."""
 
 
 def main() -> int:
@@ -46,6 +50,8 @@ def main() -> int:
     merge(arguments.out / f"{folder}.json", about | {"w256_output_tok_s": median, "repeats": {"w256": repeats}})
 
     values: dict[str, Any] = about | {"w256": repeats, "attention": vars(llm.attention)}
+    values["w256_kept"] = KEPT | {"repeats": [throughput(llm, replace(work, kept=KEPT)) for _ in repeats]}
+    show(f"W256, {KEPT}", values["w256_kept"]["repeats"])
     others = {"long": Work.of_lengths([(12_000 + 500 * number, 256) for number in range(16)])}
     if arguments.trace is not None:
         lengths = [(request.prompt_tokens, request.max_tokens) for request in read_trace(arguments.trace).requests]

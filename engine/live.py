@@ -103,11 +103,12 @@ class Live(ABC):
     def walk(self) -> None:
         """Serve what comes in until the inbox is closed and everything has ended."""
 
-    def submit(self, make: Callable[[int], Seq[Sequence]], follower: Follower) -> None:
+    def submit(self, make: Callable[[int], Seq[Sequence]], follower: Follower | None = None) -> None:
         """Let sequences in, all of them before the next decision.
 
         Args:
             make: makes them, told when they arrive; whatever is made by a later call arrives no earlier.
+            follower: told of them; None where a listener hears all that is needed.
 
         Raises:
             RunError: it is closed, or has failed.
@@ -116,7 +117,8 @@ class Live(ABC):
             if self._is_closed:
                 raise RunError("nothing more is served: the engine is closed") from self.error
             seqs = make(self.clock())
-            self._following.followers.update(dict.fromkeys(seqs, follower))
+            if follower is not None:
+                self._following.followers.update(dict.fromkeys(seqs, follower))
             self.inbox.put(*seqs)
 
     def abort(self, seqs: Iterable[Sequence]) -> None:
@@ -157,13 +159,10 @@ class Live(ABC):
             ended.set()
         return wait
 
-    def abort_all(self) -> None:
-        """Abort whatever is being served."""
-        self.abort(list(self._following.followers))
-
-    def join(self) -> None:
-        """Wait until it has been closed, or has failed."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has been closed, or has failed, for so long at most; has it?"""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """Let nothing more in, and wait until everything has ended.

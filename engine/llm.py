@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,10 +15,10 @@ from torch import nn
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import compute_on, device_name
+from twinserve.engine.endings import with_stops
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kv_sizing import with_pool
 from twinserve.engine.live import AsyncLLM
-from twinserve.engine.logprobs import TokenLogprobs
 from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models import Decoder
 from twinserve.engine.models.source import ModelSource
@@ -28,6 +28,7 @@ from twinserve.engine.prompts import check_token_maker, default_token_maker, enc
 from twinserve.engine.serving import serve_trace
 from twinserve.engine.speculation.choice import draft_of, proposer_maker
 from twinserve.engine.speculation.runner import SpeculativeRunner
+from twinserve.engine.token_logprobs import TokenLogprobs
 from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -214,7 +215,7 @@ class LLM:
         tokens = [
             encode_prompt(prompt, self.tokenizer, self.config.vocab_size, index) for index, prompt in enumerate(prompts)
         ]
-        sequences = [Sequence(token_ids, self.with_stops(own)) for token_ids, own in zip(tokens, params, strict=True)]
+        sequences = [Sequence(token_ids, self._with_stops(own)) for token_ids, own in zip(tokens, params, strict=True)]
         try:
             with self._guard:
                 wait = self._live_core().begin(sequences)
@@ -271,7 +272,7 @@ class LLM:
                 self.runner,
                 requests,
                 token_maker=self.token_maker,
-                params=self.with_stops(params),
+                params=self._with_stops(params),
                 recorder=recorder,
                 time_scale=time_scale,
                 progress=progress,
@@ -301,25 +302,8 @@ class LLM:
         """Fresh policies."""
         return self.settings.build_core(eos_token_id=self.eos_token_id, listener=listener)
 
-    def with_stops(self, params: SamplingParams) -> SamplingParams:
-        """`params` that also end at what ends the model's texts beside `eos_token_id`, and at that where the sampler
-        has to know it; unless they ignore the end of a text.
-
-        Raises:
-            InputError: they name a token that the model has not.
-        """
-        vocab_size = self.config.vocab_size
-        named = {"logit_bias": [token_id for token_id, _ in params.logit_bias], "stop_token_ids": params.stop_token_ids}
-        for name, token_ids in named.items():
-            for token_id in token_ids:
-                if not 0 <= token_id < vocab_size:
-                    problem = f"expected an id from 0 to {vocab_size - 1}"
-                    raise InputError(problem, field=f"a token of {name}", value=token_id)
-        if params.ignore_eos:
-            return params
-        # A tokenizer may know ids that the model has not: none of them is ever sampled.
-        ends = [token_id for token_id in self.eos_token_ids[0 if params.min_tokens else 1 :] if token_id < vocab_size]
-        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *ends))))
+    def _with_stops(self, params: SamplingParams) -> SamplingParams:
+        return with_stops(params, self.eos_token_ids, self.config.vocab_size)
 
     def _completion(self, seq: Sequence) -> Completion:
         failed = seq.refusal is not None and seq.finish_reason != "refused"

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device, to_host
 from twinserve.engine.online import TokenHandle
+from twinserve.engine.token_logprobs import TokenLogprobs
 from twinserve.policies import Row, Sequence
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of probabilities that the model gave a token: before penalty, temperature and all else.
-
-    Attributes:
-        logprob: of the token that was generated, or that the prompt has.
-        top: (token id, log-probability) of the most probable tokens, the most probable first.
-        rank: of a prompt's token, how many are at least as probable; None for generated ones.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    rank: int | None = None
-
 
 Heard = dict[Sequence, dict[int, TokenLogprobs]]
 """The log-probabilities of sequences' tokens, by their places in the sequence from 0."""

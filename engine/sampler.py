@@ -25,11 +25,9 @@ _EVERY_TOKEN = 1 << 62
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Do `params` ask for nothing but the most probable token, or one by temperature?"""
-    is_whole = params.top_k <= 0 and (params.top_p, params.min_p) == (1.0, 0.0)
-    keeps_all = params.temperature < GREEDY_BELOW or is_whole
+    """Do `params` ask for a token of the logits as they are, and for nothing beside it?"""
     changes = params.repetition_penalty != 1.0 or params.min_tokens or params.logit_bias or counts_tokens(params)
-    return keeps_all and not changes and params.logprobs is None
+    return not changes and params.logprobs is None
 
 
 def counts_tokens(params: SamplingParams) -> bool:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twinserve.policies import Sequence
-from twinserve.serving.backends import Ask, Backend
+from twinserve.engine.token_logprobs import TokenLogprobs
+from twinserve.serving.backends import Backend
+from twinserve.serving.dispatch import Dispatcher, Stream
+from twinserve.serving.messages import Ask
+from twinserve.serving.metrics import HttpMetrics
 from twinserve.serving.protocol import ApiError, Generation
 from twinserve.serving.text import AnswerText
-
-if TYPE_CHECKING:
-    from twinserve.engine.logprobs import TokenLogprobs
-
-
-_MOST_APART = 16
-"""So many tokens that have come together are still said one by one; of a stream that is further behind, all at once."""
-
-_BEHIND_S = 0.002
-"""Streams that go out so much later than their tokens were known say all that they have at once, and so catch up."""
 
 
 @dataclass
@@ -48,44 +40,39 @@ class Piece:
 
 
 class _Answer:
-    """One sequence that is being served, and its text."""
+    """One stream that is being read, and its text."""
 
-    def __init__(self, backend: Backend, index: int, ask: Ask, seq: Sequence, text: AnswerText | None):
-        self.index, self.ask, self.seq = index, ask, seq
+    def __init__(self, backend: Backend, index: int, stream: Stream, text: AnswerText | None):
+        self.index, self.stream = index, stream
+        self.ask: Ask = stream.submission.ask
         self.num_tokens = 0
         self.is_done = False
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._backend, self._text = backend, text
 
-    def take(self, is_behind: bool) -> Piece | None:
+    def take(self) -> Piece | None:
         """What is new; None if nothing is.
-
-        Args:
-            is_behind: streams are late, so that all of it is one piece.
 
         Raises:
             ApiError: the request was refused, or cannot be finished.
         """
-        seq, reason = self.seq, self.seq.finish_reason
+        stream, reason = self.stream, self.stream.finish_reason
         if reason == "refused":
-            raise ApiError(f"this request can never be served: {seq.refusal}")
-        if seq.refusal is not None:
-            raise ApiError(f"this request has failed: {seq.refusal}", HTTPStatus.INTERNAL_SERVER_ERROR)
-        token_ids = self._backend.tokens(seq, self.num_tokens)
+            raise ApiError(f"this request can never be served: {stream.refusal}")
+        if stream.refusal is not None:
+            raise ApiError(f"this request has failed: {stream.refusal}", HTTPStatus.INTERNAL_SERVER_ERROR)
+        token_ids = stream.token_ids[self.num_tokens :]
         if reason is None and not token_ids:
             return None
-        if 1 < len(token_ids) <= _MOST_APART and not is_behind:
-            token_ids, reason = token_ids[:1], None
+        begin = len(self.ask.prompt)
         if self.num_tokens == 0 and token_ids and self.ask.prompt_logprobs is not None:
-            of_prompt = self._backend.logprobs(seq)
-            self.prompt_logprobs = [None, *(of_prompt[place] for place in range(1, seq.num_prompt_tokens))]
+            self.prompt_logprobs = [None, *(stream.logprobs[place] for place in range(1, begin))]
         piece = Piece(self.index, token_ids=token_ids, finish_reason=reason)
-        if reason == "length" and seq.max_tokens < self.ask.max_tokens:
+        if reason == "length" and stream.submission.length < self.ask.max_tokens:
             piece.finish_reason = "stop"
-        if seq.sampling_params.logprobs is not None:
-            place = seq.num_prompt_tokens + self.num_tokens
-            heard = self._backend.logprobs(seq)
-            piece.logprobs = [heard[place + number] for number in range(len(token_ids))]
+        if self.ask.params.logprobs is not None:
+            place = begin + self.num_tokens
+            piece.logprobs = [stream.logprobs[place + number] for number in range(len(token_ids))]
         ends_by_token = reason == "stop" and bool(token_ids)
         if ends_by_token and token_ids[-1] != self._backend.eos_token_id:
             piece.stop_reason = token_ids[-1]
@@ -104,70 +91,33 @@ class _Answer:
         return piece
 
 
-class Wakes:
-    """Follows all sequences of an event loop, which it wakes once for all that have got something.
-
-    Args:
-        loop: may be busy; what comes meanwhile is taken together.
-
-    Attributes:
-        events: set when a sequence has got something.
-        lag_s: how long the latest wake came after what it told of: so much later do streams go out.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.events: dict[Sequence, asyncio.Event] = {}
-        self._loop = loop
-        self.lag_s = 0.0
-        self._told: deque[list[Sequence]] = deque()
-        self._is_due, self._due_s = False, 0.0
-
-    def __call__(self, seqs: list[Sequence]) -> None:
-        """Hear of sequences; in the thread of Core."""
-        self._told.append(seqs)
-        if not self._is_due:
-            self._is_due, self._due_s = True, time.perf_counter()
-            self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        self.lag_s = time.perf_counter() - self._due_s
-        self._is_due = False
-        while self._told:
-            for seq in self._told.popleft():
-                if (event := self.events.get(seq)) is not None:
-                    event.set()
-
-
 class Answers:
     """The answers that one HTTP request asks for; to be made on the server's event loop.
 
     Args:
         asks: one an answer.
-        wakes: of the event loop.
+        metrics: told how late they are read.
 
     Raises:
         RunError: nothing is served any more.
     """
 
-    def __init__(self, backend: Backend, asks: Seq[Ask], body: Generation, wakes: Wakes):
-        self._backend = backend
+    def __init__(self, dispatcher: Dispatcher, asks: Seq[Ask], body: Generation, metrics: HttpMetrics):
+        self._dispatcher, self._metrics = dispatcher, metrics
         self._event = asyncio.Event()
-        tokenizer = backend.tokenizer
+        tokenizer = dispatcher.backend.tokenizer
         how: dict[str, Any] = {"include_stop": body.include_stop_str_in_output}
         how |= {"skip_special_tokens": body.skip_special_tokens, "min_tokens": body.min_tokens}
+        self._streams = dispatcher.submit(asks, self._event)
         self._answers = [
             _Answer(
-                backend,
+                dispatcher.backend,
                 index,
-                ask,
-                seq,
+                stream,
                 None if tokenizer is None else AnswerText(tokenizer, ask.prompt, stops=body.stops, **how),
             )
-            for index, (ask, seq) in enumerate(zip(asks, backend.submit(asks, wakes), strict=True))
+            for index, (ask, stream) in enumerate(zip(asks, self._streams, strict=True))
         ]
-        wakes.events |= {answer.seq: self._event for answer in self._answers}
-        self._wakes = wakes
-        self._event.set()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -180,7 +130,7 @@ class Answers:
     def num_cached_tokens(self) -> int:
         """Those found in the prefix cache when the first answer of each prompt was admitted."""
         first = {id(answer.ask.prompt): answer for answer in reversed(self._answers)}
-        return sum(answer.seq.num_cached_tokens for answer in first.values())
+        return sum(answer.stream.num_cached_tokens for answer in first.values())
 
     @property
     def num_completion_tokens(self) -> int:
@@ -208,17 +158,16 @@ class Answers:
             while left:
                 await self._event.wait()
                 self._event.clear()
-                found: list[Piece] = []
+                now_s, found = time.perf_counter(), []
                 for answer in left:
-                    while not answer.is_done and (piece := answer.take(self._wakes.lag_s > _BEHIND_S)) is not None:
+                    if answer.stream.since_s is not None:
+                        self._metrics.lag_s, answer.stream.since_s = now_s - answer.stream.since_s, None
+                    if (piece := answer.take()) is not None:
                         found.append(piece)
                 left = [answer for answer in left if not answer.is_done]
                 if found:
                     yield found
-                if left and (error := self._backend.live.error) is not None:
+                if left and (error := self._dispatcher.error) is not None:
                     raise ApiError(f"the engine has failed: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         finally:
-            self._backend.live.abort([answer.seq for answer in self._answers])
-            for answer in self._answers:
-                del self._wakes.events[answer.seq]
-                self._backend.ended(answer.seq, answer.ask)
+            self._dispatcher.leave(self._streams)

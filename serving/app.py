@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -21,11 +21,13 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from twinserve.serving.answers import Answers, Piece, Wakes
-from twinserve.serving.backends import Ask, Backend
+from twinserve.serving.answers import Answers, Piece
+from twinserve.serving.backends import Backend
+from twinserve.serving.dispatch import Dispatcher
 from twinserve.serving.formats import ChatFormat, CompletionFormat, Format
 from twinserve.serving.limits import BodyLimits
-from twinserve.serving.metrics import HttpMetrics, ServerMetrics
+from twinserve.serving.messages import Ask
+from twinserve.serving.metrics import HttpMetrics
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.protocol import (
     ApiError,
@@ -45,32 +47,38 @@ Made = TypeVar("Made")
 
 
 class Server:
-    """What the paths share: the backend, once it is there, and what it is told.
+    """What the paths share: what serves, once it is there, and what it is told.
 
     Attributes:
-        backend: None while it is being made; until then every path says 503.
-        metrics, wakes: there with the backend.
+        dispatcher: hands asks in; None while what serves is being made, and until then every path says 503.
         http: counts what comes over HTTP from the beginning.
     """
 
     def __init__(self, options: ServeOptions):
         self.options = options
-        self.backend: Backend | None = None
-        self.metrics: ServerMetrics | None = None
+        self.dispatcher: Dispatcher | None = None
         self.http = HttpMetrics()
-        self.wakes: Wakes
         self._sessions: dict[str, int] = defaultdict(lambda: len(self._sessions))
 
     @property
-    def ready(self) -> Backend:
-        """The backend.
+    def serving(self) -> Dispatcher:
+        """What hands asks in.
 
         Raises:
             ApiError: it is not there yet.
         """
-        if self.backend is None:
+        if self.dispatcher is None:
             raise ApiError("the model is being loaded", HTTPStatus.SERVICE_UNAVAILABLE)
-        return self.backend
+        return self.dispatcher
+
+    @property
+    def ready(self) -> Backend:
+        """What serves.
+
+        Raises:
+            ApiError: it is not there yet.
+        """
+        return self.serving.backend
 
     def names(self) -> list[str]:
         """The names of the model."""
@@ -135,7 +143,7 @@ class Server:
         if body.stops and backend.tokenizer is None:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
         most = self.options.max_num_queued_reqs
-        if most is not None and backend.num_waiting >= most:
+        if most is not None and self.serving.num_waiting >= most:
             raise ApiError(f"the queue is full: at most {most} requests wait", HTTPStatus.TOO_MANY_REQUESTS)
         number = None if session is None else self._sessions[session]
         asks = []
@@ -172,10 +180,10 @@ class _Keyed:
         await self._app(scope, receive, send)
 
 
-def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -> FastAPI:
+def make_app(server: Server) -> FastAPI:
     """The application."""
     options, own_version = server.options, versions().get("twinserve", "unknown")
-    app = FastAPI(title="twinserve", version=own_version, lifespan=lifespan)
+    app = FastAPI(title="twinserve", version=own_version)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -211,7 +219,7 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
     @app.get("/health")
     async def health() -> Response:
         """200 once requests are served."""
-        if (error := server.ready.live.error) is not None:
+        if (error := server.serving.error) is not None:
             raise ApiError(f"the engine has failed: {error}", HTTPStatus.SERVICE_UNAVAILABLE)
         return Response()
 
@@ -229,9 +237,8 @@ def make_app(server: Server, lifespan: Callable[[FastAPI], Any] | None = None) -
     @app.get("/metrics")
     async def metrics() -> Response:
         """The metrics page, for Prometheus."""
-        _ = server.ready
-        assert server.metrics is not None
-        return Response(server.metrics.page() + server.http.page(), media_type=CONTENT_TYPE_LATEST)
+        page = await server.serving.page()
+        return Response(page + server.http.page(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -309,7 +316,7 @@ async def _answer(
 ) -> Response:
     """The response to a request for answers: as they come, or as a whole."""
     asks = server.asks(body, prompts, request.headers.get(SESSION_HEADER))
-    answers = Answers(server.ready, asks, body, server.wakes)
+    answers = Answers(server.serving, asks, body, server.http)
     pieces = answers.pieces()
     if not body.stream:
         return await _unless_gone(request, _whole(form, answers, pieces)) or Response(status_code=499)

@@ -72,9 +72,13 @@ class HttpMetrics:
     """What comes over HTTP and goes: the names and labels that prometheus-fastapi-instrumentator gives it in vLLM.
 
     Probes are left out, as there.
+
+    Attributes:
+        lag_s: how long after the Core had told of it somebody's answer was read the latest time, in seconds.
     """
 
     def __init__(self) -> None:
+        self.lag_s = 0.0
         self._registry = CollectorRegistry()
         self._requests = Counter("http_requests", "Requests.", ["method", "status", "handler"], registry=self._registry)
         self._seconds = Histogram(
@@ -84,6 +88,8 @@ class HttpMetrics:
             registry=self._registry,
             buckets=_HTTP,
         )
+        name, text = f"{OWN_PREFIX}stream_lag_seconds", "How late streams hear of what is there for them."
+        Gauge(name, text, registry=self._registry).set_function(lambda: self.lag_s)
 
     def page(self) -> bytes:
         """The metrics, in Prometheus' text format."""

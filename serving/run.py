@@ -5,34 +5,31 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import uvicorn
-from fastapi import FastAPI
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
 
 from twinserve.engine.options import EngineOptions
-from twinserve.serving.answers import Wakes
-from twinserve.serving.app import Server, make_app
-from twinserve.serving.backends import Backend, EngineBackend, SimulatedBackend
-from twinserve.serving.limits import give_up_after, protocol_within
-from twinserve.serving.metrics import ServerMetrics
+from twinserve.serving.backends import EngineBackend, SimulatedBackend
+from twinserve.serving.front import Front, serve_apart
+from twinserve.serving.hosts import EngineHost, Host, Hosting, Model, SimulatedHost
+from twinserve.serving.limits import give_up_after
+from twinserve.serving.links import Wire
+from twinserve.serving.messages import Call
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
-from twinserve.serving.simulated import LiveReplicas
 from twinserve.settings.build_core import Settings
-from twinserve.settings.errors import InputError
+from twinserve.settings.errors import InputError, RunError
 from twinserve.sim.routers import Router
 from twinserve.traces.generator import LengthSpec
 from twinserve.worlds.run import ReplicaSpec, load_llm
-
-_TICK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,17 +52,15 @@ class SimulatedModel:
     time_scale: float = 1.0
     router_facts: dict[str, Any] = field(default_factory=dict)
 
-    def backend(self, record: RecordOptions | None) -> Backend:
-        """The backend, whose traffic is recorded as `record` says.
+    is_apart = False
 
-        Raises:
-            InputError: the record cannot be written.
-        """
+    def host(self, record: RecordOptions | None) -> Host:
+        """See `Model.host`."""
         kept = None
         if record is not None:
             kept = LiveRecord.of_simulation(record, self.replicas, self.time_scale, self.router_facts)
-        how: dict[str, Any] = {"lengths": self.lengths, "time_scale": self.time_scale, "record": kept}
-        return SimulatedBackend(self.name, self.replicas, self.router, **how)
+        backend = SimulatedBackend(self.name, self.replicas[0].settings, lengths=self.lengths)
+        return SimulatedHost(backend, self.replicas, self.router, time_scale=self.time_scale, record=kept)
 
 
 @dataclass(frozen=True)
@@ -82,47 +77,15 @@ class EngineModel:
     say: Callable[[str], None]
     takes_defaults: bool = True
 
-    def backend(self, record: RecordOptions | None) -> Backend:
-        """The backend, whose traffic is recorded as `record` says; the weights are loaded here."""
+    is_apart = True
+
+    def host(self, record: RecordOptions | None) -> Host:
+        """See `Model.host`; the weights are loaded here."""
         llm = load_llm(self.options, self.settings, progress=self.say)
         if llm.runner.device.type == "cuda":
             llm.warm_up()
         kept = None if record is None else LiveRecord.of_engine(record, llm.settings, llm.facts(), llm.device_name)
-        return EngineBackend(llm, kept, takes_defaults=self.takes_defaults)
-
-
-class Model(Protocol):
-    """What a service serves; `SimulatedModel` and `EngineModel` are such."""
-
-    def backend(self, record: RecordOptions | None) -> Backend:
-        """The backend, whose traffic is recorded as `record` says; it may take long to make."""
-
-
-class _Uvicorn(uvicorn.Server):
-    """A server that ends without a signal's default action, and says where it listens."""
-
-    def __init__(self, config: uvicorn.Config, say: Callable[[str], None]):
-        super().__init__(config)
-        self._say = say
-        self.url: str | None = None
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        is_main = threading.current_thread() is threading.main_thread()
-        loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        for number in signals:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        host, port, *_ = self.servers[0].sockets[0].getsockname()
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._say(f"listening at {self.url}")
+        return EngineHost(EngineBackend(llm, takes_defaults=self.takes_defaults), llm, kept)
 
 
 def _listening(options: ServeOptions) -> socket.socket:
@@ -139,24 +102,27 @@ def _listening(options: ServeOptions) -> socket.socket:
         raise InputError(problem, field="host and port", value=f"{options.host}:{options.port}") from error
 
 
-TURN_S = 1e-4
-"""The loop of Core needs the interpreter a few times a step, and waits for as long each time while streams are written:
-with Python's 5 ms a step would take several times as long as the device does."""
-
-
 @contextmanager
-def _threads_in_turns() -> Iterator[None]:
-    """Within the block, a thread of Python gives way to another after TURN_S."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN_S)
+def _signals(number_to: Callable[[int], None] | None) -> Iterator[None]:
+    """Within the block, SIGINT and SIGTERM call `number_to`, or are ignored where that is None; in a main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler: Any = signal.SIG_IGN if number_to is None else lambda number, frame: number_to(number)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 class Service:
-    """A server and its life: it listens, gets its backend, serves, drains, and closes its record.
+    """A server and its life: it listens, what it serves is made, it serves, drains, and closes its record.
+
+    A model that is apart is served in the thread that calls `run`, and HTTP by a process of its own, for a loop that
+    keeps a device busy cannot wait for the interpreter. Simulated replicas have no device to keep busy, and HTTP is
+    served beside them in this process, so that one core is enough for both.
 
     Args:
         record: how the traffic is recorded; None records nothing.
@@ -164,6 +130,7 @@ class Service:
 
     Attributes:
         url: where it listens, once it does.
+        front: serves HTTP, where that is done in this process.
     """
 
     def __init__(
@@ -174,30 +141,16 @@ class Service:
         record: RecordOptions | None = None,
         say: Callable[[str], None],
     ):
-        self._server = Server(options)
-        self._model, self._record, self._say = model, record, say
-        self._error: BaseException | None = None
-        self._counts: Counter[str] | None = None
-        self._is_over = False
-        config = uvicorn.Config(
-            make_app(self._server, self._lifespan),
-            host=options.host,
-            port=options.port,
-            http=protocol_within(options.client_timeout),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=options.shutdown_timeout,
-        )
-        self._uvicorn = _Uvicorn(config, say)
+        self.url: str | None = None
+        self.front: Front | None = None
+        self._options, self._model, self._record, self._say = options, model, record, say
+        self._hosting: Hosting | None = None
+        self._exit: Callable[[int], None] | None = None
 
     @property
-    def url(self) -> str | None:
-        return self._uvicorn.url
-
-    @property
-    def backend(self) -> Backend | None:
-        """What serves; None before it is there."""
-        return self._server.backend
+    def host(self) -> Host | None:
+        """What serves; None before it does."""
+        return None if self._hosting is None else self._hosting.host
 
     def run(self) -> Counter[str] | None:
         """Serve until SIGINT, SIGTERM or `stop`; what runs then may end within `shutdown_timeout`.
@@ -207,68 +160,57 @@ class Service:
 
         Raises:
             InputError: the model, or something else that was given, cannot be used.
-            RunError: the engine has failed.
+            RunError: the engine has failed, or the process that serves HTTP has ended.
         """
-        with _listening(self._server.options) as listener, _threads_in_turns():
-            give_up_after(listener, self._server.options.client_timeout)
-            self._uvicorn.run([listener])
-        if self._error is not None:
-            raise self._error
-        return self._counts
+        with _listening(self._options) as listener:
+            give_up_after(listener, self._options.client_timeout)
+            host, port, *_ = listener.getsockname()
+            self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            return (self._run_apart if self._model.is_apart else self._run_beside)(listener, self.url)
 
     def stop(self) -> None:
-        """End as at a signal; from any thread."""
-        self._uvicorn.should_exit = True
+        """End as at a signal, unless `run` has not begun; from any thread."""
+        if self._exit is not None:
+            self._exit(signal.SIGTERM)
 
-    @asynccontextmanager
-    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Make the backend while the server listens already, and end it with the server."""
-        serving = asyncio.create_task(self._serve())
-        yield
-        self._is_over = True
-        if (backend := self._server.backend) is not None:
-            backend.live.abort_all()
-            backend.live.no_more()
-        await serving
+    def _run_beside(self, listener: socket.socket, url: str) -> Counter[str] | None:
+        with ThreadPoolExecutor(1, "hosting") as pool:
+            hosted: list[Future[Counter[str] | None]] = []
 
-    async def _serve(self) -> None:
-        """Serve until the Core is closed, or something fails, which ends the server."""
-        backend = None
-        try:
-            backend = await asyncio.to_thread(self._model.backend, self._record)
-            if self._is_over:
-                return
-            self._start(backend)
-            await self._ended(backend)
-            self._error = backend.live.error
-            if backend.record is not None:
-                self._counts = backend.record.close()
-        except BaseException as error:
-            self._error = error
-        finally:
-            if backend is not None and backend.record is not None:
-                backend.record.discard()
-            self._uvicorn.should_exit = True
+            async def open_link(front: Front) -> Call:
+                loop = asyncio.get_running_loop()
 
-    async def _ended(self, backend: Backend) -> None:
-        """Wait until nothing is served any more, and have segments end that are old enough meanwhile."""
-        ended = asyncio.ensure_future(asyncio.to_thread(backend.live.join))
-        while not ended.done():
-            await asyncio.wait([ended], timeout=_TICK_S)
-            if backend.record is not None:
-                await asyncio.to_thread(backend.record.tick)
-        await ended
+                def tell(name: str, *args: Any) -> None:
+                    loop.call_soon_threadsafe(getattr(front, name), *args)
 
-    def _start(self, backend: Backend) -> None:
-        metrics = ServerMetrics(
-            self._server.options.served_model_name[0] if self._server.options.served_model_name else backend.name
-        )
-        backend.start([metrics])
-        live = backend.live
-        metrics.watch(live.cores, backend.settings)
-        if isinstance(live, LiveReplicas):
-            metrics.own_gauge("simulation_lag_seconds", "How late steps are simulated.", lambda: live.lag_s)
-        wakes = self._server.wakes = Wakes(asyncio.get_running_loop())
-        metrics.own_gauge("stream_lag_seconds", "How late streams hear of what is there for them.", lambda: wakes.lag_s)
-        self._server.metrics, self._server.backend = metrics, backend
-        self._say(f"serving {backend.name}")
+                hosting = self._hosting = Hosting(self._model, self._options, self._record, tell, self._say)
+                hosted.append(pool.submit(hosting.run))
+                return lambda name, *args: getattr(hosting, name)(*args)
+
+            front = self.front = Front(self._options, url, open_link, catches_signals=True)
+            self._exit = front.exit
+            front.run(listener)
+            return hosted[0].result()
+
+    def _run_apart(self, listener: socket.socket, url: str) -> Counter[str] | None:
+        own, other = socket.socketpair()
+        wire = Wire(own)
+        self._exit = partial(wire.tell, "exit")
+        hosting = self._hosting = Hosting(self._model, self._options, self._record, wire.tell, self._say)
+        arguments = self._options, url, listener, other
+        process = get_context("spawn").Process(target=serve_apart, args=arguments, name="http", daemon=True)
+        with _signals(None):  # a process begins with those ignored that were when it was made
+            process.start()
+        for its in (listener, other):
+            its.close()
+        with _signals(self._exit):
+            wire.begin(hosting, hosting.close)
+            try:
+                counts = hosting.run()
+            finally:
+                process.join()
+                wire.close()
+        if process.exitcode:
+            how = f"killed by signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
+            raise RunError(f"the process that serves HTTP has ended: {how}")
+        return counts

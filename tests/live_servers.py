@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from twinserve.engine.llm import LLM
 from twinserve.policies import Core
-from twinserve.serving.backends import Backend, EngineBackend
+from twinserve.serving.backends import EngineBackend
+from twinserve.serving.hosts import EngineHost, Host, Model
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
-from twinserve.serving.run import Model, Service, SimulatedModel
+from twinserve.serving.run import Service, SimulatedModel
 from twinserve.settings.build_core import Settings
 from twinserve.sim.routers import LeastOutstanding
 from twinserve.traces.runs.segments import KeptTokens
@@ -50,15 +51,16 @@ class TinyModel:
 
     settings: dict[str, Any] = field(default_factory=dict)
     llm: LLM | None = None
+    is_apart = True
 
-    def backend(self, record: RecordOptions | None) -> Backend:
+    def host(self, record: RecordOptions | None) -> Host:
         settings = Settings.load({"block_size": 16, "num_gpu_blocks": 256} | self.settings)
         how: dict[str, Any] = {"tokenizer": byte_tokenizer(), "name": "tiny", "settings": settings}
         self.llm = LLM(judge_of("llama").model, **how, threads=1)  # two teams of threads wait for each other
         kept = None
         if record is not None:
             kept = LiveRecord.of_engine(record, self.llm.settings, self.llm.facts(), self.llm.device_name)
-        return EngineBackend(self.llm, kept)
+        return EngineHost(EngineBackend(self.llm), self.llm, kept)
 
 
 def simulated(time_scale: float = 1.0, lengths: Any = None, replicas: int = 1, **settings: Any) -> SimulatedModel:
@@ -94,8 +96,8 @@ class Running:
         except BaseException as error:
             self.error = error
 
-    def wait(self, *, for_backend: bool = True) -> Running:
-        while self._thread.is_alive() and (self.service.url is None or (for_backend and self.service.backend is None)):
+    def wait(self, *, for_host: bool = True) -> Running:
+        while self._thread.is_alive() and (self.service.url is None or (for_host and self.service.host is None)):
             time.sleep(0.01)
         return self
 
@@ -106,8 +108,8 @@ class Running:
 
     @property
     def cores(self) -> list[Core]:
-        assert self.service.backend is not None
-        return self.service.backend.live.cores
+        assert self.service.host is not None
+        return self.service.host.live.cores
 
     @property
     def core(self) -> Core:

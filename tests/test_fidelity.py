@@ -93,8 +93,9 @@ def test_the_page_says_what_its_numbers_say():
     results = {"card": "x", "device": "X", "decisions": [5, 6], "saturation": {}, "windows": windows}
     text = fidelity_text.page(results)
     assert "Of 6 recorded decisions 5 are made again" in text
-    assert f"`{other}` | +20.0%" in text and "(+10.0%)" in text and "| TPOT mean | 20.0% | 50.0% |" in text
-    assert text.count("`qwen3-0.6b-azure-mixed-0.90`") == 2, "the worst window is taken apart"
+    assert f"`{other}` | +20.0%" in text and "(+10.0%)" in text and "| TPOT mean | 10.0% | 50.0% |" in text
+    assert f"| `{other}` | bias +20.0%, TPOT mean +20.0%" in text and f"| `{one}` | bias" not in text
+    assert text.count("`qwen3-0.6b-azure-mixed-0.90`") == 3, "the worst window is taken apart"
     assert fidelity_text.plot(windows).count("<circle") == 4 * 5 + 3
 
 

@@ -216,6 +216,7 @@ class VllmWorld:
         while self._coming and self._coming[0].step <= len(self.steps):
             scheduler.add_request(self._request(self._coming.popleft()))
         output = scheduler.schedule()
+        scheduler.get_grammar_bitmask(output)  # as vLLM does when it has launched the step
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))

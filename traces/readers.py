@@ -129,6 +129,14 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
         return _trace(name, content.sha256(), reading, path, num_unread)
 
 
+def made_trace(requests: Seq[Request], name: str, sha256: str) -> Trace:
+    """A trace of requests that come from elsewhere, by the name of what they are from and the sha256 of its content."""
+    reading = Reading()
+    for request in requests:
+        reading.requests.append(request)
+    return Trace(reading.requests, name, sha256, _notes(reading.requests), reading.handled)
+
+
 def _read(rows: Rows, reading: Reading, limit: int | None, until_s: float) -> bool:
     """Read the requests that are wanted; whether they are all."""
     requests = reading.requests

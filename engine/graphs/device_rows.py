@@ -15,6 +15,8 @@ from twinserve.engine.kernels.step_rows import apply_edits
 from twinserve.engine.sampler import is_plain, mark_seen, mixed
 from twinserve.policies import Batch, Row, Sequence
 
+_EVERY_TOKEN = (1 << 31) - 1
+
 
 class DeviceRows:
     """A row on the device for each running sequence: its last token, its length, its block table, how it samples.
@@ -31,6 +33,7 @@ class DeviceRows:
     Attributes:
         tokens, computed: [num_rows + 1], int32: the token that a row computes next, and how many came before it.
         temperatures: [num_rows + 1], float32.
+        filters: [num_rows + 1, 3], int32: top-k, and the bits of top-p and min-p in float32.
         seeds: [num_rows + 1, 2], int32: the mixed seed's low and high half.
         tables: [num_rows + 1, table_width], int32.
         special: sequences with a row that ask for more than a step samples by itself.
@@ -48,14 +51,17 @@ class DeviceRows:
     ):
         self._device, self._generator, self._num_blocks = device, generator, num_blocks
         rows = num_rows + 1
-        starts = np.cumsum([0, *(aligned(size) for size in (rows, rows, rows, 2 * rows, rows * table_width))]).tolist()
+        starts = np.cumsum(
+            [0, *(aligned(size) for size in (rows, rows, rows, 2 * rows, 3 * rows, rows * table_width))]
+        ).tolist()
         self._state = torch.zeros(starts[-1], dtype=torch.int32, device=device)
         views = [self._state[start:end] for start, end in zip(starts, starts[1:], strict=False)]
         self.tokens, self.computed = views[0][:rows], views[1][:rows]
         self.temperatures = views[2][:rows].view(torch.float32)
         self.seeds = views[3][: 2 * rows].view(rows, 2)
-        self.tables = views[4][: rows * table_width].view(rows, table_width)
-        self._computed, self._temperatures, self._seeds, self._tables = starts[1:5]
+        self.filters = views[4][: 3 * rows].view(rows, 3)
+        self.tables = views[5][: rows * table_width].view(rows, table_width)
+        self._computed, self._temperatures, self._seeds, self._filters, self._tables = starts[1:6]
         self._width, self._vocab_size = table_width, vocab_size
         self.scratch = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
@@ -138,8 +144,9 @@ class DeviceRows:
             self.special.add(seq)
         seed = mixed(self._generator.getrandbits(64) if params.seed is None else params.seed)
         edits = [
-            (self._temperatures + index, np.array([params.temperature], np.float32).view(np.int32).tolist()),
+            (self._temperatures + index, _bits(params.temperature)),
             (self._seeds + 2 * index, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32).tolist()),
+            (self._filters + 3 * index, [min(max(0, params.top_k), _EVERY_TOKEN), *_bits(params.top_p, params.min_p)]),
             (self._tables + index * self._width, seq.block_table),
         ]
         if not row.is_prompt:
@@ -154,6 +161,11 @@ class DeviceRows:
             self._free.append(row)
             self._with_seen.discard(row)
             self.special.discard(seq)
+
+
+def _bits(*numbers: float) -> list[int]:
+    """Those of float32 numbers, as int32."""
+    return np.array(numbers, np.float32).view(np.int32).tolist()
 
 
 def _check_blocks(seq: Sequence, block_ids: list[int], num_blocks: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
+from twinserve.engine.kernels.filtered_sampling import ROOM, sample_filtered_rows
 from twinserve.engine.kernels.fused import rms_norm, rotate_and_store, silu_and_mul
 from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention
 from twinserve.engine.kernels.sampling import sample_rows
@@ -81,6 +82,8 @@ class FusedDecoder:
         self.token_ids = self._flat[0]
         self.hidden = torch.empty(max_tokens, config.hidden_size, dtype=model.dtype, device=device)
         self._logits = torch.empty(max_sampled, config.vocab_size, dtype=model.dtype, device=device)
+        near = torch.empty(max_sampled, ROOM, dtype=model.dtype, device=device)
+        self._near = near, torch.empty_like(near, dtype=torch.int32)
         self._flash: Any = None
         if attention == "flash":
             from flash_attn import flash_attn_with_kvcache
@@ -106,9 +109,9 @@ class FusedDecoder:
             hidden = hidden[step.last]
         logits = self.model.logits(hidden, self._logits[: len(hidden)])
         last = self._order[: len(step.sample_rows)] if step.last is None else step.last
-        sample_rows(
-            logits, step.sample_rows, last, positions, rows.temperatures, rows.seeds, rows.tokens, rows.computed, out
-        )
+        state = rows.seeds, rows.tokens, rows.computed, out
+        blocks = sample_rows(logits, step.sample_rows, last, positions, rows.temperatures, *state)
+        sample_filtered_rows(logits, step.sample_rows, rows.temperatures, rows.filters, *state, blocks, self._near)
         return logits
 
     def _layers(self, step: StepRows, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -349,6 +350,7 @@ class GraphRunner:
                 sampled[size.decodes + number] = device_row
             last[size.decodes + number] = end - 1
             offset = end
+        cut.sort(key=itemgetter(2), reverse=True)  # the longest contexts first, as nothing runs beside the last
         tiles[: 4 * len(cut)] = np.ravel(cut)
         return flat
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -137,6 +138,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             else:
                 num_single += length
             offset += length
+        cut.sort(key=itemgetter(2), reverse=True)  # the longest contexts first, as nothing runs beside the last
         rows = np.repeat(np.arange(len(lengths)), lengths)
         tiles = np.array(cut, dtype=np.int32).reshape(-1, 4)
         arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)

@@ -37,8 +37,9 @@ class PromptCut:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> PromptCut:
-        """That of queries of a dtype."""
-        return cls(32, 32, warps=4, stages=2) if dtype == torch.float32 else cls(128, 64, warps=8, stages=3)
+        """That of queries of a dtype. Measured on an H200: of 12 cuts the one that is fastest, or within a tenth of it,
+        from a prompt of 1,024 tokens to a piece of 2,048 behind 30,000, with 16 and with 32 heads."""
+        return cls(32, 32, warps=4, stages=2) if dtype == torch.float32 else cls(64, 64, warps=4, stages=2)
 
 
 def prompt_tiles(row: int, offset: int, start: int, count: int, tile: int) -> list[tuple[int, int, int, int]]:

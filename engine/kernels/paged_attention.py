@@ -22,23 +22,32 @@ LOG2_E = log2(2.718281828459045)
 @triton.jit
 def _attend_block(
     q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a context more: the running maximum, the sum of weights, and the weighted sum of values.
 
-    `known` tokens are read. All queries attend to them, or, if CAUSAL, each to those up to position `last`; to WINDOW
-    of these, the last ones, unless it is 0.
+    All queries attend to all of the tokens, if WHOLE; else to those that are `known`, or, if CAUSAL, each to those up
+    to position `last`; to WINDOW of these, the last ones, unless it is 0.
     """
-    block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
+    if WHOLE:
+        known = tokens >= 0
+        block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
+    else:
+        block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
     place = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * (KV_HEADS * SIZE) + kv_head * SIZE
-    k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
-    v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
+    if WHOLE and columns.shape[0] == SIZE:
+        k = tl.load(keys + place[None, :] + columns[:, None])
+        v = tl.load(values + place[:, None] + columns[None, :])
+    else:
+        k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
     score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
-    seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
-    if CAUSAL and WINDOW:
-        seen = seen & (tokens[None, :] > last[:, None] - WINDOW)
-    score = tl.where(seen, score, float("-inf"))
+    if not WHOLE:
+        seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
+        if CAUSAL and WINDOW:
+            seen = seen & (tokens[None, :] > last[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(top, tl.max(score, axis=1))
     # The first tokens that are read may lie before a query's window, all of them: there is no maximum then.
     base = tl.where(higher == float("-inf"), 0.0, higher) if CAUSAL and WINDOW else higher
@@ -86,7 +95,7 @@ def _decode_kernel(
         known = tokens < end
         top, total, summed = _attend_block(
             q, keys, values, table, tokens, known, None, kv_head, columns, in_head, scale, top, total, summed,
-            KV_HEADS, SIZE, BLOCK_SIZE, False, 0, PRECISION,
+            KV_HEADS, SIZE, BLOCK_SIZE, False, False, 0, PRECISION,
         )  # fmt: skip
 
     place = head[:, None] * SIZE + columns[None, :]
@@ -150,12 +159,20 @@ def _prefill_kernel(
     summed = tl.zeros([BLOCK_TOKENS * BLOCK_HEADS, BLOCK_D], tl.float32)
     last = start + token
     begin = tl.maximum(start + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
-    for first in range(begin, start + count, BLOCK_N):
+    # What lies before the tile, all of its tokens attend to; to look which do would cost a fifth of the time.
+    whole = begin if WINDOW else (start + 1) // BLOCK_N * BLOCK_N
+    for first in range(begin, whole, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        top, total, summed = _attend_block(
+            q, keys, values, table, tokens, None, last, kv_head, columns, in_head, scale, top, total, summed,
+            KV_HEADS, SIZE, BLOCK_SIZE, True, False, 0, PRECISION,
+        )  # fmt: skip
+    for first in range(whole, start + count, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         known = tokens < start + count
         top, total, summed = _attend_block(
             q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
-            KV_HEADS, SIZE, BLOCK_SIZE, True, WINDOW, PRECISION,
+            KV_HEADS, SIZE, BLOCK_SIZE, False, True, WINDOW, PRECISION,
         )  # fmt: skip
     tl.store(out + place, (summed / total[:, None]).to(out.dtype.element_ty), mine[:, None] & in_head[None, :])
 

@@ -30,6 +30,15 @@ def _mixed(x):
 
 
 @triton.jit
+def uniform_at(seeds, row, position):
+    """A number in [0, 1) from a device row's seed and a token's position, as `twinserve.engine.sampler.uniform`."""
+    low = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(seeds + 2 * row + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
+    bits = _mixed((high << 32) + low + position.to(tl.uint64))
+    return (bits >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+
+
+@triton.jit
 def _block_kernel(
     logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK: tl.constexpr, GREEDY_BELOW: tl.constexpr
 ):  # fmt: skip
@@ -65,12 +74,8 @@ def _draw_kernel(
     if temperature >= GREEDY_BELOW:
         weight = tl.exp((top - highest) / temperature).to(tl.float64)
         weight *= tl.load(sums + index * num_blocks + blocks, there, other=0.0).to(tl.float64)
-        low = tl.load(seeds + 2 * row).to(tl.uint32, bitcast=True).to(tl.uint64)
-        high = tl.load(seeds + 2 * row + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
-        bits = _mixed((high << 32) + low + position.to(tl.uint64))
-        uniform = (bits >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
         cumulative = tl.cumsum(weight, axis=0)
-        target = uniform * tl.sum(weight, axis=0)
+        target = uniform_at(seeds, row, position) * tl.sum(weight, axis=0)
         block = tl.min(tl.where((cumulative > target) & there, blocks, num_blocks - 1), axis=0)
         rest = target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
         columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +100,7 @@ def sample_rows(
     tokens: Tensor,
     computed: Tensor,
     out: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Sample a token from each row of `logits`, and let the sequences go on from there.
 
     Args:
@@ -108,6 +113,10 @@ def sample_rows(
         tokens, computed: [device rows], int32: written: the token, and the tokens computed before it.
         out: [at least sampled], int32: written: the tokens, in the order of `rows`; NOT_SAMPLED where the largest of
             the logits is no finite number, for which `tokens` have token 0.
+
+    Returns:
+        [sampled, blocks of BLOCK tokens], float32: the largest logit of each block, and the sum of what its tokens'
+        probabilities are to the probability of that one.
     """
     count, size = logits.shape
     num_blocks = triton.cdiv(size, BLOCK)
@@ -121,3 +130,4 @@ def sample_rows(
         logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
         BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, NOT_SAMPLED, num_warps=4,
     )  # fmt: skip
+    return tops, sums

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -192,3 +193,16 @@ def test_fetch_without_a_network_says_so_in_one_line(twinserve, cache):
 def test_every_command_has_help(twinserve, command):
     result = twinserve("trace", command, "--help")
     assert result.code == 0 and f"Usage: twinserve trace {command}" in result.out
+
+
+def test_the_traffic_of_a_vllm_that_was_recorded_is_a_trace(twinserve):
+    """Its requests are simulated, and next turns hit what was answered before."""
+    journal = Path(__file__).resolve().parents[1] / "data" / "vllm_journal"
+    result = twinserve("sim", journal, "--latency", "qwen3-0.6b-h100", "--like", "own", "--json")
+    assert result.code == 0, result.err
+    summary = json.loads(result.out)
+    assert summary["finished"] == 60 and summary["cached_tokens"] > 500
+    found = json.loads(twinserve("trace", "stat", journal, "--json").out)
+    assert found["requests"] == 60
+    limited = json.loads(twinserve("trace", "stat", journal, "--limit", 7, "--json").out)
+    assert limited["requests"] == 7

@@ -99,7 +99,7 @@ def test_heads_too_large_for_a_cards_shared_memory_are_refused_or_served_without
         with pytest.raises(InputError) as refusal:
             LLM(folder, device="cuda", **asked)
         assert str(refusal.value) == (
-            "head_dim is 256, expected smaller heads for triton: its attention needs 147,968 bytes of shared memory, "
+            "head_dim is 256, expected smaller heads for triton: its attention needs 143,872 bytes of shared memory, "
             "and NVIDIA L4 has 101,376"
         )
     chosen = checked(folder, device="cuda").attention

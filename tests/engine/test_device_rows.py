@@ -55,13 +55,16 @@ def enter(rows, *seqs: Sequence, start: int = 0, num_tokens: int = 3, is_prompt:
 
 
 def test_a_new_sequence_gets_a_row_with_its_blocks_and_how_it_samples(device_rows):
-    rows, seq = make(device_rows), sequence([3, 7], temperature=0.5, seed=9)
-    enter(rows, seq)
+    rows, seq = make(device_rows), sequence([3, 7], temperature=0.5, seed=9, top_p=0.75, min_p=0.125)
+    enter(rows, seq, other := sequence([2], top_k=1 << 40))
     [row] = rows.of([seq])
     assert rows.tables[row, :2].tolist() == [3, 7]
     assert rows.temperatures[row].item() == 0.5
     low, high = rows.seeds[row].numpy().view(np.uint32).tolist()
     assert low | high << 32 == device_rows.mixed(9)
+    assert rows.filters[row, 0].item() == 0
+    assert rows.filters[row, 1:].view(torch.float32).tolist() == [0.75, 0.125]
+    assert rows.filters[rows.of([other])[0]].tolist() == [2**31 - 1, 0x3F800000, 0]
     assert rows.special == set()
 
 
@@ -84,7 +87,7 @@ def test_grown_blocks_go_behind_those_that_were_there(device_rows):
 
 
 def test_rows_of_those_that_left_or_were_preempted_are_given_anew(device_rows):
-    rows, seqs = make(device_rows), [sequence([n], top_k=2) for n in range(3)]
+    rows, seqs = make(device_rows), [sequence([n], logprobs=2) for n in range(3)]
     enter(rows, *seqs)
     freed = rows.of(seqs[:2])
     assert rows.special == set(seqs)

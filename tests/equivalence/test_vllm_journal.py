@@ -15,6 +15,7 @@ from latencies import Uneven
 from twinserve.cli import main
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.sim.recorded_steps import features_of, fit_records
 from twinserve.sim.replica import simulate
 from twinserve.traces.runs.replay import replay
 from twinserve.traces.runs.vllm_journal import JOURNAL
@@ -67,6 +68,50 @@ def test_the_trace_of_a_journal_can_be_simulated():
     core = Settings.recorded(record.run["settings"], record.path).build_core()
     simulate(requests, core, Uneven(), progress=ended.append)
     assert len(ended) == 60
+
+
+def timed(lines: list[str], device_s) -> list[str]:
+    """The journal of a server whose steps take so long, by their tokens, and each launch a fifth of a millisecond."""
+    head, *events = (json.loads(line) for line in lines)
+    head[2]["cudagraph_capture_sizes"] = [32]
+    now = busy_until = 0.0
+    launched, ends = {}, {}
+    for event in events:
+        if event[0] == "q":
+            event[2] = now
+        elif event[0] == "s":
+            step, num_tokens = event[1], event[-1]
+            event[2], event[3] = now, now + 50e-6
+            begun, now = event[3], event[3] + 200e-6
+            busy_until = max(busy_until, begun if num_tokens > 32 else now) + device_s(num_tokens)
+            launched[step], ends[step] = now, busy_until
+        elif event[0] == "u":
+            known = max(now, ends[event[1]])
+            now = known + 30e-6
+            event[2:5] = launched[event[1]], known, now
+        else:
+            event[1] = now
+    return [json.dumps(event) for event in (head, *events)]
+
+
+def test_from_a_journal_follows_a_latency_by_which_the_run_comes_out_as_it_was(tmp_path):
+    def device_s(num_tokens: int) -> float:
+        return 2e-3 + 20e-6 * num_tokens if num_tokens else 0.0
+
+    lines = (FOLDER / JOURNAL).read_text().splitlines()
+    (tmp_path / JOURNAL).write_text("\n".join(timed(lines, device_s)) + "\n")
+    record = load_run(tmp_path)
+    assert replay(record).is_exact
+    latency = fit_records([record], about={})
+    for features in features_of(record):
+        if features.seqs:
+            cost = latency.step_cost(features)
+            assert cost.device_ns == pytest.approx(device_s(features.tokens) * 1e9, rel=0.05)
+            assert cost.host_ns == pytest.approx(280_000, rel=0.1)
+    ended = []
+    core = Settings.recorded(record.run["settings"], record.path).build_core()
+    simulate(requests_of(record), core, latency, progress=ended.append)
+    assert max(seq.finish_ns for seq in ended) == pytest.approx(record.steps[-1]["end_ns"], rel=0.05)
 
 
 def test_a_command_reads_the_folder_of_a_journal(tmp_path, monkeypatch, capsys):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
-from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.engine.sampler import sample
+from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +78,41 @@ def assert_logprobs(found, expected, count: int | None) -> None:
         assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
         # Of two that are nearly as probable, either may come first.
         assert len({token_id for token_id, _ in one.top} ^ {token_id for token_id, _ in other.top}) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [3.0, 0.5], ids=["few are likely", "many are likely"])
+def test_what_is_kept_is_searched_for_as_it_is_sorted_for(dtype, width):
+    """Of equal logits too, which 16 bits make many of; and where more is kept than is copied."""
+    from twinserve.engine.graphs.device_rows import DeviceRows
+    from twinserve.engine.kernels.filtered_sampling import ROOM, sample_filtered_rows
+    from twinserve.engine.kernels.sampling import sample_rows
+
+    device, size = torch.device("cuda"), 151_936
+    kept = [(0, 0.95, 0.0), (20, 1.0, 0.0), (20, 0.95, 0.0), (1, 0.497, 0.0), (0, 1.0, 0.1), (500, 0.9, 0.01)]
+    kept += [(0, 0.9999, 0.0), (3000, 1.0, 0.0), (0, 1e-6, 0.0), (1 << 40, 0.8, 1.0), (0, 1.0, 0.0)]
+    params = [
+        SamplingParams(temperature, seed=number, top_k=top_k, top_p=top_p, min_p=min_p)
+        for number, temperature in enumerate((0.6, 1.0, 1.7, 0.0))
+        for top_k, top_p, min_p in kept
+    ]
+    logits = width * torch.randn(len(params), size, device=device, generator=torch.Generator(device).manual_seed(0))
+    logits = logits.to(dtype)
+    logits[:, 7::1000] = logits.max()
+    rows = DeviceRows(len(params), 1, size, 1, device, random.Random(0))
+    seqs = [Sequence([1], param) for param in params]
+    rows.apply(rows.changes(Batch(1), [Row(seq, 0, 1, True, True) for seq in seqs]))
+    places = torch.tensor(rows.of(seqs), dtype=torch.int32, device=device)
+    last, positions = torch.arange(len(params), dtype=torch.int32, device=device), torch.full_like(places, 12)
+    out = torch.zeros_like(places)
+    near = tuple(torch.empty(len(params), ROOM, dtype=one, device=device) for one in (dtype, torch.int32))
+    state = rows.seeds, rows.tokens, rows.computed, out
+    blocks = sample_rows(logits, places, last, positions, rows.temperatures, *state)
+    unfiltered = out.tolist()
+    sample_filtered_rows(logits, places, rows.temperatures, rows.filters, *state, blocks, near)
+    assert out.tolist() == sample(logits, params, [13] * len(params)).tolist()
+    assert rows.tokens[places.long()].tolist() == out.tolist()
+    assert sum(one != other for one, other in zip(out.tolist(), unfiltered, strict=True)) > len(params) // 4
 
 
 @every_depth

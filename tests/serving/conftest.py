@@ -10,7 +10,7 @@ import pytest
 from live_servers import Running
 from shell import latency, twinserve
 
-from twinserve.serving.run import Model
+from twinserve.serving.hosts import Model
 
 __all__ = ["latency", "twinserve"]
 

@@ -99,7 +99,7 @@ def test_a_reader_that_reads_nothing_is_given_up(serving):
     with ask(running, max_tokens=50_000, stream=True) as slow:
         slow.recv(1000)
         running.settle()
-        while running.service._server.wakes.events:
+        while running.service.front.server.dispatcher.streams:
             time.sleep(0.01)
         content = b""
         with contextlib.suppress(ConnectionResetError):
@@ -166,9 +166,9 @@ def test_requests_that_never_end_are_ended_and_leave_nothing(serving, begun, pie
     for wait in waits:
         with contextlib.suppress(ConnectionError):  # closed just as a piece was sent
             assert wait.result().startswith(b"HTTP/1.1 408")
-    while running.service._uvicorn.server_state.connections:
+    while running.service.front.uvicorn.server_state.connections:
         time.sleep(0.01)
-    assert not running.core.sequences and not running.service._server.wakes.events
+    assert not running.core.sequences and not running.service.front.server.dispatcher.streams
 
 
 def test_a_socket_that_is_closed_for_writing_is_a_client_that_has_gone(serving):

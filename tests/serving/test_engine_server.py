@@ -111,6 +111,23 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_its_text(serving):
     assert choice.text == text_of("abc", tokens[:place])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_each_of_several_answers_and_free_their_blocks(serving, stream):
+    running = serving(TinyModel())
+    tokens = alone("abc", 60)
+    text = text_of("abc", tokens)
+    stop = text[9:12]
+    how = {"model": "tiny", "prompt": "abc", "max_tokens": 900, "temperature": 0, "n": 3, "stop": stop}
+    done = running.client().completions.create(**how, stream=stream, extra_body={"ignore_eos": True})
+    texts, reasons = defaultdict(str), {}
+    for choice in (choice for chunk in (done if stream else [done]) for choice in chunk.choices):
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason, choice.stop_reason
+    assert texts == dict.fromkeys(range(3), text[: text.index(stop)])
+    assert reasons == dict.fromkeys(range(3), ("stop", stop))
+    running.settle()
+
+
 def test_stop_token_ids_end_an_answer_that_ignores_the_end_of_the_text(serving):
     running, tokens = serving(TinyModel()), alone("abc", 12)
     stop = next(token for token in tokens[2:] if token not in tokens[:2])
@@ -247,7 +264,8 @@ def test_crowds_with_aborts_get_their_own_tokens_and_the_record_replays_exactly(
 
     assert all(asyncio.run(crowd()))
     running.settle()
-    assert not running.service.backend._llm.runner.logprobs
+    runner = running.service.host._llm.runner
+    assert not runner.logprobs and not runner.prompt_asks
     running.stop()
     record = load_record(tmp_path / "run")
     assert len(record.requests) == 60 and sum(row["cached_tokens"] for row in record.requests) > 0

@@ -10,7 +10,7 @@ import threading
 import httpx
 import openai
 import pytest
-from live_servers import Running, simulated
+from live_servers import Running, TinyModel, simulated
 from prometheus_client.parser import text_string_to_metric_families
 from shell import fitted
 
@@ -167,15 +167,18 @@ def test_a_full_queue_is_429_with_the_time_to_come_again(serving):
     assert all(response.status_code == 200 for response in responses if response not in refused)
 
 
-def test_while_the_backend_is_being_made_every_path_says_503(serving):
+@pytest.mark.parametrize("world", [TinyModel, simulated])
+def test_while_what_serves_is_being_made_every_path_says_503(serving, world):
     class Slow:
-        def backend(self, record):
+        is_apart = world is TinyModel
+
+        def host(self, record):
             ready.wait()
-            return simulated().backend(record)
+            return world().host(record)
 
     ready = threading.Event()
     running = Running(Slow())
-    running.wait(for_backend=False)
+    running.wait(for_host=False)
     for path in ("health", "v1/models", "metrics"):
         response = httpx.get(f"{running.url}/{path}")
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")

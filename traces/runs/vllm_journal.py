@@ -11,7 +11,7 @@ from twinserve.traces.lines import json_value
 from twinserve.traces.request import answer_text
 
 JOURNAL = "journal.jsonl"
-FORMAT = "twinserve-vllm-journal/1"
+FORMAT = "twinserve-vllm-journal/2"
 KIND = "journal"
 SCHEDULING = (
     "max_num_seqs",
@@ -64,14 +64,14 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
                 for i in steps[-1]["preempted"]:
                     requests[i]["preemptions"] += 1
                 if steps[-1]["is_empty"]:
-                    steps[-1]["end"] = steps[-1]["output_ready"] = values[2]
+                    steps[-1] |= dict.fromkeys(("launched", "output_ready", "end"), values[2])
                 else:
                     open_steps.add(values[0])
                 last = values[2]
             elif kind == "u":
                 open_steps.discard(values[0])
                 _take_output(requests, steps[values[0]], values)
-                last = values[2]
+                last = values[3]
             elif kind == "a":
                 for i in values[1]:
                     requests[i]["aborted"] = values[0]
@@ -79,11 +79,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
             raise InputError(f"expected a line of a journal, but {error!r}", path=file, line=number) from error
     while steps and steps[-1]["end"] is None:  # in flight when the journal ended
         steps.pop()
-    settings |= {
-        "max_concurrent_batches": depth + 1,
-        "gpu": "recorded by twinserve.vllm",
-        "cudagraph_capture_sizes": [],
-    }
+    settings |= {"max_concurrent_batches": depth + 1, "gpu": "recorded by twinserve.vllm"}
     settings |= {name: None for name in ("torch", "triton", "python")}
     run = {"name": path.name, "kind": KIND, "workload": "traffic of one's own", "wall_s": last, "settings": settings}
     run["sha256"] = {"requests.jsonl.gz": hashlib.sha256(whole.encode()).hexdigest()}
@@ -120,7 +116,7 @@ def _step(values: list[Any]) -> dict[str, Any]:
 
 
 def _take_output(requests: list[dict[str, Any]], step: dict[str, Any], values: list[Any]) -> None:
-    _, step["output_ready"], step["end"], step["emitted"], ended = values
+    _, step["launched"], step["output_ready"], step["end"], step["emitted"], ended = values
     for i, reason in ended:
         requests[i]["finish"], requests[i]["reason"] = step["end"], reason
         if reason == "stop":

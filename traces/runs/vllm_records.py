@@ -65,12 +65,19 @@ def load_run(path: Path, traces: Path | None = None) -> RunRecord:
     Raises:
         InputError: it cannot be read as either.
     """
-    if (path / JOURNAL).is_file():
-        return read_vllm_record(path, traces)
-    content = json_file(path / "run.json")
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if is_step_log(path):
         return read_vllm_record(path, traces)
     return load_fleet(path) if is_fleet(path) else load_record(path)
+
+
+def is_step_log(path: Path) -> bool:
+    """Is there a vLLM's step log in a folder, or the journal of one?"""
+    if (path / JOURNAL).is_file():
+        return True
+    if not (path / "run.json").is_file():
+        return False
+    content = json_file(path / "run.json")
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read_vllm_record(path: Path, traces: Path | None = None) -> RunRecord:
@@ -119,7 +126,8 @@ def requests_of(record: RunRecord) -> list[Request]:
     requests = []
     for row in record.requests:
         most = row["output_tokens"] if row["finish_reason"] == "stop" else row["max_tokens"]
-        requests.append(Request(row["id"], row["arrival_ns"], tuple(Part(*part) for part in row["prompt"]), most))
+        prompt, labels = tuple(Part(*part) for part in row["prompt"]), {"priority": row.get("priority", 0)}
+        requests.append(Request(row["id"], row["arrival_ns"], prompt, most, **labels))
     return requests
 
 

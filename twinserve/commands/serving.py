@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +82,6 @@ def serve(
                 raise InputError("expected --simulate beside it", field=field, value=value)
         takes_defaults = options.generation_config == "auto"
         model = run.EngineModel(EngineOptions.load(engine, config), chosen, say, takes_defaults)
-    sys.setswitchinterval(5e-4)  # Core decides in a thread beside the event loop's, and waits for it that long
     kept = run.RecordOptions.of(
         record, keeps_tokens=record_tokens, segment_mib=record_segment_mib, segment_s=record_segment_s
     )

@@ -22,12 +22,12 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
-from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.readers import Trace
 from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
 from twinserve.worlds.run import ReplicaSpec
 from twinserve.worlds.vllm_like import OWN, like_of
-from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload
+from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload, read_requests
 
 Result = dict[str, Any]
 Sought = Literal["rate", "replicas"]
@@ -193,7 +193,7 @@ def arrival_rate(requests: Seq[Request]) -> float | None:
 @lru_cache(maxsize=2)
 def trace_at(path: str) -> Trace:
     """The trace of that path, kept while other points replay it."""
-    return read_trace(Path(path))
+    return read_requests(Path(path))
 
 
 @cache

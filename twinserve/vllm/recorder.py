@@ -73,11 +73,12 @@ class Journal:
             self._file.flush()
             self._flushed = time.perf_counter()
 
-    def known(self, step: int, begun: float, num_outputs: int, ended: list[list[Any]]) -> None:
-        """The output of a step was taken; the requests that ended with it, and why."""
+    def known(self, step: int, launched: float, begun: float, num_outputs: int, ended: list[list[Any]]) -> None:
+        """When a step had been launched, and its output was known and taken; the requests that ended with it, and
+        why."""
         if not self.is_full:
             told = json.dumps(ended) if ended else "[]"
-            self._file.write(f'["u",{step},{begun:.6f},{self.now():.6f},{num_outputs},{told}]\n')
+            self._file.write(f'["u",{step},{launched:.6f},{begun:.6f},{self.now():.6f},{num_outputs},{told}]\n')
 
     def aborted(self, numbers: list[int]) -> None:
         """Requests were taken out."""
@@ -100,7 +101,7 @@ class RecordingScheduler(AsyncScheduler):
         self._num_requests = self._num_steps = 0
         self._before: dict[str, int] = {}
         self._preempted: list[int] = []
-        self._undone: dict[int, int] = {}  # of outputs that are in flight, the number of their step
+        self._undone: dict[int, tuple[int, float]] = {}  # outputs in flight: their step, and when it was launched
         self._owners: OrderedDict[Any, int] = OrderedDict()  # of the hashes of blocks, who had one first
 
     def add_request(self, request: Request, *args: Any, **options: Any) -> None:
@@ -119,22 +120,28 @@ class RecordingScheduler(AsyncScheduler):
         output = super().schedule(*args, **options)
         ended = journal.now()
         if not journal.is_full:
-            self._undone[id(output)] = self._num_steps
+            self._undone[id(output)] = self._num_steps, ended
             pool, num_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks(), output.total_num_scheduled_tokens
             counts = f"{self._preempted},{len(self.waiting)},{len(self.running)},{pool},{num_tokens}"
             journal.decided(self._num_steps, begun, ended, self._changes(output), counts)
             self._num_steps += 1
         return output
 
+    def get_grammar_bitmask(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        """vLLM asks for it once it has launched the model of a step."""
+        if (undone := self._undone.get(id(scheduler_output))) is not None:
+            self._undone[id(scheduler_output)] = undone[0], self._journal.now()
+        return super().get_grammar_bitmask(scheduler_output, *args, **options)
+
     def update_from_output(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         begun, numbers = self._journal.now(), self._numbers
         found = super().update_from_output(scheduler_output, *args, **options)
-        step = self._undone.pop(id(scheduler_output), None)
-        if step is not None:
+        undone = self._undone.pop(id(scheduler_output), None)
+        if undone is not None:
             outputs = [output for one in found.values() for output in one.outputs]
             done = [output for output in outputs if output.finish_reason is not None]
             ended = [[numbers[output.request_id], str(output.finish_reason)] for output in done]
-            self._journal.known(step, begun, len(outputs), ended)
+            self._journal.known(*undone, begun, len(outputs), ended)
         return found
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
@@ -204,4 +211,5 @@ def settings_of(vllm_config: Any, block_size: int) -> dict[str, Any]:
         "block_size": block_size,
         "enable_prefix_caching": bool(cache.enable_prefix_caching),
         "num_gpu_blocks": cache.num_gpu_blocks,
+        "cudagraph_capture_sizes": list(vllm_config.compilation_config.cudagraph_capture_sizes or ()),
     }

@@ -14,9 +14,10 @@ from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import MOST_TOKENS
 from twinserve.traces import transforms
-from twinserve.traces.readers import Trace, read_trace
+from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.requests import as_requests
+from twinserve.traces.runs.vllm_records import is_step_log, load_run, requests_of
 
 LIKE_HELP = (
     "vllm-VERSION@DEVICE[:offline], whose defaults hold where nothing is set, or own for twinserve's; "
@@ -114,7 +115,21 @@ def load_workload(path: Path, options: dict[str, Any], *, is_replayed: bool = Tr
         InputError: the trace or an option cannot be used, or no request is left.
     """
     wanted = validated(TraceOptions, {}, options, None)
-    return make_workload(read_trace(path, **wanted.read), path, wanted, is_replayed=is_replayed)
+    return make_workload(read_requests(path, **wanted.read), path, wanted, is_replayed=is_replayed)
+
+
+def read_requests(path: Path, **read: Any) -> Trace:
+    """A trace, see `read_trace`, or the traffic of a vLLM from the step log or the journal in a folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not path.is_dir() or not is_step_log(path):
+        return read_trace(path, **read)
+    traces = os.environ.get("TWINSERVE_TRACES")
+    record = load_run(path, Path(traces) if traces else None)
+    trace = record.run["facts"]["trace"]
+    return made_trace(requests_of(record), trace["format"], trace["sha256"])
 
 
 def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Workload]:
@@ -126,7 +141,7 @@ def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Work
         InputError: the trace or an option cannot be used, or no request is left.
     """
     wanted = validated(TraceOptions, {}, options, None)
-    trace = read_trace(path, **wanted.read)
+    trace = read_requests(path, **wanted.read)
     if not wanted.is_random:
         return [make_workload(trace, path, wanted)] * count
     return [make_workload(trace, path, wanted.with_seed(number)) for number in range(count)]

@@ -1,0 +1,163 @@
+"""Those who serve HTTP: a server that listens, is told what serves behind it, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from twinserve.serving.app import Server, make_app
+from twinserve.serving.backends import Backend
+from twinserve.serving.dispatch import Dispatcher
+from twinserve.serving.limits import protocol_within
+from twinserve.serving.links import LoopWire
+from twinserve.serving.messages import Call, News
+from twinserve.serving.options import ServeOptions
+
+Open = Callable[["Front"], Awaitable[Call]]
+"""Lets a front and a Core's side tell each other something; gives what tells the latter. Called on the event loop."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server that ends without a signal's default action.
+
+    Args:
+        catches_signals: SIGINT and SIGTERM end it.
+        begun, over: awaited once it listens, and once nobody is connected any more.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        catches_signals: bool,
+        begun: Callable[[], Awaitable[None]],
+        over: Callable[[], Awaitable[None]],
+    ):
+        super().__init__(config)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGINT, signal.SIGTERM) if catches_signals and is_main else ()
+        self._begun, self._over = begun, over
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in self._signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in self._signals:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._begun()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await self._over()
+
+
+class Front:
+    """Serves HTTP on an event loop of its own, for a Core in this process or in another.
+
+    Args:
+        url: where it listens, as people are told.
+        open_link: connects it with the Core's side.
+        catches_signals: SIGINT and SIGTERM end it, where it runs in the main thread; else `exit` alone does.
+
+    Attributes:
+        server: what the paths share.
+        is_lost: the Core's side has gone without a word.
+    """
+
+    def __init__(self, options: ServeOptions, url: str, open_link: Open, *, catches_signals: bool):
+        self.server = Server(options)
+        self.is_lost = False
+        self._url, self._open, self._catches = url, open_link, catches_signals
+        self._host: Call
+        self._ended: asyncio.Event
+        config = uvicorn.Config(
+            make_app(self.server),
+            http=protocol_within(options.client_timeout),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=options.shutdown_timeout,
+        )
+        self.uvicorn = _Uvicorn(config, catches_signals, self._begin, self._finish)
+
+    def run(self, listener: socket.socket) -> None:
+        """Serve until it is told to end, or nothing is served behind it any more."""
+        self.uvicorn.run([listener])
+
+    async def _begin(self) -> None:
+        self._ended = asyncio.Event()
+        self._host = await self._open(self)
+        self._host("say", f"listening at {self._url}")
+
+    async def _finish(self) -> None:
+        """Have what serves behind it end too."""
+        self._host("close")
+        await self._ended.wait()
+
+    # --- what the Core's side tells ---
+
+    def ready(self, backend: Backend) -> None:
+        """Requests can be served."""
+        self.server.dispatcher = Dispatcher(backend, self._host)
+        self._host("serving")
+
+    def hear(self, news: News) -> None:
+        """Something has come of requests."""
+        assert self.server.dispatcher is not None
+        self.server.dispatcher.hear(news)
+
+    def paged(self, page: bytes) -> None:
+        """The metrics page that was asked for."""
+        assert self.server.dispatcher is not None
+        self.server.dispatcher.paged(page)
+
+    def ended(self, error: str | None) -> None:
+        """Nothing is served any more, and so nothing will be here."""
+        if self.server.dispatcher is not None:
+            self.server.dispatcher.ended(error)
+        self._ended.set()
+        self.uvicorn.should_exit = True
+
+    def exit(self, number: int) -> None:
+        """End as at a signal."""
+        self.uvicorn.handle_exit(number, None)
+
+    def lost(self) -> None:
+        """The Core's side has gone; without a word, unless it has ended."""
+        if not self._ended.is_set():
+            self.is_lost = True
+            self.ended("its process has ended")
+
+
+def serve_apart(options: ServeOptions, url: str, listener: socket.socket, connection: socket.socket) -> None:
+    """The life of a process that serves HTTP for a Core in the process that has started it, which tells it to end.
+
+    Args:
+        listener: listens already.
+        connection: to the Core's side.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal's go to both processes, and that one tells this one
+
+    async def open_link(front: Front) -> Call:
+        loop = asyncio.get_running_loop()
+        _, wire = await loop.create_connection(lambda: LoopWire(front), sock=connection)
+        return wire.tell
+
+    front = Front(options, url, open_link, catches_signals=False)
+    front.run(listener)
+    if front.is_lost:
+        print("twinserve: the process of the engine has ended without a word", file=sys.stderr)
+        sys.exit(1)

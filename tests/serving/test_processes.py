@@ -1,0 +1,205 @@
+"""The engine and those who serve HTTP for it are two processes: what either does when the other fails, or is slow."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from engine_judge import judge_of
+from hypothesis import given
+from hypothesis import strategies as st
+from live_servers import Running, TinyModel, byte_tokenizer
+
+from twinserve.serving.links import LoopWire, message
+from twinserve.settings.errors import RunError
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
+
+LONG = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    judge_of("llama").model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@contextmanager
+def command(*arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`twinserve serve` over the engine in a group of its own, once it serves, and its URL."""
+    line = [sys.executable, "-m", "twinserve", "serve", "--port", "0", "--num-gpu-blocks", "64", *map(str, arguments)]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        try:
+            url = ""
+            for said in process.stderr:
+                if (found := re.search(r"listening at (\S+)", said)) is not None:
+                    url = found[1]
+                if said.startswith("serving "):
+                    break
+            yield process, url
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def front() -> multiprocessing.process.BaseProcess:
+    """The process that serves HTTP for a model of this one."""
+    (process,) = [child for child in multiprocessing.active_children() if child.name == "http"]
+    return process
+
+
+def front_of(parent: int) -> int:
+    """The process that serves HTTP for another process's model."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status, line = (path / "status").read_text(), (path / "cmdline").read_text()
+        except OSError:
+            continue  # it has ended
+        if f"PPid:\t{parent}\n" in status and "spawn_main" in line:
+            return int(path.name)
+    raise AssertionError(f"process {parent} has no such child")
+
+
+def test_a_front_whose_engine_is_killed_tells_its_clients_and_ends_with_a_line(folder, tmp_path):
+    record = ("--record", tmp_path / "run", "--record-segment-s", 0.05, "--record-tokens")
+    with command("--model", folder, "--dtype", "float32", *record) as (process, url):
+        httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 30, "stream": False}, timeout=60)
+        while not (tmp_path / "run" / "segments" / "000000").is_dir():
+            httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 3, "stream": False}, timeout=60)
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.kill()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert process.stderr is not None
+        said = process.stderr.read()  # to the end of both processes
+    assert events[-1]["error"]["message"] == "the engine has failed: its process has ended"
+    assert events[-1]["error"]["code"] == 500
+    assert said == "twinserve: the process of the engine has ended without a word\n"
+    kept = load_record(tmp_path / "run")
+    assert kept.requests and replay(kept).is_exact
+
+
+def test_an_engine_whose_front_is_killed_ends_what_runs_and_closes_its_record(tmp_path):
+    running = Running(TinyModel(), record=tmp_path / "run").wait()
+    with (
+        pytest.raises(httpx.HTTPError),
+        httpx.stream("POST", f"{running.url}/v1/completions", json=LONG, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        front().kill()
+        list(lines)
+    running._thread.join()
+    with pytest.raises(RunError, match="the process that serves HTTP has ended: killed by signal 9"):
+        running.stop()
+    running.core.scheduler.check_integrity()
+    assert running.core.scheduler.block_manager.num_used_blocks == 0
+    record = load_record(tmp_path / "run")
+    assert [row["finish_reason"] for row in record.requests] == ["abort"]
+    assert replay(record).is_exact
+
+
+def test_a_command_whose_front_is_killed_says_so_and_ends_with_status_1(folder):
+    with command("--model", folder) as (process, _):
+        os.kill(front_of(process.pid), signal.SIGKILL)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait() == 1
+    assert said == "twinserve: the process that serves HTTP has ended: killed by signal 9\n"
+
+
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_ends_both_processes_once_what_runs_has_ended(folder, tmp_path, number, to_all):
+    """Whether the first process alone gets it, as from a supervisor, or both do, as from a terminal."""
+    answers = []
+    with command("--model", folder, "--record", tmp_path / "run") as (process, url):
+
+        def ask() -> None:
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 300}, timeout=60) as response:
+                begun.set()
+                answers.append(list(response.iter_lines()))
+
+        begun = threading.Event()
+        asking = threading.Thread(target=ask)
+        asking.start()
+        begun.wait()
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait() == 0
+        asking.join()
+    assert said == f"1 requests: 1 length; recorded in {tmp_path / 'run'}\n"
+    assert answers[0][-2] == "data: [DONE]"
+    assert replay(load_record(tmp_path / "run")).is_exact
+
+
+def test_an_engine_goes_on_while_its_front_takes_nothing(serving):
+    """A process that is stopped reads no socket; what it is told waits, and the loop does not."""
+    running = serving(TinyModel())
+    how = LONG | {"n": 4, "max_tokens": 250, "logprobs": 20}
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=how, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        pid = front().pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            running.settle()  # log-probabilities of 1,000 tokens: far more than a socket holds
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        choices = [choice for line in lines if line.startswith("data: {") for choice in json.loads(line[6:])["choices"]]
+    assert sum(choice["finish_reason"] == "length" for choice in choices) == 4
+
+
+def test_what_goes_wrong_as_a_request_comes_in_ends_the_server(tmp_path):
+    model = TinyModel()
+    running = Running(model, record=tmp_path / "run").wait()
+
+    def broken(request, ask):
+        raise ValueError("no sequence today")
+
+    running.service.host.sequence = broken
+    with pytest.raises(openai.InternalServerError, match="the engine has failed: no sequence today"):
+        running.client().completions.create(model="tiny", prompt="a")
+    running._thread.join()
+    with pytest.raises(ValueError, match="no sequence today"):
+        running.stop()
+    assert load_record(tmp_path / "run").requests == []
+
+
+class Side:
+    """Takes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list = []
+
+    def hear(self, *what: object) -> None:
+        self.heard.append(what)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.data())
+def testmessages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
+    content, side = b"".join(message("hear", number, item) for number, item in enumerate(told)), Side()
+    wire = LoopWire(side)
+    while content:
+        size = data.draw(st.integers(1, len(content)))
+        wire.data_received(content[:size])
+        content = content[size:]
+    assert side.heard == list(enumerate(told))

@@ -134,6 +134,17 @@ def test_what_cannot_come_of_a_step_is_refused_and_changes_nothing(runs, problem
     ours.postprocess(batch, Runs([1], [1], [0]))
 
 
+def test_what_came_of_drafts_of_a_sequence_that_has_ended_is_told_and_kept_by_nobody():
+    ours = scheduler()
+    seq = sequence(6, 20)
+    ours.add(seq)
+    ours.postprocess(ours.schedule(), Runs([1], [1], [3]))
+    batch = ours.schedule()
+    ours.abort(seq)
+    assert ours.postprocess(batch, Runs([2, 3], [2], [1])) == []
+    assert (batch.runs, batch.proposed, seq.num_tokens, seq.num_drafts) == ([(seq, 2, 0)], [], 7, 0)
+
+
 def test_a_table_says_how_many_drafts_a_batch_of_some_size_asks_for():
     length = VllmDraftLength(5, [(1, 2, 5), (3, 8, 2), (10, 20, 0)])
     asked = []

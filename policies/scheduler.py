@@ -484,7 +484,7 @@ class Scheduler:
                 right = least - behind < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
-            has_nothing = not seq.block_table and not seq.num_drafts
+            has_nothing = not (seq.block_table or seq.num_drafts or seq.num_computed_tokens)
             assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
 

@@ -38,7 +38,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -158,15 +157,18 @@ def azure_requests(lengths: list[tuple[int, int]], num_requests: int) -> Iterato
 
 def run_a(traces: Path, num_requests: int, out: Path) -> None:
     from twinserve.settings.build_core import Settings
-    from twinserve.sim.roofline import DEVICES, RooflineLatency
-    from twinserve.sim.shapes import SHAPES
+    from twinserve.sim.devices import DEVICES, PEAKS
+    from twinserve.sim.model_configs import SHAPES
+    from twinserve.sim.roofline import RooflineLatency
     from twinserve.worlds.run import run_sim
     from twinserve.worlds.workload import Workload
 
     a100 = DEVICES["a100"]
-    shares = {name: getattr(a100, name) / SLOWER for name in ("bandwidth_share", "flops_share")}
+    bandwidth, flops = 0.92 / SLOWER, 0.73 / SLOWER
+    given = {"bandwidth": bandwidth, "flops": flops, "attention_bandwidth": bandwidth, "attention_flops": flops}
+    shares = PEAKS.model_copy(update=given | {"source": "given, to saturate at RATE"})
     host = {name: round(getattr(a100, name) * SLOWER) for name in ("host_ns", "host_seq_ns")}
-    latency = RooflineLatency(SHAPES["llama-3-8b"], replace(a100, **shares, **host))
+    latency = RooflineLatency(SHAPES["llama-3-8b"], a100.model_copy(update=host | {"shares": shares}))
     settings = Settings(**SETTINGS["a"], num_gpu_blocks=latency.num_blocks(16))
     facts = {"path": AZURE, "seed": SEED, "rate": RATE, "requests": num_requests}
     workload = Workload(azure_requests(azure_lengths(traces), num_requests), facts, 0, 0)  # type: ignore[arg-type]
@@ -248,8 +250,9 @@ def run_process(command: list[str], environment: dict[str, str]) -> tuple[dict[s
 
 def write_peer_traces(traces: Path, folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The requests of (a) and (b) as Mooncake traces, and the engine's settings; no two prompts of (a) share a hash."""
-    from twinserve.sim.roofline import DEVICES, RooflineLatency
-    from twinserve.sim.shapes import SHAPES
+    from twinserve.sim.devices import DEVICES
+    from twinserve.sim.model_configs import SHAPES
+    from twinserve.sim.roofline import RooflineLatency
 
     paths = {point: folder / f"{point}.jsonl" for point in SETTINGS}
     hashes = itertools.count()

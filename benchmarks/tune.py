@@ -45,7 +45,7 @@ def answer(traces: Path, trace: str, rate: float, objective: str, jobs: int | No
     """What the search finds for a trace at a rate."""
     path, options = TRACES[trace]
     values = {"trace": str(traces / path), "latency": LATENCY, "like": LIKE, "rate": rate, "arrivals": "poisson"}
-    points = load_plan(None, values | options | {"seeds": SEEDS}).points
+    points = load_plan(None, values | options | {"seeds": SEEDS, "objective": objective}).points
     with Workers(jobs) as workers:
         return tune(points, Objective.parse(objective), workers)
 

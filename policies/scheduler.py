@@ -114,7 +114,7 @@ class Scheduler:
         if seq.arrival_index >= 0 or seq.is_finished:
             raise ValueError(f"{seq} cannot be added: it was added before, expected a new sequence")
         seq.final_length = min(seq.num_prompt_tokens + seq.max_tokens, self.max_model_len)
-        seq.refusal = self._refusal(seq)
+        seq.refusal = self.refusal_of(seq)
         if seq.refusal is not None:
             seq.status, seq.finish_reason = SequenceStatus.FINISHED, "refused"
             return False
@@ -447,7 +447,7 @@ class Scheduler:
         self._num_released += 1
         del self._running[seq]
 
-    def _refusal(self, seq: Sequence) -> str | None:
+    def refusal_of(self, seq: Sequence) -> str | None:
         """Why `seq` can never be served; None if it can. Its last generated token needs no KV, but
         its drafts beside it do: with a pool of fewer, one that has to give way to itself might never get a token."""
         if seq.num_prompt_tokens == 0:

@@ -20,8 +20,9 @@ from twinserve.serving.links import LoopWire
 from twinserve.serving.messages import Call, News
 from twinserve.serving.options import ServeOptions
 
-Open = Callable[["Front"], Awaitable[Call]]
-"""Lets a front and a Core's side tell each other something; gives what tells the latter. Called on the event loop."""
+Open = Callable[["Front"], Awaitable[None]]
+"""Lets a front and a Core's side tell each other something: sets the front's `host` before it is told anything itself.
+Called on the event loop."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,6 +74,7 @@ class Front:
         catches_signals: SIGINT and SIGTERM end it, where it runs in the main thread; else `exit` alone does.
 
     Attributes:
+        host: tells the Core's side; set by `open_link`.
         server: what the paths share.
         is_lost: the Core's side has gone without a word.
     """
@@ -81,7 +83,7 @@ class Front:
         self.server = Server(options)
         self.is_lost = False
         self._url, self._open, self._catches = url, open_link, catches_signals
-        self._host: Call
+        self.host: Call
         self._ended: asyncio.Event
         config = uvicorn.Config(
             make_app(self.server),
@@ -98,20 +100,20 @@ class Front:
 
     async def _begin(self) -> None:
         self._ended = asyncio.Event()
-        self._host = await self._open(self)
-        self._host("say", f"listening at {self._url}")
+        await self._open(self)
+        self.host("say", f"listening at {self._url}")
 
     async def _finish(self) -> None:
         """Have what serves behind it end too."""
-        self._host("close")
+        self.host("close")
         await self._ended.wait()
 
     # --- what the Core's side tells ---
 
     def ready(self, backend: Backend) -> None:
         """Requests can be served."""
-        self.server.dispatcher = Dispatcher(backend, self._host)
-        self._host("serving")
+        self.server.dispatcher = Dispatcher(backend, self.host)
+        self.host("serving")
 
     def hear(self, news: News) -> None:
         """Something has come of requests."""
@@ -151,10 +153,10 @@ def serve_apart(options: ServeOptions, url: str, listener: socket.socket, connec
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's go to both processes, and that one tells this one
 
-    async def open_link(front: Front) -> Call:
-        loop = asyncio.get_running_loop()
-        _, wire = await loop.create_connection(lambda: LoopWire(front), sock=connection)
-        return wire.tell
+    async def open_link(front: Front) -> None:
+        wire = LoopWire(front)
+        front.host = wire.tell
+        await asyncio.get_running_loop().create_connection(lambda: wire, sock=connection)
 
     front = Front(options, url, open_link, catches_signals=False)
     front.run(listener)

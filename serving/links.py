@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from struct import Struct
-from typing import Any
+from typing import Any, cast
 
 _LENGTH = Struct("<Q")
 
@@ -93,12 +93,12 @@ class LoopWire(asyncio.Protocol):
         self._side, self._buffer = side, bytearray()
 
     def tell(self, name: str, *args: Any) -> None:
-        """A `Call`, on the loop."""
-        self._transport.write(message(name, *args))
+        """A `Call`, on the loop; nothing once the other end has gone."""
+        if not self._transport.is_closing():
+            self._transport.write(message(name, *args))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one by its methods alone
 
     def data_received(self, data: bytes) -> None:
         buffer, begin, size = self._buffer, 0, _LENGTH.size

@@ -22,7 +22,6 @@ from twinserve.serving.front import Front, serve_apart
 from twinserve.serving.hosts import EngineHost, Host, Hosting, Model, SimulatedHost
 from twinserve.serving.limits import give_up_after
 from twinserve.serving.links import Wire
-from twinserve.serving.messages import Call
 from twinserve.serving.options import ServeOptions
 from twinserve.serving.recording import LiveRecord, RecordOptions
 from twinserve.settings.build_core import Settings
@@ -177,15 +176,15 @@ class Service:
         with ThreadPoolExecutor(1, "hosting") as pool:
             hosted: list[Future[Counter[str] | None]] = []
 
-            async def open_link(front: Front) -> Call:
+            async def open_link(front: Front) -> None:
                 loop = asyncio.get_running_loop()
 
                 def tell(name: str, *args: Any) -> None:
                     loop.call_soon_threadsafe(getattr(front, name), *args)
 
                 hosting = self._hosting = Hosting(self._model, self._options, self._record, tell, self._say)
+                front.host = lambda name, *args: getattr(hosting, name)(*args)
                 hosted.append(pool.submit(hosting.run))
-                return lambda name, *args: getattr(hosting, name)(*args)
 
             front = self.front = Front(self._options, url, open_link, catches_signals=True)
             self._exit = front.exit

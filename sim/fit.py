@@ -7,17 +7,18 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import write_whole
+from twinserve.sim.devices import device_of
 from twinserve.sim.kernels import Kernels, most
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.latency_file import check_latency_file
-from twinserve.sim.roofline import RooflineLatency, device_of
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.shapes import ModelShape
 from twinserve.traces.lines import Line, json_file
 
@@ -362,9 +363,7 @@ def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
     types = {about.get("dtype"), about.get("kv_cache_dtype")}
     if shape is None or device is None or about.get("quantization") != "none" or types != {"bfloat16"}:
         return None
-    return RooflineLatency(
-        ModelShape.of_facts(str(about.get("model")), shape), replace(device, bandwidth_share=1.0, flops_share=1.0)
-    )
+    return RooflineLatency(ModelShape.of_facts(str(about.get("model")), shape), device.at_peak)
 
 
 def least_price(about: dict[str, Any]) -> float:
@@ -379,7 +378,9 @@ def prompt_wave(about: dict[str, Any]) -> float:
     each multiprocessor has the tile of one KV head, and with WAVE_SHARE of them busy the rest of the device holds
     nobody up."""
     device, shape = device_of(str(about.get("device"))), about.get("shape")
-    return 0.0 if device is None or shape is None else WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
+    if device is None or device.multiprocessors is None or shape is None:
+        return 0.0
+    return WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
 
 
 def fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +20,9 @@ from twinserve.sim.speculation import Acceptance
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
-_DIES = -1
+_CHANGES = -1
+_DIES, _NOTICED, _RETURNS = range(3)
+"""What happens to replicas, in the order of those at one instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,15 @@ def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
 class Fleet:
     """Replicas behind a router, in simulated time.
 
-    What a replica has not answered when it dies is sent anew, to those that are up; its tokens are lost. While none is
-    up, requests wait before the router.
+    What a replica has not answered when it dies is sent anew, to those that are up; its tokens are lost. A request is
+    sent to one that can serve it. While none of them is up and one will be, it waits before the router.
+
+    A death is noticed some time later, or when the replica is back. Until then the router goes on sending requests
+    there, and what was sent waits.
 
     Args:
         latencies: one a replica.
+        failover_ns: nanoseconds from a death until the router knows of it.
         ended: called with each sequence that ends.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
@@ -99,27 +105,36 @@ class Fleet:
         *,
         params: SamplingParams,
         outages: Iterable[Outage] = (),
+        failover_ns: int = 0,
         is_done: Callable[[], bool],
         step_by_step: bool = False,
     ):
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
         self._on_end, self._params, self._is_done, self._step_by_step = ended, params, is_done, step_by_step
         self._lives = [0] * len(latencies)
+        self._cores: dict[int, Core] = {}
         self._up: dict[int, Replica] = {}
+        self._dead: set[int] = set()
         self._outstanding: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         for index in range(len(latencies)):
             self._begin(index)
         outages = list(outages)
         check_outages(outages, len(latencies))
-        changes = [(outage.from_ns, False, outage.replica) for outage in outages]
-        changes += [(outage.to_ns, True, outage.replica) for outage in outages if outage.to_ns is not None]
+        self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
+        changes = []
+        for outage in outages:
+            noticed_ns, back_ns = outage.from_ns + failover_ns, outage.to_ns
+            if back_ns is not None:
+                noticed_ns = min(noticed_ns, back_ns)
+                changes.append((back_ns, _RETURNS, outage.replica))
+            changes += [(outage.from_ns, _DIES, outage.replica), (noticed_ns, _NOTICED, outage.replica)]
         for at_ns, group in groupby(sorted(changes), key=lambda change: change[0]):
-            alarm(env, at_ns, _DIES, self._change([(is_up, index) for _, is_up, index in group]))
+            alarm(env, at_ns, _CHANGES, self._change([(kind, index) for _, kind, index in group]))
 
     @property
     def replicas(self) -> list[Replica]:
-        """Those that are up, by number."""
+        """Those that are up as far as the router knows, by number."""
         return [self._up[index] for index in sorted(self._up)]
 
     def submit(self, request: Request) -> None:
@@ -129,16 +144,28 @@ class Fleet:
             InputError: the router chooses a replica that is not there.
         """
         replicas = self.replicas
-        if not replicas:
+        seq = request.to_sequence(self._params)
+        able = [replica for replica in replicas if self._can_serve(replica.index, seq)]
+        if not replicas or (not able and any(self._can_serve(index, seq) for index in self._to_return())):
             self._waiting.append(request)
             return
-        replica = _chosen(self._router, request, replicas)
+        replica = _chosen(self._router, request, able or replicas)
         self._outstanding[request.id] = request
-        self._listener.sent(request, replica.index)
-        replica.submit(request.to_sequence(self._params))
+        if replica.index not in self._dead:
+            self._listener.sent(request, replica.index)
+        replica.submit(seq)
+
+    def _can_serve(self, index: int, seq: Sequence) -> bool:
+        """Could a replica, were it up, ever serve this?"""
+        return _could_serve(self._cores[index], seq)
+
+    def _to_return(self) -> Iterator[int]:
+        """Replicas that are down and will come back."""
+        now = now_ns(self._env)
+        return (index for index, at_ns in self._returns if at_ns > now and index not in self._up)
 
     def _begin(self, index: int) -> None:
-        core = self._listener.begun(index, self._lives[index])
+        core = self._cores[index] = self._listener.begun(index, self._lives[index])
         self._up[index] = Replica(
             self._env,
             core,
@@ -154,23 +181,27 @@ class Fleet:
         del self._outstanding[seq.seq_id]
         self._on_end(seq)
 
-    def _change(self, changes: list[tuple[bool, int]]) -> Callable[[simpy.Event], None]:
-        """What happens at an instant at which replicas die (False) or come back (True)."""
+    def _change(self, changes: list[tuple[int, int]]) -> Callable[[simpy.Event], None]:
+        """What happens at an instant at which replicas die, are noticed to have died, or come back."""
 
         def change(_: simpy.Event) -> None:
             if self._is_done():
                 return
             lost: list[Request] = []
-            for is_up, index in changes:
-                if is_up:
-                    self._begin(index)
+            for kind, index in changes:
+                if kind == _DIES:
+                    self._listener.died(index, self._up[index].stop())
+                    self._dead.add(index)
+                elif kind == _NOTICED:
+                    lost += [self._outstanding.pop(seq.seq_id) for seq in self._up.pop(index).unanswered]
+                    self._dead.remove(index)
                 else:
-                    seqs = self._up.pop(index).stop()
-                    self._listener.died(index, seqs)
-                    lost += [self._outstanding.pop(seq.seq_id) for seq in seqs]
+                    self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
-            while self._waiting and self._up:
-                self.submit(self._waiting.popleft())
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for request in waiting:
+                self.submit(request)
 
         return change
 
@@ -181,6 +212,12 @@ class Fleet:
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"
+
+
+def _could_serve(core: Core, seq: Sequence) -> bool:
+    """Would these policies take in a sequence that has not been added anywhere yet?"""
+    seq.final_length = min(seq.num_prompt_tokens + seq.max_tokens, core.scheduler.max_model_len)
+    return core.scheduler.refusal_of(seq) is None
 
 
 def _chosen(router: Router, request: Request, replicas: list[Replica]) -> Replica:
@@ -198,6 +235,7 @@ def simulate_fleet(
     *,
     params: SamplingParams | None = None,
     outages: Iterable[Outage] = (),
+    failover_ns: int = 0,
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
 ) -> None:
@@ -207,6 +245,7 @@ def simulate_fleet(
         latencies: what a step costs, one a replica.
         router: chooses a replica for each request as it arrives.
         listener: builds the policies.
+        failover_ns: nanoseconds from a death until the router knows of it.
         progress: called with each sequence that ends; in the order of time, unless the router is blind.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
 
@@ -219,10 +258,11 @@ def simulate_fleet(
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
         # processor's caches. Eight take a tenth less on the Mooncake trace.
-        for index, share in enumerate(_shares(arrivals, router, len(latencies))):
+        cores = [listener.begun(index, 0) for index in range(len(latencies))]
+        for index, share in enumerate(_shares(arrivals, router, cores, params)):
             simulate(
                 share,
-                listener.begun(index, 0),
+                cores[index],
                 latencies[index],
                 params=params,
                 announce=lambda request, index=index: listener.sent(request, index),  # type: ignore[misc]
@@ -246,6 +286,7 @@ def simulate_fleet(
         ended,
         params=params,
         outages=outages,
+        failover_ns=failover_ns,
         is_done=lambda: arrivals.is_empty and not fleet._outstanding and not fleet._waiting,
         step_by_step=step_by_step,
     )
@@ -256,13 +297,15 @@ def simulate_fleet(
         raise RuntimeError(f"the simulation stopped at {now_ns(env)} with requests that never arrived")
 
 
-def _shares(arrivals: Arrivals, router: Router, num_replicas: int) -> list[list[Request]]:
+def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: SamplingParams) -> list[list[Request]]:
     """The requests that a blind router sends to each replica."""
-    shares: list[list[Request]] = [[] for _ in range(num_replicas)]
-    replicas: list[Any] = list(map(_Numbered, range(num_replicas)))
+    shares: list[list[Request]] = [[] for _ in cores]
+    replicas: list[Any] = list(map(_Numbered, range(len(cores))))
     while not arrivals.is_empty:
         request = arrivals.pop()
-        shares[_chosen(router, request, replicas).index].append(request)
+        seq = request.to_sequence(params)
+        able = [replica for replica in replicas if _could_serve(cores[replica.index], seq)]
+        shares[_chosen(router, request, able or replicas).index].append(request)
     return shares
 
 

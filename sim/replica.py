@@ -55,7 +55,6 @@ class Replica:
 
     Attributes:
         outstanding_requests: requests sent here that have not ended.
-        outstanding_tokens: their prompt tokens and the tokens that they ask for.
     """
 
     def __init__(
@@ -73,7 +72,9 @@ class Replica:
             raise ValueError("acceptance is None, expected one where drafts are scheduled")
         self._acceptance = acceptance
         self.index, self.core = index, core
-        self.outstanding_requests = self.outstanding_tokens = 0
+        self.outstanding_requests = 0
+        self._sent: dict[int, Sequence] = {}
+        self._unanswered: dict[int, Sequence] = {}
         self._env, self._latency, self._on_end = env, latency, ended
         self._most_steps = 1 if step_by_step else 4096
         self._watch: Callable[..., None] | None = getattr(latency, "watch", None)
@@ -83,12 +84,28 @@ class Replica:
         self._device_free = 0
         self._leap: Leap | None = None
         self._event = env.event()
-        env.process(self._run())
+        self._process = env.process(self._run())
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """What a router knows to be left to do, in tokens: the prompts of which no token has come back, and one more
+        token of every request that has not ended."""
+        if self._unanswered:
+            self._cut_leap()
+            for number in [number for number, seq in self._unanswered.items() if seq.num_completion_tokens]:
+                del self._unanswered[number]
+        return sum(seq.num_prompt_tokens for seq in self._unanswered.values()) + self.outstanding_requests
+
+    @property
+    def remaining_tokens(self) -> int:
+        """What is left to do, in tokens, were the lengths of all answers known, as they are to no router."""
+        self._cut_leap()
+        return sum(seq.final_length - seq.num_computed_tokens for seq in self._sent.values())
 
     def submit(self, seq: Sequence) -> None:
         """Let a sequence in; the next decision sees it."""
         self.outstanding_requests += 1
-        self.outstanding_tokens += _tokens_of(seq)
+        self._sent[seq.seq_id] = self._unanswered[seq.seq_id] = seq
         self._inbox.append(seq)
         if self._is_idle:
             self._is_idle = False
@@ -110,10 +127,20 @@ class Replica:
             self._resume_at(until, _ENDS)
 
     def stop(self) -> list[Sequence]:
-        """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came."""
+        """Die now, with all that is in flight; the sequences that had not ended, in the order in which they came.
+
+        What is submitted from then on waits for ever.
+        """
         if self._leap is not None:
             self._make(self._leap.num_before(now_ns(self._env)))
-        self._event.callbacks.clear()
+        for event in (self._event, self._process.target):  # the second is what it waits for before it has begun
+            if event.callbacks:
+                event.callbacks.clear()
+        return self.unanswered
+
+    @property
+    def unanswered(self) -> list[Sequence]:
+        """The sequences that have not ended, in the order in which they came."""
         return [*self.core.sequences.values(), *self._inbox]
 
     def _run(self) -> Generator[simpy.Event, None, None]:
@@ -190,7 +217,8 @@ class Replica:
 
     def _ended(self, seq: Sequence) -> None:
         self.outstanding_requests -= 1
-        self.outstanding_tokens -= _tokens_of(seq)
+        del self._sent[seq.seq_id]
+        self._unanswered.pop(seq.seq_id, None)
         self._on_end(seq)
 
     def _make(self, steps: int) -> None:
@@ -202,10 +230,6 @@ class Replica:
                 self._watch(leap.features.repeated(1, 0), steps)
             advance(self.core, spans)
             self._device_free = spans[-1][2]
-
-
-def _tokens_of(seq: Sequence) -> int:
-    return seq.num_prompt_tokens + seq.max_tokens
 
 
 class Feeder:

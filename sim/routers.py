@@ -15,14 +15,15 @@ from twinserve.traces.request import PrefixKeys, Request, answer_text
 class Router(Protocol):
     """Chooses a replica for each request, once, when it arrives; and again if that replica dies.
 
-    What it may read of a replica costs nothing: `index`, `outstanding_requests`, `outstanding_tokens`. A class that
-    reads no more than `index` may say so by `is_blind = True`, False where it is missing; one that derives from such a
-    class and reads more says `is_blind = False`. Replicas of a blind router can be simulated one after the other, which
-    takes less time.
+    What it may read of a replica is what a router can know: `index`, `outstanding_requests`, and `outstanding_tokens`,
+    which is worked out when it is read. `remaining_tokens` is for oracles, as it knows how long answers will be. A
+    class that reads no more than `index` may say so by `is_blind = True`, False where it is missing; one that derives
+    from such a class and reads more says `is_blind = False`. Replicas of a blind router can be simulated one after the
+    other, which takes less time.
     """
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
-        """The place in `replicas`, which are those that are up, by their number; there is always one."""
+        """The place in `replicas`, which are those that are up and can serve it, or else all that are up, by number."""
 
 
 class RoundRobin:
@@ -52,29 +53,70 @@ class RandomChoice:
 
 
 class LeastOutstanding:
-    """The one with the fewest outstanding tokens; of equal ones the first."""
+    """The one with the fewest outstanding tokens, as far as a router knows them; of equal ones the first."""
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
         return min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
 
 
+class PowerOfTwo:
+    """Of two replicas drawn at random, the one with fewer outstanding tokens (Mitzenmacher, IEEE TPDS 12(10), 2001).
+
+    The same seed draws the same.
+    """
+
+    def __init__(self, seed: int = 0):
+        self._draws = random.Random(seed)
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        places = self._draws.sample(range(len(replicas)), min(2, len(replicas)))
+        return min(places, key=lambda place: replicas[place].outstanding_tokens)
+
+
+class SessionSticky:
+    """The replica that the session was sent to last, as long as it is up; else, and without a session, the one with the
+    fewest outstanding tokens."""
+
+    def __init__(self) -> None:
+        self._replica_of: dict[int, int] = {}
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        session = request.session
+        if session is not None and (known := self._replica_of.get(session)) is not None:
+            for place, replica in enumerate(replicas):
+                if replica.index == known:
+                    return place
+        place = min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        if session is not None:
+            self._replica_of[session] = replicas[place].index
+        return place
+
+
+class LeastRemaining:
+    """The one with the fewest tokens still to compute; of equal ones the first. It knows how long answers will be."""
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        return min(range(len(replicas)), key=lambda place: replicas[place].remaining_tokens)
+
+
 class PrefixAffine:
     """The replica that was sent the longest prefix of the prompt before, unless it has too much to do.
 
-    The router remembers to which replica each prefix, in whole blocks, went last; it does not know what the replicas'
-    caches still hold. Where no prefix is known, or the replica is down or has more than `max_lead_tokens` outstanding
-    tokens more than the least loaded one, the request goes to the least loaded one, and its prefixes with it.
+    The router remembers to which replica each prefix, in whole blocks, went last; beyond 32 blocks, the prefixes that
+    end at every 32nd. It does not know what the replicas' caches still hold. Where no prefix is known, or the replica
+    is down or has more than `max_lead_tokens` outstanding tokens more than the least loaded one, the request goes to
+    the least loaded one, and its prefixes with it.
 
     Args:
         max_lead_tokens: outstanding tokens that a cached prefix is worth waiting for.
-        block_tokens: prefixes are looked at in steps of so many tokens.
+        block_tokens: of a block of the replicas' caches.
         most_prefixes: so many are remembered; the least recently used is forgotten first.
 
     Raises:
         ValueError: one of them is out of range.
     """
 
-    def __init__(self, max_lead_tokens: int = 32_768, block_tokens: int = 512, most_prefixes: int = 65_536):
+    def __init__(self, max_lead_tokens: int = 32_768, block_tokens: int = 16, most_prefixes: int = 1 << 20):
         for name, value, least in (
             ("max_lead_tokens", max_lead_tokens, 0),
             ("block_tokens", block_tokens, 1),
@@ -87,11 +129,16 @@ class PrefixAffine:
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
         key_of = PrefixKeys(request.parts, answer_text(request.id))
-        ends = range(self._block_tokens, request.prompt_tokens + 1, self._block_tokens)
-        keys = [(request.salt, key_of(end)) for end in ends]
-        least = min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        block, most = self._block_tokens, 32 * self._block_tokens
+        ends = (
+            range(block, min(most, request.prompt_tokens) + 1, block),
+            range(2 * most, request.prompt_tokens + 1, most),
+        )
+        keys = [(request.salt, key) for part in ends for key in key_of.each(part)]
+        tokens = [replica.outstanding_tokens for replica in replicas]
+        least = tokens.index(min(tokens))
         place = self._known(keys, replicas)
-        if place is None or self._leads(replicas[place], replicas[least]):
+        if place is None or tokens[place] - tokens[least] > self._max_lead_tokens:
             place = least
         for key in keys:
             self._sent[key] = replicas[place].index
@@ -107,13 +154,15 @@ class PrefixAffine:
                 return next((place for place, replica in enumerate(replicas) if replica.index == index), None)
         return None
 
-    def _leads(self, replica: Replica, least: Replica) -> bool:
-        return replica.outstanding_tokens - least.outstanding_tokens > self._max_lead_tokens
-
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "round-robin": RoundRobin,
     "random": RandomChoice,
     "least-outstanding": LeastOutstanding,
+    "power-of-two": PowerOfTwo,
+    "session-sticky": SessionSticky,
+    "oracle-least-remaining": LeastRemaining,
     "prefix-affine": PrefixAffine,
 }
+SEEDED: dict[str, Callable[[int], Router]] = {"random": RandomChoice, "power-of-two": PowerOfTwo}
+"""Those that draw at random."""

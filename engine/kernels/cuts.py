@@ -99,8 +99,8 @@ def decode_cuts(most: int, kv_heads: int, dtype: torch.dtype) -> list[list[int]]
 def shared_bytes(group: int, head_dim: int, dtype: torch.dtype, level: tuple[int, int]) -> int:
     """Bytes of shared memory that attention takes at most, as compiled by Triton 3.6 and 3.7.
 
-    Keys and values have a buffer each, and one more for each stage behind the second; queries and weights lie beside
-    them, in prompts on Hopper the queries alone.
+    Keys and values have a buffer each, and one more for each stage behind the second, in prompts once for what is seen
+    whole and once for the rest; queries and weights lie beside them, in prompts on Hopper the queries alone.
 
     Args:
         group: query heads to a KV head.
@@ -110,7 +110,7 @@ def shared_bytes(group: int, head_dim: int, dtype: torch.dtype, level: tuple[int
     heads, prompt = block_heads(group), PromptCut.of(dtype)
     block = max(cut.block for cut in {decode_cut(1, 1, dtype), decode_cut(FULL_DEVICE, 1, dtype)})
     decode = number * (2 * block * size + heads * (size + block))
-    kept = 2 * prompt.block * size * max(1, prompt.stages - 1)
+    kept = 2 * 2 * prompt.block * size * max(1, prompt.stages - 1)
     beside = prompt.lines * size if level >= (9, 0) or dtype == torch.float32 else 0
     beside += prompt.lines * prompt.block if level < (9, 0) or dtype == torch.float32 else 0
     return max(decode, number * (kept + beside)) + sums

@@ -197,11 +197,11 @@ def test_a_fit_from_a_simulation_or_over_a_file_is_refused(twinserve, trace, lat
 def test_a_roofline_says_what_it_is_made_of_and_gives_the_pool(twinserve, trace, tmp_path):
     result = twinserve("sim", trace, "--latency", "roofline:llama-3-8b@h100:tp=2", "--out", tmp_path / "run", "--json")
     assert result.code == 0, result.err
-    assert "latency: roofline of llama-3-8b on 2 x H100, measured" in result.err
+    assert "latency: roofline of llama-3-8b on 2 x H100, shares measured" in result.err
     assert "num_gpu_blocks" in result.err and "a pool without end" not in result.err
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["settings"]["num_gpu_blocks"] > 50_000
-    assert run["facts"]["latency"]["about"]["device"]["basis"] == "measured"
+    assert run["facts"]["latency"]["about"]["basis"] == "shares measured"
     datasheet = twinserve("sim", trace, "--latency", "roofline:smollm2-135m@l4", "--num-gpu-blocks", 500)
     assert "datasheet" in datasheet.err and "num_gpu_blocks" not in datasheet.err
 

@@ -245,7 +245,11 @@ def test_a_router_and_the_rules_of_a_group_are_looked_for_beside_the_settings(
             "{mine}:Modulo(size=3)",
             "mine.py: router is 'Modulo(size=3)', expected a class that can be built (TypeError: ",
         ),
-        ("{mine}", "expected: round-robin, random, least-outstanding, prefix-affine, FILE.py:CLASS or FILE.py:CLASS("),
+        (
+            "{mine}",
+            "expected: round-robin, random, least-outstanding, power-of-two, session-sticky, oracle-least-remaining, "
+            "prefix-affine, FILE.py:CLASS or FILE.py:CLASS(",
+        ),
         ("{mine}:Modulo(count=-3)", "the router chose "),
     ],
 )

@@ -13,7 +13,8 @@ from twinserve.engine.models import Decoder, ModelConfig
 from twinserve.engine.models.dummy import SHAPES, dummy_model, shape_names
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.sim.shapes import SHAPES as simulated_shapes
+from twinserve.sim.model_configs import SHAPES as simulated_shapes
+from twinserve.sim.shapes import Attention, FeedForward, Layers
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,9 +54,10 @@ def test_the_shapes_that_ship(name, parameters, heads):
 @pytest.mark.parametrize("name", shape_names())
 def test_the_engine_and_the_simulator_have_the_same_shapes(name):
     config, shape = ModelConfig.load(SHAPES / name), simulated_shapes[name.removesuffix("-shape")]
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        assert getattr(config, field) == getattr(shape, field), field
-    assert (config.head_dim, config.tie_word_embeddings) == (shape.head_dim, shape.tied)
+    attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim)
+    assert shape.layers == (Layers(config.num_layers, attention, FeedForward(config.intermediate_size)),)
+    assert (config.vocab_size, config.hidden_size) == (shape.vocab_size, shape.hidden_size)
+    assert config.tie_word_embeddings == shape.tied
 
 
 def test_a_folder_without_weights_serves(folder):

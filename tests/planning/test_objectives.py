@@ -54,8 +54,8 @@ def test_a_metric_that_is_not_defined_cannot_be_kept_or_missed():
 
 def test_a_million_tokens_cost_what_the_gpus_cost_meanwhile():
     # 4 GPUs at 2 an hour serve 1,000 tokens/s: a million takes 1,000 s, which is 4 * 2 / 3.6.
-    assert cost_per_million_tokens(1000.0, 4, 2.0) == pytest.approx(8 / 3.6)
-    assert cost_per_million_tokens(None, 4, 2.0) is None
+    assert cost_per_million_tokens(1000.0, 8.0) == pytest.approx(8 / 3.6)
+    assert cost_per_million_tokens(None, 8.0) is None
 
 
 def test_the_interval_is_students():

@@ -145,7 +145,7 @@ def test_a_plan_has_fleets_of_unlike_replicas_that_die(twinserve, tmp_path, trac
     row = json.loads(result.out)
     assert [group["count"] for group in row["identities"]["replicas"]] == [2, 1]
     assert row["summary"]["finished"] == 12 and row["summary"]["retried"] > 0
-    assert load_plan(path).points[0].num_gpus() == 4
+    assert load_plan(path).points[0].gpus() == {"": 2, "h100": 2}
 
 
 # --- results ---

@@ -10,7 +10,7 @@ import pytest
 from twinserve.planning.objectives import Objective
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import load_plan
-from twinserve.planning.tune import KNOBS, Tuning, score, tune
+from twinserve.planning.tune import KNOBS, Tuning, tune
 from twinserve.planning.upgrade import find_changes
 
 SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks": 40}
@@ -128,8 +128,8 @@ def test_a_run_that_does_not_serve_every_request_is_the_worst():
     terms = {statistic: 0.5 for statistic in ("mean", "p50", "p90", "p99")}
     summary = {"requests": 3, "finished": 2, "ttft_s": terms, "tpot_s": terms}
     objective = Objective.parse("p99 TTFT <= 2 s and mean TPOT <= 1 s")
-    assert score(objective, {"summary": summary}) == float("inf")
-    assert score(objective, {"summary": summary | {"finished": 3}}) == 0.5
+    assert objective.load_of(summary) == float("inf")
+    assert objective.load_of(summary | {"finished": 3}) == 0.5
 
 
 def test_the_command_prints_flags_or_that_none_helps(twinserve, trace, latency):

@@ -60,7 +60,7 @@ def test_what_a_recorded_vllm_chose_on_its_device_is_what_it_is_like():
         ("vllm-0.30@h100", "expected vllm-0.24 or vllm-0.33"),
         ("sglang@h100", "expected vllm-0.24 or vllm-0.33"),
         ("vllm-0.33@h100:both", ":offline for no server"),
-        ("vllm-0.33@abacus", "expected a device of h100, a100"),
+        ("vllm-0.33@abacus", "expected a device of a100, h100"),
         ("vllm-0.33", "expected a device of"),
     ],
 )

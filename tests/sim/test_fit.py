@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 import twinserve.sim.fit as fits
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import DEVICES
 from twinserve.sim.fit import (
     DRIFT_NS,
     FIRST_SCHEMA,
@@ -24,8 +24,8 @@ from twinserve.sim.fit import (
 )
 from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import RecordedLatency, ScaledLatency, StepFeatures
-from twinserve.sim.roofline import DEVICES, RooflineLatency
-from twinserve.sim.shapes import SHAPES
+from twinserve.sim.model_configs import SHAPES
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.worlds.run import shipped_latencies
 
 
@@ -39,7 +39,18 @@ def features(decodes: int, context: int, prompt: int = 0) -> StepFeatures:
 
 ABOUT = {
     "model": "made up",
-    "shape": SHAPES["qwen3-8b"].as_dict() | {"tie_word_embeddings": False},
+    "shape": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_layers": 36,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "windowed_layers": [],
+    },
     "device": "NVIDIA H100 80GB HBM3",
     "dtype": "bfloat16",
     "kv_cache_dtype": "bfloat16",
@@ -170,7 +181,7 @@ def test_no_step_takes_less_than_its_arithmetic_and_its_bytes_at_the_devices_pea
     fast = [StepSample(sample.features, 1000, 1000) for sample in samples(0.0)]
     model, unknown = fit(fast, ABOUT), fit(fast, ABOUT | {"device": "a card of nobody"})
     for deep in (features(16, 40_000), features(0, 0, 20_000)):
-        least = RooflineLatency(SHAPES["qwen3-8b"], replace(DEVICES["h100"], bandwidth_share=1.0, flops_share=1.0))
+        least = RooflineLatency(SHAPES["qwen3-8b"], DEVICES["h100"].at_peak)
         assert model.step_cost(deep).device_ns == least.step_cost(deep)[1] > unknown.step_cost(deep).device_ns
     step = features(2, 3000)
     assert model.repeated_costs(step, 9)[1].tolist() == [
@@ -185,7 +196,7 @@ def test_what_is_read_from_the_pool_is_never_cheaper_than_the_devices_memory():
         for n in (1, 2, 3, 4) for context in (64, 128) for p in (0, 16)
     ]  # fmt: skip
     model, unknown = fit(few, ABOUT), fit(few, ABOUT | {"device": "a card of nobody"})
-    kv_token_ns = SHAPES["qwen3-8b"].kv_bytes_per_token / (DEVICES["h100"].bandwidth / 1e9)
+    kv_token_ns = SHAPES["qwen3-8b"].kv_bytes_per_token() / (DEVICES["h100"].bandwidth / 1e9)
     shape, deep = features(3, 64), features(3, 9000)
     for fitted, least in ((model, kv_token_ns), (unknown, 0.0)):
         for data in fitted.data["regimes"].values():

@@ -14,7 +14,15 @@ from latencies import Constant, Uneven
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
-from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import (
+    LeastOutstanding,
+    LeastRemaining,
+    PowerOfTwo,
+    PrefixAffine,
+    RandomChoice,
+    RoundRobin,
+    SessionSticky,
+)
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
@@ -28,6 +36,9 @@ ROUTERS = {
     "round-robin": RoundRobin,
     "random": lambda: RandomChoice(3),
     "least-outstanding": LeastOutstanding,
+    "power-of-two": PowerOfTwo,
+    "session-sticky": SessionSticky,
+    "oracle-least-remaining": LeastRemaining,
     "prefix-affine": lambda: PrefixAffine(max_lead_tokens=300, block_tokens=16),
 }
 OUTAGES = [Outage(1, S, 3 * S), Outage(0, 2 * S, 4 * S), Outage(1, 5 * S)]
@@ -125,6 +136,47 @@ def test_a_death_loses_nothing(tmp_path, router):
         assert row["arrival_ns"] <= row["ingested_ns"] <= row["first_scheduled_ns"] < row["first_token_ns"]
         if row["after"] is None:
             assert row["arrival_ns"] == by_id[row["id"]].arrival_ns, "it counts from its first arrival"
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("failover_ns", [S // 3, 2 * S, 100 * S])
+def test_a_death_that_is_noticed_late_loses_nothing(tmp_path, router, failover_ns):
+    requests = requests_of(5)
+    replicas = specs(*[Uneven()] * 3)
+    summaries = [
+        fleet_run(tmp_path / str(single), requests, replicas, router, outages=OUTAGES[:2], failover_ns=failover_ns,
+                  step_by_step=single)
+        for single in (False, True)
+    ]  # fmt: skip
+    assert summaries[0]["retried"] > 0
+    assert summaries[0]["requests"] == summaries[0]["finished"] == len(requests)
+    assert all(replay(record).is_exact for record in load_replicas(tmp_path / "False"))
+    assert summaries[0]["e2e_s"] == summaries[1]["e2e_s"]
+
+
+@pytest.mark.parametrize(
+    ("to_ns", "failover_ns", "noticed_ns"), [(None, 2 * S, 3 * S), (2 * S, 5 * S, 2 * S), (9 * S, 0, S)]
+)
+def test_until_a_death_is_noticed_requests_are_sent_to_the_dead_and_wait(to_ns, failover_ns, noticed_ns):
+    """Or until the replica is back. Each of them needs ten milliseconds."""
+    sent, ended = [], {}
+
+    class Listener(FleetListener):
+        def sent(self, request, replica):
+            sent.append((request.id, replica))
+
+    requests = [Request(number, number * S // 4, (Part(number, 0, 5),), 1) for number in range(40)]
+    simulate_fleet(
+        requests, [Constant()] * 2, RoundRobin(), Listener([Settings().build_core] * 2),
+        outages=[Outage(1, S, to_ns)], failover_ns=failover_ns,
+        progress=lambda seq: ended.update({seq.seq_id: seq.finish_ns}),
+    )  # fmt: skip
+    assert sorted(ended) == list(range(40)) and len(sent) == 40
+    to_the_dead = [number for number in range(5, 40, 2) if S <= requests[number].arrival_ns < noticed_ns]
+    for number in range(40):
+        begun_ns = noticed_ns if number in to_the_dead else requests[number].arrival_ns
+        assert ended[number] >= begun_ns and ended[number] - begun_ns < S // 4, number
+    assert bool(to_the_dead) == (failover_ns > 0)
 
 
 def test_what_was_lost_is_served_from_the_beginning_by_another(tmp_path):
@@ -228,7 +280,62 @@ def test_the_router_is_told_what_is_outstanding():
     ]
     listener = FleetListener([settings().build_core] * 2)
     simulate_fleet(requests, [Constant(), Constant()], Watching(), listener)
-    assert seen == [[(0, 0, 0), (1, 0, 0)], [(0, 1, 23), (1, 0, 0)], [(0, 0, 0), (1, 0, 0)]]
+    assert seen == [[(0, 0, 0), (1, 0, 0)], [(0, 1, 21), (1, 0, 0)], [(0, 0, 0), (1, 0, 0)]]
+
+
+@pytest.mark.parametrize("step_by_step", [True, False])
+def test_a_router_does_not_see_how_long_answers_will_be_and_what_it_sees_counts_down(step_by_step):
+    seen = []
+
+    class Watching(RoundRobin):
+        is_blind = False
+
+        def choose(self, request, replicas):
+            seen.append((replicas[0].outstanding_tokens, replicas[0].remaining_tokens))
+            return super().choose(request, replicas)
+
+    step = S // 100
+    looks = [1, step + 1, 3 * step + 1, 20 * step + 1]
+    probes = [Request(1 + number, at_ns, (Part(9, 0, 1),), 1) for number, at_ns in enumerate(looks)]
+    for tokens in (10, 15):
+        requests = [Request(0, 0, (Part(0, 0, 30),), tokens), *probes]
+        router = Watching()
+        router._next = 0
+        listener = FleetListener([settings().build_core] * 9)
+        simulate_fleet(requests, [Constant()] * 9, router, listener, step_by_step=step_by_step)
+    known, true = zip(*seen, strict=True)
+    assert known[:5] == known[5:] == (0, 31, 1, 1, 0), "whatever the length of the answer"
+    assert true[1] == true[6] - 5 > true[2] > true[3] > true[4] == 0
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_what_only_the_larger_half_can_serve_is_sent_there(tmp_path, router):
+    small, large = specs(Constant(), max_model_len=64), specs(Constant(), max_model_len=512)
+    requests = [Request(number, number * S, (Part(number, 0, 20 + 80 * (number % 2)),), 5) for number in range(8)]
+    summary = fleet_run(tmp_path / "fleet", requests, [*small, *large], router)
+    assert (summary["finished"], summary["refused"]) == (8, 0)
+    rows = load_fleet(tmp_path / "fleet").requests
+    assert {row["replica"] for row in rows if row["prompt_tokens"] == 100} == {1}
+
+
+def test_what_only_a_replica_that_is_down_can_serve_waits_for_it(tmp_path):
+    small, large = specs(Constant(), max_model_len=64), specs(Constant(), max_model_len=512)
+    requests = [Request(0, S, (Part(0, 0, 100),), 5), Request(1, S, (Part(1, 0, 20),), 5)]
+    fleet_run(tmp_path / "fleet", requests, [*small, *large], "round-robin", outages=[Outage(1, S // 2, 3 * S)])
+    rows = {row["id"]: row for row in load_fleet(tmp_path / "fleet").requests}
+    assert (rows[0]["replica"], rows[0]["ingested_ns"]) == (1, 3 * S)
+    assert (rows[1]["replica"], rows[1]["ingested_ns"]) == (0, S)
+
+
+def test_what_lies_in_the_inbox_of_a_replica_that_dies_is_counted_once(tmp_path):
+    """It came in while a step was running, and the replica died before it decided again: "-1 requests not served"."""
+    step = S // 100
+    requests = [Request(number, number, (Part(number, 0, 20),), 50) for number in range(4)]
+    outages = [Outage(0, step // 2)]
+    summary = fleet_run(tmp_path / "fleet", requests, specs(Constant(), Constant()), "round-robin", outages=outages)
+    assert summary["requests"] == summary["finished"] == 4
+    assert (summary["retried"], summary["retries"]) == (1, 1), "one had been taken in, the other not"
+    assert sorted(row["id"] for row in load_fleet(tmp_path / "fleet").requests) == [0, 1, 2, 3]
 
 
 class LikeRoundRobin(RoundRobin):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from twinserve.sim.routers import LeastOutstanding, PrefixAffine, RandomChoice, RoundRobin
+from twinserve.sim.routers import (
+    LeastOutstanding,
+    LeastRemaining,
+    PowerOfTwo,
+    PrefixAffine,
+    RandomChoice,
+    RoundRobin,
+    SessionSticky,
+)
 from twinserve.traces.request import Part, PrefixKeys, Request
 
 
@@ -18,6 +26,7 @@ class Counts:
     index: int
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
+    remaining_tokens: int = 0
 
 
 def up(*tokens: int) -> list[Counts]:
@@ -58,6 +67,49 @@ def test_least_outstanding_takes_the_least_and_of_equal_ones_the_first():
     router = LeastOutstanding()
     assert router.choose(request(0), up(30, 10, 20)) == 1
     assert router.choose(request(0), up(30, 10, 10)) == 1
+
+
+def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_know():
+    replicas = [Counts(0, 10, 1, 900), Counts(1, 800, 9, 90)]
+    assert LeastRemaining().choose(request(0), replicas) == 1
+    assert LeastOutstanding().choose(request(0), replicas) == 0
+
+
+def test_of_two_that_are_drawn_the_one_with_less_to_do_is_taken():
+    router, replicas = PowerOfTwo(3), up(9, 1, 5)
+    places = [router.choose(request(number), replicas) for number in range(60)]
+    assert set(places) == {1, 2}, "the one with most to do loses to either of the others"
+    assert places.count(1) > places.count(2)
+    assert places == [PowerOfTwo(3).choose(request(0), replicas)] + places[1:]
+    assert PowerOfTwo().choose(request(0), replicas[:1]) == 0
+
+
+def test_a_session_stays_where_it_is_until_that_is_down():
+    router, replicas = SessionSticky(), up(5, 1, 3)
+    first, alone = replace(request(0), session=7), request(1)
+    assert router.choose(first, replicas) == 1
+    replicas[1].outstanding_tokens = 100
+    assert router.choose(first, replicas) == 1 and router.choose(alone, replicas) == 2
+    without = [replicas[0], replicas[2]]
+    assert router.choose(first, without) == 1
+    assert router.choose(first, replicas) == 2, "it stays where it was sent"
+
+
+def test_a_prefix_of_a_single_block_is_seen():
+    router, replicas = PrefixAffine(), up(0, 5)
+    first, second = (Request(number, 0, (Part(7, 0, 16), Part(number, 0, 5)), 10) for number in (1, 2))
+    assert router.choose(first, replicas) == 0
+    replicas[0].outstanding_tokens = 100
+    assert router.choose(second, replicas) == 0
+
+
+def test_of_a_long_prompt_every_32nd_block_is_remembered():
+    router, replicas = PrefixAffine(), up(0, 5)
+    shared = Part(7, 0, 1600)
+    assert router.choose(Request(1, 0, (shared, Part(1, 0, 16)), 10), replicas) == 0
+    assert len(router._sent) == 32 + 2, "16, 32, ..., 512, and 1,024 and 1,536"
+    replicas[0].outstanding_tokens = 100
+    assert router.choose(Request(2, 0, (Part(7, 0, 1540), Part(2, 0, 500)), 10), replicas) == 0
 
 
 def test_equal_prefixes_go_to_one_replica():
@@ -103,7 +155,7 @@ def test_a_prefix_whose_replica_is_down_goes_to_the_least_loaded():
 
 
 def test_only_so_many_prefixes_are_remembered_the_latest_used():
-    router, replicas = PrefixAffine(most_prefixes=2), up(0, 1)
+    router, replicas = PrefixAffine(most_prefixes=2, block_tokens=512), up(0, 1)
     for number, text in enumerate((7, 8, 7, 9)):
         router.choose(request(number, text), replicas)
     replicas[0].outstanding_tokens = 2

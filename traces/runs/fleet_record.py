@@ -117,8 +117,10 @@ class FleetRecorder:
         self._up[replica].expect(request, sampling)
 
     def died(self, replica: int, lost: list[Sequence]) -> None:
-        """A replica is down, with what it had not answered."""
+        """A replica is down, with what it had not answered; what it had not taken in yet is no part of its record."""
         for seq in lost:
+            if seq.ingested_ns is None:
+                continue
             self._retries[seq.seq_id] = self._retries.get(seq.seq_id, 0) + 1
 
     def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from twinserve.commands.latencies import fit, profile
-from twinserve.commands.models import generate, model_fetch, model_verify
+from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import KeepsDashes
 from twinserve.commands.records import compare, record_import, replay, report
 from twinserve.commands.serving import serve, top
-from twinserve.commands.sweeps import capacity, sweep
+from twinserve.commands.sweeps import capacity, plan, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
 from twinserve.commands.upgrades import tune, upgrade
 from twinserve.commands.worlds import demo, run, sim
@@ -32,6 +32,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(record_app, name="record")
 app.command()(sweep)
 app.command()(capacity)
+app.command()(plan)
 app.command()(upgrade)
 app.command()(tune)
 app.command()(sim)
@@ -50,6 +51,7 @@ trace_app.command("convert")(trace_convert)
 trace_app.command("fetch")(trace_fetch)
 trace_app.command("make")(trace_make)
 record_app.command("import")(record_import)
+model_app.command("describe")(model_describe)
 model_app.command("fetch")(model_fetch)
 model_app.command("verify")(model_verify)
 

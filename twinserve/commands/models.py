@@ -60,6 +60,25 @@ def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
     print(fetch(name, progress=say))
 
 
+def model_describe(
+    model: Annotated[
+        str,
+        typer.Argument(help="A shape that ships, a config.json or its folder; @DEVICE and options as of a roofline."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a model stores, keeps and computes a token, and on a device what fits and what a step takes there."""
+    from twinserve.planning.description import described
+
+    rows = described(model)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        from twinserve.commands.tables import description_table
+
+        description_table(model, rows)
+
+
 @options_of(EngineOptions, "engine", but={"model", "load_format"})
 def model_verify(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, smollm2-135m, or a hub id.")],

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from twinserve.planning.capacity import Capacity
-from twinserve.planning.objectives import Objective, Term, interval
+from twinserve.planning.deployments import Deployment
+from twinserve.planning.objectives import Term, interval
 from twinserve.planning.point import Result
 from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
@@ -15,10 +16,11 @@ from twinserve.reports.text import number
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import value_of
 
-_USUAL = Objective((Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0)))
-"""What is shown where no objective says what counts; its limits are not."""
+_USUAL = (Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0))
+"""What is shown where no objective says which metrics count; its limits are not."""
 
 COST, OUTPUT_COST, SPEED = "cost of 1M tokens", "cost of 1M output tokens", "output tokens/s"
+GPU_SECONDS = "GPU seconds of 1M tokens"
 
 
 def sweep_cases(plan: Plan, results: list[Result]) -> list[PageCase]:
@@ -27,7 +29,7 @@ def sweep_cases(plan: Plan, results: list[Result]) -> list[PageCase]:
     cases = []
     for case in plan.cases:
         of_case = [next(left) for _ in case.points]
-        values = _values(plan, of_case, case.points[0].num_gpus())
+        values = _values(plan, of_case, case.points[0].gpus())
         if plan.objective is None:
             cases.append(PageCase(case.varied, values))
             continue
@@ -45,26 +47,39 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         values = {unit: Estimate(capacity.value), "mean over seeds": Estimate(capacity.mean, capacity.interval)}
         values["misses at"] = Estimate(capacity.failed)
         if capacity.value is not None:
-            values |= _values(plan, capacity.results, capacity.point.num_gpus())
+            values |= _values(plan, capacity.results, capacity.point.gpus())
         words = {"what is missed there": "; ".join(capacity.missed) or "nothing"}
-        for term in (plan.objective or _USUAL).terms:
+        for term in _terms(plan):
             if (limits := capacity.intervals.get(term.metric)) is not None:
                 words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
         cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words))
     return cases
 
 
+def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase]:
+    """A row a deployment."""
+    cases = []
+    for deployment in deployments:
+        capacity = deployment.capacity
+        together = {kind: count // len(capacity.point.replicas()) for kind, count in deployment.gpus.items()}
+        varied = {"a replica": " and ".join(f"{count} x {kind}" for kind, count in together.items())}
+        values: dict[str, Estimate] = {
+            "replicas": Estimate(capacity.value, capacity.interval),
+            "price an hour": Estimate(deployment.price_per_hour),
+        }
+        values.update(_values(plan, capacity.results, deployment.gpus))
+        words = {"one fewer misses": "; ".join(capacity.missed) or "there are none fewer"}
+        cases.append(PageCase(varied, values, True, words))
+    return cases
+
+
 def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase]) -> str:
     """The page: cost, where there is a price, or else time, against what the objective limits."""
-    objective = plan.objective or _USUAL
-    upwards = [Axis(_column(t), _column(t), None if plan.objective is None else t.limit_s) for t in objective.terms]
-    if plan.price_per_gpu_hour is None:
-        across = Axis("GPU seconds of 1M tokens", "GPU seconds of 1M tokens")
-    else:
-        across = Axis(COST, COST)
+    upwards = [Axis(_column(t), _column(t), t.limit_s or None) for t in _terms(plan)]
+    cost = GPU_SECONDS if plan.prices is None else COST
     varied = {name for case in plan.cases for name in case.varied}
     shared = {name: value for name, value in plan.points[0].flat().items() if name not in (*varied, "seed")}
-    return sweep_page(title, remarks, cases, shared, across, upwards)
+    return sweep_page(title, remarks, cases, shared, Axis(cost, cost), upwards)
 
 
 def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
@@ -72,8 +87,8 @@ def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
     remarks = [f"Latency: {', '.join(dict.fromkeys(r['latency'] for r in results))}."]
     if plan.objective is not None:
         remarks.append(f"Objective: {plan.objective}.")
-    if plan.price_per_gpu_hour is not None:
-        remarks.append(f"Price: {plan.price_per_gpu_hour:g} a GPU-hour.")
+    if plan.prices is not None:
+        remarks.append(f"Price: {plan.prices}.")
     beyond = [r["beyond_fit"] for r in results if "beyond_fit" in r]
     if beyond:
         remarks.append(f"{len(beyond)} runs leave what the latency was fitted on, by up to {max(beyond):.1f} times.")
@@ -86,22 +101,27 @@ def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
     return remarks
 
 
+def _terms(plan: Plan) -> tuple[Term, ...]:
+    return plan.objective.terms if plan.objective is not None and plan.objective.terms else _USUAL
+
+
 def _column(term: Term) -> str:
     name, _, statistic = term.metric.partition(".")
     return f"{statistic} {name.removesuffix('_s').upper()}, s"
 
 
-def _values(plan: Plan, results: list[Result], num_gpus: int) -> dict[str, Estimate]:
-    values = {
-        _column(term): _estimate([value_of(r["summary"], term.metric) for r in results])
-        for term in (plan.objective or _USUAL).terms
-    }
+def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:
+    values = {_column(term): _estimate([value_of(r["summary"], term.metric) for r in results]) for term in _terms(plan)}
+    if all("attainment" in r["summary"] for r in results):
+        found = [r["summary"]["attainment"] for r in results]
+        values |= {"share that keeps the limits": _estimate([one["share"] for one in found])}
+        values |= {"goodput, requests/s": _estimate([one["goodput_req_s"] for one in found])}
     values[SPEED] = _estimate([r["summary"]["output_tok_s"] for r in results])
-    if plan.price_per_gpu_hour is None:
-        seconds = cost_of(results, num_gpus, 3600.0)
-        values["GPU seconds of 1M tokens"] = Estimate(seconds["total"])
+    if plan.prices is None:
+        seconds = cost_of(results, 3600.0 * sum(gpus.values()))
+        values[GPU_SECONDS] = Estimate(seconds["total"])
     else:
-        cost = cost_of(results, num_gpus, plan.price_per_gpu_hour)
+        cost = cost_of(results, plan.prices.per_hour(gpus))
         values |= {COST: Estimate(cost["total"]), OUTPUT_COST: Estimate(cost["output"])}
     return values
 

@@ -66,7 +66,7 @@ def capacity(
     objective: Annotated[str | None, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")] = None,
     tolerance: Annotated[float, typer.Option(help="Share of itself to which a rate is found.")] = 0.02,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a GPU-hour, in any currency.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of a GPU-hour, in any currency; by kind: h100=2.5,l4=0.8.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     jobs: Jobs = None,
     ray: Ray = None,
@@ -94,6 +94,58 @@ def capacity(
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases), replaces=True)
     _show(lines, cases, remarks, out, as_json)
+
+
+@options_of(TraceOptions, "trace_options")
+@options_of(Settings, "settings")
+@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s"))
+@options_of(PointOptions, "point", but=("latency", "limits"))
+def plan(
+    point: dict,
+    trace_options: dict,
+    settings: dict,
+    fleet: dict,
+    trace: Annotated[str, typer.Argument(help="A trace file or folder.")],
+    model: Annotated[str, typer.Option(help="A shape that ships, a config.json or its folder.")],
+    devices: Annotated[str, typer.Option(help="Kinds of GPU to choose from, such as h100,l40s, or TOML files.")],
+    price: Annotated[str, typer.Option(help="Of a GPU-hour, in any currency; by kind: h100=2.5,l40s=1.1.")],
+    objective: Annotated[str, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")],
+    quantization: Annotated[str | None, typer.Option(help="fp8.")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of results; that of an earlier plan is gone on with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the cheapest GPUs, tensor-parallel degree and number of replicas that keep an objective for a trace."""
+    from twinserve.commands.sweep_views import deployment_cases, page_of, remarks_of
+    from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
+    from twinserve.planning.parallel import Workers
+    from twinserve.planning.sweep import lines_of, opened
+
+    options = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    text = "".join(f":{name}={value}" for name, value in options.items() if value is not None)
+    latencies, left_out = candidates(model, [device.strip() for device in devices.split(",")], text)
+    given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
+    given |= point | settings | trace_options | fleet
+    chosen = plan_of(latencies, {name: value for name, value in given.items() if value is not None})
+    for reason in left_out:
+        say(f"left out: {reason}")
+    say_likes(chosen.points)
+    with opened(out) as store, Workers(jobs, ray) as workers, Bar("plan", None) as bar:
+        found = find_deployments(chosen, store, workers, advance=bar.advance)
+        lines, cases = lines_of(rows_of(chosen, found)), deployment_cases(chosen, found)
+        remarks = remarks_of(chosen, [result for one in found for result in one.capacity.results])
+        remarks.append(
+            f"{len(found)} of {len(latencies)} kinds of replica keep the objective with some number of them."
+        )
+        if out is not None:
+            write_whole(out / "results.jsonl", lines, replaces=True)
+            write_whole(out / "page.html", page_of("Plan", remarks, chosen, cases), replaces=True)
+    _show(lines, cases[:3], remarks, out, as_json)
 
 
 def say_likes(points: list[Point]) -> None:

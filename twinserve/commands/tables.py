@@ -32,6 +32,12 @@ def summary_table(summary: dict[str, Any]) -> None:
             spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
         console.print(spread)
         console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
+    if found := summary.get("attainment"):
+        share = "none came" if found["share"] is None else f"{found['share']:.2%} of requests"
+        rates = (
+            f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
+        )
+        console.print(f"{found['limits']}: {share}; {rates}")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",
@@ -44,6 +50,14 @@ def summary_table(summary: dict[str, Any]) -> None:
         rates = f"{output_tok_s:.1f} output tokens/s, {summary['total_tok_s']:.1f} in all"
         parts.insert(0, f"{rates}, over {summary['duration_s']:.1f} s")
     console.print("; ".join(parts))
+
+
+def description_table(model: str, rows: dict[str, Any]) -> None:
+    """Print what a model is, a line a value."""
+    table = Table(Column(), Column(), title=model, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    _console(100).print(table)
 
 
 def comparison_table(comparisons: list[Comparison]) -> None:

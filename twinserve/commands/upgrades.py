@@ -77,7 +77,7 @@ def tune(
     from twinserve.planning.tune import tune as search
 
     values = _values(trace, point, trace_options, settings_of_vllm(vllm_args) | settings, seeds)
-    points, aim = load_plan(None, values).points, Objective.parse(objective)
+    points, aim = load_plan(None, values | {"objective": objective}).points, Objective.parse(objective)
     if any(option.like is None and option.latency is None for option in points):
         raise InputError("is missing, expected a latency of the machine that vLLM serves on", field="latency")
     say_likes(points[:1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import LIKE_HELP, TraceOptions
+
+if TYPE_CHECKING:
+    from twinserve.policies import Sequence
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 LATENCY_HELP = (
@@ -41,6 +44,9 @@ def sim(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say within which limits metrics lie nine times out of ten.")
     ] = False,
+    within: Annotated[
+        str | None, typer.Option(help="Count the requests that keep limits, such as 'TTFT <= 1 s and TPOT <= 50 ms'.")
+    ] = None,
     like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
@@ -48,12 +54,14 @@ def sim(
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
+    from twinserve.planning.attainment import Attainment, Limits
     from twinserve.planning.parallel import Workers
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
     from twinserve.worlds.workload import load_workloads
 
+    attainment = None if within is None else Attainment(Limits.parse(within))
     chosen = FleetOptions.load(fleet, config)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
@@ -67,8 +75,16 @@ def sim(
             drawn = [workload, *others]
             limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
     with Bar("sim", len(workload.requests)) as bar:
-        how: dict[str, Any] = {"out": out, "progress": bar.ended, "step_by_step": step_by_step}
+
+        def ended(seq: Sequence) -> None:
+            bar.ended(seq)
+            if attainment is not None:
+                attainment.ended(seq)
+
+        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step}
         summary = chosen.serve(workload, replicas, intervals=limits, **how)
+    if attainment is not None:
+        summary["attainment"] = attainment.of(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
             say(

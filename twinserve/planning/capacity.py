@@ -270,7 +270,7 @@ def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
             "num_runs": capacity.num_runs,
             "results": [{name: value for name, value in r.items() if name != "inputs"} for r in capacity.results],
         }
-        if plan.price_per_gpu_hour is not None and capacity.value is not None:
-            row["cost"] = cost_of(capacity.results, capacity.point.num_gpus(), plan.price_per_gpu_hour)
+        if plan.prices is not None and capacity.value is not None:
+            row["cost"] = cost_of(capacity.results, plan.prices.per_hour(capacity.point.gpus()))
         rows.append(row)
     return rows

@@ -14,7 +14,7 @@ from twinserve.settings.limits import MOST_REPLICAS
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
-from twinserve.sim.routers import ROUTERS, PrefixAffine, RandomChoice, Router
+from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
@@ -64,7 +64,7 @@ class FleetOptions(BaseModel):
     router: str = Field(
         default="round-robin", description=f"which replica serves a request: {', '.join(ROUTERS)}, or FILE.py:CLASS"
     )
-    router_seed: int = Field(default=0, description="of random: another seed, other choices")
+    router_seed: int = Field(default=0, description="of random and power-of-two: another seed, other choices")
     max_lead_tokens: int = Field(
         default=32_768,
         ge=0,
@@ -72,6 +72,9 @@ class FleetOptions(BaseModel):
     )
     die: list[Annotated[Outage, BeforeValidator(parse_outage)]] = Field(
         default=[], description="REPLICA:FROM:TO, in seconds: a replica is down; without TO for good"
+    )
+    failover_s: float = Field(
+        default=0.0, ge=0, le=86_400, description="seconds until the router knows that a replica is down"
     )
     group: list[ReplicaGroup] = []
 
@@ -113,8 +116,8 @@ class FleetOptions(BaseModel):
         Raises:
             InputError: it is a class of one's own that cannot be used.
         """
-        if self.router == "random":
-            return RandomChoice(self.router_seed)
+        if self.router in SEEDED:
+            return SEEDED[self.router](self.router_seed)
         if self.router == "prefix-affine":
             return PrefixAffine(self.max_lead_tokens)
         return ROUTERS[self.router]() if self.router in ROUTERS else build(self.router, "router", Router)
@@ -122,7 +125,9 @@ class FleetOptions(BaseModel):
     @property
     def router_facts(self) -> dict[str, Any]:
         """What says which router it is."""
-        parameters = {"random": {"seed": self.router_seed}, "prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
+        if self.router in SEEDED:
+            return {"name": self.router, "seed": self.router_seed}
+        parameters = {"prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
         return {"name": self.router, **parameters.get(self.router, {})}
 
     def build_replicas(
@@ -186,4 +191,7 @@ class FleetOptions(BaseModel):
             return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
         seeded = self.model_copy(update={"router_seed": self.router_seed + seed})
         router, facts = seeded.build_router(), seeded.router_facts
-        return run_fleet(workload, replicas, router, router_facts=facts, outages=self.die, **options)
+        failover_ns = round(self.failover_s * 1e9)
+        return run_fleet(
+            workload, replicas, router, router_facts=facts, outages=self.die, failover_ns=failover_ns, **options
+        )

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twinserve.planning.attainment import Limits, seconds_of, words_of
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
 
 CONFIDENCE = 0.95
 _TERM = re.compile(r"(\w+)\s+(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
-_UNITS = {"s": 1.0, "ms": 1e-3}
+_SHARE = re.compile(r"([0-9.]+)\s*%\s+of\s+requests\s+with\s+(.+)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,50 @@ class Term:
 
     def __str__(self) -> str:
         name, _, statistic = self.metric.partition(".")
-        limit = f"{self.limit_s:g} s" if self.limit_s >= 1 else f"{self.limit_s * 1e3:g} ms"
-        return f"{statistic} {name.removesuffix('_s').upper()} <= {limit}"
+        return f"{statistic} {name.removesuffix('_s').upper()} <= {words_of(self.limit_s)}"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Limits that all have to be kept, by a run that serves every request."""
+    """Limits that all have to be kept, by a run that serves every request; or by so large a share of its requests.
+
+    Attributes:
+        terms: limits on metrics of the whole run.
+        limits: of each request; None where there are terms.
+        share: of all requests, those that have to keep `limits`.
+    """
 
     terms: tuple[Term, ...]
+    limits: Limits | None = None
+    share: float = 1.0
 
     def __str__(self) -> str:
+        if self.limits is not None:
+            return f"{100 * self.share:g}% of requests with {self.limits}"
         return " and ".join(map(str, self.terms))
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """From text such as "p99 TTFT <= 1 s and p99 TPOT <= 50 ms".
+        """From text such as "p99 TTFT <= 1 s and p99 TPOT <= 50 ms", or "99% of requests with TTFT <= 1 s and TPOT <=
+        50 ms".
 
         Raises:
             InputError: the text has another form, or names what is not measured.
         """
+        of_requests = _SHARE.fullmatch(text.strip())
+        if of_requests is not None:
+            try:
+                percent = float(of_requests[1])
+            except ValueError:
+                percent = 0.0
+            if not 0 < percent < 100:
+                raise InputError("expected above 0% and below 100%", field="objective", value=text)
+            return cls((), Limits.parse(of_requests[2]), percent / 100)
         terms = []
         for part in re.split(r"\s+and\s+", text.strip(), flags=re.IGNORECASE):
             found = _TERM.fullmatch(part.strip())
             try:
-                statistic, name, limit_s = found[1].lower(), found[2].lower() + "_s", float(found[3])  # type: ignore[index]
+                statistic, name, limit_s = found[1].lower(), found[2].lower() + "_s", seconds_of(found[3], found[4])  # type: ignore[index]
             except (TypeError, ValueError) as error:
                 raise InputError(
                     "expected terms such as 'p99 TTFT <= 1 s', joined by 'and'", field="objective", value=part
@@ -64,7 +84,7 @@ class Objective:
                 if word not in known:
                     names = ", ".join(one.removesuffix("_s") for one in known)
                     raise InputError(f"expected one of {names}", field="objective", value=word.removesuffix("_s"))
-            terms.append(Term(f"{name}.{statistic}", limit_s * _UNITS[found[4].lower()]))  # type: ignore[index]
+            terms.append(Term(f"{name}.{statistic}", limit_s))
         return cls(tuple(terms))
 
     def missed(self, summary: dict[str, Any]) -> list[str]:
@@ -73,6 +93,8 @@ class Objective:
         Raises:
             InputError: a metric is not defined for these requests.
         """
+        if self.limits is not None:
+            return [str(self)] if (summary["attainment"]["share"] or 0.0) < self.share else []
         unserved = summary["requests"] - summary["finished"]
         missed = [f"{unserved} requests not served"] if unserved else []
         for term in self.terms:
@@ -83,10 +105,24 @@ class Objective:
                 missed.append(str(term))
         return missed
 
+    def load_of(self, summary: dict[str, Any]) -> float:
+        """The worst of its terms as a share of its limit; of a share of requests, those that miss it as a share of
+        those that may. Without end where a request is not served that has to be.
 
-def cost_per_million_tokens(tokens_per_s: float | None, num_gpus: int, price_per_gpu_hour: float) -> float | None:
+        Raises:
+            InputError: a metric is not defined for these requests.
+        """
+        if self.limits is not None:
+            return (1.0 - (summary["attainment"]["share"] or 0.0)) / (1.0 - self.share)
+        self.missed(summary)
+        if summary["requests"] != summary["finished"]:
+            return math.inf
+        return max(float(value_of(summary, term.metric) or 0.0) / term.limit_s for term in self.terms)
+
+
+def cost_per_million_tokens(tokens_per_s: float | None, price_per_hour: float) -> float | None:
     """What a million tokens cost while so many are served a second; None where none are."""
-    return price_per_gpu_hour * num_gpus / 3600 / tokens_per_s * 1e6 if tokens_per_s else None
+    return price_per_hour / 3600 / tokens_per_s * 1e6 if tokens_per_s else None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence as Seq
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -14,14 +15,17 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 import twinserve
+from twinserve.planning.attainment import Attainment, Limits
 from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.settings.build_core import Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
+from twinserve.sim.devices import device_of
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
+from twinserve.sim.routers import SEEDED
 from twinserve.traces.readers import Trace
 from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
@@ -55,6 +59,8 @@ class Point(PointOptions):
             for name in ("rate_scale", "session_rate", "all_at_zero"):
                 if (value := getattr(self.trace_options, name)) is not None:
                     raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
+        if self.limits is not None:
+            Limits.parse(self.limits)
         return self
 
     @classmethod
@@ -105,7 +111,7 @@ class Point(PointOptions):
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
-        return self.arrivals == "poisson" or self.fleet.router == "random" or self.trace_options.is_random
+        return self.arrivals == "poisson" or self.fleet.router in SEEDED or self.trace_options.is_random
 
     def replicas(self) -> list[ReplicaSpec]:
         """The replicas that serve it, each with its settings and its latency.
@@ -126,10 +132,17 @@ class Point(PointOptions):
         seeds = [self.seed + number * self.is_random() for number in range(NUM_DRAWS)]
         return [self.model_copy(update={"draw": number, "seed": seed}) for number, seed in enumerate(seeds)]
 
-    def num_gpus(self) -> int:
-        """Devices that serve it."""
-        models = [spec.latency for spec in self.replicas()]
-        return sum(model.tensor_parallel if isinstance(model, RooflineLatency) else 1 for model in models)
+    def gpus(self) -> dict[str, int]:
+        """How many devices of each kind serve it, by name in small letters without spaces; "" where it is not known."""
+        counts: Counter[str] = Counter()
+        for spec in self.replicas():
+            model = spec.latency
+            if isinstance(model, RooflineLatency):
+                counts[model.device.name.lower().replace(" ", "")] += model.tensor_parallel
+            else:
+                device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
+                counts["" if device is None else device.name.lower().replace(" ", "")] += 1
+        return dict(counts)
 
     def own_rate(self) -> float | None:
         """Requests a second as they arrive in the trace; None where all arrive at once."""
@@ -201,7 +214,7 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(twinserve.__file__).parent
-    modules = [root / "planning" / name for name in ("fleets.py", "point.py", "prediction.py")]
+    modules = [root / "planning" / name for name in ("attainment.py", "fleets.py", "point.py", "prediction.py")]
     for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -255,8 +268,12 @@ def compute(job: Job) -> Result:
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
-    summary = point.fleet.serve(workload, specs, seed=point.seed)
+    attainment = None if point.limits is None else Attainment(Limits.parse(point.limits))
+    progress = None if attainment is None else attainment.ended
+    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=progress)
     del summary["wall_s"]
+    if attainment is not None:
+        summary["attainment"] = attainment.of(summary)
     result = {
         "inputs": job.inputs,
         "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),

@@ -15,6 +15,7 @@ from typing import Any
 from twinserve.planning.objectives import Objective, cost_per_million_tokens
 from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, Result, compute
+from twinserve.planning.prices import Prices
 from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import lock_file, write_whole
@@ -42,12 +43,12 @@ class Plan:
     """What to compute, and what to judge it by.
 
     Attributes:
-        price_per_gpu_hour: in any currency.
+        prices: of GPU-hours.
     """
 
     cases: list[Case]
     objective: Objective | None = None
-    price_per_gpu_hour: float | None = None
+    prices: Prices | None = None
 
     @property
     def points(self) -> list[Point]:
@@ -59,8 +60,9 @@ def load_plan(path: Path | None, overrides: dict[str, Any] | None = None) -> Pla
     """A plan from a TOML file, and from `overrides`, which come last.
 
     At the top of the file stand fields that all points share, `seeds` (how many, from `seed` on), `objective` and
-    `price_per_gpu_hour`. `[[list]]` holds fields of one case after another; `[grid]` has a list of values a field, and
-    every combination of them, the last field's changing fastest, goes with each entry of the list.
+    `price_per_gpu_hour`, a number or a table of them by kind of GPU. `[[list]]` holds fields of one case after another;
+    `[grid]` has a list of values a field, and every combination of them, the last field's changing fastest, goes with
+    each entry of the list.
 
     Raises:
         InputError: the file cannot be read, or says something that cannot be used.
@@ -79,11 +81,13 @@ def _plan(values: dict[str, Any]) -> Plan:
     if type(seeds) is not int or seeds < 1:
         raise InputError("expected an integer >= 1", field="seeds", value=seeds)
     price = values.get("price_per_gpu_hour")
-    if price is not None and not (type(price) in (int, float) and 0 < price < float("inf")):
-        raise InputError("expected a number > 0", field="price_per_gpu_hour", value=price)
+    prices = None if price is None else Prices.of(price)
     text = values.get("objective")
     if text is not None and type(text) is not str:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
+    objective = None if text is None else Objective.parse(text)
+    if objective is not None and objective.limits is not None:
+        shared["limits"] = str(objective.limits)
     cases = []
     num_points = seeds * _num_cases(values)
     if num_points > MOST_POINTS:
@@ -98,7 +102,7 @@ def _plan(values: dict[str, Any]) -> Plan:
                 value=seeds,
             )
         cases.append(Case(varied, [first.model_copy(update={"seed": first.seed + number}) for number in range(seeds)]))
-    return Plan(cases, None if text is None else Objective.parse(text), price)
+    return Plan(cases, objective, prices)
 
 
 def _num_cases(values: dict[str, Any]) -> int:
@@ -247,19 +251,19 @@ def rows_of(plan: Plan, results: list[Result]) -> list[Result]:
         row |= {name: value for name, value in result.items() if name != "inputs"}
         if plan.objective is not None:
             row["missed"] = plan.objective.missed(result["summary"])
-        if plan.price_per_gpu_hour is not None:
-            row["cost"] = cost_of([result], point.num_gpus(), plan.price_per_gpu_hour)
+        if plan.prices is not None:
+            row["cost"] = cost_of([result], plan.prices.per_hour(point.gpus()))
         rows.append(row)
     return rows
 
 
-def cost_of(results: list[Result], num_gpus: int, price_per_gpu_hour: float) -> dict[str, float | None]:
-    """What a million tokens cost in the mean over runs: of output, and in all."""
+def cost_of(results: list[Result], price_per_hour: float) -> dict[str, float | None]:
+    """What a million tokens cost in the mean over runs, all GPUs at so much an hour: of output, and in all."""
     costs = {}
     for name, metric in (("output", "output_tok_s"), ("total", "total_tok_s")):
         rates = [result["summary"][metric] for result in results]
         mean = None if None in rates else statistics.fmean(rates)
-        costs[name] = cost_per_million_tokens(mean, num_gpus, price_per_gpu_hour)
+        costs[name] = cost_per_million_tokens(mean, price_per_hour)
     return costs
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from twinserve.planning.objectives import Objective, interval
 from twinserve.planning.parallel import Workers
-from twinserve.planning.point import Point, Result
+from twinserve.planning.point import Point
 from twinserve.planning.sweep import Store, run_points
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.compare import value_of
 
 KNOBS: dict[str, tuple[int, ...]] = {
     "max_num_batched_tokens": (512, 1024, 2048, 4096, 8192, 16384, 32768),
@@ -84,7 +83,9 @@ def tune(
         key = tuple(settings.model_dump().items()), seeds[0].seed
         if key not in known:
             run = [point.model_copy(update={"settings": settings}) for point in seeds]
-            known[key] = [score(objective, result) for result in run_points(run, store, workers, advance=advance)]
+            known[key] = [
+                objective.load_of(result["summary"]) for result in run_points(run, store, workers, advance=advance)
+            ]
             num_runs += len(run)
         return known[key]
 
@@ -103,15 +104,6 @@ def tune(
     changed = {name: getattr(best, name) for name in KNOBS if getattr(best, name) != getattr(present, name)}
     means = statistics.fmean(was), statistics.fmean(now), statistics.fmean(gains)
     return Tuning(changed, *means, interval(gains), num_runs)
-
-
-def score(objective: Objective, result: Result) -> float:
-    """The worst term of an objective, as a share of its limit; without end where a request is not served."""
-    summary = result["summary"]
-    objective.missed(summary)
-    if summary["requests"] != summary["finished"]:
-        return float("inf")
-    return max(float(value_of(summary, term.metric) or 0.0) / term.limit_s for term in objective.terms)
 
 
 def _with(settings: Settings, name: str, value: int) -> Settings | None:

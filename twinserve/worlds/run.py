@@ -112,7 +112,7 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     if not isinstance(latency, RooflineLatency):
         return settings, "a pool without end: num_gpu_blocks is not given"
     try:
-        count = latency.num_blocks(settings.block_size)
+        count = latency.num_blocks(settings.block_size, settings.max_num_seqs)
     except ValueError as error:
         raise InputError(str(error), field="latency", value=latency.name) from error
     words = (
@@ -398,6 +398,7 @@ def run_fleet(
     *,
     router_facts: dict[str, Any],
     outages: Iterable[Outage] = (),
+    failover_ns: int = 0,
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -409,6 +410,7 @@ def run_fleet(
     Args:
         router_facts: says in the record which router it was.
         outages: when replicas are down.
+        failover_ns: nanoseconds from a death until the router knows of it.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
@@ -417,7 +419,7 @@ def run_fleet(
     outages = list(outages)
     facts = {"trace": workload.facts, "sampling": asdict(params)}
     common, fleet, device = fleet_facts(replicas, router_facts)
-    fleet |= {"outages": [asdict(outage) for outage in outages]}
+    fleet |= {"outages": [asdict(outage) for outage in outages], "failover_ns": failover_ns}
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,
@@ -430,6 +432,7 @@ def run_fleet(
             _RecordedFleet(recorder, replicas, facts, params),
             params=params,
             outages=outages,
+            failover_ns=failover_ns,
             progress=progress,
             step_by_step=step_by_step,
         )

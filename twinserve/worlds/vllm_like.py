@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.vllm_versions import NEWEST, VERSIONS, Version
-from twinserve.sim.roofline import DEVICES, GIB, Device
+from twinserve.sim.devices import DEVICES, GIB, Device
 
 OWN = "own"
 """In place of a vLLM: the defaults of `Settings`, whatever the device."""

@@ -73,6 +73,9 @@ class PointOptions(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
     like: str | None = Field(default=None, description=LIKE_HELP)
+    limits: str | None = Field(
+        default=None, description="count the requests that keep such as 'TTFT <= 1 s and TPOT <= 50 ms'"
+    )
 
 
 @dataclass(frozen=True)

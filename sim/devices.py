@@ -1,0 +1,136 @@
+"""Devices: what they can do at the peak, and what is reached of that; from the file that ships, or one of one's own."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twinserve.settings.config import read_toml, validated
+from twinserve.settings.errors import InputError
+from twinserve.sim.model_configs import DATA
+
+MIB, GIB = 1 << 20, 1 << 30
+DEVICES_FILE = DATA / "devices.toml"
+NVLINK_HOP_NS = 600
+"""What a hop of a ring takes over NVLink; over PCIe it is 1,000: hwLat, ring and LL, of NCCL's own model of its speed
+(src/graph/tuning.cc)."""
+
+
+class Shares(BaseModel):
+    """What is reached of a device's peaks, and what a layer takes beside.
+
+    Attributes:
+        device: the name of the one on whose steps they were fitted.
+        bandwidth: reading weights and activations, in matrix products of few rows.
+        flops: in matrix products of many rows.
+        attention_bandwidth, attention_flops: the same in attention.
+        layer_ns: of what is neither, a layer: norms, rotations, activation functions, and the gaps between kernels.
+        source: what they were fitted on.
+        shapes: the models of which all steps were measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    bandwidth: float = Field(gt=0, le=1)
+    flops: float = Field(gt=0, le=1)
+    attention_bandwidth: float = Field(gt=0, le=1)
+    attention_flops: float = Field(gt=0, le=1)
+    layer_ns: float = Field(ge=0)
+    source: str
+    shapes: tuple[str, ...] = ()
+
+
+PEAKS = Shares(
+    device="", bandwidth=1, flops=1, attention_bandwidth=1, attention_flops=1, layer_ns=0, source="all that there is"
+)
+"""All that a device can do is reached, and nothing lies between."""
+
+
+class Device(BaseModel):
+    """What a device can do.
+
+    Attributes:
+        bandwidth: bytes read from its memory a second, at the peak.
+        flops: dense bfloat16 operations a second, at the peak.
+        float8_flops: of float8; None where it has none.
+        memory_mib: MiB of its memory.
+        link: bytes a second to its peers and from them, each way; all-reduce goes through it.
+        linked: so many share the link.
+        hop_ns: what a hop over it takes.
+        multiprocessors: of them, each runs thread blocks of its own; None: not known.
+        host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences: vLLM 0.24's step
+            logs on an H100.
+        source: where these are from.
+        shares: what is reached of the peaks.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    bandwidth: float = Field(gt=0)
+    flops: float = Field(gt=0)
+    float8_flops: float | None = Field(default=None, gt=0)
+    memory_mib: int = Field(gt=0)
+    link: float = Field(gt=0)
+    linked: int = Field(default=8, ge=1)
+    hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0)
+    multiprocessors: int | None = Field(default=None, gt=0)
+    host_ns: int = Field(default=1_900_000, ge=0)
+    host_seq_ns: int = Field(default=25_000, ge=0)
+    source: str = Field(min_length=1)
+    shares: Shares
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of its memory."""
+        return self.memory_mib * MIB
+
+    @property
+    def has_own_shares(self) -> bool:
+        """Were its shares fitted on steps of such a device, and not on another's?"""
+        return self.shares.device == self.name
+
+    @property
+    def at_peak(self) -> Device:
+        """The same, if all that it can do were reached and there were nothing beside."""
+        return self.model_copy(update={"shares": PEAKS})
+
+
+def _shipped() -> tuple[dict[str, Device], Shares]:
+    """The devices of the file that ships, and the shares of those of which no step was timed."""
+    tables = tomllib.loads(DEVICES_FILE.read_text(encoding="utf-8"))
+    shares = {name: Shares(**table) for name, table in tables["shares"].items()}
+    others = shares["h200"]
+    devices = {name: Device(**table, shares=shares.get(name, others)) for name, table in tables["device"].items()}
+    return devices, others
+
+
+DEVICES, OTHERS_SHARES = _shipped()
+
+
+def named_device(text: str) -> Device:
+    """The device that ships under a name, or that of a TOML file, which has the fields of `Device`.
+
+    A file without a table `shares` takes those that were fitted on the H200.
+
+    Raises:
+        InputError: there is none, or the file cannot be read or has a field that cannot be used.
+    """
+    device = DEVICES.get(text.lower())
+    if device is not None:
+        return device
+    if not text.endswith(".toml"):
+        raise InputError(f"expected a TOML file or a device: {', '.join(DEVICES)}", field="device", value=text)
+    path = Path(text)
+    table: dict[str, Any] = {"shares": OTHERS_SHARES} | read_toml(path)
+    return validated(Device, table, {}, path)
+
+
+def device_of(name: str) -> Device | None:
+    """The device that a driver's name stands for, such as "NVIDIA H100 80GB HBM3"; None if it is not among DEVICES."""
+    words = name.replace("-", " ").split()
+    return next((device for device in DEVICES.values() if device.name in words), None)

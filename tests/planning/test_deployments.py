@@ -1,0 +1,75 @@
+"""Plans: the fewest replicas of each kind of GPU that keep an objective, the cheapest first."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
+from twinserve.planning.parallel import Workers
+from twinserve.planning.sweep import Store
+from twinserve.settings.errors import InputError
+
+OBJECTIVE = "p99 TTFT <= 60 ms and p99 TPOT <= 12 ms"
+
+
+@pytest.fixture
+def values(trace):
+    prices = {"h100": 2.0, "l40s": 1.0, "l4": 0.5}
+    return {"trace": str(trace), "objective": OBJECTIVE, "price_per_gpu_hour": prices, "all_at_zero": True}
+
+
+def test_what_does_not_fit_or_cannot_be_shared_is_left_out_with_the_reason():
+    latencies, left_out = candidates("qwen2.5-7b", ["h100", "l4"])
+    assert latencies == [
+        "roofline:qwen2.5-7b@h100:tp=1", "roofline:qwen2.5-7b@h100:tp=2", "roofline:qwen2.5-7b@h100:tp=4",
+        "roofline:qwen2.5-7b@l4:tp=1", "roofline:qwen2.5-7b@l4:tp=2", "roofline:qwen2.5-7b@l4:tp=4",
+    ]  # fmt: skip
+    assert len(left_out) == 2 and all("tp=8: tensor_parallel is 8, expected a divisor" in why for why in left_out)
+    latencies, left_out = candidates("llama-3-70b", ["h100"])
+    assert [text.rpartition("=")[2] for text in latencies] == ["2", "4", "8"]
+    assert "141.1 GB of weights" in left_out[0]
+    half, _ = candidates("llama-3-70b", ["h100"], ":quantization=fp8")
+    assert half == [f"roofline:llama-3-70b@h100:quantization=fp8:tp={degree}" for degree in (1, 2, 4, 8)]
+    with pytest.raises(InputError, match="model is 'llama-3.1-405b', fits nowhere: l4, tp=1"):
+        candidates("llama-3.1-405b", ["l4"])
+
+
+def test_the_cheapest_is_first_and_one_replica_fewer_misses_the_objective(values):
+    latencies, _ = candidates("qwen3-0.6b", ["h100", "l4"])
+    plan = plan_of(latencies, values)
+    found = find_deployments(plan, Store(), Workers(1))
+    prices = [deployment.price_per_hour for deployment in found]
+    assert len(found) > 4 and prices == sorted(prices)
+    for deployment in found:
+        capacity = deployment.capacity
+        assert not plan.objective.missed(capacity.results[0]["summary"])
+        assert (capacity.value == 1) == (not capacity.missed)
+        ((kind, count),) = deployment.gpus.items()
+        degree = int(str(capacity.case.varied["latency"]).rpartition("=")[2])
+        assert count == capacity.value * degree
+        assert deployment.price_per_hour == count * values["price_per_gpu_hour"][kind]
+    assert [row["price_per_hour"] for row in rows_of(plan, found)] == prices
+
+
+def test_a_plan_needs_a_price_of_every_kind(values):
+    latencies, _ = candidates("smollm2-135m", ["a100"])
+    with pytest.raises(InputError, match="expected a price of a100 too"):
+        plan_of(latencies, values)
+
+
+def test_the_command_answers_with_the_three_cheapest_and_keeps_all(twinserve, trace, tmp_path):
+    common = (trace, "--model", "qwen3-0.6b", "--devices", "h100,l40s", "--price", "h100=2,l40s=1", "--jobs", 1)
+    asked = (*common, "--objective", OBJECTIVE, "--all-at-zero", "--out", tmp_path / "out")
+    result = twinserve("plan", *asked)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) > 3 and result.out.count(" x ") == 3
+    assert "one fewer misses" in " ".join(result.out.split())
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert "a replica" in page and "price an hour" in page
+    again = twinserve("plan", *asked, "--json")
+    assert [json.loads(line) for line in again.out.splitlines()] == rows
+    refused = twinserve("plan", *common, "--objective", "fast")
+    assert refused.code == 2 and "objective is 'fast'" in refused.err

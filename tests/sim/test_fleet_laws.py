@@ -1,0 +1,101 @@
+"""Laws that every fleet keeps, whoever dies and whenever that is noticed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latencies import Constant, Uneven
+
+from twinserve.settings.build_core import Settings
+from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
+from twinserve.sim.routers import ROUTERS
+from twinserve.traces.request import Part, Request
+
+MS = 10**6
+EXAMPLES = int(os.environ.get("TWINSERVE_FLEETS", "30"))
+
+
+class Counting(FleetListener):
+    """Counts where requests go and what is lost."""
+
+    def __init__(self, build_cores):
+        super().__init__(build_cores)
+        self.sent_to: Counter[int] = Counter()
+        self.lost: Counter[int] = Counter()
+
+    def sent(self, request, replica):
+        self.sent_to[request.id] += 1
+
+    def died(self, replica, lost):
+        self.lost.update(seq.seq_id for seq in lost)
+
+
+@st.composite
+def outages_of(draw, num_replicas: int) -> list[Outage]:
+    """Any that are possible: of each replica one after another, and somebody comes back."""
+    outages = []
+    for replica in range(num_replicas):
+        times = sorted(draw(st.lists(st.integers(0, 3000), max_size=4, unique=True)))
+        for from_ms, to_ms in zip(times[::2], times[1::2], strict=False):
+            outages.append(Outage(replica, from_ms * MS, to_ms * MS))
+    check_outages(outages, num_replicas)
+    return outages
+
+
+@st.composite
+def fleets(draw):
+    num_replicas = draw(st.integers(1, 4))
+    requests, arrival_ms = [], 0
+    for number in range(draw(st.integers(1, 25))):
+        arrival_ms += draw(st.integers(0, 150))
+        parts = (Part(draw(st.integers(0, 3)), 0, draw(st.integers(1, 80))), Part(1000 + number, 0, 4))
+        after = draw(st.none() | st.integers(0, number - 1)) if number else None
+        requests.append(
+            Request(number, arrival_ms * MS, parts, draw(st.integers(1, 40)), after=after,
+                    think_ns=draw(st.integers(0, 50)) * MS if after is not None else 0)
+        )  # fmt: skip
+    core = Settings.load(
+        {"max_num_seqs": draw(st.integers(1, 6)), "max_num_batched_tokens": draw(st.integers(16, 64)),
+         "num_gpu_blocks": draw(st.integers(12, 40)), "pipeline_depth": draw(st.integers(0, 1)),
+         "enable_prefix_caching": draw(st.booleans())}
+    )  # fmt: skip
+    latencies = [draw(st.sampled_from([Uneven(), Uneven(3), Constant()])) for _ in range(num_replicas)]
+    return requests, core, latencies, draw(outages_of(num_replicas)), draw(st.integers(0, 2000)) * MS
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(fleets(), st.sampled_from(list(ROUTERS.values())))
+def test_requests_are_conserved_and_littles_law_holds(fleet, router):
+    """What is in the system over time adds up to the times that requests spend in it (Little, 1961)."""
+    requests, core, latencies, outages, failover_ns = fleet
+    listener = Counting([core.build_core] * len(latencies))
+    ended: dict[int, tuple[int, int]] = {}
+    tokens: dict[int, int] = {}
+    ends: list[int] = []
+
+    def progress(seq):
+        assert seq.seq_id not in ended, "it ended before"
+        if seq.finish_reason == "refused":
+            ended[seq.seq_id] = (0, 0)
+            return
+        ended[seq.seq_id] = (seq.arrival_ns, seq.finish_ns)
+        tokens[seq.seq_id] = seq.num_completion_tokens
+        ends.append(seq.finish_ns)
+
+    simulate_fleet(requests, latencies, router(), listener, outages=outages, failover_ns=failover_ns, progress=progress)
+    assert sorted(ended) == [request.id for request in requests]
+    assert all(tokens[number] == requests[number].max_tokens for number in tokens)
+    for number in tokens:
+        assert listener.sent_to[number] >= 1
+        assert listener.lost[number] >= listener.sent_to[number] - 1, "sent anew only when lost"
+    spent_ns = sum(finish_ns - arrival_ns for arrival_ns, finish_ns in ended.values())
+    changes = sorted([(arrival, 1) for arrival, end in ended.values() if end] + [(end, -1) for end in ends])
+    inside = area = before_ns = 0
+    for at_ns, change in changes:
+        area += inside * (at_ns - before_ns)
+        inside, before_ns = inside + change, at_ns
+        assert inside >= 0 or change == -1
+    assert inside == 0 and area == spent_ns

@@ -1,0 +1,106 @@
+"""Which GPUs, how many together and how many replicas of them keep an objective for a workload, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twinserve.planning.capacity import Capacity, find_capacities
+from twinserve.planning.capacity import rows_of as capacity_rows
+from twinserve.planning.parallel import Workers
+from twinserve.planning.point import Result
+from twinserve.planning.prices import Prices
+from twinserve.planning.sweep import Plan, Store, load_plan
+from twinserve.settings.errors import InputError
+from twinserve.sim.roofline import RooflineLatency
+
+DEGREES = (1, 2, 4, 8)
+"""Tensor-parallel degrees that are tried."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The fewest replicas of one kind that keep an objective.
+
+    Attributes:
+        capacity: its `value` is the number of replicas, `missed` what one fewer misses.
+        gpus: how many of each kind that takes.
+        price_per_hour: of all of them.
+    """
+
+    capacity: Capacity
+    gpus: dict[str, int]
+    price_per_hour: float
+
+
+def candidates(model: str, devices: Sequence[str], options: str = "") -> tuple[list[str], list[str]]:
+    """The latencies of a model on devices, alone and tensor-parallel, and in words why others are left out.
+
+    Args:
+        options: of each latency, behind the device, such as ":quantization=fp8".
+
+    Raises:
+        InputError: the model, a device or an option is not known, or nothing is left.
+    """
+    latencies, left_out = [], []
+    for device in devices:
+        for degree in DEGREES:
+            text = f"{model}@{device}{options}:tp={degree}"
+            plain = RooflineLatency.parse(f"{model}@{device}{options}")
+            try:
+                RooflineLatency(plain.shape, plain.device, degree).num_blocks(16)
+            except ValueError as error:
+                left_out.append(f"{device}, tp={degree}: {error}")
+            else:
+                latencies.append(f"roofline:{text}")
+    if not latencies:
+        raise InputError(f"fits nowhere: {'; '.join(left_out)}", field="model", value=model)
+    return latencies, left_out
+
+
+def plan_of(latencies: Sequence[str], values: dict[str, Any]) -> Plan:
+    """A plan with a case a latency.
+
+    Args:
+        values: the fields that all cases share; with `objective` and `price_per_gpu_hour`.
+
+    Raises:
+        InputError: a value cannot be used, or a kind of GPU has no price.
+    """
+    plan = load_plan(None, values | {"list": [{"latency": latency} for latency in latencies]})
+    for case in plan.cases:
+        _prices(plan).per_hour(case.points[0].gpus())
+    return plan
+
+
+def find_deployments(
+    plan: Plan, store: Store, workers: Workers, *, advance: Callable[[], None] | None = None
+) -> list[Deployment]:
+    """The deployment of every case that has one, the cheapest an hour first, of equal ones that of fewer GPUs.
+
+    Raises:
+        InputError: the plan has no objective or no price, or a point cannot be computed.
+    """
+    prices = _prices(plan)
+    found = []
+    for capacity in find_capacities(plan, "replicas", store, workers, advance=advance):
+        if capacity.value is not None:
+            gpus = capacity.point.gpus()
+            found.append(Deployment(capacity, gpus, prices.per_hour(gpus)))
+    return sorted(found, key=lambda one: (one.price_per_hour, sum(one.gpus.values())))
+
+
+def rows_of(plan: Plan, deployments: Sequence[Deployment]) -> list[Result]:
+    """A row a deployment, in their order: that of a capacity, with `gpus` and `price_per_hour`."""
+    rows = capacity_rows(plan, [deployment.capacity for deployment in deployments])
+    return [
+        row | {"gpus": deployment.gpus, "price_per_hour": deployment.price_per_hour}
+        for row, deployment in zip(rows, deployments, strict=True)
+    ]
+
+
+def _prices(plan: Plan) -> Prices:
+    if plan.prices is None:
+        raise InputError("is missing, expected a number, or one by kind of GPU: h100=2.5,l4=0.8", field="price")
+    return plan.prices

@@ -21,6 +21,7 @@ from pages import table
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+DRAFTS = re.compile(r"(<!-- figures of speculation -->\n).*?(<!-- end of figures of speculation -->)", re.DOTALL)
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
 TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
 """The metrics of which the page on serving shows the twin's."""
@@ -66,6 +67,11 @@ def main() -> int:
     texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
+    beside = arguments.pages / "speculation.md"
+    if beside.exists():
+        page = beside.read_text(encoding="utf-8")
+        found = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*/speculation-*.json"))]
+        texts[beside] = DRAFTS.sub(lambda match: match[1] + drafts_figures(found) + match[2], page)
     if "policies" in costs and arguments.vllm_page.exists():
         page = arguments.vllm_page.read_text(encoding="utf-8")
         texts[arguments.vllm_page] = COSTS.sub(
@@ -126,6 +132,46 @@ def circumstances(measured: dict[str, Any]) -> str:
         f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, {measured['date']}, by "
         f"`{measured['command']}`; the load average before was {number(measured['load_before'])}."
     )
+
+
+def drafts_figures(found: list[dict[str, Any]]) -> str:
+    """What prompt lookup buys on each device: a table a measurement."""
+    if not found:
+        return "\nNot measured yet.\n\n"
+    lines = [""]
+    for result in found:
+        most, (row_ns, token_ns) = result["speculative_config"]["num_speculative_tokens"], result["lookup_ns"]
+        lines += [
+            f"{result['model']} on {result['machine']}, at most {most} drafts, medians of {result['repeats']} turns "
+            f"(commit {result['commit']}, load average before {number(result['load_before'])}). Prompt "
+            f"lookup takes {number(row_ns / 1000)} us and {number(token_ns)} ns a token of the text.",
+            "",
+            *table(
+                [
+                    "text",
+                    "tokens",
+                    "without drafts",
+                    "with drafts",
+                    "speed-up",
+                    "drafts right",
+                    "tokens a row with drafts",
+                ],
+                [
+                    [
+                        case["text"],
+                        str(case["tokens"]),
+                        seconds(case["without_s"]),
+                        seconds(case["with_s"]),
+                        f"{number(case['speed_up'])}x",
+                        f"{case['speculation']['acceptance_rate']:.0%}" if case["speculation"] else NOTHING,
+                        number(case["speculation"]["tokens_per_step"]) if case["speculation"] else NOTHING,
+                    ]
+                    for case in result["cases"]
+                ],
+                numbers=True,
+            ),
+        ]
+    return "\n".join([*lines, ""])
 
 
 def cost_of_http(found: list[dict[str, Any]]) -> str:

@@ -14,8 +14,9 @@ from twinserve.settings.errors import InputError
 CPU_BUDGET_BYTES = 1 << 30
 
 
-def with_pool(config: RunnerConfig, decoder: Decoder) -> RunnerConfig:
-    """`config` with a pool that fits beside the weights of `decoder`, unless it has one.
+def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None = None) -> RunnerConfig:
+    """`config` with a pool that fits beside the weights of `decoder`, unless it has one; a model that drafts has as
+    many blocks of its own.
 
     Raises:
         InputError: `gpu_memory_utilization` leaves nothing.
@@ -23,7 +24,7 @@ def with_pool(config: RunnerConfig, decoder: Decoder) -> RunnerConfig:
     if config.settings.num_gpu_blocks is not None:
         return config
     step_bytes = None
-    if config.attention.graphs:
+    if config.attention.graphs and config.settings.speculative_config is None:
         from twinserve.engine.graphs.graph_runner import GraphRunner
 
         step_bytes = GraphRunner(decoder, config.with_blocks(1)).step_bytes()
@@ -34,6 +35,7 @@ def with_pool(config: RunnerConfig, decoder: Decoder) -> RunnerConfig:
         decoder.device,
         config.options.gpu_memory_utilization,
         step_bytes,
+        0 if drafting is None else bytes_per_block(drafting.config, config.settings.block_size, drafting.dtype),
     )
     return config.with_blocks(num_blocks)
 
@@ -45,6 +47,7 @@ def default_num_blocks(
     device: torch.device | str,
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     step_bytes: int | None = None,
+    more_block_bytes: int = 0,
 ) -> int:
     """Blocks that fit the default budget: 1 GiB of a CPU's memory, or what a CUDA device has left.
 
@@ -53,11 +56,12 @@ def default_num_blocks(
 
     Args:
         step_bytes: of the largest step, where it was measured; None takes a tenth of what is left.
+        more_block_bytes: of what another model keeps for each block.
 
     Raises:
         InputError: `gpu_memory_utilization` leaves nothing.
     """
-    device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype)
+    device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype) + more_block_bytes
     if device.type != "cuda":
         return max(1, CPU_BUDGET_BYTES // block_bytes)
     free, total = torch.cuda.mem_get_info(device)

@@ -26,6 +26,8 @@ from twinserve.engine.online import Clock, Inbox
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import check_token_maker, default_token_maker, encode_prompt
 from twinserve.engine.serving import serve_trace
+from twinserve.engine.speculation.choice import draft_of, proposer_maker
+from twinserve.engine.speculation.runner import SpeculativeRunner
 from twinserve.engine.token_logprobs import TokenLogprobs
 from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
@@ -81,6 +83,7 @@ class LLM:
         graph_options: what is switched off in steps that are graphs; None is nothing.
         threads: CPU threads of torch, in the whole process; None leaves them.
         token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
+        draft: the model that drafts, in place of the `model` of the settings' speculative_config; as `model`.
         options: the fields of `EngineOptions`, such as `device="cuda"`; None is as not given. A Decoder keeps its own
             dtype, and its own quantization, which may be given if it is the same.
 
@@ -107,6 +110,7 @@ class LLM:
         graph_options: GraphOptions | None = None,
         threads: int | None = None,
         token_maker: TokenMaker | None = None,
+        draft: str | Path | nn.Module | None = None,
         **options: Any,
     ):
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
@@ -119,11 +123,13 @@ class LLM:
         self.token_maker = token_maker or default_token_maker(source)
         check_token_maker(self.token_maker, source)
         config = RunnerConfig.checked(source, self.options, settings or Settings(), graph_options)
+        draft_source = draft_of(draft, config, source, self.options)
         self.attention, self.kv_cache_dtype = config.attention, config.kv_cache_dtype
         decoder = compute_on(config.device, source.load)
-        config = with_pool(config, decoder)
+        drafting = None if draft_source is None else compute_on(config.device, draft_source.load)
+        config = with_pool(config, decoder, drafting)
         self.settings = config.settings
-        self.runner = _make_runner(decoder, config, self.tokenizer)
+        self.runner = _make_runner(decoder, config, self.tokenizer, drafting)
         self._live: AsyncLLM | None = None
         self._forgotten: weakref.finalize | None = None
         self._guard = threading.Lock()
@@ -179,8 +185,7 @@ class LLM:
 
     def capture(self) -> None:
         """Capture the graphs of the steps, if they are graphs and that was not done; serving does so by itself."""
-        if not isinstance(self.runner, ModelRunner):
-            self.runner.capture()
+        self.runner.capture()
 
     def fill_cache(self, seed: int) -> None:
         """Fill the KV pool with noise where steps are graphs: on a CPU it makes no difference what is read."""
@@ -316,18 +321,32 @@ class LLM:
         )
 
 
-def _make_runner(decoder: Decoder, config: RunnerConfig, tokenizer: Any) -> ModelRunner | GraphRunner:
-    """What runs the steps of `decoder`."""
+def _make_runner(
+    decoder: Decoder, config: RunnerConfig, tokenizer: Any, drafting: Decoder | None
+) -> ModelRunner | GraphRunner:
+    """What runs the steps of `decoder`, for which `drafting` drafts, if any model does."""
+    if config.attention.graphs and config.settings.speculative_config is not None:
+        from twinserve.engine.graphs.speculative_runner import GraphSpeculativeRunner
+
+        return GraphSpeculativeRunner(decoder, tokenizer, config, proposer_maker(config, drafting))
     if config.attention.graphs:
         from twinserve.engine.graphs.graph_runner import GraphRunner
 
         return GraphRunner(decoder, config)
-    return ModelRunner(
+    named: dict[str, Any] = {
+        "num_blocks": config.num_blocks,
+        "block_size": config.settings.block_size,
+        "attention": cast(Literal["flash", "sdpa"], config.attention.name),
+        "seed": config.options.seed,
+    }
+    if config.settings.speculative_config is None:
+        return ModelRunner(decoder, tokenizer, decoder.device, **named)
+    return SpeculativeRunner(
         decoder,
         tokenizer,
         decoder.device,
-        num_blocks=config.num_blocks,
-        block_size=config.settings.block_size,
-        attention=cast(Literal["flash", "sdpa"], config.attention.name),
-        seed=config.options.seed,
+        make_proposer=proposer_maker(config, drafting),
+        is_async=config.settings.pipeline_depth > 0,
+        acceptance_rate=config.settings.speculative_config.synthetic_acceptance_rate,
+        **named,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device, to_host
-from twinserve.engine.online import StepHandle
+from twinserve.engine.online import TokenHandle
 from twinserve.engine.token_logprobs import TokenLogprobs
 from twinserve.policies import Row, Sequence
 
@@ -114,7 +114,7 @@ class LogprobStep:
         heard: where they go with `result`.
     """
 
-    def __init__(self, step: StepHandle, asked: Seq[AskedLogprobs | PromptLogprobs], heard: Heard) -> None:
+    def __init__(self, step: TokenHandle, asked: Seq[AskedLogprobs | PromptLogprobs], heard: Heard) -> None:
         self._step, self._asked, self._heard = step, asked, heard
         self.start_ns = self.end_ns = 0
 

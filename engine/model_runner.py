@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
-from twinserve.engine.layers.attention import AttentionMetadata, PagedAttention, plan_layers, slots_of
+from twinserve.engine.layers.attention import PagedAttention, plan_layers
 from twinserve.engine.layers.choice import choose_attention
+from twinserve.engine.layout import Layout
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
-from twinserve.engine.online import StepHandle
+from twinserve.engine.online import StepHandle, TokenHandle
 from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen, row_token_pairs
-from twinserve.policies import Batch, Row, Sequence
+from twinserve.policies import Batch, Row, Runs, Sequence
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class StepInput:
     Attributes:
         token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
         plans: the attention backend's, of each layer.
-        last: [sampled], places in the flat batch of the last token of each row that samples.
+        last: [sampled], places in the flat batch of the last token of each row that samples; of one with drafts, of
+            the token before the first of them and of each of them.
         sampling: how they sample.
         seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
             of their last tokens; None where there is no such row.
@@ -109,6 +111,10 @@ class ModelRunner:
         self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
+        self._most_single = 1  # tokens of the rows that lie first
+
+    def capture(self) -> None:
+        """There is nothing to capture: steps are launched kernel by kernel."""
 
     def close(self) -> None:
         """Wait for what was launched."""
@@ -155,8 +161,8 @@ class ModelRunner:
 
     # --- the engine's calls ---
 
-    def execute(self, batch: Batch) -> list[int]:
-        """Run a step; a token for each of `batch.sampled`."""
+    def execute(self, batch: Batch) -> Runs | list[int]:
+        """Run a step; a token for each of `batch.sampled`, or a run of them."""
         return self.launch(batch).result()
 
     def launch(self, batch: Batch) -> StepHandle:
@@ -171,7 +177,7 @@ class ModelRunner:
         known = [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in batch.rows]
         return self._launch(batch.rows, known)
 
-    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepHandle:
+    def _launch(self, rows: Seq[Row], tokens: Seq[list[int]]) -> TokenHandle:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
         self.num_launched += 1
         step_input = self._snapshot(rows, tokens) if rows else None
@@ -185,50 +191,45 @@ class ModelRunner:
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].num_tokens > 1, -rows[i].start))
-        ordered = [rows[i] for i in order]
-        ends = np.cumsum([row.num_tokens for row in ordered])
-        last_of_row = dict(zip(order, ends - 1, strict=True))
-        positions = np.concatenate([np.arange(row.start, row.start + row.num_tokens) for row in ordered])
-        tables = self._block_tables(ordered)
+        spans = [(row.start, row.num_tokens) for row in rows]
+        layout = Layout.of(spans, self._block_tables(rows), self._most_single)
+        ordered = [rows[i] for i in layout.order]
         token_ids, places, sources = [], [], []
-        for i, row in zip(order, ordered, strict=True):
+        for i, row in zip(layout.order, ordered, strict=True):
             token_ids += tokens[i]
             if len(tokens[i]) < row.num_tokens:
                 token_ids.append(0)
-                places.append(last_of_row[i])
+                places.append(layout.last[i])
                 sources.append(self._sampled_before(row))
-        sampled = [(row, last_of_row[i]) for i, row in enumerate(rows) if row.samples]
+        sampled = [one for i, row in enumerate(rows) if row.samples for one in drawn(row, layout.last[i])]
         params = [row.seq.sampling_params for row, _ in sampled]
         lengths = [row.start + row.num_tokens for row, _ in sampled]
         uniforms = draw_uniforms(params, lengths, self._generator)
         answers = [length - row.seq.num_prompt_tokens for length, (row, _) in zip(lengths, sampled, strict=True)]
-        metadata = AttentionMetadata(
-            num_single=sum(row.num_tokens == 1 for row in ordered),
-            query_lens=[row.num_tokens for row in ordered],
-            context_lens=[row.start + row.num_tokens for row in ordered],
-            block_tables=tables,
-            block_size=self.block_size,
-        )
         return StepInput(
             token_ids=self._to_device(token_ids),
-            positions=self._to_device(positions),
-            slots=self._to_device(self._slots(ordered, tables)),
-            plans=plan_layers(self._backend, metadata, self.model.config.windows, self.model.dtype, self.device),
+            positions=self._to_device(layout.positions),
+            slots=self._to_device(layout.slots(self.block_size)),
+            plans=self._plans(layout),
             last=self._to_device([place for _, place in sampled]),
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
-            generated=GeneratedTokens.of(sampled, self.device),
+            generated=GeneratedTokens.of(sampled, self.device, self._known),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
             prompts=PromptLogprobs(ordered, self.prompt_asks, self.logprobs),
         )
+
+    def _plans(self, layout: Layout) -> list[Any]:
+        """`StepInput.plans`: what `_hidden` has to know of the layout."""
+        metadata, windows = layout.metadata(self.block_size), self.model.config.windows
+        return plan_layers(self._backend, metadata, windows, self.model.dtype, self.device)
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""
         penalised = [(row, place) for row, place in sampled if row.seq.sampling_params.repetition_penalty != 1.0]
         if not penalised:
             return None
-        known = [row.seq.token_ids[: row.start + row.num_tokens] for row, _ in penalised]
+        known = [self._known(row) for row, _ in penalised]
         return self._to_device(row_token_pairs(known)), self._to_device([place for _, place in penalised])
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
@@ -241,13 +242,9 @@ class ModelRunner:
                 )
         return [np.array(row.seq.block_table, dtype=np.int64) for row in rows]
 
-    def _slots(self, rows: Seq[Row], tables: Seq[np.ndarray]) -> np.ndarray:
-        """Where the keys and values of each token go."""
-        slots = [
-            slots_of(table, np.arange(row.start, row.start + row.num_tokens), self.block_size)
-            for row, table in zip(rows, tables, strict=True)
-        ]
-        return np.concatenate(slots)
+    def _known(self, row: Row) -> list[int]:
+        """The tokens up to the end of a row, as far as they are known."""
+        return row.seq.token_ids[: row.start + row.num_tokens]
 
     def _sampled_before(self, row: Row) -> int:
         """The place of the row's sequence among those that the step launched before samples."""
@@ -268,8 +265,7 @@ class ModelRunner:
             places, sources = step.late
             # A sequence of which none was sampled goes on until it is ended.
             token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
-        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
-        hidden = self.model(token_ids, step.positions, attention)
+        hidden = self._hidden(step, token_ids)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
         logits, seen = self.model.logits(hidden[step.last]), None
@@ -283,6 +279,21 @@ class ModelRunner:
         if asked:
             asked.take(logits, tokens)
         return tokens
+
+    def _hidden(self, step: StepInput, token_ids: Tensor) -> Tensor:
+        """What the model's last layer gives for each token of the flat batch, [tokens, hidden_size], normalised."""
+        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
+        hidden: Tensor = self.model(token_ids, step.positions, attention)
+        return hidden
+
+
+def drawn(row: Row, last: int) -> list[tuple[Row, int]]:
+    """What a row that samples draws tokens behind: itself, as it would be with its first drafts alone, and the place of
+    its last token in the flat batch then; `last` is that of the whole row."""
+    if not row.num_drafts:
+        return [(row, last)]
+    cut = range(row.num_drafts, -1, -1)
+    return [(row._replace(num_tokens=row.num_tokens - n, num_drafts=row.num_drafts - n), last - n) for n in cut]
 
 
 def _decoder(model: nn.Module, device: torch.device) -> Decoder:

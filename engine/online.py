@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from twinserve.policies import Batch, Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.settings.errors import RunError
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
@@ -30,6 +30,13 @@ class StepHandle(Protocol):
 
     start_ns: int
     end_ns: int
+
+    def result(self) -> Runs | list[int]:
+        """Wait for the step; a token for each of the batch's `sampled`, or a run of them."""
+
+
+class TokenHandle(StepHandle, Protocol):
+    """A launched step without drafts."""
 
     def result(self) -> list[int]:
         """Wait for the step; a token for each of the batch's `sampled`, or NOT_SAMPLED."""
@@ -174,29 +181,31 @@ def serve(core: Core, executor: Executor, inbox: Inbox, clock: Clock, ended: Cal
         if core.must_commit:
             batch, step = launched.popleft()
             with _failing_as_step(batch):
-                token_ids = step.result()
+                output = step.result()
             batch.start_ns = step.start_ns - clock.origin_ns
             batch.end_ns = step.end_ns - clock.origin_ns
-            if NOT_SAMPLED in token_ids:
-                token_ids = _ending_failed(core, batch, token_ids, clock())
-            for seq in core.commit(token_ids, clock()):
+            if NOT_SAMPLED in ((output.token_ids or ()) if isinstance(output, Runs) else output):
+                output = _ending_failed(core, batch, output, clock())
+            for seq in core.commit(output, clock()):
                 ended(seq)
         elif core.is_idle and inbox.closed:
             return
 
 
-def _ending_failed(core: Core, batch: Batch, token_ids: list[int], now_ns: int) -> list[int]:
-    """The tokens of a batch, with one that ends no text for each that was not sampled; the sequences of these are ended
-    at the next decision, as if somebody had asked for it, which is a fact that a record keeps."""
-    known = list(token_ids)
+def _ending_failed(core: Core, batch: Batch, output: Runs | list[int], now_ns: int) -> Runs | list[int]:
+    """What came of a batch, with a token that ends no text for each that was not sampled; the sequences of these are
+    ended at the next decision, as if somebody had asked for it, which is a fact that a record keeps."""
+    runs = output if isinstance(output, Runs) else Runs(output, [1] * len(output))
+    known, last = list(runs.token_ids or ()), -1
     for place, seq in enumerate(batch.sampled):
-        if token_ids[place] == NOT_SAMPLED:
+        last += runs.lengths[place]
+        if known[last] == NOT_SAMPLED:  # which ends a run
             ends = {core.eos_token_id, *seq.stop_token_ids}
-            known[place] = next(token_id for token_id in itertools.count() if token_id not in ends)
+            known[last] = next(token_id for token_id in itertools.count() if token_id not in ends)
             if not seq.is_finished:
                 seq.refusal = NO_NUMBERS
                 core.abort(seq.seq_id, now_ns)
-    return known
+    return runs._replace(token_ids=known) if isinstance(output, Runs) else known
 
 
 class TraceFeeder(threading.Thread):

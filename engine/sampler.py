@@ -7,6 +7,7 @@ and the token's position, so a request's tokens depend neither on the batch arou
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -135,16 +136,26 @@ class GeneratedTokens:
     late: Tensor
 
     @classmethod
-    def of(cls, sampled: Seq[tuple[Row, int]], device: torch.device) -> GeneratedTokens | None:
-        """Of the rows that sample, each with the place of its last token; None where no row is penalised for any."""
+    def of(
+        cls,
+        sampled: Seq[tuple[Row, int]],
+        device: torch.device,
+        known_of: Callable[[Row], list[int]] | None = None,
+    ) -> GeneratedTokens | None:
+        """Of the rows that sample, each with the place of its last token; None where no row is penalised for any.
+
+        Args:
+            known_of: the tokens up to the end of a row, as far as they are known; None asks its sequence.
+        """
         counted = [(row, place) for row, place in sampled if counts_tokens(row.seq.sampling_params)]
         if not counted:
             return None
-        known = [row.seq.token_ids[row.seq.num_prompt_tokens : row.start + row.num_tokens] for row, _ in counted]
+        known_of = known_of or (lambda row: row.seq.token_ids[: row.start + row.num_tokens])
+        known = [known_of(row)[row.seq.num_prompt_tokens :] for row, _ in counted]
         late = [
             (number, place)
             for number, (row, place) in enumerate(counted)
-            if row.start + row.num_tokens > row.seq.num_tokens
+            if row.seq.num_prompt_tokens + len(known[number]) < row.start + row.num_tokens
         ]
         pairs = row_token_pairs(known), np.array(late, np.int64).reshape(-1, 2).T.copy()
         return cls(len(counted), *(to_device(values, device) for values in pairs))

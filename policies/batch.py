@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 from twinserve.policies.sequence import Sequence
 
 
 class Row(NamedTuple):
-    """One sequence's part of a step: `num_tokens` tokens from position `start` on. `samples`: the step reaches the last
-    known token, so it samples the next one. `is_prompt`: the sequence has sampled nothing since it was admitted."""
+    """One sequence's part of a step: `num_tokens` tokens from position `start` on; the last `num_drafts` are drafts.
+    `samples`: the step reaches the last known token, so it samples the next one. `is_prompt`: the sequence has sampled
+    nothing since it was admitted."""
 
     seq: Sequence
     start: int
     num_tokens: int
     samples: bool
     is_prompt: bool
+    num_drafts: int = 0
+
+
+class Runs(NamedTuple):
+    """What came of a step that verified drafts: for each of `batch.sampled` a run of tokens, of so many `lengths`, 1 to
+    1 + its drafts. `token_ids` has those of all runs, one behind another; None in a simulation. `proposed` has for each
+    how many drafts wait for its next step, None where the scheduler never hears of them."""
+
+    token_ids: Seq[Any] | None
+    lengths: Seq[int]
+    proposed: Seq[int] | None = None
 
 
 class Batch:
@@ -30,6 +43,8 @@ class Batch:
         sampled: those of `seqs` that sample a token.
         admitted: the rows of sequences that were waiting; their `start` is the prefix hit.
         left, preempted, aborted: sequences that finished or were aborted, were preempted, were aborted just now.
+        drafts: how many of its tokens are drafts, of each row that has any. num_drafts_asked: how many to propose then.
+        runs: what came of `drafts`: sequence, tokens made, tokens kept. proposed: sequence, drafts for its next step.
         grown: block tables of running sequences that became longer, with the new blocks.
         skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
@@ -52,6 +67,10 @@ class Batch:
         self.left: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.aborted: list[Sequence] = []
+        self.drafts: dict[Sequence, int] = {}
+        self.num_drafts_asked = 0
+        self.runs: list[tuple[Sequence, int, int]] = []
+        self.proposed: list[tuple[Sequence, int]] = []
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
@@ -71,7 +90,6 @@ class Batch:
         place = self.seqs.index(seq)
         row = self.rows[place]
         del self.seqs[place], self.starts[place], self.lengths[place]
-        self.num_tokens -= row.num_tokens
         if not row.samples:
             self.chunks.remove(seq)
         if row.is_prompt:
@@ -81,9 +99,10 @@ class Batch:
         return row
 
     def count(self) -> None:
-        """Work out who samples and the totals of contexts, once every row is there."""
+        """Work out who samples and the totals, once every row is there."""
         chunks = set(self.chunks)
         self.sampled = [seq for seq in self.seqs if seq not in chunks] if chunks else self.seqs
+        self.num_tokens = sum(self.lengths)
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):
             for place, n in enumerate(self.lengths):
@@ -107,25 +126,11 @@ class Batch:
     @property
     def rows(self) -> list[Row]:
         """The rows, in running order; a new list."""
-        chunks, prompts = set(self.chunks), set(self.prompts)
+        chunks, prompts, drafts = set(self.chunks), set(self.prompts), self.drafts
         return [
-            Row(seq, start, length, seq not in chunks, seq in prompts)
+            Row(seq, start, length, seq not in chunks, seq in prompts, drafts.get(seq, 0))
             for seq, start, length in zip(self.seqs, self.starts, self.lengths, strict=True)
         ]
-
-    def repeated(self, num_steps: int) -> Batch:
-        """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
-        batch = Batch(self.usual_tokens)
-        batch.seqs, batch.lengths, batch.chunks, batch.prompts = self.seqs, self.lengths, self.chunks, self.prompts
-        batch.sampled, batch.skipped, batch.is_ahead = self.sampled, self.skipped, self.is_ahead
-        batch.starts = [start + num_steps * self.lengths[place] for place, start in enumerate(self.starts)]
-        batch.num_tokens, batch.num_prompt_tokens = self.num_tokens, self.num_prompt_tokens
-        batch.num_kv_tokens = self.num_kv_tokens + num_steps * self.num_tokens
-        batch.num_attention_pairs = self.num_attention_pairs + num_steps * sum([n * n for n in self.lengths])
-        batch.num_waiting, batch.num_running = self.num_waiting, self.num_running
-        batch.decision, batch.committed = self.decision + num_steps, self.committed + num_steps
-        batch.seen, batch.decided_ns = self.seen, self.decided_ns
-        return batch
 
     def __iter__(self) -> Iterator[list[Sequence] | bool]:
         yield self.seqs

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
 from typing import Final
 
 from mypy_extensions import mypyc_attr
@@ -21,62 +20,23 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool, the number of block tables that hold it, and its neighbours in a FreeList."""
+    """One block of the KV pool, and the number of block tables that hold it."""
 
-    __slots__ = ("after", "before", "block_id", "ref_count")
+    __slots__ = ("block_id", "ref_count")
 
     def __init__(self, block_id: int):
         self.block_id, self.ref_count = block_id, 0
-        self.before = self.after = self
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
         self.ref_count = 0
 
 
-class FreeList:
-    """Blocks in the order of their next use, linked through themselves, so that one can leave wherever it is."""
-
-    def __init__(self) -> None:
-        self._ends = Block(-1)  # lies before the first and after the last
-        self.size = 0
-
-    def append(self, block: Block) -> None:
-        """Put a block behind the others."""
-        ends, last = self._ends, self._ends.before
-        block.before, block.after = last, ends
-        last.after = ends.before = block
-        self.size += 1
-
-    def remove(self, block: Block) -> None:
-        """Take out a block."""
-        before, after = block.before, block.after
-        before.after, after.before = after, before
-        self.size -= 1
-
-    def take(self, count: int) -> list[int]:
-        """Take out the first `count` blocks; their ids."""
-        block_ids: list[int] = []
-        block = self._ends.after
-        for _ in range(count):
-            block_ids.append(block.block_id)
-            block = block.after
-        self._ends.after, block.before = block, self._ends
-        self.size -= count
-        return block_ids
-
-    def __iter__(self) -> Iterator[int]:
-        block = self._ends.after
-        for _ in range(self.size):
-            yield block.block_id
-            block = block.after
-
-
 class BlockManager:
     """Gives KV blocks to sequences and takes them back; every call costs what it changes, never the pool's size.
     There are `num_blocks` blocks of `block_size` tokens; None is a pool without end, in which nothing is ever evicted.
     A sequence's blocks are given up from its last to its first. Those that the prefix cache knows are used again once
-    no `_blank` one is left, the least recently used first, so a chain's tail goes before its head."""
+    no blank one is left, the least recently used first, so a chain's tail goes before its head."""
 
     def __init__(self, num_blocks: int | None, block_size: int):
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
@@ -84,15 +44,14 @@ class BlockManager:
                 raise ValueError(f"{name} is {value}, expected an integer >= 1")
         self.num_blocks, self.block_size = num_blocks, block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
-        self._blank = list(reversed(range(num_blocks or 0)))  # nothing can be hit in them; the last is used first
-        self._cached = FreeList()  # free ones that can be
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks or 0))  # in the order of their use
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + self._cached.size
+        return ENDLESS if self.num_blocks is None else len(self._free)
 
     @property
     def cacheable_tokens(self) -> int:
@@ -102,7 +61,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - self._cached.size
+        return len(self.blocks) - len(self._free)
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -112,7 +71,7 @@ class BlockManager:
     @property
     def free_block_ids(self) -> list[int]:
         """The free blocks, in the order in which they are used next; a new list, so it costs the pool's size."""
-        return [*reversed(self._blank), *self._cached]
+        return list(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -146,16 +105,17 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        table, blocks, num_cached = seq.block_table, self.blocks, seq.num_registered_tokens // self.block_size
-        self._blank += table[num_cached:]
+        table, free, num_cached = seq.block_table, self._free, seq.num_registered_tokens // self.block_size
         for block_id in table[num_cached:]:
-            blocks[block_id].reset()
+            self.blocks[block_id].reset()
+            free[block_id] = None
+            free.move_to_end(block_id, last=False)
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(table[:num_cached]):
-            block = blocks[block_id]
+            block = self.blocks[block_id]
             block.ref_count -= 1
             if not block.ref_count:
-                self._cached.append(block)
+                free[block_id] = None
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
@@ -179,8 +139,10 @@ class BlockManager:
 
     def prefix_keys(self, seq: Sequence, ends: range) -> list[int]:
         """The hashes of the blocks that end with so many tokens of a sequence without token ids. Each tells its prefix
-        from every other, so that no content has to be compared."""
+        (and as much behind it as the cache looks ahead) from every other, so that no content has to be compared."""
         assert self.prefix_cache is not None and seq.prefix_key is not None, f"{seq} has no prefix keys"
+        if ahead := self.prefix_cache.hash_lookahead_tokens:
+            ends = range(ends.start + ahead, ends.stop + ahead, ends.step)
         each = getattr(seq.prefix_key, "each", None)
         keys: list[int] = list(map(seq.prefix_key, ends)) if each is None else each(ends)
         mask = self.prefix_cache.root(seq.salt)[0]
@@ -202,7 +164,7 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                self._cached.remove(block)
+                del self._free[block_id]
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
@@ -216,8 +178,11 @@ class BlockManager:
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
         cache, size = self.prefix_cache, self.block_size
+        if cache is None:
+            return
+        num_tokens = min(num_tokens, seq.num_tokens - cache.hash_lookahead_tokens)
         first, end = seq.num_registered_tokens // size, num_tokens // size
-        if cache is None or first >= end:
+        if first >= end:
             return
         self._identify(seq, end)
         cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
@@ -236,26 +201,23 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self._blank[:0] = reversed(self._cached.take(self._cached.size))
         return True
 
     def take(self, count: int) -> list[int]:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blank, blocks = self._blank, self.blocks
-        taken = [blank.pop() for _ in range(min(count, len(blank)))]
-        missing = count - len(taken)
-        if missing and self.num_blocks is None:
-            taken += range(len(blocks), len(blocks) + missing)
-            blocks += [Block(block_id) for block_id in taken[-missing:]]
-        elif missing:
-            evicted = self._cached.take(missing)
-            if self.prefix_cache is not None:
-                self.prefix_cache.remove(evicted)
-            taken += evicted
-        for block_id in taken:
-            blocks[block_id].ref_count = 1
+        free, blocks, cache, taken = self._free, self.blocks, self.prefix_cache, list[int]()
+        for _ in range(count):
+            if self.num_blocks is None and (not free or (cache is not None and next(iter(free)) in cache)):
+                blocks.append(Block(len(blocks)))  # and nothing is evicted
+                taken.append(len(blocks) - 1)
+            else:
+                taken.append(free.popitem(last=False)[0])
+            blocks[taken[-1]].ref_count = 1
+        evicted = [] if cache is None else [block_id for block_id in taken if block_id in cache]
+        if evicted and cache is not None:
+            cache.remove(evicted)
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
@@ -266,12 +228,13 @@ class BlockManager:
             return
         if seq.prefix_key is not None:
             # All that it will ever have, as many keys at once cost least.
-            num_blocks = max(num_blocks, seq.final_length // size)
+            ahead = 0 if cache is None else cache.hash_lookahead_tokens
+            num_blocks = max(num_blocks, (seq.final_length - ahead) // size)
             hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return
         assert cache is not None
-        packed = token_bytes(seq.token_ids[first * size : num_blocks * size])
+        packed = token_bytes(seq.token_ids[first * size : num_blocks * size + cache.hash_lookahead_tokens])
         cache.extend_chain(hashes, contents, packed, 4 * size, cache.root(seq.salt)[0])
 
     def check_integrity(self) -> None:
@@ -284,15 +247,16 @@ class BlockManager:
             assert held[0] == held[1], f"block {block_id}: ref_count {held[0]}, in {held[1]} block tables"
         if cache is None:
             return
-        wrong = [block_id for block_id in self._blank if block_id in cache]
-        wrong += [block_id for block_id in self._cached if block_id not in cache]
-        assert not wrong, f"free blocks {wrong} are not where the cache would have them"
+        blank = [block_id for block_id in free if block_id not in cache]
+        assert free[: len(blank)] == blank, f"blank blocks {blank} are not the first of those that are free, {free}"
         for seq in self._holders:
             parent, size = cache.root(seq.salt)[1], self.block_size
             for index in range(seq.num_registered_tokens // size):
                 entry, content = cache.get(seq.block_table[index]), None
                 if seq.prefix_key is None:
-                    content = token_bytes(seq.token_ids[index * size : (index + 1) * size])
+                    content = token_bytes(
+                        seq.token_ids[index * size : (index + 1) * size + cache.hash_lookahead_tokens]
+                    )
                 expected = seq.block_hashes[index], content, parent
                 found = None if entry is None else (entry.hash, entry.content, entry.parent)
                 assert entry is not None and found == expected, f"{seq}: block {index} is {found}, not {expected}"

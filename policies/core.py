@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 
 from mypy_extensions import mypyc_attr
 
-from twinserve.policies.batch import Batch
+from twinserve.policies.batch import Batch, Runs
 from twinserve.policies.scheduler import Scheduler
 from twinserve.policies.sequence import Sequence
 
@@ -55,12 +55,15 @@ class Core:
     ):
         if pipeline_depth < 0:
             raise ValueError(f"pipeline_depth is {pipeline_depth}, expected an integer >= 0")
+        speculation = scheduler.speculation
+        if speculation.most and speculation.is_async != (pipeline_depth > 0):
+            raise ValueError(f"is_async is {speculation.is_async}, but pipeline_depth is {pipeline_depth}")
         self.scheduler, self.pipeline_depth, self.eos_token_id = scheduler, pipeline_depth, eos_token_id
         self.listener = CoreListener() if listener is None else listener
         self.in_flight: deque[Batch] = deque()
         self.sequences: dict[int, Sequence] = {}
         self.num_ingested, self.num_decisions, self.last_committed = 0, 0, -1
-        self._aborts: list[tuple[Sequence, int]] = []
+        self.aborts: list[tuple[Sequence, int]] = []  # for the next decision
 
     @property
     def can_decide(self) -> bool:
@@ -71,11 +74,6 @@ class Core:
     def must_commit(self) -> bool:
         """Must the oldest batch in flight be committed before anything else can happen?"""
         return bool(self.in_flight) and not self.can_decide
-
-    @property
-    def must_abort(self) -> bool:
-        """Is a request to be ended at the next decision?"""
-        return bool(self._aborts)
 
     @property
     def is_idle(self) -> bool:
@@ -98,14 +96,14 @@ class Core:
     def abort(self, seq_id: int, now_ns: int) -> bool:
         """End a request at the next decision, unless it ends by itself before; False if it is not being served."""
         if (seq := self.sequences.get(seq_id)) is not None:
-            self._aborts.append((seq, now_ns))
+            self.aborts.append((seq, now_ns))
         return seq is not None
 
     def decide(self, now_ns: int) -> Batch:
         """Decide the next step. RuntimeError if more than `pipeline_depth` are in flight, or nothing can ever run."""
         if len(self.in_flight) > self.pipeline_depth:
             raise RuntimeError(f"{len(self.in_flight)} batches are in flight, pipeline_depth is {self.pipeline_depth}")
-        aborted = self._apply_aborts() if self._aborts else []
+        aborted = self._apply_aborts() if self.aborts else []
         batch = self.scheduler.schedule()
         batch.decision, batch.seen, batch.committed = self.num_decisions, self.num_ingested, self.last_committed
         batch.aborted, batch.decided_ns = aborted, now_ns
@@ -119,8 +117,9 @@ class Core:
         self.listener.decided(batch)
         return batch
 
-    def commit(self, token_ids: Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`); the sequences that end."""
+    def commit(self, token_ids: Runs | Seq[int] | None, now_ns: int) -> list[Sequence]:
+        """Take the tokens of the oldest batch in flight (one for each of its `sampled`, or a run); the sequences that
+        end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
         batch = self.in_flight[0]
@@ -139,12 +138,12 @@ class Core:
 
     def _apply_aborts(self) -> list[Sequence]:
         aborted = []
-        for seq, now_ns in self._aborts:
+        for seq, now_ns in self.aborts:
             if not seq.is_finished:
                 self.scheduler.abort(seq)
                 self._finish(seq, now_ns)
                 aborted.append(seq)
-        self._aborts.clear()
+        self.aborts.clear()
         return aborted
 
     def _finish(self, seq: Sequence, now_ns: int) -> None:

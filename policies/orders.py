@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Protocol
@@ -53,16 +52,6 @@ class LastAdmitted:
         return next(reversed(running))  # type: ignore[call-overload]
 
 
-class LeastUrgent:
-    """The sequence that its order would admit last, wherever it is among those that run."""
-
-    def __init__(self, order: Ranked):
-        self._order = order
-
-    def choose(self, running: Collection[Sequence], seq: Sequence) -> Sequence:
-        return max(running, key=self._order.rank)
-
-
 @mypyc_attr(allow_interpreted_subclasses=True)
 class FirstCome:
     """In the order of arrival; a preempted sequence goes back to the front."""
@@ -94,114 +83,3 @@ class FirstCome:
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._queue)
-
-
-@mypyc_attr(allow_interpreted_subclasses=True)
-class CacheAware(FirstCome):
-    """The longest prefix hit first, among the `window` in front; each is passed over `patience` times at most, and a
-    preempted one goes back to the front."""
-
-    def __init__(self, *, window: int = 8, patience: int = 8):
-        super().__init__()
-        self.is_steady = False
-        for name, value in (("window", window), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected an integer >= 1")
-        self.window, self.patience = window, patience
-        self._passed: dict[Sequence, int] = {}
-        self._manager: BlockManager | None = None
-
-    def bind(self, manager: BlockManager) -> None:
-        """Look for hits in this manager's cache."""
-        self._manager = manager
-
-    def peek(self) -> Sequence:
-        return self._queue[self._choose()]
-
-    def pop_next(self) -> Sequence:
-        index = self._choose()
-        seq = self._queue[index]
-        for number in range(index):
-            passed = self._queue[number]
-            self._passed[passed] = self._passed.get(passed, 0) + 1
-        self.remove(seq)
-        return seq
-
-    def remove(self, seq: Sequence) -> None:
-        super().remove(seq)
-        self._passed.pop(seq, None)
-
-    def _choose(self) -> int:
-        assert self._manager is not None, "CacheAware is bound to no BlockManager"
-        best = most = 0
-        for index in range(min(self.window, len(self))):
-            if self._passed.get(self._queue[index], 0) >= self.patience:
-                return index
-            hits = len(self._manager.find_hits(self._queue[index]))
-            if hits > most:
-                best, most = index, hits
-        return best
-
-
-@mypyc_attr(allow_interpreted_subclasses=True)
-class Ranked:
-    """The smallest rank first; a rank is fixed when the sequence is pushed, and equal ones go by arrival. With
-    `ageing`, so many later arrivals outweigh one unit of the order's own measure; with 0 none do."""
-
-    is_steady = True
-
-    def __init__(self, *, ageing: int = 0):
-        if ageing < 0:
-            raise ValueError(f"ageing is {ageing}, expected an integer >= 0 (0: none)")
-        self.ageing = ageing
-        self.starvation_free = ageing > 0
-        self.victim: Victim = LastAdmitted()
-        self._queue: list[tuple[tuple[int, int], Sequence]] = []
-
-    def measure(self, seq: Sequence) -> int:
-        """What the order goes by."""
-        raise NotImplementedError
-
-    def rank(self, seq: Sequence) -> tuple[int, int]:
-        """Smaller is sooner; no two sequences have the same."""
-        measure = self.measure(seq)
-        return measure * self.ageing + seq.arrival_index if self.ageing else measure, seq.arrival_index
-
-    def push(self, seq: Sequence) -> None:
-        insort(self._queue, (self.rank(seq), seq))
-
-    def push_preempted(self, seq: Sequence) -> None:
-        self.push(seq)
-
-    def peek(self) -> Sequence:
-        return self._queue[0][1]
-
-    def pop_next(self) -> Sequence:
-        return self._queue.pop(0)[1]
-
-    def remove(self, seq: Sequence) -> None:
-        del self._queue[list(self).index(seq)]
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter([seq for _, seq in self._queue])
-
-
-class Priority(Ranked):
-    """The smallest `priority` first; the largest gives way, wherever it is among those that run, as in vLLM."""
-
-    def __init__(self, *, ageing: int = 0):
-        super().__init__(ageing=ageing)
-        self.victim = LeastUrgent(self)
-
-    def measure(self, seq: Sequence) -> int:
-        return seq.priority
-
-
-class ShortestJob(Ranked):
-    """The fewest known tokens first, as of when the sequence came in or came back."""
-
-    def measure(self, seq: Sequence) -> int:
-        return seq.num_tokens

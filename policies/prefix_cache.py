@@ -32,15 +32,25 @@ class PrefixCache:
     A hit compares tokens and prefix as well as the hash, so that a collision costs a miss and never gives one request
     the KV of another. Of blocks with equal content the one stored first serves hits. `hash` is "xxh64", "xxh3_128", or
     a function of (bytes, seed) that returns a non-negative integer of 16 bytes; the seed makes hashes unpredictable.
-    `salt` begins every chain, before a sequence's own: caches with different ones share nothing."""
+    `salt` begins every chain, before a sequence's own: caches with different ones share nothing. With
+    `hash_lookahead_tokens`, a block's content is that of so many tokens behind it too, and it is hit only before them.
+    """
 
     ROOT: Final = 0
 
-    def __init__(self, *, hash: str | Callable[[bytes, int], int] = "xxh64", seed: int = 0, salt: str = ""):
+    def __init__(
+        self,
+        *,
+        hash: str | Callable[[bytes, int], int] = "xxh64",
+        seed: int = 0,
+        salt: str = "",
+        hash_lookahead_tokens: int = 0,
+    ):
         if isinstance(hash, str) and hash not in HASHES:
             raise ValueError(f"hash is {hash!r}, expected one of {', '.join(HASHES)}")
         self._digest, self._hash_bytes = HASHES[hash] if isinstance(hash, str) else (hash, 16)
         self.seed, self._salt = seed, salt
+        self.hash_lookahead_tokens = hash_lookahead_tokens
         self.root_hash = self._digest(salt.encode(), seed) if salt else -1
         self._last_prefix = self.ROOT
         self.clear()
@@ -62,10 +72,10 @@ class PrefixCache:
         self, hashes: list[int], contents: list[bytes | None], packed: bytes, block_bytes: int, root_hash: int
     ) -> None:
         """Add the blocks that tokens (see `token_bytes`) fill behind a chain, which begins with `root_hash`."""
-        digest, length, seed = self._digest, self._hash_bytes, self.seed
+        digest, length, seed, ahead = self._digest, self._hash_bytes, self.seed, 4 * self.hash_lookahead_tokens
         before = hashes[-1] if hashes else root_hash
-        for number in range(len(packed) // block_bytes):
-            content = packed[number * block_bytes : (number + 1) * block_bytes]
+        for number in range((len(packed) - ahead) // block_bytes):
+            content = packed[number * block_bytes : (number + 1) * block_bytes + ahead]
             before = digest(content if before == -1 else before.to_bytes(length, "little") + content, seed)
             hashes.append(before)
             contents.append(content)
@@ -80,9 +90,8 @@ class PrefixCache:
 
     def lookup(self, token_ids: list[int], block_size: int) -> tuple[list[int], int]:
         """The blocks that hold the longest stored prefix of whole blocks, and how many tokens that is."""
-        whole = token_ids[: len(token_ids) // block_size * block_size]
         hashes, contents = list[int](), list[bytes | None]()
-        self.extend_chain(hashes, contents, token_bytes(whole), 4 * block_size, self.root_hash)
+        self.extend_chain(hashes, contents, token_bytes(token_ids), 4 * block_size, self.root_hash)
         block_ids = self.match(hashes, contents, self.ROOT)
         return block_ids, len(block_ids) * block_size
 
@@ -91,9 +100,10 @@ class PrefixCache:
         block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
         parent = self.ROOT if is_first else self._known[self.hash_to_block_id[prefix_hash]].prefix
-        packed = token_bytes(token_ids)
         hashes, contents = list[int](), list[bytes | None]()
-        self.extend_chain(hashes, contents, packed, len(packed), self.root_hash if is_first else prefix_hash)
+        block_bytes = 4 * (len(token_ids) - self.hash_lookahead_tokens)
+        root_hash = self.root_hash if is_first else prefix_hash
+        self.extend_chain(hashes, contents, token_bytes(token_ids), block_bytes, root_hash)
         self.register_chain([block_id], hashes, contents, 0, 1, parent)
         return hashes[0]
 

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from typing import Any, Final, NamedTuple
 
-from twinserve.policies.batch import Batch, Row
+from twinserve.policies.batch import Batch, Row, Runs
 from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
+from twinserve.policies.speculation import Speculation
 from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules
 
 COMPOSITIONS = ("prefill-first", "mixed")
@@ -46,6 +47,7 @@ class Scheduler:
         order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
             come, vLLM's rule, and the order's own rule.
         rules: what differs between versions of vLLM; by default the newest's.
+        speculation: how drafts are scheduled, in mixed batches; by default there are none.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
@@ -69,6 +71,7 @@ class Scheduler:
         admission: Admission | None = None,
         victim: Victim | None = None,
         rules: VllmRules | None = None,
+        speculation: Speculation | None = None,
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
@@ -89,6 +92,9 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
         self._threshold = self.long_prefill_token_threshold
+        self.speculation = Speculation() if speculation is None else speculation
+        self.speculation.check(composition, self.max_num_batched_tokens)
+        self._left_tokens, self._padding = 0, (0, 0)  # for one more sequence; of an admission without a hit, behind one
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
         self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0
@@ -147,6 +153,8 @@ class Scheduler:
             served = set(batch.seqs)
             batch.skipped = [seq for seq in self._running if seq not in served]
         batch.count()
+        if self.speculation.most:
+            self.speculation.end(batch)
         batch.is_ahead, batch.left, self._left = bool(self.in_flight), self._left, []
         batch.num_waiting, batch.num_running = len(self.waiting), len(self._running)
         batch.num_used_blocks = self.block_manager.num_used_blocks
@@ -157,6 +165,7 @@ class Scheduler:
 
     def _begin(self) -> list[Sequence]:
         """Work out what holds for this decision; the running sequences that may get tokens."""
+        self._left_tokens = self.max_num_batched_tokens - self.speculation.draft_slots
         seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
         many = len(seqs) + len(self.waiting)
         self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
@@ -170,39 +179,40 @@ class Scheduler:
         return seqs
 
     def _serve(self, seqs: list[Sequence], batch: Batch) -> None:
-        """Give running sequences, in this order, the tokens that they know and have not computed, as far as the limits
-        let them; preempt where there is no room for their blocks."""
-        limit, left = self._threshold, self.max_num_batched_tokens - batch.num_tokens
+        """Give running sequences, in this order, the tokens that they know and have not computed, and drafts, as far as
+        the limits let them; preempt where there is no room for their blocks."""
+        limit, left, slots = self._threshold, self._left_tokens, self.speculation.draft_slots
         cacheable = self.block_manager.cacheable_tokens
         rows, starts, lengths, preempted = batch.seqs, batch.starts, batch.lengths, batch.preempted
         passed_over: list[Sequence] = []
         for seq in seqs:
             if preempted and (seq.status is not RUNNING or seq in passed_over):
                 continue
-            start, in_flight = seq.num_computed_tokens, seq.num_in_flight
+            start, in_flight, drafts = seq.num_computed_tokens, seq.num_in_flight, seq.num_drafts
             known = seq.num_tokens + in_flight
             num_tokens = known - start
+            if in_flight or drafts:
+                num_tokens += drafts
+                if known + drafts >= seq.final_length:
+                    num_tokens = self._num_before_end(seq, num_tokens)
             if num_tokens > limit:
                 num_tokens = limit
             if num_tokens > left:
                 num_tokens = left
-            if num_tokens <= 0 or (in_flight and known >= seq.final_length):
+            if num_tokens <= 0:
                 continue
-            end, held = start + num_tokens, seq.num_block_tokens
-            if end > held:
-                batch.num_tokens = self.max_num_batched_tokens - left
+            end = start + num_tokens
+            if end > seq.num_block_tokens:
+                self._left_tokens = left
                 has_room = self._make_room(seq, num_tokens, batch, passed_over)
-                left = self.max_num_batched_tokens - batch.num_tokens
-                if not has_room and self.rules.self_preemption.ends_pass:
-                    break
+                left = self._left_tokens
                 if not has_room:
                     continue
             rows.append(seq)
             starts.append(start)
             lengths.append(num_tokens)
-            left -= num_tokens
-            seq.num_computed_tokens = end
-            seq.num_scheduled_tokens = num_tokens
+            left -= num_tokens + slots
+            seq.num_computed_tokens, seq.num_scheduled_tokens = end, num_tokens
             if end < known:
                 batch.chunks.append(seq)
             else:
@@ -212,34 +222,54 @@ class Scheduler:
             if not seq.has_sampled:
                 batch.prompts.append(seq)
                 batch.num_prompt_tokens += num_tokens
-                seq.has_sampled = end == known
-        batch.num_tokens = self.max_num_batched_tokens - left
+                seq.has_sampled = end >= known
+        self._left_tokens = left
+
+    def _num_before_end(self, seq: Sequence, num_tokens: int) -> int:
+        """Of so many tokens of a sequence that may come to its end with them, those that it gets: short of the model's
+        length; none once its last token is in flight, even if of the drafts in flight none is right."""
+        drafts = sum([batch.drafts.get(seq, 0) for batch in self.in_flight])
+        if seq.num_in_flight and seq.num_tokens + seq.num_in_flight - drafts >= seq.final_length:
+            return 0
+        return min(num_tokens, self.max_model_len - 1 - seq.num_computed_tokens)
+
+    def _reach(self, start: int, num_tokens: int) -> int:
+        """For so many tokens from `start` on there have to be blocks when `num_tokens` are computed."""
+        return min(num_tokens + self.speculation.num_lookahead_tokens, self.max_model_len - start)
 
     def _make_room(self, seq: Sequence, num_tokens: int, batch: Batch, passed_over: list[Sequence]) -> bool:
         """Extend a block table, preempting for it where too few blocks are free; False if the sequence had to go.
         Those behind it that get nothing for that are added to `passed_over`."""
         manager, place, num_before = self.block_manager, seq.admission_index, 0
+        if self.speculation.num_lookahead_tokens:
+            num_tokens = self._reach(seq.num_computed_tokens, num_tokens)
         missing = manager.num_missing(seq, num_tokens)
         while seq.status is RUNNING and missing > manager.num_free_blocks:
             victim = (self._victim or self.waiting.victim).choose(self._running.keys(), seq)
             if victim not in self._running:
                 raise ValueError(f"the victim rule chose {victim}, expected a running sequence")
             num_before += not self._preempt(victim, batch) and victim.admission_index < place
-        if num_before and self.rules.victim_before.skips:
+        has_room = seq.status is RUNNING
+        if not has_room and self.rules.self_preemption_ends_pass:
+            num_before = len(self._running)
+        elif not self.rules.victim_before_skips:
+            num_before = 0
+        if num_before:
             passed_over += [other for other in self._running if other.admission_index > place][:num_before]
-        if seq.status is not RUNNING:
-            return False
-        block_ids = manager.take(missing)
-        manager.grow(seq, block_ids)
-        batch.grown.append((seq, block_ids))
-        return True
+        if has_room and missing > 0:
+            block_ids = manager.take(missing)
+            manager.grow(seq, block_ids)
+            batch.grown.append((seq, block_ids))
+        return has_room
 
     def _admit(self, batch: Batch) -> None:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
         preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
+        most = 0 if batch.prompts else self.speculation.most
+        self._padding = (most if batch else 0, most)
         while not batch.preempted:
-            budget = self.max_num_batched_tokens - batch.num_tokens
+            budget = self._left_tokens
             if self.pipeline_parallel_size > 1 and self.has_place(budget):
                 head = self.waiting.peek()
                 if any([head in before.seqs for before in self.in_flight]):
@@ -250,7 +280,10 @@ class Scheduler:
                 break
             seq, hits, num_tokens = found
             self.waiting.pop_next()
-            self.block_manager.admit(seq, hits, num_tokens)
+            start = len(hits) * self.block_manager.block_size
+            seq.num_drafts = num_drafts = max(0, start + num_tokens - seq.num_tokens)
+            self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
+            seq.num_block_tokens -= self.speculation.num_lookahead_tokens
             seq.status = RUNNING
             seq.num_computed_tokens = seq.num_cached_tokens
             seq.admission_index = self._num_admitted
@@ -258,7 +291,7 @@ class Scheduler:
             self._running[seq] = None
             self._passed_over.pop(seq, None)
             self._serve([seq], batch)
-            batch.admitted.append(Row(seq, seq.num_cached_tokens, num_tokens, seq.has_sampled, True))
+            batch.admitted.append(Row(seq, start, num_tokens, seq.has_sampled, True, num_drafts))
         for seq in reversed(passed_over):
             self.waiting.push_preempted(seq)
             self._passed_over[seq] = None
@@ -270,7 +303,8 @@ class Scheduler:
     def find_admission(self, budget: int) -> tuple[Sequence, list[int], int] | None:
         """Who is admitted next with so many tokens left in the step: the sequence, its cached blocks and the number of
         its tokens; None if nobody is. A refusal is remembered while running sequences do no more than grow, so that a
-        waiting prompt is not looked up in every step."""
+        waiting prompt is not looked up in every step. With drafts, one token to compute is padded to the length of
+        rows with drafts, by placeholders that are never right."""
         if not self.has_place(budget):
             return None
         seq, manager, refusal = self.waiting.peek(), self.block_manager, self.refusal
@@ -283,18 +317,24 @@ class Scheduler:
         if refusal is not None and facts == refusal.facts and not manager.is_stored(refusal.last_hash):
             return None
         hits = manager.find_hits(seq)
-        missing = seq.num_tokens - len(hits) * manager.block_size
+        start = len(hits) * manager.block_size
+        missing = seq.num_tokens - start
+        padding = self._padding[min(1, len(hits))] if missing == 1 else 0
+        if start + padding + 2 > self.max_model_len:
+            padding = 0
         most = min(limit, budget)
-        num_tokens = min(missing, most)
-        is_cut = min(missing, limit) > budget and not self.enable_chunked_prefill
+        num_tokens = min(missing + padding, most)
+        is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)
         if is_held and missing > 1:
             num_hits = manager.blocks_for(seq.num_tokens - 1)
         elif is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
-            num_hits = len(hits) + manager.blocks_for(missing - most)
-        elif lacking := self.admission.lacks(manager, seq, hits, num_tokens, not self._running):
+            num_hits = len(hits) + manager.blocks_for(missing + padding - most)
+        elif lacking := self.admission.lacks(manager, seq, hits, self._reach(start, num_tokens), not self._running):
             num_hits = len(hits) + lacking
         else:
             return seq, hits, num_tokens
+        if padding:
+            return None  # with fewer hits it would not be padded, and might fit
         may_hit = manager.prefix_cache is not None and num_hits <= (seq.num_tokens - 1) // manager.block_size
         self.refusal = Refusal(facts, num_hits, seq.block_hashes[num_hits - 1] if may_hit else None)
         return None
@@ -305,31 +345,36 @@ class Scheduler:
         row = batch.remove(seq)
         self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
         self._release(seq)
-        if row is not None and row.samples:
-            seq.num_in_flight -= 1
+        if row is not None:
+            self._left_tokens += row.num_tokens + self.speculation.draft_slots
+            seq.num_in_flight -= int(row.samples)
         seq.status, seq.has_sampled = SequenceStatus.WAITING, False
-        seq.num_computed_tokens = seq.num_scheduled_tokens = 0
+        seq.num_computed_tokens = seq.num_scheduled_tokens = seq.num_drafts = 0
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
         return row is not None
 
     def postprocess(
-        self, seqs: Batch | list[Sequence], token_ids: Seq[int] | None, eos_token_id: int | None = None
+        self, seqs: Batch | list[Sequence], token_ids: Runs | Seq[Any] | None, eos_token_id: int | None = None
     ) -> list[Sequence]:
         """Hand the sampled tokens of the oldest batch in flight to its sequences; those that end with them.
 
         `seqs` is that batch, or the list that it holds; `token_ids` has a token for each of `batch.sampled`, in order,
-        or is None in a simulation. ValueError for anything else. `eos_token_id` ends a sequence that heeds it."""
+        or the runs of a step that verified drafts, or is None in a simulation. ValueError for anything else.
+        `eos_token_id` ends a sequence that heeds it."""
         batch = self.in_flight[0] if self.in_flight else None
         if batch is None or (seqs is not batch and seqs is not batch.seqs):
             raise ValueError("postprocess takes the oldest batch in flight, or the list it holds, and each once")
-        sampled = batch.sampled
-        tokens = _checked(token_ids, sampled)
+        eos, sampled = -1 if eos_token_id is None else eos_token_id, batch.sampled
+        if isinstance(token_ids, Runs):
+            runs: Runs | None = token_ids
+        else:
+            runs = Runs(token_ids, [1] * len(sampled)) if batch.drafts else None
+        tokens = checked_tokens(token_ids, sampled, len(sampled)) if runs is None else self._accept(batch, runs, eos)
         self.in_flight.popleft()
-        eos = -1 if eos_token_id is None else eos_token_id
         may_stop = tokens is not None and eos in tokens
-        is_ahead, cacheable = batch.is_ahead, self.block_manager.cacheable_tokens
+        may_fill, cacheable = batch.is_ahead or self.speculation.most > 0, self.block_manager.cacheable_tokens
         ended: list[Sequence] = []
         for place, seq in enumerate(sampled):
             if seq.status is FINISHED:
@@ -342,12 +387,50 @@ class Scheduler:
                 seq.token_ids.append(token_id)
                 if (may_stop or seq.stop_token_ids) and seq.sampling_params.stops(token_id, eos):
                     reason = "stop"
-            if is_ahead and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
+            if may_fill and seq.num_computed_tokens - in_flight - seq.num_registered_tokens >= cacheable:
                 self.block_manager.register(seq, seq.num_computed_tokens - in_flight)
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)
+        for place, number in enumerate((runs and runs.proposed) or ()):
+            if number and sampled[place].status is RUNNING:
+                sampled[place].num_drafts = number
+                batch.proposed.append((sampled[place], number))
         return ended
+
+    def _accept(self, batch: Batch, runs: Runs, eos: int) -> list[Any] | None:
+        """Hand what comes before the last token of each run, or before the token that ends the sequence, to it, and
+        take rejected drafts back, and those behind the end; the last tokens, None in a simulation."""
+        tokens, first, last = self._checked_runs(batch, runs), 0, []
+        for place, seq in enumerate(batch.sampled):
+            length, num_drafts = runs.lengths[place], batch.drafts.get(seq, 0)
+            kept = 0 if seq.status is FINISHED else min(length, seq.final_length - seq.num_tokens)
+            run = [] if tokens is None else tokens[first : first + kept]
+            stops = [seq.sampling_params.stops(token_id, eos) for token_id in run]
+            if True in stops:
+                kept = stops.index(True) + 1
+            if num_drafts:
+                batch.runs.append((seq, length, kept))
+            if kept:
+                seq.token_ids += run[: kept - 1]
+                seq.num_tokens += kept - 1
+                seq.num_in_flight -= num_drafts
+                if seq.status is RUNNING:  # else it was preempted, and computes all of it again
+                    seq.num_computed_tokens -= num_drafts + 1 - kept
+            last.append(run[kept - 1] if kept and run else 0)
+            first += length
+        return None if tokens is None else last
+
+    def _checked_runs(self, batch: Batch, runs: Runs) -> list[Any] | None:
+        """The tokens of all runs; ValueError if runs or proposals are not as many or as long as they can be."""
+        (token_ids, lengths, proposed), asked = runs, batch.num_drafts_asked
+        most = [1 + batch.drafts.get(seq, 0) for seq in batch.sampled]
+        if len(lengths) != len(most) or not all([1 <= length <= most[place] for place, length in enumerate(lengths)]):
+            raise ValueError(f"runs of {[*lengths]} tokens, expected one of 1 to each of {most}")
+        expected = 0 if self.speculation.is_async else len(most)
+        if proposed is not None and (len(proposed) != expected or not all([0 <= n <= asked for n in proposed])):
+            raise ValueError(f"{[*proposed]} drafts were proposed, expected {expected} numbers from 0 to {asked}")
+        return checked_tokens(token_ids, batch.sampled, sum(lengths))
 
     def _end(self, seq: Sequence, reason: str) -> None:
         if seq.status is RUNNING:
@@ -365,12 +448,14 @@ class Scheduler:
         del self._running[seq]
 
     def refusal_of(self, seq: Sequence) -> str | None:
-        """Why `seq` can never be served; None if it can. Its last generated token needs no KV."""
+        """Why `seq` can never be served; None if it can. Its last generated token needs no KV, but
+        its drafts beside it do: with a pool of fewer, one that has to give way to itself might never get a token."""
         if seq.num_prompt_tokens == 0:
             return "the prompt has no tokens"
         if seq.num_prompt_tokens >= self.max_model_len:
             return f"prompt of {seq.num_prompt_tokens} tokens, but max_model_len is {self.max_model_len}"
-        most, manager = seq.final_length - 1, self.block_manager
+        manager, ahead = self.block_manager, self.speculation.most + self.speculation.num_lookahead_tokens
+        most = min(seq.final_length - 1 + ahead, self.max_model_len)
         if manager.num_blocks is not None and manager.blocks_for(most) > manager.num_blocks:
             return f"needs {manager.blocks_for(most)} blocks of {manager.block_size}, the pool has {manager.num_blocks}"
         if not self.enable_chunked_prefill and most > self.max_num_batched_tokens:
@@ -385,17 +470,22 @@ class Scheduler:
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} running > {self.max_num_seqs}"
         orders = [seq.admission_index for seq in self._running]
         assert orders == sorted(orders), f"not in the order of admission: {orders}"
+        ahead = manager.blocks_for(2 * self.speculation.most + self.speculation.num_lookahead_tokens)
         for seq in self._running:
             computed, least = seq.num_computed_tokens, seq.num_computed_tokens - seq.num_in_flight
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
-            assert manager.num_missing(seq, 0) == 0, f"{seq} holds other than {manager.blocks_for(computed)} blocks"
+            missing = manager.num_missing(seq, 0)
+            assert -ahead <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
+            assert 0 <= seq.num_drafts <= self.speculation.most, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
-                right = least - manager.block_size < seq.num_registered_tokens <= min(seq.num_tokens, computed)
+                behind = manager.block_size + manager.prefix_cache.hash_lookahead_tokens
+                right = least - behind < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
-            assert seq.status is SequenceStatus.WAITING and not seq.block_table, f"waiting: {seq}"
+            has_nothing = not (seq.block_table or seq.num_drafts or seq.num_computed_tokens)
+            assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
 
 def _limit(name: str, value: int | None) -> int:
@@ -404,15 +494,15 @@ def _limit(name: str, value: int | None) -> int:
     return UNLIMITED if value is None else value
 
 
-def _checked(token_ids: Seq[int] | None, sampled: list[Sequence]) -> list[Any] | None:
-    """The tokens of a step as a list, one for each sequence that samples; None in a simulation. ValueError if they are
-    not as many, not 4-byte integers, or none for sequences with token ids."""
+def checked_tokens(token_ids: Seq[Any] | None, sampled: list[Sequence], number: int) -> list[Any] | None:
+    """The tokens of a step as a list, so many for those that sample; None in a simulation. ValueError if they are not
+    as many, not 4-byte integers, or none for sequences with token ids."""
     if token_ids is None and any([seq.has_token_ids for seq in sampled]):
         raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
     if token_ids is None:
         return None
-    if len(token_ids) != len(sampled):
-        raise ValueError(f"{len(token_ids)} tokens for a batch that samples {len(sampled)}")
+    if len(token_ids) != number:
+        raise ValueError(f"{len(token_ids)} tokens for a batch that samples {number}")
     try:
         packed = array("I", token_ids)
         return token_ids if isinstance(token_ids, list) else packed.tolist()

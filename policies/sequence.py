@@ -107,10 +107,11 @@ class Sequence:
         seq_id: its owner's name for it. arrival_index, admission_index: how many were accepted, admitted before it.
         token_ids, num_tokens: prompt and generated tokens known so far (no ids in a simulation); their number.
         num_computed_tokens: tokens whose KV exists or is being computed by a launched step.
-        num_in_flight: tokens that launched steps will sample and that are not known yet.
+        num_in_flight: tokens that launched steps will sample and that are not known yet; drafts count as if right.
+        num_drafts: draft tokens that wait for its next step.
         num_scheduled_tokens: tokens that the latest step with a row of this sequence computes for it.
         max_tokens, final_length: the most it asks for; tokens at which it ends, whatever is generated.
-        block_table, num_block_tokens: ids of the KV blocks held, in token order; how many tokens they hold.
+        block_table: ids of the KV blocks held, in token order. num_block_tokens: tokens that fit in.
         num_cached_tokens, num_registered_tokens: found in the prefix cache at the latest admission; known to it now.
         has_sampled: has a step sampled for it since its latest admission? Until then its tokens are prompt work.
         finish_reason: "stop", "length", "abort" or "refused" once FINISHED; `refusal` says why in words.
@@ -122,9 +123,9 @@ class Sequence:
         "admission_index", "arrival_index", "arrival_ns", "block_contents", "block_hashes", "block_table",
         "final_length", "finish_ns", "finish_reason", "first_scheduled_ns", "first_token_ns", "has_sampled",
         "has_token_ids", "ingested_ns", "max_tokens", "num_block_tokens", "num_cached_tokens", "num_computed_tokens",
-        "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens", "num_scheduled_tokens",
-        "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id", "status",
-        "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
+        "num_drafts", "num_in_flight", "num_preemptions", "num_prompt_tokens", "num_registered_tokens",
+        "num_scheduled_tokens", "num_tokens", "prefix_key", "priority", "refusal", "salt", "sampling_params", "seq_id",
+        "status", "stop_token_ids", "tenant", "token_ids", "tokens_per_block",
     )  # fmt: skip
 
     def __init__(
@@ -154,7 +155,7 @@ class Sequence:
         self.arrival_index = self.admission_index = -1
         self.num_tokens, self.max_tokens = self.num_prompt_tokens, self.sampling_params.max_tokens or 1 << 62
         self.final_length = self.num_prompt_tokens + self.max_tokens
-        self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = 0
+        self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = self.num_drafts = 0
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []

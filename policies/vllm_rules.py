@@ -15,8 +15,8 @@ UNLIMITED: Final = 1 << 60
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class VllmAdmission:
-    """vLLM's rule: what is needed must be free: with `reserve_full_prompt` for all tokens that the sequence knows, else
-    for its first step's; and `watermark_blocks` besides, while anything is running."""
+    """vLLM's rule: what is needed must be free: for its first step's tokens, with `reserve_full_prompt` for all that it
+    knows too; and `watermark_blocks` besides, while anything is running."""
 
     def __init__(self, *, reserve_full_prompt: bool = True, watermark_blocks: int = 0):
         if watermark_blocks < 0:
@@ -24,22 +24,11 @@ class VllmAdmission:
         self.reserve_full_prompt, self.watermark_blocks = reserve_full_prompt, watermark_blocks
 
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
-        covered = seq.num_tokens if self.reserve_full_prompt else len(hits) * manager.block_size + num_tokens
+        covered = len(hits) * manager.block_size + num_tokens
+        if self.reserve_full_prompt:
+            covered = max(covered, seq.num_tokens)
         margin = 0 if is_alone else self.watermark_blocks
         return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
-
-
-class SelfPreemption(NamedTuple):
-    """Does a sequence that has to make room by going itself end the pass? In vLLM 0.24 it does, in 0.33 it does not."""
-
-    ends_pass: bool = False
-
-
-class VictimBefore(NamedTuple):
-    """Where the pass goes on after victims that stood before the sequence which needed room: in vLLM 0.33 behind that
-    sequence; in 0.24 it `skips` as many more as there were such victims without tokens in the step."""
-
-    skips: bool = False
 
 
 class LongPrefillThreshold(NamedTuple):
@@ -80,17 +69,17 @@ class PrefillInterval:
         if leaves_waiting is not None and not self.is_held:
             self.is_saturated = leaves_waiting
 
-    def num_alike(self, running: list[Sequence]) -> int:
-        """How many decisions in a row, from the latest on, are held as it was or are all not held."""
-        if self.holds(running) != self.is_held:
-            return 1
-        return self.steps - self.num_since if self.is_held else UNLIMITED
-
 
 class VllmRules(NamedTuple):
-    """The rules that changed, for one Scheduler, as the interval counts its steps."""
+    """The rules that changed, for one Scheduler, as the interval counts its steps.
+
+    Attributes:
+        self_preemption_ends_pass: does a sequence that has to make room by going itself end the pass? In vLLM 0.24.
+        victim_before_skips: as many sequences lose their turn as there were victims without tokens in the step before
+            the one that needed room. In vLLM 0.24; in 0.33 the pass goes on behind that one.
+    """
 
     interval: PrefillInterval
-    self_preemption: SelfPreemption = SelfPreemption()
-    victim_before: VictimBefore = VictimBefore()
+    self_preemption_ends_pass: bool = False
+    victim_before_skips: bool = False
     threshold: LongPrefillThreshold = LongPrefillThreshold()

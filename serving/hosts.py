@@ -21,8 +21,9 @@ from twinserve.serving.recording import LiveRecord, RecordOptions
 from twinserve.serving.simulated import LiveReplicas, stand_in
 from twinserve.settings.errors import RunError
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import acceptance_of
 from twinserve.traces.request import Request
-from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.run import ReplicaSpec, with_drafting
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
@@ -142,9 +143,10 @@ class SimulatedHost(Host):
 
         self.live = LiveReplicas(
             [build(number, spec) for number, spec in enumerate(self._replicas)],
-            [spec.latency for spec in self._replicas],
+            [with_drafting(spec.latency, spec.settings) for spec in self._replicas],
             self._router,
             listeners,
+            acceptances=[acceptance_of(spec.settings.speculative_config) for spec in self._replicas],
             time_scale=self._time_scale,
             routed=routed,
         )

@@ -161,6 +161,15 @@ class ServerMetrics(CoreListener):
             [*self._labels, "finished_reason"],
             registry=self._registry,
         )
+        self._drafts = counter("spec_decode_num_drafts", "Rows with draft tokens.")
+        self._draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens that were computed.")
+        self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
+        self._accepted_by_position = Counter(
+            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos",
+            "Those of them that were right, by position in their row.",
+            [*self._labels, "position"],
+            registry=self._registry,
+        )
         self._step_tokens = histogram("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         names = ("inter_token_latency_seconds", "time_per_output_token_seconds")
@@ -234,12 +243,17 @@ class ServerMetrics(CoreListener):
     def committed(self, batch: Batch) -> None:
         if batch.num_tokens:
             self._step_tokens.observe(batch.num_tokens)
+        self._count_drafts(batch)
+        kept = {seq: number for seq, _, number in batch.runs}
         latest, now_ns = self._latest, batch.end_ns or 0
         gaps: Counts[int] = Counts()
         for seq in batch.sampled:
             if seq.finish_ns is not None:
                 continue
             before_ns, latest[seq] = latest.get(seq), now_ns
+            number = kept.get(seq, 1)
+            if number > 1:
+                gaps[0] += number - 1
             if before_ns is not None:
                 gaps[now_ns - before_ns] += 1
             else:
@@ -253,6 +267,14 @@ class ServerMetrics(CoreListener):
         for gap_ns, count in gaps.items():
             self._gaps.add(gap_ns / 1e9, count)
             self._generation_tokens.inc(count)
+
+    def _count_drafts(self, batch: Batch) -> None:
+        for seq, made, _ in batch.runs:
+            self._drafts.inc()
+            self._draft_tokens.inc(batch.drafts[seq])
+            self._accepted_tokens.inc(made - 1)
+            for position in range(made - 1):
+                self._accepted_by_position.labels(**self._labels, position=str(position)).inc()
 
     def finished(self, seq: Sequence) -> None:
         self._latest.pop(seq, None)

@@ -17,6 +17,7 @@ from twinserve.policies import CoreListener, Sequence
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Replica, alarm, now_ns
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import Acceptance
 from twinserve.traces.request import Request
 
 _PIECE = re.compile(rb"\n|[^\S\n]?\S{1,3}|\S{1,4}|\s")
@@ -74,7 +75,7 @@ class LiveReplicas(Live):
     comes later, by `lag_s`. So a simulation of what arrived decides the same.
 
     Args:
-        latencies: what a step costs, one a Core.
+        latencies: what a step costs, one a Core. acceptances: what comes of drafts, likewise.
         router: chooses a replica for each request.
         time_scale: a simulated second takes so many on the wall.
         routed: told of each sequence which request it is, and the number of its replica, just before it comes in.
@@ -91,6 +92,7 @@ class LiveReplicas(Live):
         router: Router,
         listeners: Seq[CoreListener] = (),
         *,
+        acceptances: Seq[Acceptance | None] | None = None,
         time_scale: float = 1.0,
         routed: Callable[[Sequence, Request, int], None],
     ):
@@ -99,12 +101,15 @@ class LiveReplicas(Live):
         self.requests: dict[Sequence, Request] = {}
         self.lag_s = 0.0
         self._latencies, self._router, self._routed = latencies, router, routed
+        self._acceptances = [None] * len(latencies) if acceptances is None else acceptances
 
     def walk(self) -> None:
         env = simpy.Environment()
         replicas = [
-            Replica(env, core, latency, lambda seq: None, index=index, step_by_step=True)
-            for index, (core, latency) in enumerate(zip(self.cores, self._latencies, strict=True))
+            Replica(env, core, latency, lambda seq: None, index=index, step_by_step=True, acceptance=acceptance)
+            for index, (core, latency, acceptance) in enumerate(
+                zip(self.cores, self._latencies, self._acceptances, strict=True)
+            )
         ]
         while not (self.inbox.closed and self.is_idle and env.peek() == float("inf")):
             due_ns = env.peek()

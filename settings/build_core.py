@@ -17,16 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     BlockManager,
-    CacheAware,
     Core,
     CoreListener,
     FirstCome,
     PrefixCache,
-    Priority,
     Scheduler,
-    ShortestJob,
     VllmAdmission,
 )
 from twinserve.policies.orders import Admission, Order, Victim
@@ -34,6 +32,7 @@ from twinserve.policies.vllm_rules import VllmRules
 from twinserve.settings.config import read_toml, validated
 from twinserve.settings.limits import MOST, MOST_BLOCKS
 from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.settings.speculative import SpeculativeConfig, parsed
 from twinserve.settings.vllm_versions import CHANGED, NEWEST, UNSAID, Version, build_rules
 
 SCHEDULING_POLICIES = ("fcfs", "priority", "shortest", "cache-aware")
@@ -114,8 +113,12 @@ class Settings(BaseModel):
     scheduler_reserve_full_isl: bool = True
     watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
     pipeline_depth: int = Field(default=0, ge=0, le=1)
+    speculative_config: SpeculativeConfig | None = Field(
+        default=None, description="drafts of speculative decoding, as JSON with vLLM's names; none: no drafts"
+    )
 
     _pinned = field_validator(*RULES)(pinned_rule)
+    _parsed = field_validator("speculative_config", mode="before")(parsed)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -143,9 +146,27 @@ class Settings(BaseModel):
             raise ValueError(f"watermark is {self.watermark}, expected num_gpu_blocks beside it")
         if self.admission is not None and self.watermark:
             raise ValueError(f"watermark is {self.watermark}, expected 0 beside admission")
+        self._check_speculation()
         if self.admission is not None and not self.scheduler_reserve_full_isl:
             raise ValueError("scheduler_reserve_full_isl is False, expected True beside admission")
         return self
+
+    def _check_speculation(self) -> None:
+        """Refuse drafts beside what does not go with them."""
+        config = self.speculative_config
+        if config is None:
+            return
+        if self.composition != "mixed":
+            raise ValueError(f"composition is {self.composition!r}, expected 'mixed' with speculative_config")
+        if config.method == "ngram" and self.pipeline_depth:
+            raise ValueError("the method is 'ngram', expected 'ngram_gpu' with pipeline_depth 1")
+        most = config.num_speculative_tokens
+        if self.max_model_len is not None and most + 2 > self.max_model_len:
+            raise ValueError(
+                f"num_speculative_tokens is {most}, expected at most max_model_len ({self.max_model_len}) - 2"
+            )
+        if self.max_num_batched_tokens < most + 2:
+            raise ValueError(f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected at least {most + 2}")
 
     @model_serializer(mode="wrap")
     def _true(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -254,6 +275,7 @@ class Settings(BaseModel):
         if isinstance(listener, HearsRules):
             named = self.model_dump(include=set(RULES))
             listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
+        config = self.speculative_config
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_active_seqs or self.max_num_seqs,
@@ -264,7 +286,11 @@ class Settings(BaseModel):
             max_num_partial_prefills=self.max_num_partial_prefills,
             max_model_len=self.max_model_len,
             prefix_cache=(
-                PrefixCache(hash=self.prefix_caching_hash_algo, seed=self.prefix_caching_seed)
+                PrefixCache(
+                    hash=self.prefix_caching_hash_algo,
+                    seed=self.prefix_caching_seed,
+                    hash_lookahead_tokens=0 if config is None else config.hash_lookahead_tokens,
+                )
                 if self.enable_prefix_caching
                 else None
             ),
@@ -272,5 +298,6 @@ class Settings(BaseModel):
             admission=self.build_admission(),
             victim=self.build_victim() if victim is None else victim,
             rules=self.build_rules(),
+            speculation=None if config is None else config.build_speculation(is_async=self.pipeline_depth > 0),
         )
         return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)

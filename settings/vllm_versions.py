@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from twinserve.policies.vllm_rules import (
-    LongPrefillThreshold,
-    PrefillInterval,
-    SelfPreemption,
-    VictimBefore,
-    VllmRules,
-)
+from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, VllmRules
 
 Version = Literal["0.24", "0.33"]
 VERSIONS: dict[Version, str] = {"0.24": "2026-06-29", "0.33": "2026-11-01"}
@@ -86,7 +80,7 @@ def build_rules(
     value = {rule.setting: rule.at(version) for rule in CHANGED} | given
     return VllmRules(
         PrefillInterval(prefill_schedule_interval),
-        SelfPreemption(ends_pass=value["self_preemption_ends_pass"]),
-        VictimBefore(skips=value["victim_before_skips"]),
+        value["self_preemption_ends_pass"],
+        value["victim_before_skips"],
         LongPrefillThreshold(binds_alone=value["long_prefill_token_threshold_binds_alone"], adaptive=adaptive),
     )

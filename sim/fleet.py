@@ -16,6 +16,7 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Feeder, Replica, alarm, now_ns, simulate
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import Acceptance
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
@@ -48,6 +49,10 @@ class FleetListener:
     def begun(self, replica: int, life: int) -> Core:
         """A replica is up; its fresh Core."""
         return self._build_cores[replica]()
+
+    def acceptance(self, replica: int) -> Acceptance | None:
+        """What comes of a replica's drafts; None if it has none."""
+        return None
 
     def sent(self, request: Request, replica: int) -> None:
         """The router sends a request, its prompt as it really is, to a replica."""
@@ -162,7 +167,13 @@ class Fleet:
     def _begin(self, index: int) -> None:
         core = self._cores[index] = self._listener.begun(index, self._lives[index])
         self._up[index] = Replica(
-            self._env, core, self._latencies[index], self._ended, index=index, step_by_step=self._step_by_step
+            self._env,
+            core,
+            self._latencies[index],
+            self._ended,
+            index=index,
+            step_by_step=self._step_by_step,
+            acceptance=self._listener.acceptance(index),
         )
         self._lives[index] += 1
 
@@ -257,6 +268,7 @@ def simulate_fleet(
                 announce=lambda request, index=index: listener.sent(request, index),  # type: ignore[misc]
                 progress=progress,
                 step_by_step=step_by_step,
+                acceptance=listener.acceptance(index),
             )
         return
     env = simpy.Environment()

@@ -18,16 +18,24 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     """How many decisions in a row are as `batch`, the latest one, if nothing comes from outside; at most `cap`.
 
     Every batch in flight but `batch` is committed before the second of them is decided. It is 1 where that one can be
-    decided before anything is committed, where a token might stop a sequence, or in a pipeline of ranks. It may be too
-    small in these cases: a batch in flight has other rows than `batch`; somebody was preempted just now; the head of
-    the waiting queue has a token in flight, or lacks blocks that a running sequence is about to compute; a prefill
-    interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
+    decided before anything is committed, where a token might stop a sequence, in a pipeline of ranks, or with drafts,
+    as nobody knows how many of them are right. It may be too small in these cases: a batch in flight has other rows
+    than `batch`; somebody was preempted just now; the head of the waiting queue has a token in flight, or lacks blocks
+    that a running sequence is about to compute; a prefill interval begins or ends; or the order's choice may change by
+    itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
-    if core.must_abort or core.can_decide or batch is not in_flight[-1] or not all(in_flight):
+    if scheduler.speculation.most or core.aborts or core.can_decide:
         return 1
+    if batch is not in_flight[-1] or not all(in_flight):
+        return 1
+    if batch.chunks and len(scheduler.waiting) != batch.num_waiting:
+        return 1  # how many wait may have changed the threshold that cut them
     if (interval := scheduler.rules.interval).steps > 1:
-        cap = min(cap, interval.num_alike(scheduler.running))
+        if interval.holds(scheduler.running) != interval.is_held:
+            return 1
+        if interval.is_held:
+            cap = min(cap, interval.steps - interval.num_since)
     if cap <= 1 or scheduler.pipeline_parallel_size > 1 or not batch or batch.admitted or batch.preempted:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in in_flight):
@@ -155,9 +163,25 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
         manager.register(seq, seq.num_registered_tokens + size)
     used_blocks = manager.num_used_blocks
     for behind in range(len(scheduler.in_flight)):
-        now = scheduler.in_flight[-1 - behind] = batch.repeated(num_steps - behind) if behind < num_steps else batch
+        now = scheduler.in_flight[-1 - behind] = _repeated(batch, num_steps - behind) if behind < num_steps else batch
         now.num_used_blocks = used_blocks - sum(len(ids) for number, _, ids in grown if number > num_steps - behind)
     return grown
+
+
+def _repeated(decided: Batch, num_steps: int) -> Batch:
+    """The decision that comes so many steps later and is the same, but for the lengths that have grown."""
+    batch = Batch(decided.usual_tokens)
+    batch.seqs, batch.lengths = decided.seqs, decided.lengths
+    batch.chunks, batch.prompts = decided.chunks, decided.prompts
+    batch.sampled, batch.skipped, batch.is_ahead = decided.sampled, decided.skipped, decided.is_ahead
+    batch.starts = [start + num_steps * decided.lengths[place] for place, start in enumerate(decided.starts)]
+    batch.num_tokens, batch.num_prompt_tokens = decided.num_tokens, decided.num_prompt_tokens
+    batch.num_kv_tokens = decided.num_kv_tokens + num_steps * decided.num_tokens
+    batch.num_attention_pairs = decided.num_attention_pairs + num_steps * sum([n * n for n in decided.lengths])
+    batch.num_waiting, batch.num_running = decided.num_waiting, decided.num_running
+    batch.decision, batch.committed = decided.decision + num_steps, decided.committed + num_steps
+    batch.seen, batch.decided_ns = decided.seen, decided.decided_ns
+    return batch
 
 
 def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[int]) -> Growth:

@@ -21,11 +21,11 @@ class StepFeatures(NamedTuple):
     Attributes:
         decision: the number of the step in its run.
         seqs: rows.
-        prompt_tokens: tokens of rows that have sampled nothing since their admission.
+        prompt_tokens: tokens of rows that have sampled nothing since their admission, or have drafts.
         decode_tokens: tokens of the other rows, one each.
         kv_tokens: sum over rows of the context length after the step (keys read from the KV pool).
         attention_pairs: query-key pairs: a row of n tokens from position s on has n s + n (n + 1) / 2.
-        sampled: rows that sample a token.
+        sampled: rows of logits: one of each row that samples, and one of each draft.
         arrived: requests that came in since the decision before.
         left: sequences that ended since the decision before.
         decided_ns: when the step was decided.
@@ -33,6 +33,8 @@ class StepFeatures(NamedTuple):
         prompts: (start, length) of each row of `prompt_tokens`: the position of its first token and its tokens.
         shared_tokens: of the tokens of `kv_tokens` that decodes read, those in blocks that another row reads as well,
             but for the first of these; as far as all that run are rows of the step.
+        asked: drafts that are proposed behind the step for each sequence that samples in it.
+        drafting, drafting_tokens: where any are asked for, these sequences, and the sum of their contexts.
     """
 
     decision: Count
@@ -48,18 +50,22 @@ class StepFeatures(NamedTuple):
     longest_decode: Count = 0
     prompts: tuple[tuple[Count, int], ...] = ()
     shared_tokens: int = 0
+    asked: int = 0
+    drafting: int = 0
+    drafting_tokens: Count = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
         prompts: list[tuple[int, int]] = []
         longest_decode = 0
-        if not batch.prompts:
+        drafts = batch.drafts
+        if not (batch.prompts or drafts):
             longest_decode = max(batch.starts, default=-1) + 1
         else:
             inside = set(batch.prompts)
             for place, start in enumerate(batch.starts):
-                if batch.seqs[place] in inside:
+                if batch.seqs[place] in inside or batch.seqs[place] in drafts:
                     prompts.append((start, batch.lengths[place]))
                 elif start >= longest_decode:
                     longest_decode = start + 1
@@ -70,20 +76,31 @@ class StepFeatures(NamedTuple):
         if num_shared > 0:
             prompt_kv_tokens = sum([start + length for start, length in prompts])
             shared_tokens = min(num_shared * batch.seqs[0].tokens_per_block, batch.num_kv_tokens - prompt_kv_tokens)
+        ends: list[int] = []
+        if batch.num_drafts_asked:
+            chunks = set(batch.chunks)
+            for place, seq in enumerate(batch.seqs):
+                if seq not in chunks:
+                    ends.append(batch.starts[place] + batch.lengths[place])
+        # A row with drafts is computed as a prompt's is, by the kernels of rows of several tokens.
+        num_prompt_tokens = sum([length for _, length in prompts]) if drafts else batch.num_prompt_tokens
         return cls(
             batch.decision,
             len(batch),
-            batch.num_prompt_tokens,
-            batch.num_decode_tokens,
+            num_prompt_tokens,
+            batch.num_tokens - num_prompt_tokens,
             batch.num_kv_tokens,
             batch.num_attention_pairs,
-            batch.num_sampled,
+            batch.num_sampled + sum(drafts.values()),
             arrived,
             len(batch.left),
             batch.decided_ns,
             longest_decode,
             tuple(prompts),
             shared_tokens,
+            batch.num_drafts_asked,
+            len(ends),
+            sum(ends),
         )
 
     def repeated(self, number: Count, decided_ns: int) -> StepFeatures:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Generator, Iterable
 import simpy
 from simpy.events import URGENT
 
-from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
+from twinserve.sim.speculation import Acceptance, output_of
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
@@ -50,6 +51,7 @@ class Replica:
         ended: called with each sequence that ends.
         index: the number of the replica among those that share `env`.
         step_by_step: make every decision by itself; the results are the same.
+        acceptance: says what comes of drafts, where `core` schedules any.
 
     Attributes:
         outstanding_requests: requests sent here that have not ended.
@@ -64,7 +66,11 @@ class Replica:
         *,
         index: int = 0,
         step_by_step: bool = False,
+        acceptance: Acceptance | None = None,
     ):
+        if core.scheduler.speculation.most and acceptance is None:
+            raise ValueError("acceptance is None, expected one where drafts are scheduled")
+        self._acceptance = acceptance
         self.index, self.core = index, core
         self.outstanding_requests = 0
         self._sent: dict[int, Sequence] = {}
@@ -178,7 +184,7 @@ class Replica:
                     if self._leap is leap and not leap.extend():
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
-                for seq in core.commit(None, now):
+                for seq in core.commit(self._output(core.in_flight[0]), now):
                     self._ended(seq)
                 if self._others_come():
                     yield self._wait(now, _DECIDES)
@@ -188,6 +194,13 @@ class Replica:
                 yield self._event
             else:
                 yield self._wait(launched, _DECIDES)
+
+    def _output(self, batch: Batch) -> Runs | None:
+        """What comes of a step: nothing but of drafts."""
+        speculation = self.core.scheduler.speculation
+        if not speculation.most or self._acceptance is None:
+            return None
+        return output_of(batch, self._acceptance, is_async=speculation.is_async)
 
     def _others_come(self) -> bool:
         """Does anything else happen now? Then it comes before the next decision."""
@@ -258,6 +271,7 @@ def simulate(
     announce: Callable[[Request], None] | None = None,
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
+    acceptance: Acceptance | None = None,
 ) -> None:
     """Replay a trace on one simulated replica until every request has ended.
 
@@ -267,6 +281,7 @@ def simulate(
         announce: called with each request as it arrives, its prompt as it really is.
         progress: called with each sequence that ends.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
+        acceptance: what comes of drafts; has to be given where the settings schedule any.
     """
     env = simpy.Environment()
     params = params or SamplingParams(ignore_eos=True)
@@ -282,7 +297,7 @@ def simulate(
         replica.submit(request.to_sequence(params))
 
     arrivals = Arrivals(requests)
-    replica = Replica(env, core, latency, ended, step_by_step=step_by_step)
+    replica = Replica(env, core, latency, ended, step_by_step=step_by_step, acceptance=acceptance)
     feeder = Feeder(env, arrivals, submit)
     env.run()
     core.scheduler.check_integrity()

@@ -6,8 +6,8 @@ FOLDER defaults to $TWINSERVE_ORACLES and the folders beside it whose names go o
 
 Every scenario is walked through Core, an asynchronous one as many steps ahead as vLLM was. An abort that fell between
 the decision of a step and the output processed in it is handed to the Scheduler there, as Core itself lets it wait for
-the next decision; the line says how many there were. Scenarios with speculative decoding are skipped: drafts are not
-built.
+the next decision; the line says how many there were. Of speculative decoding, how many tokens each run had and, if
+the engine was synchronous, how many drafts were proposed behind it come from the record.
 
 Under its priority policy vLLM can preempt a request that it has scheduled in the same step; the blocks of that step
 stay in its cache though no step computes them, and can be hit. Ours never can. The header of a scenario in which that
@@ -24,23 +24,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinserve.orders import Priority
 from twinserve.policies import (
     Batch,
     BlockManager,
     Core,
     FirstCome,
     PrefixCache,
-    Priority,
+    Runs,
     SamplingParams,
     Scheduler,
     Sequence,
+    Speculation,
     VllmAdmission,
 )
 from twinserve.settings.vllm_versions import build_rules, nearest_version
 
 ORDERS = {"fcfs": FirstCome, "priority": Priority}
 
-FIELDS = ("sched", "pre", "abo", "adm", "free", "run", "wait", "blk", "upd", "fin", "free_end")
+FIELDS = ("sched", "spec", "pre", "abo", "adm", "free", "run", "wait", "blk", "upd", "got", "fin", "free_end")
 
 
 @dataclass
@@ -77,11 +79,6 @@ def generated_token(request: int, number: int) -> int:
     return prompt_tokens([["o", request, number + 1]])[-1]
 
 
-def why_not(config: dict) -> str | None:
-    """Why a scenario cannot be decided; None if it can."""
-    return "drafts are not built" if "speculative_method" in config else None
-
-
 def depth_of(config: dict) -> int:
     """How many steps are in flight when the next is decided."""
     return config.get("pipeline_parallel_size", 1) if config["async_scheduling"] else 0
@@ -102,7 +99,11 @@ def build_core(header: dict) -> Core:
         long_prefill_token_threshold=config["long_prefill_token_threshold"],
         max_model_len=config["max_model_len"],
         pipeline_parallel_size=config.get("pipeline_parallel_size", 1),
-        prefix_cache=PrefixCache() if config["enable_prefix_caching"] else None,
+        prefix_cache=(
+            PrefixCache(hash_lookahead_tokens=config.get("hash_lookahead_tokens", 0))
+            if config["enable_prefix_caching"]
+            else None
+        ),
         order=ORDERS[config["policy"]](),
         admission=VllmAdmission(
             reserve_full_prompt=config["scheduler_reserve_full_isl"],
@@ -113,8 +114,20 @@ def build_core(header: dict) -> Core:
             adaptive=config.get("long_prefill_token_threshold_adaptive", False),
             prefill_schedule_interval=config.get("prefill_schedule_interval", 1),
         ),
+        speculation=speculation_of(config) if "speculative_method" in config else None,
     )
     return Core(scheduler, pipeline_depth=depth_of(config))
+
+
+def speculation_of(config: dict) -> Speculation:
+    """How a scenario's drafts are scheduled."""
+    return Speculation(
+        config["num_speculative_tokens"],
+        None,
+        config.get("num_lookahead_tokens", 0),
+        config.get("draft_slots", 0),
+        config["async_scheduling"],
+    )
 
 
 def hit_more(recorded: list[list[int]], ours: list[list[int]]) -> int:
@@ -140,11 +153,15 @@ class Scenario:
         self._resumed: set[int] = set()
         self._in_flight: list[tuple[int, Batch]] = []
 
-    def step(self, number: int) -> dict[str, object]:
-        """Decide a step and process the output that is due in it; its fields as a record has them."""
+    def step(self, recorded: dict) -> dict[str, object]:
+        """Decide a step and process the output that is due in it; its fields as a record has them.
+
+        Of what is recorded, its number and what came from outside are read: the runs and the proposals.
+        """
+        number = recorded["step"]
         core, manager = self.core, self.core.scheduler.block_manager
         while self._in_flight and self._in_flight[0][0] < number - self._depth:
-            self._process()  # of steps that scheduled nothing, in which nothing was decided either
+            self._process({}, {})  # of steps that scheduled nothing, in which nothing was decided either
         while self._arriving and self._arriving[-1]["at"] <= number:
             seq = self._sequence(self._arriving.pop())
             if not core.ingest(seq, 0):
@@ -156,6 +173,7 @@ class Scenario:
         self._in_flight.append((number, batch))
         ours: dict[str, object] = {
             "sched": [[row.seq.seq_id, row.num_tokens, row.start] for row in batch.rows],
+            "spec": [[row.seq.seq_id, row.num_drafts] for row in batch.rows if row.num_drafts],
             "pre": [seq.seq_id for seq in batch.preempted],
             "adm": [[row.seq.seq_id, row.start, int(row.seq.seq_id in self._resumed)] for row in batch.admitted],
             "free": manager.num_free_blocks,
@@ -172,10 +190,11 @@ class Scenario:
         if aborted:
             ours["abo"] = aborted
         is_due = self._in_flight[0][0] == number - self._depth
-        processed, finished = self._process() if is_due else (None, [])
+        got = {request: made for request, made, _ in recorded.get("got", ())}
+        processed, finished, kept = self._process(got, dict(recorded.get("prop", ()))) if is_due else (None, [], [])
         if self._is_async:
             ours["upd"] = processed
-        return ours | {"fin": finished, "free_end": manager.num_free_blocks}
+        return ours | {"got": kept, "fin": finished, "free_end": manager.num_free_blocks}
 
     def _sequence(self, row: dict) -> Sequence:
         request = row["request"]
@@ -189,12 +208,29 @@ class Scenario:
             if (step, when) == (number, place) and request in self.core.sequences:
                 yield request
 
-    def _process(self) -> tuple[int | None, list[int]]:
-        """Take the output of the oldest step in flight: its number (None if it scheduled nothing), and who ended."""
+    def _process(self, made: dict[int, int], proposed: dict[int, int]) -> tuple[int | None, list[int], list[list[int]]]:
+        """Take the output of the oldest step in flight: its number (None if it scheduled nothing), who ended, and with
+        drafts what each run had and what was kept of it."""
         number, batch = self._in_flight.pop(0)
-        tokens = [generated_token(seq.seq_id, seq.num_completion_tokens) for seq in batch.sampled]
-        finished = [seq.seq_id for seq in self.core.commit(tokens, 0)]
-        return number if batch else None, finished
+        if not self.core.scheduler.speculation.most:
+            tokens = [generated_token(seq.seq_id, seq.num_completion_tokens) for seq in batch.sampled]
+            return number if batch else None, [seq.seq_id for seq in self.core.commit(tokens, 0)], []
+        live = [seq for seq in batch.sampled if not seq.is_finished]
+        before = {seq: seq.num_completion_tokens for seq in live}
+        lengths = [made.get(seq.seq_id, 1) for seq in batch.sampled]
+        first = [seq.num_completion_tokens for seq in batch.sampled]
+        runs = Runs(
+            [
+                generated_token(seq.seq_id, first[place] + k)
+                for place, seq in enumerate(batch.sampled)
+                for k in range(lengths[place])
+            ],
+            lengths,
+            None if self._is_async else [proposed.get(seq.seq_id, 0) for seq in batch.sampled],
+        )
+        finished = [seq.seq_id for seq in self.core.commit(runs, 0)]
+        kept = [[seq.seq_id, made.get(seq.seq_id, 1), seq.num_completion_tokens - before[seq]] for seq in live]
+        return number if batch else None, finished, kept
 
 
 def decide_again(path: Path) -> tuple[int, Difference | None, int]:
@@ -204,8 +240,10 @@ def decide_again(path: Path) -> tuple[int, Difference | None, int]:
     scheduler = scenario.core.scheduler
     never_computed = header["totals"].get("hit_tokens_never_computed", 0)
     for number, recorded in enumerate(steps):
-        ours = scenario.step(recorded["step"])
+        ours = scenario.step(recorded)
         for field in FIELDS:
+            if field not in recorded and field in ("spec", "got"):
+                continue  # a scenario without drafts
             if ours.get(field) != recorded.get(field):
                 difference = Difference(recorded["step"], field, recorded.get(field), ours.get(field))
                 difference.is_right = 0 < hit_more(recorded["adm"], ours.get("adm", [])) <= never_computed
@@ -231,9 +269,6 @@ def main() -> int:
         for path in sorted(folder.glob("*.jsonl.gz"))
     ]:
         name = f"{path.name.removesuffix('.jsonl.gz'):28}"
-        if (reason := why_not(load(path)[0]["config"])) is not None:
-            print(f"{name} skipped: {reason}")
-            continue
         steps, difference, late_aborts = decide_again(path)
         parted += difference is not None and not difference.is_right
         told = f" ({late_aborts} aborts handed to the Scheduler between decision and output)" if late_aborts else ""

@@ -445,6 +445,37 @@ def test_the_table_follows_from_the_json_alone(monkeypatch, tmp_path):
     assert (tmp_path / "results.md").read_text() == text + "x", "--check writes nothing"
 
 
+def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
+    page = tmp_path / "speculation.md"
+    page.write_text("a\n<!-- figures of speculation -->\nold\n<!-- end of figures of speculation -->\nb\n")
+    results = tmp_path / "results"
+    rendered(monkeypatch, results, tmp_path)
+    assert "Not measured yet." in page.read_text() and "old" not in page.read_text()
+    drafts = {"acceptance_rate": 0.75, "tokens_per_step": 4.0}
+    times = {"tokens": 64, "without_s": 3.0, "with_s": 1.5, "speed_up": 2.0}
+    found = {
+        "model": "m",
+        "machine": "CPU, 2 threads",
+        "repeats": 3,
+        "commit": "abc",
+        "load_before": 0.5,
+        "lookup_ns": [50_000.0, 120.0],
+        "speculative_config": {"num_speculative_tokens": 4},
+        "cases": [
+            times | {"text": "with repeats", "speculation": drafts},
+            times | {"text": "none", "speculation": None},
+        ],
+    }
+    (results / "cpu").mkdir(parents=True)
+    (results / "cpu" / "speculation-m.json").write_text(json.dumps(found))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert "| with repeats | 64 | 3.00 s | 1.50 s | 2.00x | 75% | 4.00 |" in text
+    assert "| none | 64 | 3.00 s | 1.50 s | 2.00x | – | – |" in text
+    assert "takes 50.0 us and 120 ns a token of the text" in text and text.startswith("a\n") and text.endswith("b\n")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
 def test_other_requests_are_not_compared(monkeypatch, tmp_path):
     results = written(tmp_path / "results", measured(1, 10.0), measured(2, 4.0, yardstick="9 requests"))
     rendered(monkeypatch, results, tmp_path)

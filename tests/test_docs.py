@@ -117,7 +117,9 @@ def test_exercises_with_code_have_the_answer_that_the_code_gives(cycle, printed,
 
 
 def test_our_names_beside_vllms_are_there():
-    text = "\n".join(path.read_text(encoding="utf-8") for folder in ("policies", "engine") for path in modules(folder))
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for folder in ("policies", "orders", "engine") for path in modules(folder)
+    )
     rows = [line.split(" | ") for line in (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8").splitlines()]
     ours = [row[1] for row in rows if len(row) == 3 and not row[0].startswith("| ---")]
     names = {word for cell in ours for code in CODE.findall(cell) for word in re.findall(r"[A-Za-z_]{2,}", code)}

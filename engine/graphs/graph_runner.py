@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from twinserve.engine.kernels.cuts import decode_cuts, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.online import StepHandle
+from twinserve.engine.online import TokenHandle
 from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
 
+Graph = TypeVar("Graph")
 GRAPH_BYTES = 1 << 30
 """Memory that is left for the captured graphs and for what kernels take when they are loaded."""
 
@@ -40,6 +41,47 @@ class _Graph:
     inputs: Tensor
     replay: Callable[[], None]
     logits: Tensor
+
+
+def capture_each(
+    sizes: Seq[StepSize],
+    capture: Callable[[StepSize, Any, torch.cuda.Stream], Graph],
+    device: torch.device,
+    memory_share: float,
+) -> dict[StepSize, Graph]:
+    """What `capture` makes of each size, with a memory pool and a stream that all share.
+
+    Args:
+        memory_share: the `gpu_memory_utilization` that left the memory for it.
+
+    Raises:
+        InputError: they do not fit the memory that is left.
+    """
+    graphs: dict[StepSize, Graph] = {}
+    pool = torch.cuda.graph_pool_handle()
+    with _no_garbage_collected(), on_device(device):
+        stream = torch.cuda.Stream(device)
+        for size in sizes:
+            try:
+                graphs[size] = capture(size, pool, stream)
+            except torch.OutOfMemoryError as error:
+                problem = f"expected less: {len(graphs)} of {len(sizes)} steps are captured, and memory is full"
+                raise InputError(problem, field="gpu_memory_utilization", value=memory_share) from error
+    return graphs
+
+
+def captured(
+    run: Callable[[], Tensor], device: torch.device, pool: Any, stream: torch.cuda.Stream
+) -> tuple[Tensor, Callable[[], None]]:
+    """What `run` gives, captured as a graph, and what replays it. It is replayed once: the first replay loads a graph
+    onto the device, and no step that is served should wait for that."""
+    run()  # loads what is not loaded yet, which cannot be captured
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        made = run()
+    graph.replay()
+    return made, graph.replay
 
 
 class GraphRunner:
@@ -152,30 +194,14 @@ class GraphRunner:
         sizes = self._sizes.captured(self._options.captured)
         if self._graphs or not sizes:
             return
-        pool = torch.cuda.graph_pool_handle()
-        with _no_garbage_collected(), on_device(self.device):
-            stream = torch.cuda.Stream(self.device)
-            for size in sizes:
-                try:
-                    self._graphs[size] = self._capture(size, pool, stream)
-                except torch.OutOfMemoryError as error:
-                    problem = (
-                        f"expected less: {len(self._graphs)} of {len(sizes)} steps are captured, and memory is full"
-                    )
-                    raise InputError(problem, field="gpu_memory_utilization", value=self._memory_share) from error
+        self._graphs = capture_each(sizes, self._capture, self.device, self._memory_share)
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:
-        """Capture a step of padding alone, which leaves nothing behind but in the scratch row, and replay it once: the
-        first replay loads a graph onto the device, and no step that is served should wait for that."""
+        """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
         inputs, rows = self._padding(size)
-        self._decoder.run(rows, self._out)  # loads what is not loaded yet, which cannot be captured
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = self._decoder.run(rows, self._out)
-        graph.replay()
-        return _Graph(inputs, graph.replay, logits)
+        logits, replay = captured(lambda: self._decoder.run(rows, self._out), self.device, pool, stream)
+        return _Graph(inputs, replay, logits)
 
     def _padding(self, size: StepSize) -> tuple[Tensor, StepRows]:
         """The inputs of a step of padding alone, and its rows, which lie in them."""
@@ -186,7 +212,7 @@ class GraphRunner:
         """Run a step; a token for each of `batch.sampled`."""
         return self.launch(batch).result()
 
-    def launch(self, batch: Batch) -> StepHandle:
+    def launch(self, batch: Batch) -> TokenHandle:
         """Start a step.
 
         Raises:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("policies",),
+    ("orders",),
     ("settings",),
     ("traces",),
     ("traces/runs",),
@@ -113,8 +114,8 @@ def test_nothing_is_imported_under_a_bare_folder_name():
             assert not bare, f"{path} imports {sorted(bare)}, expected twinserve.{sorted(bare)[0]}"
 
 
-def test_policies_need_the_standard_library_and_xxhash_alone():
-    for path in modules("policies"):
+def test_policies_and_orders_need_the_standard_library_and_xxhash_alone():
+    for path in modules("policies") + modules("orders"):
         roots = {name.split(".")[0] for name in imported_names(path)} - {"twinserve", ""}
         foreign = roots - sys.stdlib_module_names - {"xxhash", "mypy_extensions"}
         assert not foreign, f"{path} imports {sorted(foreign)}"
@@ -137,7 +138,7 @@ def in_fresh_python(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("package", ["policies", "settings", "traces", "sim", "reports", "serving"])
+@pytest.mark.parametrize("package", ["policies", "orders", "settings", "traces", "sim", "reports", "serving"])
 def test_packages_other_than_the_engine_import_without_torch(package):
     code = (
         "import sys, pkgutil, importlib\n"

@@ -2,10 +2,10 @@
 
     python tests/mutants/run.py [FOLDER] [--json]
 
-A patch is a unified diff against policies/ or sim/horizon.py with one bug, said in its first line; paths may begin with
-`a/` and `b/` or not. FOLDER defaults to this one. Quick tests run first, and the first that fails ends it. The exit
-status is 1 if a bug survives, a patch does not apply, or the tests fail without any. Where TWINSERVE_ORACLES is set,
-they read it.
+A patch is a unified diff against policies/, orders/ or sim/horizon.py with one bug, said in its first line; paths may
+begin with `a/` and `b/` or not. FOLDER defaults to this one. Quick tests run first, and the first that fails ends it.
+The exit status is 1 if a bug survives, a patch does not apply, or the tests fail without any. Where TWINSERVE_ORACLES
+is set, they read it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ COPIED = (
     "benchmarks",
     "docs",
     "engine",
+    "orders",
     "policies",
     "reports",
     "settings",

@@ -10,23 +10,23 @@ from functools import partial
 import pytest
 from slow_model import FINISHED, RUNNING, Request, Rules, SlowModel, Step
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     Batch,
     BlockManager,
-    CacheAware,
     Core,
     CoreListener,
     FirstCome,
     PrefixCache,
-    Priority,
+    Runs,
     SamplingParams,
     Scheduler,
     Sequence,
     SequenceStatus,
-    ShortestJob,
+    Speculation,
     VllmAdmission,
 )
-from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, SelfPreemption, VictimBefore, VllmRules
+from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, VllmRules
 from twinserve.sim.horizon import advance, horizon
 
 EOS = 0
@@ -61,6 +61,9 @@ def build_order(rules: Rules) -> FirstCome | Priority | ShortestJob | CacheAware
 
 def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh64") -> Scheduler:
     """The Scheduler that the rules describe."""
+    speculation = None
+    if rules.most_drafts:
+        speculation = Speculation(rules.most_drafts, None, rules.lookahead, rules.draft_slots, rules.is_async)
     return Scheduler(
         BlockManager(rules.num_blocks, rules.block_size),
         rules.max_num_seqs,
@@ -70,16 +73,17 @@ def build_scheduler(rules: Rules, hash: str | Callable[[bytes, int], int] = "xxh
         long_prefill_token_threshold=rules.threshold,
         max_num_partial_prefills=rules.max_partial_prefills,
         max_model_len=rules.max_model_len,
-        prefix_cache=PrefixCache(hash=hash) if rules.caching else None,
+        prefix_cache=PrefixCache(hash=hash, hash_lookahead_tokens=rules.key_lookahead) if rules.caching else None,
         order=build_order(rules),
         admission=VllmAdmission(reserve_full_prompt=rules.reserve_full_prompt, watermark_blocks=rules.watermark_blocks),
         pipeline_parallel_size=rules.ranks,
         rules=VllmRules(
             PrefillInterval(rules.interval),
-            SelfPreemption(ends_pass=rules.self_ends),
-            VictimBefore(skips=rules.victim_skips),
+            rules.self_ends,
+            rules.victim_skips,
             LongPrefillThreshold(binds_alone=rules.binds_alone, adaptive=rules.adaptive),
         ),
+        speculation=speculation,
     )
 
 
@@ -178,6 +182,8 @@ class SideBySide:
         self.seen["kept waiting"] += self.model.kept_waiting and self.rules.interval > 1
         self.seen["turn lost"] += step.turns_lost
         self.seen["served behind one that went"] += step.served_behind
+        self.seen["padded admission"] += step.padded
+        self.seen["drafts cut"] += sum(row.samples and 0 < row.num_drafts < self.rules.most_drafts for row in step.rows)
         self.seen["set aside"] += len(self.model.set_aside)
         self.seen["preemption"] += len(step.preempted)
         self.seen["row taken back"] += step.taken_back
@@ -188,19 +194,34 @@ class SideBySide:
         )
         return batch, step
 
-    def commit(self, tokens: list[int] | None) -> None:
-        """Hand the tokens of the oldest batch in flight to both sides; a simulation has none."""
-        tokens = None if self.simulated else tokens
+    def most_lengths(self) -> list[int]:
+        """The longest that the runs of the oldest batch in flight can be."""
+        return [1 + row.num_drafts for row in self.in_flight[0][1].rows if row.samples]
+
+    def commit(self, tokens: list[int], lengths: list[int] | None = None, proposed: list[int] | None = None) -> None:
+        """Hand the output of the oldest batch in flight to both sides; a simulation has no tokens."""
+        given = None if self.simulated else tokens
         batch, step = self.in_flight[0]
         assert [seq.seq_id for seq in batch.sampled] == [request.key for request in step.sampled]
         self.seen["stopped late"] += sum(request.status == FINISHED for request in step.sampled)
-        ours = self._commit(batch, tokens)
-        finished = self.model.commit(tokens) if step.rows else []
+        self._see_drafts(step, lengths)
+        known = [request.known for request in step.sampled]
+        ours = self._commit(batch, given if lengths is None else Runs(given, lengths, proposed))
+        finished = self.model.commit(given, lengths, proposed) if step.rows else []
+        for request, before, length in zip(step.sampled, known, lengths or [], strict=False):
+            self.seen["end inside a run"] += request in finished and request.known - before < length
         self.in_flight.popleft()
         assert [seq.seq_id for seq in ours] == [request.key for request in finished]
         self.seen["ended while waiting"] += sum(
             request.preemptions > 0 and not request.has_sampled for request in finished
         )
+
+    def _see_drafts(self, step: Step, lengths: list[int] | None) -> None:
+        rows = [row for row in step.rows if row.samples]
+        for row, length in zip(rows, lengths or [], strict=False):
+            self.seen["draft accepted"] += length > 1
+            self.seen["draft rejected"] += length <= row.num_drafts
+            self.seen["run that comes late"] += length > 1 and row.request.status == "waiting"
 
     def reset(self) -> None:
         """Forget every cached prefix, unless blocks are in use."""
@@ -242,13 +263,13 @@ class SideBySide:
         assert not (again or again.admitted or again.preempted or again.left)
         assert self.state() == before
 
-    def _commit(self, batch: Batch, tokens: list[int] | None) -> list[Sequence]:
+    def _commit(self, batch: Batch, tokens: Runs | list[int] | None) -> list[Sequence]:
         return self.scheduler.postprocess(batch, tokens, self.rules.eos)
 
     # --- comparing ---
 
     def _compare_decision(self, batch: Batch, step: Step) -> None:
-        admitted = [(r.request.key, r.start, r.num_tokens, r.samples, r.is_prompt) for r in step.admitted]
+        admitted = [(r.request.key, r.start, r.num_tokens, r.samples, r.is_prompt, r.num_drafts) for r in step.admitted]
         assert [(row.seq.seq_id, *row[1:]) for row in batch.admitted] == admitted
         assert [seq.seq_id for seq in batch.preempted] == [request.key for request in step.preempted]
         assert [seq.seq_id for seq in batch.left] == [request.key for request in step.left]
@@ -265,6 +286,7 @@ class SideBySide:
         # Laws, whatever the model says.
         budget = math.inf if self.rules.budget is None else self.rules.budget
         assert batch.num_tokens <= budget, f"{batch.num_tokens} tokens, the budget is {budget}"
+        assert all(row.num_drafts < row.num_tokens for row in batch.rows), "a row of drafts alone"
         assert len(self.scheduler.running) <= self.rules.max_num_seqs
         assert not (batch.admitted and batch.preempted), "nobody is admitted in a step with a preemption"
         if batch.admitted and len(self.scheduler.running) > 1:
@@ -272,11 +294,13 @@ class SideBySide:
 
     def _compare_totals(self, batch: Batch, step: Step) -> None:
         """What executors and latency models read of a batch in flight."""
-        expected_rows = [(r.request.key, r.start, r.num_tokens, r.samples, r.is_prompt) for r in step.rows]
-        assert [(row[0].seq_id, *row[1:5]) for row in batch.rows] == expected_rows
+        expected_rows = [
+            (r.request.key, r.start, r.num_tokens, r.samples, r.is_prompt, r.num_drafts) for r in step.rows
+        ]
+        assert [(row.seq.seq_id, *row[1:]) for row in batch.rows] == expected_rows
         seqs, is_prefill = batch
         assert [seq.seq_id for seq in seqs] == [row.request.key for row in step.rows]
-        assert is_prefill == any(row.num_tokens > 1 or (row.samples and row.is_prompt) for row in step.rows)
+        assert is_prefill == any(row.is_prompt and (row.num_tokens > 1 or row.samples) for row in step.rows)
         totals = {
             "num_tokens": step.num_tokens,
             "num_prompt_tokens": sum(row.num_tokens for row in step.rows if row.is_prompt),
@@ -314,8 +338,10 @@ class SideBySide:
             self.seen["collision"] = self.hash.num_collisions
 
     def _compare_request(self, seq: Sequence, request: Request, reads_tokens: bool) -> None:
-        ours = (seq.num_tokens, seq.num_in_flight, seq.block_table, STATUS[seq.status], seq.finish_reason)
-        theirs = (request.known, request.in_flight, request.table, request.status, request.reason)
+        ours: tuple = (seq.num_tokens, seq.num_in_flight, seq.block_table, STATUS[seq.status], seq.finish_reason)
+        theirs: tuple = (request.known, request.in_flight, request.table, request.status, request.reason)
+        if request.status == RUNNING:
+            ours, theirs = (*ours, seq.num_drafts), (*theirs, request.drafts)
         assert ours == theirs, f"request {request.key}"
         if reads_tokens or request.status == FINISHED:
             assert list(seq.token_ids) == request.tokens, f"request {request.key}"
@@ -423,9 +449,9 @@ class CoreSideBySide(SideBySide):
         # It may be shorter where the steps in flight differ, a decode has a row of its own, nothing is computed or
         # decodes are left out for the budget, and where the head of the queue may be looked at with another answer: its
         # token comes, a hit is computed for it, it is new, or its order may change its mind; and where a prefill
-        # interval begins or ends.
+        # interval begins or ends. With drafts every decision is looked at.
         is_clear &= bool(latest.rows) and not latest.preempted and not self._is_disturbed
-        is_clear &= self.rules.order != "cache-aware"
+        is_clear &= self.rules.order != "cache-aware" and not self.rules.most_drafts
         is_clear &= not (self.model.waiting and self.rules.caching)
         is_clear &= not any(request.in_flight for request in self.model.waiting)
         is_clear &= not (latest.is_held or self.model.is_next_held())
@@ -451,5 +477,5 @@ class CoreSideBySide(SideBySide):
             self.core.decide(0)
         assert self.state() == before
 
-    def _commit(self, batch: Batch, tokens: list[int] | None) -> list[Sequence]:
+    def _commit(self, batch: Batch, tokens: Runs | list[int] | None) -> list[Sequence]:
         return self.core.commit(tokens, 0)

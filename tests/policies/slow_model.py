@@ -21,7 +21,9 @@ class Rules:
 
     `order` is "fcfs", "priority", "shortest" or "cache-aware"; `ageing`, `window` and `patience` are the orders' own.
     `max_partial_prefills` None: no limit. The rules that vLLM changed are 0.33's by default: `self_ends`,
-    `victim_skips` and `binds_alone` are 0.24's. `ranks` are those of a pipeline.
+    `victim_skips` and `binds_alone` are 0.24's. `ranks` are those of a pipeline. With `most_drafts` requests may carry
+    drafts; `lookahead` and `draft_slots` are what their proposer needs in blocks and budget, and `is_async` says that
+    nobody tells how many there are. `key_lookahead` are the tokens behind a block that tell it apart, too.
     """
 
     num_blocks: int | None = None
@@ -46,6 +48,11 @@ class Rules:
     adaptive: bool = False
     interval: int = 1
     ranks: int = 1
+    most_drafts: int = 0
+    lookahead: int = 0
+    draft_slots: int = 0
+    key_lookahead: int = 0
+    is_async: bool = False
     eos: int | None = None
 
 
@@ -68,6 +75,7 @@ class Request:
     known: int = 0
     computed: int = 0
     in_flight: int = 0
+    drafts: int = 0
     cached: int = 0
     registered: int = 0
     has_sampled: bool = False
@@ -88,6 +96,7 @@ class Row:
     samples: bool
     is_prompt: bool
     new_blocks: list[int]
+    num_drafts: int = 0
 
 
 @dataclass
@@ -101,6 +110,7 @@ class Step:
     taken_back: int = 0
     is_held: bool = False
     turns_lost: int = 0
+    padded: int = 0
     served_behind: int = 0
 
     @property
@@ -163,6 +173,8 @@ class SlowModel:
         """Would it never fit the model, the pool or, where prompts are not chunked, the budget?"""
         rules = self.rules
         most = self.final_length(request) - 1  # The last token that is generated is never computed.
+        if rules.most_drafts:
+            most = self._within_model(most + rules.most_drafts + rules.lookahead)
         return (
             request.num_prompt == 0
             or (rules.max_model_len is not None and request.num_prompt >= rules.max_model_len)
@@ -223,11 +235,11 @@ class SlowModel:
 
     def decide(self) -> Step:
         """What the next step computes. It counts as launched."""
-        step = Step(is_held=self.is_next_held())
+        step, rules = Step(is_held=self.is_next_held()), self.rules
         self.threshold = self.threshold_in_force()
         prompts = [request for request in self.running if not request.has_sampled]
         self._worked_on: set[Request] = set()
-        if self.rules.composition == "mixed":
+        if rules.composition == "mixed":
             self._running_pass(step, lambda request: True)
             self._admit(step)
         else:
@@ -236,6 +248,9 @@ class SlowModel:
             if not step.rows:
                 self._running_pass(step, lambda request: request.has_sampled)
         self._count_interval(step, prompts)
+        if rules.is_async:
+            for request in step.sampled:
+                request.drafts = rules.most_drafts
         self.decided.append(step)
         step.left, self._left = self._left, []
         if step.rows:
@@ -270,6 +285,14 @@ class SlowModel:
     def _budget(self) -> float:
         return math.inf if self.rules.budget is None else self.rules.budget
 
+    def _budget_for_one_more(self, step: Step) -> float:
+        """What is left of the budget, when each row costs its tokens and the slots of its proposer."""
+        return self._budget() - step.num_tokens - self.rules.draft_slots * (len(step.rows) + 1)
+
+    def _within_model(self, num_tokens: int) -> int:
+        most = self.rules.max_model_len
+        return num_tokens if most is None else min(num_tokens, most)
+
     def _cut(self, num_tokens: int, budget: float) -> int:
         return int(min(num_tokens, self.threshold, budget))
 
@@ -283,11 +306,13 @@ class SlowModel:
                 continue
             if request in turn_lost or (step.is_held and not request.has_sampled):
                 continue
-            wanted = request.known + request.in_flight - request.computed
-            if request.in_flight and request.known + request.in_flight >= self.final_length(request):
-                wanted = 0
-            num_tokens = self._cut(wanted, self._budget() - step.num_tokens)
-            if num_tokens == 0:
+            wanted = request.known + request.drafts + request.in_flight - request.computed
+            if request.in_flight and request.known + 1 >= self.final_length(request):
+                wanted = 0  # its last token is in flight, even if none of the drafts is right
+            if self.rules.max_model_len is not None:
+                wanted = min(wanted, self.rules.max_model_len - 1 - request.computed)
+            num_tokens = self._cut(wanted, self._budget_for_one_more(step))
+            if num_tokens <= 0:
                 continue
             order = list(self.running)
             idle_before = 0
@@ -322,6 +347,7 @@ class SlowModel:
         """
         rules = self.rules
         passed_over: list[Request] = []
+        beside_prompts, beside_rows = any(row.is_prompt for row in step.rows), bool(step.rows)
         while len(self.waiting) > len(passed_over) and not step.preempted:
             hidden = [(self.waiting.index(request), request) for request in passed_over]
             for _, request in hidden:
@@ -329,7 +355,7 @@ class SlowModel:
             request = self.head()
             for place, other in sorted(hidden, key=lambda one: one[0]):
                 self.waiting.insert(place, other)
-            budget = self._budget() - step.num_tokens
+            budget = self._budget_for_one_more(step)
             if len(self.running) >= rules.max_num_seqs or budget <= 0:
                 return
             if rules.ranks > 1 and any(row.request is request for before in self.in_flight for row in before.rows):
@@ -342,8 +368,13 @@ class SlowModel:
             num_hit_tokens = len(hits) * rules.block_size
             if step.is_held and request.known - num_hit_tokens > 1:
                 return
-            wanted = self._cut(request.known - num_hit_tokens, math.inf)
-            if wanted > budget and not rules.chunked:
+            is_padded = rules.most_drafts > 0 and request.known - num_hit_tokens == 1
+            is_padded = is_padded and not beside_prompts and (num_hit_tokens > 0 or beside_rows)
+            if rules.max_model_len is not None and num_hit_tokens + rules.most_drafts + 2 > rules.max_model_len:
+                is_padded = False
+            request.drafts = rules.most_drafts if is_padded else 0
+            wanted = self._cut(request.known + request.drafts - num_hit_tokens, math.inf)
+            if wanted > budget and (is_padded or not rules.chunked):
                 return
             num_tokens = self._cut(wanted, budget)
             if not self._fits(request, hits, num_tokens):
@@ -358,7 +389,8 @@ class SlowModel:
             for block in hits:
                 if block in self.free:
                     self.free.remove(block)
-            num_new = self.blocks_for(num_hit_tokens + num_tokens) - len(hits)
+            step.padded += is_padded
+            num_new = self._blocks_in_step(num_hit_tokens + num_tokens) - len(hits)
             request.table = hits + [self._take_block() for _ in range(num_new)]
             request.status = RUNNING
             request.computed = request.cached = num_hit_tokens
@@ -370,22 +402,25 @@ class SlowModel:
         """Do few enough running requests have prompt tokens left to compute, if this one has too?"""
         limit = self.rules.max_partial_prefills
         partial = sum(not other.has_sampled for other in self.running)
-        return limit is None or computed == request.known or partial < limit
+        return limit is None or computed >= request.known or partial < limit
 
     def _fits(self, request: Request, hits: list[int], num_tokens: int) -> bool:
         rules = self.rules
-        covered = request.known if rules.reserve_full_prompt else len(hits) * rules.block_size + num_tokens
-        needed = self.blocks_for(covered) - len(hits) + sum(block in self.free for block in hits)
+        whole = request.known if rules.reserve_full_prompt else 0
+        num_blocks = max(self.blocks_for(whole), self._blocks_in_step(len(hits) * rules.block_size + num_tokens))
+        needed = num_blocks - len(hits) + sum(block in self.free for block in hits)
         return needed + (rules.watermark_blocks if self.running else 0) <= self.num_free()
 
     def _launch(self, request: Request, num_tokens: int, new_blocks: list[int], step: Step) -> Row:
-        samples = request.computed + num_tokens == request.known + request.in_flight
-        row = Row(request, request.computed, num_tokens, samples, not request.has_sampled, new_blocks)
+        num_drafts = max(0, request.computed + num_tokens - request.known - request.in_flight)
+        samples = request.computed + num_tokens >= request.known + request.in_flight
+        row = Row(request, request.computed, num_tokens, samples, not request.has_sampled, new_blocks, num_drafts)
+        request.drafts = 0
         step.rows.append(row)
         self._worked_on.add(request)
         request.computed += num_tokens
         if samples:
-            request.in_flight += 1
+            request.in_flight += 1 + num_drafts
             request.has_sampled = True
         self._register(request, min(request.computed, request.known))
         return row
@@ -396,14 +431,14 @@ class SlowModel:
             if row.request is victim:
                 step.rows.remove(row)
                 step.taken_back += 1
-                victim.in_flight -= row.samples
+                victim.in_flight -= (1 + row.num_drafts) * row.samples
                 for block in victim.table[row.start // self.rules.block_size :]:
                     self._forget(block)
                 break
         self.running.remove(victim)
         self._give_up_blocks(victim)
         victim.status = WAITING
-        victim.computed = 0
+        victim.computed = victim.drafts = 0
         victim.has_sampled = False
         victim.preemptions += 1
         self._queue(victim, preempted=True)
@@ -411,25 +446,40 @@ class SlowModel:
 
     # --- its result ---
 
-    def commit(self, tokens: list[int] | None) -> list[Request]:
-        """Tokens of the oldest step in flight, one for each that samples; the requests that end."""
+    def commit(
+        self, tokens: list[int] | None, lengths: list[int] | None = None, proposed: list[int] | None = None
+    ) -> list[Request]:
+        """The output of the oldest step in flight, for each that samples a token, or a run of so many; and how many
+        drafts wait for its next step. The requests that end."""
         finished = []
-        for index, request in enumerate(self.in_flight.pop(0).sampled):
+        rows = [row for row in self.in_flight.pop(0).rows if row.samples]
+        coming = None if tokens is None else list(tokens)
+        for index, row in enumerate(rows):
+            request = row.request
+            length = 1 if lengths is None else lengths[index]
+            run: list[int | None] = [None if coming is None else coming.pop(0) for _ in range(length)]
             if request.status == FINISHED:
                 continue
-            token = None if tokens is None else tokens[index]
-            request.in_flight -= 1
-            request.known += 1
-            if token is not None:
-                request.tokens.append(token)
+            request.in_flight -= 1 + row.num_drafts
+            kept = 0
+            for token in run:
+                kept += 1
+                request.known += 1
+                if token is not None:
+                    request.tokens.append(token)
+                is_eos = token == self.rules.eos and not request.ignore_eos
+                if token is not None and (is_eos or token in request.stop_tokens):
+                    request.reason = "stop"
+                elif request.known >= self.final_length(request):
+                    request.reason = "length"
+                if request.reason is not None:
+                    break
             if request.status == RUNNING:
+                request.computed -= 1 + row.num_drafts - kept
+                if proposed is not None:
+                    request.drafts = proposed[index]
                 self._register(request, request.computed - request.in_flight)
-            is_eos = token == self.rules.eos and not request.ignore_eos
-            if token is not None and (is_eos or token in request.stop_tokens):
-                request.reason = "stop"
-            elif request.known >= self.final_length(request):
-                request.reason = "length"
-            else:
+            if request.reason is None:
                 continue
             if request.status == RUNNING:
                 self.running.remove(request)
@@ -452,8 +502,12 @@ class SlowModel:
     def blocks_for(self, num_tokens: int) -> int:
         return math.ceil(num_tokens / self.rules.block_size)
 
+    def _blocks_in_step(self, end: int) -> int:
+        """Blocks that a request holds in a step which computes it up to there."""
+        return self.blocks_for(max(end, self._within_model(end + self.rules.lookahead)))
+
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
-        return max(0, self.blocks_for(request.computed + num_tokens) - len(request.table))
+        return max(0, self._blocks_in_step(request.computed + num_tokens) - len(request.table))
 
     def hits(self, request: Request) -> list[int]:
         """The longest chain of held blocks; one known token at least is left to compute."""
@@ -467,12 +521,12 @@ class SlowModel:
 
     def prefixes(self, request: Request, num_blocks: int) -> list[int]:
         """A number for each of the prefixes that end with the first blocks; equal prefixes have equal numbers."""
-        size, numbers = self.rules.block_size, [-1]
+        size, numbers, ahead = self.rules.block_size, [-1], self.rules.key_lookahead
         for index in range(num_blocks):
             if request.prefix_key is not None:
-                what: tuple = (request.salt, request.prefix_key((index + 1) * size))
+                what: tuple = (request.salt, request.prefix_key((index + 1) * size + ahead))
             else:
-                what = (request.salt, numbers[-1], *request.tokens[index * size : (index + 1) * size])
+                what = (request.salt, numbers[-1], *request.tokens[index * size : (index + 1) * size + ahead])
             numbers.append(self._prefix_numbers.setdefault(what, len(self._prefix_numbers)))
         return numbers[1:]
 
@@ -486,7 +540,7 @@ class SlowModel:
 
     def _register(self, request: Request, num_tokens: int) -> None:
         """From now on the full blocks of the first `num_tokens` tokens can be hit."""
-        end = num_tokens // self.rules.block_size
+        end = min(num_tokens, request.known - self.rules.key_lookahead) // self.rules.block_size
         if not self.rules.caching or end <= request.registered:
             return
         numbers = self.prefixes(request, end)

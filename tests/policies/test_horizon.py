@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     Batch,
     BlockManager,
-    CacheAware,
     Core,
     CoreListener,
     FirstCome,
     PrefixCache,
-    Priority,
     SamplingParams,
     Scheduler,
     Sequence,
-    ShortestJob,
     VllmAdmission,
 )
 from twinserve.policies.vllm_rules import LongPrefillThreshold, PrefillInterval, VllmRules

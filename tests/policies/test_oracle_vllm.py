@@ -24,8 +24,6 @@ pytestmark = pytest.mark.skipif(not PATHS, reason="TWINSERVE_ORACLES does not na
 def test_every_step_of_a_recorded_scenario_is_decided_as_vllm_decided_it(path):
     if (path.parent.name, path.name[:-9]) in PARTING:
         pytest.skip("has a test of its own")
-    if (reason := oracle_vllm.why_not(oracle_vllm.load(path)[0]["config"])) is not None:
-        pytest.skip(reason)
     steps, difference, _ = oracle_vllm.decide_again(path)
     assert difference is None, f"{path.name}: {difference}"
     assert steps > 10
@@ -82,16 +80,30 @@ def test_aborts_between_decision_and_output_are_taken_there_and_the_line_counts_
     assert (difference, late_aborts) == (None, 21)
 
 
-def test_the_script_skips_what_needs_drafts_and_says_so(tmp_path):
-    shutil.copy(NEWER / "s_spec_tight.jsonl.gz", tmp_path)
-    shutil.copy(NEWER / "p_async_index.jsonl.gz", tmp_path)
+def test_the_script_says_how_many_steps_of_a_scenario_are_equal(tmp_path):
+    for name in ("s_spec_budget", "p_async_index"):
+        shutil.copy(NEWER / f"{name}.jsonl.gz", tmp_path)
     result = run_script(tmp_path)
     assert result.returncode == 0, result.stdout
-    assert [line.split()[0:2] for line in result.stdout.splitlines()] == [
-        ["p_async_index", "38"],
-        ["s_spec_tight", "skipped:"],
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["p_async_index", "38", "steps", "equal"],
+        ["s_spec_budget", "299", "steps", "equal"],
     ]
-    assert "skipped: drafts are not built" in result.stdout
+
+
+def test_a_scenario_with_other_drafts_or_runs_than_recorded_parts_there(tmp_path):
+    source = NEWER / "s_spec_budget.jsonl.gz"
+    _, _, steps = oracle_vllm.load(source)
+    place = next(number for number, step in enumerate(steps) if step["spec"])
+    request, drafts = steps[place]["spec"][0]
+    changed(source, tmp_path, place, spec=[[request, drafts + 1], *steps[place]["spec"][1:]])
+    _, difference, _ = oracle_vllm.decide_again(tmp_path / source.name)
+    assert difference is not None and (difference.step, difference.field) == (steps[place]["step"], "spec")
+    place = next(number for number, step in enumerate(steps) if any(made > 1 for _, made, _ in step["got"]))
+    shorter = [[request, 1, 1] for request, _, _ in steps[place]["got"]]
+    changed(source, tmp_path, place, got=shorter)
+    number, difference, _ = oracle_vllm.decide_again(tmp_path / source.name)
+    assert difference is not None and number == place + 1, difference
 
 
 PARTING_BY_OLD_RULES = {
@@ -99,14 +111,13 @@ PARTING_BY_OLD_RULES = {
     "g_priority_zero",
     "i_long_threshold", "i_long_threshold_tight", "i_partial_prefills", "l_priority_index", "l_priority_interval",
     "l_priority_uncomputed", "m_threshold_alone", "p_async_index", "p_async_priority",
+    "s_spec_async_priority", "s_spec_budget_ngram", "s_spec_priority",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.parent == NEWER], ids=lambda path: path.name[:-9])
 def test_by_the_older_rules_the_newer_scenarios_part_where_the_versions_do(path, monkeypatch):
     """So each rule that changed is seen in some scenario; `l_priority_uncomputed` parts before it would by right."""
-    if oracle_vllm.why_not(oracle_vllm.load(path)[0]["config"]) is not None:
-        pytest.skip("drafts are not built")
     monkeypatch.setattr(oracle_vllm, "nearest_version", lambda version: "0.24")
     _, difference, _ = oracle_vllm.decide_again(path)
     assert (difference is not None) == (path.name[:-9] in PARTING_BY_OLD_RULES), difference

@@ -2,18 +2,16 @@
 
 import pytest
 
+from twinserve.orders import CacheAware, Priority, ShortestJob
 from twinserve.policies import (
     IS_COMPILED,
     BlockManager,
-    CacheAware,
     FirstCome,
     LastAdmitted,
     PrefixCache,
-    Priority,
     SamplingParams,
     Scheduler,
     Sequence,
-    ShortestJob,
     VllmAdmission,
 )
 from twinserve.settings.build_core import Settings

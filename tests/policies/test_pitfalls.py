@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from side_by_side import WeakHash
 
+from twinserve.orders import Priority
 from twinserve.policies import (
     IS_COMPILED,
     BlockManager,
     Core,
     PrefixCache,
-    Priority,
     SamplingParams,
     Scheduler,
     Sequence,

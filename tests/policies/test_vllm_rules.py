@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from twinserve.orders import LeastUrgent, Priority
 from twinserve.policies import (
     Batch,
     BlockManager,
     Core,
-    LeastUrgent,
     PrefixCache,
-    Priority,
     SamplingParams,
     Scheduler,
     Sequence,
@@ -20,8 +19,6 @@ from twinserve.policies import (
 from twinserve.policies.vllm_rules import (
     LongPrefillThreshold,
     PrefillInterval,
-    SelfPreemption,
-    VictimBefore,
     VllmRules,
 )
 from twinserve.settings.build_core import Settings
@@ -46,9 +43,9 @@ def rules(
 ) -> VllmRules:
     return VllmRules(
         PrefillInterval(interval),
-        SelfPreemption(ends_pass=ends_pass),
-        VictimBefore(skips=skips),
-        LongPrefillThreshold(binds_alone=binds_alone, adaptive=adaptive),
+        self_preemption_ends_pass=ends_pass,
+        victim_before_skips=skips,
+        threshold=LongPrefillThreshold(binds_alone=binds_alone, adaptive=adaptive),
     )
 
 
@@ -265,8 +262,8 @@ def values_of(settings: Settings) -> tuple[bool, bool, bool, bool, int]:
     own = settings.build_rules()
     threshold = own.threshold
     return (
-        own.self_preemption.ends_pass,
-        own.victim_before.skips,
+        own.self_preemption_ends_pass,
+        own.victim_before_skips,
         threshold.binds_alone,
         threshold.adaptive,
         own.interval.steps,
@@ -320,7 +317,7 @@ def test_a_log_of_another_version_is_decided_by_the_newest_rules_held_that_are_n
 
 def test_each_changed_rule_says_since_when():
     assert [(rule.since, rule.date) for rule in CHANGED] == [("0.33", "2026-11-01")] * 3
-    assert len({rule.setting for rule in CHANGED}) == len(CHANGED) and build_rules("0.24").self_preemption.ends_pass
+    assert len({rule.setting for rule in CHANGED}) == len(CHANGED) and build_rules("0.24").self_preemption_ends_pass
 
 
 # --- a pipeline of ranks ---

@@ -51,16 +51,19 @@ class Digest:
     def of(self, batch: Batch) -> int:
         """The digest up to `batch`, which follows the batch of the call before."""
         exceptions = self.exceptions = exceptions_of(batch)
-        steady = (batch.usual_tokens, *[(seq.seq_id, n, samples) for seq, n, samples in exceptions])
+        asked = batch.num_drafts_asked
+        steady = (batch.usual_tokens, asked, *[(seq.seq_id, n, samples) for seq, n, samples in exceptions])
         if steady != self._steady or batch.admitted or batch.left or batch.preempted:
             values = [batch.decision, batch.usual_tokens, len(batch.admitted)]
-            for seq, start, num_tokens, samples, _ in batch.admitted:
+            for seq, start, num_tokens, samples, *_ in batch.admitted:
                 values += (seq.seq_id, start, num_tokens, samples, len(seq.block_table), *seq.block_table)
             for seqs in (batch.preempted, batch.left):
                 values.append(len(seqs))
                 values += [seq.seq_id for seq in seqs]
             for seq, num_tokens, samples in exceptions:
                 values += (seq.seq_id, num_tokens, samples)
+            if asked:
+                values.append(asked)
             self._chain = xxhash.xxh64_intdigest(array("q", values).tobytes(), self._chain)
             self._steady = steady
         return self.grow(batch, batch.grown)

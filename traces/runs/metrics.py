@@ -54,6 +54,8 @@ def metrics_of(requests: Iterable[Row], steps: list[Row]) -> RunMetrics:
     if _have(steps, _LOADS):
         for row in steps:
             metrics.waits.row(row)
+    for row in steps:
+        metrics.drafts.row(row)
     return metrics
 
 
@@ -79,6 +81,72 @@ def _have(steps: list[Row], fields: Seq[str]) -> bool:
 
 
 @dataclass
+class DraftCounts:
+    """What came of the drafts of a run.
+
+    Attributes:
+        drafts: rows that had any.
+        tokens: draft tokens that were computed, by position in their row.
+        accepted: those of them that were right, thrown away ones behind an end among them.
+        made: tokens that those rows gave.
+    """
+
+    drafts: int = 0
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    made: int = 0
+
+    def row(self, row: Row) -> None:
+        """Take in the next step, told as its row in steps.jsonl."""
+        for (_, number), (_, made, _) in zip(row.get("drafts", ()), row.get("runs", ()), strict=False):
+            self.add(number, made)
+
+    def add(self, number: int, made: int) -> None:
+        """Take in a row with so many drafts that gave so many tokens."""
+        while len(self.tokens) < number:
+            self.tokens.append(0)
+            self.accepted.append(0)
+        for position in range(number):
+            self.tokens[position] += 1
+            self.accepted[position] += position < made - 1
+        self.drafts += 1
+        self.made += made
+
+
+def speculation_of(parts: Iterable[DraftCounts]) -> dict[str, Any] | None:
+    """What came of the drafts of a run, or of the replicas of a fleet together; None without drafts.
+
+    - `drafts`: rows that had any; `draft_tokens` were computed in them, `accepted_tokens` were right, the others
+      `wasted_tokens`. `acceptance_rate` is the share of those that were right.
+    - `acceptance_by_position`: of the rows with a draft at a position, the share in which it and all before it were
+      right.
+    - `tokens_per_step`: tokens that such a row gave, on average.
+    """
+    total = DraftCounts()
+    for part in parts:
+        total.drafts += part.drafts
+        total.made += part.made
+        missing = len(part.tokens) - len(total.tokens)
+        total.tokens += [0] * missing
+        total.accepted += [0] * missing
+        for position, number in enumerate(part.tokens):
+            total.tokens[position] += number
+            total.accepted[position] += part.accepted[position]
+    if not total.drafts:
+        return None
+    tokens, accepted = sum(total.tokens), sum(total.accepted)
+    return {
+        "drafts": total.drafts,
+        "draft_tokens": tokens,
+        "accepted_tokens": accepted,
+        "wasted_tokens": tokens - accepted,
+        "acceptance_rate": accepted / tokens,
+        "acceptance_by_position": [right / number for right, number in zip(total.accepted, total.tokens, strict=True)],
+        "tokens_per_step": total.made / total.drafts,
+    }
+
+
+@dataclass
 class RunMetrics:
     """The metrics of a run, taken in as it goes on, in a few bytes a request and a step.
 
@@ -87,6 +155,7 @@ class RunMetrics:
         events: rows that say them.
         gaps: between tokens; told of requests by itself.
         waits: of the device for the host.
+        drafts: what came of them.
     """
 
     requests: int = 0
@@ -107,6 +176,7 @@ class RunMetrics:
     def __post_init__(self) -> None:
         self.gaps = TokenGaps()
         self.waits = DeviceWaits()
+        self.drafts = DraftCounts()
 
     @property
     def duration_ns(self) -> int | None:
@@ -121,6 +191,7 @@ class RunMetrics:
         self.events += 1
         self.gaps.row(row)
         self.waits.row(row)
+        self.drafts.row(row)
 
     def request(self, row: Row) -> None:
         """Take in a request that has ended, or that was left unanswered."""
@@ -164,6 +235,7 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
       host (see `DeviceWaits`); of a fleet, of the durations of its replicas, added up. Undefined where the steps lack
       decisions.
     - `steps`: steps executed; `events`: rows that say them.
+    - `speculation`: see `speculation_of`; only where there were drafts.
 
     Args:
         parts: whose requests and steps are counted as one run's.
@@ -182,6 +254,7 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
         duration_s = (max(finishes) - min(p.first_arrival_ns for p in parts if p.first_arrival_ns is not None)) / 1e9
     waits = [(part.waits.total_ns, part.duration_ns) for part in parts]
     known = [(wait_ns, own_ns) for wait_ns, own_ns in waits if wait_ns is not None and own_ns]
+    speculation = speculation_of(part.drafts for part in parts)
     return {
         "world": world,
         "requests": total("requests"),
@@ -204,6 +277,7 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
         "steps": total("steps"),
         "events": total("events"),
         "wall_s": wall_s,
+        **({"speculation": speculation} if speculation else {}),
     }
 
 
@@ -399,26 +473,31 @@ class TokenGaps:
     def row(self, row: Row) -> None:
         """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
         sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
+        if "runs" in row:
+            kept = {seq_id: number for seq_id, _, number in row["runs"]}
+            sampled = [(seq_id, kept.get(seq_id, samples)) for seq_id, samples in sampled]
         self.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
         if "repeats" in row:
             periods_ns = row["repeats"]["end_ns"]
             self.repeat(periods_ns, row["end_ns"] + sum(periods_ns), bool(row["usual"]))
 
-    def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, Any]]) -> None:
+    def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, int]]) -> None:
         """Take in the next step.
 
         Args:
             usual: do those that run and are not named sample a token?
             preempted: requests that no longer run.
-            rows: requests that are named, and whether they sample one.
+            rows: requests that are named, and how many they get.
         """
         for seq_id in preempted:
             self._take_out(seq_id)
         sampling: list[int] = []
         idle: list[int] = []
-        for seq_id, samples in rows:
+        for seq_id, number in rows:
             self._take_out(seq_id)
-            (sampling if samples else idle).append(seq_id)
+            (sampling if number else idle).append(seq_id)
+            if number > 1:
+                self._sample_run(seq_id, number - 1, end_ns)
         if usual:
             sampling += self._loose
             self._loose.clear()
@@ -465,6 +544,12 @@ class TokenGaps:
             if answer is not None and answer.last_tick == self._tick:
                 self._leave(answer)
                 del self._answers[seq_id]
+
+    def _sample_run(self, seq_id: int, number: int, end_ns: int) -> None:
+        """A request gets so many tokens before the last one that it gets in a step."""
+        for _ in range(number):
+            self._sample(seq_id, end_ns, joins=False)
+            self._loose.pop(seq_id, None)
 
     def _sample(self, seq_id: int, end_ns: int, *, joins: bool) -> None:
         """A request outside the group gets a token; it `joins` the group if the group got one too."""

@@ -81,6 +81,8 @@ class Served:
     sampling: SamplingParams
     seq: Sequence
     cached_tokens: int | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     has_begun: bool = False
 
 
@@ -154,6 +156,10 @@ class RowMaker(CoreListener):
         """The oldest decided step has ended; a step whose start nobody wrote down counts from its decision."""
         oldest = self._decided[0]
         oldest.num_ended += 1
+        for seq, made, _ in batch.runs:
+            if (served := self._served.get(seq.seq_id)) is not None:
+                served.draft_tokens += batch.drafts[seq]
+                served.accepted_tokens += made - 1
         if oldest.num_ended <= len(oldest.spans):
             return
         self._decided.popleft()
@@ -350,6 +356,10 @@ def step_row(decided: Decided) -> dict[str, Any]:
     }
     if batch.launched_ns is not None:
         row["launched_ns"] = batch.launched_ns
+    if batch.runs:
+        row["runs"] = [[seq.seq_id, made, kept] for seq, made, kept in batch.runs]
+    if batch.proposed:
+        row["proposed"] = [[seq.seq_id, number] for seq, number in batch.proposed]
     if decided.spans:
         blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
         row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
@@ -430,6 +440,9 @@ def write_record(record: RunRecord, out: Path) -> None:
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
     """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
+    drafts: dict[str, Any] = {"asked": batch.num_drafts_asked} if batch.num_drafts_asked else {}
+    if batch.drafts:
+        drafts["drafts"] = [[seq.seq_id, number] for seq, number in batch.drafts.items()]
     return {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
         "left": _ids(batch.left),
@@ -446,6 +459,7 @@ def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[s
         "used_blocks": batch.num_used_blocks,
         "waiting": batch.num_waiting,
         "running": batch.num_running,
+        **drafts,
         "digest": f"{digest:016x}",
     }
 
@@ -503,6 +517,7 @@ def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
 def request_row(served: Served) -> dict[str, Any]:
     """The row of a request, as far as it is known."""
     request, seq = served.request, served.seq
+    drafts = {"draft_tokens": served.draft_tokens, "accepted_tokens": served.accepted_tokens}
     return {
         "id": request.id,
         "ingest": served.number,
@@ -518,6 +533,7 @@ def request_row(served: Served) -> dict[str, Any]:
         "output_tokens": seq.num_completion_tokens,
         "cached_tokens": served.cached_tokens or 0,
         "preemptions": seq.num_preemptions,
+        **(drafts if served.draft_tokens else {}),
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
         "prompt": list(map(tuple, request.parts)),

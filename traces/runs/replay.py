@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
+from twinserve.policies import Batch, Core, CoreListener, Runs, SamplingParams, Sequence
 from twinserve.settings.build_core import BY_HAND, Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
@@ -69,7 +69,10 @@ def replay(
     for row in record.steps:
         try:
             while core.last_committed < row["committed"]:
-                core.commit(_recorded_tokens(core.in_flight[0] if core.in_flight else None, record), row["decided_ns"])
+                committing = core.in_flight[0] if core.in_flight else None
+                core.commit(_recorded_output(core, committing, record), row["decided_ns"])
+                if (unequal := _unequal_runs(committing, record)) is not None:
+                    return ReplayResult(equal, len(record.steps), unequal)
             while core.num_ingested < row["seen"]:
                 core.ingest(to_sequence(next(arriving)), row["decided_ns"])
             for seq_id in row["aborted"]:
@@ -130,6 +133,41 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
             ) from error
 
     return convert
+
+
+def _recorded_output(core: Core, batch: Batch | None, record: RunRecord) -> Runs | list[int] | None:
+    """What came out of a step, as `Core.commit` takes it."""
+    if batch is None or not core.scheduler.speculation.most:
+        return _recorded_tokens(batch, record)
+    row = record.steps[batch.decision]
+    made = {seq_id: number for seq_id, number, _ in row.get("runs", ())}
+    proposed = dict(row.get("proposed", ()))
+    lengths = [made.get(seq.seq_id, 1) for seq in batch.sampled]
+    for seq, length in zip(batch.sampled, lengths, strict=True):
+        most = 1 + batch.drafts.get(seq, 0)
+        if length > most:
+            raise _Impossible(f"runs of request {seq.seq_id}", length, f"at most {most}")
+    tokens: list[int] | None = None
+    if record.has_tokens:
+        tokens = []
+        for seq, length in zip(batch.sampled, lengths, strict=True):
+            known = [] if seq.is_finished else record.outputs[seq.seq_id][seq.num_completion_tokens :][:length]
+            if not (known or seq.is_finished):
+                raise _Impossible(f"tokens of request {seq.seq_id}", f"{seq.num_completion_tokens} of them", "one more")
+            tokens += known + [0] * (length - len(known))  # any token where it was thrown away
+    is_async = core.scheduler.speculation.is_async
+    return Runs(tokens, lengths, None if is_async else [proposed.get(seq.seq_id, 0) for seq in batch.sampled])
+
+
+def _unequal_runs(batch: Batch | None, record: RunRecord) -> Difference | None:
+    """The first step whose runs were kept otherwise than recorded, if this is one."""
+    if batch is None:
+        return None
+    replayed = [[seq.seq_id, made, kept] for seq, made, kept in batch.runs]
+    recorded = [list(run) for run in record.steps[batch.decision].get("runs", [])]
+    if replayed == recorded:
+        return None
+    return Difference(batch.decision, "runs", recorded, replayed)
 
 
 def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None:

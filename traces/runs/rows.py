@@ -19,6 +19,8 @@ Listed = Strict(False)
 Part = Annotated[tuple[Whole, Natural, Positive], Listed]
 Admitted = Annotated[tuple[Natural, Natural, Natural, Natural], Listed]
 Exceptional = Annotated[tuple[Natural, Natural, Natural], Listed]
+Drafts = Annotated[tuple[Natural, Positive], Listed]
+VerifiedRun = Annotated[tuple[Natural, Positive, Natural], Listed]
 Grown = Annotated[tuple[Natural, list[Natural]], Listed]
 RepeatedGrown = Annotated[tuple[Positive, Natural, list[Natural]], Listed]
 
@@ -43,6 +45,8 @@ class RequestRow(TypedDict):
     output_tokens: Natural
     cached_tokens: Natural
     preemptions: Natural
+    draft_tokens: NotRequired[Natural]
+    accepted_tokens: NotRequired[Natural]
     finish_reason: Literal["stop", "length", "abort", "refused"] | None
     refusal: str | None
     prompt: list[Part]
@@ -94,6 +98,10 @@ class StepRow(TypedDict):
     used_blocks: NotRequired[Natural]
     waiting: NotRequired[Natural]
     running: NotRequired[Natural]
+    asked: NotRequired[Positive]
+    drafts: NotRequired[list[Drafts]]
+    runs: NotRequired[list[VerifiedRun]]
+    proposed: NotRequired[list[Drafts]]
     digest: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]]
 
 
@@ -114,6 +122,19 @@ class Distribution(TypedDict):
     p50: Number | None
     p90: Number | None
     p99: Number | None
+
+
+@_STRICT
+class SpeculationSummary(TypedDict):
+    """What came of the drafts of a run, see `metrics.DraftCounts`."""
+
+    drafts: Natural
+    draft_tokens: Natural
+    accepted_tokens: Natural
+    wasted_tokens: Natural
+    acceptance_rate: Number
+    acceptance_by_position: list[Number]
+    tokens_per_step: Number
 
 
 @_STRICT
@@ -141,6 +162,7 @@ class Summary(TypedDict):
     capped: NotRequired[Natural]
     dropped: NotRequired[Natural]
     retries: NotRequired[Natural]
+    speculation: NotRequired[SpeculationSummary]
 
 
 @_STRICT

@@ -80,13 +80,19 @@ def fit(
     profile: Annotated[
         Path | None, typer.Option(help="Steps that `twinserve profile` measured of it, to be fitted with the runs'.")
     ] = None,
+    acceptance: Annotated[
+        Path | None, typer.Option(help="A file to write too: the law of acceptance of the first run's drafts.")
+    ] = None,
     traces: Traces = None,
     as_json: Json = False,
 ) -> None:
     """Fit a latency model from the steps of recorded runs and save it."""
-    from twinserve.worlds.run import fit_runs
+    from twinserve.worlds.run import fit_acceptance, fit_runs
 
     refuse_existing(out)
+    if acceptance is not None:
+        refuse_existing(acceptance)
+        fit_acceptance(runs[0], acceptance)
     _save_latency(fit_runs(runs, traces, profile), out, as_json)
 
 

@@ -15,9 +15,11 @@ from twinserve.settings.errors import InputError, RunError
 
 
 @options_of(EngineOptions, "engine")
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - {"speculative_config", "pipeline_depth"})
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     engine: dict,
+    settings: dict,
     max_tokens: Annotated[
         int | None, typer.Option(help="The most tokens to answer with; unless given, up to the model's length.", min=1)
     ] = None,
@@ -35,7 +37,7 @@ def generate(
     from twinserve.worlds.run import load_llm
 
     options = EngineOptions.load(engine, config)
-    chosen = Settings.load({}, config, beside=("engine",))
+    chosen = Settings.load(settings, config, beside=("engine",))
     try:
         params = SamplingParams(temperature, max_tokens, top_k, top_p, options.seed)
     except ValueError as error:

@@ -96,6 +96,8 @@ def _annotation(name: str, info: Any, panel: str) -> Any:
         kind = list[str]
     elif get_origin(kind) not in (None, Literal):
         kind = next(arm for arm in get_args(kind) if arm is not type(None))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        kind = str  # as JSON
     default = "none" if info.default in (None, []) else str(info.default)
     option = typer.Option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",

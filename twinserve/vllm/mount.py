@@ -15,7 +15,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version__ as vllm_version
 
-from twinserve.policies import IS_COMPILED, CacheAware, SamplingParams, Sequence, SequenceStatus
+from twinserve.orders import CacheAware
+from twinserve.policies import IS_COMPILED, SamplingParams, Sequence, SequenceStatus
 from twinserve.policies.orders import Admission, Order
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError

@@ -18,6 +18,7 @@ from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
 from twinserve.sim.intervals import Intervals, uncertainty_of, with_uncertainty
@@ -26,9 +27,10 @@ from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.profiles import Profile
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.speculation import Acceptance, acceptance_of, fit_law, save_law
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
-from twinserve.traces.runs.record import RunRecord, RunRecorder
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 from twinserve.traces.runs.vllm_records import load_run
 from twinserve.worlds.workload import Workload
 
@@ -78,6 +80,22 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     about = model.data["about"]
     name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
     return model, {"name": name, "identity": model.identity, "about": about}
+
+
+def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
+    """A latency model with what drafts cost, as the settings say it; recorded times have it in them.
+
+    Raises:
+        InputError: `draft_latency` names none.
+    """
+    config = settings.speculative_config
+    if config is None or isinstance(latency, RecordedLatency):
+        return latency
+    if config.lookup_ns is not None:
+        return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
+    if config.draft_latency is not None:
+        return DraftedLatency(latency, ModelDrafting(choose_latency(config.draft_latency, None)[0]))
+    return latency
 
 
 def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str | None]:
@@ -134,6 +152,19 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
                 f"expected {about[name]!r}, as in the runs", path=profile, field=name, value=measured.about.get(name)
             )
     return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
+
+
+def fit_acceptance(run: Path, out: Path) -> None:
+    """Write the law of acceptance of a speculative run's drafts.
+
+    Raises:
+        InputError: the record cannot be read or has no drafts, or the file cannot be written.
+    """
+    try:
+        law = fit_law(load_record(run).steps)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(str(error), path=run) from error
+    save_law(law, out)
 
 
 def require_engine(device: str) -> None:
@@ -227,7 +258,8 @@ def measure_steps(
         # As it is measured: where steps are graphs, one step ahead.
         ahead = Settings.load(settings.model_dump() | {"pipeline_depth": int(llm.attention.graphs)})
         core = ahead.build_core(listener=_Decided(lambda batch: made.add(StepShape.of(batch, ahead.block_size))))
-        simulate(workload.requests, core, latency or fit_steps(llm, samples), step_by_step=True)
+        acceptance = acceptance_of(ahead.speculative_config)
+        simulate(workload.requests, core, latency or fit_steps(llm, samples), step_by_step=True, acceptance=acceptance)
         samples += measured(covering(made, shapes - count, max_context=limit, **room))
     return samples
 
@@ -321,7 +353,7 @@ def run_sim(
     """
     from twinserve.sim.replica import simulate
 
-    params = params or SamplingParams(ignore_eos=True)
+    params, acceptance = params or SamplingParams(ignore_eos=True), acceptance_of(settings.speculative_config)
     facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
     device = f"simulated: {latency_facts['name']}"
     with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
@@ -329,11 +361,12 @@ def run_sim(
         simulate(
             workload.requests,
             settings.build_core(listener=recorder),
-            latency,
+            with_drafting(latency, settings),
             params=params,
             announce=lambda request: recorder.expect(request, params),
             progress=progress,
             step_by_step=step_by_step,
+            acceptance=acceptance,
         )
         wall_s = round(time.perf_counter() - begun, 3)
         return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
@@ -394,7 +427,7 @@ def run_fleet(
         begun = time.perf_counter()
         simulate_fleet(
             workload.requests,
-            [spec.latency for spec in replicas],
+            [with_drafting(spec.latency, spec.settings) for spec in replicas],
             router,
             _RecordedFleet(recorder, replicas, facts, params),
             params=params,
@@ -425,6 +458,9 @@ class _RecordedFleet(FleetListener):
             device=f"simulated: {spec.latency_facts['name']}",
         )
         return spec.settings.build_core(listener=listener)
+
+    def acceptance(self, replica: int) -> Acceptance | None:
+        return acceptance_of(self._replicas[replica].settings.speculative_config)
 
     def sent(self, request: Request, replica: int) -> None:
         self._recorder.expect(request, self._params, replica)

@@ -14,7 +14,8 @@ import pytest
 from latencies import Uneven
 from own_rules import FirstAdmitted, LastCome
 
-from twinserve.policies import BlockManager, CacheAware, Core, PrefixCache, SamplingParams, Scheduler
+from twinserve.orders import CacheAware
+from twinserve.policies import BlockManager, Core, PrefixCache, SamplingParams, Scheduler
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.replica import simulate

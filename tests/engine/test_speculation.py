@@ -1,0 +1,299 @@
+"""Drafts change no token: whatever is proposed, accepted, batched, chunked, cached or preempted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import engine_faults
+import pytest
+import torch
+from engine_judge import GREEDY, Judge, tiny
+from scipy.stats import chi2
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from twinserve.engine.llm import LLM
+from twinserve.engine.online import StepError
+from twinserve.engine.speculation.proposers import ForcedProposer, NgramProposer
+from twinserve.engine.speculation.runner import SpeculativeRunner
+from twinserve.policies import SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.record import RunRecorder, load_record
+from twinserve.traces.runs.replay import replay
+
+every_depth = pytest.mark.parametrize("depth", [0, 1])
+K = 3
+PROPOSERS = ["ngram", "draft_model", "itself", "forced 0.7", "forced 1"]
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+every_proposer = pytest.mark.parametrize("proposer", PROPOSERS)
+
+
+@pytest.fixture
+def speculating():
+    """Makes LLMs of a judge's model that draft in some way, and closes them."""
+    made: list[LLM] = []
+
+    def make(judge, proposer: str, depth: int, seed: int = 0, device: str = "cpu", **settings) -> LLM:
+        config: dict = {"method": "ngram_gpu", "num_speculative_tokens": K, "prompt_lookup_min": 1}
+        draft = None
+        if proposer in ("draft_model", "itself"):
+            config = {"method": "draft_model", "num_speculative_tokens": K, "model": "given"}
+            draft = judge.model if proposer == "itself" else tiny(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
+        values = {"block_size": 16, "num_gpu_blocks": 256, "pipeline_depth": depth, "speculative_config": config}
+        options = {"seed": seed, "device": device, "execution": "eager"}
+        llm = LLM(judge.model, settings=Settings.load(values | settings), draft=draft, **options)
+        made.append(llm)
+        if proposer.startswith("forced"):
+            assert isinstance(llm.runner, SpeculativeRunner)
+            rate = float(proposer.removeprefix("forced "))
+
+            def text_of(seq: Sequence) -> list[int]:
+                prompt = seq.token_ids[: seq.num_prompt_tokens]
+                return prompt + judge.generate(prompt, seq.sampling_params.max_tokens + K)
+
+            llm.runner._proposer = ForcedProposer(text_of, rate, 512)
+        return llm
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+def prompts_of(lengths: list[int], max_tokens: int) -> list[Request]:
+    """Requests that come at once, each with a text of its own."""
+    return [Request(i, 0, (Part(i, 0, length),), max_tokens) for i, length in enumerate(lengths)]
+
+
+class Drafts:
+    """A recorder that only counts what came of drafts."""
+
+    def __init__(self, watcher) -> None:
+        self.watcher = watcher
+        self.made: list[int] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.watcher, name)
+
+    def committed(self, batch) -> None:
+        self.made += [made for _, made, _ in batch.runs]
+
+
+@pytest.fixture
+def counted(watcher) -> Drafts:
+    return Drafts(watcher)
+
+
+@every_device
+@every_depth
+@every_proposer
+def test_chunked_prompts_beside_drafts(llama, speculating, counted, proposer, depth, device):
+    llm = speculating(llama, proposer, depth, device=device, max_num_seqs=8, max_num_batched_tokens=48)
+    requests = prompts_of([1, 90, 7, 16, 33, 130, 2, 48, 17, 64], max_tokens=14)
+    sequences = llm.run_trace(requests, params=GREEDY, recorder=counted)
+    assert counted.watcher.chunks and counted.watcher.largest_batch >= 5 and counted.watcher.mixed_steps
+    assert counted.made
+    if proposer in ("itself", "forced 1"):
+        assert max(counted.made) == K + 1
+    llama.check_all(sequences)
+
+
+@every_depth
+@every_proposer
+def test_shared_prefixes(llama, speculating, counted, proposer, depth):
+    """Request 6 leaves one token to compute, so its admission is padded."""
+    llm = speculating(llama, proposer, depth, max_num_seqs=4, max_num_batched_tokens=600)
+    shared = Part(100, 0, 300)
+    requests = [Request(i, 0, (shared, Part(i, 0, length)), 10) for i, length in enumerate([5, 30, 1, 77, 12, 21])]
+    requests.append(Request(6, 0, requests[5].parts, 10))
+    sequences = llm.run_trace(requests, params=GREEDY, recorder=counted)
+    assert counted.watcher.hit_tokens >= 6 * 288
+    llama.check_all(sequences)
+
+
+@every_depth
+@every_proposer
+def test_preemptions(llama, speculating, counted, proposer, depth):
+    llm = speculating(llama, proposer, depth, num_gpu_blocks=11, max_num_batched_tokens=64, max_num_seqs=8)
+    sequences = llm.run_trace(prompts_of([30, 41, 38, 29, 33], 40), params=GREEDY, recorder=counted)
+    assert counted.watcher.preemptions
+    llama.check_all(sequences)
+
+
+@every_depth
+def test_drafts_that_are_all_right_give_all_tokens_of_a_row(llama, speculating, counted, depth):
+    llm = speculating(llama, "itself", depth)
+    sequences = llm.run_trace(prompts_of([20], 41), params=GREEDY, recorder=counted)
+    assert counted.made[:10] == [K + 1] * 10 and len(counted.made) <= 10 + depth, "one more may run ahead"
+    llama.check_all(sequences)
+
+
+@every_depth
+@every_proposer
+def test_a_stop_inside_a_run_ends_it_there(llama, speculating, proposer, depth):
+    prompts = [[5 + i, 9, 300 - i] * 4 for i in range(6)]
+    full = [llama.generate(prompt, 30) for prompt in prompts]
+    stop = full[0][12]
+    llm = speculating(llama, proposer, depth, block_size=4, num_gpu_blocks=1024, max_num_seqs=4)
+    params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
+    for prompt, completion, tokens in zip(prompts, llm.generate(prompts, params), full, strict=True):
+        ends = [tokens.index(token) + 1 for token in (stop, llm.eos_token_id) if token in tokens]
+        assert completion.token_ids == tokens[: min([30, *ends])], prompt
+
+
+@every_depth
+@every_proposer
+def test_requests_with_seeds_penalties_and_logprobs_get_what_they_get_without_drafts(
+    llama, serving, speculating, proposer, depth
+):
+    prompts = [[5 + i, 9, 300 - i] * 4 for i in range(6)]
+    ways = [
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 1.2, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"temperature": 0.0, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+        {"temperature": 0.7, "min_p": 0.05, "logit_bias": ((7, 2.0),)},
+        {"temperature": 0.0, "repetition_penalty": 1.5, "logprobs": 3},
+        {"temperature": 0.9, "min_tokens": 9, "stop_token_ids": (11, 12, 13), "logprobs": 2},
+    ]
+    params = [SamplingParams(seed=7 + i, max_tokens=24, **way) for i, way in enumerate(ways)]
+    plain = serving(llama).generate(prompts, params)
+    drafted = speculating(llama, proposer, depth).generate(prompts, params)
+    for one, other in zip(plain, drafted, strict=True):
+        assert one.token_ids == other.token_ids
+        for a, b in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+            assert [token for token, _ in a.top] == [token for token, _ in b.top]
+
+
+@every_depth
+@every_proposer
+def test_a_real_speculative_run_is_decided_again_from_its_record(llama, speculating, tmp_path, proposer, depth):
+    llm = speculating(llama, proposer, depth, num_gpu_blocks=14, max_num_batched_tokens=64, max_num_seqs=8)
+    with RunRecorder(tmp_path / "run", world="real", settings=llm.settings.model_dump(), facts=llm.facts()) as recorder:
+        llm.run_trace(prompts_of([30, 41, 38, 29, 33, 12, 7], 40), params=GREEDY, recorder=recorder)
+        recorder.close()
+    record = load_record(tmp_path / "run")
+    result = replay(record)
+    assert result.is_exact, result.difference
+    assert record.run["summary"]["speculation"]["drafts"] > 20
+    row = [row for row in record.steps if "runs" in row][4]
+    request, made, kept = row["runs"][0]
+    row["runs"][0] = (request, made, kept + 1)
+    assert not replay(record).is_exact
+
+
+@every_depth
+@pytest.mark.parametrize("proposer", ["ngram", "draft_model"])
+def test_faults_end_what_they_must_and_nothing_else(llama, speculating, monkeypatch, proposer, depth):
+    llm = speculating(llama, proposer, depth, max_model_len=128)
+    engine_faults.check_what_cannot_be_served_is_refused(llm)
+    prompts = [[5 + i, 9, 300 - i] * 4 for i in range(3)]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    propose, calls = llm.runner._proposer.propose, []
+
+    def failing(rows, asked):
+        calls.append(asked)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return propose(rows, asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.runner._proposer, "propose", failing)
+        with pytest.raises(StepError, match="tried to allocate 2 GiB"):
+            llm.generate(prompts, params)
+    for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
+        llama.check(prompt, completion.token_ids)
+
+
+@every_depth
+def test_logits_that_are_no_numbers_end_their_request_alone(llama, speculating, depth):
+    llm = speculating(llama, "ngram", depth, max_model_len=128)
+    engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
+
+
+def test_what_ended_is_forgotten(llama, speculating):
+    llm = speculating(llama, "ngram", 0)
+    for length in (5, 9):
+        llm.run_trace(prompts_of([length, 30], 12), params=GREEDY)
+        assert len(llm.runner._texts) <= 2, "those that ended last are known until the next decision"
+
+
+WAYS = {
+    "temperature": {"temperature": 1.3},
+    "top_k": {"temperature": 1.0, "top_k": 5},
+    "top_p": {"temperature": 1.5, "top_p": 0.8},
+    "min_p": {"temperature": 1.5, "min_p": 0.1},
+}
+VOCAB = 16
+
+
+def probabilities(logits: torch.Tensor, way: dict) -> torch.Tensor:
+    """What `way` draws from, worked out a token at a time from sorted probabilities."""
+    own = (logits.double() / way["temperature"]).softmax(-1)
+    order = own.argsort(descending=True).tolist()
+    kept = [token for token in order if own[token] >= way.get("min_p", 0.0) * own[order[0]]]
+    kept = kept[: way.get("top_k", len(kept))]
+    total, nucleus = 0.0, []
+    mass = sum(own[token].item() for token in kept)
+    for token in kept:
+        if total < way.get("top_p", 1.0):
+            nucleus.append(token)
+        total += own[token].item() / mass
+    chosen = torch.zeros_like(own)
+    chosen[nucleus] = own[nucleus]
+    return chosen / chosen.sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_accepted_is_distributed_as_the_model_has_it(speculating, way):
+    """10,000 answers of three tokens, the last two of them verified drafts or what took their place: 20,000 draws."""
+    model = tiny(LlamaForCausalLM, LlamaConfig, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, seed=3)
+    llm = speculating(Judge(model), "itself", 0, max_num_seqs=256, num_gpu_blocks=600, max_num_batched_tokens=2048)
+    prompt = [3, 9, 4]
+    number = 10_000
+    params = SamplingParams(max_tokens=3, ignore_eos=True, **WAYS[way])
+    answers = [tuple(one.token_ids) for one in llm.generate([prompt] * number, params)]
+    expected: dict[tuple[int, ...], float] = {(): float(number)}
+    for _ in range(3):
+        longer = {}
+        for text, count in expected.items():
+            own = probabilities(model(torch.tensor([[*prompt, *text]])).logits[0, -1], WAYS[way])
+            longer |= {(*text, token): count * p for token, p in enumerate(own.tolist()) if p > 0}
+        expected = longer
+    observed = Counter(answers)
+    assert set(observed) <= set(expected), "a token that is not kept was drawn"
+    cells = [(observed[text], count) for text, count in expected.items() if count >= 5]
+    rest = number - sum(count for _, count in cells)
+    if rest >= 5:
+        cells.append((number - sum(seen for seen, _ in cells), rest))
+    assert len(cells) > 20
+    statistic = sum((seen - count) ** 2 / count for seen, count in cells)
+    assert chi2.sf(statistic, len(cells) - 1) > 0.001, f"{statistic:.1f} with {len(cells)} cells"
+
+
+def test_prompt_lookup_takes_the_longest_run_of_last_tokens_and_its_first_place():
+    lookup = NgramProposer(2, 3, 100)
+    assert lookup.of([1, 2, 3, 4, 9, 2, 3], 2) == [4, 9]
+    assert lookup.of([2, 3, 8, 1, 2, 3, 7, 1, 2, 3], 1) == [7], "three tokens go before two"
+    assert lookup.of([2, 3, 8, 2, 3, 7, 2, 3], 1) == [8], "the first place"
+    assert lookup.of([5, 5, 5, 5, 5], 3) == [5, 5], "as many as there are"
+    assert lookup.of([1, 2, 3], 3) == [] == lookup.of([1], 3) == lookup.of([3, 1, 3], 3), "two tokens at least"
+    assert NgramProposer(1, 1, 100).of([3, 1, 3], 3) == [1, 3]
+
+
+def test_a_draft_with_another_vocabulary_or_a_shorter_context_is_refused_before_weights_are_loaded(llama):
+    settings = {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2, "model": "given"}}
+    for fields, problem in (
+        ({"vocab_size": 500}, "expected a vocabulary of 512 tokens, it has 500"),
+        ({"max_position_embeddings": 512}, "expected a context of 1024, it has 512"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            LLM(llama.model, settings=Settings.load(settings), draft=tiny(LlamaForCausalLM, LlamaConfig, **fields))
+    with pytest.raises(InputError, match="'eagle3', expected ngram, ngram_gpu or draft_model in the engine"):
+        LLM(
+            llama.model,
+            settings=Settings.load({"speculative_config": {"method": "eagle3", "num_speculative_tokens": 2}}),
+        )

@@ -1,0 +1,163 @@
+"""Drafts in a simulation: by a law, or as they came in a recorded run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from latencies import Uneven
+
+from twinserve.policies import Batch, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
+from twinserve.sim.latency import StepFeatures
+from twinserve.sim.replica import simulate
+from twinserve.sim.speculation import (
+    Acceptance,
+    AcceptanceLaw,
+    RecordedAcceptance,
+    acceptance_of,
+    fit_law,
+    load_law,
+    save_law,
+)
+from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
+
+NEVER = AcceptanceLaw((0.0,), found_share=0.0)
+LAW = AcceptanceLaw((0.8, 0.6, 0.5), concentration=4.0, found_share=0.75, seed=2)
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
+
+
+def run(
+    folder: Path, acceptance: Acceptance | None, *, step_by_step: bool = False, requests: int = 60, **values
+) -> RunRecord:
+    """The record of a simulation with these settings."""
+    settings = Settings.load({"num_gpu_blocks": 300, "max_num_seqs": 8, "speculative_config": NGRAM} | values)
+    trace = generate(
+        seed=1,
+        num_requests=requests,
+        rate=5,
+        prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:110"),
+        output_tokens=LengthSpec.parse("lognormal:120:0.5:1:300"),
+    )
+    params = SamplingParams(ignore_eos=True)
+    with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts={}) as recorder:
+        simulate(
+            trace,
+            settings.build_core(listener=recorder),
+            Uneven(),
+            params=params,
+            announce=lambda request: recorder.expect(request, params),
+            step_by_step=step_by_step,
+            acceptance=acceptance,
+        )
+        recorder.close()
+    return load_record(folder)
+
+
+def test_with_drafts_every_step_is_made_by_itself(tmp_path):
+    """So a simulation step by step is the same, and says as many rows."""
+    records = [run(tmp_path / str(single), LAW, step_by_step=single) for single in (True, False)]
+    for name in ("steps.jsonl", "requests.jsonl", "run.json"):
+        assert (records[0].path / name).read_bytes() == (records[1].path / name).read_bytes()
+    assert records[0].run["summary"]["events"] == records[0].run["summary"]["steps"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_more_drafts_that_are_right_are_fewer_steps_and_the_same_tokens(tmp_path, depth):
+    config = {"speculative_config": NGRAM | {"method": "ngram_gpu"}, "pipeline_depth": depth}
+    records = [run(tmp_path / str(rate), AcceptanceLaw((rate,)), **config) for rate in (0.0, 0.5, 1.0)]
+    steps = [record.run["summary"]["steps"] for record in records]
+    assert steps[0] > 1.15 * steps[1] and steps[1] > 1.15 * steps[2], steps
+    assert len({record.run["summary"]["output_tokens"] for record in records}) == 1
+    assert records[2].run["summary"]["speculation"]["acceptance_rate"] > (0.99 if depth == 0 else 0.9)
+
+
+def test_shares_are_those_of_the_law_and_requests_differ_as_it_says():
+    law = AcceptanceLaw((0.7, 0.5), concentration=2.0, found_share=0.4, seed=9)
+    seqs = [Sequence([1] * 5, seq_id=number) for number in range(3000)]
+    assert statistics.mean(law.found(seq, 5, 4) == 4 for seq in seqs) == pytest.approx(0.4, abs=0.03)
+    assert {law.found(seq, 5, 4) for seq in seqs} == {0, 4}
+    assert statistics.mean(law.right(seq, 5, 1) for seq in seqs) == pytest.approx(0.7, abs=0.03)
+    own = []
+    for seq in seqs[:400]:
+        own.append(statistics.mean(law.right(seq, 5 + place, 1) for place in range(60)))
+    assert statistics.pstdev(own) == pytest.approx((0.7 * 0.3 / 3.0) ** 0.5, rel=0.15), "sqrt(m (1 - m) / (a + b + 1))"
+    alike = AcceptanceLaw((0.7, 0.5), seed=9)
+    number = [alike.right(seq, 5, 2) for seq in seqs]
+    assert statistics.mean(n >= 1 for n in number) == pytest.approx(0.7, abs=0.03)
+    assert statistics.mean(n == 2 for n in number) == pytest.approx(0.35, abs=0.03)
+
+
+def test_a_law_is_found_again_in_what_it_made(tmp_path):
+    record = run(tmp_path / "run", AcceptanceLaw((0.8, 0.6, 0.5), 4.0, 0.75, 2), requests=300)
+    fitted = fit_law(record.steps, seed=2)
+    assert fitted.by_position[0] == pytest.approx(0.8, abs=0.04)
+    assert fitted.found_share == pytest.approx(0.75, abs=0.03)
+    assert fitted.concentration == pytest.approx(4.0, rel=0.4)
+    again = run(tmp_path / "again", fitted, requests=300).run["summary"]
+    for name in ("tpot_s", "e2e_s"):
+        for statistic, tolerance in (("mean", 0.05), ("p99", 0.1)):
+            assert again[name][statistic] == pytest.approx(record.run["summary"][name][statistic], rel=tolerance)
+
+
+def test_a_run_without_differences_between_requests_has_none_in_its_law(tmp_path):
+    record = run(tmp_path / "run", AcceptanceLaw((0.8,)), requests=100)
+    fitted = fit_law(record.steps)
+    assert fitted.concentration is None or fitted.concentration > 60
+    with pytest.raises(ValueError, match="has no drafts"):
+        fit_law(run(tmp_path / "none", None, speculative_config=None).steps)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_recorded_acceptance_makes_the_recorded_run_again(tmp_path, depth):
+    config = {"speculative_config": NGRAM | {"method": "ngram_gpu"}, "pipeline_depth": depth}
+    record = run(tmp_path / "run", LAW, **config)
+    again = run(tmp_path / "again", RecordedAcceptance(record.steps, NEVER), **config)
+    made = [[(row.get("drafts"), row.get("runs")) for row in one.steps] for one in (record, again)]
+    assert made[0] == made[1]
+    assert record.steps[-1]["digest"] == again.steps[-1]["digest"]
+
+
+def test_with_other_settings_what_was_recorded_is_right_where_it_was(tmp_path):
+    record = run(tmp_path / "run", LAW)
+    again = run(tmp_path / "again", RecordedAcceptance(record.steps, NEVER), max_num_batched_tokens=24, max_num_seqs=4)
+    one, other = (r.run["summary"]["speculation"] for r in (record, again))
+    assert other["tokens_per_step"] == pytest.approx(one["tokens_per_step"], rel=0.1)
+
+
+def test_the_settings_say_what_comes_of_drafts(tmp_path):
+    def of(**values) -> Acceptance | None:
+        return acceptance_of(Settings.load({"speculative_config": NGRAM | values}).speculative_config)
+
+    assert acceptance_of(None) is None
+    assert of(synthetic_acceptance_rate=0.6) == AcceptanceLaw((0.6,))
+    save_law(LAW, tmp_path / "law.json")
+    assert of(acceptance=str(tmp_path / "law.json")) == LAW == load_law(tmp_path / "law.json")
+    assert isinstance(of(acceptance=str(run(tmp_path / "run", LAW).path)), RecordedAcceptance)
+    with pytest.raises(InputError, match="expected one of synthetic_acceptance_rate and acceptance"):
+        of()
+    for values in ({"by_position": [1.5]}, {"by_position": []}, {"by_position": [0.5], "odd": 1}, [], {}):
+        (tmp_path / "wrong.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=r"wrong\.json: expected a law of acceptance"):
+            load_law(tmp_path / "wrong.json")
+
+
+def test_a_replica_with_drafts_needs_to_know_what_comes_of_them(tmp_path):
+    with pytest.raises(ValueError, match="acceptance is None"):
+        run(tmp_path / "run", None)
+
+
+def test_a_row_with_drafts_costs_what_a_row_of_several_tokens_costs():
+    batch = Batch(1)
+    seqs = [Sequence([1] * 9, seq_id=number) for number in range(3)]
+    batch.seqs, batch.starts, batch.lengths = seqs, [8, 20, 4], [1, 4, 5]
+    batch.prompts, batch.chunks, batch.num_prompt_tokens, batch.num_tokens = [seqs[2]], [seqs[2]], 5, 10
+    batch.drafts = {seqs[1]: 3}
+    batch.count()
+    features = StepFeatures.of(batch)
+    assert (features.prompts, features.prompt_tokens, features.decode_tokens) == (((20, 4), (4, 5)), 9, 1)
+    assert (features.sampled, features.longest_decode) == (2 + 3, 9)

@@ -110,8 +110,10 @@ def plan(
     devices: Annotated[str, typer.Option(help="Kinds of GPU to choose from, such as h100,l40s, or TOML files.")],
     price: Annotated[str, typer.Option(help="Of a GPU-hour, in any currency; by kind: h100=2.5,l40s=1.1.")],
     objective: Annotated[str, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")],
-    quantization: Annotated[str | None, typer.Option(help="fp8.")] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the weights: fp8; as the model has it unless given.")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,

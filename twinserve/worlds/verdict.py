@@ -73,9 +73,9 @@ class Verdict:
         span_ns, drain_ns = int(last - arrivals.min()), self._last_finish - int(last)
         backlog = int(np.count_nonzero(first_tokens > last))
         if span_ns and backlog > MOST_BACKLOG * len(arrivals) and drain_ns > MOST_BACKLOG * span_ns:
+            took = f"{drain_ns / 1e9:,.0f} s more than the {span_ns / 1e9:,.0f} s in which they came"
             lines.append(
                 f"overloaded: when the last request came, {backlog:,} of {len(arrivals):,} still waited for their "
-                f"first token, and serving them took {drain_ns / 1e9:,.0f} s more than the {span_ns / 1e9:,.0f} s in which "
-                "they came; latencies grow with the length of the trace"
+                f"first token, and serving them took {took}; latencies grow with the length of the trace"
             )
         return lines

@@ -8,9 +8,9 @@ import shlex
 import pytest
 import typer
 
-from twinserve.commands.app import COMMANDS, app
+from twinserve.commands.app import COMMANDS, GROUPS, app
 
-NAMES = sorted({*COMMANDS, "trace", "model", "record"})
+NAMES = sorted({*COMMANDS, *GROUPS})
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twinserve.commands.configs import config_check, config_init
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import Command, Group, KeepsDashes
@@ -22,6 +23,7 @@ app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option
 GROUPS = {
     "trace": typer.Typer(help="Look at a trace, make a synthetic one, change its format, bring a public one.", **SHAPE),
     "model": typer.Typer(help="Bring a model, say what it needs, or hold one against transformers.", **SHAPE),
+    "config": typer.Typer(help="Begin a file of settings, or check one.", **SHAPE),
     "record": typer.Typer(help="Bring a recorded run of another engine.", **SHAPE),
 }
 """Commands of two words, by the first."""
@@ -49,6 +51,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "trace convert": (trace_convert, "twinserve trace convert TRACE small.jsonl --limit 1000"),
     "trace fetch": (trace_fetch, "twinserve trace fetch azure-2023-conv"),
     "trace make": (trace_make, "twinserve trace make --out mine.jsonl --requests 100 --rate 2"),
+    "config init": (config_init, "twinserve config init twinserve.toml"),
+    "config check": (config_check, "twinserve config check twinserve.toml"),
     "record import": (record_import, "twinserve record import LOG runs/vllm"),
     "model describe": (model_describe, "twinserve model describe gpt-oss-120b@h100:tp=2"),
     "model fetch": (model_fetch, "twinserve model fetch smollm2-135m"),

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[Sequence], None]
 
-DEFAULT_LATENCY = "smollm2-135m-cpu-2-threads"
 ROOFLINE = "roofline:"
 
 
@@ -50,11 +49,11 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     """A latency model and what says in a record which one it was.
 
     Args:
-        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE"; None is DEFAULT_LATENCY.
+        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE".
         record: a run record whose own step times are used.
 
     Raises:
-        InputError: both are given, or one cannot be used.
+        InputError: both are given or neither is, or one cannot be used.
     """
     if record is not None:
         if source is not None:
@@ -65,7 +64,13 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
         if not rows:
             raise InputError("has no steps, expected the record of a run or of a replica", path=record)
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
-    source = source or DEFAULT_LATENCY
+    if source is None:
+        names = ", ".join(shipped_latencies())
+        raise InputError(
+            "is missing, expected --latency roofline:MODEL@DEVICE such as roofline:llama-3-8b@h100, a file that "
+            f"twinserve profile wrote, or one that ships: {names}",
+            field="latency",
+        )
     if source.startswith(ROOFLINE):
         roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
         return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}

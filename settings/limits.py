@@ -20,5 +20,7 @@ MOST_TOKENS = limit("TOKENS", 1 << 24)
 """Tokens of a prompt or an answer that is replayed."""
 MOST_REQUESTS = limit("REQUESTS", 1 << 26)
 """Requests of a synthetic trace."""
+MOST_SETTINGS_BYTES = limit("SETTINGS_BYTES", 16 << 20)
+"""Of a file of settings, of a plan or a device, and of one with a class of one's own."""
 MOST = 1 << 48
 """Where nothing is made that is as large: of budgets, thresholds and seeds."""

@@ -69,12 +69,23 @@ class _Signals:
 
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
+    _speak_utf8()
     signals = _Signals()
     signals.install()
     try:
         sys.exit(_run(signals))
     finally:
         signals.remove()
+
+
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files that a plan holds, say, are UTF-8 whatever the locale, and Python can open no others than its own.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _run(signals: _Signals) -> int:

@@ -20,6 +20,14 @@ MOST_TOKENS = limit("TOKENS", 1 << 24)
 """Tokens of a prompt or an answer that is replayed."""
 MOST_REQUESTS = limit("REQUESTS", 1 << 26)
 """Requests of a synthetic trace."""
+MOST_SHAPES = limit("SHAPES", 1 << 16)
+"""Shapes of steps that a profile measures, and steps of each."""
+MOST_WAIT_S = limit("WAIT_S", 7 * 86_400)
+"""Seconds that a server, or who watches one, is to wait for something."""
+MOST_TIME_SCALE = limit("TIME_SCALE", 1_000_000)
+"""How many times slower than a trace or a simulation the wall's clock may be taken to go, or faster."""
+MOST_MIB = limit("MIB", 1 << 20)
+"""MiB of a request's body, and of a record's segment."""
 MOST_SETTINGS_BYTES = limit("SETTINGS_BYTES", 16 << 20)
 """Of a file of settings, of a plan or a device, and of one with a class of one's own."""
 MOST = 1 << 48

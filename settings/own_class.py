@@ -92,9 +92,7 @@ def read_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         content = file.read(MOST_SETTINGS_BYTES + 1)
     if len(content) > MOST_SETTINGS_BYTES:
-        raise ValueError(
-            f"at most {MOST_SETTINGS_BYTES} bytes in {path.as_posix()} (TWINSERVE_MOST_SETTINGS_BYTES)"
-        )
+        raise ValueError(f"at most {MOST_SETTINGS_BYTES} bytes in {path.as_posix()} (TWINSERVE_MOST_SETTINGS_BYTES)")
     return content
 
 

@@ -135,7 +135,9 @@ def test_a_trace_may_have_a_byte_order_mark_and_crlf(twinserve, tmp_path, format
     assert one == other
 
 
-@pytest.mark.parametrize("name", ["settings.toml", "latency.json", "order.py", "plan.toml", "device.toml", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["settings.toml", "latency.json", "order.py", "plan.toml", "device.toml", "config.json"]
+)
 def test_what_settings_plans_latencies_devices_and_shapes_say_may_be_so_too(twinserve, folder, name):
     import twinserve as package
 
@@ -145,8 +147,12 @@ def test_what_settings_plans_latencies_devices_and_shapes_say_may_be_so_too(twin
     def summary() -> list[str]:
         trace = folder / "trace é.jsonl"
         done = [
-            twinserve("sim", trace, "--latency", folder / "latency.json", "--config", folder / "settings.toml", "--json"),
-            twinserve("capacity", "--plan", folder / "plan.toml", "--objective", "p99 TTFT <= 9 s", "--jobs", 1, "--json"),
+            twinserve(
+                "sim", trace, "--latency", folder / "latency.json", "--config", folder / "settings.toml", "--json"
+            ),
+            twinserve(
+                "capacity", "--plan", folder / "plan.toml", "--objective", "p99 TTFT <= 9 s", "--jobs", 1, "--json"
+            ),
             twinserve("model", "describe", f"{folder / 'config.json'}@{folder / 'device.toml'}", "--json"),
         ]
         assert [one.code for one in done] == [0, 0, 0], done

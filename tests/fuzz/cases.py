@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from changes import WORDS, changed
+from changes import changed
 from valid import TRACES, Valid
 
 
@@ -41,8 +41,7 @@ def settings_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
         path.write_bytes(changed(rng, text.encode()))
         return ["sim", str(valid.trace), "--config", str(path), "--out", str(folder / "out")]
     path = folder / "plan.toml"
-    text = f"trace = {str(valid.trace)!r}\nlimit = 6\nrate = 2.0\narrivals = 'poisson'\nseeds = 1\n[grid]\nmax_num_seqs = [1, 2]\n"
-    path.write_bytes(changed(rng, text.encode()))
+    path.write_bytes(changed(rng, valid.plan.read_bytes()))
     return ["sweep", str(path), "--out", str(folder / "out"), "--jobs", "1"]
 
 

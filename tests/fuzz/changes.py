@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 JUNK: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1.5, -0.0, 1e308, 2**31, 2**63, 2**64, 10**30, "", "x", "1", "nan", "\x1b[31m", "a\nb", "\ud83d",
-    "[red]", "[/b]", [], [[]], [1], {}, {"a": 1}, float("inf"), float("nan"),
+    None, True, False, -1, 0, 1.5, -0.0, 1e308, 2**31, 2**63, 2**64, 10**30, "", "x", "1", "nan", "\x1b[31m", "a\nb",
+    "\ud83d", "[red]", "[/b]", [], [[]], [1], {}, {"a": 1}, float("inf"), float("nan"),
 )  # fmt: skip
 BYTES = (
     b"\0",
@@ -24,8 +24,10 @@ BYTES = (
     b"\xf0\x9f",
     b"\n\n",
 )
-WORDS = ("", "x", "-1", "0", "nan", "inf", "1e308", "1e-300", "9" * 30, "1_6", "０", "0:5", "5:0", ":", "0:1:2", "9:0:1",
-         "roofline:x@h100", "roofline:llama-3-8b@h100:tp=0", "/dev/zero", "/", "a\nb", "x" * 300, "[/b]", "f.py:C")  # fmt: skip
+WORDS = ("", "x", "-1", "0", "nan", "inf", "1e308", "1e-300", "1000000000", "9" * 12, "9" * 30, "1_6", "０", "0:5",
+         "5:0", ":", "0:1:2", "9:0:1", "roofline:x@h100",
+         "roofline:llama-3-8b@h100:tp=0", "/dev/zero", "/", "a\nb", "x" * 300,
+         "[/b]", "f.py:C")  # fmt: skip
 
 
 def changed_value(rng: random.Random, value: Any) -> Any:

@@ -32,8 +32,8 @@ DRAFTED = {"method": "draft_model", "num_speculative_tokens": 3, "draft_latency"
            "num_speculative_tokens_per_batch_size": [[1, 4, 3], [5, 9, 0]]}  # fmt: skip
 SAMPLED = {
     "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "n": 1, "stop": ["x"],
-    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": 1.0}, "min_tokens": 1,
-    "stop_token_ids": [9], "ignore_eos": True, "stream": False,
+    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": 1.0},
+    "min_tokens": 1, "stop_token_ids": [9], "ignore_eos": True, "stream": False,
 }  # fmt: skip
 BODIES: dict[str, Any] = {
     "/v1/completions": {"prompt": "the sky", "logprobs": 2, "echo": False} | SAMPLED,

@@ -1,9 +1,9 @@
 # ruff: noqa: E501 - rows of files are as long as they are
-"""Malformed inputs of all commands, drawn from a seed: `python tests/fuzz/malformed.py --count 1000 --seed 0`.
+"""Malformed inputs of all commands, drawn from a seed: `python tests/fuzz/malformed.py --count 1200 --seed 0`.
 
-Every input is a valid file or option that is changed somewhere. A command may take it, or has to refuse it with status 2
-and one line, within 10 s and 1 GB, and leave nothing under the name that it was to write. Each runs in a process that is
-forked from this one, which has imported everything.
+Every input is a valid file, option or body that is changed somewhere. A command may take it, or has to refuse it with
+status 2 and one line, within 10 s of a processor and 1 GB, and leave nothing under the name that it was to write. Each
+runs in a process of its own that is forked from this one, which has imported everything. `--out` keeps the counts.
 """
 
 from __future__ import annotations

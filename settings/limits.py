@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import os
 
+from twinserve.settings.errors import InputError
+
 
 def limit(name: str, most: int) -> int:
     """A limit; `TWINSERVE_MOST_<name>` in the environment is another."""
-    return int(os.environ.get(f"TWINSERVE_MOST_{name}", most))
+    return whole_number(f"TWINSERVE_MOST_{name}", most)
+
+
+def whole_number(variable: str, usual: int) -> int:
+    """The integer that an environment variable holds, or the usual one.
+
+    Raises:
+        InputError: it holds something else, or more than 63 bits.
+    """
+    text = os.environ.get(variable, str(usual))
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InputError("expected an integer >= 0 of at most 18 digits", field=variable, value=text)
+    return int(text)
 
 
 MOST_BLOCKS = limit("BLOCKS", 1 << 24)

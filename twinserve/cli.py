@@ -92,12 +92,13 @@ def _run(signals: _Signals) -> int:
     """Run a command; its exit status."""
     import typer
 
-    from twinserve.commands.app import app
     from twinserve.settings.errors import InputError, RunError
 
     # What the command-line parser raises for every misuse.
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
+        from twinserve.commands.app import app
+
         signals.begin()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -2,8 +2,15 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+
+from twinserve.settings.errors import InputError
+from twinserve.settings.limits import limit
+from twinserve.traces.readers import read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}\n'
@@ -280,3 +287,21 @@ def test_a_class_nested_without_end_is_refused(twinserve, trace, latency, tmp_pa
     assert_refused(result, "order.py", "scheduling_policy")
     result = twinserve("sim", trace, "--latency", latency, "--scheduling-policy", f"{policy}(x={'-' * 100_000}1)")
     assert_refused(result, "scheduling_policy", "FILE.py:CLASS")
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1e9", "1_000", "9" * 30])
+@pytest.mark.parametrize("variable", ["TWINSERVE_MOST_BLOCKS", "TWINSERVE_LARGEST_VALUE"])
+def test_a_limit_that_is_no_number_is_named(monkeypatch, trace, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"{variable} is '{value}', expected an integer"):
+        limit("BLOCKS", 7)
+        read_trace(trace)
+
+
+def test_a_limit_that_is_no_number_is_one_line_of_a_command(trace):
+    words = [sys.executable, "-m", "twinserve", "trace", "stat", str(trace)]
+    environment = os.environ | {"TWINSERVE_MOST_BLOCKS": "x"}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("twinserve: TWINSERVE_MOST_BLOCKS is 'x', expected an integer")
+    assert len(result.stderr.splitlines()) == 1

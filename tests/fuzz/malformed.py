@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - rows of files are as long as they are
 """Malformed inputs of all commands, drawn from a seed: `python tests/fuzz/malformed.py --count 1200 --seed 0`.
 
 Every input is a valid file, option or body that is changed somewhere. A command may take it, or has to refuse it with

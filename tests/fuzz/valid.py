@@ -161,7 +161,7 @@ def served(model: Path) -> Iterator[str]:
             def answer() -> str:
                 return httpx.post(f"{url}/v1/completions", json=plain, timeout=60).json()["choices"][0]["text"]
 
-            while httpx.get(f"{url}/health").status_code != 200:
+            while httpx.get(f"{url}/health", timeout=60).status_code != 200:
                 time.sleep(0.1)
             before = answer()
             yield url

@@ -27,9 +27,9 @@ from outcome import Work, run
 from valid import Valid, served, valid_files
 
 CASES: dict[str, Callable[[random.Random, Valid, Path], Work]] = {
-    "trace": trace_case, "latency": latency_case, "settings": settings_case, "record": record_case, "option": option_case,
-    "model": model_case, "engine": engine_case, "planning": planning_case, "drafts": draft_case, "fit": fit_case,
-    "sampling": sampling_case, "body": body_case,
+    "trace": trace_case, "latency": latency_case, "settings": settings_case, "record": record_case,
+    "option": option_case, "model": model_case, "engine": engine_case, "planning": planning_case, "drafts": draft_case,
+    "fit": fit_case, "sampling": sampling_case, "body": body_case,
 }  # fmt: skip
 
 

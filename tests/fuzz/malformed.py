@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,24 +45,25 @@ def fuzz(
         valid = valid_files(kept)
         if "body" in kinds:
             valid.url = stack.enter_context(served(valid.model))
-        for number in range(count) if only is None else [only]:
-            rng = random.Random(f"{seed}:{number}")
-            kind = kinds[number % len(kinds)]
-            (folder := Path(scratch) / str(number)).mkdir()
-            work = CASES[kind](rng, valid, folder)
-            outcome = run(work)
-            fault = outcome.fault()
-            words = " ".join(work) if isinstance(work, list) else repr(work)
-            left = sorted(path.name for path in folder.iterdir() if path.name.startswith("out"))
-            if fault is None and outcome.status == 2 and left and words.split()[0] not in GOES_ON:
-                fault = f"left {left}"
-            name = words.split()[0] if isinstance(work, list) else kind
-            ends[f"{kind}, {name}: status {outcome.status}"] += 1
-            if fault is not None:
-                last = (outcome.err.strip().splitlines() or [""])[-1]
-                faults.append(f"input {number} of seed {seed}: {fault}: {words[:300]!r}: {last[:300]!r}")
-                say(faults[-1])
-            shutil.rmtree(folder)
+        with suppress(KeyboardInterrupt):  # what was found until then is said
+            for number in range(count) if only is None else [only]:
+                rng = random.Random(f"{seed}:{number}")
+                kind = kinds[number % len(kinds)]
+                (folder := Path(scratch) / str(number)).mkdir()
+                work = CASES[kind](rng, valid, folder)
+                outcome = run(work)
+                fault = outcome.fault()
+                words = " ".join(work) if isinstance(work, list) else repr(work)
+                left = sorted(path.name for path in folder.iterdir() if path.name.startswith("out"))
+                if fault is None and outcome.status == 2 and left and words.split()[0] not in GOES_ON:
+                    fault = f"left {left}"
+                name = words.split()[0] if isinstance(work, list) else kind
+                ends[f"{kind}, {name}: status {outcome.status}"] += 1
+                if fault is not None:
+                    last = (outcome.err.strip().splitlines() or [""])[-1]
+                    faults.append(f"input {number} of seed {seed}: {fault}: {words[:300]!r}: {last[:300]!r}")
+                    say(faults[-1])
+                shutil.rmtree(folder)
     return ends, faults
 
 

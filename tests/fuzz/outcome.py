@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 SECONDS, MEGABYTES = 10, 1024
 """Of a processor, and of memory, that a command may take."""
-MOST_S, ADDRESSES = 90.0, 64 << 30
+MOST_S, ADDRESSES = 600.0, 64 << 30
 """Seconds on the wall after which it is killed, and bytes of addresses it may have; torch takes many that it leaves."""
 SERVED_S = 4.0
 """A server that takes what it is given is told to end after so many seconds."""

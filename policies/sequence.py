@@ -65,6 +65,8 @@ class SamplingParams:
             ("presence_penalty", number, -2.0, 2.0, "a number in [-2, 2] (0 changes nothing)"),
             ("frequency_penalty", number, -2.0, 2.0, "a number in [-2, 2] (0 changes nothing)"),
             ("logprobs", whole, 0.0, most, "an integer >= 0, or None"),
+            ("seed", whole, -4 * most, 4 * most, "an integer of at most 64 bits, or None"),
+            ("ignore_eos", (bool,), 0.0, 1.0, "True or False"),
         ):
             value = getattr(self, name)
             if not (type(value) in kinds and least <= value <= largest or value is None and "None" in expected):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import read_table, validated
+from twinserve.settings.limits import MOST, MOST_MIB, MOST_WAIT_S
 
 
 class ServeOptions(BaseModel):
@@ -21,22 +22,27 @@ class ServeOptions(BaseModel):
     api_key: list[str] = Field(default=[], description="what /v1 asks clients for; may be given again")
     allowed_origins: list[str] = Field(default=[], description="origins whose pages browsers let call; * is any")
     max_num_queued_reqs: int | None = Field(
-        default=None, ge=1, description="requests that may wait; 429 for those beyond"
+        default=None, ge=1, le=MOST, description="requests that may wait; 429 for those beyond"
     )
-    max_body_mib: float = Field(default=64, gt=0, allow_inf_nan=False, description="MiB of a request; 413 beyond")
+    max_body_mib: float = Field(default=64, gt=0, le=MOST_MIB, description="MiB of a request; 413 beyond")
     client_timeout: float = Field(
         default=60,
         gt=0,
-        allow_inf_nan=False,
+        le=MOST_WAIT_S,
         description="seconds in which a client has to send its request, and to go on reading its answer",
     )
     generation_config: Literal["auto", "vllm"] = Field(
         default="auto",
         description="sampling that a request leaves open: auto, as the model's generation config says; vllm: as it is",
     )
-    max_logprobs: int = Field(default=20, ge=0, description="the most log-probabilities a token may be asked for")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=MOST, description="the most log-probabilities a token may be asked for"
+    )
     shutdown_timeout: int = Field(
-        default=30, ge=0, description="seconds in which running requests may end at shutdown; then they are aborted"
+        default=30,
+        ge=0,
+        le=MOST_WAIT_S,
+        description="seconds in which running requests may end at shutdown; then they are aborted",
     )
 
     @classmethod

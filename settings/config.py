@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.own_class import RULES, anchored
+from twinserve.settings.own_class import RULES, anchored, read_bytes
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -22,7 +22,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or is not TOML.
     """
     try:
-        return _anchored(tomllib.loads(path.read_text(encoding="utf-8-sig")), path.parent)
+        return _anchored(tomllib.loads(read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")), path.parent)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from error
     except (ValueError, RecursionError) as error:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import os
 
+from twinserve.settings.errors import InputError
+
 
 def limit(name: str, most: int) -> int:
     """A limit; `TWINSERVE_MOST_<name>` in the environment is another."""
-    return int(os.environ.get(f"TWINSERVE_MOST_{name}", most))
+    return whole_number(f"TWINSERVE_MOST_{name}", most)
+
+
+def whole_number(variable: str, usual: int) -> int:
+    """The integer that an environment variable holds, or the usual one.
+
+    Raises:
+        InputError: it holds something else, or more than 63 bits.
+    """
+    text = os.environ.get(variable, str(usual))
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InputError("expected an integer >= 0 of at most 18 digits", field=variable, value=text)
+    return int(text)
 
 
 MOST_BLOCKS = limit("BLOCKS", 1 << 24)
@@ -20,5 +34,15 @@ MOST_TOKENS = limit("TOKENS", 1 << 24)
 """Tokens of a prompt or an answer that is replayed."""
 MOST_REQUESTS = limit("REQUESTS", 1 << 26)
 """Requests of a synthetic trace."""
+MOST_SHAPES = limit("SHAPES", 1 << 16)
+"""Shapes of steps that a profile measures, and steps of each."""
+MOST_WAIT_S = limit("WAIT_S", 7 * 86_400)
+"""Seconds that a server, or who watches one, is to wait for something."""
+MOST_TIME_SCALE = limit("TIME_SCALE", 1_000_000)
+"""How many times slower than a trace or a simulation the wall's clock may be taken to go, or faster."""
+MOST_MIB = limit("MIB", 1 << 20)
+"""MiB of a request's body, and of a record's segment."""
+MOST_SETTINGS_BYTES = limit("SETTINGS_BYTES", 16 << 20)
+"""Of a file of settings, of a plan or a device, and of one with a class of one's own."""
 MOST = 1 << 48
 """Where nothing is made that is as large: of budgets, thresholds and seeds."""

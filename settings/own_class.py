@@ -17,6 +17,7 @@ from typing import Any
 from typing_extensions import get_protocol_members
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_SETTINGS_BYTES
 
 _OF_MYPYC = {"__mypyc_attrs__", "__getstate__", "__setstate__"}
 """What a compiled class has beside its members."""
@@ -51,7 +52,7 @@ class OwnClass:
         found = _TEXT.fullmatch(text)
         try:
             name, parameters = _called(found[2].strip() if found else "")
-        except (SyntaxError, ValueError, TypeError) as error:
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
             raise ValueError(FORM) from error
         assert found is not None
         return cls(Path(found[1]), name, parameters, found[3])
@@ -72,13 +73,27 @@ class OwnClass:
             ValueError: it cannot be read, or has another sha256; the message is what was expected.
         """
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path)
         except OSError as error:
             raise ValueError(f"a file that can be read ({self.path}: {error.strerror})") from error
         found = hashlib.sha256(content).hexdigest()
         if self.sha256 not in (None, found):
             raise ValueError(f"{self.path} with sha256 {str(self.sha256)[:12]}, it has {found[:12]}")
         return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has more than `MOST_SETTINGS_BYTES`; or no file can have its name.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_SETTINGS_BYTES + 1)
+    if len(content) > MOST_SETTINGS_BYTES:
+        raise ValueError(f"at most {MOST_SETTINGS_BYTES} bytes in {path.as_posix()} (TWINSERVE_MOST_SETTINGS_BYTES)")
+    return content
 
 
 def _called(text: str) -> tuple[str, dict[str, Any]]:
@@ -170,7 +185,7 @@ def _imported(path: Path, content: bytes) -> ModuleType:
     """
     try:
         code = compile(content, str(path), "exec", dont_inherit=True)
-    except ValueError as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise SyntaxError(str(error)) from error
     spec = importlib.util.spec_from_file_location(f"own_{hashlib.sha256(content).hexdigest()}", path)
     assert spec is not None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import read_toml, validated
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_BLOCKS, MOST_MIB, MOST_REPLICAS
 from twinserve.sim.model_configs import DATA
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -17,6 +18,8 @@ DEVICES_FILE = DATA / "devices.toml"
 NVLINK_HOP_NS = 600
 """What a hop of a ring takes over NVLink; over PCIe it is 1,000: hwLat, ring and LL, of NCCL's own model of its speed
 (src/graph/tuning.cc)."""
+_LEAST, _LARGEST, _MOST_NS = 1e6, 1e21, 10**12
+"""Of what a device can do a second, and of a time that one step, layer or hop takes."""
 
 
 class Shares(BaseModel):
@@ -32,16 +35,16 @@ class Shares(BaseModel):
         shapes: the models of which all steps were measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     device: str
     bandwidth: float = Field(gt=0, le=1)
     flops: float = Field(gt=0, le=1)
     attention_bandwidth: float = Field(gt=0, le=1)
     attention_flops: float = Field(gt=0, le=1)
-    layer_ns: float = Field(ge=0)
+    layer_ns: float = Field(ge=0, le=_MOST_NS)
     source: str
-    shapes: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = Field(default=(), strict=False)
 
 
 PEAKS = Shares(
@@ -68,19 +71,19 @@ class Device(BaseModel):
         shares: what is reached of the peaks.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(min_length=1)
-    bandwidth: float = Field(gt=0)
-    flops: float = Field(gt=0)
-    float8_flops: float | None = Field(default=None, gt=0)
-    memory_mib: int = Field(gt=0)
-    link: float = Field(gt=0)
-    linked: int = Field(default=8, ge=1)
-    hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0)
-    multiprocessors: int | None = Field(default=None, gt=0)
-    host_ns: int = Field(default=1_900_000, ge=0)
-    host_seq_ns: int = Field(default=25_000, ge=0)
+    bandwidth: float = Field(ge=_LEAST, le=_LARGEST)
+    flops: float = Field(ge=_LEAST, le=_LARGEST)
+    float8_flops: float | None = Field(default=None, ge=_LEAST, le=_LARGEST)
+    memory_mib: int = Field(gt=0, le=MOST_MIB)
+    link: float = Field(ge=_LEAST, le=_LARGEST)
+    linked: int = Field(default=8, ge=1, le=MOST_REPLICAS)
+    hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0, le=_MOST_NS)
+    multiprocessors: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
+    host_ns: int = Field(default=1_900_000, ge=0, le=_MOST_NS)
+    host_seq_ns: int = Field(default=25_000, ge=0, le=_MOST_NS)
     source: str = Field(min_length=1)
     shares: Shares
 

@@ -91,6 +91,17 @@ def check_ids_beyond_the_vocabulary_are_refused(llm: LLM) -> None:
         ):
             with pytest.raises(InputError, match=f"{field} is {token_id}, expected an id from 0 to 511"):
                 llm.generate([[5], prompt], [GREEDY, replace(GREEDY, **more)])
+    for name, value, words in (
+        ("stop_token_ids", "ab", "expected a tuple of tokens"),
+        ("stop_token_ids", (1.0,), "a token of stop_token_ids is 1.0, expected an id"),
+        ("stop_token_ids", (True,), "a token of stop_token_ids is True, expected an id"),
+        ("logit_bias", 5, "expected pairs of a token and a number"),
+        ("logit_bias", ((5,),), "expected pairs of a token and a number"),
+        ("logit_bias", ((5, float("nan")),), "expected pairs of a token and a number"),
+        ("logit_bias", (("5", 1.0),), "a token of logit_bias is '5', expected an id"),
+    ):
+        with pytest.raises(InputError, match=words):
+            llm.generate([[5], [6]], [GREEDY, replace(GREEDY, **{name: value})])
     llm.eos_token_ids = (2, 3, 700)  # as of a tokenizer with tokens that were added
     ends = replace(GREEDY, ignore_eos=False, min_tokens=2, max_tokens=4)
     assert len(llm.generate([[5]], ends)[0].token_ids) >= 2

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import whole_number
 from twinserve.traces.request import Part
 
 LARGEST = (1 << 63) - 1
@@ -164,7 +164,7 @@ class Content:
 
     def __init__(self, path: Path, digest: Any = None):
         self._path, self._digest = path, digest or hashlib.sha256()
-        self._most = int(os.environ.get("TWINSERVE_LARGEST_VALUE", LARGEST_VALUE))
+        self._most = whole_number("TWINSERVE_LARGEST_VALUE", LARGEST_VALUE)
         self._files: list[Any] = []
         self._number = self._offset = 0
         with self._reading():

@@ -69,6 +69,7 @@ class _Signals:
 
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
+    _speak_utf8()
     signals = _Signals()
     signals.install()
     try:
@@ -77,16 +78,27 @@ def main() -> None:
         signals.remove()
 
 
+def _speak_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files that a plan holds, say, are UTF-8 whatever the locale, and Python can open no others than its own.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def _run(signals: _Signals) -> int:
     """Run a command; its exit status."""
     import typer
 
-    from twinserve.commands.app import app
     from twinserve.settings.errors import InputError, RunError
 
     # What the command-line parser raises for every misuse.
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
+        from twinserve.commands.app import app
+
         signals.begin()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

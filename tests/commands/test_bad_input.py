@@ -2,8 +2,15 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+
+from twinserve.settings.errors import InputError
+from twinserve.settings.limits import limit
+from twinserve.traces.readers import read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 MOONCAKE = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}\n'
@@ -216,3 +223,85 @@ def test_settings_that_are_no_toml_are_one_line(twinserve, trace, latency, tmp_p
 def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path):
     (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfmax_num_seqs = 8\r\n")
     assert twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "--simulate", "--record-segment-mib", "1e308", "--record", "r"), "record_segment_mib is 1e+308"),
+        (("serve", "--simulate", "--record-segment-s", "inf", "--record", "r"), "record_segment_s is inf"),
+        (("serve", "--simulate", "--time-scale", "1e-300"), "time_scale is 1e-300, expected a number from"),
+        (("serve", "--simulate", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from"),
+        (("serve", "--simulate", "--max-body-mib", "1e308"), "max_body_mib is 1e+308"),
+        (("serve", "--simulate", "--client-timeout", "1e9"), "client_timeout is 1000000000.0"),
+        (("serve", "--simulate", "--shutdown-timeout", "9" * 30), "shutdown_timeout is 9999"),
+        (("serve", "--simulate", "--max-num-queued-reqs", "9" * 30), "max_num_queued_reqs is 9999"),
+        (("run", "{trace}", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from 0 to"),
+        (("profile", "--out", "p.json", "--shapes", "1000000000"), "--shapes"),
+        (("profile", "--out", "p.json", "--repeats", "1000000000"), "--repeats"),
+        (("profile", "--out", "p.json", "--max-context", "9" * 12), "--max-context"),
+        (("capacity", "{trace}", "--objective", "p99 TTFT <= 1 s", "--tolerance", "1e-300"), "tolerance is 1e-300"),
+        (("capacity", "{trace}", "--objective", "p99 TTFT <= 1 s", "--tolerance", "nan"), "tolerance is nan"),
+        (("model", "verify", "nowhere", "--max-tokens", "9" * 12), "--max-tokens"),
+        (("top", "http://127.0.0.1:9", "--interval", "1e308"), "--interval"),
+    ],
+)
+def test_what_nobody_waits_for_and_no_memory_holds_is_refused_at_once(
+    twinserve, trace, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert_refused(twinserve(*(str(word).format(trace=trace) for word in arguments)), words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("memory_mib", 2**31), ("memory_mib", 0), ("bandwidth", "inf"), ("bandwidth", "nan"), ("bandwidth", 1e-300),
+        ("flops", 1e308), ("link", 1), ("hop_ns", 2**62), ("host_ns", 2**62), ("host_seq_ns", -1), ("linked", 2**31),
+        ("multiprocessors", 2**31), ("name", "'"), ("bandwidth", "true"), ("hop_ns", "'1'"),
+    ],
+)  # fmt: skip
+def test_a_device_that_none_can_be_is_refused(twinserve, trace, tmp_path, field, value):
+    values = {"name": "'x'", "bandwidth": 1e12, "flops": 1e14, "memory_mib": 81920, "link": 1e11, "source": "'a table'"}
+    path = tmp_path / "device.toml"
+    path.write_text("".join(f"{name} = {one}\n" for name, one in (values | {field: value}).items()))
+    result = twinserve("sim", trace, "--latency", f"roofline:qwen3-0.6b@{path}")
+    assert_refused(result, str(path), "expected TOML" if value == "'" else f"{field} is ")
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "order.py"])
+def test_a_small_file_without_end_is_refused_before_it_fills_the_memory(twinserve, trace, latency, tmp_path, name):
+    (tmp_path / "settings.toml").write_text("scheduling_policy = 'order.py:Order'\n")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero")
+    result = twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml")
+    assert_refused(result, name, "at most 16777216 bytes", "TWINSERVE_MOST_SETTINGS_BYTES")
+
+
+def test_a_class_nested_without_end_is_refused(twinserve, trace, latency, tmp_path):
+    (tmp_path / "order.py").write_text("x = " + "-" * 100_000 + "1\n")
+    policy = f"{tmp_path / 'order.py'}:Order"
+    result = twinserve("sim", trace, "--latency", latency, "--scheduling-policy", policy)
+    assert_refused(result, "order.py", "scheduling_policy")
+    result = twinserve("sim", trace, "--latency", latency, "--scheduling-policy", f"{policy}(x={'-' * 100_000}1)")
+    assert_refused(result, "scheduling_policy", "FILE.py:CLASS")
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1e9", "1_000", "9" * 30])
+@pytest.mark.parametrize("variable", ["TWINSERVE_MOST_BLOCKS", "TWINSERVE_LARGEST_VALUE"])
+def test_a_limit_that_is_no_number_is_named(monkeypatch, trace, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"{variable} is '{value}', expected an integer"):
+        limit("BLOCKS", 7)
+        read_trace(trace)
+
+
+def test_a_limit_that_is_no_number_is_one_line_of_a_command(trace):
+    words = [sys.executable, "-m", "twinserve", "trace", "stat", str(trace)]
+    environment = os.environ | {"TWINSERVE_MOST_BLOCKS": "x"}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("twinserve: TWINSERVE_MOST_BLOCKS is 'x', expected an integer")
+    assert len(result.stderr.splitlines()) == 1

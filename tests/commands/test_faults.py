@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.replay import replay
 
 ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "hung up")}
 ORDER = """
@@ -140,9 +149,90 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, trace, latency, reco
     assert not [entry for entry in left(folder) if entry.endswith(".partial")]
 
 
-def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path, capsys):
-    import json
+def search(name: str, trace: Path, out: Path) -> tuple[object, ...]:
+    """A command that asks many simulations."""
+    aim = ("--objective", "p99 TTFT <= 1 s", "--jobs", 1)
+    roofline = ("--latency", "roofline:qwen3-0.6b@h100")
+    return {
+        "plan": ("plan", trace, *aim, "--model", "qwen3-0.6b", "--devices", "h100", "--price", 2, "--out", out),
+        "capacity": ("capacity", trace, *aim, *roofline, "--tolerance", 0.5, "--out", out),
+        "upgrade": ("upgrade", trace, *roofline, "--jobs", 1),
+        "tune": ("tune", trace, *aim, *roofline),
+    }[name]
 
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("plan", signal.SIGTERM), ("plan", signal.SIGKILL), ("capacity", signal.SIGINT), ("upgrade", signal.SIGTERM),
+        ("tune", signal.SIGINT), ("tune", signal.SIGKILL),
+    ],
+)  # fmt: skip
+def test_a_signal_in_a_search_is_one_line_and_the_next_one_goes_on(folder, tmp_path, trace, name, number):
+    arguments = search(name, trace, folder / "out")
+    (tmp_path / "order.py").write_text(ORDER.format(number=int(number)))
+    result = command(*arguments, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends", folder=folder)
+    if number is signal.SIGKILL:
+        assert result.returncode == -9
+    else:
+        status, word = ENDS[number]
+        assert (result.returncode, said(result)) == (status, f"twinserve: {word}")
+        assert not [entry for entry in left(folder) if entry.endswith(".partial")]
+    assert not {"out/results.jsonl", "out/page.html"} & {*left(folder)}
+    assert list((folder / "tmp").iterdir()) == []
+    if name == "plan":
+        again = command(*arguments, folder=folder)
+        assert again.returncode == 0, again.stderr
+        assert {"out/results.jsonl", "out/page.html"} < {*left(folder)}
+
+
+@pytest.mark.parametrize(("name", "limit"), [("plan", 100), ("plan", 20_000), ("capacity", 100)])
+def test_a_full_disk_in_a_search_is_one_line_and_the_next_one_goes_on(folder, trace, name, limit):
+    arguments = search(name, trace, folder / "out")
+    result = command(*arguments, folder=folder, limit=limit)
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert said(result).endswith("cannot be written: File too large")
+    assert not [entry for entry in left(folder) if entry.endswith((".partial", "page.html"))]
+    again = command(*arguments, folder=folder)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_full_disk_ends_a_server_that_records_and_what_is_whole_is_kept(folder, latency):
+    words = [sys.executable, "-m", "twinserve", "serve", "--simulate", "--latency", latency, "--port", "0"]
+    words += ["--num-gpu-blocks", 640, "--time-scale", 0.01, "--record", folder / "run", "--record-segment-s", 1]
+    prepare = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    server = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+    try:
+        url = next(line.split()[-1] for line in server.stderr if line.startswith("listening at"))
+        while not (folder / "run" / "segments" / "000000").exists():
+            answered(url, [[7]])
+        while server.poll() is None:
+            answered(url, [[number] * 5 for number in range(200)])
+        lines = server.stderr.read().splitlines()
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == 2, lines
+    assert [line for line in lines if line.startswith("twinserve: ")] == lines[-1:]
+    assert lines[-1] == f"twinserve: {folder / 'run'}: cannot be written: File too large"
+    assert not [entry for entry in left(folder) if entry.endswith(".partial")]
+    assert replay(load_record(folder / "run")).is_exact
+
+
+def answered(url: str, prompts: list[list[int]]) -> None:
+    """Ask for two tokens behind each prompt, of a server that may begin yet, or end."""
+    body = json.dumps({"prompt": prompts, "max_tokens": 2}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=60).read()
+    except urllib.error.HTTPError as error:
+        assert error.code in (500, 503), error.read()
+    except (OSError, http.client.HTTPException):
+        pass
+    time.sleep(0.05)
+
+
+def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path, capsys):
     from shell import fitted
 
     from twinserve.commands.latencies import _save_latency
@@ -169,8 +259,6 @@ def test_results_that_cannot_be_printed_are_one_line(folder, trace, arguments):
 
 
 def test_without_a_stderr_results_are_alone_on_stdout(folder, trace, latency):
-    import json
-
     words = f'exec "{sys.executable}" -m twinserve sim "{trace}" --latency "{latency}" --json 2>&-'
     result = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
     assert json.loads(result.stdout)["requests"] == 12

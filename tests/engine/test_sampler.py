@@ -230,3 +230,20 @@ def test_a_draw_of_exactly_0_takes_no_token_that_was_left_out(params):
     logits = torch.tensor([[-2.0, 5.0, 4.99, -3.0]])
     plan = SamplingPlan.of([SamplingParams(**params)], [0.0], logits.device)
     assert plan.sample(logits).tolist() == [1]
+
+
+def test_a_token_that_came_often_is_present_once_and_stops_are_free_at_the_least_length():
+    often = SamplingParams(temperature=0.0, presence_penalty=1.0)
+    logits, counts = torch.tensor([[2.0, 1.9, 0.5]]), torch.tensor([[3.0, 3.0, 0.0]])
+    plan = SamplingPlan.of([often], [0.0], torch.device("cpu"))
+    assert plan.sample(logits, counts=counts).tolist() == [0], "1.0, 0.9 and 0.5: three times the penalty would take 2"
+    stops = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(0,))
+    for generated, token in ((1, 1), (2, 0)):
+        plan = SamplingPlan.of([stops], [0.0], torch.device("cpu"), [generated])
+        assert plan.sample(torch.tensor([[2.0, 1.0]])).tolist() == [token]
+
+
+def test_top_p_keeps_no_token_more_once_it_is_reached():
+    half = SamplingParams(temperature=1.0, top_p=0.5)
+    plan = SamplingPlan.of([half], [0.9], torch.device("cpu"))
+    assert plan.sample(torch.zeros(1, 2)).tolist() == [0], "the first has half of the probability"

@@ -121,6 +121,24 @@ def test_where_a_seed_misses_what_all_should_keep_the_next_lower_rate_is_tried(t
     assert (second.value, second.failed) == (scale.value(edge - 1), scale.value(edge))
 
 
+def test_no_rate_is_an_answer_that_a_seed_by_itself_has_missed(trace, latency):
+    """Though it may keep it the next time, where more load happens to be better than less."""
+    oracle = Oracle([9.0, 12.0])
+
+    class Lucky(Oracle):
+        def __call__(self, job):
+            result = super().__call__(job)
+            if job.point.rate > 11.0 and self.asked.count((1, job.point.rate)):
+                result["summary"]["ttft_s"]["p99"] = 0.5 if job.point.rate < 12.0 else 2.0
+            return result
+
+    (capacity,) = found_by(Lucky([9.0, 12.0]), plan_of(trace, latency, seeds=2))
+    (usual,) = found_by(oracle, plan_of(trace, latency, seeds=2))
+    assert capacity.value == usual.value <= 9.0
+    searched = len({rate for seed, rate in oracle.asked if seed == 0}) + len({r for s, r in oracle.asked if s == 1})
+    assert len(oracle.asked) == searched and usual.num_runs <= searched + 2, "no rate above it was run with every seed"
+
+
 def test_the_fewest_replicas_are_found(trace, latency):
     oracle = Oracle([11, 13], "replicas")
     (capacity,) = found_by(oracle, plan_of(trace, latency, seeds=2, price_per_gpu_hour=2.0), "replicas")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from twinserve.planning.capacity import Capacity
 from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import Store
@@ -73,3 +74,23 @@ def test_the_command_answers_with_the_three_cheapest_and_keeps_all(twinserve, tr
     assert [json.loads(line) for line in again.out.splitlines()] == rows
     refused = twinserve("plan", *common, "--objective", "fast")
     assert refused.code == 2 and "objective is 'fast'" in refused.err
+
+
+def test_of_equal_prices_fewer_gpus_come_first_and_a_lower_price_before_both(values, monkeypatch):
+    latencies, _ = candidates("qwen3-0.6b", ["h100", "l40s", "l4"])
+    plan = plan_of([text for text in latencies if text.endswith("tp=1")], values)
+    replicas = {"l40s": 2, "h100": 1, "l4": 3}
+
+    def found(plan, *_, **__):
+        kinds = [str(case.varied["latency"]).partition("@")[2].partition(":")[0] for case in plan.cases]
+        kept = [replicas[kind] for kind in kinds]
+        cases = zip(plan.cases, kept, strict=True)
+        return [Capacity(case, "replicas", value, None, [], [value], [], 1) for case, value in cases][::-1]
+
+    monkeypatch.setattr("twinserve.planning.deployments.find_capacities", found)
+    found = find_deployments(plan, Store(), Workers(1))
+    assert [(one.gpus, one.price_per_hour) for one in found] == [
+        ({"l4": 3}, 1.5),
+        ({"h100": 1}, 2.0),
+        ({"l40s": 2}, 2.0),
+    ]

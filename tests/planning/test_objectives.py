@@ -63,3 +63,9 @@ def test_the_interval_is_students():
     assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((0.44574, 4.55426), abs=1e-5)
     assert interval([7.0, 7.0]) == (7.0, 7.0)
     assert interval([7.0]) is None
+
+
+def test_the_load_of_a_run_that_serves_not_every_request_has_no_end():
+    objective = Objective.parse("p99 TTFT <= 1 s and p99 TPOT <= 40 ms")
+    assert objective.load_of(summary()) == pytest.approx(0.75), "the worst of its terms"
+    assert objective.load_of(summary(finished=9)) == float("inf")

@@ -152,7 +152,7 @@ def test_more_repetitions_than_there_are(at_once):
         advance(core, spans)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "top_k", "min_tokens", "logprobs"])
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "min_tokens", "logprobs", "seed"])
 @pytest.mark.parametrize("value", [True, 2.5, "4", [1], float("nan")])
 def test_whole_numbers_of_sampling_are_whole_numbers(name, value):
     if IS_COMPILED and value is True:

@@ -115,3 +115,9 @@ def test_costs_that_cannot_be_are_refused_in_a_line(values, problem):
     with pytest.raises(InputError, match=problem) as caught:
         Settings.load({"speculative_config": NGRAM | values})
     assert "\n" not in str(caught.value)
+
+
+def test_the_longest_of_the_texts_that_are_drafted_is_no_shorter_than_their_mean():
+    draft = Watched()
+    ModelDrafting(draft).drafting_ns(STEP._replace(asked=2, drafting_tokens=501))
+    assert draft.asked[1].longest_decode == 251 + 1, "as 250 would be a token too few of one of the two"

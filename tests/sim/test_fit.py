@@ -366,6 +366,14 @@ def test_the_host_drifts_by_the_time_of_the_decision_and_phases_begin_elsewhere(
     assert levels(model.with_drift([])) == pytest.approx([1] * 5)
 
 
+def test_a_slow_host_is_slow_in_its_lead_too():
+    large = [StepSample(features(n, 64, 100), 20 * 10**6, 10**6, 15 * 10**6) for n in (1, 2, 4)]
+    small = [StepSample(features(n, 64, p), 2 * 10**6, 10**6, 0) for n in (1, 2, 4) for p in (0, 8, 16)]
+    even = fit(small + large, {}, captured_tokens=32)
+    slow, plain = (model.step_cost(features(3, 64, 30)) for model in (even.with_drift([2.0]), even))
+    assert plain.lead_ns > 0 and slow == plain._replace(host_ns=2 * plain.host_ns, lead_ns=2 * plain.lead_ns)
+
+
 def test_residuals_are_those_of_shapes_that_the_fit_has_not_seen(monkeypatch):
     """The fits behind the residuals, of the host and of the device, each leave some shapes out, and each shape once."""
     solved: list[set[tuple[float, ...]]] = []

@@ -210,7 +210,7 @@ def test_a_device_of_ones_own_is_read_from_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (OWN.replace("2e12", "-1"), "bandwidth is -1, expected: Input should be greater than 0"),
+        (OWN.replace("2e12", "-1"), "bandwidth is -1, expected: Input should be greater than or equal to 1000000"),
         (OWN + "speed = 3", "speed is 3, there is no such field"),
         (OWN.replace('source = "its vendor"', ""), "source is .*, expected: Field required"),
         ("name = ", "expected TOML: "),
@@ -422,3 +422,38 @@ def test_weights_of_fewer_bits_are_read_sooner_and_float8_computes_sooner_where_
     assert 0.5 < float8[0] / plain[0] < 0.65 and float8[1] == pytest.approx(plain[1], rel=0.001)
     narrow = RooflineLatency.parse("llama-3-8b@h200:kv_cache_dtype=fp8")
     assert narrow.kv_token_ns == RooflineLatency(shape, DEVICES["h200"]).kv_token_ns / 2
+
+
+LINEAR = LinearAttention(2, 4, 8, 8, 4)
+
+
+def test_all_reduces_move_what_all_tokens_have_and_not_only_those_that_sample():
+    shape = ModelShape.dense("tiny", 1000, 64, 128, 2, 8, 8, 16)
+    near, far = (RooflineLatency(shape, changed(ROUND, link=link), 2) for link in (float("inf"), ROUND.link))
+    moved_ns = 9 * 64 * 2 / (ROUND.link / 1e9)
+    difference = far.step_cost(prefill(9))[1] - near.step_cost(prefill(9))[1]
+    assert difference == pytest.approx(shape.num_layers * 2 * moved_ns, abs=1)
+
+
+def test_devices_share_states_and_each_reads_all_that_goes_into_its_part_of_a_matrix():
+    shape = replace(
+        TINY, layers=(Layers(3, LINEAR, FeedForward(128)), Layers(1, Attention(4, 2, 16), FeedForward(128)))
+    )
+    two = RooflineLatency(shape, changed(ROUND, flops=1e18), 2)
+    a_block = shape.kv_bytes_per_token(2) * 16
+    assert two.num_blocks(16) - two.num_blocks(16, 100) == pytest.approx(50 * shape.state_bytes / a_block, abs=1)
+    far = changed(ROUND, flops=1e18, link=float("inf"), hop_ns=0)
+    one, two = (RooflineLatency(TINY, far, degree)._layer(TINY.layers[0], 10) for degree in (1, 2))
+    matrices = TINY.layers[0].matrices(64)
+    assert all(matrix.is_split for matrix in matrices)
+    inputs = sum(matrix.inputs for matrix in matrices)
+    assert two == one / 2 + 10 * inputs * 2 / 2, "half of the weights and of what comes out, and all that goes in"
+
+
+def test_a_prompt_moves_a_state_once_and_reads_a_window_before_each_of_its_ends():
+    shape = replace(TINY, layers=(Layers(3, LINEAR, FeedForward(128)),))
+    latency = RooflineLatency(shape, changed(ROUND, flops=1e18))
+    assert latency._attention(prefill(40)) == 2 * shape.state_bytes
+    narrow = replace(TINY, layers=(Layers(2, Attention(4, 2, 16, 64), FeedForward(128)),))
+    read = RooflineLatency(narrow, changed(ROUND, flops=1e18))
+    assert attention_ns(read, prefill(10, 1000)) == 2 * (64 + 9) * 2 * 2 * 16 * 2

@@ -161,3 +161,32 @@ def test_a_row_with_drafts_costs_what_a_row_of_several_tokens_costs():
     features = StepFeatures.of(batch)
     assert (features.prompts, features.prompt_tokens, features.decode_tokens) == (((20, 4), (4, 5)), 9, 1)
     assert (features.sampled, features.longest_decode) == (2 + 3, 9)
+
+
+def rows_of(*drafted: tuple[int, int, int]) -> list[dict]:
+    """Steps of requests that begin in the first; then one with drafts a tuple of request, drafts and tokens made."""
+    plain = {"left": [], "preempted": [], "rows": [], "admitted": [], "usual": False, "asked": 1}
+    begun = sorted({request for request, *_ in drafted})
+    first = plain | {"admitted": [[request, True] for request in begun]}
+    return [first] + [
+        plain | {"rows": [[request, True]], "drafts": [[request, number]], "runs": [[request, made, made]]}
+        for request, number, made in drafted
+    ]
+
+
+def test_a_row_that_begins_inside_a_recorded_one_has_what_that_has_left():
+    recorded = RecordedAcceptance(rows_of((0, 3, 4), (0, 3, 1)), NEVER)
+    seq = Sequence([1] * 5, seq_id=0)
+    at = [(recorded.found(seq, 5 + place, 3), recorded.right(seq, 5 + place, 3)) for place in range(1, 6)]
+    assert at == [(3, 3), (2, 2), (1, 1), (0, 0), (3, 0)]
+    assert (recorded.found(seq, 5 + 6, 3), recorded.right(seq, 5 + 6, 3)) == (0, 0), "beyond it the law says"
+    assert recorded.found(seq, 5 + 1, 2) == 2, "no more than is asked for"
+
+
+def test_a_law_counts_requests_alike_and_only_what_could_be_right_and_have_drafts():
+    law = fit_law(rows_of(*[(0, 1, 2)] * 4, (1, 3, 1)))
+    assert law.by_position == (0.5,), "all of one request's and none of the other's, whose later drafts nobody tried"
+    assert law.found_share == 1.0, "the first token of an answer has no drafts behind it"
+    law = fit_law(rows_of(*[(0, 2, 3)] * 3, (0, 2, 2), (0, 0, 1)))
+    assert law.by_position == (1.0, 0.75)
+    assert law.found_share == 0.8

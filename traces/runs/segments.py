@@ -8,10 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from twinserve.policies import Batch, Sequence
+from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing, writing
 from twinserve.traces.formats.recorded import SEGMENTS, segment_name
 from twinserve.traces.runs.record import (
@@ -124,7 +126,11 @@ class SegmentedRecorder(RowMaker):
             if not self._is_closed:
                 self._is_closed = True
                 if self._begun_s is not None or self._served or self._number == 0:
-                    self._end()
+                    try:
+                        self._end()
+                    except InputError:
+                        self._abandon()
+                        raise
                 else:
                     self._abandon()
         return self.counts
@@ -148,8 +154,9 @@ class SegmentedRecorder(RowMaker):
     def _begin(self) -> None:
         """Open the next segment."""
         self._folder = self._out / SEGMENTS / f"{segment_name(self._number)}.partial"
-        self._folder.mkdir(parents=True)
-        self._files = {name: self._open(name) for name in ("steps.jsonl", *self._names)}
+        with writing(self._out):
+            self._folder.mkdir(parents=True)
+            self._files = {name: self._open(name) for name in ("steps.jsonl", *self._names)}
         self._num_bytes, self._begun_s = 0, None
 
     def _open(self, name: str) -> IO[bytes]:
@@ -157,19 +164,22 @@ class SegmentedRecorder(RowMaker):
 
     def _end(self) -> None:
         """Make the segment whole."""
-        self._files |= {RUNNING + name: self._open(RUNNING + name) for name in self._names}
-        for served in self._served.values():
-            self._write_request(served, RUNNING)
-        for file in self._files.values():
-            file.close()
-        self._folder.rename(self._out / SEGMENTS / segment_name(self._number))
+        with writing(self._out):
+            self._files |= {RUNNING + name: self._open(RUNNING + name) for name in self._names}
+            for served in self._served.values():
+                self._write_request(served, RUNNING)
+            for file in self._files.values():
+                file.close()
+            self._folder.rename(self._out / SEGMENTS / segment_name(self._number))
         self._number += 1
 
     def _abandon(self) -> None:
         """Remove the segment."""
         for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._folder)
+            # What is still in its buffer has no room on the disk, say; it is not needed.
+            with suppress(OSError):
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- rows ---
 
@@ -196,7 +206,10 @@ class SegmentedRecorder(RowMaker):
             self._begun_s = self._clock()
         line = line_of(row)
         self._num_bytes += len(line)
-        self._files[name].write(line)
+        try:
+            self._files[name].write(line)
+        except OSError as error:
+            raise InputError(f"cannot be written: {error.strerror}", path=self._out) from error
 
     def _write_run(self) -> None:
         write_run(self._out, run_of(self._world, self._settings | self.rules, self._facts, self._device, None))

@@ -14,6 +14,7 @@ from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
+from twinserve.settings.limits import MOST_SHAPES, MOST_TOKENS
 from twinserve.worlds.workload import TraceOptions
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def profile(
     engine: dict,
     settings: dict,
     trace_options: dict,
-    shapes: Annotated[int, typer.Option(help="Shapes of steps that are measured.", min=16)] = 128,
-    max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1)] = 16,
-    max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64)] = 1024,
-    max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32)] = 512,
-    repeats: Annotated[int, typer.Option(help="Steps of each shape that count.", min=1)] = 5,
+    shapes: Annotated[int, typer.Option(help="Shapes of steps that are measured.", min=16, max=MOST_SHAPES)] = 128,
+    max_seqs: Annotated[int, typer.Option(help="The most decodes in a step.", min=1, max=MOST_TOKENS)] = 16,
+    max_context: Annotated[int, typer.Option(help="The longest context, in tokens.", min=64, max=MOST_TOKENS)] = 1024,
+    max_prompt: Annotated[int, typer.Option(help="The most prompt tokens in a step.", min=32, max=MOST_TOKENS)] = 512,
+    repeats: Annotated[int, typer.Option(help="Steps of each shape that count.", min=1, max=MOST_SHAPES)] = 5,
     trace: Annotated[
         Path | None, typer.Option(help="Half of the shapes are those of steps that simulating this trace makes.")
     ] = None,

@@ -12,6 +12,7 @@ from twinserve.commands.progress import say
 from twinserve.engine.options import EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError, RunError
+from twinserve.settings.limits import MOST_TOKENS
 
 
 @options_of(EngineOptions, "engine")
@@ -83,7 +84,7 @@ def model_describe(
 def model_verify(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, smollm2-135m, or a hub id.")],
     engine: dict,
-    max_tokens: Annotated[int, typer.Option(help="Generated after each prompt.", min=1)] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Generated after each prompt.", min=1, max=MOST_TOKENS)] = 32,
     as_json: Json = False,
 ) -> None:
     """Hold a model on this engine against transformers; exit status 1 if more than rounding differs."""

@@ -16,6 +16,7 @@ from twinserve.serving.options import ServeOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
+from twinserve.settings.limits import MOST_MIB, MOST_SETTINGS_BYTES, MOST_TIME_SCALE, MOST_WAIT_S
 
 
 @options_of(ServeOptions, "server")
@@ -55,15 +56,20 @@ def serve(
         from twinserve.serving import run
     except ImportError as error:
         raise InputError("the server needs FastAPI and uvicorn: pip install 'twinserve[serve]'") from error
-    for field, value in (("record_segment_mib", record_segment_mib), ("record_segment_s", record_segment_s)):
-        if not 0 < value < float("inf"):
-            raise InputError("expected a number > 0", field=field, value=value)
+    of_segments = (
+        ("record_segment_mib", record_segment_mib, MOST_MIB),
+        ("record_segment_s", record_segment_s, MOST_WAIT_S),
+    )
+    for field, value, most in of_segments:
+        if not 0 < value <= most:
+            raise InputError(f"expected a number > 0 and <= {most}", field=field, value=value)
     model: run.Model
     if simulate:
         from twinserve.traces.generator import LengthSpec
 
-        if not 0 < time_scale < float("inf"):
-            raise InputError("expected a number > 0", field="time_scale", value=time_scale)
+        if not 1 / MOST_TIME_SCALE <= time_scale <= MOST_TIME_SCALE:
+            expected = f"expected a number from {1 / MOST_TIME_SCALE} to {MOST_TIME_SCALE}"
+            raise InputError(expected, field="time_scale", value=time_scale)
         lengths = None if output_tokens is None else LengthSpec.parse(output_tokens, "output_tokens")
         of_fleet = FleetOptions.load(fleet, config)
         if of_fleet.die:
@@ -93,7 +99,7 @@ def serve(
 
 def top(
     url: Annotated[str, typer.Argument(help="Of the server, this one or vLLM's: http://HOST:PORT.")],
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=MOST_WAIT_S)] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
 ) -> None:
     """Watch a server by its metrics page: queues, KV cache, tokens a second, latencies."""
@@ -114,7 +120,7 @@ def top(
     def read() -> Reading:
         try:
             with urlopen(page, timeout=10) as response:
-                return Reading.of(response.read().decode(), time.monotonic(), page)
+                return Reading.of(response.read(MOST_SETTINGS_BYTES).decode(), time.monotonic(), page)
         except (URLError, OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -15,6 +15,7 @@ from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
+from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
 from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
@@ -119,8 +120,8 @@ def run(
 
     options = EngineOptions.load(engine, config)
     chosen = Settings.load(settings, config, beside=("engine",))
-    if not 0 <= time_scale < float("inf"):
-        raise InputError("expected a number >= 0", field="time_scale", value=time_scale)
+    if not 0 <= time_scale <= MOST_TIME_SCALE:
+        raise InputError(f"expected a number from 0 to {MOST_TIME_SCALE}", field="time_scale", value=time_scale)
     try:
         params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     except ValueError as error:

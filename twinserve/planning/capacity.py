@@ -17,6 +17,8 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.intervals import Intervals, intervals
 
 _MOST_REPLICAS = 1024
+LEAST_TOLERANCE = 1e-6
+"""Of a search for a rate: finer grids differ by less than rates are told to."""
 _MOST_RETREATS = 100
 """So many lower loads are tried where what each seed keeps alone is not kept by all."""
 _FLOOR = 0.99
@@ -170,8 +172,8 @@ def find_capacities(
     objective = plan.objective
     if objective is None:
         raise InputError("is missing, expected text such as 'p99 TTFT <= 1 s'", field="objective")
-    if not 0 < tolerance < 1:
-        raise InputError("expected a share above 0 and below 1", field="tolerance", value=tolerance)
+    if not LEAST_TOLERANCE <= tolerance < 1:
+        raise InputError(f"expected a share from {LEAST_TOLERANCE} to below 1", field="tolerance", value=tolerance)
     scale = Scale(sought, tolerance)
     finders = [_finder(case, scale, objective) for case in plan.cases]
     wanted = {number: next(finder) for number, finder in enumerate(finders)}

@@ -17,7 +17,15 @@ from latencies import Uneven
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.sim.replica import simulate
-from twinserve.traces.runs.metrics import RunMetrics, distribution, summarize, summary_of, token_gaps
+from twinserve.traces.runs.metrics import (
+    DraftCounts,
+    RunMetrics,
+    distribution,
+    speculation_of,
+    summarize,
+    summary_of,
+    token_gaps,
+)
 from twinserve.traces.runs.record import RunRecorder, load_record, single_steps
 
 KEYS = [
@@ -306,3 +314,25 @@ def test_a_fleets_share_of_waiting_is_of_all_durations_and_no_mean_of_shares():
     for part, wait_ns, finish_ns in zip(parts, (9, 0), (10, 990), strict=True):
         part.waits.total_ns, part.first_arrival_ns, part.last_finish_ns = wait_ns, 0, finish_ns
     assert summary_of(parts)["device_wait_share"] == 9 / 1000
+
+
+def test_a_fleet_lasts_from_its_first_arrival_to_its_last_finish_and_counts_all_preemptions():
+    one, other = RunMetrics(), RunMetrics()
+    one.request(request(arrival_ns=3 * 10**9, first_token_ns=4 * 10**9, preemptions=2, cached_tokens=8))
+    other.request(request(id=1, finish_ns=9 * 10**9, finish_reason="abort", preemptions=5))
+    other.request(request(id=2, output_tokens=2, max_tokens=3, first_token_ns=2 * 10**9, finish_ns=5 * 10**9))
+    summary = summary_of([one, other])
+    assert (summary["duration_s"], summary["preemptions"], summary["shortened"]) == (4.0, 7, 1)
+    assert summary["total_tok_s"] == (10 + 3 + 10 + 2) / 4, "tokens from the cache are served, too"
+    assert summary["tpot_s"]["p99"] > 2.9, "two tokens have a gap"
+
+
+def test_drafts_of_a_fleet_are_those_of_its_replicas_together():
+    parts = [DraftCounts(), DraftCounts(), DraftCounts()]
+    parts[0].add(2, 3)
+    parts[1].add(2, 1)
+    parts[2].add(1, 2)
+    assert speculation_of(parts) == {
+        "drafts": 3, "draft_tokens": 5, "accepted_tokens": 3, "wasted_tokens": 2, "acceptance_rate": 0.6,
+        "acceptance_by_position": [2 / 3, 0.5], "tokens_per_step": 2.0,
+    }  # fmt: skip

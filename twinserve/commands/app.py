@@ -9,7 +9,7 @@ import typer
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import KeepsDashes
-from twinserve.commands.records import compare, record_import, replay, report
+from twinserve.commands.records import compare, export, record_import, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, plan, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
@@ -40,6 +40,7 @@ app.command()(run)
 app.command()(replay)
 app.command(cls=KeepsDashes)(compare)
 app.command()(report)
+app.command()(export)
 app.command()(profile)
 app.command()(fit)
 app.command()(generate)

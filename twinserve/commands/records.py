@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -162,6 +162,32 @@ def _asked(text: str) -> Asked:
         if name != "itl_s":  # a request has no one gap
             limits_s[name] = min(limit_s, limits_s.get(name, limit_s))
     return Asked(str(objective), limits_s, objective.missed, terms_s)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run record, a fleet's, or a vLLM step log.")],
+    kind: Annotated[
+        Literal["perfetto", "parquet", "csv"],
+        typer.Option("--format", help="A trace for ui.perfetto.dev; or the requests and the steps as tables."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The trace (gzip where it ends in .gz) or the folder to write; must not exist."),
+    ],
+    traces: Traces = None,
+) -> None:
+    """Write a run for other tools: Perfetto's timeline, or two tables."""
+    from twinserve.traces.runs.perfetto import export_perfetto
+    from twinserve.traces.runs.tables import export_tables
+    from twinserve.traces.runs.vllm_records import load_run
+
+    refuse_existing(out)
+    record = load_run(run, traces)
+    if kind == "perfetto":
+        export_perfetto(record, out)
+    else:
+        export_tables(record, out, kind)
+    print(out)
 
 
 def record_import(

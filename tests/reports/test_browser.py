@@ -74,7 +74,7 @@ def open_file(browser):
         opened.page.on("pageerror", lambda error: opened.said.append(str(error)))
         opened.page.on("request", lambda request: opened.asked.append(request.url))
         opened.page.goto(out.as_uri())
-        until(opened.page, "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg'))")
+        until(opened.page, "document.documentElement.dataset.ready === 'yes'")
         return opened
 
     yield open_it
@@ -101,7 +101,8 @@ def test_everything_is_drawn_and_fits_and_nothing_is_fetched(open_page, sim, rea
     drawn = opened.page.evaluate(DRAWN)
     assert drawn.keys() == {
         *(f"cdf-{name}" for name in ("ttft", "tpot", "itl", "e2e")),
-        *("batch", "kv", "requests-0", "steps-prompt", "steps-decode"),
+        *("load", "batch", "kv", "requests-0", "steps-prompt", "steps-decode"),
+        *(["residuals-0"] if several else []),
     }
     for name, figure in drawn.items():
         assert figure["marks"] >= figure["traces"] > 0, (name, figure)
@@ -167,7 +168,7 @@ def test_the_page_of_a_sweep_is_drawn_and_fits_and_nothing_is_fetched(open_file,
     out = tmp_path / "sweep.html"
     out.write_text(sweep_page("Sweep", ["Price: 2.5 a GPU-hour."], cases, {"block_size": 16}, cost, [ttft]))
     opened = open_file(width, out)
-    (drawn,) = opened.page.evaluate(DRAWN).values()
+    drawn = opened.page.evaluate(DRAWN)["pareto-0"]
     assert drawn["traces"] == 3 and drawn["marks"] >= 4 and drawn["right"] <= width
     assert opened.said == [] and opened.asked == [opened.page.url]
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width

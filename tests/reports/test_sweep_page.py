@@ -41,7 +41,7 @@ def test_the_front_holds_what_nothing_beats_and_stands_for_the_rest(points):
 
 def test_cases_stand_in_the_table_as_text():
     text = page()
-    for cell in ("<td>mixed</td>", "<td>&lt;other&gt;</td>", "<td>0.5000 ± 0.1000</td>", "<td>p99 TTFT &lt;= 1 s</td>"):
+    for cell in ('<th scope="row">mixed</th>', '<th scope="row">&lt;other&gt;</th>', '<td data-value="0.5">0.5000 ± 0.1000</td>', "<td>p99 TTFT &lt;= 1 s</td>"):
         assert cell in text
     assert "Sweep of a &lt;plan&gt;" in text and "Latency: a roofline." in text and "1 field that all" in text
 
@@ -50,7 +50,7 @@ def test_the_figure_draws_every_case_the_limit_and_the_front():
     figure = figure_of(page())
     kept, missed, front = figure["data"]
     assert (kept["x"], kept["y"]) == ([0.2, 0.3], [0.5, 0.9])
-    assert (missed["x"], missed["y"], missed["text"]) == ([0.1], [3.0], ["composition <other>"])
+    assert (missed["x"], missed["y"], missed["text"]) == ([0.1], [3.0], ["composition &lt;other&gt;"])
     assert (front["x"], front["y"]) == ([0.1, 0.2], [3.0, 0.5])
     assert figure["layout"]["shapes"][0]["y0"] == 1.0
 

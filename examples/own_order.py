@@ -56,7 +56,7 @@ def main():
         settings = Settings.load({"scheduling_policy": order, "max_num_seqs": 16, "num_gpu_blocks": 8000})
         summary = run_sim(workload, settings, latency, latency_facts={"name": latency.name, "identity": "roofline"})
         ttft = summary["ttft_s"]
-        print(f"{name}: TTFT mean {ttft['mean'] * 1e3:.0f} ms, p50 {ttft['p50'] * 1e3:.0f}, p99 {ttft['p99'] * 1e3:.0f}")
+        print(f"{name}: TTFT " + ", ".join(f"{at} {ttft[at] * 1e3:.0f} ms" for at in ("mean", "p50", "p99")))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def request_figure(runs: list[Run], number_of_group: int, numbers: list[int] | N
     x_axis = base_axis("time since the first arrival (s)", range=_window(bars))
     layout = base_layout(round(end * _BAR_PX) + 100, xaxis=x_axis, yaxis=y_axis, hovermode="closest", barmode="overlay")
     layout["meta"] = {"runs": numbers, "most": len(shown), "gap": _GAP}
-    caption = "Look for long waits (palest), for prefills (darkest) that take long, and for preemptions (crosses)."
+    caption = "Look for long waits (faintest), for prefills (strongest) that take long, and for preemptions (crosses)."
     return Figure(f"requests-{number_of_group}", "", caption, data, layout, notes, is_linked=True)
 
 

@@ -204,6 +204,7 @@
         show();
       });
     }
+    mark(table.tHead.rows[0].cells, table.querySelector('[data-column="ttft"]'), false);
     form.addEventListener("input", show);
     form.addEventListener("submit", (event) => event.preventDefault());
     show();

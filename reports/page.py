@@ -139,7 +139,9 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
     for run in runs:
         missed, found = asked.missed_by(run), asked.attainment(run)
         word = '<strong class="misses">✗ misses</strong>' if missed else '<strong class="keeps">✓ keeps it</strong>'
-        details = [escape(", ".join(missed))] if missed else []
+        # What a limit on a metric misses is said with the metric.
+        others = [what for what in missed if not asked.terms_s or "<=" not in what]
+        details = [escape(", ".join(others))] if others else []
         for metric, limit_s in asked.terms_s.items():
             if (value := value_of(run.summary, metric)) is not None:
                 details.append(f"{_metric_name(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
@@ -171,7 +173,7 @@ def _headline(run: Run) -> str:
     if summary.get("retries"):
         counts.append(_counted(summary["retries"], "sent again"))
     return (
-        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; {escape(_trace(run))}; {escape(busiest(run))}; "
+        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(busiest(run))}; "
         f"{count(summary['requests'], 'request')}: {', '.join(counts)}."
     )
 
@@ -179,7 +181,7 @@ def _headline(run: Run) -> str:
 def _trace(run: Run) -> str:
     trace = run.facts.get("trace")
     path = trace.get("path") if isinstance(trace, dict) else None
-    return f"trace {path}" if path else "an unrecorded trace"
+    return str(path) if path else "unrecorded"
 
 
 def _executor(run: Run) -> str:

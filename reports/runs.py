@@ -24,18 +24,12 @@ _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting",
 _NEVER = np.iinfo(np.int64).max
 _LONGEST_LABEL = 32
 
-COLORS = ("#2777c9", "#cc5c10", "#25855a", "#9259c9", "#c23b4e", "#14868f", "#867a10", "#bf4490")
+COLORS = ("#2777c9", "#cc5c10", "#25855a", "#9259c9", "#c8323a", "#7d6f64", "#867a10", "#bf4490")
 """Of runs, in their order: each tells itself apart from the others, on white as on black."""
 
 _DASHES = (
-    "4px,2px",
-    "1px,2px",
-    "8px,3px",
-    "6px,2px,1px,2px",
-    "2px,1px",
-    "10px,2px,2px,2px",
-    "5px,5px",
-    "3px,3px,1px,3px",
+    *("4px,2px", "8px,3px", "6px,2px,1px,2px", "2px,2px"),
+    *("10px,2px,2px,2px", "5px,5px", "3px,3px,1px,3px", "1px,2px"),
 )
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "pentagon", "star")
 
@@ -135,6 +129,8 @@ class Part:
         x = np.concatenate([self.steps.start_s, self.idle_from_s])
         y = np.concatenate([self.steps.totals[total], np.zeros(len(self.idle_from_s), dtype=np.int64)])
         order = np.argsort(x, kind="stable")
+        if self.died_s is not None:
+            order = order[x[order] <= self.died_s]  # a step may have been due later
         return x[order], y[order]
 
     @cached_property

@@ -11,6 +11,9 @@ from twinserve.reports.runs import Run
 from twinserve.reports.text import count
 from twinserve.reports.thin import FINE_BINS, GROUPS, LINE_POINTS, Bins, binned
 
+_AREA_POINTS = 2 * GROUPS
+"""The most points of an area that is drawn as it is: one that goes up and down more often is a comb."""
+
 _MEANING = {
     "running": "running",
     "waiting": "waiting",
@@ -36,8 +39,8 @@ def batch_figure(runs: list[Run]) -> Figure | None:
         panels.append((140, base_axis(title, nticks=5, range=[0, most * 1.05])))
         sheet.add_areas(run, tokens_axis)
     caption = (
-        "Look for requests that wait while few are running, and for prompt tokens (pale, on top of the decode tokens) "
-        "that fill whole steps."
+        "Look for requests that wait while few are running, and for prompt tokens (fainter, on top of the decode "
+        "tokens) that fill whole steps."
     )
     layout = stacked_layout(panels, time_axis()) | {"hovermode": "x"}
     notes = sheet.notes() + _missing_note(runs)
@@ -100,7 +103,7 @@ class Sheet:
             ("tokens", run.style.middle, "prompt tokens"),
             ("decode_tokens", run.style.full, "decode tokens"),
         ):
-            line, how = self._line_of(run, total)
+            line, how = self._line_of(run, total, _AREA_POINTS)
             hover = f"%{{y:,.4~g}} {_MEANING[total]}{how}<extra>{run.text}</extra>"
             area = {"fill": "tozeroy", "fillcolor": color, "name": said_of(run, self._runs, what), "yaxis": y_axis}
             self._draw(run, line, "mean", width=0.5, color=color, hovertemplate=hover, **area)
@@ -108,11 +111,13 @@ class Sheet:
                 name, hover = said_of(run, self._runs, "the most in a step"), "%{y:,} at most<extra></extra>"
                 self._draw(run, line, "high", width=0.8, color=MUTED, name=name, hovertemplate=hover, yaxis=y_axis)
 
-    def _line_of(self, run: Run, total: str) -> tuple[tuple[np.ndarray, np.ndarray] | Bins, str]:
+    def _line_of(
+        self, run: Run, total: str, most: int = LINE_POINTS
+    ) -> tuple[tuple[np.ndarray, np.ndarray] | Bins, str]:
         """A total over time, and what is to be said of its values."""
         x, y = run.over_time(total)
         self._longest = max(self._longest, len(x))
-        if len(x) <= LINE_POINTS:
+        if len(x) <= most:
             return (x, y), ""
         return binned(x, y, 0.0, float(x[-1])), " in the mean"
 

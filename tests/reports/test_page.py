@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from twinserve.commands.records import _asked
 from twinserve.reports.page import write_report
-from twinserve.reports.text import number, percent
+from twinserve.reports.text import duration, number, percent
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.compare import METRICS, compare, value_of
 from twinserve.traces.runs.record import RunRecord
@@ -189,10 +191,8 @@ def test_the_first_line_says_what_was_simulated_and_that_nothing_was_left_out(pa
     said = page(sim).visible
     assert said.startswith("sim – twinserve report sim recorded ")
     assert "sim : simulated with latency model a line; trace chat.jsonl; " in said
-    assert (
-        " requests/s; 80 requests: 80 finished, 0 refused, 0 shortened, 0 capped, 0 dropped, 0 aborted. Replays exactly: "
-        f"{len(sim.steps):,} of {len(sim.steps):,} decisions made again." in said
-    )
+    assert " requests/s; 80 requests: 80 finished, 0 refused, 0 shortened, 0 capped, 0 dropped, 0 aborted. " in said
+    assert f"Replays exactly: {len(sim.steps):,} of {len(sim.steps):,} decisions made again." in said
 
 
 def test_the_first_line_counts_what_was_refused_shortened_dropped_and_aborted(page, make_record):
@@ -215,10 +215,49 @@ def test_the_first_line_of_a_real_run_names_model_and_device(page, real):
 
 
 def test_what_is_not_recorded_is_said(page, sim, real):
-    assert "simulated with an unrecorded latency model; an unrecorded trace" in page(with_run(sim, facts={})).visible
+    assert "simulated with an unrecorded latency model; trace unrecorded" in page(with_run(sim, facts={})).visible
     assert (
         "served by an unrecorded model on an unrecorded device" in page(with_run(real, facts={}, device=None)).visible
     )
+
+
+def test_the_first_screen_judges_by_what_was_asked(tmp_path, sim, real):
+    p99 = max(record.run["summary"]["ttft_s"]["p99"] for record in (sim, real))
+    text = f"p99 TTFT <= {p99 * 2e3:.0f} ms and p99 E2E <= 1 ms"
+    write_report([sim, real], tmp_path / "page.html", asked=_asked(text))
+    shown = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    head = shown.visible.partition("Summary")[0]
+    assert f"Asked: {_asked(text).text}" in head and head.count("✗ misses") == 2
+    for record in (sim, real):
+        summary = record.run["summary"]
+        for metric, limit in (("ttft_s", round(p99 * 2e3) / 1e3), ("e2e_s", 0.001)):
+            value = summary[metric]["p99"]
+            assert f"{duration(value)}, {value / limit:.0%} of its limit" in head
+        assert shown.value("attainment.share", run=record.path.name) == ("0.0", "0.0%")
+    write_report([sim], tmp_path / "kept.html", asked=_asked(f"p99 TTFT <= {p99 * 2e3:.0f} ms"))
+    assert "✓ keeps it" in (tmp_path / "kept.html").read_text(encoding="utf-8")
+
+
+def test_without_an_objective_nothing_is_judged_and_that_is_said(page, sim):
+    said = page(sim).visible
+    assert "No objective was given" in said and "✓" not in said and "✗" not in said
+
+
+def test_the_first_screen_says_when_and_how_the_page_is_made_again(tmp_path, sim):
+    os.utime(sim.path / "run.json", (86_400 * 365, 86_400 * 365))
+    write_report([sim], tmp_path / "page.html", asked=_asked("p99 TTFT <= 1 s"))
+    said = Page((tmp_path / "page.html").read_text(encoding="utf-8")).visible
+    assert "recorded 1971-01-01 00:00 UTC; twinserve 0.1.0" in said
+    assert f"Made by twinserve report {sim.path} --objective 'p99 TTFT <= 1 s'" in said
+
+
+def test_a_record_that_does_not_replay_is_said_not_to(page, sim):
+    steps = [row | {"digest": "0" * 16} if row["decision"] == 7 else row for row in sim.steps]
+    assert (
+        "Does not replay: differs after 7 decisions, decision 7: digest is " in page(replace(sim, steps=steps)).visible
+    )
+    by_hand = with_run(sim, settings=sim.run["settings"] | {"scheduling_policy": "by hand: Mine"})
+    assert "Not replayed: " in page(by_hand).visible
 
 
 # --- settings and facts ---

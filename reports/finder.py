@@ -30,6 +30,8 @@ _HEADS = (
 """The columns: their name in a condition, what stands above them, and which definition it tells."""
 
 STEP, BUDGET, SEQUENCES, BLOCKS, ORDER = "the step that ran", "token budget", "max_num_seqs", "KV blocks", "its turn"
+LOST = "a replica that died"
+"""What a request may have waited for."""
 
 
 def finder(runs: list[Run], groups: list[list[Run]], asked: Asked | None) -> str:
@@ -99,9 +101,10 @@ def waited_for(run: Run) -> list[str | None]:
     Each decision after which somebody waited had something at its limit: as many sequences as `max_num_seqs` running,
     or the step's token budget spent; where neither was, the head of the queue got no blocks (or, in a pool without end,
     had to wait for the order's sake). Of these, the one that lasted longest of a request's wait is named. Most requests
-    wait for the end of the step in which they arrive alone.
+    wait for the end of the step in which they arrive alone. What was lost with its replica waited for another.
     """
     found: dict[int, str] = {}
+    lost: set[int] = set()
     for part in run.parts:
         if not part.has_decisions or not part.record.steps:
             continue
@@ -122,7 +125,9 @@ def waited_for(run: Run) -> list[str | None]:
             begin, end = np.searchsorted(decided_ns, (row["ingested_ns"], row["first_scheduled_ns"]))
             shares = [int(of[max(begin, end)] - of[begin]) for of in spent]
             found[row["id"]] = words[int(np.argmax(shares))] if sum(shares[1:]) else STEP
-    return [found.get(row["id"]) for row in run.record.requests]
+        if part.died_s is not None:
+            lost |= {row["id"] for row in part.record.requests if row["finish_reason"] is None}
+    return [LOST if row["id"] in lost else found.get(row["id"]) for row in run.record.requests]
 
 
 def _limit_of(row: dict[str, Any], seqs: int | None, budget: int | None) -> int:

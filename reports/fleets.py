@@ -57,7 +57,7 @@ def replica_figure(run: Run, number_of_run: int) -> Figure | None:
     if run.outages:
         said = [_down(*outage) for outage in run.outages]
         notes.append(f"Crossed out, as it was down: {', '.join(said)}.")
-    caption = "Look for lanes darker than the others: there the router sent more than it could spread."
+    caption = "Look for lanes stronger than the others: there the router sent more than it could spread."
     return Figure(f"replicas-{number_of_run}", "", caption, data, layout, notes, is_linked=True)
 
 

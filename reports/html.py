@@ -37,7 +37,7 @@ def _part(name: str) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """A section with its heading, which is HTML; its anchor is made of the heading's first word."""
+    """A section with its heading, which is HTML; its anchor is made of that."""
     return f'<section id="{anchor(title)}">\n<h2>{title}</h2>\n{content}</section>\n'
 
 

@@ -45,7 +45,7 @@ def load_figure(runs: list[Run], asked: Asked | None) -> Figure | None:
     notes = [f"A point is {duration(width_s)} of arrivals."]
     if asked is not None and asked.share is not None:
         layout["shapes"] = [_level(asked.share * 100)]
-        notes.append(f"The dashed line is what was asked for, {asked.share:.4g} of the requests.")
+        notes.append(f"The dashed line is what was asked for, {100 * asked.share:g}% of the requests.")
     if asked is None:
         caption = "Look for the busiest stretch: what waits, waits from there on."
     else:

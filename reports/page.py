@@ -194,7 +194,7 @@ def _executor(run: Run) -> str:
     name = _latency(run)
     text = f"simulated with latency model {name}" if name else "simulated with an unrecorded latency model"
     if run.fleet:
-        return f"{text} on {count(len(run.fleet.get('replicas', ())), 'replica')} behind {_router(run)}"
+        return f"{text} on {count(run.num_replicas, 'replica')} behind {_router(run)}"
     return text if not device or (name and str(device).endswith(str(name))) else f"{text} on {device}"
 
 
@@ -262,7 +262,7 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
         "transforms": [transforms_of(run) for run in runs],
         "load": [busiest(run) for run in runs],
         "latency": [_latency(run) or "–" for run in runs],
-        "replicas": [str(len(run.fleet.get("replicas", ())) or 1) for run in runs],
+        "replicas": [str(run.num_replicas) for run in runs],
         "router": [_router(run) if run.fleet else "none" for run in runs],
         "outages": ["; ".join(_outages(run)) or "none" for run in runs],
         "device": [plain(run.record.run.get("device")) for run in runs],

@@ -6,11 +6,16 @@ from twinserve.reports.runs import Run
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.replay import replay
 
+_FACTS = {"seen", "aborted", "committed"}
+"""What a step's row says of what its decision saw."""
+
 
 def replayed(run: Run) -> str:
     """Decide a run again from its facts, each replica of a fleet in turn, and say what came of it."""
     equal = recorded = 0
     for record in run.replicas or (run.record,):
+        if record.steps and not record.steps[0].keys() >= _FACTS:
+            return "Not replayed: the steps do not say what each decision saw."
         try:
             result = replay(record)
         except InputError as error:

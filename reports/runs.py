@@ -200,6 +200,12 @@ class Run:
         return fleet if isinstance(fleet, dict) else {}
 
     @property
+    def num_replicas(self) -> int:
+        """How many replicas the facts name; 1 where there is no fleet."""
+        replicas = self.fleet.get("replicas")
+        return len(replicas) if isinstance(replicas, list) and replicas else 1
+
+    @property
     def trace_key(self) -> tuple[Any, Any] | None:
         """What is equal for runs of the same requests; None where the record does not tell which those were."""
         trace = self.facts.get("trace")
@@ -242,13 +248,17 @@ class Run:
     @cached_property
     def outages(self) -> list[tuple[int, float, float | None]]:
         """When replicas of a fleet were down: which, from and to, in seconds; None is for good."""
-        return [
-            (outage["replica"], self._second(outage["from_ns"]), self._second(outage["to_ns"]))  # type: ignore[misc]
-            for outage in self.fleet.get("outages", ())
-        ]
-
-    def _second(self, time_ns: int | None) -> float | None:
-        return None if time_ns is None else (time_ns - self.origin_ns) / 1e9
+        told = self.fleet.get("outages")
+        found = []
+        for outage in told if isinstance(told, list) else ():
+            fields = [
+                outage.get(name) if isinstance(outage, dict) else None for name in ("replica", "from_ns", "to_ns")
+            ]
+            replica, from_ns, to_ns = fields
+            if type(replica) is int and type(from_ns) is int and (to_ns is None or type(to_ns) is int):
+                end_s = None if to_ns is None else (to_ns - self.origin_ns) / 1e9
+                found.append((replica, (from_ns - self.origin_ns) / 1e9, end_s))
+        return found
 
     @cached_property
     def finished(self) -> list[dict[str, Any]]:

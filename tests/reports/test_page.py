@@ -121,7 +121,7 @@ def test_units_are_said_and_apply_to_the_whole_row(page, make_record):
     ttft, tpot = (record.run["summary"][name] for name in ("ttft_s", "tpot_s"))
     assert tpot["p99"] < 1 <= ttft["p99"]
     shown = page(record)
-    assert "TTFT, s" in shown.visible and "TPOT, ms" in shown.visible
+    assert "TTFT , s" in shown.visible and "TPOT , ms" in shown.visible
     assert shown.value("ttft_s.p50", run="sim")[1] == number(ttft["p50"])
     assert shown.value("tpot_s.p50", run="sim")[1] == number(tpot["p50"] * 1e3)
 
@@ -265,7 +265,7 @@ def test_a_record_that_does_not_replay_is_said_not_to(page, sim):
 
 def test_settings_that_differ_are_marked_and_named_at_the_top(page, make_record, sim):
     shown = page(sim, make_record("other", max_num_seqs=12, composition="prefill-first"))
-    assert "The runs differ in composition, max_num_seqs." in shown.visible
+    assert "The runs differ in load, composition, max_num_seqs." in shown.visible
     assert "composition mixed prefill-first max_num_seqs 16 12" in shown.visible
     assert shown.marked[:2] == ["composition", "max_num_seqs"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from twinserve.commands.records import _asked
 from twinserve.planning.attainment import Attainment, Limits
 from twinserve.policies import SamplingParams
-from twinserve.reports.finder import BLOCKS, BUDGET, SEQUENCES, STEP, _packed, waited_for
+from twinserve.reports.finder import BLOCKS, BUDGET, LOST, SEQUENCES, STEP, _packed, waited_for
 from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.load import busiest, load_figure
 from twinserve.reports.page import differences
@@ -252,6 +252,12 @@ def test_a_fleets_lines_are_the_sums_of_its_replicas(fleet):
         expected += np.where(place >= 0, y[np.maximum(place, 0)], 0)
     assert total.tolist() == expected.tolist() and running["y"][-1] == 0 and total.max() > 8
     assert "of 600" in kv_figure([run]).notes[0]
+
+
+def test_what_was_lost_with_a_replica_waited_for_another(fleet):
+    (run,) = runs_of([fleet])
+    reasons = waited_for(run)
+    assert reasons.count(LOST) == run.summary["retried"] > 0 and reasons.count(None) == 0
 
 
 def test_a_fleets_gaps_between_tokens_are_those_of_its_summary(fleet):

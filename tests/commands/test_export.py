@@ -57,7 +57,7 @@ SCHEMA = {
 def run(twinserve, trace, latency, tmp_path):
     """The folder of a run that preempts."""
     out = tmp_path / "run"
-    options = ("--num-gpu-blocks", 16, "--max-num-seqs", 6, "--pipeline-depth", 1)
+    options = ("--block-size", 2, "--num-gpu-blocks", 52, "--max-num-seqs", 6, "--pipeline-depth", 1)
     assert twinserve("sim", trace, "--latency", latency, *options, "--out", out).code == 0
     return out
 
@@ -66,7 +66,7 @@ def run(twinserve, trace, latency, tmp_path):
 def fleet(twinserve, trace, latency, tmp_path):
     """The folder of a fleet of which a replica was down."""
     out = tmp_path / "fleet"
-    options = ("--replicas", 2, "--router", "round-robin", "--die", "1:0.05:0.3")
+    options = ("--replicas", 2, "--router", "round-robin", "--die", "1:0.05:0.12")
     assert twinserve("sim", trace, "--latency", latency, *options, "--out", out).code == 0
     return out
 
@@ -181,7 +181,8 @@ def test_csv_and_parquet_and_pandas_say_the_same(run, tmp_path):
         )
         with (tmp_path / "csv" / f"{name}.csv").open(newline="") as file:
             found = list(csv.DictReader(file))
-        assert found == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+        texts = [{key: "" if row.get(key) is None else str(row[key]) for key in found[0]} for row in rows]
+        assert found == texts and set(found[0]) == {key for row in rows for key in row}
     assert requests.index.name == "id" and requests.loc[3, "prompt_tokens"] == record.requests[3]["prompt_tokens"]
 
 

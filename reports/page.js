@@ -10,7 +10,6 @@
   const BUTTONS = [["zoom2d", "pan2d", "resetScale2d", "toImage"]];
   const figures = new Map(); // by id: {plot, json, detail, linked, range}
   let printing = false;
-  let following = false;
 
   const unpack = async (text) => {
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -65,17 +64,24 @@
   const zoom = (entry, range) => {
     entry.range = range;
     refine(entry, range);
-    Plotly.relayout(entry.plot, range ? { "xaxis.range": range } : { "xaxis.range": entry.home, "xaxis.autorange": !entry.home });
+    const wanted = range ?? entry.home;
+    entry.busy += 1; // what this changes is told like what a reader changes, and would go round for ever
+    const change = wanted ? { "xaxis.range": [...wanted] } : { "xaxis.autorange": true };
+    Plotly.relayout(entry.plot, change).then(() => (entry.busy -= 1));
+  };
+
+  const together = (range, source) => {
+    for (const entry of figures.values()) if (entry.linked && entry !== source) zoom(entry, range);
   };
 
   const follow = (changes, source) => {
-    if (following || !source.linked) return;
-    const [low, high] = [changes["xaxis.range[0]"] ?? changes["xaxis.range"]?.[0], changes["xaxis.range[1]"] ?? changes["xaxis.range"]?.[1]];
-    const reset = changes["xaxis.autorange"] || "xaxis.showspikes" in changes;
-    if (low === undefined && !reset) return;
-    following = true;
-    for (const entry of figures.values()) if (entry.linked) zoom(entry, low === undefined ? null : [Number(low), Number(high)]);
-    following = false;
+    if (source.busy || !source.linked) return;
+    const low = changes["xaxis.range[0]"] ?? changes["xaxis.range"]?.[0];
+    const high = changes["xaxis.range[1]"] ?? changes["xaxis.range"]?.[1];
+    if (low === undefined && !changes["xaxis.autorange"] && !("xaxis.showspikes" in changes)) return;
+    source.range = low === undefined ? null : [Number(low), Number(high)];
+    refine(source, source.range);
+    together(source.range, source);
   };
 
   const KEYS = { ArrowLeft: [-0.25, 1], ArrowRight: [0.25, 1], "+": [0, 0.5], "=": [0, 0.5], "-": [0, 2], 0: null };
@@ -83,7 +89,7 @@
     if (!(event.key in KEYS) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     const axis = entry.plot._fullLayout.xaxis;
-    if (KEYS[event.key] === null) return Plotly.relayout(entry.plot, { "xaxis.autorange": true });
+    if (KEYS[event.key] === null) return entry.linked ? together(null) : zoom(entry, null);
     const [step, factor] = KEYS[event.key];
     const [low, high] = axis.range;
     const middle = (low + high) / 2 + step * (high - low);
@@ -94,7 +100,7 @@
   const begin = async (script) => {
     const plot = document.getElementById(script.dataset.plot);
     const packed = document.querySelector(`script[data-detail="${script.dataset.plot}"]`);
-    const entry = { plot, json: script.textContent, linked: "linked" in script.dataset };
+    const entry = { plot, json: script.textContent, linked: "linked" in script.dataset, busy: 0 };
     entry.home = JSON.parse(entry.json).layout.xaxis?.range;
     figures.set(plot.id, entry);
     await draw(entry);

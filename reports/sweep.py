@@ -127,8 +127,8 @@ def _verdicts(cases: Sequence[PageCase], across: Axis) -> list[str]:
         return []
     kept = [case for case in cases if case.keeps]
     if not kept:
-        return [f"None of {count(len(cases), 'case')} keeps the objective."]
-    said = [f"{len(kept)} of {count(len(cases), 'case')} keep the objective."]
+        return ["No case keeps the objective."]
+    said = [f"{len(kept)} of {count(len(cases), 'case')} {'keeps' if len(cases) == 1 else 'keep'} the objective."]
     known = [(value, number, case) for number, case in enumerate(kept) if (value := case.value(across)) is not None]
     if len(known) > 1:
         value, _, case = min(known, key=lambda item: item[:2])

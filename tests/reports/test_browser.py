@@ -171,7 +171,7 @@ def test_zoom_goes_together_is_drawn_finer_and_is_undone(open_page, sim):
     steps = [row | {name: row[name] + span * turn for name in times} for turn in range(12) for row in rows]
     opened = open_page(1280, replace(sim, steps=steps))
     page = opened.page
-    points = "document.getElementById('kv').data[2].x"
+    points = "document.getElementById('kv')._fullData[2].x"
     before = page.evaluate(f"[{points}.length, {points}[1] - {points}[0]]")
     page.evaluate("Plotly.relayout('batch', {'xaxis.range': [1, 2]})")
     for name in ("kv", "load", "requests-0"):
@@ -244,7 +244,7 @@ def test_numbers_on_the_page_are_the_records(open_page, sim):
         assert shown[metric] == str(value_of(sim.run["summary"], metric))
     kept = sum(row["first_token_ns"] - row["arrival_ns"] <= 300_000_000 for row in sim.requests)
     assert float(shown["attainment.share"]) == kept / 80
-    curve = page.evaluate("(({x, y}) => [[...x], [...y]])(document.getElementById('cdf-ttft').data[0])")
+    curve = page.evaluate("(({x, y}) => [[...x], [...y]])(document.getElementById('cdf-ttft')._fullData[0])")
     waits_ms = sorted((row["first_token_ns"] - row["arrival_ns"]) / 1e6 for row in sim.requests)
     scale = 1.0 if "(ms" in page.evaluate("document.getElementById('cdf-ttft').layout.xaxis.title.text") else 1e3
     assert curve[0][-1] * scale == pytest.approx(waits_ms[-1]) and curve[0][0] * scale == pytest.approx(waits_ms[0])

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from twinserve.reports.drawing import Figure, Trace, base_axis, base_layout, said_of
+from twinserve.reports.asked import Asked
+from twinserve.reports.drawing import MUTED, Figure, Trace, base_axis, base_layout, said_of
 from twinserve.reports.runs import Run
-from twinserve.reports.text import time_unit
+from twinserve.reports.text import duration, time_unit
 from twinserve.reports.thin import CLOUD_POINTS, CURVE_POINTS, thin_cloud, thin_curve
 
 LATENCIES = {
@@ -25,11 +26,12 @@ _WIDE = 20
 """Values that span more than this factor are drawn on a logarithmic axis."""
 
 
-def latency_figure(runs: list[Run], metric: str) -> Figure | None:
+def latency_figure(runs: list[Run], metric: str, asked: Asked | None = None) -> Figure | None:
     """The cumulative distribution of a latency in every run; None where no run has a value.
 
     Args:
         metric: "ttft_s", "tpot_s", "itl_s" or "e2e_s".
+        asked: what limits are drawn.
     """
     title, caption = LATENCIES[metric]
     samples = [(run, *sample) for run in runs if len((sample := run.latencies_s(metric))[0])]
@@ -47,12 +49,25 @@ def latency_figure(runs: list[Run], metric: str) -> Figure | None:
         hovermode="x",
     )
     longest = max(len(values) for _, values, _ in samples)
-    notes = (
-        [f"Thinned: of up to {longest:,} values a curve shows at most {CURVE_POINTS}."]
-        if longest > CURVE_POINTS
-        else []
-    )
+    notes = [_quantiles(run, runs, metric) for run, _, _ in samples]
+    limits = {limit for name, limit in asked.limits_s.items() if name == metric} if asked else set()
+    if asked:
+        limits |= {limit for name, limit in asked.terms_s.items() if name.partition(".")[0] == metric}
+    for limit in sorted(limits):
+        line = {"color": MUTED, "width": 1, "dash": "4px,3px"}
+        layout.setdefault("shapes", []).append(
+            {"type": "line", "x0": limit * scale, "x1": limit * scale, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+        )
+        notes.append(f"The dashed line is the limit, {duration(limit)}.")
+    if longest > CURVE_POINTS:
+        notes.append(f"Thinned: of up to {longest:,} values a curve shows at most {CURVE_POINTS}.")
     return Figure(f"cdf-{metric.removesuffix('_s')}", title, caption, data, layout, notes)
+
+
+def _quantiles(run: Run, runs: list[Run], metric: str) -> str:
+    found = run.summary[metric]
+    said = ", ".join(f"{name} {duration(found[name])}" for name in ("p50", "p99") if found[name] is not None)
+    return said_of(run, runs, f"{said}.", ": ")
 
 
 def _curve(run: Run, values: np.ndarray, counts: np.ndarray, unit: str) -> Trace:
@@ -62,11 +77,11 @@ def _curve(run: Run, values: np.ndarray, counts: np.ndarray, unit: str) -> Trace
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": run.label,
+        "name": run.text,
         "x": np.concatenate([x[:1], x]),
         "y": np.concatenate([[0.0], y]),
         "line": {"color": run.style.full, "dash": run.style.dash, "width": 2, "shape": "hv"},
-        "hovertemplate": f"%{{y:.1f}}% within %{{x:.4g}} {unit}<extra>{run.label}</extra>",
+        "hovertemplate": f"%{{y:.1f}}% within %{{x:.4g}} {unit}<extra>{run.text}</extra>",
     }
 
 
@@ -133,9 +148,9 @@ def _cloud(run: Run, tokens: np.ndarray, durations_ms: np.ndarray) -> Trace:
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": run.label,
+        "name": run.text,
         "x": tokens,
         "y": durations_ms,
         "marker": {"color": run.style.full, "symbol": run.style.symbol, "size": 5, "opacity": 0.55},
-        "hovertemplate": f"%{{x}} tokens: %{{y:.4g}} ms<extra>{run.label}</extra>",
+        "hovertemplate": f"%{{x}} tokens: %{{y:.4g}} ms<extra>{run.text}</extra>",
     }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from twinserve.reports.runs import Run
 
-INK, MUTED, RULE, GRID = "#1b1f24", "#57606a", "#b9c0c8", "#eceff2"
+INK, MUTED, RULE, GRID, PAPER = "#1b1f24", "#57606a", "#b9c0c8", "#eceff2", "#ffffff"
+"""Colors that the page's script replaces where a reader prefers dark; see `page.js`."""
+
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 PANEL_GAP = 18
 
@@ -24,6 +29,8 @@ class Figure:
         caption: a sentence that says what to look for.
         data, layout: plotly's.
         notes: sentences that say what was thinned or left out, and what the figure adds up to.
+        detail: what the page's script draws from when a reader zooms in or asks for a request; see `page.js`.
+        is_linked: whether its x axis is the time of the run, so that it is zoomed as the others are.
     """
 
     id: str
@@ -32,6 +39,8 @@ class Figure:
     data: list[Trace]
     layout: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    detail: dict[str, Any] | None = None
+    is_linked: bool = False
 
     def json(self) -> str:
         """The figure as plotly.js takes it; equal figures give equal texts, and none can end a script element."""
@@ -42,16 +51,22 @@ class Figure:
         return text.replace("<", "\\u003c")
 
 
+def packed(value: Any) -> str:
+    """A value of JSON as a page holds it where it is long: gzip, base64; equal values give equal texts."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
 def base_layout(height: int, **changes: Any) -> dict[str, Any]:
     """The layout of a figure of so many pixels, with `changes`."""
     return {
         "height": height,
         "margin": {"l": 64, "r": 16, "t": 34, "b": 48},
         "font": {"family": FONT, "size": 12, "color": INK},
-        "paper_bgcolor": "#ffffff",
-        "plot_bgcolor": "#ffffff",
-        "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": RULE, "font": {"family": FONT, "size": 12, "color": INK}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": RULE, "font": {"family": FONT, "size": 12, "color": INK}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "traceorder": "normal"},
         "showlegend": True,
         **changes,
     }
@@ -102,4 +117,4 @@ def axis_names(number_of_panels: int) -> list[str]:
 
 def said_of(run: Run, runs: list[Run], what: str, between: str = " ") -> str:
     """`what`, with the run's label before it where there are several."""
-    return f"{run.label}{between}{what}" if len(runs) > 1 else what
+    return f"{run.text}{between}{what}" if len(runs) > 1 else what

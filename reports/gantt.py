@@ -22,15 +22,18 @@ _PHASES = (
 Row = dict[str, Any]
 
 
-def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
+def request_figure(runs: list[Run], number_of_group: int, numbers: list[int] | None = None) -> Figure | None:
     """Each request's wait, prefill and decoding, a bar in each run; None where no request was served.
 
-    Where there are too many, the ones shown came in around the one that waited longest for its first token.
+    Where there are too many, the ones shown came in around the one that waited longest for its first token; the page's
+    script shows those around another that a reader chooses.
 
     Args:
         runs: runs of the same trace; the first one chooses the requests.
         number_of_group: tells the figures of a page apart.
+        numbers: of the runs among those of the page; from 0 on unless given.
     """
+    numbers = list(range(len(runs))) if numbers is None else numbers
     served = [row for row in runs[0].record.requests if _was_served(row)]
     if not served:
         return None
@@ -39,8 +42,11 @@ def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
     if left_out:
         notes.append(f"{count(left_out, 'request')} left out.")
     places = {row["id"]: index * (len(runs) + _GAP) for index, row in enumerate(shown)}
-    data = [trace for lane, run in enumerate(runs) for trace in _bars(run, runs, places, lane)]
-    marks = [trace for lane, run in enumerate(runs) for trace in _preemptions(run, places, lane)]
+    data = [
+        trace | {"meta": trace["meta"] | {"run": numbers[lane], "lane": lane}}
+        for lane, run in enumerate(runs)
+        for trace in (*_bars(run, runs, places, lane), *_preemptions(run, places, lane))
+    ]
     end = len(shown) * (len(runs) + _GAP)
     y_axis = base_axis(
         "request (its row in the trace)",
@@ -52,10 +58,12 @@ def request_figure(runs: list[Run], number_of_group: int) -> Figure | None:
         showgrid=False,
         ticks="",
     )
-    x_axis = base_axis("time since the first arrival (s)", range=_window(data))
+    bars = [trace for trace in data if trace["type"] == "bar"]
+    x_axis = base_axis("time since the first arrival (s)", range=_window(bars))
     layout = base_layout(round(end * _BAR_PX) + 100, xaxis=x_axis, yaxis=y_axis, hovermode="closest", barmode="overlay")
-    caption = "Look for long waits (palest), for prefills (darkest) that take long, and for preemptions (crosses)."
-    return Figure(f"requests-{number_of_group}", "", caption, data + marks, layout, notes)
+    layout["meta"] = {"runs": numbers, "most": len(shown), "gap": _GAP}
+    caption = "Look for long waits (faintest), for prefills (strongest) that take long, and for preemptions (crosses)."
+    return Figure(f"requests-{number_of_group}", "", caption, data, layout, notes, is_linked=True)
 
 
 def _window(bars: list[Trace]) -> list[float]:
@@ -101,7 +109,8 @@ def _bars(run: Run, runs: list[Run], places: dict[int, float], lane: int) -> lis
                 "width": 0.86,
                 "marker": {"color": getattr(run.style, shade), "line": {"width": 0}},
                 "customdata": [_about(row) for row, *_ in spans],
-                "hovertemplate": f"{phase} %{{x:.4g}} s<br>%{{customdata}}<extra>{run.label}</extra>",
+                "meta": {"phase": phase},
+                "hovertemplate": f"{phase} took %{{x:.4~g}} s<br>%{{customdata}}<extra>{run.text}</extra>",
             }
         )
     return traces
@@ -123,16 +132,17 @@ def _about(row: Row) -> str:
 
 def _preemptions(run: Run, places: dict[int, float], lane: int) -> list[Trace]:
     """Crosses on the bars, if there are any."""
-    marks = [(time, places[id] + lane) for time, ids in run.preemptions for id in ids if id in places]
-    if not marks:
+    if not run.preemptions:
         return []
+    marks = [(time, places[id] + lane) for time, ids in run.preemptions for id in ids if id in places]
     trace = {
         "type": "scatter",
         "mode": "markers",
         "x": [time for time, _ in marks],
         "y": [place for _, place in marks],
         "marker": {"symbol": "x-thin", "size": 6, "line": {"color": INK, "width": 1.3}},
-        "hovertemplate": f"preempted at %{{x:.3f}} s<extra>{run.label}</extra>",
+        "hovertemplate": f"preempted at %{{x:.3f}} s<extra>{run.text}</extra>",
         "showlegend": False,
+        "meta": {"phase": "preempted"},
     }
     return [trace]

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from twinserve.reports.asked import Asked
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
+from twinserve.reports.finder import finder
+from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
-from twinserve.reports.html import drawn, html_page, section, side_by_side
+from twinserve.reports.html import contents, drawn, html_page, section, side_by_side
+from twinserve.reports.load import busiest, load_figure
+from twinserve.reports.replayed import replayed
+from twinserve.reports.residuals import residual_figure
 from twinserve.reports.runs import Run, runs_of, same_trace
 from twinserve.reports.tables import (
     Errors,
+    difference_table,
     errors_of,
     facts_table,
+    key,
     latency_table,
     settings_table,
     totals_table,
+    transforms_of,
 )
-from twinserve.reports.text import count, percent
+from twinserve.reports.terms import definitions
+from twinserve.reports.text import count, duration, number, percent, plain
 from twinserve.reports.timelines import batch_figure, kv_figure
 from twinserve.settings.files import refuse_existing, write_whole
-from twinserve.traces.runs.compare import differing_settings
+from twinserve.traces.runs.compare import differing_settings, value_of
 from twinserve.traces.runs.record import RunRecord
 
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 
-_DEFINITIONS = (
-    ("TTFT", "time to first token: first token − arrival"),
-    ("TPOT", "time per output token: (finish − first token) / (output tokens − 1), of answers longer than one token"),
-    ("ITL", "inter-token latency: the gaps between successive tokens of a request"),
-    ("End to end", "finish − arrival"),
-    ("Tokens / s", "tokens of the finished requests / duration, which lasts from the first arrival to the last finish"),
-    ("Device waits", "the share of the duration in which the device had work but stood idle, waiting for the host"),
-    ("Error", "(simulated − real) / real"),
-    ("Refused", "requests that could never be served: too long for the context or for the pool"),
-    ("Shortened", "answers that ended with fewer tokens than they asked for, because of the context's length"),
-    ("Capped", "requests whose prompt or answer was cut to a cap before the run"),
-    ("Dropped", "requests of the trace that were not replayed"),
-)
 
-
-def write_report(records: list[RunRecord], out: Path) -> None:
-    """Write a page that shows runs to a person: numbers, batches, KV blocks, latencies, requests, settings.
+def write_report(
+    records: list[RunRecord], out: Path, *, asked: Asked | None = None, progress: Callable[[str], None] | None = None
+) -> None:
+    """Write a page that shows runs to a person: what was asked and what came of it, numbers, batches, KV blocks,
+    latencies, requests, settings. Each run is decided again from its record, and the page says whether that is exact.
 
     The page holds all that it needs and opens from a file. The same records give the same bytes.
 
@@ -50,37 +52,112 @@ def write_report(records: list[RunRecord], out: Path) -> None:
         records: one run, or several to set side by side; a simulation is compared with the first real run among them
             that replayed the same trace.
         out: the HTML file to write; its folder is made where there is none.
+        asked: the objective by which the page judges the runs.
+        progress: told what is being done, in words.
 
     Raises:
         InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
     refuse_existing(out)
-    write_whole(out, _page(runs_of(records)))
+    write_whole(out, _page(runs_of(records), asked, progress or (lambda words: None)))
 
 
-def _page(runs: list[Run]) -> str:
-    return html_page(", ".join(run.name for run in runs), _sections(runs))
+def _page(runs: list[Run], asked: Asked | None, progress: Callable[[str], None]) -> str:
+    again = []
+    for run in runs:
+        progress(f"deciding {run.label} again")
+        again.append(replayed(run))
+    progress("drawing")
+    sections = list(_sections(runs, asked))
+    head = f"<header>\n{_header(runs, asked, again)}</header>\n{contents(title for title, _ in sections)}"
+    return html_page(_title(runs), [head, *(section(title, content) for title, content in sections)])
 
 
-def _sections(runs: list[Run]) -> Iterable[str]:
-    """The page from its first line to its last."""
+def _sections(runs: list[Run], asked: Asked | None) -> Iterable[tuple[str, str]]:
+    """The page below its head: titles, which are HTML, and what stands below them."""
     errors = errors_of(runs)
-    yield f"<header>\n<h1>{''.join(_headline(run) for run in runs)}</h1>\n{_remarks(runs, errors)}</header>\n"
-    yield section("Summary", _summary(runs, errors))
-    latencies = (latency_figure(runs, metric) for metric in LATENCIES)
-    yield section("Latency distributions", f"{_handling()}{side_by_side(latencies)}")
-    yield section("Batch over time", drawn(batch_figure(runs)))
-    yield section("KV blocks and preemptions", drawn(kv_figure(runs)))
+    yield "Summary", _summary(runs, errors, asked)
+    yield "Load and goodput over time" if asked else "Load over time", f"{_handling()}{drawn(load_figure(runs, asked))}"
+    latencies = (latency_figure(runs, metric, asked) for metric in LATENCIES)
+    yield "Latency distributions", side_by_side(latencies)
+    yield "Batch over time", drawn(batch_figure(runs))
+    yield "KV blocks and preemptions", drawn(kv_figure(runs))
+    for place, run in enumerate(runs):
+        if run.replicas:
+            whose = "" if len(runs) == 1 else f": {run.text}"
+            figure = replica_figure(run, place)
+            yield f"Replicas{whose}", f"{replica_table(run)}\n{drawn(figure)}"
     groups = same_trace(runs)
-    for number, group in enumerate(groups):
-        whose = "" if len(groups) == 1 else f": {', '.join(run.label for run in group)}"
-        yield section(f"Requests over time{whose}", drawn(request_figure(group, number)))
-    yield section("Step durations", side_by_side(step_figures(runs)))
-    yield section("Settings and facts", _folded(runs))
+    yield "Find requests", finder(runs, groups, asked)
+    for place, group in enumerate(groups):
+        whose = "" if len(groups) == 1 else f": {', '.join(run.text for run in group)}"
+        figure = request_figure(group, place, [runs.index(run) for run in group])
+        yield f"Requests over time{whose}", drawn(figure)
+    figures = list(step_figures(runs))
+    for place, group in enumerate(groups):
+        sims = [run for run in group if run.world == "sim"]
+        if group[0].world == "real" and sims and (residuals := residual_figure(group[0], sims, place)) is not None:
+            figures.append(residuals)
+    yield "Step durations", side_by_side(figures)
+    yield "Settings and facts", _folded(runs)
 
 
-# --- what was run ---
+# --- what was run, and what came of it ---
+
+
+def _title(runs: list[Run]) -> str:
+    names = [run.label for run in runs]
+    if len(names) > 4:
+        names = [*names[:3], f"{len(names) - 3} more"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _header(runs: list[Run], asked: Asked | None, again: list[str]) -> str:
+    """The first screen, from what was asked to how the page is made again."""
+    when = list(dict.fromkeys(filter(None, map(_written, runs))))
+    versions = list(dict.fromkeys(str(v) for run in runs if (v := _versions(run).get("twinserve"))))
+    made = [f"recorded {' to '.join(dict.fromkeys((min(when), max(when))))}"] if when else []
+    made += [f"twinserve {', '.join(versions)}"] if versions else []
+    lines = [f"<h1>{escape(_title(runs))}</h1>\n", f'<p class="note">{escape("; ".join(made))}</p>\n' if made else ""]
+    lines.append(_verdict(runs, asked))
+    for run, words in zip(runs, again, strict=True):
+        lines.append(f'<p class="run">{_headline(run)} <span class="note replay">{escape(words)}</span></p>\n')
+    lines.append(_remarks(runs, errors_of(runs)))
+    lines.append(f'<p class="again note">Made by <code>{escape(_command(runs, asked))}</code></p>\n')
+    return "".join(lines)
+
+
+def _verdict(runs: list[Run], asked: Asked | None) -> str:
+    """Whether each run keeps what was asked for, and by how much."""
+    if asked is None:
+        return (
+            '<p class="asked">No objective was given, so nothing is judged: <code>--objective "p99 TTFT &lt;= 1 s and '
+            'p99 TPOT &lt;= 50 ms"</code> adds a verdict, attainment and goodput.</p>\n'
+        )
+    verdicts = []
+    for run in runs:
+        missed, found = asked.missed_by(run), asked.attainment(run)
+        word = '<strong class="misses">✗ misses</strong>' if missed else '<strong class="keeps">✓ keeps it</strong>'
+        # What a limit on a metric misses is said with the metric.
+        others = [what for what in missed if not asked.terms_s or "<=" not in what]
+        details = [escape(", ".join(others))] if others else []
+        for metric, limit_s in asked.terms_s.items():
+            if (value := value_of(run.summary, metric)) is not None:
+                details.append(f"{_metric_name(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
+        details.append(
+            f'<span data-metric="attainment.share" data-run="{run.text}" data-value="{found["share"]}">'
+            f"{percent(found['share'])}</span> of requests within the limits, goodput "
+            f'<span data-metric="attainment.goodput_req_s" data-run="{run.text}" data-value="{found["goodput_req_s"]}">'
+            f"{number(found['goodput_req_s'])}</span> requests/s"
+        )
+        verdicts.append(f"<li>{key(run)}<b>{run.text}</b> {word} {'; '.join(details)}.</li>\n")
+    return f'<p class="asked">Asked: <b>{escape(asked.text)}</b></p>\n<ul class="verdicts">\n{"".join(verdicts)}</ul>\n'
+
+
+def _metric_name(metric: str) -> str:
+    name, _, statistic = metric.partition(".")
+    return f"{statistic} {name.removesuffix('_s').upper()}"
 
 
 def _headline(run: Run) -> str:
@@ -93,14 +170,18 @@ def _headline(run: Run) -> str:
     unfinished = summary["requests"] - summary["finished"] - summary["refused"] - summary["aborted"]
     if unfinished:
         counts.append(_counted(unfinished, "unfinished"))
+    if summary.get("retries"):
+        counts.append(_counted(summary["retries"], "sent again"))
+    return (
+        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(busiest(run))}; "
+        f"{count(summary['requests'], 'request')}: {', '.join(counts)}."
+    )
+
+
+def _trace(run: Run) -> str:
     trace = run.facts.get("trace")
     path = trace.get("path") if isinstance(trace, dict) else None
-    replayed = f"trace {escape(str(path))}" if path else "an unrecorded trace"
-    return (
-        f'<span class="run"><span class="key {run.world}" style="{_key(run)}"></span>'
-        f'<strong class="{run.world}">{run.label}</strong> {escape(run.name)}: {escape(_executor(run))}; '
-        f"{replayed}; {count(summary['requests'], 'request')}: {', '.join(counts)}.</span>"
-    )
+    return str(path) if path else "unrecorded"
 
 
 def _executor(run: Run) -> str:
@@ -110,16 +191,48 @@ def _executor(run: Run) -> str:
         model = facts.get("model")
         name = model.get("name") if isinstance(model, dict) else model
         return f"served by {name or 'an unrecorded model'} on {device or 'an unrecorded device'}"
-    latency = facts.get("latency")
-    name = latency.get("name") if isinstance(latency, dict) else None
+    name = _latency(run)
     text = f"simulated with latency model {name}" if name else "simulated with an unrecorded latency model"
+    if run.fleet:
+        return f"{text} on {count(run.num_replicas, 'replica')} behind {_router(run)}"
     return text if not device or (name and str(device).endswith(str(name))) else f"{text} on {device}"
 
 
-def _key(run: Run) -> str:
-    """The run's line style, as the figures have it."""
-    kind = "solid" if run.style.dash == "solid" else "dashed"
-    return f"border-top: 3px {kind} {run.style.full}"
+def _latency(run: Run) -> str | None:
+    """The names of a simulation's latency models; None where the record says none."""
+    models = [run.facts.get("latency")]
+    if isinstance(replicas := run.fleet.get("replicas"), list):
+        models = [replica.get("latency") for replica in replicas if isinstance(replica, dict)]
+    names = [str(model["name"]) for model in models if isinstance(model, dict) and model.get("name")]
+    return " and ".join(dict.fromkeys(names)) or None
+
+
+def _router(run: Run) -> str:
+    router = run.fleet.get("router")
+    if not isinstance(router, dict):
+        return "none"
+    others = ", ".join(f"{name} {plain(value)}" for name, value in router.items() if name != "name")
+    return f"{plain(router.get('name'))}{f' ({others})' if others else ''}"
+
+
+def _written(run: Run) -> str | None:
+    """The date of the record's run.json, in UTC."""
+    try:
+        seconds = (run.record.path / "run.json").stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    versions = run.record.run.get("versions")
+    return versions if isinstance(versions, dict) else {}
+
+
+def _command(runs: list[Run], asked: Asked | None) -> str:
+    """What writes this page again."""
+    objective = ["--objective", asked.text] if asked else []
+    return shlex.join(["twinserve", "report", *(str(run.record.path) for run in runs), *objective])
 
 
 def _counted(how_many: int, what: str) -> str:
@@ -128,29 +241,60 @@ def _counted(how_many: int, what: str) -> str:
 
 
 def _remarks(runs: list[Run], errors: Errors) -> str:
-    """What keeps runs from being compared at sight."""
-    remarks = []
+    """What the runs differ in, and what keeps them from being compared at sight."""
+    parts = []
     if len(runs) > 1:
-        names = differing_settings([run.record for run in runs])
-        listed = escape(", ".join(names))
-        differing = f"The runs differ in {count(len(names), 'setting')}: {listed}."
-        remarks.append(differing if names else "The runs have equal settings.")
+        told = differences(runs)
+        said = f"The runs differ in {', '.join(told)}." if told else "The runs have equal settings, facts and loads."
+        parts.append(f'<p class="remark">{escape(said)}</p>\n{difference_table(runs, told) if told else ""}')
     if {run.world for run in runs} == {"real", "sim"} and not errors:
-        remarks.append("No errors are given: the records do not say that these runs replayed the same trace.")
-    return "".join(f'<p class="remark">{remark}</p>\n' for remark in remarks)
+        said = "No errors are given: the records do not say that these runs replayed the same trace."
+        parts.append(f'<p class="remark">{said}</p>\n')
+    return "".join(parts)
+
+
+def differences(runs: list[Run]) -> dict[str, list[str]]:
+    """What the runs differ in, each as text by run: where and what they ran, their load, and every setting."""
+    every: dict[str, list[str]] = {
+        "world": [run.world for run in runs],
+        "trace": [_trace(run) for run in runs],
+        "content of the trace": [_sha256(run)[:12] for run in runs],
+        "transforms": [transforms_of(run) for run in runs],
+        "load": [busiest(run) for run in runs],
+        "latency": [_latency(run) or "–" for run in runs],
+        "replicas": [str(run.num_replicas) for run in runs],
+        "router": [_router(run) if run.fleet else "none" for run in runs],
+        "outages": ["; ".join(_outages(run)) or "none" for run in runs],
+        "device": [plain(run.record.run.get("device")) for run in runs],
+    }
+    if every["content of the trace"].count("") or len(set(every["content of the trace"])) == 1:
+        del every["content of the trace"]
+    if len({run.world for run in runs}) > 1:
+        del every["device"], every["latency"]
+    for name in differing_settings([run.record for run in runs]):
+        every[name] = [plain(run.settings[name]) if name in run.settings else "not recorded" for run in runs]
+    return {name: texts for name, texts in every.items() if len(set(texts)) > 1}
+
+
+def _sha256(run: Run) -> str:
+    trace = run.facts.get("trace")
+    return str(trace.get("sha256", "")) if isinstance(trace, dict) else ""
+
+
+def _outages(run: Run) -> list[str]:
+    return [f"{one}:{begin:g}:{'' if end is None else f'{end:g}'}" for one, begin, end in run.outages]
 
 
 # --- content ---
 
 
-def _summary(runs: list[Run], errors: Errors) -> str:
+def _summary(runs: list[Run], errors: Errors, asked: Asked | None) -> str:
     caption = "Look at the distance from p50 to p99: it is what the unluckiest requests pay."
     if errors:
         caption = f"Look at the error rows, (simulated − real) / real: {_largest(errors)}."
-    terms = "".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in _DEFINITIONS)
     return (
         f'{latency_table(runs, errors)}\n{totals_table(runs, errors)}\n<p class="caption">{caption}</p>\n'
-        f"<details><summary>What the numbers mean</summary><dl>{terms}</dl></details>\n"
+        f"{definitions()}"
     )
 
 
@@ -166,12 +310,15 @@ def _largest(errors: Errors) -> str:
         return "none of the latencies has one"
     _, row, label = max(found, key=lambda item: item[0])
     name, _, statistic = row.metric.partition(".")
-    whose = f" ({label})" if len(errors) > 1 else ""
+    whose = f" ({escape(label)})" if len(errors) > 1 else ""
     return f"the largest among the latencies is {percent(row.error, signed=True)}, in {_NAMES[name]} {statistic}{whose}"
 
 
 def _handling() -> str:
-    text = "Drag across a figure to zoom in, double-click to zoom out; a click on a name in a legend hides it."
+    text = (
+        "Drag across a figure to zoom in, double-click to zoom out; figures over time go together. "
+        "By keyboard: arrows, + and −, 0. A click on a name in a legend hides it."
+    )
     return f'<p class="handling note">{text}</p>\n'
 
 

@@ -8,11 +8,15 @@ from html import escape
 from typing import Any
 
 from twinserve.reports.drawing import INK, MUTED, Figure, base_axis, base_layout
-from twinserve.reports.html import html_page, section, side_by_side
-from twinserve.reports.tables import metric_table
-from twinserve.reports.text import count, number, plain
+from twinserve.reports.html import contents, html_page, section, side_by_side
+from twinserve.reports.runs import COLORS, style_of
+from twinserve.reports.tables import sortable_table
+from twinserve.reports.text import count, plain
+from twinserve.reports.text import number as number_of
 
-_KEPT, _MISSED = "#1f5fa8", "#c4560b"
+_KEPT, _MISSED = COLORS[:2]
+_LOADS = ("rate", "rate_scale", "session_rate", "replicas")
+"""Fields that say how much is asked of how many, drawn before others."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,21 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A point of a search.
+
+    Attributes:
+        at: what is sought, such as a rate.
+        values: what was found there, by column.
+        keeps: whether every seed that was run there keeps the objective.
+    """
+
+    at: float
+    values: Mapping[str, Estimate]
+    keeps: bool
+
+
+@dataclass(frozen=True)
 class PageCase:
     """One case as the page shows it.
 
@@ -41,12 +60,16 @@ class PageCase:
         values: what was found, by column.
         keeps: whether it keeps the objective in every seed; None without one.
         words: what else there is to say, by column.
+        tried: of a search, what was run on the way.
+        sought: of a search, the column that holds what it found.
     """
 
     varied: Mapping[str, Any]
     values: Mapping[str, Estimate]
     keeps: bool | None = None
     words: Mapping[str, str] = field(default_factory=dict)
+    tried: Sequence[Tried] = ()
+    sought: str | None = None
 
     @property
     def label(self) -> str:
@@ -75,30 +98,172 @@ def sweep_page(
         across: what all figures have on their x axis; less of it is better.
         upwards: a figure each, with this on its y axis; less of it is better.
     """
-    said = "".join(f'<p class="remark">{escape(remark)}</p>\n' for remark in remarks)
-    figures = [_pareto_figure(f"pareto-{n}", cases, across, axis) for n, axis in enumerate(upwards)]
+    said = "".join(f'<p class="remark">{escape(remark)}</p>\n' for remark in (*_verdicts(cases, across), *remarks))
+    parts = [("Cases", _case_table(cases))]
+    if searches := [_search_figure(f"search-{n}", cases, axis) for n, axis in enumerate(upwards)]:
+        parts += [("What the search tried", side_by_side(searches))] if any(searches) else []
+    for number, name in enumerate(swept_fields(cases)):
+        figures = [_field_figure(f"field-{number}-{n}", cases, name, axis) for n, axis in enumerate(upwards)]
+        parts.append((f"By {escape(name)}", side_by_side(figures)))
+    paretos = [_pareto_figure(f"pareto-{n}", cases, across, axis) for n, axis in enumerate(upwards)]
+    parts.append(("What costs what", side_by_side(paretos)))
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>' for name, value in shared.items()
     )
     table = f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
-    folded = f"<details><summary>{count(len(shared), 'field')} that all cases share</summary>\n{table}\n</details>\n"
-    return html_page(
-        title,
-        [
-            f"<header>\n<h1>{escape(title)}</h1>\n{said}</header>\n",
-            section("Cases", _case_table(cases)),
-            section("What costs what", side_by_side(figures)),
-            section("Shared", folded),
-        ],
+    parts.append(
+        (
+            "Shared",
+            f"<details><summary>{count(len(shared), 'field')} that all cases share</summary>\n{table}\n</details>\n",
+        )
     )
+    head = f"<header>\n<h1>{escape(title)}</h1>\n{said}</header>\n{contents(name for name, _ in parts)}"
+    return html_page(title, [head, *(section(name, content) for name, content in parts)])
+
+
+def _verdicts(cases: Sequence[PageCase], across: Axis) -> list[str]:
+    """How many cases keep the objective, and the cheapest of them; nothing where there is no objective."""
+    if all(case.keeps is None for case in cases):
+        return []
+    kept = [case for case in cases if case.keeps]
+    if not kept:
+        return ["No case keeps the objective."]
+    said = [f"{len(kept)} of {count(len(cases), 'case')} {'keeps' if len(cases) == 1 else 'keep'} the objective."]
+    known = [(value, number, case) for number, case in enumerate(kept) if (value := case.value(across)) is not None]
+    if len(known) > 1:
+        value, _, case = min(known, key=lambda item: item[:2])
+        said.append(f"The cheapest of them: {case.label}, {across.title} {number_of(value)}.")
+    return said
+
+
+def swept_fields(cases: Sequence[PageCase]) -> list[str]:
+    """The varied fields that are numbers, with two values or more; what says how much comes first."""
+    names = dict.fromkeys(name for case in cases for name in case.varied)
+    numeric = []
+    for name in names:
+        values = [case.varied[name] for case in cases if name in case.varied]
+        if all(type(value) in (int, float) for value in values) and len(set(values)) > 1:
+            numeric.append(name)
+    return sorted(numeric, key=lambda name: (name not in _LOADS, list(names).index(name)))
+
+
+def _field_figure(name: str, cases: Sequence[PageCase], swept: str, axis: Axis) -> Figure | None:
+    """What was found against a field that was swept, a line for each choice of the others."""
+    lines: dict[str, list[Tried]] = {}
+    for case in cases:
+        if swept in case.varied and case.value(axis) is not None:
+            others = {other: value for other, value in case.varied.items() if other != swept}
+            label = ", ".join(f"{other} {plain(value)}" for other, value in others.items())
+            lines.setdefault(label, []).append(Tried(case.varied[swept], case.values, case.keeps is not False))
+    return _curves(name, lines, {}, swept, axis, "Look for the knee: the value from which the curve rises steeply.")
+
+
+def _search_figure(name: str, cases: Sequence[PageCase], axis: Axis) -> Figure | None:
+    """What a search found on its way to each capacity, with the limit and the capacity."""
+    lines = {case.label: [one for one in case.tried if one.values[axis.column].mean is not None] for case in cases}
+    found = {case.label: case.values[case.sought].mean for case in cases if case.sought is not None}
+    sought = next((case.sought for case in cases if case.sought is not None), "")
+    caption = "Look at how steeply the curve crosses the limit: it is how much the capacity would move with it."
+    return _curves(name, {label: of for label, of in lines.items() if of}, found, sought, axis, caption)
+
+
+def _curves(
+    name: str,
+    lines: Mapping[str, Sequence[Tried]],
+    found: Mapping[str, float | None],
+    across: str,
+    axis: Axis,
+    caption: str,
+) -> Figure | None:
+    """Lines of what was found for an axis, with marks that say which points miss the objective."""
+    if not any(lines.values()):
+        return None
+    data: list[dict[str, Any]] = []
+    for place, (label, points) in enumerate(lines.items()):
+        ordered = sorted(points, key=lambda one: one.at)
+        style = style_of(place, is_real=place < len(COLORS))
+        estimates = [one.values[axis.column] for one in ordered]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": escape(label) or axis.title,
+                "x": [one.at for one in ordered],
+                "y": [estimate.mean for estimate in estimates],
+                "line": {"color": style.full, "dash": style.dash, "width": 1.6},
+                "marker": {
+                    "size": 8,
+                    "symbol": [
+                        style.symbol if one.keeps else f"{style.symbol.removesuffix('-open')}-open" for one in ordered
+                    ],
+                },
+                "hovertemplate": f"{escape(across)} %{{x:,.4~g}}: %{{y:.4~g}}<extra>{escape(label)}</extra>",
+            }
+            | _error_bars(estimates, style.full)
+        )
+    layout = _layout(axis, [y for trace in data for y in trace["y"]])
+    layout["xaxis"] = base_axis(escape(across), rangemode="tozero", hoverformat=",.4~g")
+    layout["showlegend"] = len(data) > 1
+    notes = _limit_notes(axis, layout)
+    for place, (label, value) in enumerate(found.items()):
+        if value is not None and label in lines:
+            line = {"color": COLORS[place % len(COLORS)], "width": 1, "dash": "1px,3px"}
+            layout.setdefault("shapes", []).append(
+                {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": value, "x1": value, "line": line}
+            )
+    if any(value is not None for value in found.values()):
+        notes.append("Upright dotted lines are the capacities.")
+    if not all(one.keeps for points in lines.values() for one in points):
+        notes.append("Open marks miss the objective.")
+    return Figure(name, f"{axis.title} by {escape(across)}", caption, data, layout, notes)
+
+
+def _error_bars(estimates: Sequence[Estimate], color: str) -> dict[str, Any]:
+    """Intervals as plotly draws them, none below 0; nothing where there are none."""
+    halves = [one.interval[1] - (one.mean or 0) if one.interval is not None else None for one in estimates]
+    if None in halves or not halves:
+        return {}
+    below = [min(half or 0.0, one.mean or 0.0) for half, one in zip(halves, estimates, strict=True)]
+    return {
+        "error_y": {"type": "data", "symmetric": False, "array": halves, "arrayminus": below}
+        | {"color": color, "thickness": 1, "width": 3}
+    }
+
+
+def _layout(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
+    """A figure whose y axis begins at 0, or is logarithmic where values span a large factor."""
+    values = [*values, *([axis.limit] if axis.limit is not None else [])]
+    wide = min(values) > 0 and max(values) > 20 * min(values)
+    y_axis = base_axis(axis.title, type="log") if wide else base_axis(axis.title, rangemode="tozero")
+    return base_layout(360, yaxis=y_axis, hovermode="closest")
+
+
+def _limit_notes(axis: Axis, layout: dict[str, Any]) -> list[str]:
+    """Draw the limit, if there is one, and say so."""
+    if axis.limit is None:
+        return []
+    line = {"color": _MISSED, "width": 1, "dash": "4px,3px"}
+    layout["shapes"] = [
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": axis.limit, "y1": axis.limit, "line": line}
+    ]
+    return [f"The dashed line is the limit, {number_of(axis.limit)}."]
 
 
 def _case_table(cases: Sequence[PageCase]) -> str:
     heads, rows = case_columns(cases)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    table = metric_table(map(escape, heads), [f"<tbody>{body}</tbody>"])
-    caption = "Means over seeds, with the 95% interval of the mean where there are several."
+    values = list(dict.fromkeys(name for case in cases for name in case.values))
+    num_varied = heads.index(values[0]) if values else len(heads)
+    cells = [
+        [(_sort_key(case, heads[at], at < num_varied), text) for at, text in enumerate(row)]
+        for case, row in zip(cases, rows, strict=True)
+    ]
+    table = sortable_table([(escape(head), None) for head in heads], cells)
+    caption = "Means over seeds, with the 95% interval of the mean where there are several. Columns sort at a click."
     return f'{table}\n<p class="caption">{caption}</p>\n'
+
+
+def _sort_key(case: PageCase, head: str, is_varied: bool) -> Any:
+    return case.varied.get(head) if is_varied else case.values.get(head, Estimate(None)).mean
 
 
 def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]:
@@ -120,8 +285,8 @@ def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]
 
 def _estimated(value: Estimate) -> str:
     if value.interval is None:
-        return number(value.mean)
-    return f"{number(value.mean)} ± {number(value.interval[1] - (value.mean or 0))}"
+        return number_of(value.mean)
+    return f"{number_of(value.mean)} ± {number_of(value.interval[1] - (value.mean or 0))}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -148,7 +313,6 @@ def _pareto_figure(name: str, cases: Sequence[PageCase], across: Axis, axis: Axi
         dots = [(case, x, y) for case, x, y in known if case.keeps is keeps]
         if not dots:
             continue
-        spread = [case.values[axis.column].interval for case, _, _ in dots]
         data.append(
             {
                 "type": "scatter",
@@ -157,14 +321,12 @@ def _pareto_figure(name: str, cases: Sequence[PageCase], across: Axis, axis: Axi
                 "showlegend": bool(words),
                 "x": [x for _, x, _ in dots],
                 "y": [y for _, _, y in dots],
-                "text": [case.label for case, _, _ in dots],
+                "text": [escape(case.label) for case, _, _ in dots],
                 "marker": {"color": color, "size": 9, "symbol": "x" if keeps is False else "circle"},
                 "hovertemplate": "%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
             }
         )
-        if all(interval is not None for interval in spread):
-            halves = [high - y for (_, _, y), (_, high) in zip(dots, spread, strict=True)]  # type: ignore[misc]
-            data[-1]["error_y"] = {"type": "data", "array": halves, "color": color, "thickness": 1, "width": 3}
+        data[-1] |= _error_bars([case.values[axis.column] for case, _, _ in dots], color)
     front = [known[index] for index in pareto_front([(x, y) for _, x, y in known])]
     data.append(
         {
@@ -177,20 +339,9 @@ def _pareto_figure(name: str, cases: Sequence[PageCase], across: Axis, axis: Axi
             "hoverinfo": "skip",
         }
     )
-    values = [y for _, _, y in known] + ([axis.limit] if axis.limit is not None else [])
-    wide = min(values) > 0 and max(values) > 20 * min(values)
-    layout = base_layout(
-        360,
-        xaxis=base_axis(across.title),
-        yaxis=base_axis(axis.title, type="log") if wide else base_axis(axis.title, rangemode="tozero"),
-        hovermode="closest",
-    )
-    if axis.limit is not None:
-        layout["shapes"] = [
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": axis.limit, "y1": axis.limit}
-            | {"line": {"color": _MISSED, "width": 1, "dash": "4px,3px"}}
-        ]
-    notes = [f"The dashed line is the limit, {number(axis.limit)}."] if axis.limit is not None else []
+    layout = _layout(axis, [y for _, _, y in known])
+    layout["xaxis"] = base_axis(across.title, range=[0, max(x for _, x, _ in known) * 1.1 or 1])
+    notes = _limit_notes(axis, layout)
     left_out = len(cases) - len(known)
     if left_out:
         notes.append(f"Not drawn: {left_out} of {len(cases)} cases, for which one of the two is not known.")

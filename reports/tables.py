@@ -7,19 +7,20 @@ from html import escape
 from typing import Any
 
 from twinserve.reports.runs import Run, same_trace
+from twinserve.reports.terms import sorter, term
 from twinserve.reports.text import flat, number, percent, plain, time_unit
 from twinserve.traces.runs.compare import Comparison, compare, differ, value_of
 
 _STATISTICS = ("mean", "p50", "p90", "p99")
 _LATENCIES = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "End to end"))
 _TOTALS = (
-    ("output_tok_s", "output tokens / s"),
-    ("total_tok_s", "all tokens / s"),
+    ("output_tok_s", term("output tokens / s", "Tokens / s")),
+    ("total_tok_s", term("all tokens / s", "Tokens / s")),
     ("duration_s", "duration, s"),
-    ("cached_tokens", "cached prompt tokens"),
-    ("preemptions", "preemp&shy;tions"),
-    ("device_wait_share", "device waits"),
-    ("steps", "steps"),
+    ("cached_tokens", term("cached prompt tokens", "Cached")),
+    ("preemptions", term("preemp&shy;tions", "Preemptions")),
+    ("device_wait_share", term("device waits", "Device waits")),
+    ("steps", term("steps", "Step")),
 )
 
 Errors = dict[str, dict[str, Comparison]]
@@ -51,7 +52,7 @@ def latency_table(runs: list[Run], errors: Errors) -> str:
             value = value_of(run.summary, metric)
             return number(None if value is None else value * scale)
 
-        bodies.append(_metric_rows(f"{title}, {unit}", metrics, runs, errors, shown))
+        bodies.append(_metric_rows(f"{term(title, title)}, {unit}", metrics, runs, errors, shown))
     return metric_table(["latency", *([""] if len(runs) > 1 else []), *_STATISTICS], bodies)
 
 
@@ -84,6 +85,48 @@ def metric_table(heads: Iterable[str], bodies: Iterable[str]) -> str:
     return f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>'
 
 
+def sortable_table(heads: Iterable[tuple[str, str | None]], rows: Iterable[list[tuple[Any, str]]]) -> str:
+    """A table that sorts by a column at a click on its head; the first column names the row.
+
+    Args:
+        heads: of each column what it says, as HTML, and which definition it tells.
+        rows: of each cell the value by which it sorts, and its text, which is escaped here.
+    """
+    head = "".join(f'<th scope="col">{sorter(*one)}</th>' for one in heads)
+    body = "".join(f"<tr>{''.join(_sortable_cell(*cell, at) for at, cell in enumerate(row))}</tr>" for row in rows)
+    table = f'<table class="metrics sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _sortable_cell(value: Any, text: str, column: int) -> str:
+    kind = "td" if column else 'th scope="row"'
+    said = f' data-value="{escape(str(value))}"' if isinstance(value, (int, float)) else ""
+    return f"<{kind}{said}>{escape(text)}</{kind.split()[0]}>"
+
+
+def key(run: Run) -> str:
+    """A piece of the run's line, as the figures have it."""
+    return f'<span class="key {run.world}" style="{key_style(run)}"></span>'
+
+
+def key_style(run: Run) -> str:
+    """Its style."""
+    return f"border-top: 3px {'solid' if run.style.dash == 'solid' else 'dashed'} {run.style.full}"
+
+
+def difference_table(runs: list[Run], told: Mapping[str, list[str]]) -> str:
+    """What runs differ in besides their names: a row each of `told`, whose texts are escaped here."""
+    head = "".join(f'<th scope="col">{key(run)}{run.text}</th>' for run in runs)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(text)}</td>" for text in texts)}</tr>'
+        for name, texts in told.items()
+    )
+    return (
+        f'<div class="scroll"><table class="facts"><thead><tr><th scope="col">differs</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
 def _metric_rows(
     title: str | None, metrics: list[str], runs: list[Run], errors: Errors, shown: Callable[[Run, str], str]
 ) -> str:
@@ -91,7 +134,7 @@ def _metric_rows(
     rows = []
     for run in runs:
         cells = "".join(_value_cell(run, metric, shown(run, metric)) for metric in metrics)
-        rows.append((f'<th scope="row" class="{run.world}">{run.label}</th>', "", cells))
+        rows.append((f'<th scope="row">{key(run)}{run.text}</th>', "", cells))
         if run.label in errors:
             cells = "".join(_error_cell(run, errors[run.label][metric]) for metric in metrics)
             rows.append(('<th scope="row">error</th>', ' class="error"', cells))
@@ -104,12 +147,12 @@ def _metric_rows(
 
 def _value_cell(run: Run, metric: str, text: str) -> str:
     value = value_of(run.summary, metric)
-    return f'<td data-metric="{metric}" data-run="{run.label}" data-value="{value}">{text}</td>'
+    return f'<td data-metric="{metric}" data-run="{run.text}" data-value="{value}">{text}</td>'
 
 
 def _error_cell(run: Run, row: Comparison) -> str:
     return (
-        f'<td data-metric="{row.metric}" data-error-of="{run.label}" data-value="{row.error}">'
+        f'<td data-metric="{row.metric}" data-error-of="{run.text}" data-value="{row.error}">'
         f"{percent(row.error, signed=True)}</td>"
     )
 
@@ -120,9 +163,7 @@ def _facts_table(kind: str, runs: list[Run], columns: list[Mapping[str, Any]]) -
         marked = ' class="differs"' if _differ(values) else ""
         cells = "".join(f"<td>{_fact(value)}</td>" for value in values)
         rows.append(f'<tr{marked}><th scope="row">{escape(name)}</th>{cells}</tr>')
-    head = "".join(
-        f'<th scope="col"><span class="{run.world}">{run.label}</span> {escape(run.name)}</th>' for run in runs
-    )
+    head = "".join(f'<th scope="col">{key(run)}{run.text}</th>' for run in runs)
     return (
         f'<div class="scroll"><table class="facts"><thead><tr><th scope="col">{kind}</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -149,6 +190,16 @@ def _transforms(log: Iterable[Any]) -> str:
         given, changed = (_listed(entry[field]) for field in ("parameters", "changed"))
         texts.append(f"{plain(entry['transform'])} ({given}): {changed}")
     return "; ".join(texts) or "no transforms"
+
+
+def transforms_of(run: Run) -> str:
+    """A run's transforms of its trace, each with its parameters; "not recorded" where the record does not say."""
+    trace = run.facts.get("trace")
+    log = trace.get("transforms") if isinstance(trace, dict) else None
+    if not isinstance(log, list):
+        return "not recorded"
+    known = [entry for entry in log if isinstance(entry, dict) and {"transform", "parameters"} <= entry.keys()]
+    return "; ".join(f"{plain(one['transform'])} ({_listed(one['parameters'])})" for one in known) or "none"
 
 
 def _listed(values: Any) -> str:

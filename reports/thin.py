@@ -5,6 +5,7 @@ Each function returns the indices of the points to keep, in rising order, and ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,71 @@ CLOUD_POINTS = 2000
 
 CURVE_POINTS = 800
 """The most points that a cumulative distribution is drawn with."""
+
+
+FINE_BINS, GROUPS = 3000, 300
+"""Stretches of time that a long line keeps the lowest, mean and highest value of, and those that are drawn at once."""
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A line that holds each value until the next, in equal stretches of time.
+
+    Attributes:
+        begin_s, width_s: of the first, and of each.
+        low, mean, high: of each, the mean weighted by time.
+    """
+
+    begin_s: float
+    width_s: float
+    low: np.ndarray
+    mean: np.ndarray
+    high: np.ndarray
+
+    def grouped(self, groups: int = GROUPS) -> Bins:
+        """At most so many stretches, each of them several of these together."""
+        size = -(-len(self.low) // groups)
+        starts = np.arange(0, len(self.low), size)
+        counts = np.diff(np.append(starts, len(self.low)))
+        return Bins(
+            self.begin_s,
+            self.width_s * size,
+            np.minimum.reduceat(self.low, starts),
+            np.add.reduceat(self.mean, starts) / counts,
+            np.maximum.reduceat(self.high, starts),
+        )
+
+    @property
+    def starts_s(self) -> np.ndarray:
+        """When each begins."""
+        return self.begin_s + self.width_s * np.arange(len(self.low))
+
+
+def binned(x: np.ndarray, y: np.ndarray, begin: float, end: float, bins: int = FINE_BINS) -> Bins:
+    """A step line in equal stretches from `begin` to `end`; before its first point it is 0.
+
+    Args:
+        x: rising, not necessarily strictly.
+        y: as many values; each holds until the next x.
+    """
+    edges = np.linspace(begin, end, bins + 1)
+    at = np.searchsorted(x, edges[:-1], "right") - 1
+    held = np.where(at >= 0, y[np.maximum(at, 0)], 0)
+    inside = (x > begin) & (x < end)
+    times, values = np.concatenate([edges[:-1], x[inside]]), np.concatenate([held, y[inside]])
+    order = np.argsort(times, kind="stable")
+    times, values = times[order], values[order]
+    starts = np.flatnonzero(order < bins)
+    # A value that is replaced at once, by another at the same time, is none that the line had.
+    lasts = np.diff(np.append(times, end))
+    low, high = np.where(lasts > 0, values, np.inf), np.where(lasts > 0, values, -np.inf)
+    return Bins(
+        float(edges[0]),
+        float(edges[1] - edges[0]),
+        np.minimum.reduceat(low, starts).astype(np.int64),
+        np.add.reduceat(values * lasts, starts) / np.add.reduceat(lasts, starts),
+        np.maximum.reduceat(high, starts).astype(np.int64),
+    )
 
 
 def thin_line(x: np.ndarray, y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:

@@ -64,7 +64,7 @@ def test_the_list_of_commands_has_whole_sentences(twinserve):
     [
         (["simulate"], "Did you mean 'sim'?"),
         (["cap"], "Did you mean 'capacity'?"),
-        (["reprot"], "Did you mean 'report'?"),
+        (["reprot"], "Did you mean 'report', 'export'?"),
         (["trace", "statistics"], "Did you mean 'stat'?"),
         (["sim", "x", "--max-num-seq", "3"], "--max-num-seqs"),
     ],

@@ -48,6 +48,7 @@ def test_site_packages_gets_one_name(wheel):
         "traces/runs/record.schema.json",
         "sim/data/smollm2-135m-cpu-2-threads.json",
         "reports/page.css",
+        "reports/page.js",
         "data/demo.jsonl",
         "data/demo.toml",
         "engine/data/verify.txt",

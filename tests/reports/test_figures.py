@@ -10,7 +10,7 @@ import pytest
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
 from twinserve.reports.gantt import request_figure
 from twinserve.reports.runs import runs_of
-from twinserve.reports.thin import LINE_POINTS
+from twinserve.reports.thin import FINE_BINS, GROUPS, LINE_POINTS
 from twinserve.reports.timelines import batch_figure, kv_figure
 
 
@@ -64,9 +64,13 @@ def test_long_lines_are_thinned_and_keep_their_extremes(sim):
     assert len(record.steps) > 2 * LINE_POINTS
     figure = batch_figure(runs_of([record]))
     for trace in figure.data:
-        assert len(trace["x"]) <= LINE_POINTS
-    assert max(traces(figure)[0]["y"]) == max(row["running"] for row in record.steps)
-    assert any(note.startswith("Thinned: ") and f"{LINE_POINTS:,} points" in note for note in figure.notes)
+        assert len(trace["x"]) <= GROUPS
+    low, high, mean = traces(figure)
+    assert max(high["y"]) == max(row["running"] for row in record.steps) and min(low["y"]) == 0
+    assert (low["y"] <= mean["y"] + 1e-9).all() and (mean["y"] <= high["y"] + 1e-9).all()
+    assert any(note.startswith("Thinned: ") and f"{GROUPS} equal stretches" in note for note in figure.notes)
+    fine = {(entry["at"], entry["kind"]): entry["values"] for entry in figure.detail["bins"]}
+    assert len(fine[1, "high"]) == FINE_BINS and max(fine[1, "high"]) == max(high["y"])
 
 
 def test_kv_blocks_peak_where_the_record_does(sim):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from twinserve.commands.records import _asked
 from twinserve.reports.page import write_report
-from twinserve.reports.text import number, percent
+from twinserve.reports.text import duration, number, percent
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.compare import METRICS, compare, value_of
 from twinserve.traces.runs.record import RunRecord
@@ -27,6 +31,7 @@ class Page(HTMLParser):
         fetched: addresses that a browser would fetch by itself.
         marked: the names of the rows that are marked as differing.
         figures: plotly's figure by its id.
+        packed: what is packed for the script: "requests", and of figures the detail by their ids.
     """
 
     def __init__(self, text: str):
@@ -36,6 +41,7 @@ class Page(HTMLParser):
         self.fetched: list[str] = []
         self.marked: list[str] = []
         self.figures: dict[str, Any] = {}
+        self.packed: dict[str, Any] = {}
         self._open: list[tuple[str, dict[str, str]]] = []
         self._words: list[str] = []
         self.feed(text)
@@ -43,8 +49,12 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         found = {name: value or "" for name, value in attrs}
-        self.fetched += [value for name, value in found.items() if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "link", "br", "img"):
+        self.fetched += [
+            value
+            for name, value in found.items()
+            if name in ("src", "href", "srcset", "data", "action") and not value.startswith("#")
+        ]
+        if tag not in ("meta", "link", "br", "img", "input"):
             self._open.append((tag, found))
         if "data-metric" in found:
             self.cells.append((found, ""))
@@ -59,6 +69,9 @@ class Page(HTMLParser):
         if tag in ("script", "style"):
             if "data-plot" in attributes:
                 self.figures[attributes["data-plot"]] = json.loads(data)
+            elif attributes.get("type") == "text/plain":
+                value = json.loads(gzip.decompress(base64.b64decode(data)))
+                self.packed[attributes.get("data-detail", "requests")] = value
             return
         self._words.append(data)
         if "data-metric" in attributes:
@@ -108,7 +121,7 @@ def test_units_are_said_and_apply_to_the_whole_row(page, make_record):
     ttft, tpot = (record.run["summary"][name] for name in ("ttft_s", "tpot_s"))
     assert tpot["p99"] < 1 <= ttft["p99"]
     shown = page(record)
-    assert "TTFT, s" in shown.visible and "TPOT, ms" in shown.visible
+    assert "TTFT , s" in shown.visible and "TPOT , ms" in shown.visible
     assert shown.value("ttft_s.p50", run="sim")[1] == number(ttft["p50"])
     assert shown.value("tpot_s.p50", run="sim")[1] == number(tpot["p50"] * 1e3)
 
@@ -151,7 +164,7 @@ def test_errors_are_against_the_first_real_run_of_the_trace(page, make_record, s
     again = replace(real, run=real.run | {"summary": sim.run["summary"]})
     shown = page(real, again, sim)
     assert shown.value("duration_s", error_of="sim")[0] == str(compare(sim, real)[METRICS.index("duration_s")].error)
-    assert {cell["data-run"] for cell, _ in shown.cells if "data-run" in cell} == {"real 1", "real 2", "sim"}
+    assert {cell["data-run"] for cell, _ in shown.cells if "data-run" in cell} == {"real (1)", "real (2)", "sim"}
 
 
 def test_runs_of_other_traces_are_not_compared_and_that_is_said(page, sim, real):
@@ -175,14 +188,11 @@ def test_a_number_that_is_not_defined_is_a_dash(page, make_record):
 
 
 def test_the_first_line_says_what_was_simulated_and_that_nothing_was_left_out(page, sim):
-    assert (
-        page(sim)
-        .visible.partition("sim – twinserve report ")[2]
-        .startswith(
-            "sim sim: simulated with latency model a line; trace chat.jsonl; 80 requests: "
-            "80 finished, 0 refused, 0 shortened, 0 capped, 0 dropped, 0 aborted."
-        )
-    )
+    said = page(sim).visible
+    assert said.startswith("sim – twinserve report sim recorded ")
+    assert "sim : simulated with latency model a line; trace chat.jsonl; " in said
+    assert " requests/s; 80 requests: 80 finished, 0 refused, 0 shortened, 0 capped, 0 dropped, 0 aborted. " in said
+    assert f"Replays exactly: {len(sim.steps):,} of {len(sim.steps):,} decisions made again." in said
 
 
 def test_the_first_line_counts_what_was_refused_shortened_dropped_and_aborted(page, make_record):
@@ -199,16 +209,55 @@ def test_the_first_line_counts_what_was_refused_shortened_dropped_and_aborted(pa
 
 
 def test_the_first_line_of_a_real_run_names_model_and_device(page, real):
-    assert "real real: served by tiny on a card; trace chat.jsonl; 80 requests" in page(real).visible
+    assert "real : served by tiny on a card; trace chat.jsonl; " in page(real).visible
     facts = real.run["facts"] | {"model": {"name": "big", "num_layers": 2}}
     assert "served by big on a card" in page(with_run(real, facts=facts)).visible
 
 
 def test_what_is_not_recorded_is_said(page, sim, real):
-    assert "simulated with an unrecorded latency model; an unrecorded trace" in page(with_run(sim, facts={})).visible
+    assert "simulated with an unrecorded latency model; trace unrecorded" in page(with_run(sim, facts={})).visible
     assert (
         "served by an unrecorded model on an unrecorded device" in page(with_run(real, facts={}, device=None)).visible
     )
+
+
+def test_the_first_screen_judges_by_what_was_asked(tmp_path, sim, real):
+    p99 = max(record.run["summary"]["ttft_s"]["p99"] for record in (sim, real))
+    text = f"p99 TTFT <= {p99 * 2e3:.0f} ms and p99 E2E <= 1 ms"
+    write_report([sim, real], tmp_path / "page.html", asked=_asked(text))
+    shown = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    head = shown.visible.partition("Summary")[0]
+    assert f"Asked: {_asked(text).text}" in head and head.count("✗ misses") == 2
+    for record in (sim, real):
+        summary = record.run["summary"]
+        for metric, limit in (("ttft_s", round(p99 * 2e3) / 1e3), ("e2e_s", 0.001)):
+            value = summary[metric]["p99"]
+            assert f"{duration(value)}, {value / limit:.0%} of its limit" in head
+        assert shown.value("attainment.share", run=record.path.name) == ("0.0", "0.0%")
+    write_report([sim], tmp_path / "kept.html", asked=_asked(f"p99 TTFT <= {p99 * 2e3:.0f} ms"))
+    assert "✓ keeps it" in (tmp_path / "kept.html").read_text(encoding="utf-8")
+
+
+def test_without_an_objective_nothing_is_judged_and_that_is_said(page, sim):
+    said = page(sim).visible
+    assert "No objective was given" in said and "✓" not in said and "✗" not in said
+
+
+def test_the_first_screen_says_when_and_how_the_page_is_made_again(tmp_path, sim):
+    os.utime(sim.path / "run.json", (86_400 * 365, 86_400 * 365))
+    write_report([sim], tmp_path / "page.html", asked=_asked("p99 TTFT <= 1 s"))
+    said = Page((tmp_path / "page.html").read_text(encoding="utf-8")).visible
+    assert "recorded 1971-01-01 00:00 UTC; twinserve 0.1.0" in said
+    assert f"Made by twinserve report {sim.path} --objective 'p99 TTFT <= 1 s'" in said
+
+
+def test_a_record_that_does_not_replay_is_said_not_to(page, sim):
+    steps = [row | {"digest": "0" * 16} if row["decision"] == 7 else row for row in sim.steps]
+    assert (
+        "Does not replay: differs after 7 decisions, decision 7: digest is " in page(replace(sim, steps=steps)).visible
+    )
+    by_hand = with_run(sim, settings=sim.run["settings"] | {"scheduling_policy": "by hand: Mine"})
+    assert "Not replayed: " in page(by_hand).visible
 
 
 # --- settings and facts ---
@@ -216,13 +265,14 @@ def test_what_is_not_recorded_is_said(page, sim, real):
 
 def test_settings_that_differ_are_marked_and_named_at_the_top(page, make_record, sim):
     shown = page(sim, make_record("other", max_num_seqs=12, composition="prefill-first"))
-    assert "The runs differ in 2 settings: composition, max_num_seqs." in shown.visible
+    assert "The runs differ in load, composition, max_num_seqs." in shown.visible
+    assert "composition mixed prefill-first max_num_seqs 16 12" in shown.visible
     assert shown.marked[:2] == ["composition", "max_num_seqs"]
 
 
 def test_equal_settings_are_said_to_be_equal_and_nothing_is_marked(page, sim):
     shown = page(sim, sim)
-    assert "The runs have equal settings." in shown.visible
+    assert "The runs have equal settings, facts and loads." in shown.visible
     assert shown.marked == []
 
 
@@ -287,7 +337,7 @@ def plotly_text() -> str:
 def test_every_figure_and_table_has_a_caption_of_one_sentence(page, sim, real):
     text = page(sim, real).text
     captions = re.findall(r'class="caption">(.*?)(?: <span class="note">|</)', text)
-    assert len(captions) == text.count("<figure") + 2
+    assert len(captions) == text.count("<figure id") + 2
     for caption in captions:
         assert re.fullmatch(r"Look [^.]*(\d\.\d[^.]*)*\.", caption), caption
 
@@ -298,7 +348,7 @@ def test_every_axis_has_a_title_with_its_unit(page, sim, real):
         titles = {key: axis.get("title", {}).get("text", "") for key, axis in axes.items()}
         if name == "kv":
             assert titles.pop("yaxis2") == "" and axes["yaxis2"]["ticktext"] == ["real", "sim"]
-        units = re.compile(r"\((s|ms|%)(, logarithmic)?\)$|tokens|requests|request|blocks")
+        units = re.compile(r"\((s|ms|%|requests/s)(, logarithmic)?\)$|tokens|requests|request|blocks")
         assert all(units.search(title) for title in titles.values()), (name, titles)
 
 
@@ -317,7 +367,7 @@ def test_a_long_record_gives_a_page_little_longer_than_a_short_one(page, sim):
     long = replace(sim, steps=sim.steps * 40)
     short_page, long_page = page(sim), page(long)
     assert len(long.steps) > 10_000
-    assert len(long_page.text) < len(short_page.text) + 500_000
+    assert len(long_page.text) < len(short_page.text) + 300_000
     assert "Thinned: " in long_page.visible and "Thinned: " not in short_page.visible
 
 

@@ -11,7 +11,7 @@ from twinserve.commands.configs import config_check, config_init
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import Command, Group, KeepsDashes
-from twinserve.commands.records import compare, record_import, replay, report
+from twinserve.commands.records import compare, export, record_import, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, plan, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "replay": (replay, "twinserve replay runs/real"),
     "compare": (compare, "twinserve compare runs/sim runs/real"),
     "report": (report, "twinserve report runs/sim runs/real --out report.html"),
+    "export": (export, "twinserve export runs/sim --format perfetto --out sim.json.gz"),
     "profile": (profile, "twinserve profile --out latency.json"),
     "fit": (fit, "twinserve fit runs/real --out latency.json"),
     "generate": (generate, 'twinserve generate "What is the capital of France?"'),

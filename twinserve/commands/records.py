@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
 from twinserve.settings.own_class import RULES
+
+if TYPE_CHECKING:
+    from twinserve.reports.asked import Asked
 
 
 def replay(
@@ -125,13 +128,65 @@ def _compare_pairs(runs: list[str], as_json: bool) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run records; say, a simulation and the run it predicts.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML page to write; must not exist.")] = Path("report.html"),
+    objective: Annotated[
+        str | None, typer.Option(help="What the runs are judged by, such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")
+    ] = None,
 ) -> None:
     """One self-contained HTML page from run records."""
     from twinserve.reports.page import write_report
     from twinserve.traces.runs.vllm_records import load_run
 
     refuse_existing(out)
-    write_report([load_run(run) for run in runs], out)
+    asked = None if objective is None else _asked(objective)
+    write_report([load_run(run) for run in runs], out, asked=asked, progress=lambda words: say(f"report: {words}"))
+    print(out)
+
+
+def _asked(text: str) -> Asked:
+    """An objective as a page judges runs by it.
+
+    Raises:
+        InputError: the text has another form, or names what is not measured.
+    """
+    from twinserve.planning.objectives import Objective
+    from twinserve.reports.asked import Asked
+
+    objective = Objective.parse(text)
+    if objective.limits is not None:
+        limits_s = {f"{name}_s": limit_s for name, limit_s in objective.limits.of}
+        return Asked(str(objective), limits_s, objective.missed, share=objective.share)
+    terms_s = {term.metric: term.limit_s for term in objective.terms}
+    limits_s = {}
+    for metric, limit_s in terms_s.items():
+        name = metric.partition(".")[0]
+        if name != "itl_s":  # a request has no one gap
+            limits_s[name] = min(limit_s, limits_s.get(name, limit_s))
+    return Asked(str(objective), limits_s, objective.missed, terms_s)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run record, a fleet's, or a vLLM step log.")],
+    kind: Annotated[
+        Literal["perfetto", "parquet", "csv"],
+        typer.Option("--format", help="A trace for ui.perfetto.dev; or the requests and the steps as tables."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The trace (gzip where it ends in .gz) or the folder to write; must not exist."),
+    ],
+    traces: Traces = None,
+) -> None:
+    """Write a run for other tools: Perfetto's timeline, or two tables."""
+    from twinserve.traces.runs.perfetto import export_perfetto
+    from twinserve.traces.runs.tables import export_tables
+    from twinserve.traces.runs.vllm_records import load_run
+
+    refuse_existing(out)
+    record = load_run(run, traces)
+    if kind == "perfetto":
+        export_perfetto(record, out)
+    else:
+        export_tables(record, out, kind)
     print(out)
 
 

@@ -11,7 +11,7 @@ from twinserve.planning.deployments import Deployment
 from twinserve.planning.objectives import Term, interval
 from twinserve.planning.point import Result
 from twinserve.planning.sweep import Plan, cost_of
-from twinserve.reports.sweep import Axis, Estimate, PageCase, sweep_page
+from twinserve.reports.sweep import Axis, Estimate, PageCase, Tried, sweep_page
 from twinserve.reports.text import number
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import value_of
@@ -52,7 +52,12 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         for term in _terms(plan):
             if (limits := capacity.intervals.get(term.metric)) is not None:
                 words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
-        cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words))
+        tried = [
+            Tried(value, _values(plan, results, {}), not any(plan.objective.missed(r["summary"]) for r in results))
+            for value, results in capacity.tried.items()
+            if plan.objective is not None
+        ]
+        cases.append(PageCase(capacity.case.varied, values, capacity.value is not None, words, tried, unit))
     return cases
 
 

@@ -108,6 +108,7 @@ class Capacity:
         by_seed: the same as `value`, of each seed alone; None where none was found.
         results: of the runs at `value`, one a seed.
         num_runs: how many runs that took, those that were in the store among them.
+        tried: the results at every value that was run, of the seeds for which it was, from the lowest value on.
         intervals: the limits of each metric at `value`, see `with_intervals`.
         has_floor: no value was found because more replicas do not lower what is missed, as when one request alone
             takes longer than its limit.
@@ -121,6 +122,7 @@ class Capacity:
     by_seed: list[float | int | None]
     results: list[Result] = field(repr=False)
     num_runs: int
+    tried: dict[float | int, list[Result]] = field(default_factory=dict, repr=False)
     intervals: Intervals = field(default_factory=dict)
     has_floor: bool = False
 
@@ -196,6 +198,7 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     numbers = [next(search) for search in searches]
     found: dict[int, Found] = {}
     missed: dict[tuple[int, int], list[str]] = {}
+    ran: dict[int, dict[int, Result]] = {}
     num_runs = 0
     lacking: dict[int, tuple[int, float]] = {}  # by seed, a number that misses, and its load
     has_floor = False
@@ -203,6 +206,7 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
         num_runs += len(live)
         results = yield [scale.at(case.points[seed], numbers[seed]) for seed in live]
         for seed, result in zip(live, results, strict=True):
+            ran.setdefault(numbers[seed], {})[seed] = result
             missed[seed, numbers[seed]] = what = objective.missed(result["summary"])
             if what and scale.sought == "replicas":
                 tried, load = numbers[seed], objective.load_of(result["summary"])
@@ -221,15 +225,16 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     failed = min((end for _, end in found.values() if end is not None), default=None)
     known = [number for number in kept if number is not None]
     number, results = None, []
-    for tried in range(min(known), min(known) - _MOST_RETREATS, -1) if len(known) == len(kept) else ():
+    for lower in range(min(known), min(known) - _MOST_RETREATS, -1) if len(known) == len(kept) else ():
         num_runs += len(case.points)
-        results = yield [scale.at(point, tried) for point in case.points]
+        results = yield [scale.at(point, lower) for point in case.points]
         for seed, result in enumerate(results):
-            missed[seed, tried] = objective.missed(result["summary"])
-        if not any(missed[seed, tried] for seed in range(len(results))):
-            number = tried
+            ran.setdefault(lower, {})[seed] = result
+            missed[seed, lower] = objective.missed(result["summary"])
+        if not any(missed[seed, lower] for seed in range(len(results))):
+            number = lower
             break
-        failed = tried
+        failed = lower
     if number is None:
         results = []
     reasons = dict.fromkeys(what for (_, at), words in missed.items() if at == failed for what in words)
@@ -242,6 +247,7 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
         [None if one is None else scale.value(one) for one in kept],
         results,
         num_runs,
+        {value: of for value, of in sorted((scale.value(at), list(by.values())) for at, by in ran.items())},
         has_floor=has_floor,
     )
 

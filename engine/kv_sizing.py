@@ -8,6 +8,7 @@ from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
 from twinserve.settings.errors import InputError
 
@@ -16,7 +17,7 @@ CPU_BUDGET_BYTES = 1 << 30
 
 def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None = None) -> RunnerConfig:
     """`config` with a pool that fits beside the weights of `decoder`, unless it has one; a model that drafts has as
-    many blocks of its own.
+    many blocks of its own. Ranks that share a model have as many as fit on each of their devices.
 
     Raises:
         InputError: `gpu_memory_utilization` leaves nothing.
@@ -29,7 +30,7 @@ def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None =
 
         step_bytes = GraphRunner(decoder, config.with_blocks(1)).step_bytes()
     num_blocks = default_num_blocks(
-        config.model,
+        decoder.config,
         config.settings.block_size,
         config.kv_cache_dtype,
         decoder.device,
@@ -37,6 +38,8 @@ def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None =
         step_bytes,
         0 if drafting is None else bytes_per_block(drafting.config, config.settings.block_size, drafting.dtype),
     )
+    if isinstance(decoder, ShardedDecoder):
+        num_blocks = decoder.group.least(num_blocks, decoder.device)
     return config.with_blocks(num_blocks)
 
 

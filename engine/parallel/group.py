@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 from torch import Tensor
 
 from twinserve.engine.parallel.shards import Shard
@@ -55,12 +56,15 @@ class Group:
         """All ranks' `x`, one behind another: [ranks, *x.shape]."""
         gathered = x.new_empty(self.shard.size, *x.shape)
         if x.numel():
-            self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1)).wait()
+            options = AllgatherOptions()
+            options.asyncOp = False
+            self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options).wait()
         return gathered
 
     def from_first(self, x: Tensor) -> Tensor:
         """Rank 0's `x`, in place of every other rank's."""
-        options = dist.BroadcastOptions()
+        options = BroadcastOptions()
+        options.asyncOp = False
         options.rootRank = 0
         if x.numel():
             self._processes.broadcast([x], options).wait()
@@ -71,7 +75,8 @@ class Group:
         self._processes.abort()
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
-        options = dist.AllreduceOptions()
+        options = AllreduceOptions()
+        options.asyncOp = False
         options.reduceOp = operation
         if x.numel():
             self._processes.allreduce([x], options).wait()

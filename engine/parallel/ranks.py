@@ -111,6 +111,7 @@ class Ranks:
             # What is to be ended is ended when nobody holds this any more, or the interpreter ends.
             self._end = weakref.finalize(self, _end, self._processes)
             device = rank_device(config, 0)
+            self._is_on_cuda = device.type == "cuda"
             self._ring = places[0].open_ring(device, self.check)
             self._wait_for("here")
             self.group = places[0].meet(device, self._store)
@@ -136,11 +137,15 @@ class Ranks:
 
     def check(self) -> None:
         """Raise a RankError if one has ended."""
+        if self._reason is not None:
+            raise RankError(self._reason)
+
+    def _look(self) -> None:
+        """Look whether one has ended, and raise a RankError then."""
         if self._reason is None and any(process.exitcode is not None for process in self._processes):
             time.sleep(SETTLING_S)
             self._reason = self._why()
-        if self._reason is not None:
-            raise RankError(self._reason)
+        self.check()
 
     def tells(self, inbox: Inbox) -> None:
         """Have an inbox fail, by which somebody waits for requests, when a rank ends."""
@@ -161,7 +166,7 @@ class Ranks:
                     break
                 time.sleep(0.01)
             try:
-                self.check()
+                self._look()
             except RankError as ended:
                 raise ended from error
             self._reason = f"rank 0 has failed: {type(error).__name__}: {error}"
@@ -187,7 +192,7 @@ class Ranks:
         """Wait until every other rank has said a word."""
         for rank in range(1, len(self._processes) + 1):
             while not self._store.check([f"{word}/{rank}"]):
-                self.check()
+                self._look()
                 time.sleep(0.01)
 
     def _why(self) -> str:
@@ -222,13 +227,11 @@ class Ranks:
         with self._lock:
             if self._is_over:
                 return
-        for process in self._processes:
-            process.join(0)
         try:
-            self.check()
+            self._look()
         except RankError as error:
             self._end()
-            if torch.cuda.is_available():
+            if self._is_on_cuda:
                 self.group.abort()  # what waits on the device for the rank would wait for ever
             for inbox in list(self._inboxes):
                 inbox.fail(error)

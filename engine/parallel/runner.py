@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinserve.engine.device_queue import Step, to_device
+from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.logprobs import AskedLogprobs, PromptLogprobs
 from twinserve.engine.model_runner import Arranged, FlatStep, ModelRunner, StepInput
 from twinserve.engine.models.sharded_decoder import ShardedDecoder
@@ -32,6 +32,8 @@ class ShardedRunner(ModelRunner):
     def __init__(self, *others: Any, ranks: Ranks | None, **named: Any):
         super().__init__(*others, **named)
         self._ranks = ranks
+        if ranks is not None and self.device.type == "cuda":
+            self._queue = CudaQueue(self.device, ranks.check)
 
     def follow(self, arranged: Arranged, drawing: Drawing | None, prompt_places: list[int]) -> Step:
         """Start the part of a step of a rank that is told of it."""

@@ -50,6 +50,24 @@ PEAKS = Shares(
 """All that a device can do is reached, and nothing lies between."""
 
 
+class Collectives(BaseModel):
+    """What an all-reduce takes between so many of a device: a time, and one for the bytes that go over the link.
+
+    Attributes:
+        ranks: how many were measured together.
+        all_reduce_ns: of few bytes.
+        link: bytes a second, each way; of `bytes`, 2 (ranks - 1) / ranks go over it.
+        source: what they were fitted on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranks: int = Field(ge=2)
+    all_reduce_ns: float = Field(ge=0)
+    link: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
 class Device(BaseModel):
     """What a device can do.
 
@@ -66,6 +84,8 @@ class Device(BaseModel):
             logs on an H100.
         source: where these are from.
         shares: what is reached of the peaks.
+        collectives: what an all-reduce was measured to take; None: nobody has measured it, and it takes what NCCL's own
+            model of its speed says, over `link` and `hop_ns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +103,7 @@ class Device(BaseModel):
     host_seq_ns: int = Field(default=25_000, ge=0)
     source: str = Field(min_length=1)
     shares: Shares
+    collectives: Collectives | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -105,7 +126,11 @@ def _shipped() -> tuple[dict[str, Device], Shares]:
     tables = tomllib.loads(DEVICES_FILE.read_text(encoding="utf-8"))
     shares = {name: Shares(**table) for name, table in tables["shares"].items()}
     others = shares["h200"]
-    devices = {name: Device(**table, shares=shares.get(name, others)) for name, table in tables["device"].items()}
+    collectives = tables.get("collectives", {})
+    devices = {
+        name: Device(**table, shares=shares.get(name, others), collectives=collectives.get(name))
+        for name, table in tables["device"].items()
+    }
     return devices, others
 
 

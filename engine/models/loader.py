@@ -72,7 +72,9 @@ def adopt_model(
         InputError: the model's architecture, or something in its config, is not honoured.
     """
     config, tensors = config_of(model), model.state_dict()
-    source = _Source(type(model).__name__, tensors, lambda name: tensors[name].shape, lambda name, own: tensors[name][own])
+    source = _Source(
+        type(model).__name__, tensors, lambda name: tensors[name].shape, lambda name, own: tensors[name][own]
+    )
     return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization, group)
 
 

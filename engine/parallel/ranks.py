@@ -33,7 +33,7 @@ GRACE_S = 2.0
 SETTLING_S = 0.2
 """How long one waits, when a rank has ended, for those that it took with it."""
 EAGER_S = 0.005
-"""How long ranks that have a device each look for the next step without a nap; on a CPU somebody else needs the time."""
+"""How long ranks with a device each look for the next step before the first nap; on a CPU others need the time."""
 
 
 class RankError(RunError):

@@ -64,11 +64,12 @@ class Ring:
         data = len(message).to_bytes(8, "little") + message
         for begin in range(0, len(data), CAPACITY // 2):
             piece, first = data[begin : begin + CAPACITY // 2], int(self._written[0])
-            self._until(lambda first=first, size=len(piece): first + size - int(self._read.min()) <= CAPACITY)
+            end = first + len(piece)
+            self._until(lambda end=end: end - int(self._read.min()) <= CAPACITY)
             for place, part in _pieces(first, len(piece)):
                 self._memory[self._start + place : self._start + place + part.stop - part.start] = piece[part]
             _fence()
-            self._written[0] = first + len(piece)
+            self._written[0] = end
 
     def receive(self) -> bytes:
         """Wait for the next message."""

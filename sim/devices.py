@@ -118,7 +118,8 @@ class Device(BaseModel):
     @property
     def at_peak(self) -> Device:
         """The same, if all that it can do were reached and there were nothing beside."""
-        return self.model_copy(update={"shares": PEAKS})
+        collectives = Collectives(ranks=2, all_reduce_ns=0, link=self.link, source=PEAKS.source)
+        return self.model_copy(update={"shares": PEAKS, "hop_ns": 0, "collectives": collectives})
 
 
 def _shipped() -> tuple[dict[str, Device], Shares]:

@@ -132,10 +132,11 @@ def served(size: int, arguments: argparse.Namespace, work: Work) -> dict[str, An
     if arguments.device == "cpu":
         options |= {"dtype": "float32", "threads": 1}
     llm = make_llm(arguments.model, **options)
-    llm.warm_up()
+    if arguments.device == "cuda":
+        llm.warm_up()
     alone = Work.of_lengths([(16, arguments.alone)])
+    one = [throughput(llm, alone) for _ in range(1 + arguments.repeats)][1:]
     many = [throughput(llm, work) for _ in range(arguments.repeats)]
-    one = [throughput(llm, alone) for _ in range(arguments.repeats)]
     name = llm.device_name
     close(llm)
     return {

@@ -215,8 +215,8 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
             line = result["collectives"][ranks]
             lines += [
                 "",
-                f"An all-reduce between {ranks} ranks; the line through them is {line['all_reduce_ns'] / 1e3:,.1f} us and "
-                f"what goes over the link at {line['link'] / 1e9:,.2f} GB/s:",
+                f"An all-reduce between {ranks} ranks; the line through them is {line['all_reduce_ns'] / 1e3:,.1f} us "
+                f"and what goes over the link at {line['link'] / 1e9:,.2f} GB/s:",
                 "",
                 *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
             ]

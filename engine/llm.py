@@ -37,9 +37,7 @@ from twinserve.traces.runs.record import RunRecorder
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner
-    from twinserve.engine.parallel.graph_runner import ShardedGraphRunner
     from twinserve.engine.parallel.ranks import Ranks
-    from twinserve.engine.parallel.runner import ShardedRunner
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,7 @@ class LLM:
         draft_source = draft_of(draft, config, source, self.options)
         self.attention, self.kv_cache_dtype = config.attention, config.kv_cache_dtype
         self._ranks: Ranks | None = None
+        self.runner: ModelRunner | GraphRunner
         if self.options.tensor_parallel_size > 1:
             config, self.runner = self._over_ranks(source, config)
         else:
@@ -146,14 +145,13 @@ class LLM:
         self._forgotten: weakref.finalize | None = None
         self._guard = threading.Lock()
 
-    def _over_ranks(
-        self, source: ModelSource, config: RunnerConfig
-    ) -> tuple[RunnerConfig, ShardedRunner | ShardedGraphRunner]:
+    def _over_ranks(self, source: ModelSource, config: RunnerConfig) -> tuple[RunnerConfig, ModelRunner | GraphRunner]:
         """The config with its pool and rank 0's runner, the other ranks being there."""
         from twinserve.engine.parallel.ranks import Ranks, rank_device
         from twinserve.engine.parallel.runners import make_runner
+        from twinserve.engine.parallel.worker import work
 
-        ranks = self._ranks = Ranks(config, source.load, torch.get_num_threads())
+        ranks = self._ranks = Ranks(work, config, source.load, torch.get_num_threads())
         device = rank_device(config, 0)
         try:
             with ranks.failing_together():
@@ -322,8 +320,9 @@ class LLM:
             )
 
     def _end_with_ranks(self, inbox: Inbox) -> None:
-        """Have who waits for requests hear of it when a rank ends."""
+        """Have who waits for requests hear of it when a rank ends; a RankError if one has."""
         if self._ranks is not None:
+            self._ranks.check()
             self._ranks.tells(inbox)
 
     def _live_core(self) -> AsyncLLM:

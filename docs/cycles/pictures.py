@@ -2,8 +2,8 @@
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle7.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is written, and the exit
-status is 1 where a picture is another.
+Writes cycle1.svg ... cycle7.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is
+written, and the exit status is 1 where a picture is another.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def tensor_parallel() -> Drawing:
     shape = SHAPES["smollm2-135m"].layers[0]
     attention, network = shape.mixer, shape.network
     assert isinstance(attention, Attention) and isinstance(network, FeedForward)
-    drawing = Drawing(760, 330, f"A layer of SmolLM2-135M on {ranks} ranks: what is split, and what is summed")
+    drawing = Drawing(800, 320, f"A layer of SmolLM2-135M on {ranks} ranks: what is split, and what is summed")
     # Each matrix: its name, where it stands, its width and height, whether it is split by columns, and what that means.
     heads = f"{attention.num_heads // ranks} query heads, {attention.num_kv_heads // ranks} KV head"
     inner = f"{network.inner // ranks} of {network.inner}"
@@ -223,15 +223,15 @@ def tensor_parallel() -> Drawing:
             else:
                 drawing.box(x, y + rank * height // ranks, width, height // ranks - 2, color, str(rank))
         drawing.text(x + width // 2, 252, meaning, anchor="middle", color=MUTED)
+        how = "split by what it gives" if by_columns else "split by what it takes"
+        drawing.text(x + width // 2, 272, how, anchor="middle", color=MUTED)
     drawing.text(20, 154, "hidden", color=MUTED)
-    for begin, end in ((66, 86), (242, 276), (366, 446), (602, 636), (726, 750)):
+    for begin, end in ((66, 86), (242, 276), (366, 446), (602, 636), (726, 786)):
         drawing.arrow(begin, 150, end, 150)
-    for x in (406, 738):
+    for x in (406, 756):
         drawing.text(x, 140, "sum", anchor="middle", bold=True)
     drawing.text(20, 26, "Every rank has all of the hidden state, and a part of each matrix", bold=True)
-    drawing.text(90, 274, "by what it gives: no word is needed", color=MUTED)
-    drawing.text(322, 292, "by what it takes: what each gives is a part of a sum", anchor="middle", color=MUTED)
-    _legend(drawing, 318, [(color, f"rank {rank}") for rank, color in enumerate(colors)])
+    _legend(drawing, 306, [(color, f"rank {rank}") for rank, color in enumerate(colors)])
     return drawing
 
 

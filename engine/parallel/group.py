@@ -30,15 +30,18 @@ class Group:
     def __init__(self, shard: Shard, store: dist.Store, device: torch.device):
         self.shard = shard
         self._processes: Any
+        options: Any
         if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
+            nccl: Any = dist.ProcessGroupNCCL
+            options = nccl.Options()
             options._timeout = MEETING_LIMIT
-            self._processes = dist.ProcessGroupNCCL(store, shard.rank, shard.size, options)
+            self._processes = nccl(store, shard.rank, shard.size, options)
         else:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
             options._timeout = MEETING_LIMIT
-            self._processes = dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
+            self._processes = gloo(store, shard.rank, shard.size, options)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in its place."""

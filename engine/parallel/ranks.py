@@ -73,6 +73,10 @@ class Place:
         return Group(self.shard, dist.PrefixStore("group", store), device)
 
 
+Work = Callable[[Place, RunnerConfig, Callable[..., Decoder]], None]
+"""What a process does that is a rank: `twinserve.engine.parallel.worker.work`."""
+
+
 def rank_device(config: RunnerConfig, rank: int) -> torch.device:
     """The device of a rank."""
     return torch.device("cuda", rank) if config.device.type == "cuda" else config.device
@@ -85,6 +89,7 @@ class Ranks:
     for requests to come in.
 
     Args:
+        work: what each of their processes does.
         config: what the runner of each is made from.
         load: loads the weights of a rank's part: `load(device=..., group=...)`.
         threads: of torch on a CPU, of each rank.
@@ -97,7 +102,7 @@ class Ranks:
         RankError: one has ended before it was there.
     """
 
-    def __init__(self, config: RunnerConfig, load: Callable[..., Decoder], threads: int):
+    def __init__(self, work: Work, config: RunnerConfig, load: Callable[..., Decoder], threads: int):
         size = config.options.tensor_parallel_size
         self._store = _listening()
         self._reason: str | None = None
@@ -107,7 +112,7 @@ class Ranks:
         ring = Ring.make(size - 1)
         try:
             places = [Place(Shard(rank, size), self._store.port, ring, os.getpid(), threads) for rank in range(size)]
-            self._processes = _started(places[1:], config, load)
+            self._processes = _started(work, places[1:], config, load)
             # What is to be ended is ended when nobody holds this any more, or the interpreter ends.
             self._end = weakref.finalize(self, _end, self._processes)
             device = rank_device(config, 0)
@@ -253,11 +258,9 @@ def _listening() -> dist.TCPStore:
         raise InputError(problem, field="MASTER_PORT", value=int(text)) from error
 
 
-def _started(places: list[Place], config: RunnerConfig, load: Callable[..., Decoder]) -> list[Any]:
+def _started(work: Work, places: list[Place], config: RunnerConfig, load: Callable[..., Decoder]) -> list[Any]:
     """The processes of ranks. They end with this one, and Ctrl-C is left to it."""
     from torch import multiprocessing
-
-    from twinserve.engine.parallel.worker import work
 
     context = multiprocessing.get_context("spawn")
     processes = [

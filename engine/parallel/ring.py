@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 CAPACITY = 1 << 20
 _LINE = 64
 """Bytes of a cache line: a count that one process writes lies in one of its own."""
-_NAP_S = 50e-6
+_NAPS_S = 50e-6, 2e-3
+"""The shortest and the longest nap. One is no more than a twentieth of how long was waited before it, so that it adds
+little to that, and who waits for long takes next to no time of a processor."""
 _FENCE = threading.Lock()
 
 
@@ -65,7 +68,7 @@ class Ring:
         for begin in range(0, len(data), CAPACITY // 2):
             piece, first = data[begin : begin + CAPACITY // 2], int(self._written[0])
             end = first + len(piece)
-            self._until(lambda end=end: end - int(self._read.min()) <= CAPACITY)
+            self._until(partial(self._has_room, end))
             for place, part in _pieces(first, len(piece)):
                 self._memory[self._start + place : self._start + place + part.stop - part.start] = piece[part]
             _fence()
@@ -79,7 +82,7 @@ class Ring:
         data = bytearray()
         while len(data) < size:
             first = int(self._read[self._reader])
-            self._until(lambda first=first: int(self._written[0]) > first)
+            self._until(partial(self._has_more, first))
             _fence()
             count = min(size - len(data), int(self._written[0]) - first)
             for place, part in _pieces(first, count):
@@ -88,14 +91,23 @@ class Ring:
             self._read[self._reader] = first + count
         return bytes(data)
 
+    def _has_room(self, end: int) -> bool:
+        """May the ring be written up to the byte `end`?"""
+        return end - int(self._read.min()) <= CAPACITY
+
+    def _has_more(self, first: int) -> bool:
+        """Is there anything behind the first bytes?"""
+        return int(self._written[0]) > first
+
     def _until(self, is_so: Callable[[], bool]) -> None:
-        begun = time.perf_counter()
+        begun, (shortest_s, longest_s) = time.perf_counter(), _NAPS_S
         while not is_so():
-            if time.perf_counter() - begun < self._eager_s:
+            waited_s = time.perf_counter() - begun
+            if waited_s < self._eager_s:
                 os.sched_yield()
             else:
                 self._check()
-                time.sleep(_NAP_S)
+                time.sleep(max(shortest_s, min(longest_s, waited_s / 20)))
 
 
 def _pieces(first: int, count: int) -> list[tuple[int, slice]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def quantize_decoder(decoder: Model, scale_of: Callable[[str, Tensor], Tensor] |
     """
     # By name: a list of the layers would keep the weights of all of them until the last is replaced.
     for name in [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]:
-        layer = decoder.get_submodule(name)
+        layer: Any = decoder.get_submodule(name)
         scale = None if scale_of is None else scale_of(f"{name}.weight", layer.weight)
         decoder.set_submodule(name, _in_int8(layer, scale))
     return decoder

@@ -234,7 +234,7 @@ def main() -> int:
     parsing = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parsing.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parsing.add_argument("--model", default="smollm2-135m-shape", help="a shape that ships")
-    parsing.add_argument("--ranks", type=_numbers, default=[1, 2], help="such as 1,2,4")
+    parsing.add_argument("--ranks", type=_numbers, default=[1, 3], help="such as 1,2,4")
     parsing.add_argument("--requests", type=int, default=0, help="0: W256")
     parsing.add_argument("--tokens", type=int, default=32, help="in and out, of each of --requests")
     parsing.add_argument("--alone", type=int, default=64, help="tokens that the request alone generates")

@@ -100,11 +100,11 @@ def _opening() -> list[str]:
             attention has all query heads of a KV head in one program and splits long contexts where few rows
             would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple
             of 16 is served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
-            """The graph samples the best token of a row, or one by temperature. Rows that ask for more (`top_k`,
-            `top_p`, `min_p`, `repetition_penalty`, `logprobs`) are sampled again behind it, by the kernels of the
-            eager path. For one with a repetition penalty the device keeps which tokens came before, a byte for each
-            of the vocabulary. Log-probabilities come to the host with the tokens of their step, into
-            `Completion.logprobs`.""",
+            """The graph samples the best token of a row, or one by temperature, `top_k`, `top_p` and `min_p`, without
+            a sort: it searches for the least logit that is kept. Rows that ask for more (penalties, `logit_bias`,
+            `min_tokens`, `logprobs`) are sampled again behind it, by the kernels of the eager path. For one with a
+            repetition penalty the device keeps which tokens came before, a byte for each of the vocabulary.
+            Log-probabilities come to the host with the tokens of their step, into `Completion.logprobs`.""",
         ),
         "![Host and device over three steps](engine/timeline.svg)",
         "",
@@ -277,11 +277,23 @@ def _ending() -> list[str]:
             the step before; a seeded request draws the same tokens whatever runs beside it, as far as the batch's size
             changes no logit by rounding."""
         ),
+        "## Drafts",
+        "",
+        *prose(
+            """With `--speculative-config` a step verifies drafts ([policies.md](policies.md)): a row has the last known
+            token and up to k drafts behind it. In graphs each of these tokens attends as a decode does, over the
+            context up to itself; all keys and values of a layer are written before any token attends. So a step
+            without prompts is one graph launch, of which graph only the number of tokens decides. Steps with prompts
+            run kernel by kernel, sampling and comparing behind the model. Drafts are proposed from tokens that the
+            host knows, so it waits for each step: what is saved is steps, and a step that is decided ahead gains
+            nothing. `tests/gpu/test_speculation.py` compares the tokens with those of eager steps."""
+        ),
         "## Not there yet",
         "",
         *prose(
-            """Top-k and top-p sort their rows outside the graph. A short chunk behind a long context is attended by few
-            programs: the context is not split for it, as it is for decodes."""
+            """Drafts that stay on the device, so that the host need not wait for them; a model that drafts in graphs
+            of its own. A short chunk behind a long context is attended by few programs: the context is not split for
+            it, as it is for decodes."""
         ),
     ]
 

@@ -181,6 +181,7 @@ def parse() -> argparse.Namespace:
     parsing = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parsing.add_argument("--streams", type=int, default=256)
     parsing.add_argument("--max-num-seqs", type=int, default=128)
+    parsing.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parsing.add_argument("--prompt-tokens", type=int, default=256)
     parsing.add_argument("--output-tokens", type=int, default=256)
     parsing.add_argument("--max-model-len", type=int, default=2048)
@@ -201,7 +202,7 @@ def main() -> int:
     begun, arguments = time.perf_counter(), parse()
     engine = {"model": arguments.model, "device": arguments.device, "load_format": arguments.load_format}
     engine |= {"dtype": arguments.dtype} if arguments.dtype else {}
-    names = ("max_num_seqs", "max_model_len", "num_gpu_blocks")
+    names = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_gpu_blocks")
     settings = Settings.load({name: getattr(arguments, name) for name in names} | {"pipeline_depth": 1})
 
     def say(line: str) -> None:

@@ -44,14 +44,15 @@ class BlockManager:
                 raise ValueError(f"{name} is {value}, expected an integer >= 1")
         self.num_blocks, self.block_size = num_blocks, block_size
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks or 0))  # in the order of their use
+        self._blank = list(range(num_blocks or 0))[::-1]  # free and without content; the last is used next
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free as well, behind those, in the order of their use
         self.prefix_cache: PrefixCache | None = None
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._free)
+        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
 
     @property
     def cacheable_tokens(self) -> int:
@@ -61,7 +62,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._free)
+        return len(self.blocks) - len(self._blank) - len(self._cached)
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -71,7 +72,7 @@ class BlockManager:
     @property
     def free_block_ids(self) -> list[int]:
         """The free blocks, in the order in which they are used next; a new list, so it costs the pool's size."""
-        return list(self._free)
+        return [*reversed(self._blank), *self._cached]
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -105,17 +106,17 @@ class BlockManager:
 
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
-        table, free, num_cached = seq.block_table, self._free, seq.num_registered_tokens // self.block_size
-        for block_id in table[num_cached:]:
+        num_cached = seq.num_registered_tokens // self.block_size
+        blank = seq.block_table[num_cached:]
+        for block_id in blank:
             self.blocks[block_id].reset()
-            free[block_id] = None
-            free.move_to_end(block_id, last=False)
+        self._blank += blank
         # Only a block that the cache knows may be held by others too.
-        for block_id in reversed(table[:num_cached]):
+        for block_id in reversed(seq.block_table[:num_cached]):
             block = self.blocks[block_id]
             block.ref_count -= 1
             if not block.ref_count:
-                free[block_id] = None
+                self._cached[block_id] = None
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
@@ -164,7 +165,7 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                del self._free[block_id]
+                del self._cached[block_id]
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
@@ -201,23 +202,27 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
+            self._blank[:0] = reversed(self._cached)
+            self._cached.clear()
         return True
 
     def take(self, count: int) -> list[int]:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        free, blocks, cache, taken = self._free, self.blocks, self.prefix_cache, list[int]()
-        for _ in range(count):
-            if self.num_blocks is None and (not free or (cache is not None and next(iter(free)) in cache)):
-                blocks.append(Block(len(blocks)))  # and nothing is evicted
-                taken.append(len(blocks) - 1)
-            else:
-                taken.append(free.popitem(last=False)[0])
-            blocks[taken[-1]].ref_count = 1
-        evicted = [] if cache is None else [block_id for block_id in taken if block_id in cache]
-        if evicted and cache is not None:
-            cache.remove(evicted)
+        blank, blocks = self._blank, self.blocks
+        taken = [blank.pop() for _ in range(min(count, len(blank)))]
+        missing = count - len(taken)
+        if missing and self.num_blocks is None:
+            taken += range(len(blocks), len(blocks) + missing)  # and nothing is evicted
+            blocks += [Block(block_id) for block_id in taken[-missing:]]
+        elif missing:
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(missing)]
+            if self.prefix_cache is not None:
+                self.prefix_cache.remove(evicted)
+            taken += evicted
+        for block_id in taken:
+            blocks[block_id].ref_count = 1
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:

@@ -64,15 +64,19 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    composition: Literal["mixed", "prefill-first"] = "mixed"
-    max_num_seqs: int = Field(default=256, ge=1, le=MOST)
-    max_num_batched_tokens: int = Field(default=2048, ge=1, le=MOST)
-    enable_chunked_prefill: bool = True
+    composition: Literal["mixed", "prefill-first"] = Field(
+        default="mixed", description="a step: prompts beside decodes, as vLLM; or prompts alone, before any decode"
+    )
+    max_num_seqs: int = Field(default=256, ge=1, le=MOST, description="requests that run at once")
+    max_num_batched_tokens: int = Field(default=2048, ge=1, le=MOST, description="the budget: tokens of a step")
+    enable_chunked_prefill: bool = Field(default=True, description="a long prompt may be cut over several steps")
     vllm_version: Version = Field(default=NEWEST, description="whose rules decide")
     max_num_active_seqs: int | None = Field(
         default=None, ge=1, le=MOST, description="running requests, in place of max_num_seqs and no more than it"
     )
-    long_prefill_token_threshold: int = Field(default=0, ge=0, le=MOST)
+    long_prefill_token_threshold: int = Field(
+        default=0, ge=0, le=MOST, description="the most tokens of one prompt in a step; 0: as many as the budget leaves"
+    )
     long_prefill_token_threshold_adaptive: bool = Field(
         default=False, description="the threshold is at least the budget divided by the requests that run or wait"
     )
@@ -102,17 +106,29 @@ class Settings(BaseModel):
     victim: str | None = Field(
         default=None, description="FILE.py:CLASS: who is preempted, in place of the order's rule"
     )
-    max_model_len: int | None = Field(default=None, ge=1, le=MOST)
+    max_model_len: int | None = Field(
+        default=None, ge=1, le=MOST, description="tokens of prompt and answer; longer ones are refused or cut short"
+    )
     block_size: int = Field(default=16, ge=1, le=MOST, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(
         default=None, ge=1, le=MOST_BLOCKS, description="usable KV blocks; none: a pool without end"
     )
-    enable_prefix_caching: bool = True
-    prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = "xxh64"
-    prefix_caching_seed: int = Field(default=0, ge=0, le=MOST)
-    scheduler_reserve_full_isl: bool = True
-    watermark: float = Field(default=0.0, ge=0.0, lt=1.0)
-    pipeline_depth: int = Field(default=0, ge=0, le=1)
+    enable_prefix_caching: bool = Field(
+        default=True, description="prompts that begin alike share the KV blocks of what is alike"
+    )
+    prefix_caching_hash_algo: Literal["xxh64", "xxh3_128"] = Field(
+        default="xxh64", description="how blocks are hashed: 64 or 128 bits"
+    )
+    prefix_caching_seed: int = Field(default=0, ge=0, le=MOST, description="of the hashes of blocks")
+    scheduler_reserve_full_isl: bool = Field(
+        default=True, description="a request starts only when blocks for its whole prompt are free"
+    )
+    watermark: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="share of the pool that stays free when a request starts"
+    )
+    pipeline_depth: int = Field(
+        default=0, ge=0, le=1, description="1: a step is decided while the one before it runs (vLLM's async scheduling)"
+    )
     speculative_config: SpeculativeConfig | None = Field(
         default=None, description="drafts of speculative decoding, as JSON with vLLM's names; none: no drafts"
     )

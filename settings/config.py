@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,5 +76,9 @@ def validated(
         message = first["msg"].removeprefix("Value error, ")
         if field is None:
             raise InputError(message, path=source) from error
+        message = f"expected: {message}"
+        if first["type"] == "extra_forbidden":
+            close = get_close_matches(str(first["loc"][-1]), model.model_fields, 3)
+            message = "there is no such field" + (f", did you mean {' or '.join(close)}?" if close else "")
         field = field if source is None else within + field
-        raise InputError(f"expected: {message}", path=source, field=field, value=first["input"]) from error
+        raise InputError(message, path=source, field=field, value=first["input"]) from error

@@ -63,9 +63,11 @@ class StepFeatures(NamedTuple):
         if not (batch.prompts or drafts):
             longest_decode = max(batch.starts, default=-1) + 1
         else:
-            inside = set(batch.prompts)
+            inside, passed = batch.prompts, 0
             for place, start in enumerate(batch.starts):
-                if batch.seqs[place] in inside or batch.seqs[place] in drafts:
+                is_prompt = passed < len(inside) and batch.seqs[place] is inside[passed]
+                passed += is_prompt
+                if is_prompt or (drafts and batch.seqs[place] in drafts):
                     prompts.append((start, batch.lengths[place]))
                 elif start >= longest_decode:
                     longest_decode = start + 1

@@ -43,8 +43,20 @@ def test_recorded_traffic_is_decided_again_and_simulated_to_the_same_numbers(tmp
 
 def test_what_http_costs_is_told_beside_the_twin(tmp_path):
     judge_of("llama").model.save_pretrained(tmp_path / "tiny")
-    sizes = "--max-model-len 64 --streams 5 --max-num-seqs 2 --prompt-tokens 24 --output-tokens 12 --num-gpu-blocks 64"
-    run("http_overhead.py", "--model", tmp_path / "tiny", *sizes.split(), "--repeats", 2, "--out", tmp_path)
+    # A prompt takes two steps of other sizes, so that a fit knows two, whatever comes when.
+    sizes = "--max-num-batched-tokens 16 --max-num-seqs 2 --max-model-len 64 --num-gpu-blocks 64"
+    lengths = "--streams 5 --prompt-tokens 24 --output-tokens 12"
+    run(
+        "http_overhead.py",
+        "--model",
+        tmp_path / "tiny",
+        *sizes.split(),
+        *lengths.split(),
+        "--repeats",
+        2,
+        "--out",
+        tmp_path,
+    )
     result = json.loads((tmp_path / "cpu" / "http-overhead.json").read_text())
     assert len(result["repeats"]) == 2
     for repeat in result["repeats"]:

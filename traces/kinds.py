@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,11 +17,11 @@ def checker(kind: Any) -> Callable[[Line], None]:
 
     Its InputError names the field, the place in it, what is there and what was expected.
     """
-    check = TypeAdapter(kind).validate_python
+    validator = cache(lambda: TypeAdapter(kind).validate_python)  # made for the first line: most runs read none
 
     def checked(line: Line) -> None:
         try:
-            check(line.values)
+            validator()(line.values)
         except ValidationError as error:
             raise _refusal(line, error) from error
 

@@ -97,16 +97,21 @@ def _gap_cv(arrivals_ns: Any, span_ns: int) -> float:
 
 def _peak_to_mean(arrivals_ns: Any, seconds: int) -> float | None:
     """The most of sorted arrivals in a window, divided by the mean over all windows."""
+    num_windows = int(arrivals_ns[-1] - arrivals_ns[0]) // (seconds * 1_000_000_000) + 1
+    return most_arrivals(arrivals_ns, seconds) * num_windows / len(arrivals_ns) if num_windows > 1 else None
+
+
+def most_arrivals(arrivals_ns: Any, seconds: int) -> int:
+    """The most of sorted arrivals in one of the windows of so many seconds from the first on."""
     import numpy as np
 
     width_ns = seconds * 1_000_000_000
-    num_windows = int(arrivals_ns[-1] - arrivals_ns[0]) // width_ns + 1
     most, last, so_far = 0, -1, 0
     for piece in _pieces(arrivals_ns, 0):
         windows, counts = np.unique((piece - arrivals_ns[0]) // width_ns, return_counts=True)
         counts[0] += so_far if windows[0] == last else 0
         most, last, so_far = max(most, int(counts.max())), windows[-1], counts[-1]
-    return most * num_windows / len(arrivals_ns) if num_windows > 1 else None
+    return most
 
 
 def _pieces(values: Any, overlap: int) -> Iterator[Any]:

@@ -38,10 +38,13 @@ def test_sim_says_what_it_assumes(twinserve, trace, latency):
     assert "no context limit" not in bounded.err and "a pool without end" not in bounded.err
 
 
-def test_sim_uses_the_shipped_latency_by_default_and_says_so(twinserve, trace):
+def test_sim_wants_a_latency_names_those_that_ship_and_says_which_it_uses(twinserve, trace):
     result = twinserve("sim", trace)
-    assert result.code == 0, result.err
-    assert "smollm2-135m on CPU, 2 threads, shipped" in result.err
+    assert result.code == 2 and "latency, is missing, expected --latency roofline:MODEL@DEVICE" in result.err
+    shipped = "smollm2-135m-cpu-2-threads"
+    assert shipped in result.err
+    result = twinserve("sim", trace, "--latency", shipped)
+    assert result.code == 0 and "smollm2-135m on CPU, 2 threads, shipped" in result.err, result.err
 
 
 def test_the_same_simulation_writes_the_same_bytes_but_for_its_wall_time(twinserve, trace, latency, tmp_path):
@@ -97,7 +100,7 @@ def test_every_error_beyond_its_limit_is_said_also_one_that_is_not_defined(twins
 
 def test_a_run_in_which_nothing_finished_has_a_summary(twinserve, trace, latency):
     result = twinserve("sim", trace, "--latency", latency, "--max-model-len", 1)
-    assert (result.code, "12 refused" in result.out, "tokens/s" in result.out) == (0, True, False)
+    assert (result.code, "12 refused" in result.out, "tokens/s" in result.out) == (3, True, False)
     assert "0 steps; took" in " ".join(result.out.split())
 
 

@@ -67,6 +67,8 @@ def test_the_demo_fails_beyond_its_limit_and_replaces_an_earlier_ones_results(
     (out / "real").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
+    for name in ("MOST_SPREAD", "MOST_CHANGE"):
+        monkeypatch.setattr(demo, name, 1e9)  # however busy this machine is
     assert not demo.run_demo(out)
     assert "tpot_s.mean: the error is" in capsys.readouterr().err
     assert (out / "notes.txt").read_text() == "mine"
@@ -99,7 +101,7 @@ def test_a_disturbed_profile_is_measured_again_so_often_and_told(
     taken = []
     monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
-    assert not demo.run_demo(tmp_path / "demo"), "a busy machine does not loosen the check"
+    assert demo.run_demo(tmp_path / "demo") == (words is not None), "noise is said, and is no failure"
     assert len(profiles) - len(left) == measured
     assert len(taken) == 8, "one profile on each side"
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the machine was busy")]

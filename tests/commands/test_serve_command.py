@@ -15,6 +15,8 @@ import pytest
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
 
+SIMULATED = ("--simulate", "--latency", "smollm2-135m-cpu-2-threads")
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path, latency, number):
@@ -47,7 +49,7 @@ def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path,
         (("--simulate", "--time-scale", "0"), "time_scale is 0.0, expected a number > 0"),
         (("--simulate", "--latency", "nowhere"), "latency is 'nowhere', expected a file"),
         (("--simulate", "--port", "65536"), "port is 65536, expected: Input should be less than or equal to 65535"),
-        (("--simulate", "--host", "no such host"), "host and port is 'no such host:8000', cannot be listened at"),
+        ((*SIMULATED, "--host", "no such host"), "host and port is 'no such host:8000', cannot be listened at"),
         (("--model", "./nowhere", "--port", "0"), "model is './nowhere', expected"),
         (("--max-num-queued-reqs", "0"), "max_num_queued_reqs is 0, expected: Input should be greater than"),
     ],
@@ -61,7 +63,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(twinserve, arguments, mess
 def test_a_port_that_is_taken_and_a_record_that_exists_are_refused(twinserve, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = twinserve("serve", "--simulate", "--port", port)
+        result = twinserve("serve", *SIMULATED, "--port", port)
     assert (result.code, "cannot be listened at: Address already in use" in result.err) == (2, True)
-    result = twinserve("serve", "--simulate", "--record", tmp_path)
+    result = twinserve("serve", *SIMULATED, "--record", tmp_path)
     assert result.err == f"twinserve: {tmp_path}: exists already, expected a new name\n"

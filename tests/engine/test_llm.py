@@ -70,7 +70,7 @@ def test_open_settings_are_resolved(llama, serving):
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization is nan, expected: "),
         ({"seed": -1}, "seed is -1, expected: Input should be greater than or equal to 0"),
         ({"seed": 1 << 63}, "seed is 9223372036854775808, expected: Input should be less than"),
-        ({"devise": "cpu"}, "devise is 'cpu', expected: Extra inputs are not permitted"),
+        ({"devise": "cpu"}, "devise is 'cpu', there is no such field, did you mean device?"),
         *(({"device": name}, f"device is '{name}', expected: cpu, cuda or cuda:N") for name in NO_DEVICES),
         ({"device": "cuda:99"}, "device is 'cuda:99', but torch finds"),
         ({"execution": "graphs"}, "device is 'cpu', expected cuda: graphs run on NVIDIA GPUs"),

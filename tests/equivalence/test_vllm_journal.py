@@ -76,21 +76,26 @@ def timed(lines: list[str], device_s) -> list[str]:
     head[2]["cudagraph_capture_sizes"] = [32]
     now = busy_until = 0.0
     launched, ends = {}, {}
+
+    def written(*times_s: float) -> list[int]:
+        return [round(time_s * 1e6) for time_s in times_s]
+
     for event in events:
         if event[0] == "q":
-            event[2] = now
+            event[2:3] = written(now)
         elif event[0] == "s":
             step, num_tokens = event[1], event[-1]
-            event[2], event[3] = now, now + 50e-6
-            begun, now = event[3], event[3] + 200e-6
+            begun = now + 50e-6
+            event[2:4] = written(now, begun)
+            now = begun + 200e-6
             busy_until = max(busy_until, begun if num_tokens > 32 else now) + device_s(num_tokens)
             launched[step], ends[step] = now, busy_until
         elif event[0] == "u":
             known = max(now, ends[event[1]])
             now = known + 30e-6
-            event[2:5] = launched[event[1]], known, now
+            event[2:5] = written(launched[event[1]], known, now)
         else:
-            event[1] = now
+            event[1:2] = written(now)
     return [json.dumps(event) for event in (head, *events)]
 
 
@@ -128,7 +133,7 @@ def test_a_command_reads_the_folder_of_a_journal(tmp_path, monkeypatch, capsys):
         (0, '["format","other/1",{},0]', "expected a journal of format"),
         (3, '["s",0]', "expected a line of a journal"),
         (3, '["s",0', "expected JSON"),
-        (3, '["u",99,0.1,0.2,1,[]]', "expected a line of a journal"),
+        (3, '["u",99,100000,100000,200000,1,[]]', "expected a line of a journal"),
     ],
 )
 def test_what_is_no_journal_is_refused_with_its_line(tmp_path, line, text, expected):

@@ -78,6 +78,7 @@ OWN = [
 ]
 SHAREGPT = [{"id": "x", "conversations": [{"from": "human", "value": "12345678"}, {"from": "gpt", "value": "1234"}]}]
 PERF = [{"start_time": 7.5, "end_time": 8.0, "info": {"input_tokens": 9, "output_tokens": 3}, "error": None}]
+LATENCY = "smollm2-135m-cpu-2-threads"
 OPTIONS = ("limit", "rate-scale", "session-rate", "window-s", "max-num-seqs", "max-num-batched-tokens", "block-size",
            "num-gpu-blocks", "max-model-len", "watermark", "replicas", "die", "router", "spread-seed", "shuffle-seed",
            "max-output-tokens", "latency", "scheduling-policy", "max-lead-tokens", "prefix-caching-seed")  # fmt: skip
@@ -168,12 +169,12 @@ class Valid:
 def valid_files(folder: Path) -> Valid:
     """Make them by the commands themselves."""
     import twinserve
-    from twinserve.worlds.run import DEFAULT_LATENCY, shipped_latencies
+    from twinserve.worlds.run import shipped_latencies
 
     trace, latency, record = folder / "trace.jsonl", folder / "latency.json", folder / "record"
-    shutil.copy(shipped_latencies()[DEFAULT_LATENCY], latency)
+    shutil.copy(shipped_latencies()[LATENCY], latency)
     make = ["trace", "make", "--out", str(trace), "--requests", "12", "--rate", "5", "--prompt-tokens", "fixed:20"]
-    for arguments in (make, ["sim", str(trace), "--out", str(record)]):
+    for arguments in (make, ["sim", str(trace), "--latency", LATENCY, "--out", str(record)]):
         outcome = run(arguments)
         assert outcome.status == 0, outcome
     shape = Path(twinserve.__file__).parent / "data" / "shapes" / "qwen3-0.6b" / "config.json"
@@ -253,7 +254,7 @@ def trace_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
     path = folder / "bad"
     content = rng.choice([valid.trace.read_text(), *TRACES.values()])
     path.write_bytes(changed(rng, content.encode()))
-    command = rng.choice((["trace", "stat"], ["sim"], ["trace", "convert"]))
+    command = rng.choice((["trace", "stat"], ["sim", "--latency", LATENCY], ["trace", "convert"]))
     out = [str(folder / "out")] if command[-1] == "convert" else []
     return [*command, str(path), *out]
 
@@ -277,9 +278,9 @@ def settings_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
             "max_num_seqs = 8\nblock_size = 16\nscheduling_policy = 'fcfs'\n[fleet]\nreplicas = 2\nrouter = 'random'\n"
         )
         path.write_bytes(changed(rng, text.encode()))
-        return ["sim", str(valid.trace), "--config", str(path), "--out", str(folder / "out")]
+        return ["sim", str(valid.trace), "--latency", LATENCY, "--config", str(path), "--out", str(folder / "out")]
     path = folder / "plan.toml"
-    text = f"trace = {str(valid.trace)!r}\nlimit = 6\nrate = 2.0\narrivals = 'poisson'\nseeds = 1\n[grid]\nmax_num_seqs = [1, 2]\n"
+    text = f"trace = {str(valid.trace)!r}\nlatency = {LATENCY!r}\nlimit = 6\nrate = 2.0\narrivals = 'poisson'\nseeds = 1\n[grid]\nmax_num_seqs = [1, 2]\n"
     path.write_bytes(changed(rng, text.encode()))
     return ["sweep", str(path), "--out", str(folder / "out"), "--jobs", "1"]
 
@@ -315,7 +316,7 @@ def option_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
         )
         return ["trace", "make", *out, f"--{rng.choice(names)}", rng.choice(WORDS), "--requests", "20"]
     options = [word for _ in range(rng.randint(1, 2)) for word in (f"--{rng.choice(OPTIONS)}", rng.choice(WORDS))]
-    return ["sim", str(valid.trace), *out, *options]
+    return ["sim", str(valid.trace), "--latency", LATENCY, *out, *options]
 
 
 CASES: dict[str, Callable[[random.Random, Valid, Path], list[str]]] = {

@@ -132,7 +132,7 @@ def test_a_signal_ends_both_processes_once_what_runs_has_ended(folder, tmp_path,
     with command("--model", folder, "--record", tmp_path / "run") as (process, url):
 
         def ask() -> None:
-            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 300}, timeout=60) as response:
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 100}, timeout=60) as response:
                 begun.set()
                 answers.append(list(response.iter_lines()))
 

@@ -23,6 +23,9 @@ from twinserve.worlds.workload import Workload, load_workload
 BLOCK = 64
 
 
+LATENCY = "smollm2-135m-cpu-2-threads"
+
+
 def turn(time_s: float, ids: list[int], tokens: int, *, api_time: float = 0.5, think: float | None = None) -> dict:
     """A request of a conversation: whole blocks, and 10 tokens beyond them."""
     row = {"t": time_s, "type": "s", "in": len(ids) * BLOCK + 10, "out": tokens, "hash_ids": ids, "api_time": api_time}
@@ -111,7 +114,7 @@ def test_affinity_keeps_every_agent_where_its_blocks_are(folder, tmp_path):
 
 def test_a_folder_is_served_by_a_fleet_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     arguments = ("--replicas", "4", "--router", "prefix-affine", "--session-rate", "2", "--out", str(tmp_path / "run"))
-    settings = ("--block-size", "64", "--num-gpu-blocks", "400", "--json")
+    settings = ("--block-size", "64", "--num-gpu-blocks", "400", "--latency", LATENCY, "--json")
     monkeypatch.setattr(sys, "argv", ["twinserve", "sim", str(folder), *arguments, *settings])
     with pytest.raises(SystemExit) as ended:
         main()

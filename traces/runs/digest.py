@@ -11,6 +11,7 @@ import xxhash
 from twinserve.policies import Batch, Sequence
 
 _MASK: Final = (1 << 64) - 1
+_HALF: Final = (1 << 32) - 1
 _PACKED = Struct("=5Q").pack
 
 
@@ -22,9 +23,14 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
-    chunks, seqs, lengths = set(batch.chunks), batch.seqs, batch.lengths
-    places = [place for place in range(num_before) if lengths[place] != usual or seqs[place] in chunks]
-    exceptions = [(seqs[place], lengths[place], seqs[place] not in chunks) for place in places]
+    exceptions: Exceptions = []
+    chunks, passed = batch.chunks, 0
+    for place in range(num_before):
+        seq, num_tokens = batch.seqs[place], batch.lengths[place]
+        is_chunk = passed < len(chunks) and seq is chunks[passed]
+        passed += is_chunk
+        if is_chunk or num_tokens != usual:
+            exceptions.append((seq, num_tokens, not is_chunk))
     if batch.skipped:
         exceptions += [(seq, 0, False) for seq in batch.skipped]
         exceptions.sort(key=lambda entry: entry[0].admission_index)
@@ -45,7 +51,6 @@ class Digest:
         self.exceptions: Exceptions = []
         self._chain = 0
         self._grown = 0
-        self._numbers: list[int] = []  # by block id, what stands for it in the sum of what grew
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
@@ -70,14 +75,17 @@ class Digest:
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
-        total, numbers, num_known = self._grown, self._numbers, len(self._numbers)
+        # A sum over (sequence's number * 0x9E3779B97F4A7C15) ^ (block's number * 0xBF58476D1CE4E5B9), modulo 2**64; in
+        # halves of 32 bits, which compiled code adds without making objects of them.
+        lower = upper = 0
         for seq, block_ids in grown:
-            own = (seq.arrival_index + 1) * 0x9E3779B97F4A7C15
+            number = seq.arrival_index + 1
+            product = number * 0x7F4A7C15
+            own_lower, own_upper = product & _HALF, number * 0x9E3779B9 + (product >> 32) & _HALF
             for block_id in block_ids:
-                while block_id >= num_known:
-                    num_known += 1
-                    numbers.append(num_known * 0xBF58476D1CE4E5B9 & _MASK)
-                total += own ^ numbers[block_id]
-        self._grown = total & _MASK
+                product = (block_id + 1) * 0x1CE4E5B9
+                lower += own_lower ^ (product & _HALF)
+                upper += own_upper ^ ((block_id + 1) * 0xBF58476D + (product >> 32) & _HALF)
+        self._grown = self._grown + lower + (upper << 32) & _MASK
         values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
         return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)

@@ -387,7 +387,7 @@ class _Gaps:
             self.pieces.append((array("q"), array("i")))
         gaps, counts = self.pieces[-1]
         gaps.extend(gaps_ns)
-        counts.extend(array("i", (times,)) * len(gaps_ns))
+        counts.extend([times] * len(gaps_ns))
 
     def take_back(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
         """Count the gaps between two places once less."""

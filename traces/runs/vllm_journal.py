@@ -11,7 +11,7 @@ from twinserve.traces.lines import json_value
 from twinserve.traces.request import answer_text
 
 JOURNAL = "journal.jsonl"
-FORMAT = "twinserve-vllm-journal/2"
+FORMAT = "twinserve-vllm-journal/3"
 KIND = "journal"
 SCHEDULING = (
     "max_num_seqs",
@@ -26,6 +26,8 @@ NEWER_SCHEDULING = ("long_prefill_token_threshold_adaptive", "prefill_schedule_i
 """Those that 0.24 has not."""
 STOP_TOKEN = 1
 """Stands for whatever token ended an answer."""
+_TIMES = {"q": slice(1, 2), "s": slice(1, 3), "u": slice(1, 4), "a": slice(0, 1)}
+"""By kind of line, where its times stand, in whole microseconds."""
 TOKENS = {"vocab_size": 1 << 30, "first_id": 1 << 10, "seed": 0}
 """Prompts are made up so; generated tokens are numbers beyond them."""
 
@@ -56,6 +58,8 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
     last = 0.0
     for number, (kind, *values) in enumerate(lines[1:], 2):
         try:
+            times = _TIMES[kind]
+            values[times] = [time / 1e6 for time in values[times]]
             if kind == "q":
                 requests.append(_request(values))
             elif kind == "s":
@@ -72,7 +76,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
                 open_steps.discard(values[0])
                 _take_output(requests, steps[values[0]], values)
                 last = values[3]
-            elif kind == "a":
+            else:
                 for i in values[1]:
                     requests[i]["aborted"] = values[0]
         except (IndexError, KeyError, TypeError, ValueError) as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
+from twinserve.commands.configs import config_check, config_init
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
-from twinserve.commands.options import KeepsDashes
+from twinserve.commands.options import Command, Group, KeepsDashes
 from twinserve.commands.records import compare, record_import, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, plan, sweep
@@ -16,44 +18,55 @@ from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, tr
 from twinserve.commands.upgrades import tune, upgrade
 from twinserve.commands.worlds import demo, run, sim
 
-app = typer.Typer(
-    help="The same LLM serving policies in a simulator and in a real engine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-trace_app = typer.Typer(
-    help="Look at a trace, make a synthetic one, change its format, bring a public one.", no_args_is_help=True
-)
-model_app = typer.Typer(help="Bring a model, or hold one against transformers.", no_args_is_help=True)
-record_app = typer.Typer(help="Bring a recorded run of another engine.", no_args_is_help=True)
-app.add_typer(trace_app, name="trace")
-app.add_typer(model_app, name="model")
-app.add_typer(record_app, name="record")
-app.command()(sweep)
-app.command()(capacity)
-app.command()(plan)
-app.command()(upgrade)
-app.command()(tune)
-app.command()(sim)
-app.command()(run)
-app.command()(replay)
-app.command(cls=KeepsDashes)(compare)
-app.command()(report)
-app.command()(profile)
-app.command()(fit)
-app.command()(generate)
-app.command()(serve)
-app.command()(top)
-app.command()(demo)
-trace_app.command("stat")(trace_stat)
-trace_app.command("convert")(trace_convert)
-trace_app.command("fetch")(trace_fetch)
-trace_app.command("make")(trace_make)
-record_app.command("import")(record_import)
-model_app.command("describe")(model_describe)
-model_app.command("fetch")(model_fetch)
-model_app.command("verify")(model_verify)
+SHAPE: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "cls": Group}
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}, **SHAPE)
+GROUPS = {
+    "trace": typer.Typer(help="Look at a trace, make a synthetic one, change its format, bring a public one.", **SHAPE),
+    "model": typer.Typer(help="Bring a model, say what it needs, or hold one against transformers.", **SHAPE),
+    "config": typer.Typer(help="Begin a file of settings, or check one.", **SHAPE),
+    "record": typer.Typer(help="Bring a recorded run of another engine.", **SHAPE),
+}
+"""Commands of two words, by the first."""
+
+H100 = "--latency roofline:llama-3-8b@h100"
+SLO = '--objective "p99 TTFT <= 1 s and p99 TPOT <= 50 ms"'
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "capacity": (capacity, f"twinserve capacity TRACE {H100} {SLO} --price 2.5"),
+    "plan": (plan, f"twinserve plan TRACE --model llama-3-70b --devices h100,l40s --price h100=2.5,l40s=1.1 {SLO}"),
+    "sweep": (sweep, "twinserve sweep docs/studies/azure.toml --out sweeps/first"),
+    "tune": (tune, f"twinserve tune TRACE {H100} {SLO}"),
+    "upgrade": (upgrade, f"twinserve upgrade TRACE --from 0.24 --to 0.33 {H100}"),
+    "sim": (sim, f"twinserve sim TRACE {H100} --out runs/sim"),
+    "run": (run, "twinserve run TRACE --limit 60 --max-output-tokens 64 --out runs/real"),
+    "replay": (replay, "twinserve replay runs/real"),
+    "compare": (compare, "twinserve compare runs/sim runs/real"),
+    "report": (report, "twinserve report runs/sim runs/real --out report.html"),
+    "profile": (profile, "twinserve profile --out latency.json"),
+    "fit": (fit, "twinserve fit runs/real --out latency.json"),
+    "generate": (generate, 'twinserve generate "What is the capital of France?"'),
+    "serve": (serve, "twinserve serve --simulate --latency llama-3-8b-h200 --port 8000"),
+    "top": (top, "twinserve top http://127.0.0.1:8000"),
+    "demo": (demo, "twinserve demo"),
+    "trace stat": (trace_stat, "twinserve trace stat TRACE"),
+    "trace convert": (trace_convert, "twinserve trace convert TRACE small.jsonl --limit 1000"),
+    "trace fetch": (trace_fetch, "twinserve trace fetch azure-2023-conv"),
+    "trace make": (trace_make, "twinserve trace make --out mine.jsonl --requests 100 --rate 2"),
+    "config init": (config_init, "twinserve config init twinserve.toml"),
+    "config check": (config_check, "twinserve config check twinserve.toml"),
+    "record import": (record_import, "twinserve record import LOG runs/vllm"),
+    "model describe": (model_describe, "twinserve model describe gpt-oss-120b@h100:tp=2"),
+    "model fetch": (model_fetch, "twinserve model fetch smollm2-135m"),
+    "model verify": (model_verify, "twinserve model verify models/qwen3-0.6b"),
+}
+"""Every command, and a call of it."""
+
+for words, (command, example) in COMMANDS.items():
+    *group, name = words.split()
+    kind = KeepsDashes if command is compare else Command
+    parent = GROUPS[group[0]] if group else app
+    parent.command(name, cls=kind, epilog=f"\b\nExample:\n  {example}")(command)
+for name, parent in GROUPS.items():
+    app.add_typer(parent, name=name)
 
 
 def _version(is_asked: bool) -> None:

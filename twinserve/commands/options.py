@@ -1,5 +1,5 @@
-"""What commands share: options made from pydantic models, so that a setting has one name, one default and one
-description; and arguments that several commands take."""
+"""What commands share: their help, options made from pydantic models, so that a setting has one name, one default and
+one description, and arguments that several commands take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 TraceFile = Annotated[
     Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
@@ -47,7 +47,44 @@ def settings_of_vllm(text: str | None) -> dict[str, Any]:
     return settings
 
 
-class KeepsDashes(TyperCommand):
+_WHOLE = 1000
+"""Letters; no command's first sentence has more."""
+
+
+class Command(TyperCommand):
+    """A command whose help names every option in full, however narrow the terminal, panel by panel."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return super().get_short_help_str(_WHOLE)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
+                sections.setdefault(panel, []).append(record)
+        for panel, records in sections.items():
+            with formatter.section(panel):
+                formatter.write_dl(records)
+
+
+class Group(TyperGroup):
+    """Commands, of which one that is misspelt, or called by a longer or shorter name, is guessed."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return super().get_short_help_str(_WHOLE)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        alike = [name for name in self.commands if word and (name.startswith(word) or word.startswith(name))]
+        if word not in self.commands and alike:
+            ctx.fail(f"No such command {word!r}. Did you mean {' or '.join(map(repr, alike))}?")
+        return super().resolve_command(ctx, args)
+
+
+class KeepsDashes(Command):
     """A command one of whose arguments may be `--`, which parsers take for the end of the options and drop."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -62,7 +99,7 @@ def options_of(model: type[BaseModel], panel: str, *, but: Collection[str] = ())
     checks the values; the command line only parses them.
 
     Args:
-        panel: the keyword argument of the command that takes the dict, and the heading in the help.
+        panel: the keyword argument of the command that takes the dict, and, in words, the heading in the help.
         but: fields that are no options.
     """
     fields = {name: info for name, info in model.model_fields.items() if name not in but}
@@ -101,8 +138,8 @@ def _annotation(name: str, info: Any, panel: str) -> Any:
     default = "none" if info.default in (None, []) else str(info.default)
     option = typer.Option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
-        help=f"{info.description or ''} (default: {default})".strip(),
-        rich_help_panel=panel,
+        help=f"{info.description[0].upper()}{info.description[1:]} (default: {default})",
+        rich_help_panel=panel.replace("_", " ").capitalize(),
         show_default=False,
     )
     return Annotated[Union[kind, None], option]  # noqa: UP007 - built at run time

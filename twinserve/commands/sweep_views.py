@@ -84,7 +84,7 @@ def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase
 
 def remarks_of(plan: Plan, results: list[Result]) -> list[str]:
     """What a reader of results should know, in sentences."""
-    remarks = [f"Latency: {', '.join(dict.fromkeys(r['latency'] for r in results))}."]
+    remarks = [f"Latency: {', '.join(dict.fromkeys(r['latency'] for r in results))}."] if results else []
     if plan.objective is not None:
         remarks.append(f"Objective: {plan.objective}.")
     if plan.prices is not None:

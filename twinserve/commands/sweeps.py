@@ -77,6 +77,7 @@ def capacity(
 ) -> None:
     """Find the highest rate, or the fewest replicas, that keeps an objective, and what a million tokens cost then."""
     from twinserve.commands.sweep_views import capacity_cases, page_of, remarks_of
+    from twinserve.planning.answers import each_limit_alone, sentences_of
     from twinserve.planning.capacity import find_capacities, rows_of, with_intervals
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, load_plan, opened
@@ -90,6 +91,10 @@ def capacity(
         capacities = with_intervals(capacities, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, capacities)), capacity_cases(chosen, capacities)
         remarks = remarks_of(chosen, [result for capacity in capacities for result in capacity.results])
+        if len(capacities) == 1:
+            (found,) = capacities
+            alone = each_limit_alone(chosen, found, store, workers, tolerance=tolerance, advance=bar.advance)
+            remarks = [*sentences_of(chosen, found, alone), *remarks]
         if out is not None:
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Capacity", remarks, chosen, cases), replaces=True)
@@ -110,8 +115,10 @@ def plan(
     devices: Annotated[str, typer.Option(help="Kinds of GPU to choose from, such as h100,l40s, or TOML files.")],
     price: Annotated[str, typer.Option(help="Of a GPU-hour, in any currency; by kind: h100=2.5,l40s=1.1.")],
     objective: Annotated[str, typer.Option(help="Such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")],
-    quantization: Annotated[str | None, typer.Option(help="fp8.")] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the weights: fp8; as the model has it unless given.")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,

@@ -15,6 +15,7 @@ from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
+from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
 from twinserve.worlds.workload import LIKE_HELP, TraceOptions
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
 LATENCY_HELP = (
-    "A latency file, one that ships (smollm2-135m-cpu-2-threads, the default, qwen3-0.6b-h100, qwen3-0.6b-h200, or "
-    "llama-3-8b-h200), or "
-    "roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b."
+    "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
+    "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
+    "llama-3-8b-h200). Must be given, unless --latency-from is."
 )
 
 
@@ -62,12 +63,13 @@ def sim(
     from twinserve.worlds.workload import load_workloads
 
     attainment = None if within is None else Attainment(Limits.parse(within))
+    verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
     refuse_existing(out)
-    for line in words:
+    for line in (*words, load_of(workload)):
         say(line)
     limits = None
     if intervals:
@@ -78,6 +80,7 @@ def sim(
 
         def ended(seq: Sequence) -> None:
             bar.ended(seq)
+            verdict.ended(seq)
             if attainment is not None:
                 attainment.ended(seq)
 
@@ -91,7 +94,7 @@ def sim(
                 f"{model.num_outside} steps lie beyond what the latency was fitted on, by up to "
                 f"{model.worst_excess:.1f}x"
             )
-    _print_summary(summary, as_json)
+    _conclude(summary, verdict, as_json)
 
 
 @options_of(TraceOptions, "trace_options")
@@ -125,20 +128,36 @@ def run(
     workload = load_workload(trace, trace_options)
     refuse_existing(out)
     llm = load_llm(options, chosen, progress=say)
+    verdict = Verdict()
+    say(load_of(workload))
     with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
-        how: dict[str, Any] = {"progress": bar.ended, "watch": bar.stepped}
+
+        def ended(seq: Sequence) -> None:
+            bar.ended(seq)
+            verdict.ended(seq)
+
+        how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
         summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
-    _print_summary(summary, as_json)
+    _conclude(summary, verdict, as_json)
 
 
-def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
-    """A run's summary: JSON, or a table for a person."""
+def _conclude(summary: dict[str, Any], verdict: Verdict, as_json: bool) -> None:
+    """Print a run's summary, JSON or a table for a person, and say what is to be doubted of it.
+
+    Raises:
+        Exit: with a status of its own, if something is.
+    """
     if as_json:
         print(json.dumps(summary))
-        return
-    from twinserve.commands.tables import summary_table
+    else:
+        from twinserve.commands.tables import summary_table
 
-    summary_table(summary)
+        summary_table(summary)
+    doubts = verdict.doubts(summary)
+    for line in doubts:
+        say(line)
+    if doubts:
+        raise typer.Exit(DOUBTFUL)
 
 
 def demo(

@@ -156,10 +156,7 @@ class FleetOptions(BaseModel):
         specs: list[ReplicaSpec] = []
         words: dict[str, None] = {}
         for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
-            model, facts = choose_latency(group.latency or latency, latency_from)
             vllm = like_of(like, group.latency or latency)
-            if vllm is not None:
-                words[str(vllm)] = None
             chosen = Settings.load(
                 settings | group.settings,
                 config,
@@ -167,10 +164,13 @@ class FleetOptions(BaseModel):
                 defaults=vllm.settings if vllm else None,
             )
             chosen.check_rules()
+            model, facts = choose_latency(group.latency or latency, latency_from)
             chosen, pool = with_pool(chosen, model)
+            if vllm is not None:
+                words[str(vllm)] = None
+            words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if isinstance(model, FittedLatency):
                 model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
-            words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None
             if pool is not None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections import OrderedDict
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,11 +24,11 @@ from twinserve.vllm.mount import options_of
 
 _MOST_STEPS = 1_000_000
 _MOST_BLOCKS = 1_000_000
-_FLUSH_S = 1.0
+_FLUSH_NS = 1_000_000_000
 
 
 class Journal:
-    """Lines of a run, in the order in which things happened; times in seconds since it was opened.
+    """Lines of a run, in the order in which things happened; times in whole microseconds since it was opened.
 
     Args:
         folder: must not exist.
@@ -43,14 +44,14 @@ class Journal:
             self._file = (folder / JOURNAL).open("w", encoding="utf-8", buffering=1 << 20)
         except OSError as error:
             raise InputError(f"cannot be written: {error.strerror}", path=folder) from error
-        self._begin = self._flushed = time.perf_counter()
+        self._begin = self._flushed = perf_counter_ns()
         self._left = most_steps
         self._write("format", FORMAT, settings, time.time())
         self._file.flush()
 
-    def now(self) -> float:
-        """Seconds since the journal was opened."""
-        return time.perf_counter() - self._begin
+    def _at(self, when_ns: int) -> int:
+        """Microseconds from when the journal was opened to a reading of `perf_counter_ns`."""
+        return (when_ns - self._begin) // 1000
 
     @property
     def is_full(self) -> bool:
@@ -63,26 +64,27 @@ class Journal:
 
     def queued(self, number: int, prompt: int, max_tokens: int, priority: int, like: tuple[int, int] | None) -> None:
         """A request came in; `like`: it begins as an earlier one does, for so many tokens."""
-        self._write("q", number, round(self.now(), 6), prompt, max_tokens, priority, like)
+        self._write("q", number, self._at(perf_counter_ns()), prompt, max_tokens, priority, like)
 
-    def decided(self, step: int, begun: float, ended: float, changes: str, counts: str) -> None:
+    def decided(self, step: int, begun_ns: int, ended_ns: int, changes: str, counts: str) -> None:
         """A decision: when, and as JSON the changes to the one before, and what there was after it."""
-        self._file.write(f'["s",{step},{begun:.6f},{ended:.6f},{changes},{counts}]\n')
+        self._file.write(f'["s",{step},{self._at(begun_ns)},{self._at(ended_ns)},{changes},{counts}]\n')
         self._left -= 1
-        if ended + self._begin - self._flushed > _FLUSH_S:
+        if ended_ns - self._flushed > _FLUSH_NS:
             self._file.flush()
-            self._flushed = time.perf_counter()
+            self._flushed = perf_counter_ns()
 
-    def known(self, step: int, launched: float, begun: float, num_outputs: int, ended: list[list[Any]]) -> None:
+    def known(self, step: int, launched_ns: int, begun_ns: int, num_outputs: int, ended: list[list[Any]]) -> None:
         """When a step had been launched, and its output was known and taken; the requests that ended with it, and
         why."""
-        if not self.is_full:
-            told = json.dumps(ended) if ended else "[]"
-            self._file.write(f'["u",{step},{launched:.6f},{begun:.6f},{self.now():.6f},{num_outputs},{told}]\n')
+        if self._left > 0:
+            at, told = self._at, json.dumps(ended) if ended else "[]"
+            times = f"{at(launched_ns)},{at(begun_ns)},{at(perf_counter_ns())}"
+            self._file.write(f'["u",{step},{times},{num_outputs},{told}]\n')
 
     def aborted(self, numbers: list[int]) -> None:
         """Requests were taken out."""
-        self._write("a", round(self.now(), 6), numbers)
+        self._write("a", self._at(perf_counter_ns()), numbers)
 
 
 class RecordingScheduler(AsyncScheduler):
@@ -101,7 +103,8 @@ class RecordingScheduler(AsyncScheduler):
         self._num_requests = self._num_steps = 0
         self._before: dict[str, int] = {}
         self._preempted: list[int] = []
-        self._undone: dict[int, tuple[int, float]] = {}  # outputs in flight: their step, and when it was launched
+        self._undone: dict[int, tuple[int, int]] = {}  # outputs in flight: their step, and when it was launched
+        self._ended: list[list[Any]] = []  # with the output that is being taken
         self._owners: OrderedDict[Any, int] = OrderedDict()  # of the hashes of blocks, who had one first
 
     def add_request(self, request: Request, *args: Any, **options: Any) -> None:
@@ -114,40 +117,44 @@ class RecordingScheduler(AsyncScheduler):
         self._journal.queued(number, request.num_prompt_tokens, request.max_tokens, priority, like)
 
     def schedule(self, *args: Any, **options: Any) -> Any:
-        journal = self._journal
-        self._preempted = []
-        begun = journal.now()
+        begun = perf_counter_ns()
         output = super().schedule(*args, **options)
-        ended = journal.now()
+        ended = perf_counter_ns()
+        journal = self._journal
         if not journal.is_full:
             self._undone[id(output)] = self._num_steps, ended
             pool, num_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks(), output.total_num_scheduled_tokens
             counts = f"{self._preempted},{len(self.waiting)},{len(self.running)},{pool},{num_tokens}"
             journal.decided(self._num_steps, begun, ended, self._changes(output), counts)
             self._num_steps += 1
+        if self._preempted:
+            self._preempted = []
         return output
 
     def get_grammar_bitmask(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
         """vLLM asks for it once it has launched the model of a step."""
-        if (undone := self._undone.get(id(scheduler_output))) is not None:
-            self._undone[id(scheduler_output)] = undone[0], self._journal.now()
+        key = id(scheduler_output)
+        if key in self._undone:
+            self._undone[key] = self._undone[key][0], perf_counter_ns()
         return super().get_grammar_bitmask(scheduler_output, *args, **options)
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **options: Any) -> Any:
-        begun, numbers = self._journal.now(), self._numbers
+        begun = perf_counter_ns()
         found = super().update_from_output(scheduler_output, *args, **options)
         undone = self._undone.pop(id(scheduler_output), None)
         if undone is not None:
-            outputs = [output for one in found.values() for output in one.outputs]
-            done = [output for output in outputs if output.finish_reason is not None]
-            ended = [[numbers[output.request_id], str(output.finish_reason)] for output in done]
-            self._journal.known(*undone, begun, len(outputs), ended)
+            num_outputs = sum([len(one.outputs) for one in found.values()])
+            self._journal.known(*undone, begun, num_outputs, self._ended)
+        if self._ended:
+            self._ended = []
         return found
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids or self.requests)
         live = [self._numbers[name] for name in names if name in self.requests]
+        by_output = len(self._ended)
         found = super().finish_requests(names, finished_status)
+        del self._ended[by_output:]  # those were aborted
         if live:
             self._journal.aborted(live)
         return found
@@ -157,7 +164,9 @@ class RecordingScheduler(AsyncScheduler):
         super()._preempt_request(request, *args, **options)
 
     def _free_request(self, request: Request, *args: Any, **options: Any) -> Any:
-        self._own(request, self._numbers[request.request_id])
+        number = self._numbers[request.request_id]
+        self._own(request, number)
+        self._ended.append([number, str(request.get_finished_reason())])
         return super()._free_request(request, *args, **options)
 
     def _changes(self, output: Any) -> str:
@@ -195,7 +204,8 @@ class RecordingScheduler(AsyncScheduler):
         """Remember whose the blocks of a request are, unless they had an owner."""
         owners = self._owners
         for block_hash in request.block_hashes:
-            owners.setdefault(block_hash, number)
+            if block_hash not in owners:
+                owners[block_hash] = number
         while len(owners) > _MOST_BLOCKS:
             owners.popitem(last=False)
 

@@ -14,32 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
 from twinserve.engine.online import rare_collections
-from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
-from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.fleet import FleetListener, Outage
-from twinserve.sim.intervals import Intervals, uncertainty_of, with_uncertainty
-from twinserve.sim.kernels import Kernels
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
-from twinserve.sim.profiles import Profile
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
-from twinserve.sim.speculation import Acceptance, acceptance_of, fit_law, save_law
+from twinserve.sim.speculation import Acceptance, acceptance_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
-from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
-from twinserve.traces.runs.vllm_records import load_run
+from twinserve.traces.runs.record import RunRecord, RunRecorder
 from twinserve.worlds.workload import Workload
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
+    from twinserve.engine.options import EngineOptions
+    from twinserve.sim.fit import FittedLatency, StepSample
+    from twinserve.sim.intervals import Intervals
+    from twinserve.sim.profiles import Profile
 
 Progress = Callable[[Sequence], None]
 
-DEFAULT_LATENCY = "smollm2-135m-cpu-2-threads"
 ROOFLINE = "roofline:"
 _OF_ENGINE = ("shape", "dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size")
 """What of a run's facts a latency model says that is fitted on it."""
@@ -55,20 +51,28 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
     """A latency model and what says in a record which one it was.
 
     Args:
-        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE"; None is DEFAULT_LATENCY.
+        source: the name of a latency that ships, a latency file, or "roofline:MODEL@DEVICE".
         record: a run record whose own step times are used.
 
     Raises:
-        InputError: both are given, or one cannot be used.
+        InputError: both are given or neither is, or one cannot be used.
     """
     if record is not None:
         if source is not None:
             raise InputError("expected only one of latency and latency_from", field="latency", value=source)
+        from twinserve.traces.runs.vllm_records import load_run
+
         rows = load_run(record).steps
         if not rows:
             raise InputError("has no steps, expected the record of a run or of a replica", path=record)
         return RecordedLatency(rows), {"name": f"step times of {record.name}", "identity": "recorded"}
-    source = source or DEFAULT_LATENCY
+    if source is None:
+        names = ", ".join(shipped_latencies())
+        raise InputError(
+            "is missing, expected --latency roofline:MODEL@DEVICE such as roofline:llama-3-8b@h100, a file that "
+            f"twinserve profile wrote, or one that ships: {names}",
+            field="latency",
+        )
     if source.startswith(ROOFLINE):
         roofline = RooflineLatency.parse(source.removeprefix(ROOFLINE))
         return roofline, {"name": roofline.name, "identity": roofline.identity, "about": roofline.about}
@@ -78,6 +82,8 @@ def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyMode
         raise InputError(
             f"expected a file, roofline:MODEL@DEVICE, or one that ships: {names}", field="latency", value=source
         )
+    from twinserve.sim.fit import FittedLatency
+
     model = FittedLatency.load(shipped or Path(source))
     about = model.data["about"]
     name = f"{about['model']} on {about['device']}, {'shipped' if shipped else 'measured'}"
@@ -93,6 +99,8 @@ def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
     config = settings.speculative_config
     if config is None or isinstance(latency, RecordedLatency):
         return latency
+    from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
+
     if config.lookup_ns is not None:
         return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
     if config.draft_latency is not None:
@@ -141,7 +149,9 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     Raises:
         InputError: a record or the profile cannot be read, does not show what its steps cost, or is of another engine.
     """
+    from twinserve.sim.profiles import Profile
     from twinserve.sim.recorded_steps import fit_records
+    from twinserve.traces.runs.vllm_records import load_run
 
     records = [load_run(run, traces) for run in runs]
     about = about_runs(records)
@@ -162,6 +172,9 @@ def fit_acceptance(run: Path, out: Path) -> None:
     Raises:
         InputError: the record cannot be read or has no drafts, or the file cannot be written.
     """
+    from twinserve.sim.speculation import fit_law, save_law
+    from twinserve.traces.runs.record import load_record
+
     try:
         law = fit_law(load_record(run).steps)
     except ValueError as error:
@@ -226,6 +239,7 @@ def measure_steps(
         latency: what the workload is simulated with; None is what was measured over the design.
     """
     from twinserve.engine.profile import StepShape, covering, design, measure, spare_tokens
+    from twinserve.sim.fit import StepSample
     from twinserve.sim.replica import simulate
 
     settings = llm.settings
@@ -279,6 +293,10 @@ class _Decided(CoreListener):
 
 def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
     """Measured steps, and what they were measured of."""
+    from twinserve.engine.options import RUNNER_SETTINGS
+    from twinserve.sim.kernels import Kernels
+    from twinserve.sim.profiles import Profile
+
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
     del about["seed"], about["tokens"], about["eos_token_id"]
@@ -287,6 +305,8 @@ def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
 
 def fit_profile(profile: Profile) -> FittedLatency:
     """A latency model from measured steps alone."""
+    from twinserve.sim.fit import fit
+    from twinserve.sim.intervals import uncertainty_of, with_uncertainty
 
     def refit(kept: list[StepSample]) -> FittedLatency:
         return fit(kept, profile.about, kernels=profile.kernels, holds_out=False)

@@ -17,7 +17,6 @@ from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.requests import as_requests
-from twinserve.traces.runs.vllm_records import is_step_log, load_run, requests_of
 
 LIKE_HELP = (
     "vllm-VERSION@DEVICE[:offline], whose defaults hold where nothing is set, or own for twinserve's; "
@@ -127,7 +126,11 @@ def read_requests(path: Path, **read: Any) -> Trace:
     Raises:
         InputError: it cannot be read.
     """
-    if not path.is_dir() or not is_step_log(path):
+    if not path.is_dir():
+        return read_trace(path, **read)
+    from twinserve.traces.runs.vllm_records import is_step_log, load_run, requests_of
+
+    if not is_step_log(path):
         return read_trace(path, **read)
     traces = os.environ.get("TWINSERVE_TRACES")
     record = load_run(path, Path(traces) if traces else None)

@@ -1,0 +1,78 @@
+"""README as a stranger walks it: its commands in the order in which they stand, on a small trace, and its snippet.
+
+The engine serves a tiny model of random weights in place of SmolLM2; commands that want a GPU, a network or a person
+are left out by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from shell import twinserve
+
+__all__ = ["twinserve"]
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+POLICIES = (Path(__file__).resolve().parents[1] / "docs" / "policies.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^    (twinserve .*?)(?: {2,}#.*| {4}#.*)?$", README, re.MULTILINE)
+LEFT_OUT = {
+    "run TRACE --device cuda": "wants a GPU",
+    "serve --record": "runs until it is told to end: tests/commands/test_serve_command.py",
+    "top ": "watches a server: tests/serving/test_top.py",
+    "generate ": "wants the weights of SmolLM2: tests/engine/test_smollm2.py",
+    "model verify": "wants a folder with weights: tests/engine/test_verify.py",
+}
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8192, "eos_token_id": 2,
+}  # fmt: skip
+PLAN = 'trace = "TRACE"\nlatency = "roofline:llama-3-8b@h100"\nlimit = 20\n[grid]\nmax_num_seqs = [4, 8]\n'
+
+
+def prepared(folder: Path, twinserve) -> None:
+    """What README's commands take to be there: a policy of one's own, runs of two policies, a plan."""
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", POLICIES, re.DOTALL) if "class FairShare" in block
+    )
+    (folder / "fair_share.py").write_text(code, encoding="utf-8")
+    made = ("trace", "make", "--out", "TRACE", "--requests", 60, "--rate", 20, "--output-tokens", "fixed:8")
+    assert twinserve(*made).code == 0
+    for seed in range(2):
+        for policy, name in (("fcfs", "fcfs"), ("shortest", "fair")):
+            how = ("--latency", "llama-3-8b-h200", "--scheduling-policy", policy, "--shuffle-seed", seed)
+            assert twinserve("sim", "TRACE", *how, "--out", f"runs/{name}-{seed}").code == 0
+    (folder / "plan.toml").write_text(PLAN)
+
+
+def test_every_command_of_the_readme_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, twinserve):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path, twinserve)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    engine = ("--model", "tiny", "--load-format", "dummy")
+    assert len(LINES) > 20 and all(any(line.startswith(f"twinserve {name}") for line in LINES) for name in LEFT_OUT)
+    for line in LINES:
+        words = shlex.split(line)[1:]
+        text = " ".join(words)
+        if any(text.startswith(name) for name in LEFT_OUT):
+            continue
+        if words[0] == "capacity":  # by coarser steps than one would take
+            words += ["--tolerance", "0.3"]
+        if words[0] == "run":
+            words += [*engine, "--time-scale", "0"]
+        if words[0] == "profile":
+            words += [*engine, "--repeats", "1", "--max-seqs", "2", "--max-context", "64", "--max-prompt", "32"]
+        result = twinserve(*words)
+        assert result.code == 0, f"{line}: {result.err}"
+    assert "exact" in twinserve("replay", "runs/real").out
+
+
+def test_the_snippet_prints_what_it_promises(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.match(r"100 finished, TTFT \{'mean': 0\.\d+", capsys.readouterr().out)

@@ -221,9 +221,11 @@ class Ranks:
         ranks = of()
         if ranks is None:
             return
-        sentinels = [process.sentinel for process in ranks._processes]
+        processes = {process.sentinel: process for process in ranks._processes}
         del ranks
-        connection.wait(sentinels)
+        ended: list[Any] = connection.wait(list(processes))
+        for sentinel in ended:
+            processes[sentinel].join()  # its end is seen a moment before its status is
         ranks = of()
         if ranks is not None:
             ranks._one_has_ended()

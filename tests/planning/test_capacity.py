@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twinserve.planning.answers import sentences_of
 from twinserve.planning.capacity import Found, Scale, find_capacities, largest, rows_of
 from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job
@@ -52,10 +53,13 @@ def test_neighbouring_rates_are_a_tolerance_apart_and_the_same_for_every_search(
 
 
 class Oracle:
-    """Computes points in no time: TTFT is over the limit beyond a load that depends on the seed."""
+    """Computes points in no time: TTFT is over the limit beyond a load that depends on the seed.
 
-    def __init__(self, limits, sought="rate", misses=()):
-        self.limits, self.sought, self.misses = limits, sought, set(misses)
+    Of replicas it is the less the more there are, unless there is a `floor` in seconds.
+    """
+
+    def __init__(self, limits, sought="rate", misses=(), floor=0.0):
+        self.limits, self.sought, self.misses, self.floor = limits, sought, set(misses), floor
         self.asked = []
 
     def __call__(self, job: Job):
@@ -65,7 +69,8 @@ class Oracle:
         keeps = (value <= limit if self.sought == "rate" else value >= limit) and value not in self.misses
         self.asked.append((point.seed, value))
         summary = {"requests": 1, "finished": 1, "output_tok_s": 10.0, "total_tok_s": 100.0}
-        return {"inputs": job.inputs, "summary": summary | {"ttft_s": {"p99": 0.5 if keeps else 2.0}}}
+        missed_s = 2.0 if self.sought == "rate" else max(1.0 + limit / value, self.floor)
+        return {"inputs": job.inputs, "summary": summary | {"ttft_s": {"p99": 0.5 if keeps else missed_s}}}
 
 
 def plan_of(trace, latency, **values):
@@ -127,6 +132,19 @@ def test_the_fewest_replicas_are_found(trace, latency):
     near = Oracle([11], "replicas")
     found_by(near, plan_of(trace, latency, replicas=12), "replicas")
     assert [value for _, value in near.asked] == [12, 11, 9, 10], "the search begins where the plan says"
+
+
+def test_a_floor_that_no_number_of_replicas_lowers_ends_the_search(trace, latency):
+    oracle = Oracle([1.5], "replicas", misses=range(2000), floor=3.0)
+    plan = plan_of(trace, latency)
+    (capacity,) = found_by(oracle, plan, "replicas")
+    assert capacity.value is None and capacity.has_floor and capacity.missed == [OBJECTIVE]
+    assert [value for _, value in oracle.asked] == [1, 2], "twice as many miss it as far"
+    (sentence,) = (line for line in sentences_of(plan, capacity, {}) if OBJECTIVE in line)
+    assert sentence == f"No number of replicas keeps {OBJECTIVE}: {OBJECTIVE} is missed as far with more of them."
+    slow = Oracle([300], "replicas", floor=1.2)
+    (found,) = found_by(slow, plan_of(trace, latency, replicas=100), "replicas")
+    assert found.value == 300 and not found.has_floor, "from 100 to 101 little changes, which is no floor"
 
 
 def test_what_no_rate_or_every_rate_keeps_is_said(trace, latency):

@@ -65,6 +65,8 @@ def _amount(capacity: Capacity) -> str:
 def _found(plan: Plan, capacity: Capacity) -> str:
     missed = "; ".join(capacity.missed)
     if capacity.value is None:
+        if capacity.has_floor:
+            return f"No number of replicas keeps {plan.objective}: {missed} is missed as far with more of them."
         return f"Nothing that was tried keeps {plan.objective}; what is missed: {missed or 'another limit a seed'}."
     num_replicas = len(capacity.point.replicas())
     served_by = f" on {num_replicas} replica{'s' if num_replicas > 1 else ''}" if capacity.sought == "rate" else ""

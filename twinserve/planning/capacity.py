@@ -19,6 +19,8 @@ from twinserve.sim.intervals import Intervals, intervals
 _MOST_REPLICAS = 1024
 _MOST_RETREATS = 100
 """So many lower loads are tried where what each seed keeps alone is not kept by all."""
+_FLOOR = 0.99
+"""Where more replicas leave more than this share of what misses an objective, no number of them lowers it."""
 _WIDEST = 1024.0
 """Rates are tried up to so many times the one that the search begins with, and down to its so many-th part."""
 
@@ -105,6 +107,8 @@ class Capacity:
         results: of the runs at `value`, one a seed.
         num_runs: how many runs that took, those that were in the store among them.
         intervals: the limits of each metric at `value`, see `with_intervals`.
+        has_floor: no value was found because more replicas do not lower what is missed, as when one request alone
+            takes longer than its limit.
     """
 
     case: Case
@@ -116,6 +120,7 @@ class Capacity:
     results: list[Result] = field(repr=False)
     num_runs: int
     intervals: Intervals = field(default_factory=dict)
+    has_floor: bool = False
 
     @property
     def point(self) -> Point:
@@ -190,13 +195,24 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
     found: dict[int, Found] = {}
     missed: dict[tuple[int, int], list[str]] = {}
     num_runs = 0
+    lacking: dict[int, tuple[int, float]] = {}  # by seed, a number that misses, and its load
+    has_floor = False
     while live := [seed for seed in range(len(searches)) if seed not in found]:
         num_runs += len(live)
         results = yield [scale.at(case.points[seed], numbers[seed]) for seed in live]
         for seed, result in zip(live, results, strict=True):
+            missed[seed, numbers[seed]] = what = objective.missed(result["summary"])
+            if what and scale.sought == "replicas":
+                tried, load = numbers[seed], objective.load_of(result["summary"])
+                before, load_before = lacking.setdefault(seed, (tried, load))
+                if tried <= 2 * before:  # replicas are numbered downwards: at least twice as many
+                    if math.inf > load > _FLOOR * load_before:
+                        has_floor = True
+                        found[seed] = Found(None, tried)
+                        continue
+                    lacking[seed] = tried, load
             try:
-                missed[seed, numbers[seed]] = objective.missed(result["summary"])
-                numbers[seed] = searches[seed].send(not missed[seed, numbers[seed]])
+                numbers[seed] = searches[seed].send(not what)
             except StopIteration as end:
                 found[seed] = end.value
     kept = [found[seed].kept for seed in range(len(searches))]
@@ -224,6 +240,7 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
         [None if one is None else scale.value(one) for one in kept],
         results,
         num_runs,
+        has_floor=has_floor,
     )
 
 
@@ -268,6 +285,7 @@ def rows_of(plan: Plan, capacities: list[Capacity]) -> list[Result]:
             "interval": capacity.interval,
             "intervals": capacity.intervals,
             "num_runs": capacity.num_runs,
+            "has_floor": capacity.has_floor,
             "results": [{name: value for name, value in r.items() if name != "inputs"} for r in capacity.results],
         }
         if plan.prices is not None and capacity.value is not None:

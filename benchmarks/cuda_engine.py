@@ -88,7 +88,8 @@ def throughput(llm: LLM, work: Work) -> dict[str, Any]:
     for seq in sequences:
         inbox.put(seq)
     inbox.close()
-    torch.cuda.synchronize()
+    if llm.runner.device.type == "cuda":
+        torch.cuda.synchronize()
     begun = time.perf_counter()
     serve(core, llm.runner, inbox, clock, lambda seq: None)
     seconds = time.perf_counter() - begun
@@ -111,4 +112,5 @@ def close(llm: LLM) -> None:
     llm.close()
     del llm.runner
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -21,6 +21,9 @@ from pages import table
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+RANKS = re.compile(
+    r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
+)
 DRAFTS = re.compile(r"(<!-- figures of speculation -->\n).*?(<!-- end of figures of speculation -->)", re.DOTALL)
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
 TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
@@ -67,11 +70,18 @@ def main() -> int:
     texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
-    beside = arguments.pages / "speculation.md"
-    if beside.exists():
-        page = beside.read_text(encoding="utf-8")
-        found = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*/speculation-*.json"))]
-        texts[beside] = DRAFTS.sub(lambda match: match[1] + drafts_figures(found) + match[2], page)
+    for name, marks, figures in (
+        ("speculation", DRAFTS, drafts_figures),
+        ("tensor-parallel", RANKS, ranks_figures),
+    ):
+        beside = arguments.pages / f"{name}.md"
+        if beside.exists():
+            files = sorted(arguments.results.glob(f"*/{name}-*.json"))
+            shown = figures([json.loads(path.read_text()) for path in files])
+            texts[beside] = marks.sub(
+                lambda match, shown=shown: match[1] + shown + match[2],  # type: ignore[misc]
+                beside.read_text(encoding="utf-8"),
+            )
     if "policies" in costs and arguments.vllm_page.exists():
         page = arguments.vllm_page.read_text(encoding="utf-8")
         texts[arguments.vllm_page] = COSTS.sub(
@@ -172,6 +182,45 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
             ),
         ]
     return "\n".join([*lines, ""])
+
+
+def ranks_figures(found: list[dict[str, Any]]) -> str:
+    """What ranks bought on each device, and what an all-reduce took between them."""
+    if not found:
+        return "\nNot measured yet.\n\n"
+    lines: list[str] = []
+    for result in found:
+        cases, first = result["cases"], result["cases"][0]
+        lines += [
+            "",
+            f"{result['model']} with random weights, {result['workload']}, {cases[-1]['machine']}, medians of "
+            f"{result['repeats']}, load before {result['load_before']:.1f}, commit {result['commit']}:",
+            "",
+            *table(
+                ["ranks", "tokens/s", "times", "one request, ms a token", "times"],
+                [
+                    [
+                        str(case["ranks"]),
+                        number(case["output_tok_s"]),
+                        f"{number(case['output_tok_s'] / first['output_tok_s'])}x",
+                        number(case["ms_a_token"]),
+                        f"{number(first['ms_a_token'] / case['ms_a_token'])}x",
+                    ]
+                    for case in cases
+                ],
+                numbers=True,
+            ),
+        ]
+        for ranks, times in result["all_reduce"].items():
+            line = result["collectives"][ranks]
+            lines += [
+                "",
+                f"An all-reduce between {ranks} ranks; the line through them is {line['all_reduce_ns'] / 1e3:,.1f} us "
+                f"and what goes over the link at {line['link'] / 1e9:,.2f} GB/s:",
+                "",
+                *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
+            ]
+    return "\n".join([*lines, "", ""])
 
 
 def cost_of_http(found: list[dict[str, Any]]) -> str:

@@ -11,8 +11,10 @@ from twinserve.engine.device_queue import usable_device
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.layers.choice import AttentionChoice, choose_attention
 from twinserve.engine.models.config import ModelConfig
+from twinserve.engine.models.sharded_decoder import check_size, part_of
 from twinserve.engine.models.source import ModelSource
 from twinserve.engine.options import EngineOptions
+from twinserve.engine.parallel.shards import Shard
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 
@@ -53,8 +55,9 @@ class RunnerConfig:
         kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
         if device.type == "cuda":
             Capability.of(device).check_formats(source.dtype, kv_cache_dtype)
+        own = _own_part(source, options, settings)
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
-        group = model.num_heads // model.num_kv_heads
+        group = own.num_heads // own.num_kv_heads
         attention = choose_attention(
             options.attention, model.head_dim, source.dtype, device, asked, options.execution, group
         )
@@ -80,6 +83,29 @@ class RunnerConfig:
     def with_blocks(self, num_blocks: int) -> RunnerConfig:
         """This config with a pool of `num_blocks`."""
         return replace(self, settings=self.settings.model_copy(update={"num_gpu_blocks": num_blocks}))
+
+
+def _own_part(source: ModelSource, options: EngineOptions, settings: Settings) -> ModelConfig:
+    """The shape of what one of the ranks that share the model has of it.
+
+    Raises:
+        InputError: so many cannot share it, or there are not so many devices.
+    """
+    size, field = options.tensor_parallel_size, "tensor_parallel_size"
+    if size == 1:
+        return source.config
+    check_size(source.config, size)
+    if settings.speculative_config is not None:
+        raise InputError("expected 1 with speculative_config", field=field, value=size)
+    if not source.is_splittable:
+        raise InputError("expected 1 with a Decoder, which has its weights already", field=field, value=size)
+    if options.device.startswith("cuda"):
+        if options.device != "cuda":
+            problem = f"expected cuda: the ranks take cuda:0 to cuda:{size - 1}"
+            raise InputError(problem, field="device", value=options.device)
+        if size > (count := torch.cuda.device_count()):
+            raise InputError(f"but torch finds {count} CUDA devices", field=field, value=size)
+    return part_of(source.config, Shard(0, size))
 
 
 def _within_model(settings: Settings, model: ModelConfig, block_size: int) -> Settings:

@@ -149,10 +149,13 @@ class CudaQueue:
 
     Where the host waits for a step, it sees its end as it happens, and the device's own measure says how long before
     that it began. A step that has ended before anybody waits is told from the end of the step before it.
+
+    Args:
+        check: called again and again while the host waits; it raises where a step will never end. None: it will.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, check: Callable[[], None] | None = None) -> None:
+        self._device, self._check = device, check
         self._ended = self._event()
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
@@ -173,6 +176,8 @@ class CudaQueue:
         step before it, and has ended by now.
         """
         seen = not end.query()
+        while self._check is not None and not end.query():
+            self._check()
         end.synchronize()
         now_ns = time.perf_counter_ns()
         device_ns = _between_ns(start, end)

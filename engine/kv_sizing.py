@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.kv_cache import bytes_per_block
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
 from twinserve.settings.errors import InputError
+
+if TYPE_CHECKING:
+    from twinserve.engine.graphs.graph_runner import GraphRunner
 
 CPU_BUDGET_BYTES = 1 << 30
 
 
 def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None = None) -> RunnerConfig:
     """`config` with a pool that fits beside the weights of `decoder`, unless it has one; a model that drafts has as
-    many blocks of its own.
+    many blocks of its own. Ranks that share a model have as many as fit on each of their devices.
 
     Raises:
         InputError: `gpu_memory_utilization` leaves nothing.
@@ -25,11 +31,9 @@ def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None =
         return config
     step_bytes = None
     if config.attention.graphs and config.settings.speculative_config is None:
-        from twinserve.engine.graphs.graph_runner import GraphRunner
-
-        step_bytes = GraphRunner(decoder, config.with_blocks(1)).step_bytes()
+        step_bytes = _graph_runner(decoder, config.with_blocks(1)).step_bytes()
     num_blocks = default_num_blocks(
-        config.model,
+        decoder.config,
         config.settings.block_size,
         config.kv_cache_dtype,
         decoder.device,
@@ -37,7 +41,20 @@ def with_pool(config: RunnerConfig, decoder: Decoder, drafting: Decoder | None =
         step_bytes,
         0 if drafting is None else bytes_per_block(drafting.config, config.settings.block_size, drafting.dtype),
     )
+    if isinstance(decoder, ShardedDecoder):
+        num_blocks = decoder.group.least(num_blocks, decoder.device)
     return config.with_blocks(num_blocks)
+
+
+def _graph_runner(decoder: Decoder, config: RunnerConfig) -> GraphRunner:
+    """A runner of graphs, or of a rank's part of them."""
+    if isinstance(decoder, ShardedDecoder):
+        from twinserve.engine.parallel.graph_runner import ShardedGraphRunner
+
+        return ShardedGraphRunner(decoder, config, None)
+    from twinserve.engine.graphs.graph_runner import GraphRunner
+
+    return GraphRunner(decoder, config)
 
 
 def default_num_blocks(

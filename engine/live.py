@@ -115,7 +115,7 @@ class Live(ABC):
         """
         with self._lock:
             if self._is_closed:
-                raise RunError("nothing more is served: the engine is closed") from self.error
+                raise RunError(f"nothing more is served: {self.error or 'the engine is closed'}") from self.error
             seqs = make(self.clock())
             if follower is not None:
                 self._following.followers.update(dict.fromkeys(seqs, follower))

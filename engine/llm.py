@@ -37,6 +37,7 @@ from twinserve.traces.runs.record import RunRecorder
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner
+    from twinserve.engine.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class LLM:
             model's, `num_gpu_blocks` what fits 1 GiB (CPU) or all that is left (CUDA), and
             `block_size`, where it was not given, the attention backend's own: 256 with flash, else 16.
         graph_options: what is switched off in steps that are graphs; None is nothing.
-        threads: CPU threads of torch, in the whole process; None leaves them.
+        threads: CPU threads of torch, in the whole process, and in that of each rank; None leaves them, but divides
+            those of the machine among ranks on a CPU.
         token_maker: makes the prompts of traces; None takes the longest run of ids that do not end a text.
         draft: the model that drafts, in place of the `model` of the settings' speculative_config; as `model`.
         options: the fields of `EngineOptions`, such as `device="cuda"`; None is as not given. A Decoder keeps its own
@@ -98,6 +100,7 @@ class LLM:
     Raises:
         InputError: an option, the model, the settings, the graph options or the token maker cannot be used. All that
             can be known without the weights is refused before they are loaded.
+        RunError: a process of those that share the model has ended.
     """
 
     def __init__(
@@ -115,6 +118,9 @@ class LLM:
     ):
         self.name = name or (type(model).__name__ if isinstance(model, nn.Module) else Path(model).name)
         self.options = EngineOptions.load({"model": self.name, **options})
+        ranks = self.options.tensor_parallel_size
+        if threads is None and ranks > 1 and self.options.device == "cpu":
+            threads = max(1, torch.get_num_threads() // ranks)
         if threads is not None:
             torch.set_num_threads(threads)
         source = ModelSource.of(model, self.options, tokenizer)
@@ -125,14 +131,38 @@ class LLM:
         config = RunnerConfig.checked(source, self.options, settings or Settings(), graph_options)
         draft_source = draft_of(draft, config, source, self.options)
         self.attention, self.kv_cache_dtype = config.attention, config.kv_cache_dtype
-        decoder = compute_on(config.device, source.load)
-        drafting = None if draft_source is None else compute_on(config.device, draft_source.load)
-        config = with_pool(config, decoder, drafting)
+        self._ranks: Ranks | None = None
+        self.runner: ModelRunner | GraphRunner
+        if self.options.tensor_parallel_size > 1:
+            config, self.runner = self._over_ranks(source, config)
+        else:
+            decoder = compute_on(config.device, source.load)
+            drafting = None if draft_source is None else compute_on(config.device, draft_source.load)
+            config = with_pool(config, decoder, drafting)
+            self.runner = _make_runner(decoder, config, self.tokenizer, drafting)
         self.settings = config.settings
-        self.runner = _make_runner(decoder, config, self.tokenizer, drafting)
         self._live: AsyncLLM | None = None
         self._forgotten: weakref.finalize | None = None
         self._guard = threading.Lock()
+
+    def _over_ranks(self, source: ModelSource, config: RunnerConfig) -> tuple[RunnerConfig, ModelRunner | GraphRunner]:
+        """The config with its pool and rank 0's runner, the other ranks being there."""
+        from twinserve.engine.parallel.ranks import Ranks, rank_device
+        from twinserve.engine.parallel.runners import make_runner
+        from twinserve.engine.parallel.worker import work
+
+        ranks = self._ranks = Ranks(work, config, source.load, torch.get_num_threads())
+        device = rank_device(config, 0)
+        try:
+            with ranks.failing_together():
+                decoder = compute_on(device, lambda: source.load(device=str(device), group=ranks.group))
+                config = with_pool(config, decoder)
+                runner = make_runner(decoder, config, self.tokenizer, ranks)
+            ranks.wait_until_ready()
+        except BaseException:
+            ranks.close()
+            raise
+        return config, runner
 
     @property
     def eos_token_id(self) -> int | None:
@@ -142,7 +172,8 @@ class LLM:
     @property
     def device_name(self) -> str:
         """What executes the steps, in words."""
-        return device_name(self.runner.device)
+        size, name = self.options.tensor_parallel_size, device_name(self.runner.device)
+        return name if size == 1 else f"{size} x {name}"
 
     def facts(self) -> dict[str, Any]:
         """What a replay of a run has to know beside its settings, and what made its tokens, as plain values.
@@ -170,6 +201,8 @@ class LLM:
         with self._guard:
             self._end_live()
         self.runner.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def warm_up(self) -> None:
         """Capture the graphs, and serve a few requests that nobody asked for: a full step, and decodes of up to 32.
@@ -234,6 +267,7 @@ class LLM:
             self._end_live()
             self.capture()
             live = AsyncLLM(self._core, self.runner, listeners)
+        self._end_with_ranks(live.inbox)
         live.start()
         return live
 
@@ -264,6 +298,12 @@ class LLM:
             AssertionError: an invariant of the policies does not hold at the end.
             StepError: a step failed.
         """
+
+        def starting(inbox: Inbox, clock: Clock) -> None:
+            self._end_with_ranks(inbox)
+            if on_start is not None:
+                on_start(inbox, clock)
+
         with self._guard:
             self._end_live()
             self.capture()
@@ -276,8 +316,14 @@ class LLM:
                 recorder=recorder,
                 time_scale=time_scale,
                 progress=progress,
-                on_start=on_start,
+                on_start=starting,
             )
+
+    def _end_with_ranks(self, inbox: Inbox) -> None:
+        """Have who waits for requests hear of it when a rank ends; a RankError if one has."""
+        if self._ranks is not None:
+            self._ranks.check()
+            self._ranks.tells(inbox)
 
     def _live_core(self) -> AsyncLLM:
         """The Core of `generate`; a fresh one where there is none whose KV is as it left it."""
@@ -287,6 +333,7 @@ class LLM:
             self.capture()
             self.runner.num_launched = 0
             live = self._live = AsyncLLM(self._core, self.runner)
+            self._end_with_ranks(live.inbox)
             live.start()
             self._forgotten = weakref.finalize(self, live.no_more)
         return live

@@ -64,7 +64,7 @@ class PromptLogprobs:
         heard: what is known already, as of a prompt that is computed again.
     """
 
-    _AT_ONCE = 256
+    AT_ONCE = 256
     """Rows of the vocabulary's size that are there together."""
 
     def __init__(self, rows: Seq[Row], asks: Mapping[Sequence, int], heard: Heard) -> None:
@@ -84,12 +84,17 @@ class PromptLogprobs:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
+    @property
+    def places(self) -> list[int]:
+        """Places in the flat batch of the tokens behind which they lie."""
+        return self._flat
+
     def take(self, hidden: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
         """Take what was asked for from the model's output `hidden` [tokens, hidden_size] of the flat batch."""
         flat = to_device(torch.tensor(self._flat), hidden.device)
         tokens = to_device(torch.tensor([seq.token_ids[place] for seq, place, _ in self._asked]), hidden.device)
         most = max(count for _, _, count in self._asked)
-        for places, own in zip(flat.split(self._AT_ONCE), tokens.split(self._AT_ONCE), strict=True):
+        for places, own in zip(flat.split(self.AT_ONCE), tokens.split(self.AT_ONCE), strict=True):
             logprobs = logits_of(hidden[places]).float().log_softmax(dim=-1)
             chosen = logprobs.gather(1, own[:, None])
             ranks = (logprobs >= chosen).sum(dim=-1, keepdim=True)

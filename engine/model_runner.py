@@ -22,24 +22,36 @@ from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import adopt_model
 from twinserve.engine.online import StepHandle, TokenHandle
 from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen, row_token_pairs
-from twinserve.policies import Batch, Row, Runs, Sequence
+from twinserve.policies import Batch, Row, Runs, SamplingParams, Sequence
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """All that the model needs of a step, copied from the sequences at launch.
+class Arranged:
+    """What the model has to know of a step, as the host arranges it.
+
+    Attributes:
+        layout: the rows in the order of the flat batch.
+        token_ids: of the flat batch, 0 in place of a token that is not known yet.
+        last: places in the flat batch of the last token of each row that samples; of one with drafts, of the token
+            before the first of them and of each of them.
+        late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
+    """
+
+    layout: Layout
+    token_ids: list[int]
+    last: list[int]
+    late: tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class FlatStep:
+    """The same on the device.
 
     Attributes:
         token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
         plans: the attention backend's, of each layer.
-        last: [sampled], places in the flat batch of the last token of each row that samples; of one with drafts, of
-            the token before the first of them and of each of them.
-        sampling: how they sample.
-        seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
-            of their last tokens; None where there is no such row.
-        generated: what rows with a presence or frequency penalty have generated; None where there is no such row.
-        late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
-        prompts: the log-probabilities of prompts that are asked for.
+        last: [sampled].
+        late: two of [late]; None where every token is known.
     """
 
     token_ids: Tensor
@@ -47,10 +59,30 @@ class StepInput:
     slots: Tensor
     plans: list[Any]
     last: Tensor
+    late: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """All that a step needs, copied from the sequences at launch.
+
+    Attributes:
+        arranged, flat: what the model computes, on the host and on the device.
+        params, uniforms: of each row that samples, its parameters and its uniform number.
+        sampling: the same on the device.
+        seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
+            of their last tokens; None where there is no such row.
+        generated: what rows with a presence or frequency penalty have generated; None where there is no such row.
+        prompts: the log-probabilities of prompts that are asked for.
+    """
+
+    arranged: Arranged
+    flat: FlatStep
+    params: list[SamplingParams]
+    uniforms: list[float]
     sampling: SamplingPlan
     seen: tuple[Tensor, Tensor] | None
     generated: GeneratedTokens | None
-    late: tuple[Tensor, Tensor] | None
     prompts: PromptLogprobs
 
 
@@ -181,6 +213,8 @@ class ModelRunner:
         """Start a step of `rows`; `tokens` are each row's, as far as they are known."""
         self.num_launched += 1
         step_input = self._snapshot(rows, tokens) if rows else None
+        if step_input is not None:
+            self._tell(step_input)
         before = self._previous[0] if self._previous else None
         sampled = [row for row in rows if row.samples]
         asked = AskedLogprobs(sampled)
@@ -191,36 +225,54 @@ class ModelRunner:
 
     def _snapshot(self, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
         """Copy what the step needs, in the order of its flat batch."""
-        spans = [(row.start, row.num_tokens) for row in rows]
-        layout = Layout.of(spans, self._block_tables(rows), self._most_single)
-        ordered = [rows[i] for i in layout.order]
-        token_ids, places, sources = [], [], []
-        for i, row in zip(layout.order, ordered, strict=True):
-            token_ids += tokens[i]
-            if len(tokens[i]) < row.num_tokens:
-                token_ids.append(0)
-                places.append(layout.last[i])
-                sources.append(self._sampled_before(row))
-        sampled = [one for i, row in enumerate(rows) if row.samples for one in drawn(row, layout.last[i])]
+        arranged = self._arranged(rows, tokens)
+        sampled = [one for i, row in enumerate(rows) if row.samples for one in drawn(row, arranged.layout.last[i])]
         params = [row.seq.sampling_params for row, _ in sampled]
         lengths = [row.start + row.num_tokens for row, _ in sampled]
         uniforms = draw_uniforms(params, lengths, self._generator)
         answers = [length - row.seq.num_prompt_tokens for length, (row, _) in zip(lengths, sampled, strict=True)]
         return StepInput(
-            token_ids=self._to_device(token_ids),
-            positions=self._to_device(layout.positions),
-            slots=self._to_device(layout.slots(self.block_size)),
-            plans=self._plans(layout),
-            last=self._to_device([place for _, place in sampled]),
+            arranged=arranged,
+            flat=self._flat(arranged),
+            params=params,
+            uniforms=uniforms,
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),
             seen=self._seen(sampled),
             generated=GeneratedTokens.of(sampled, self.device, self._known),
+            prompts=PromptLogprobs([rows[i] for i in arranged.layout.order], self.prompt_asks, self.logprobs),
+        )
+
+    def _arranged(self, rows: Seq[Row], tokens: Seq[list[int]]) -> Arranged:
+        """The rows in the order of the flat batch."""
+        spans = [(row.start, row.num_tokens) for row in rows]
+        layout = Layout.of(spans, self._block_tables(rows), self._most_single)
+        token_ids, places, sources = list[int](), list[int](), list[int]()
+        for i in layout.order:
+            token_ids += tokens[i]
+            if len(tokens[i]) < rows[i].num_tokens:
+                token_ids.append(0)
+                places.append(layout.last[i])
+                sources.append(self._sampled_before(rows[i]))
+        last = [place for i, row in enumerate(rows) if row.samples for _, place in drawn(row, layout.last[i])]
+        return Arranged(layout, token_ids, last, (places, sources))
+
+    def _tell(self, step: StepInput) -> None:
+        """Tell those who compute a step together with this runner; here nobody does."""
+
+    def _flat(self, arranged: Arranged) -> FlatStep:
+        """What was arranged, on the device."""
+        places, sources = arranged.late
+        return FlatStep(
+            token_ids=self._to_device(arranged.token_ids),
+            positions=self._to_device(arranged.layout.positions),
+            slots=self._to_device(arranged.layout.slots(self.block_size)),
+            plans=self._plans(arranged.layout),
+            last=self._to_device(arranged.last),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
-            prompts=PromptLogprobs(ordered, self.prompt_asks, self.logprobs),
         )
 
     def _plans(self, layout: Layout) -> list[Any]:
-        """`StepInput.plans`: what `_hidden` has to know of the layout."""
+        """`FlatStep.plans`: what `_hidden` has to know of the layout."""
         metadata, windows = layout.metadata(self.block_size), self.model.config.windows
         return plan_layers(self._backend, metadata, windows, self.model.dtype, self.device)
 
@@ -260,15 +312,33 @@ class ModelRunner:
         """The tokens that a step samples; `before` is the step launched before it."""
         if step is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        token_ids = step.token_ids
-        if step.late is not None and before is not None:
-            places, sources = step.late
-            # A sequence of which none was sampled goes on until it is ended.
-            token_ids = token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
-        hidden = self._hidden(step, token_ids)
+        token_ids = self._token_ids(step.flat, before)
+        hidden = self._hidden(step.flat, token_ids)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
-        logits, seen = self.model.logits(hidden[step.last]), None
+        return self._sample(step, hidden[step.flat.last], token_ids, asked)
+
+    def _token_ids(self, flat: FlatStep, before: Step | None) -> Tensor:
+        """The tokens of the flat batch, those among them that the step before has sampled."""
+        if flat.late is None or before is None:
+            return flat.token_ids
+        places, sources = flat.late
+        # A sequence of which none was sampled goes on until it is ended.
+        return flat.token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
+
+    def _hidden(self, flat: FlatStep, token_ids: Tensor) -> Tensor:
+        """What the model's last layer gives for each token of the flat batch, [tokens, hidden_size], normalised."""
+        attention = PagedAttention(self._backend, self._cache, flat.slots, flat.plans)
+        hidden: Tensor = self.model(token_ids, flat.positions, attention)
+        return hidden
+
+    def _sample(self, step: StepInput, hidden: Tensor, token_ids: Tensor, asked: AskedLogprobs) -> Tensor:
+        """A token for each row of `hidden` [sampled, hidden_size]."""
+        return self._sample_from(self.model.logits(hidden), step, token_ids, asked)
+
+    def _sample_from(self, logits: Tensor, step: StepInput, token_ids: Tensor, asked: AskedLogprobs) -> Tensor:
+        """A token for each row of `logits` [sampled, vocab]; `token_ids` are those of the flat batch."""
+        seen = None
         if step.seen is not None:
             pairs, last = step.seen
             seen = torch.zeros(len(last), logits.shape[-1], dtype=torch.bool, device=self.device)
@@ -279,12 +349,6 @@ class ModelRunner:
         if asked:
             asked.take(logits, tokens)
         return tokens
-
-    def _hidden(self, step: StepInput, token_ids: Tensor) -> Tensor:
-        """What the model's last layer gives for each token of the flat batch, [tokens, hidden_size], normalised."""
-        attention = PagedAttention(self._backend, self._cache, step.slots, step.plans)
-        hidden: Tensor = self.model(token_ids, step.positions, attention)
-        return hidden
 
 
 def drawn(row: Row, last: int) -> list[tuple[Row, int]]:

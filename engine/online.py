@@ -88,6 +88,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Sequence | Abort, ...]] = SimpleQueue()
+        self._error: Exception | None = None
         self.closed = False
 
     def put(self, *items: Sequence | Abort) -> None:
@@ -98,10 +99,20 @@ class Inbox:
         """Say that nothing more will come."""
         self._queue.put(())
 
+    def fail(self, error: Exception) -> None:
+        """Have whoever takes anything get an error instead, as nothing can be served any more."""
+        self._error = error
+        self._queue.put(())
+
     def take(self, *, wait: bool, timeout_s: float | None = None) -> list[Sequence | Abort]:
-        """Everything handed in so far; with `wait`, at least one item unless the inbox is closed or time runs out."""
+        """Everything handed in so far; with `wait`, at least one item unless the inbox is closed or time runs out.
+
+        Raises what it was made to fail with.
+        """
         items: list[Sequence | Abort] = []
         while True:
+            if self._error is not None:
+                raise self._error
             try:
                 taken = self._queue.get(wait and not items and not self.closed, timeout_s)
             except Empty:

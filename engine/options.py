@@ -62,6 +62,9 @@ class EngineOptions(BaseModel):
         lt=1,
         description="share of a CUDA device's memory that weights, steps and KV take together",
     )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="devices that share the model, cuda:0 and on; on a CPU processes"
+    )
     seed: int = Field(
         default=0, ge=0, lt=1 << 63, description="of random weights, and of draws for requests without their own"
     )

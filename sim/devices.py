@@ -53,6 +53,24 @@ PEAKS = Shares(
 """All that a device can do is reached, and nothing lies between."""
 
 
+class Collectives(BaseModel):
+    """What an all-reduce takes between so many of a device: a time, and one for the bytes that go over the link.
+
+    Attributes:
+        ranks: how many were measured together.
+        all_reduce_ns: of few bytes.
+        link: bytes a second, each way; of `bytes`, 2 (ranks - 1) / ranks go over it.
+        source: what they were fitted on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranks: int = Field(ge=2)
+    all_reduce_ns: float = Field(ge=0)
+    link: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
 class Device(BaseModel):
     """What a device can do.
 
@@ -69,6 +87,8 @@ class Device(BaseModel):
             logs on an H100.
         source: where these are from.
         shares: what is reached of the peaks.
+        collectives: what an all-reduce was measured to take; None: nobody has measured it, and it takes what NCCL's own
+            model of its speed says, over `link` and `hop_ns`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -86,6 +106,7 @@ class Device(BaseModel):
     host_seq_ns: int = Field(default=25_000, ge=0, le=_MOST_NS)
     source: str = Field(min_length=1)
     shares: Shares
+    collectives: Collectives | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -100,7 +121,8 @@ class Device(BaseModel):
     @property
     def at_peak(self) -> Device:
         """The same, if all that it can do were reached and there were nothing beside."""
-        return self.model_copy(update={"shares": PEAKS})
+        collectives = Collectives(ranks=2, all_reduce_ns=0, link=self.link, source=PEAKS.source)
+        return self.model_copy(update={"shares": PEAKS, "hop_ns": 0, "collectives": collectives})
 
 
 def _shipped() -> tuple[dict[str, Device], Shares]:
@@ -108,7 +130,11 @@ def _shipped() -> tuple[dict[str, Device], Shares]:
     tables = tomllib.loads(DEVICES_FILE.read_text(encoding="utf-8"))
     shares = {name: Shares(**table) for name, table in tables["shares"].items()}
     others = shares["h200"]
-    devices = {name: Device(**table, shares=shares.get(name, others)) for name, table in tables["device"].items()}
+    collectives = tables.get("collectives", {})
+    devices = {
+        name: Device(**table, shares=shares.get(name, others), collectives=collectives.get(name))
+        for name, table in tables["device"].items()
+    }
     return devices, others
 
 

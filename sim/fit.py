@@ -363,7 +363,9 @@ def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
     types = {about.get("dtype"), about.get("kv_cache_dtype")}
     if shape is None or device is None or about.get("quantization") != "none" or types != {"bfloat16"}:
         return None
-    return RooflineLatency(ModelShape.of_facts(str(about.get("model")), shape), device.at_peak)
+    return RooflineLatency(
+        ModelShape.of_facts(str(about.get("model")), shape), device.at_peak, about.get("tensor_parallel_size", 1)
+    )
 
 
 def least_price(about: dict[str, Any]) -> float:
@@ -380,7 +382,8 @@ def prompt_wave(about: dict[str, Any]) -> float:
     device, shape = device_of(str(about.get("device"))), about.get("shape")
     if device is None or device.multiprocessors is None or shape is None:
         return 0.0
-    return WAVE_SHARE * device.multiprocessors / shape["num_kv_heads"]
+    kv_heads = max(1, shape["num_kv_heads"] // about.get("tensor_parallel_size", 1))
+    return WAVE_SHARE * device.multiprocessors / kv_heads
 
 
 def fit(

@@ -62,7 +62,7 @@ class RooflineLatency:
     - the output projection: as a projection, for the sampled rows alone;
     - a time for what lies between them, a layer;
     - with tp > 1, two all-reduces a layer of T hidden states: 2 (tp - 1) / tp of their bytes over the link, and for
-      each a fixed time and one a hop of the ring.
+      each a fixed time and one a hop of the ring, as measured, or where nobody has, by NCCL's own model of its speed.
 
     The host's time is a constant and a cost a sequence.
 
@@ -109,7 +109,9 @@ class RooflineLatency:
         """The model, the device with its source, and the degree of parallelism."""
         return {
             "model": self.shape.as_dict(),
-            "device": self.device.model_dump(mode="json"),
+            "device": self.device.model_dump(
+                mode="json", exclude={"collectives"} if self.device.collectives is None else None
+            ),
             "tensor_parallel": self.tensor_parallel,
             "basis": self.basis,
         }
@@ -219,7 +221,11 @@ class RooflineLatency:
         if share == 1:
             return 0.0
         moved = 2 * (share - 1) / share * tokens * self.shape.hidden_size * STORED_BITS / 8
-        return ALL_REDUCE_NS + 2 * (share - 1) * self.device.hop_ns + moved / (self.device.link / 1e9)
+        measured = self.device.collectives
+        if measured is None:
+            return ALL_REDUCE_NS + 2 * (share - 1) * self.device.hop_ns + moved / (self.device.link / 1e9)
+        more_hops = 2 * (share - measured.ranks)
+        return max(0.0, measured.all_reduce_ns + more_hops * self.device.hop_ns) + moved / (measured.link / 1e9)
 
     def _projection(self, rows: int, matrix: Matrix, copies: float, bits: float, flops: float) -> float:
         """Nanoseconds of a matrix product of so many rows, of which so many different matrices are read."""

@@ -24,6 +24,7 @@ import benchmark_cycle4
 import benchmark_cycle5
 import benchmark_cycle6
 import benchmark_cycle7
+import benchmark_tensor_parallel
 import command_line
 import copies
 import flash_stand_in
@@ -474,6 +475,59 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     assert "| none | 64 | 3.00 s | 1.50 s | 2.00x | – | – |" in text
     assert "takes 50.0 us and 120 ns a token of the text" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
+    page = tmp_path / "tensor-parallel.md"
+    page.write_text(
+        "a\n<!-- figures of tensor parallelism -->\nold\n<!-- end of figures of tensor parallelism -->\nb\n"
+    )
+    results = tmp_path / "results"
+    rendered(monkeypatch, results, tmp_path)
+    assert "Not measured yet." in page.read_text() and "old" not in page.read_text()
+    found = {
+        "model": "m",
+        "workload": "W256",
+        "repeats": 3,
+        "commit": "abc",
+        "load_before": 0.5,
+        "cases": [
+            {"ranks": 1, "machine": "H", "output_tok_s": 1000.0, "ms_a_token": 4.0},
+            {"ranks": 2, "machine": "2 x H", "output_tok_s": 1750.0, "ms_a_token": 2.5},
+        ],
+        "all_reduce": {"2": [{"bytes": 1024, "us": 9.5}, {"bytes": 1048576, "us": 20.0}]},
+        "collectives": {"2": {"ranks": 2, "all_reduce_ns": 9500.0, "link": 250e9}},
+    }
+    (results / "h").mkdir(parents=True)
+    (results / "h" / "tensor-parallel-m.json").write_text(json.dumps(found))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert "m with random weights, W256, 2 x H, medians of 3, load before 0.5, commit abc:" in text
+    assert "| 2 | 1,750 | 1.75x | 2.50 | 1.60x |" in text and "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
+    assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
+    assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def test_a_line_is_fitted_to_all_reduces_and_makes_a_device(tmp_path):
+    from twinserve.sim.roofline import RooflineLatency
+
+    measured = [{"bytes": count, "us": 12.0 + 1.5 * count / 1e9 * 1e6} for count in (1024, 65_536, 4_194_304)]
+    line = benchmark_tensor_parallel.fitted_line(4, measured)
+    assert line["ranks"] == 4 and line["all_reduce_ns"] == pytest.approx(12_000, rel=1e-3)
+    assert line["link"] == pytest.approx(1e9, rel=1e-3), "1.5 of a byte's size goes over it"
+    found = {
+        "commit": "abc",
+        "load_before": 0.5,
+        "host_ns": 300_000,
+        "products": {"bandwidth": 8e9, "flops": 5e10},
+        "collectives": {"2": line | {"ranks": 2}, "4": line},
+    }
+    path = tmp_path / "cpu.toml"
+    path.write_text(benchmark_tensor_parallel.device_file(found))
+    latency = RooflineLatency.parse(f"smollm2-135m@{path}:tp=3")
+    assert latency.device.collectives.ranks == 4 and latency.device.bandwidth == 4e9
+    assert latency.name == "roofline of smollm2-135m on 3 x CPU thread, shares measured"
 
 
 def test_other_requests_are_not_compared(monkeypatch, tmp_path):

@@ -1,9 +1,9 @@
-"""The pictures of the seven cycles and of the design.
+"""The pictures of the seven cycles, of what stands beside them, and of the design.
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle7.svg and step.svg into the folder beside it. With --check nothing is written, and the exit
-status is 1 where a picture is another.
+Writes cycle1.svg ... cycle7.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is
+written, and the exit status is 1 where a picture is another.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from svg import INK, MUTED, PAPER, Drawing
 
 from twinserve.policies import BlockManager, SamplingParams, Scheduler, Sequence
+from twinserve.sim.model_configs import SHAPES
+from twinserve.sim.shapes import Attention, FeedForward
 
 FOLDER = Path(__file__).with_name("pictures")
 NOW, KEPT, AGAIN = "#93c5fd", "#e5e7eb", "#fcd34d"
@@ -196,6 +198,43 @@ def cycle7() -> Drawing:
     return drawing
 
 
+def tensor_parallel() -> Drawing:
+    """A layer on two ranks: which weights lie where, and what is summed; by the shape of SmolLM2-135M on three."""
+    ranks, colors = 3, [OF_SEQUENCE[name] for name in "ABD"]
+    shape = SHAPES["smollm2-135m"].layers[0]
+    attention, network = shape.mixer, shape.network
+    assert isinstance(attention, Attention) and isinstance(network, FeedForward)
+    drawing = Drawing(800, 320, f"A layer of SmolLM2-135M on {ranks} ranks: what is split, and what is summed")
+    # Each matrix: its name, where it stands, its width and height, whether it is split by columns, and what that means.
+    heads = f"{attention.num_heads // ranks} query heads, {attention.num_kv_heads // ranks} KV head"
+    inner = f"{network.inner // ranks} of {network.inner}"
+    matrices = [
+        ("q, k, v", 90, 150, 84, True, f"{heads} each"),
+        ("output", 280, 84, 150, False, "the rows of its heads"),
+        ("gate, up", 450, 150, 84, True, f"{inner} each"),
+        ("down", 640, 84, 150, False, "the rows of those"),
+    ]
+    for name, x, width, height, by_columns, meaning in matrices:
+        y = 150 - height // 2
+        drawing.text(x + width // 2, 56, name, anchor="middle", bold=True)
+        for rank, color in enumerate(colors):
+            if by_columns:
+                drawing.box(x + rank * width // ranks, y, width // ranks - 2, height, color, str(rank))
+            else:
+                drawing.box(x, y + rank * height // ranks, width, height // ranks - 2, color, str(rank))
+        drawing.text(x + width // 2, 252, meaning, anchor="middle", color=MUTED)
+        how = "split by what it gives" if by_columns else "split by what it takes"
+        drawing.text(x + width // 2, 272, how, anchor="middle", color=MUTED)
+    drawing.text(20, 154, "hidden", color=MUTED)
+    for begin, end in ((66, 86), (242, 276), (366, 446), (602, 636), (726, 786)):
+        drawing.arrow(begin, 150, end, 150)
+    for x in (406, 756):
+        drawing.text(x, 140, "sum", anchor="middle", bold=True)
+    drawing.text(20, 26, "Every rank has all of the hidden state, and a part of each matrix", bold=True)
+    _legend(drawing, 306, [(color, f"rank {rank}") for rank, color in enumerate(colors)])
+    return drawing
+
+
 def step() -> Drawing:
     """One decision of the policies, as they make it: two decodes, the next piece of a prompt, and who waited."""
     block, budget = 4, 12
@@ -249,6 +288,7 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle5.svg": cycle5,
     "cycle6.svg": cycle6,
     "cycle7.svg": cycle7,
+    "tensor-parallel.svg": tensor_parallel,
     "step.svg": step,
 }
 

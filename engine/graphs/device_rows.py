@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from twinserve.engine.device_queue import to_device
 from twinserve.engine.kernels.step_rows import apply_edits
 from twinserve.engine.sampler import is_plain, mark_seen, mixed
-from twinserve.policies import Batch, Row, Sequence
+from twinserve.policies import Batch, Row, SamplingParams, Sequence
 
 _EVERY_TOKEN = (1 << 31) - 1
 
@@ -29,6 +29,7 @@ class DeviceRows:
         table_width: blocks of the longest context.
         vocab_size: of the model.
         generator: draws the seeds of requests without one.
+        is_sampled: whether a step samples by itself as parameters ask for; those of others are special.
 
     Attributes:
         tokens, computed: [num_rows + 1], int32: the token that a row computes next, and how many came before it.
@@ -48,8 +49,10 @@ class DeviceRows:
         num_blocks: int,
         device: torch.device,
         generator: random.Random,
+        is_sampled: Callable[[SamplingParams], bool] = is_plain,
     ):
         self._device, self._generator, self._num_blocks = device, generator, num_blocks
+        self._is_sampled = is_sampled
         rows = num_rows + 1
         starts = np.cumsum(
             [0, *(aligned(size) for size in (rows, rows, rows, 2 * rows, 3 * rows, rows * table_width))]
@@ -79,7 +82,7 @@ class DeviceRows:
         for seq in list(self._rows):
             self._forget(seq)
 
-    def changes(self, batch: Batch, rows: Iterable[Row]) -> Tensor | None:
+    def changes(self, batch: Batch, rows: Iterable[Row]) -> np.ndarray | None:
         """What a decision changes: who came, who went, whose block tables grew; None if nothing on the device.
 
         The result is for `apply`, in the order of the decisions.
@@ -106,11 +109,11 @@ class DeviceRows:
             return None
         places = np.concatenate([np.arange(place, place + len(values)) for place, values in edits])
         values = np.concatenate([values for _, values in edits])
-        return to_device(np.stack((places, values)).astype(np.int32), self._device)
+        return np.stack((places, values)).astype(np.int32)
 
-    def apply(self, changes: Tensor) -> None:
+    def apply(self, changes: np.ndarray) -> None:
         """Write what `changes` gave, behind the steps launched before."""
-        apply_edits(self._state, changes)
+        apply_edits(self._state, to_device(changes, self._device))
 
     @cached_property
     def seen(self) -> Tensor:
@@ -140,7 +143,7 @@ class DeviceRows:
         _check_blocks(seq, seq.block_table, self._num_blocks)
         index = self._rows[seq] = self._free.pop()
         params = seq.sampling_params
-        if not is_plain(params):
+        if not self._is_sampled(params):
             self.special.add(seq)
         seed = mixed(self._generator.getrandbits(64) if params.seed is None else params.seed)
         edits = [

@@ -107,8 +107,12 @@ class FusedDecoder:
         hidden = self._layers(step, token_ids, positions, slots)
         if step.last is not None:
             hidden = hidden[step.last]
-        logits = self.model.logits(hidden, self._logits[: len(hidden)])
         last = self._order[: len(step.sample_rows)] if step.last is None else step.last
+        return self._sample(step, hidden, last, positions, out)
+
+    def _sample(self, step: StepRows, hidden: Tensor, last: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+        """Sample a token behind each row of `hidden` [sampled, hidden_size]; the logits."""
+        rows, logits = self.rows, self.model.logits(hidden, self._logits[: len(hidden)])
         state = rows.seeds, rows.tokens, rows.computed, out
         blocks = sample_rows(logits, step.sample_rows, last, positions, rows.temperatures, *state)
         sample_filtered_rows(logits, step.sample_rows, rows.temperatures, rows.filters, *state, blocks, self._near)

@@ -25,7 +25,7 @@ from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.online import TokenHandle
-from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, mark_seen
+from twinserve.engine.sampler import GeneratedTokens, SamplingPlan, draw_uniforms, is_plain, mark_seen
 from twinserve.policies import Batch, Row, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
 
@@ -71,17 +71,44 @@ def capture_each(
 
 
 def captured(
-    run: Callable[[], Tensor], device: torch.device, pool: Any, stream: torch.cuda.Stream
+    run: Callable[[], Tensor],
+    device: torch.device,
+    pool: Any,
+    stream: torch.cuda.Stream,
+    error_mode: str = "global",
 ) -> tuple[Tensor, Callable[[], None]]:
     """What `run` gives, captured as a graph, and what replays it. It is replayed once: the first replay loads a graph
-    onto the device, and no step that is served should wait for that."""
+    onto the device, and no step that is served should wait for that.
+
+    Args:
+        error_mode: which threads may do nothing meanwhile that cannot be captured; see torch.cuda.graph.
+    """
     run()  # loads what is not loaded yet, which cannot be captured
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=error_mode):
         made = run()
     graph.replay()
     return made, graph.replay
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """What the device has to be told of a step, as the host has it.
+
+    Attributes:
+        changes: of what it keeps of sequences, see `DeviceRows.changes`; None is none.
+        size: whose graph is replayed, or, where there is none, of the kernels that are launched.
+        inputs: the numbers of `StepRows`; None where the graph has them from the step before.
+        special: places among the sampled of the rows that are sampled behind the graph, and their device rows.
+        prompt_places: see `PromptLogprobs.places`.
+    """
+
+    changes: np.ndarray | None
+    size: StepSize
+    inputs: np.ndarray | None = None
+    special: tuple[list[int], list[int]] = ([], [])
+    prompt_places: Seq[int] = ()
 
 
 class GraphRunner:
@@ -103,6 +130,10 @@ class GraphRunner:
         prompt_asks: see `ModelRunner`.
     """
 
+    _DECODER = FusedDecoder
+    _ERROR_MODE = "global"
+    _samples_itself = staticmethod(is_plain)
+
     def __init__(self, model: Decoder, config: RunnerConfig):
         self.model, self.device = model, model.device
         self.num_blocks, self.block_size = config.num_blocks, config.settings.block_size
@@ -113,13 +144,14 @@ class GraphRunner:
         self.num_launched = 0
         max_num_seqs, max_model_len = config.settings.max_num_seqs, config.max_model_len
         width = -(-max_model_len // self.block_size)
+        self._vocab_size = config.model.vocab_size
         self._rows = DeviceRows(
-            max_num_seqs, width, model.config.vocab_size, self.num_blocks, self.device, self._generator
+            max_num_seqs, width, self._vocab_size, self.num_blocks, self.device, self._generator, self._samples_itself
         )
         self._attention = cast(Literal["triton", "flash"], config.attention.name)
         self._max_num_batched_tokens = config.settings.max_num_batched_tokens
         self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
-        self._decoder = FusedDecoder(
+        self._decoder = self._DECODER(
             model,
             self._cache,
             self._rows,
@@ -151,8 +183,8 @@ class GraphRunner:
         size = StepSize(0, tokens, seqs)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        logits = self._decoder.run(self._padding(size)[1], self._out)
-        vocab_size = self.model.config.vocab_size
+        logits = self._whole(self._decoder.run(self._padding(size)[1], self._out))
+        vocab_size = self._vocab_size
         params = [SamplingParams(top_p=0.5, repetition_penalty=1.5, presence_penalty=0.5, logprobs=1)] * seqs
         # Twice: what is kept of all rows, and the copy that a step takes of it.
         seen = torch.zeros(2, seqs, vocab_size, dtype=torch.bool, device=self.device)[0]
@@ -200,7 +232,9 @@ class GraphRunner:
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:
         """Capture a step of padding alone, which leaves nothing behind but in the scratch row."""
         inputs, rows = self._padding(size)
-        logits, replay = captured(lambda: self._decoder.run(rows, self._out), self.device, pool, stream)
+        logits, replay = captured(
+            lambda: self._decoder.run(rows, self._out), self.device, pool, stream, self._ERROR_MODE
+        )
         return _Graph(inputs, replay, logits)
 
     def _padding(self, size: StepSize) -> tuple[Tensor, StepRows]:
@@ -225,10 +259,10 @@ class GraphRunner:
             self._num_resident = 0
         self._decision = batch.decision
         if self._is_repeated(batch):
-            changes = self._rows.changes(batch, ())
             count = len(batch)
-            resident = self._graphs[self._sizes.padded(StepSize(count, count))]
-            return _InOrder(self._queue.submit(lambda: self._run(changes, resident)[:count]), self._places)
+            repeated = GraphStep(self._rows.changes(batch, ()), self._sizes.padded(StepSize(count, count)))
+            self._tell(repeated)
+            return _InOrder(self._queue.submit(lambda: self._run(repeated)[:count]), self._places)
         rows = batch.rows
         changes = self._rows.changes(batch, rows)
         decodes = [row for row in rows if not row.is_prompt]
@@ -237,23 +271,33 @@ class GraphRunner:
         prompts = [row for row in rows if row.is_prompt]
         own = StepSize(len(decodes), len(decodes) + sum(row.num_tokens for row in prompts), len(prompts))
         padded = self._sizes.padded(own)
-        graph = self._graphs.get(padded)
-        size = own if graph is None else padded
+        is_captured = padded in self._graphs
+        size = padded if is_captured else own
         special = self._special(size, decodes, prompts)
-        self._num_resident = 0 if graph is None or prompts or special else len(decodes)
+        self._num_resident = 0 if not is_captured or prompts or special else len(decodes)
         if not rows:
             return self._queue.submit(lambda: self._out[:0])
         device_rows = self._rows.of(row.seq for row in decodes), self._rows.of(row.seq for row in prompts)
-        inputs = to_device(self._inputs(size, device_rows[0], prompts, device_rows[1]), self.device)
         asked = AskedLogprobs([one.row for one in special])
         of_prompts = PromptLogprobs([*decodes, *prompts], self.prompt_asks, self.logprobs)
-        step = self._queue.submit(lambda: self._run(changes, graph, inputs, size, special, asked, of_prompts))
+        told = GraphStep(
+            changes,
+            size,
+            self._inputs(size, device_rows[0], prompts, device_rows[1]),
+            ([one.place for one in special], [one.device_row for one in special]),
+            of_prompts.places,
+        )
+        self._tell(told)
+        step = self._queue.submit(lambda: self._run(told, special, asked, of_prompts))
         places = {row.seq: place for place, row in enumerate(decodes)}
         places |= {row.seq: size.decodes + place for place, row in enumerate(prompts)}
         self._places = [places[row.seq] for row in rows if row.samples]
         in_order = _InOrder(step, self._places)
         every = [one for one in (asked, of_prompts) if one]
         return LogprobStep(in_order, every, self.logprobs) if every else in_order
+
+    def _tell(self, step: GraphStep) -> None:
+        """Tell those who compute a step together with this runner; here nobody does."""
 
     def _is_repeated(self, batch: Batch) -> bool:
         """Does a batch have the rows of the one before it, decodes alone that a graph has run?"""
@@ -262,39 +306,45 @@ class GraphRunner:
 
     def _run(
         self,
-        changes: Tensor | None,
-        graph: _Graph | None,
-        inputs: Tensor | None = None,
-        size: StepSize | None = None,
+        step: GraphStep,
         special: Seq[_Special] = (),
         asked: AskedLogprobs | None = None,
         of_prompts: PromptLogprobs | None = None,
     ) -> Tensor:
-        """Run a step: a graph, with `inputs` unless it has them already, or without one; the tokens."""
-        if changes is not None:
-            self._rows.apply(changes)
-        if graph is None:
-            assert inputs is not None and size is not None
-            logits = self._decoder.run(_views(inputs, size, self._tile), self._out)
-        else:
-            if inputs is not None:
-                graph.inputs.copy_(inputs)
-            graph.replay()
-            logits = graph.logits
+        """Run a step, and sample what is special behind it; the tokens."""
+        logits = self._computed(step)
         if of_prompts:
             of_prompts.take(self._decoder.hidden, self.model.logits)
         if special:
-            self._sample(special, logits, asked)
+            places, rows = (to_device(np.array(numbers), self.device) for numbers in step.special)
+            tokens = self._sample(special, rows, self._whole(logits[places]), asked)
+            self._put(tokens, places, rows)
         return self._out
 
-    def _sample(self, special: Seq[_Special], logits: Tensor, asked: AskedLogprobs | None) -> None:
-        """Sample for special rows, in place of what the step has sampled for them."""
-        places = to_device(np.array([one.place for one in special]), self.device)
-        rows = to_device(np.array([one.device_row for one in special]), self.device)
+    def _computed(self, step: GraphStep) -> Tensor:
+        """Run a step, a graph or without one; the logits of its sampled rows."""
+        if step.changes is not None:
+            self._rows.apply(step.changes)
+        inputs = None if step.inputs is None else to_device(step.inputs, self.device)
+        graph = self._graphs.get(step.size)
+        if graph is None:
+            assert inputs is not None
+            return self._decoder.run(_views(inputs, step.size, self._tile), self._out)
+        if inputs is not None:
+            graph.inputs.copy_(inputs)
+        graph.replay()
+        return graph.logits
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary."""
+        return logits
+
+    def _sample(self, special: Seq[_Special], rows: Tensor, logits: Tensor, asked: AskedLogprobs | None) -> Tensor:
+        """Sample for special rows, whose device rows and logits are given."""
         params = [one.row.seq.sampling_params for one in special]
         generated = [one.row.start + one.row.num_tokens - one.row.seq.num_prompt_tokens for one in special]
         plan = SamplingPlan.of(params, [one.draw for one in special], self.device, generated)
-        logits, seen, counts = logits[places], None, None
+        seen, counts = None, None
         # Only a decode's last token may be in flight, and decodes lie first in the flat batch, as among the sampled.
         counted = GeneratedTokens.of([(one.row, one.place) for one in special], self.device)
         if counted is not None:
@@ -307,6 +357,10 @@ class GraphRunner:
             mark_seen(self._rows.seen, rows[plan.penalised], tokens[plan.penalised].clamp(min=0))
         if asked:
             asked.take(logits, tokens)
+        return tokens
+
+    def _put(self, tokens: Tensor, places: Tensor, rows: Tensor) -> None:
+        """Put tokens in place of what the step has sampled at these places, for these device rows."""
         self._out.index_copy_(0, places, tokens.int())
         self._rows.tokens.index_copy_(0, rows, tokens.int().clamp(min=0))
 

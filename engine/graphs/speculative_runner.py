@@ -19,7 +19,7 @@ from twinserve.engine.graphs.graph_runner import capture_each, captured
 from twinserve.engine.graphs.step_sizes import GraphOptions, StepSize, StepSizes
 from twinserve.engine.kernels.cuts import prompt_tiles, tile_tokens
 from twinserve.engine.layout import Layout
-from twinserve.engine.model_runner import ModelRunner, StepInput
+from twinserve.engine.model_runner import FlatStep, ModelRunner
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.speculation.proposers import Proposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
@@ -144,8 +144,8 @@ class GraphSpeculativeRunner(SpeculativeRunner):
         arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)
         return [_Laid(num_single, *(to_device(array, self.device) for array in arrays))]
 
-    def _hidden(self, step: StepInput, token_ids: Tensor) -> Tensor:
-        (laid,) = step.plans
+    def _hidden(self, flat: FlatStep, token_ids: Tensor) -> Tensor:
+        (laid,) = flat.plans
         count, (num_rows, width) = len(token_ids), laid.tables.shape
         self._rows.tables[:num_rows, :width].copy_(laid.tables)
         graph = None

@@ -58,7 +58,8 @@ def _block_kernel(
 @triton.jit
 def _draw_kernel(
     logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GREEDY_BELOW: tl.constexpr, NOT_SAMPLED: tl.constexpr,
+    first_block, own_blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GREEDY_BELOW: tl.constexpr,
+    NOT_SAMPLED: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     row = tl.load(rows + index)
@@ -68,8 +69,9 @@ def _draw_kernel(
     top = tl.load(tops + index * num_blocks + blocks, there, other=float("-inf"))
     highest = tl.max(top, axis=0)
     are_numbers = (tl.max((top != top).to(tl.int32), axis=0) == 0) & (tl.abs(highest) != float("inf"))
-    place = tl.load(places + index * num_blocks + blocks, there, other=size)
-    token = tl.min(tl.where(top == highest, place, size), axis=0)
+    none: tl.constexpr = 2147483647
+    place = tl.load(places + index * num_blocks + blocks, there, other=none)
+    token = tl.min(tl.where(top == highest, place, none), axis=0)
     temperature = tl.load(temperatures + row)
     if temperature >= GREEDY_BELOW:
         weight = tl.exp((top - highest) / temperature).to(tl.float64)
@@ -78,12 +80,16 @@ def _draw_kernel(
         target = uniform_at(seeds, row, position) * tl.sum(weight, axis=0)
         block = tl.min(tl.where((cumulative > target) & there, blocks, num_blocks - 1), axis=0)
         rest = target - tl.sum(tl.where(blocks < block, weight, 0.0), axis=0)
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + index.to(tl.int64) * size + columns, columns < size, other=float("-inf")).to(tl.float32)
+        columns = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
+        is_own = (columns >= 0) & (columns < size)
+        x = tl.load(logits + index.to(tl.int64) * size + columns, is_own, other=float("-inf")).to(tl.float32)
         inner = tl.exp((x - highest) / temperature).to(tl.float64)
         # Rounding can leave the number beyond the block's sum: then it is the block's last token that can be drawn.
         beyond = tl.max(tl.where(inner > 0.0, columns, 0), axis=0)
         token = tl.min(tl.where((tl.cumsum(inner, axis=0) > rest) & (inner > 0.0), columns, beyond), axis=0)
+        if SHARDED:
+            is_here = (block >= first_block) & (block < first_block + own_blocks)
+            token = tl.where(is_here, first_block // own_blocks * size + token, NOT_SAMPLED)
     token = tl.where(are_numbers, token, 0)
     tl.store(out + index, tl.where(are_numbers, token, NOT_SAMPLED))
     tl.store(tokens + row, token)
@@ -119,6 +125,17 @@ def sample_rows(
         probabilities are to the probability of that one.
     """
     count, size = logits.shape
+    tops, places, sums = sampled_blocks(logits, rows, temperatures)
+    draw_rows(
+        logits, rows, last, positions, temperatures, seeds, tokens, computed, out, (tops, places, sums), 0, False
+    )  # fmt: skip
+    return tops, sums
+
+
+def sampled_blocks(logits: Tensor, rows: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each block of BLOCK logits [sampled, blocks]: the largest, its first place, int32, and the sum of what its
+    tokens' probabilities are to the probability of that one; arguments as of `sample_rows`."""
+    count, size = logits.shape
     num_blocks = triton.cdiv(size, BLOCK)
     tops = logits.new_empty(count, num_blocks, dtype=torch.float32)
     places = logits.new_empty(count, num_blocks, dtype=torch.int32)
@@ -126,8 +143,34 @@ def sample_rows(
     _block_kernel[count, num_blocks](
         logits, rows, temperatures, tops, places, sums, size, num_blocks, BLOCK, GREEDY_BELOW, num_warps=4
     )
+    return tops, places, sums
+
+
+def draw_rows(
+    logits: Tensor,
+    rows: Tensor,
+    last: Tensor,
+    positions: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    tokens: Tensor,
+    computed: Tensor,
+    out: Tensor,
+    blocks: tuple[Tensor, Tensor, Tensor],
+    first_block: int,
+    is_sharded: bool,
+) -> None:
+    """Draw by what `sampled_blocks` gave; arguments as of `sample_rows`.
+
+    Args:
+        logits: of all blocks, or of those that this rank has.
+        blocks: of all ranks, one behind the other, their places being tokens.
+        first_block: the first of the rank's own.
+        is_sharded: `out` gets NOT_SAMPLED for what another rank draws, and `tokens` the token 0.
+    """
+    (count, size), num_blocks = logits.shape, blocks[0].shape[1]
     _draw_kernel[(count,)](
-        logits, rows, temperatures, seeds, positions, last, tops, places, sums, out, tokens, computed, size, num_blocks,
-        BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, NOT_SAMPLED, num_warps=4,
+        logits, rows, temperatures, seeds, positions, last, *blocks, out, tokens, computed, size, num_blocks,
+        first_block, triton.cdiv(size, BLOCK), BLOCK, triton.next_power_of_2(num_blocks), GREEDY_BELOW, NOT_SAMPLED,
+        is_sharded, num_warps=4,
     )  # fmt: skip
-    return tops, sums

@@ -156,7 +156,7 @@ class Decoder(nn.Module):
     @property
     def quantization(self) -> Quantization:
         """Of the weights; `quantize_decoder` has a Decoder run from int8."""
-        return "int8" if isinstance(self.embedding, Int8Embedding) else "none"
+        return "int8" if self.embedding.weight.dtype == torch.int8 else "none"
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """The last layer's normalised output.

@@ -11,6 +11,7 @@ from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.loader import random_model
 from twinserve.engine.options import Quantization
+from twinserve.engine.parallel.group import Group
 from twinserve.settings.errors import InputError
 
 SHAPES = Path(twinserve.__file__).parent / "data" / "shapes"
@@ -45,15 +46,16 @@ def dummy_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    group: Group | None = None,
 ) -> Decoder:
     """A Decoder of a shape with random weights.
 
     Args:
         model: as `shape_folder` takes it.
-        quantization: as `random_model` takes it.
+        quantization, group: as `random_model` takes them.
 
     Raises:
         InputError: there is no such shape, or its config asks for something that is not honoured.
     """
     config = ModelConfig.load(shape_folder(model))
-    return random_model(config, seed=seed, dtype=dtype, device=device, quantization=quantization)
+    return random_model(config, seed=seed, dtype=dtype, device=device, quantization=quantization, group=group)

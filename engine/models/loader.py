@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import Dtype, Quantization
+from twinserve.engine.parallel.group import Group
+from twinserve.engine.parallel.shards import Shard
 from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
+from twinserve.engine.quantization.quantizer import absmax_scale
 from twinserve.settings.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype) if name != "auto"}
@@ -28,12 +33,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    group: Group | None = None,
 ) -> Decoder:
     """The Decoder of a Hugging Face folder: `config.json` and safetensors, in one file or in shards.
 
     Args:
         dtype: of the weights, whatever the files hold.
         quantization: "int8" quantizes each weight as it is read, so that the model is never there in full.
+        group: the ranks that share the model; of it, this one reads its own part alone.
 
     Raises:
         InputError: the folder lacks something, or holds something that is not honoured.
@@ -43,7 +50,7 @@ def load_model(
     config = ModelConfig.load(folder)
     with ExitStack() as stack:
         source = _open_weights(folder, stack)
-        return _build(config, source, dtype, device, quantization)
+        return _build(config, source, dtype, device, quantization, group)
 
 
 def adopt_model(
@@ -52,19 +59,23 @@ def adopt_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    group: Group | None = None,
 ) -> Decoder:
     """A Decoder with a copy of the weights of a transformers model.
 
     Args:
         dtype: of the copy; None keeps the model's.
         quantization: "int8" makes a copy that runs from int8.
+        group: the ranks that share the model; this one copies its own part.
 
     Raises:
         InputError: the model's architecture, or something in its config, is not honoured.
     """
     config, tensors = config_of(model), model.state_dict()
-    source = _Source(type(model).__name__, tensors, lambda name: tensors[name])
-    return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization)
+    source = _Source(
+        type(model).__name__, tensors, lambda name: tensors[name].shape, lambda name, own: tensors[name][own]
+    )
+    return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization, group)
 
 
 def config_of(model: nn.Module) -> ModelConfig:
@@ -89,36 +100,45 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = "none",
+    group: Group | None = None,
 ) -> Decoder:
     """A Decoder with weights drawn from a normal distribution of deviation `std`, norms at 1 and biases at 0.
 
     Args:
         quantization: "int8" draws all of them, and has the Decoder run from int8 then.
+        group: the ranks that share the model; each draws all of it, one weight at a time, and keeps its own part.
     """
     with torch.device("meta"):
-        model = Decoder(config, dtype)
+        model = _decoder(config, dtype, group)
     model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    parts, generator = _parts(config, _shard_of(group)), torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()
-        else:
+        elif group is None:
             parameter.normal_(0.0, std, generator=generator)
+        else:
+            stack = parts[name]
+            whole = parameter.new_empty(sum(part.shape[0] for part in stack), *stack[0].shape[1:])
+            pieces = whole.normal_(0.0, std, generator=generator).split([part.shape[0] for part in stack])
+            own = [piece[part.own] for part, piece in zip(stack, pieces, strict=True)]
+            _put(parameter, own, [part.length for part in stack])
     if quantization == "int8":
-        quantize_decoder(model)
-    return model.eval()
+        quantize_decoder(model, _scale_of(group))
+    return _joined(model)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors by name, and where they are from."""
+    """Tensors by name, and where they are from: `shape` of one, and `read` what lies in a slice of each dimension."""
 
     path: object
     names: Collection[str]
-    read: Callable[[str], Tensor]
+    shape: Callable[[str], Seq[int]]
+    read: Callable[[str, tuple[slice, ...]], Tensor]
 
 
 def _open_weights(folder: Path, stack: ExitStack) -> _Source:
@@ -150,7 +170,12 @@ def _open_weights(folder: Path, stack: ExitStack) -> _Source:
         if found.get(name) != told:
             problem = f"expected {found[name]}, which has it" if name in found else "expected a file that has it"
             raise InputError(problem, path=index, field=f"weight_map.{name}", value=told)
-    return _Source(folder, files, lambda name: files[name].get_tensor(name))
+    return _Source(
+        folder,
+        files,
+        lambda name: files[name].get_slice(name).get_shape(),
+        lambda name, own: files[name].get_slice(name)[own] if own else files[name].get_tensor(name),
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -172,57 +197,102 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the checkpoint: its name, its shape, and the shape it is repeated to before it is stacked."""
+    """A tensor of the checkpoint that a weight is made of.
+
+    Attributes:
+        shape: its whole shape.
+        own: the slices of its dimensions that the rank has; none is all.
+        length: rows of the weight that it makes; those beyond it are zeros.
+        repeated: so many rows like it; None is itself.
+        is_zero: the rank has zeros of it: what is added once for all ranks is rank 0's.
+    """
 
     name: str
     shape: tuple[int, ...]
-    repeated: tuple[int, ...] | None = None
+    own: tuple[slice, ...]
+    length: int
+    repeated: int | None = None
+    is_zero: bool = False
 
 
-def _parts(config: ModelConfig) -> dict[str, list[_Part]]:
-    """For each weight of a Decoder, the checkpoint's tensors that make it when stacked."""
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    parts = {
-        "embedding.weight": [_Part("model.embed_tokens.weight", (config.vocab_size, hidden))],
-        "norm.weight": [_Part("model.norm.weight", (hidden,))],
-    }
+def _parts(config: ModelConfig, shard: Shard) -> dict[str, list[_Part]]:
+    """For each weight of a Decoder, the checkpoint's tensors that make a rank's part of it when stacked."""
+    hidden, inner, head_dim, is_whole = config.hidden_size, config.intermediate_size, config.head_dim, shard.size == 1
+
+    def rows(name: str, count: int, own: slice, width: int = 1, *shape: int, length: int | None = None) -> _Part:
+        """`count` times `width` rows, of which the rank has some."""
+        cut = slice(own.start * width, own.stop * width)
+        length = cut.stop - cut.start if length is None else length
+        return _Part(name, (count * width, *shape), () if is_whole else (cut,), length)
+
+    def columns(name: str, count: int, own: slice, width: int = 1) -> _Part:
+        cut = slice(own.start * width, own.stop * width)
+        return _Part(name, (hidden, count * width), () if is_whole else (slice(None), cut), hidden)
+
+    def alike(name: str, size: int = hidden, repeated: int | None = None) -> _Part:
+        """What every rank has."""
+        return _Part(name, (size,), (), size if repeated is None else repeated, repeated)
+
+    def summed_bias(name: str) -> _Part:
+        return replace(alike(name), is_zero=shard.rank > 0)
+
+    vocabulary, tokens = config.vocab_size, shard.tokens(config.vocab_size)
+    heads, kv_heads = shard.part(config.num_heads), shard.kv_heads(config.num_kv_heads)
+
+    def table(name: str) -> list[_Part]:
+        return [rows(name, vocabulary, tokens, 1, hidden, length=shard.vocabulary_size(vocabulary))]
+
+    parts = {"embedding.weight": table("model.embed_tokens.weight"), "norm.weight": [alike("model.norm.weight")]}
     if not config.tie_word_embeddings:
-        parts["lm_head.weight"] = [_Part("lm_head.weight", (config.vocab_size, hidden))]
+        parts["lm_head.weight"] = table("lm_head.weight")
+    projections = (
+        ("q_proj", config.num_heads, heads),
+        ("k_proj", config.num_kv_heads, kv_heads),
+        ("v_proj", config.num_kv_heads, kv_heads),
+    )
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        attention = f"{theirs}self_attn."
-        projections = (("q_proj", rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        gate_up = [_Part(f"{theirs}mlp.{name}.weight", (inner, hidden)) for name in ("gate_proj", "up_proj")]
+        attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
+        gates = [f"{mlp}gate_proj", f"{mlp}up_proj"]
         parts |= {
-            f"{ours}attention_norm.weight": [_Part(f"{theirs}input_layernorm.weight", (hidden,))],
-            f"{ours}attention.qkv.weight": [_Part(f"{attention}{p}.weight", (n, hidden)) for p, n in projections],
-            f"{ours}attention.output.weight": [_Part(f"{attention}o_proj.weight", (hidden, rows))],
-            f"{ours}mlp_norm.weight": [_Part(f"{theirs}post_attention_layernorm.weight", (hidden,))],
-            f"{ours}mlp.gate_up.weight": gate_up,
-            f"{ours}mlp.down.weight": [_Part(f"{theirs}mlp.down_proj.weight", (hidden, inner))],
+            f"{ours}attention_norm.weight": [alike(f"{theirs}input_layernorm.weight")],
+            f"{ours}attention.qkv.weight": [
+                rows(f"{attention}{name}.weight", count, own, head_dim, hidden) for name, count, own in projections
+            ],
+            f"{ours}attention.output.weight": [columns(f"{attention}o_proj.weight", config.num_heads, heads, head_dim)],
+            f"{ours}mlp_norm.weight": [alike(f"{theirs}post_attention_layernorm.weight")],
+            f"{ours}mlp.gate_up.weight": [
+                rows(f"{name}.weight", inner, shard.part(inner), 1, hidden) for name in gates
+            ],
+            f"{ours}mlp.down.weight": [columns(f"{mlp}down_proj.weight", inner, shard.part(inner))],
         }
         if config.attention_bias or config.qkv_bias:
-            parts[f"{ours}attention.qkv.bias"] = [_Part(f"{attention}{p}.bias", (n,)) for p, n in projections]
+            parts[f"{ours}attention.qkv.bias"] = [
+                rows(f"{attention}{name}.bias", count, own, head_dim) for name, count, own in projections
+            ]
         if config.attention_bias:
-            parts[f"{ours}attention.output.bias"] = [_Part(f"{attention}o_proj.bias", (hidden,))]
+            parts[f"{ours}attention.output.bias"] = [summed_bias(f"{attention}o_proj.bias")]
         if config.mlp_bias:
-            biases = [_Part(f"{theirs}mlp.{name}.bias", (inner,)) for name in ("gate_proj", "up_proj")]
-            parts[f"{ours}mlp.gate_up.bias"] = biases
-            parts[f"{ours}mlp.down.bias"] = [_Part(f"{theirs}mlp.down_proj.bias", (hidden,))]
+            parts[f"{ours}mlp.gate_up.bias"] = [rows(f"{name}.bias", inner, shard.part(inner)) for name in gates]
+            parts[f"{ours}mlp.down.bias"] = [summed_bias(f"{mlp}down_proj.bias")]
         if config.qk_norm:
             parts[f"{ours}attention.qk_norm.weight"] = [
-                _Part(f"{attention}q_norm.weight", (head_dim,), (config.num_heads, head_dim)),
-                _Part(f"{attention}k_norm.weight", (head_dim,), (config.num_kv_heads, head_dim)),
+                alike(f"{attention}q_norm.weight", head_dim, heads.stop - heads.start),
+                alike(f"{attention}k_norm.weight", head_dim, kv_heads.stop - kv_heads.start),
             ]
     return parts
 
 
 def _build(
-    config: ModelConfig, source: _Source, dtype: torch.dtype, device: torch.device | str, quantization: Quantization
+    config: ModelConfig,
+    source: _Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: Quantization,
+    group: Group | None,
 ) -> Decoder:
     """A Decoder with the tensors of `source`, each of which must be there, have its shape, and be known."""
-    parts = _parts(config)
+    parts = _parts(config, _shard_of(group))
     known = {part.name for stack in parts.values() for part in stack}
     for name in source.names:
         # A tied output projection may be saved beside the embedding, and old checkpoints hold rotary constants.
@@ -230,35 +300,71 @@ def _build(
             raise InputError("not a tensor of this architecture", path=source.path, field=name)
     _check_tied(config, source, *parts["embedding.weight"])
     with torch.device("meta"):
-        model = Decoder(config, dtype)
+        model = _decoder(config, dtype, group)
         if quantization == "int8":
             quantize_decoder(model)
     in_int8 = {name.removesuffix("scale") + "weight" for name, _ in model.named_buffers() if name.endswith("scale")}
     weights: dict[str, Tensor] = {}
+    scale_of = _scale_of(group)
     for name, stack in parts.items():
         kept = torch.float32 if name in in_int8 else dtype
         weight = _stacked(source, stack, kept, device)
         if name in in_int8:
-            weights[name], weights[name.removesuffix("weight") + "scale"] = AbsMaxQuantizer.quantize(weight)
+            quantized = AbsMaxQuantizer.quantize(weight, scale_of(name, weight))
+            weights[name], weights[name.removesuffix("weight") + "scale"] = quantized
         else:
             weights[name] = nn.Parameter(weight, requires_grad=False)
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return _joined(model)
+
+
+def _shard_of(group: Group | None) -> Shard:
+    return Shard() if group is None else group.shard
+
+
+def _decoder(config: ModelConfig, dtype: torch.dtype, group: Group | None) -> Decoder:
+    """A Decoder, or a rank's part of one, without weights."""
+    return Decoder(config, dtype) if group is None else ShardedDecoder(config, dtype, group)
+
+
+def _joined(model: Decoder) -> Decoder:
+    """The model, its weights being there, ready to run."""
+    return (model.join() if isinstance(model, ShardedDecoder) else model).eval()
+
+
+def _scale_of(group: Group | None) -> Callable[[str, Tensor], Tensor]:
+    """The int8 scales of a weight by its name: those of the whole rows, where the rank has parts of them."""
+
+    def scale(name: str, weight: Tensor) -> Tensor:
+        own = absmax_scale(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+        is_part = name.endswith((".output.weight", ".down.weight"))
+        return own if group is None or not is_part else group.max(own)
+
+    return scale
 
 
 def _stacked(source: _Source, stack: list[_Part], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The tensors of `stack`, each copied to its place as it is read: beside the weight there is one at a time."""
-    shapes = [part.repeated or part.shape for part in stack]
-    lengths = [shape[0] for shape in shapes]
-    weight = torch.empty((sum(lengths), *shapes[0][1:]), dtype=dtype, device=device)
-    for place, part in zip(weight.split(lengths), stack, strict=True):
-        place.copy_(_read(source, part))
+    lengths = [part.length for part in stack]
+    first = stack[0]
+    shape = [len(range(*own.indices(size))) for size, own in zip(first.shape, first.own, strict=False)]
+    shape += first.shape[len(shape) :]
+    shape = [sum(lengths), *(first.shape if first.repeated else shape[1:])]
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    return _put(weight, (_read(source, part) for part in stack), lengths)
+
+
+def _put(weight: Tensor, own: Iterable[Tensor], lengths: list[int]) -> Tensor:
+    """`weight`, each of the tensors in its place of so many rows, with zeros behind it where it has fewer."""
+    for place, tensor in zip(weight.split(lengths), own, strict=True):
+        place[: len(tensor)].copy_(tensor)
+        place[len(tensor) :].zero_()
     return weight
 
 
 def _check_tied(config: ModelConfig, source: _Source, embedding: _Part) -> None:
     """Refuse an output projection beside a tied embedding that is not the same: it is unclear which one is meant."""
-    head = _Part("lm_head.weight", embedding.shape)
+    head = replace(embedding, name="lm_head.weight")
     if not config.tie_word_embeddings or head.name not in source.names:
         return
     if not torch.equal(_read(source, head), _read(source, embedding)):
@@ -267,13 +373,16 @@ def _check_tied(config: ModelConfig, source: _Source, embedding: _Part) -> None:
 
 
 def _read(source: _Source, part: _Part) -> Tensor:
-    """The tensor of `part`, its shape checked."""
+    """The rank's own of the tensor of `part`, its whole shape checked."""
     if part.name not in source.names:
         problem = f"expected a tensor of shape {list(part.shape)}, found none"
         raise InputError(problem, path=source.path, field=part.name)
-    tensor = source.read(part.name)
-    if tensor.shape != part.shape or not tensor.is_floating_point():
+    shape = tuple(source.shape(part.name))
+    tensor = source.read(part.name, part.own if shape == part.shape else ())
+    if shape != part.shape or not tensor.is_floating_point():
         problem = f"expected floating point numbers of shape {list(part.shape)}"
         found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
         raise InputError(problem, path=source.path, field=part.name, value=found)
-    return tensor if part.repeated is None else tensor.expand(part.repeated)
+    if part.is_zero:
+        tensor = torch.zeros_like(tensor)
+    return tensor if part.repeated is None else tensor.expand(part.repeated, *part.shape)

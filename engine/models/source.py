@@ -30,16 +30,18 @@ class ModelSource:
     Attributes:
         config: its shape.
         dtype: that its weights will have.
-        load: loads the weights.
+        load: loads the weights; with `device=` and `group=`, the part of a rank.
         tokenizer: None if it has none.
         sampling_defaults: those of SAMPLING that its generation_config.json says.
+        is_splittable: `load` can load the part of a rank.
     """
 
     config: ModelConfig
     dtype: torch.dtype
-    load: Callable[[], Decoder]
+    load: Callable[..., Decoder]
     tokenizer: Any = None
     sampling_defaults: dict[str, float] = field(default_factory=dict)
+    is_splittable: bool = True
 
     @classmethod
     def of(cls, model: str | Path | nn.Module, options: EngineOptions, tokenizer: Any = None) -> ModelSource:
@@ -57,7 +59,8 @@ class ModelSource:
                 raise InputError("expected auto: the model has its weights", field="load_format", value="dummy")
             if isinstance(model, Decoder):
                 _check_decoder(model, options)
-                return cls(model.config, model.dtype, partial(model.to, options.device), tokenizer)
+                load = partial(model.to, options.device)
+                return cls(model.config, model.dtype, load, tokenizer, is_splittable=False)
             config = config_of(model)
             dtype = _dtype(options, _name(next(model.parameters()).dtype))
             return cls(config, dtype, partial(adopt_model, model, dtype=dtype, **how), tokenizer)

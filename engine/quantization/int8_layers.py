@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,25 @@ class Int8Embedding(nn.Module):
         return int8_product(hidden, self.weight, self.scale)
 
 
-def quantize_decoder(decoder: Model) -> Model:
+def quantize_decoder(decoder: Model, scale_of: Callable[[str, Tensor], Tensor] | None = None) -> Model:
     """`decoder` itself, from now on run from int8: its linear layers, and its embedding with a tied output projection.
 
     Norms and biases stay as they are, and so does the dtype of what the layers are given and give.
+
+    Args:
+        scale_of: the scales of a weight by its name; None has each row's own.
     """
     # By name: a list of the layers would keep the weights of all of them until the last is replaced.
     for name in [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]:
-        decoder.set_submodule(name, _in_int8(decoder.get_submodule(name)))
+        layer: Any = decoder.get_submodule(name)
+        scale = None if scale_of is None else scale_of(f"{name}.weight", layer.weight)
+        decoder.set_submodule(name, _in_int8(layer, scale))
     return decoder
 
 
-def _in_int8(layer: nn.Module) -> Int8Linear | Int8Embedding:
+def _in_int8(layer: nn.Module, scale: Tensor | None) -> Int8Linear | Int8Embedding:
     """The layer that stands for a linear layer or an embedding."""
     if isinstance(layer, nn.Embedding):
-        return Int8Embedding(*AbsMaxQuantizer.quantize(layer.weight), layer.weight.dtype)
+        return Int8Embedding(*AbsMaxQuantizer.quantize(layer.weight, scale), layer.weight.dtype)
     assert isinstance(layer, nn.Linear), layer
-    return Int8Linear(*AbsMaxQuantizer.quantize(layer.weight), layer.bias)
+    return Int8Linear(*AbsMaxQuantizer.quantize(layer.weight, scale), layer.bias)

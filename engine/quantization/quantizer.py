@@ -20,11 +20,12 @@ class AbsMaxQuantizer:
     """
 
     @staticmethod
-    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """int8 values and their scales.
 
         Args:
             weight: [..., row], finite floating point numbers.
+            scale: [..., 1], of rows that `weight` has a part of; None is its own.
 
         Returns:
             quantized: int8 of the shape of `weight`, from -127 to 127.
@@ -32,7 +33,7 @@ class AbsMaxQuantizer:
                 scales would be off by more than half a step.
         """
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        scale = absmax_scale(exact)
+        scale = absmax_scale(exact) if scale is None else scale
         quantized = (exact / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
         return quantized, scale
 

@@ -20,6 +20,8 @@ from twinserve.sim.fit import (
     StepSample,
     choose_knots,
     fit,
+    floor_of,
+    prompt_wave,
     ramps,
 )
 from twinserve.sim.kernels import Kernels
@@ -187,6 +189,15 @@ def test_no_step_takes_less_than_its_arithmetic_and_its_bytes_at_the_devices_pea
     assert model.repeated_costs(step, 9)[1].tolist() == [
         model.step_cost(step.repeated(number, 0)).device_ns for number in range(1, 10)
     ]
+
+
+def test_the_least_of_a_step_is_that_of_as_many_devices_as_it_was_measured_on():
+    assert floor_of(ABOUT).tensor_parallel == 1
+    two = floor_of(ABOUT | {"tensor_parallel_size": 2, "device": "2 x NVIDIA H100"})
+    assert two.tensor_parallel == 2 and two.device.name == "H100"
+    deep = features(16, 40_000)
+    assert floor_of(ABOUT).step_cost(deep)[1] / 2 < two.step_cost(deep)[1] < floor_of(ABOUT).step_cost(deep)[1]
+    assert prompt_wave(ABOUT | {"tensor_parallel_size": 2}) == 2 * prompt_wave(ABOUT)
 
 
 def test_what_is_read_from_the_pool_is_never_cheaper_than_the_devices_memory():

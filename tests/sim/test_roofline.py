@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinserve.settings.errors import InputError
-from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Device
+from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Collectives, Device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
 from twinserve.sim.roofline import ALL_REDUCE_NS, RooflineLatency
@@ -311,6 +311,28 @@ def test_devices_pay_for_two_all_reduces_a_layer_their_hops_and_what_they_move()
     alone = changed(ROUND, link=float("inf"), hop_ns=0, bandwidth=1e18, flops=1e21)
     two = RooflineLatency(shape, alone, 2).step_cost(decode(tokens, 100))[1]
     assert two == pytest.approx(shape.num_layers * 2 * ALL_REDUCE_NS, abs=1)
+
+
+def test_measured_all_reduces_take_the_place_of_nccls_own_model():
+    """Of as many ranks as were measured they take the line's time; each rank more is two hops more."""
+    tokens, shape = 7, ModelShape.dense("tiny", 1000, 64, 128, 2, 8, 8, 16)
+    measured = Collectives(ranks=2, all_reduce_ns=9_000, link=5e8, source="measured here")
+
+    def sums_ns(degree: int, device: Device) -> float:
+        free = device.model_copy(
+            update={"collectives": Collectives(ranks=degree, all_reduce_ns=0, link=1e30, source="-")}
+        )
+        costs = [RooflineLatency(shape, one, degree).step_cost(decode(tokens, 100))[1] for one in (device, free)]
+        return (costs[0] - costs[1]) / shape.num_sums
+
+    device = ROUND.model_copy(update={"collectives": measured})
+    for degree in (2, 4):
+        moved_ns = 2 * (degree - 1) / degree * tokens * 64 * 2 / (5e8 / 1e9)
+        expected = 9_000 + 2 * (degree - 2) * NVLINK_HOP_NS + moved_ns
+        assert sums_ns(degree, device) == pytest.approx(expected, abs=1)
+    assert RooflineLatency(shape, device, 2).identity != RooflineLatency(shape, ROUND, 2).identity
+    assert "collectives" not in RooflineLatency(shape, ROUND, 2).about["device"]
+    assert sums_ns(2, ROUND.at_peak) == pytest.approx(7 * 64 * 2 / (ROUND.link / 1e9), abs=1)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[[Sequence], None]
 
 ROOFLINE = "roofline:"
+_OF_ENGINE = ("shape", "dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size")
+"""What of a run's facts a latency model says that is fitted on it."""
 
 
 def shipped_latencies() -> dict[str, Path]:
@@ -138,7 +140,7 @@ def about_runs(records: list[RunRecord]) -> dict[str, Any]:
         "block_size": records[0].told("settings", "block_size"),
         "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
-    return about | {name: facts[name] for name in ("shape", "dtype", "kv_cache_dtype", "quantization") if name in facts}
+    return about | {name: facts[name] for name in _OF_ENGINE if name in facts}
 
 
 def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None) -> FittedLatency:

@@ -1,0 +1,109 @@
+"""ShardedGraphRunner: a rank's part of steps that are graphs, with what the ranks do together inside them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.device_queue import CudaQueue, Step, to_device
+from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
+from twinserve.engine.graphs.graph_runner import GraphRunner, GraphStep
+from twinserve.engine.kernels.sampling import draw_rows, sampled_blocks
+from twinserve.engine.logprobs import PromptLogprobs
+from twinserve.engine.models.sharded_decoder import ShardedDecoder
+from twinserve.engine.parallel.ranks import Ranks
+from twinserve.engine.sampler import GREEDY_BELOW, is_plain
+from twinserve.policies import SamplingParams
+
+
+class ShardedFusedDecoder(FusedDecoder):
+    """A rank's part of a FusedDecoder, which leaves the same tokens on every rank."""
+
+    model: ShardedDecoder
+
+    def _sample(self, step: StepRows, hidden: Tensor, last: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+        """Sample from all ranks' logits, of which each tells the others its blocks' largest and sums alone."""
+        model, rows, group = self.model, self.rows, self.model.group
+        logits = model.shard_logits(hidden, self._logits[: len(hidden)])
+        tops, places, sums = sampled_blocks(logits, step.sample_rows, rows.temperatures)
+        own = torch.stack((tops.view(torch.int32), places + model.first_token, sums.view(torch.int32)))
+        every = group.gather(own).permute(1, 2, 0, 3).flatten(2).contiguous()  # [3, sampled, blocks of all ranks]
+        blocks = every[0].view(torch.float32), every[1], every[2].view(torch.float32)
+        state = rows.temperatures, rows.seeds, rows.tokens, rows.computed, out
+        first_block = group.shard.rank * tops.shape[1]
+        draw_rows(logits, step.sample_rows, last, positions, *state, blocks, first_block, True)
+        sampled = group.max(out[: len(logits)])
+        rows.tokens.index_copy_(0, step.sample_rows.long(), sampled.clamp(min=0))
+        return logits
+
+
+class ShardedGraphRunner(GraphRunner):
+    """Runs a rank's part of steps over CUDA graphs.
+
+    Rank 0's tells the others what it tells its own device: what changes of the rows that lie there, and the numbers of
+    the step. Steps sample greedily and by temperature; rows that ask for more are sampled behind them by rank 0, from
+    logits that are gathered for them alone.
+
+    Args:
+        ranks: the others, of rank 0; None is for one of them.
+    """
+
+    # Threads of NCCL look at its events while a step is captured.
+    _ERROR_MODE = "thread_local"
+    _DECODER = ShardedFusedDecoder
+    model: ShardedDecoder
+
+    def __init__(self, model: ShardedDecoder, config: RunnerConfig, ranks: Ranks | None):
+        super().__init__(model, config)
+        self._ranks = ranks
+        if ranks is not None:
+            self._queue = CudaQueue(self.device, ranks.check)
+
+    @staticmethod
+    def _samples_itself(params: SamplingParams) -> bool:
+        """Does a step sample as `params` ask for?"""
+        keeps_all = params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0
+        return is_plain(params) and (keeps_all or params.temperature < GREEDY_BELOW)
+
+    def capture(self) -> None:
+        """Have all ranks capture their graphs, unless that was done."""
+        if self._ranks is not None and not self._graphs:
+            self._ranks.tell("capture")
+        super().capture()
+
+    def fill_cache(self, seed: int) -> None:
+        """Have all ranks fill their pools with noise."""
+        if self._ranks is not None:
+            self._ranks.tell("fill_cache", seed)
+        super().fill_cache(seed)
+
+    def follow(self, step: GraphStep) -> Step:
+        """Start the part of a step of a rank that is told of it."""
+        return self._queue.submit(lambda: self._follow(step))
+
+    def _follow(self, step: GraphStep) -> Tensor:
+        """The tokens of a step, whose part is computed as rank 0 computes its own."""
+        logits, group = self._computed(step), self.model.group
+        if step.prompt_places:
+            prompt_places = to_device(torch.tensor(step.prompt_places), self.device)
+            for some in prompt_places.split(PromptLogprobs.AT_ONCE):
+                self.model.logits(self._decoder.hidden[some])
+        if step.special[0]:
+            places, rows = (to_device(torch.tensor(numbers), self.device) for numbers in step.special)
+            self._whole(logits[places])
+            tokens = group.from_first(torch.empty(len(places), dtype=torch.int64, device=self.device))
+            self._put(tokens, places, rows)
+        return self._out
+
+    def _tell(self, step: GraphStep) -> None:
+        assert self._ranks is not None
+        self._ranks.tell("follow", step)
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        return self.model.gathered(logits)
+
+    def _put(self, tokens: Tensor, places: Tensor, rows: Tensor) -> None:
+        if self._ranks is not None:
+            self.model.group.from_first(tokens)
+        super()._put(tokens, places, rows)

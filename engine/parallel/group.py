@@ -1,0 +1,86 @@
+"""Group: the ranks that share a model, and what they do together. Every rank calls the same in the same order."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+
+from twinserve.engine.parallel.shards import Shard
+
+MEETING_LIMIT = timedelta(minutes=10)
+"""How long ranks wait for one another, as one may compile kernels that another finds compiled."""
+
+
+class Group:
+    """Collective operations of the ranks of one model, over gloo on CPUs and NCCL on CUDA devices.
+
+    On CUDA each is enqueued on the current stream, and the host waits for none, so they can be captured in graphs.
+
+    Args:
+        shard: this rank.
+        store: by which the ranks find each other.
+        device: of the tensors.
+    """
+
+    def __init__(self, shard: Shard, store: dist.Store, device: torch.device):
+        self.shard = shard
+        self._processes: Any
+        options: Any
+        if device.type == "cuda":
+            nccl: Any = dist.ProcessGroupNCCL
+            options = nccl.Options()
+            options._timeout = MEETING_LIMIT
+            self._processes = nccl(store, shard.rank, shard.size, options)
+        else:
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
+            options._timeout = MEETING_LIMIT
+            self._processes = gloo(store, shard.rank, shard.size, options)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x`, in its place."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of all ranks' numbers, one by one, in place of `x`."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of all ranks' numbers; the host waits for it."""
+        return -int(self.max(torch.tensor([-number], device=device)).item())
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' `x`, one behind another: [ranks, *x.shape]."""
+        gathered = x.new_empty(self.shard.size, *x.shape)
+        if x.numel():
+            options = AllgatherOptions()
+            options.asyncOp = False
+            self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options).wait()
+        return gathered
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`, in place of every other rank's."""
+        options = BroadcastOptions()
+        options.asyncOp = False
+        options.rootRank = 0
+        if x.numel():
+            self._processes.broadcast([x], options).wait()
+        return x
+
+    def abort(self) -> None:
+        """End what is under way, as somebody will never come; nothing works any more."""
+        self._processes.abort()
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        options = AllreduceOptions()
+        options.asyncOp = False
+        options.reduceOp = operation
+        if x.numel():
+            self._processes.allreduce([x], options).wait()
+        return x

@@ -101,6 +101,8 @@ def test_a_rate_is_that_of_the_requests_that_are_left_and_the_trace_is_changed_o
     [
         ("rate = 20.0", "rate = -1.0", "rate is -1.0, expected: Input should be greater than 0"),
         ("rate = 20.0", 'rate = "fast"', "rate is 'fast', expected: "),
+        ("rate = 20.0", "rate = 20.0\nlike = 0.33", "like is 0.33, expected: Input should be a valid string"),
+        ("[1, 2, 8]", "[1]\nlatency = [1e308]", "latency is 1e+308, expected: Input should be a valid string"),
         ("rate = 20.0", "speed = 3", "speed is 3, expected trace, latency, rate"),
         ("rate = 20.0", "", "arrivals is 'poisson', expected a rate"),
         ("rate = 20.0", "rate = 20.0\nrate_scale = 2.0", "rate_scale is 2.0, expected none of it beside rate"),

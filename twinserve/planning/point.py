@@ -86,6 +86,9 @@ class Point(PointOptions):
         of_part = {
             part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
         }
+        for name in ("like", "latency"):
+            if not isinstance(value := values.get(name), str | None):
+                raise InputError("expected: Input should be a valid string", field=name, value=value)
         like = like_of(values.get("like"), values.get("latency"))
         nested = {
             "settings": Settings.load(of_part["settings"], defaults=like.settings if like else None),

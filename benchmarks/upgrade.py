@@ -18,8 +18,8 @@ from twinserve.planning.upgrade import Change, find_changes
 
 LATENCY = "roofline:llama-3-8b@h200"
 TRACES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 1500, "rate_scale": 4.0}),
-    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 300, "spread_seed": 0}),
+    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 1500, "rate_scale": 2.5}),
+    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 300, "spread_seed": 0, "rate_scale": 0.15}),
     "WEKA": ("weka", {"limit": 200}),
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -60,8 +60,9 @@ def rows_of(trace: str, case: str, changes: list[Change]) -> list[str]:
 HEAD = """# From vLLM 0.24 to 0.33: what moves
 
 `python benchmarks/upgrade.py` writes this page. One H200 serves llama-3-8b (`{latency}`) with the defaults
-of each version on it; the first 1,500 requests of Azure's conversation trace at four times their rate, the first 300 of
-Mooncake's and the first 200 of WEKA's. For a trace of one's own:
+of each version on it; the first {azure[limit]:,} requests of Azure's conversation trace at {azure[rate_scale]:g} times
+their rate, the first {mooncake[limit]} of Mooncake's at {mooncake[rate_scale]:g} times theirs, and the first
+{weka[limit]} of WEKA's. For a trace of one's own:
 
     twinserve upgrade TRACE --from 0.24 --to 0.33 --latency {latency}
 
@@ -80,7 +81,8 @@ def main() -> None:
     for trace in TRACES:
         for case in CASES:
             lines += rows_of(trace, case, changes_of(arguments.traces, trace, case, arguments.jobs))
-    head = HEAD.format(latency=LATENCY, shown=", ".join(f"`{name}`" for name in SHOWN))
+    options = {trace.lower(): chosen for trace, (_, chosen) in TRACES.items()}
+    head = HEAD.format(**options, latency=LATENCY, shown=", ".join(f"`{name}`" for name in SHOWN))
     arguments.page.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -70,7 +70,7 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if not (type(value) in kinds and least <= value <= largest or value is None and "None" in expected):
-                raise ValueError(f"{name} is {value}, expected {expected}")
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
 
     def stops(self, token_id: int, eos_token_id: int) -> bool:
         """Does the token end a sequence, whatever its length?"""

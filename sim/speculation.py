@@ -84,6 +84,8 @@ class AcceptanceLaw:
             for value in values:
                 if not 0.0 <= value <= 1.0:
                     raise ValueError(f"{name} has {value}, expected probabilities from 0 to 1")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed is {self.seed!r}, expected an integer")
         if self.concentration is not None and not 0.0 < self.concentration < math.inf:
             raise ValueError(f"concentration is {self.concentration}, expected a number > 0, or None")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -124,7 +125,8 @@ def _run(signals: _Signals) -> int:
     except OSError as error:
         _drop_output()
         where = "" if error.filename is None else f"{error.filename}: "
-        return _say(f"{where}{error.strerror or error}", 1)
+        # A name that no file can have is bad input.
+        return _say(f"{where}{error.strerror or error}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     except MemoryError as error:
         return _say(f"out of memory: {error}", 1)
 

@@ -305,3 +305,13 @@ def test_a_limit_that_is_no_number_is_one_line_of_a_command(trace):
     assert result.returncode == 2
     assert result.stderr.startswith("twinserve: TWINSERVE_MOST_BLOCKS is 'x', expected an integer")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["replay {}", "compare {} {}", "report {}", "fit {} --out f.json", "record import {} out"]
+)
+def test_a_record_by_a_name_that_no_file_can_have_is_one_line(twinserve, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 300
+    assert_refused(twinserve(*(word.format(name) for word in command.split())), "File name too long")
+    assert list(tmp_path.iterdir()) == []

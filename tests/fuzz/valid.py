@@ -153,7 +153,7 @@ def served(model: Path) -> Iterator[str]:
 
     words = [sys.executable, "-m", "twinserve", "serve", "--port", "0", "--model", str(model), "--num-gpu-blocks", "64"]
     plain = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as server:
         assert server.stderr is not None
         try:
             url = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))

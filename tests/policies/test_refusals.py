@@ -179,6 +179,12 @@ def test_numbers_of_sampling_are_numbers_that_float32_can_hold(name, values):
             SamplingParams(**{name: value})
 
 
+def test_a_value_of_sampling_is_shown_on_one_line():
+    with pytest.raises((ValueError, TypeError)) as error:
+        SamplingParams(min_p="a\nb")  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
 def refused(name: str, expected: str):
     """A wrong kind is refused; compiled, a class that holds a number takes nothing else, and says so itself."""
     if IS_COMPILED:

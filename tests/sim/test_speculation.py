@@ -140,7 +140,16 @@ def test_the_settings_say_what_comes_of_drafts(tmp_path):
     assert isinstance(of(acceptance=str(run(tmp_path / "run", LAW).path)), RecordedAcceptance)
     with pytest.raises(InputError, match="expected one of synthetic_acceptance_rate and acceptance"):
         of()
-    for values in ({"by_position": [1.5]}, {"by_position": []}, {"by_position": [0.5], "odd": 1}, [], {}):
+    for values in (
+        {"by_position": [1.5]},
+        {"by_position": []},
+        {"by_position": [0.5], "odd": 1},
+        [],
+        {},
+        {"by_position": [0.5], "seed": {}},
+        {"by_position": [0.5], "seed": "x"},
+        {"by_position": [0.5], "seed": 1.5},
+    ):
         (tmp_path / "wrong.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match=r"wrong\.json: expected a law of acceptance"):
             load_law(tmp_path / "wrong.json")

@@ -271,9 +271,10 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
         del every["content of the trace"]
     if len({run.world for run in runs}) > 1:
         del every["device"], every["latency"]
+    found = {name: texts for name, texts in every.items() if len(set(texts)) > 1}
     for name in differing_settings([run.record for run in runs]):
-        every[name] = [plain(run.settings[name]) if name in run.settings else "not recorded" for run in runs]
-    return {name: texts for name, texts in every.items() if len(set(texts)) > 1}
+        found[name] = [plain(run.settings[name]) if name in run.settings else "not recorded" for run in runs]
+    return found
 
 
 def _sha256(run: Run) -> str:

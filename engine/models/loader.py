@@ -356,9 +356,12 @@ def _stacked(source: _Source, stack: list[_Part], dtype: torch.dtype, device: to
 
 def _put(weight: Tensor, own: Iterable[Tensor], lengths: list[int]) -> Tensor:
     """`weight`, each of the tensors in its place of so many rows, with zeros behind it where it has fewer."""
-    for place, tensor in zip(weight.split(lengths), own, strict=True):
+    tensors = iter(own)
+    for place in weight.split(lengths):
+        tensor = next(tensors)
         place[: len(tensor)].copy_(tensor)
         place[len(tensor) :].zero_()
+        del tensor  # before the next one is read
     return weight
 
 

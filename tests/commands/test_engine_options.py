@@ -137,7 +137,7 @@ def test_a_file_gives_options_that_others_override_and_the_record_has_them(
     assert {name: run["facts"][name] for name in EngineOptions.model_fields} == {
         "model": str(shape), "device": "cpu", "dtype": "bfloat16", "attention": "sdpa", "execution": "eager",
         "load_format": "dummy", "quantization": "none", "kv_cache_dtype": "bfloat16", "gpu_memory_utilization": 0.5,
-        "seed": 4,
+        "seed": 4, "tensor_parallel_size": 1,
     }  # fmt: skip
     assert run["settings"]["block_size"] == 32
     simulated = twinserve("sim", trace, "--latency", latency, "--config", path, "--json")

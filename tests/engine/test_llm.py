@@ -111,7 +111,7 @@ def test_options_are_kept_and_are_facts_as_they_are_in_use(llama):
     assert {name: facts[name] for name in EngineOptions.model_fields} == {
         "model": "LlamaForCausalLM", "device": "cpu", "dtype": "bfloat16", "attention": "sdpa", "execution": "eager",
         "load_format": "auto", "quantization": "none", "kv_cache_dtype": "bfloat16", "gpu_memory_utilization": 0.5,
-        "seed": 3,
+        "seed": 3, "tensor_parallel_size": 1,
     }  # fmt: skip
     llm.close()
 

@@ -122,6 +122,7 @@ def valid_files(folder: Path) -> Valid:
     text = f"trace = {str(trace)!r}\nlatency = {LATENCY!r}\nlimit = 6\nrate = 2.0\narrivals = 'poisson'\nseeds = 1\n"
     plan.write_text(f"{text}objective = 'p99 TTFT <= 1 s'\n[grid]\nmax_num_seqs = [1, 2]\n")
     drafts = json.dumps(DRAFTS | {"acceptance": str(law)})
+    plan.with_name("settings.toml").write_text("max_num_seqs = 8\n[engine]\ndtype = 'float32'\n")
     make = ["trace", "make", "--out", str(trace), "--requests", "12", "--rate", "5", "--prompt-tokens", "fixed:20"]
     simulated = ["sim", str(trace), "--latency", LATENCY, "--out"]
     measure = ["profile", "--model", str(model), "--out", str(folder / "measured.json"), *SMALLEST_PROFILE]

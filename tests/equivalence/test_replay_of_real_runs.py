@@ -269,6 +269,15 @@ def test_a_stop_that_was_another_token_is_noticed(record):
         tokens[-1] = stop
 
 
+def test_an_answer_that_goes_on_behind_the_last_decision_is_noticed(record):
+    row = max((row for row in record.requests if row["finish_reason"] == "length"), key=lambda row: row["finish_ns"])
+    assert replay(record).is_exact
+    row["max_tokens"] += 1
+    difference = replay(record).difference
+    row["max_tokens"] -= 1
+    assert difference is not None and difference.decision in span(record, row["id"])
+
+
 def test_a_token_that_was_a_stop_is_noticed(record):
     for row in ended_by(record, "length"):
         tokens = record.outputs[row["id"]]

@@ -89,7 +89,27 @@ def replay(
         if (unequal := _first_difference(batch, row, digest.of(batch) if digest else 0)) is not None:
             return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
-    return ReplayResult(equal, len(record.steps), None, record.num_unanswered)
+    return ReplayResult(equal, len(record.steps), _unequal_end(core, record), record.num_unanswered)
+
+
+def _unequal_end(core: Core, record: RunRecord) -> Difference | None:
+    """What is otherwise once the last steps' outputs are known, of a run in which every request was answered."""
+    if record.num_unanswered or not record.steps:
+        return None
+    last = record.steps[-1]
+    try:
+        while core.in_flight:
+            committing = core.in_flight[0]
+            core.commit(_recorded_output(core, committing, record), last["decided_ns"])
+            if (unequal := _unequal_runs(committing, record)) is not None:
+                return unequal
+    except _Impossible as impossible:
+        return Difference(last["decision"], *impossible.args)
+    left = {seq.seq_id for seq in core.scheduler.running}
+    for row in record.requests:
+        if row["id"] in left and row["finish_reason"] != "abort":
+            return Difference(last["decision"], f"end of request {row['id']}", row["finish_reason"], "goes on")
+    return None
 
 
 def _settings_of(record: RunRecord) -> Settings:

@@ -48,7 +48,7 @@ def settings_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
 def record_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
     """A record one of whose files is changed."""
     record = folder / "record"
-    shutil.copytree(valid.record, record)
+    shutil.copytree(rng.choice((valid.record, valid.real)), record)
     path = rng.choice(sorted(record.iterdir()))
     path.write_bytes(changed(rng, path.read_bytes()))
     out = str(folder / "out")

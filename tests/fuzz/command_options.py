@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from changes import WORDS, changed_value
+from outcome import run
 from valid import DRAFTS, SMALLEST_PROFILE, Valid
 
 AIM = ["--objective", "p99 TTFT <= 1 s", "--jobs", "1"]
 ROOFLINE = ["--latency", "roofline:qwen3-0.6b@h100"]
 NOT_TRIED = {"ray", "help"}
 """A cluster that is not there is waited for."""
+
+
+REFUSED = {"top", "trace fetch", "record import", "model fetch"}
+"""Commands of which what they are given here is refused, as the others need a network or another engine's record."""
 
 
 def commands(valid: Valid, folder: Path) -> dict[str, list[str]]:
@@ -33,8 +38,8 @@ def commands(valid: Valid, folder: Path) -> dict[str, list[str]]:
         "compare": [record, record],
         "report": [record, "--out", out],
         "profile": ["--model", model, *SMALLEST_PROFILE, "--out", out],
-        "fit": [record, "--out", out],
-        "generate": ["the sky", "--model", model, "--max-tokens", "3", "--num-gpu-blocks", "64"],
+        "fit": [str(valid.real), "--out", out],
+        "generate": ["the sky", "--model", model, "--max-tokens", "3", "--config", str(valid.few)],
         "serve": ["--simulate", "--latency", str(valid.latency), "--port", "0", "--record", out],
         "top": ["http://127.0.0.1:9", "--once"],
         "trace stat": [trace],
@@ -88,3 +93,12 @@ def word_of(rng: random.Random, name: str) -> str:
     if name == "speculative_config":
         return json.dumps(changed_value(rng, DRAFTS))
     return rng.choice(WORDS)
+
+
+def check_commands(valid: Valid, folder: Path) -> None:
+    """Each command takes what it is given beside the option that is tried; or every option of it would be refused."""
+    for number, name in enumerate(commands(valid, folder)):
+        (own := folder / f"whole-{number}").mkdir()
+        arguments = commands(valid, own)[name]
+        outcome = run([*name.split(), *arguments], folder)
+        assert (outcome.status == 0) != (name in REFUSED), (name, outcome)

@@ -50,10 +50,11 @@ def model_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
     path = rng.choice(sorted(model.iterdir()))
     path.write_bytes(changed(rng, path.read_bytes()))
     few, out = ["--num-gpu-blocks", "64"], ["--out", str(folder / "out")]
+    answered = ["generate", "--model", str(model), "--max-tokens", "3", "--config", str(valid.few)]
     replayed = ["run", str(valid.trace), "--limit", "2", "--max-output-tokens", "3", "--time-scale", "0"]
     return rng.choice((
-        ["generate", "the sky", "--model", str(model), "--max-tokens", "3", *few],
-        ["generate", "the sky", "--raw", "--model", str(model), "--max-tokens", "3", "--load-format", "dummy", *few],
+        [*answered, "the sky"],
+        [*answered, "the sky", "--raw", "--load-format", "dummy"],
         [*replayed, "--model", str(model), *few, *out],
         ["profile", "--model", str(model), *SMALLEST_PROFILE, *out],
         ["model", "describe", rng.choice((str(model), f"{model}@h100:tp=2"))],
@@ -71,7 +72,7 @@ def engine_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
         return ["run", str(bad), *few, *at_once, *out]
     bad.write_bytes(changed(rng, ENGINE.encode()))
     return rng.choice((
-        ["generate", "the sky", "--max-tokens", "3", "--config", str(bad), *few],
+        ["generate", "the sky", "--max-tokens", "3", "--config", str(bad), "--model", str(valid.model)],
         ["run", str(valid.trace), "--limit", "2", "--time-scale", "0", "--config", str(bad), *few, *out],
         ["profile", "--config", str(bad), *SMALLEST_PROFILE, *few, *out],
         ["serve", "--simulate", "--config", str(bad)],
@@ -134,7 +135,7 @@ def fit_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
     bad = folder / "bad.jsonl"
     content = changed(rng, gzip.decompress(valid.profile.read_bytes()))
     bad.write_bytes(content if rng.random() < 0.5 else gzip.compress(content))
-    return ["fit", str(valid.record), "--profile", str(bad), "--out", str(folder / "out")]
+    return ["fit", str(valid.real), "--profile", str(bad), "--out", str(folder / "out")]
 
 
 def sampling_case(rng: random.Random, valid: Valid, folder: Path) -> Work:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 SECONDS, MEGABYTES = 10, 1024
 """Of a processor, and of memory, that a command may take."""
@@ -47,12 +48,12 @@ class Outcome:
         return None if self.status in (0, 2, 3) or (self.status == 1 and not said) else f"status {self.status}"
 
 
-def run(work: Work) -> Outcome:
-    """Do something in a process that is forked from this one."""
+def run(work: Work, folder: Path) -> Outcome:
+    """Do something in `folder`, where relative paths lie, in a process that is forked from this one."""
     with tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
-            _do(work, err.fileno())
+            _do(work, folder, err.fileno())
         end = time.monotonic() + MOST_S
         while not (ended := os.wait4(child, os.WNOHANG))[0]:
             if time.monotonic() > end:
@@ -65,11 +66,12 @@ def run(work: Work) -> Outcome:
     return Outcome(code, text, usage.ru_maxrss >> 10, code == -signal.SIGKILL)
 
 
-def _do(work: Work, err: int) -> None:
+def _do(work: Work, folder: Path, err: int) -> None:
     """In the child: do it, and end."""
     code = 99
     try:
         os.setsid()
+        os.chdir(folder)
         null = os.open(os.devnull, os.O_RDWR)
         for source, target in ((null, 0), (null, 1), (err, 2)):
             os.dup2(source, target)

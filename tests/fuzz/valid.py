@@ -70,9 +70,10 @@ layer_ns = 2000
 source = 'a guess'
 """
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+SMALLEST_POOL = ("--num-gpu-blocks", "64", "--max-num-seqs", "8")
 SMALLEST_PROFILE = (
     "--shapes", "16", "--max-seqs", "2", "--max-context", "64", "--max-prompt", "32", "--repeats", "1",
-    "--num-gpu-blocks", "64", "--max-num-seqs", "8",
+    *SMALLEST_POOL,
 )  # fmt: skip
 PERF = [{"start_time": 7.5, "end_time": 8.0, "info": {"input_tokens": 9, "output_tokens": 3}, "error": None}]
 
@@ -100,8 +101,10 @@ class Valid:
     law: Path
     device: Path
     plan: Path
+    few: Path
     model: Path
     profile: Path
+    real: Path
     url: str = ""
 
 
@@ -111,11 +114,11 @@ def valid_files(folder: Path) -> Valid:
     from twinserve.worlds.run import shipped_latencies
 
     shape = Path(twinserve.__file__).parent / "data" / "shapes" / "qwen3-0.6b" / "config.json"
-    names = ("trace.jsonl", "latency.json", "record", "drafted", "law.json", "device.toml", "plan.toml", "model")
-    trace, latency, record, drafted, law, device, plan, model = (folder / name for name in names)
-    valid = Valid(
-        trace, latency, record, shape, drafted, law, device, plan, model, folder / "measured.profile.jsonl.gz"
-    )
+    names = ("trace.jsonl", "latency.json", "record", "drafted", "law.json", "device.toml", "plan.toml", "few.toml")
+    trace, latency, record, drafted, law, device, plan, few = (folder / name for name in names)
+    model, profile, real = folder / "model", folder / "measured.profile.jsonl.gz", folder / "real"
+    valid = Valid(trace, latency, record, shape, drafted, law, device, plan, few, model, profile, real)
+    few.write_text("num_gpu_blocks = 64\n")
     shutil.copy(shipped_latencies()[LATENCY], latency)
     law.write_text(json.dumps({"by_position": [0.8, 0.6], "concentration": 4.0, "found_share": 0.9, "seed": 3}))
     device.write_text(DEVICE)
@@ -132,8 +135,9 @@ def valid_files(folder: Path) -> Valid:
         [*simulated, str(drafted), "--speculative-config", drafts],
         partial(make_model, model),
         measure,
+        ["run", str(trace), "--model", str(model), "--time-scale", "0", *SMALLEST_POOL, "--out", str(real)],
     ):
-        outcome = run(work)
+        outcome = run(work, folder)
         assert outcome.status == 0, outcome
     return valid
 

@@ -105,7 +105,10 @@ def test_a_side_is_of_one_policy_which_is_a_files_content_and_not_its_place(twin
     assert (said.code, said.err) == (0, "")
     said = twinserve("compare", tmp_path / "here", tmp_path / "other")
     assert (said.code, said.err) == (0, "the runs differ in scheduling_policy\n")
-    for name, remark in (("there", "The runs have equal settings, facts and loads."), ("other", "The runs differ in scheduling_policy.")):
+    for name, remark in (
+        ("there", "The runs have equal settings, facts and loads."),
+        ("other", "The runs differ in scheduling_policy."),
+    ):
         page = tmp_path / f"{name}.html"
         assert twinserve("report", tmp_path / "here", tmp_path / name, "--out", page).code == 0
         assert remark in page.read_text()

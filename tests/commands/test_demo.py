@@ -1,6 +1,9 @@
 """The demo, with a tiny model in place of the real one, and the data that it ships with."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_the_demo_fails_beyond_its_limit_and_replaces_an_earlier_ones_results(
     (out / "real").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
-    for name in ("MOST_SPREAD", "MOST_CHANGE"):
+    for name in ("MOST_SPREAD", "MOST_CHANGE", "MOST_CORES"):
         monkeypatch.setattr(demo, name, 1e9)  # however busy this machine is
     assert not demo.run_demo(out)
     assert "tpot_s.mean: the error is" in capsys.readouterr().err
@@ -101,6 +104,7 @@ def test_a_disturbed_profile_is_measured_again_so_often_and_told(
     taken = []
     monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
+    monkeypatch.setattr(demo, "MOST_CORES", 1e9)
     assert demo.run_demo(tmp_path / "demo") == (words is not None), "noise is said, and is no failure"
     assert len(profiles) - len(left) == measured
     assert len(taken) == 8, "one profile on each side"
@@ -108,3 +112,15 @@ def test_a_disturbed_profile_is_measured_again_so_often_and_told(
     assert len(lines) == (words is not None)
     if words is not None:
         assert words in lines[0]
+
+
+def test_other_processes_that_compute_beside_the_run_are_noticed(monkeypatch, tmp_path):
+    before = demo._clocks()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        time.sleep(1.0)
+        other.kill()
+    busy = demo.others_cores(before, demo._clocks())
+    assert busy > 0.3, "a process of another kept a core busy"
+    assert demo.others_cores((0.0, 5.0, 100.0), (10.0, 9.0, 109.0)) == pytest.approx(0.5)
+    monkeypatch.setattr(demo, "STAT", tmp_path / "nothing")
+    assert demo.others_cores(demo._clocks(), demo._clocks()) == 0.0, "nothing is known of them"

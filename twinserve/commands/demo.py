@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
 
 DATA = Path(twinserve.__file__).parent / "data"
+STAT = Path("/proc/stat")
 LIMITS = {"tpot_s.mean": 0.25}
 """How far the simulation may be from the real run."""
 SHAPES = 32
@@ -35,6 +38,8 @@ MOST_SPREAD = 1.15
 beside two busy processes on two cores 1.3."""
 MOST_CHANGE = 1.25
 """Or where steps take longer than so many times as long on one side of the run as on the other."""
+MOST_CORES = 0.1
+"""Or where other processes kept more than so many cores busy while the requests were served."""
 
 
 def run_demo(out: Path) -> bool:
@@ -77,11 +82,15 @@ def _both_worlds(out: Path) -> tuple[RunRecord, RunRecord, list[str]]:
     before, busy = _measured(profiled, settings, "before")
     llm = LLM(profiled.runner.model, tokenizer=profiled.tokenizer, name=profiled.name, settings=settings)
     say(f"serving {len(workload.requests)} requests in real time")
+    begun = _clocks()
     with Bar("real", len(workload.requests)) as bar:
         run_real(workload, llm, out=out / "real", progress=bar.ended)
+    cores = others_cores(begun, _clocks())
     llm.close()
     after, busy_after = _measured(profiled, settings, "after")
     busy += busy_after + _changed(before, after)
+    if cores > MOST_CORES:
+        busy.append(f"during the run other processes kept {cores:.1f} cores busy, expected at most {MOST_CORES}")
     latency = fit_steps(profiled, before + after)
     latency.save(out / "latency.json")
     profiled.close()
@@ -126,6 +135,27 @@ def _changed(before: list[StepSample], after: list[StepSample]) -> list[str]:
     return [
         f"after the run steps took {change:.2f} times as long as before it, expected at most {MOST_CHANGE} either way"
     ]
+
+
+Clocks = tuple[float, float, float]
+"""Seconds: on the wall, that this process computed, and that all of them did on all cores of the machine."""
+
+
+def _clocks() -> Clocks:
+    """The clocks now; all processes compute as much as this one where the system does not say."""
+    own = sum(os.times()[:4])
+    try:
+        fields = STAT.read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return time.monotonic(), own, own
+    user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields)
+    return time.monotonic(), own, (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def others_cores(before: Clocks, after: Clocks) -> float:
+    """How many cores other processes, or the machine's other tenants, kept busy between two readings."""
+    wall_s, own_s, all_s = (later - earlier for earlier, later in zip(before, after, strict=True))
+    return max(0.0, all_s - own_s) / wall_s
 
 
 def spread_of(samples: list[StepSample]) -> float:

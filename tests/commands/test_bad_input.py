@@ -315,3 +315,12 @@ def test_a_record_by_a_name_that_no_file_can_have_is_one_line(twinserve, tmp_pat
     name = "x" * 300
     assert_refused(twinserve(*(word.format(name) for word in command.split())), "File name too long")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_no_latency_can_be_fitted_to_leaves_no_law_of_its_drafts_either(twinserve, trace, latency, tmp_path):
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "synthetic_acceptance_rate": 0.5})
+    run = tmp_path / "run"
+    assert twinserve("sim", trace, "--latency", latency, "--speculative-config", drafts, "--out", run).code == 0
+    result = twinserve("fit", run, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
+    assert_refused(result, "expected the record of a real run")
+    assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def run(work: Work, folder: Path) -> Outcome:
                 os.killpg(child, signal.SIGKILL)
             time.sleep(0.005)
         _, status, usage = ended
+        with suppress(ProcessLookupError):  # processes that it has left
+            os.killpg(child, signal.SIGKILL)
         err.seek(0)
         text = err.read().decode("utf-8", "replace")
     code = os.waitstatus_to_exitcode(status)

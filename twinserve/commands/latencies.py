@@ -93,8 +93,10 @@ def fit(
     refuse_existing(out)
     if acceptance is not None:
         refuse_existing(acceptance)
+    fitted = fit_runs(runs, traces, profile)
+    if acceptance is not None:
         fit_acceptance(runs[0], acceptance)
-    _save_latency(fit_runs(runs, traces, profile), out, as_json)
+    _save_latency(fitted, out, as_json)
 
 
 def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -56,7 +56,7 @@ class LeastOutstanding:
     """The one with the fewest outstanding tokens, as far as a router knows them; of equal ones the first."""
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
-        return min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        return _least_loaded(replicas, range(len(replicas)))
 
 
 class PowerOfTwo:
@@ -70,7 +70,7 @@ class PowerOfTwo:
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
         places = self._draws.sample(range(len(replicas)), min(2, len(replicas)))
-        return min(places, key=lambda place: replicas[place].outstanding_tokens)
+        return _least_loaded(replicas, places)
 
 
 class SessionSticky:
@@ -86,7 +86,7 @@ class SessionSticky:
             for place, replica in enumerate(replicas):
                 if replica.index == known:
                     return place
-        place = min(range(len(replicas)), key=lambda place: replicas[place].outstanding_tokens)
+        place = _least_loaded(replicas, range(len(replicas)))
         if session is not None:
             self._replica_of[session] = replicas[place].index
         return place
@@ -153,6 +153,11 @@ class PrefixAffine:
             if (index := self._sent.get(key)) is not None:
                 return next((place for place, replica in enumerate(replicas) if replica.index == index), None)
         return None
+
+
+def _least_loaded(replicas: Seq[Replica], places: Iterable[int]) -> int:
+    """Of these places the one whose replica has the fewest outstanding tokens; of equal ones the first."""
+    return min(places, key=lambda place: replicas[place].outstanding_tokens)
 
 
 ROUTERS: dict[str, Callable[[], Router]] = {

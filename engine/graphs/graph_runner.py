@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -20,7 +19,7 @@ from twinserve.engine.device_queue import CudaQueue, Step, on_device, to_device
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.step_sizes import CAPTURED_PROMPTS, GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.cuts import decode_cuts, prompt_tiles, tile_tokens
+from twinserve.engine.kernels.cuts import decode_cuts, longest_first, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
 from twinserve.engine.models.decoder import Decoder
@@ -404,7 +403,7 @@ class GraphRunner:
                 sampled[size.decodes + number] = device_row
             last[size.decodes + number] = end - 1
             offset = end
-        cut.sort(key=itemgetter(2), reverse=True)  # the longest contexts first, as nothing runs beside the last
+        longest_first(cut)
         tiles[: 4 * len(cut)] = np.ravel(cut)
         return flat
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,7 +16,7 @@ from twinserve.engine.graphs.device_rows import DeviceRows
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.graph_runner import capture_each, captured
 from twinserve.engine.graphs.step_sizes import GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.cuts import prompt_tiles, tile_tokens
+from twinserve.engine.kernels.cuts import longest_first, prompt_tiles, tile_tokens
 from twinserve.engine.layout import Layout
 from twinserve.engine.model_runner import FlatStep, ModelRunner
 from twinserve.engine.models.decoder import Decoder
@@ -138,7 +137,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             else:
                 num_single += length
             offset += length
-        cut.sort(key=itemgetter(2), reverse=True)  # the longest contexts first, as nothing runs beside the last
+        longest_first(cut)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         tiles = np.array(cut, dtype=np.int32).reshape(-1, 4)
         arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 
 import torch
 
@@ -50,6 +51,12 @@ def prompt_tiles(row: int, offset: int, start: int, count: int, tile: int) -> li
         tile: tokens of a tile, see `tile_tokens`.
     """
     return [(row, offset + first, start + first, min(tile, count - first)) for first in range(0, count, tile)]
+
+
+def longest_first(tiles: list[tuple[int, int, int, int]]) -> None:
+    """Puts tiles in the order in which they are best begun: the longest contexts first, as nothing runs beside the last
+    one to end."""
+    tiles.sort(key=itemgetter(2), reverse=True)
 
 
 def tile_tokens(group: int, dtype: torch.dtype) -> int:

@@ -332,13 +332,14 @@ def _joined(model: Decoder) -> Decoder:
     return (model.join() if isinstance(model, ShardedDecoder) else model).eval()
 
 
-def _scale_of(group: Group | None) -> Callable[[str, Tensor], Tensor]:
-    """The int8 scales of a weight by its name: those of the whole rows, where the rank has parts of them."""
+def _scale_of(group: Group | None) -> Callable[[str, Tensor], Tensor | None]:
+    """The int8 scales of a weight by its name: those of the whole rows, where the rank has parts of them; None where
+    the weight has whole rows, each with a scale of its own."""
 
-    def scale(name: str, weight: Tensor) -> Tensor:
-        own = absmax_scale(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-        is_part = name.endswith((".output.weight", ".down.weight"))
-        return own if group is None or not is_part else group.max(own)
+    def scale(name: str, weight: Tensor) -> Tensor | None:
+        if group is None or not name.endswith((".output.weight", ".down.weight")):
+            return None
+        return group.max(absmax_scale(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
 
     return scale
 

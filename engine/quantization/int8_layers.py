@@ -66,13 +66,13 @@ class Int8Embedding(nn.Module):
         return int8_product(hidden, self.weight, self.scale)
 
 
-def quantize_decoder(decoder: Model, scale_of: Callable[[str, Tensor], Tensor] | None = None) -> Model:
+def quantize_decoder(decoder: Model, scale_of: Callable[[str, Tensor], Tensor | None] | None = None) -> Model:
     """`decoder` itself, from now on run from int8: its linear layers, and its embedding with a tied output projection.
 
     Norms and biases stay as they are, and so does the dtype of what the layers are given and give.
 
     Args:
-        scale_of: the scales of a weight by its name; None has each row's own.
+        scale_of: the scales of a weight by its name; None, or where it gives None, has each row's own.
     """
     # By name: a list of the layers would keep the weights of all of them until the last is replaced.
     for name in [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]:

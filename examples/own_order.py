@@ -4,9 +4,8 @@ import heapq
 
 from twinserve.policies import LastAdmitted
 from twinserve.settings.build_core import Settings
-from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.worlds.run import run_sim
+from twinserve.worlds.run import choose_latency, run_sim
 from twinserve.worlds.workload import Workload
 
 
@@ -50,11 +49,11 @@ def main():
         prompt_tokens=LengthSpec.parse("lognormal:1200:1.2"),
         output_tokens=LengthSpec.parse("fixed:60"),
     )
-    workload = Workload(requests, {"path": "made by seed 0", "sha256": "0" * 64, "transforms": []}, capped=0, dropped=0)
-    latency = RooflineLatency.parse("llama-3-8b@h100")
+    workload = Workload(requests)
+    latency, about = choose_latency("roofline:llama-3-8b@h100")
     for name, order in (("first come", "fcfs"), ("shortest prompt", f"{__file__}:ShortestPrompt")):
         settings = Settings.load({"scheduling_policy": order, "max_num_seqs": 16, "num_gpu_blocks": 8000})
-        summary = run_sim(workload, settings, latency, latency_facts={"name": latency.name, "identity": "roofline"})
+        summary = run_sim(workload, settings, latency, latency_facts=about)
         ttft = summary["ttft_s"]
         print(f"{name}: TTFT " + ", ".join(f"{at} {ttft[at] * 1e3:.0f} ms" for at in ("mean", "p50", "p99")))
 

@@ -1,9 +1,8 @@
 """Learn what a prefix cache buys: conversations of four turns behind one system prompt, with the cache and without."""
 
 from twinserve.settings.build_core import Settings
-from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.worlds.run import run_sim
+from twinserve.worlds.run import choose_latency, run_sim
 from twinserve.worlds.workload import Workload
 
 requests = generate(
@@ -17,11 +16,11 @@ requests = generate(
     turns=4,
     think_time_s=2.0,
 )
-workload = Workload(requests, {"path": "made by seed 0", "sha256": "0" * 64, "transforms": []}, capped=0, dropped=0)
-latency = RooflineLatency.parse("llama-3-8b@h100")
+workload = Workload(requests)
+latency, about = choose_latency("roofline:llama-3-8b@h100")
 for cached in (True, False):
     settings = Settings(enable_prefix_caching=cached, max_num_seqs=64, num_gpu_blocks=6000)
-    summary = run_sim(workload, settings, latency, latency_facts={"name": latency.name, "identity": "roofline"})
+    summary = run_sim(workload, settings, latency, latency_facts=about)
     share = summary["cached_tokens"] / summary["prompt_tokens"]
     print(f"{'with' if cached else 'without'} a prefix cache: {share:.1%} of the prompt tokens cached, TTFT", end=" ")
     print(f"p50 {summary['ttft_s']['p50'] * 1e3:.1f} ms, p99 {summary['ttft_s']['p99'] * 1e3:.1f} ms")

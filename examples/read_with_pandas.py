@@ -5,9 +5,8 @@ from pathlib import Path
 
 import twinserve
 from twinserve.settings.build_core import Settings
-from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.worlds.run import run_sim
+from twinserve.worlds.run import choose_latency, run_sim
 from twinserve.worlds.workload import Workload
 
 made = generate(
@@ -17,13 +16,13 @@ made = generate(
     prompt_tokens=LengthSpec.parse("lognormal:900:1"),
     output_tokens=LengthSpec.parse("fixed:50"),
 )
-workload = Workload(made, {"path": "made by seed 0", "sha256": "0" * 64, "transforms": []}, capped=0, dropped=0)
-latency = RooflineLatency.parse("llama-3-8b@h100")
+workload = Workload(made)
+latency, about = choose_latency("roofline:llama-3-8b@h100")
 settings = Settings(max_num_seqs=32, max_num_batched_tokens=2048, num_gpu_blocks=8000)
 
 with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
-    run_sim(workload, settings, latency, latency_facts={"name": latency.name, "identity": "roofline"}, out=out)
+    run_sim(workload, settings, latency, latency_facts=about, out=out)
     requests, steps = twinserve.load(out)
 
 sizes = requests["prompt_tokens"].map(lambda tokens: "short" if tokens < 1000 else "long")

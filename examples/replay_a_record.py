@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from twinserve.settings.build_core import Settings
-from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
-from twinserve.worlds.run import run_sim
+from twinserve.worlds.run import choose_latency, run_sim
 from twinserve.worlds.workload import Workload
 
 requests = generate(
@@ -19,13 +18,13 @@ requests = generate(
     prompt_tokens=LengthSpec.parse("lognormal:400:1"),
     output_tokens=LengthSpec.parse("lognormal:80:0.5"),
 )
-workload = Workload(requests, {"path": "made by seed 0", "sha256": "0" * 64, "transforms": []}, capped=0, dropped=0)
-latency = RooflineLatency.parse("llama-3-8b@h100")
+workload = Workload(requests)
+latency, about = choose_latency("roofline:llama-3-8b@h100")
 settings = Settings(max_num_seqs=24, max_num_batched_tokens=1024, num_gpu_blocks=600)
 
 with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
-    run_sim(workload, settings, latency, latency_facts={"name": latency.name, "identity": "roofline"}, out=out)
+    run_sim(workload, settings, latency, latency_facts=about, out=out)
     record = load_record(out)
 
 print("as recorded:", "exact" if replay(record).is_exact else "differs", f"over {len(record.steps)} decisions")

@@ -3,9 +3,8 @@
 from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.objectives import Objective
 from twinserve.settings.build_core import Settings
-from twinserve.sim.roofline import RooflineLatency
 from twinserve.traces.generator import LengthSpec, generate
-from twinserve.worlds.run import ReplicaSpec
+from twinserve.worlds.run import ReplicaSpec, choose_latency
 from twinserve.worlds.workload import Workload
 
 objective = Objective.parse("p99 TTFT <= 1 s and p99 TPOT <= 40 ms")
@@ -16,10 +15,10 @@ requests = generate(
     prompt_tokens=LengthSpec.parse("lognormal:1500:0.8"),
     output_tokens=LengthSpec.parse("fixed:100"),
 )
-workload = Workload(requests, {"path": "made by seed 0", "sha256": "0" * 64, "transforms": []}, capped=0, dropped=0)
-latency = RooflineLatency.parse("llama-3-8b@h100")
+workload = Workload(requests)
+latency, about = choose_latency("roofline:llama-3-8b@h100")
 settings = Settings(max_num_seqs=128, max_num_batched_tokens=4096, num_gpu_blocks=8000)
-replica = ReplicaSpec(settings, latency, {"name": latency.name, "identity": latency.identity})
+replica = ReplicaSpec(settings, latency, about)
 
 print(f"asked: {objective}; {latency.name}")
 for replicas in range(1, 9):

@@ -57,7 +57,7 @@ def profile(
     for path in (out, profile_beside(out)):
         refuse_existing(path)
     workload = None if trace is None else load_workload(trace, trace_options)
-    model = None if latency is None else choose_latency(latency, None)[0]
+    model = None if latency is None else choose_latency(latency)[0]
     llm = load_llm(options, chosen, progress=say)
     samples = measure_steps(
         llm,

@@ -47,7 +47,7 @@ def shipped_latencies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
-def choose_latency(source: str | None, record: Path | None) -> tuple[LatencyModel, dict[str, Any]]:
+def choose_latency(source: str | None, record: Path | None = None) -> tuple[LatencyModel, dict[str, Any]]:
     """A latency model and what says in a record which one it was.
 
     Args:
@@ -104,7 +104,7 @@ def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
     if config.lookup_ns is not None:
         return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
     if config.draft_latency is not None:
-        return DraftedLatency(latency, ModelDrafting(choose_latency(config.draft_latency, None)[0]))
+        return DraftedLatency(latency, ModelDrafting(choose_latency(config.draft_latency)[0]))
     return latency
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,16 +84,16 @@ class Workload:
     Attributes:
         requests: with ids 0, 1, 2...
         facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
-            counts.
+            counts; nothing where they were not read from a file.
         capped: requests whose prompt or answer was cut to a cap.
         dropped: rows of the trace that are not replayed.
         epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
     """
 
     requests: Seq[Request]
-    facts: dict[str, Any]
-    capped: int
-    dropped: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    capped: int = 0
+    dropped: int = 0
     epoch_ns: int | None = None
 
     def at_rate_scale(self, factor: float) -> Workload:
@@ -102,7 +102,7 @@ class Workload:
         Raises:
             InputError: `factor` is not a number above 0.
         """
-        log = [*self.facts["transforms"]]
+        log = [*self.facts.get("transforms", ())]
         requests = transforms.scale_rate(self.requests, factor, log)
         return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
 

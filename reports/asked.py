@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from twinserve.reports.runs import LATENCY_NS, SERVED, Run
+from twinserve.reports.runs import Run
+from twinserve.traces.runs.metrics import SERVED
+from twinserve.traces.runs.tables import LATENCY_NS
 
 
 @dataclass(frozen=True)

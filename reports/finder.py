@@ -8,8 +8,10 @@ import numpy as np
 
 from twinserve.reports.asked import Asked
 from twinserve.reports.drawing import packed
-from twinserve.reports.runs import LATENCY_NS, SERVED, Run
+from twinserve.reports.runs import Run
 from twinserve.reports.terms import sorter
+from twinserve.traces.runs.metrics import SERVED
+from twinserve.traces.runs.tables import LATENCY_NS
 
 _HEADS = (
     ("id", "request", None),

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from twinserve.reports.drawing import MUTED, Figure, Trace, axis_names, base_axis, stacked_layout, time_axis
-from twinserve.reports.runs import LATENCY_NS, Part, Run
+from twinserve.reports.runs import Part, Run
 from twinserve.reports.tables import sortable_table
 from twinserve.reports.text import number, percent
 from twinserve.reports.thin import GROUPS, binned
+from twinserve.traces.runs.tables import LATENCY_NS
 
 _LANE_PX, _MOST_PX = 18, 420
 _VIEWS = (("running", "running"), ("waiting", "waiting"), ("used_blocks", "KV blocks"))

@@ -14,11 +14,9 @@ import numpy as np
 from twinserve.settings.errors import InputError
 from twinserve.traces.formats.recorded import replica_place
 from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
-from twinserve.traces.runs.metrics import token_gaps
+from twinserve.traces.runs.metrics import SERVED, token_gaps
 from twinserve.traces.runs.record import RunRecord
-
-SERVED = ("stop", "length")
-"""How requests end whose latencies count."""
+from twinserve.traces.runs.tables import LATENCY_NS
 
 _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting", "running")
 _NEVER = np.iinfo(np.int64).max
@@ -216,12 +214,7 @@ class Run:
     @property
     def pool(self) -> int | None:
         """KV blocks of the pool, of all replicas together; None where it has no end, or the settings do not say it."""
-        pools = [part.record.run["settings"].get("num_gpu_blocks") for part in self.parts if part.record.steps]
-        if self.replicas:
-            own = {part.replica: part.record.run["settings"].get("num_gpu_blocks") for part in self.parts}
-            pools = list(own.values())
-        elif not pools:
-            pools = [self.settings.get("num_gpu_blocks")]
+        pools = {part.replica: part.record.run["settings"].get("num_gpu_blocks") for part in self.parts}.values()
         return sum(pools) if all(type(blocks) is int and blocks > 0 for blocks in pools) else None
 
     @cached_property
@@ -319,18 +312,6 @@ class Run:
         values_s = np.array(list(values), dtype=np.float64) / 1e9
         order = np.argsort(values_s, kind="stable")
         return values_s[order], np.array(counts, dtype=np.int64)[order]
-
-
-def _tpot_ns(row: dict[str, Any]) -> float | None:
-    gaps = row["output_tokens"] - 1
-    return (row["finish_ns"] - row["first_token_ns"]) / gaps if gaps > 0 else None
-
-
-LATENCY_NS = {
-    "ttft_s": lambda row: row["first_token_ns"] - row["arrival_ns"],
-    "tpot_s": _tpot_ns,
-    "e2e_s": lambda row: row["finish_ns"] - row["arrival_ns"],
-}
 
 
 def runs_of(records: list[RunRecord]) -> list[Run]:

@@ -106,12 +106,8 @@ def _sortable_cell(value: Any, text: str, column: int) -> str:
 
 def key(run: Run) -> str:
     """A piece of the run's line, as the figures have it."""
-    return f'<span class="key {run.world}" style="{key_style(run)}"></span>'
-
-
-def key_style(run: Run) -> str:
-    """Its style."""
-    return f"border-top: 3px {'solid' if run.style.dash == 'solid' else 'dashed'} {run.style.full}"
+    line = "solid" if run.style.dash == "solid" else "dashed"
+    return f'<span class="key {run.world}" style="border-top: 3px {line} {run.style.full}"></span>'
 
 
 def difference_table(runs: list[Run], told: Mapping[str, list[str]]) -> str:

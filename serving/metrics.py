@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twinserve.policies import Batch, Core, CoreListener, Sequence
 from twinserve.policies.block_manager import ENDLESS
 from twinserve.settings.build_core import Settings
+from twinserve.traces.runs.metrics import SERVED
 
 PREFIX, OWN_PREFIX = "vllm:", "twinserve:"
 
@@ -280,7 +281,7 @@ class ServerMetrics(CoreListener):
         self._latest.pop(seq, None)
         cached = self._first_hits.pop(seq, 0)
         self._ended.labels(**self._labels, finished_reason=str(seq.finish_reason)).inc()
-        if seq.finish_reason not in ("stop", "length"):
+        if seq.finish_reason not in SERVED:
             return
         times = seq.arrival_ns, seq.first_scheduled_ns or 0, seq.first_token_ns or 0, seq.finish_ns or 0
         arrival, scheduled, first, last = (ns / 1e9 for ns in times)

@@ -17,9 +17,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
+SERVED = ("stop", "length")
+"""How requests end whose latencies count."""
+
 _DELTAS = ("preempted", "admitted", "rows", "usual")
 _LOADS = ("left", "tokens", "waiting", "running")
-_SERVED = ("stop", "length")
 _BINS = 1 << 16
 _CHUNK = 1 << 17
 _PIECE = 1 << 14
@@ -44,7 +46,7 @@ def metrics_of(requests: Iterable[Row], steps: list[Row]) -> RunMetrics:
     metrics = RunMetrics()
     for row in requests:
         metrics.request(row)
-        if row["finish_reason"] in _SERVED:
+        if row["finish_reason"] in SERVED:
             metrics.gaps.begin(row["id"], row["output_tokens"])
     metrics.steps = sum(row["count"] for row in steps)
     metrics.events = len(steps)
@@ -201,7 +203,7 @@ class RunMetrics:
         arrival_ns = row["arrival_ns"]
         if self.first_arrival_ns is None or arrival_ns < self.first_arrival_ns:
             self.first_arrival_ns = arrival_ns
-        if row["finish_reason"] not in _SERVED:
+        if row["finish_reason"] not in SERVED:
             return
         first_ns, finish_ns, output_tokens = row["first_token_ns"], row["finish_ns"], row["output_tokens"]
         self.prompt_tokens += row["prompt_tokens"]
@@ -258,7 +260,7 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
     return {
         "world": world,
         "requests": total("requests"),
-        "finished": sum(reasons[reason] for reason in _SERVED),
+        "finished": sum(reasons[reason] for reason in SERVED),
         "refused": reasons["refused"],
         "aborted": reasons["abort"],
         "shortened": total("shortened"),

@@ -34,7 +34,7 @@ from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.readers import sha256_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.digest import Digest, Exceptions
-from twinserve.traces.runs.metrics import RunMetrics, summarize, summary_of
+from twinserve.traces.runs.metrics import SERVED, RunMetrics, summarize, summary_of
 from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
@@ -44,7 +44,6 @@ RUNNING = "running-"
 FIRST_SCHEMA = "twinserve-run/1"
 """Of records that lack when a step was launched, and how its engine pads and cuts steps."""
 
-_SERVED = ("stop", "length")
 _SAID_BY_REQUESTS = (
     "finished",
     "refused",
@@ -321,7 +320,7 @@ class RunRecorder(RowMaker):
         """Turn what is known of a request into its row."""
         row = request_row(served)
         self.metrics.request(row)
-        self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in _SERVED)
+        self.metrics.gaps.end(row["id"], counts=row["finish_reason"] in SERVED)
         self._write_request(served.number, line_of(row))
         if self._world == "real":
             self._outputs[served.number] = {"id": served.request.id, "tokens": served.seq.completion_token_ids}
@@ -770,7 +769,7 @@ def _check_request(line: Line) -> None:
     """Check a request's row, and what its fields say of one another."""
     check_request(line)
     row = line.values
-    if row["finish_reason"] in _SERVED:
+    if row["finish_reason"] in SERVED:
         line.integer("first_token_ns", row["arrival_ns"])
         line.integer("finish_ns", row["first_token_ns"])
     length = sum([length for _, _, length in row["prompt"]])

@@ -12,6 +12,7 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.files import WholeFolder, writing
 from twinserve.traces.formats.recorded import replica_place
 from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
+from twinserve.traces.runs.metrics import SERVED
 from twinserve.traces.runs.record import RunRecord
 from twinserve.traces.runs.vllm_records import load_run
 
@@ -20,9 +21,21 @@ if TYPE_CHECKING:
 
 _NESTED = ("prompt", "stop_token_ids")
 _COUNTED = ("admitted", "left", "preempted", "aborted")
-_SERVED = ("stop", "length")
 
 Row = dict[str, Any]
+
+
+def _tpot_ns(row: Row) -> float | None:
+    gaps = row["output_tokens"] - 1
+    return (row["finish_ns"] - row["first_token_ns"]) / gaps if gaps > 0 else None
+
+
+LATENCY_NS = {
+    "ttft_s": lambda row: row["first_token_ns"] - row["arrival_ns"],
+    "tpot_s": _tpot_ns,
+    "e2e_s": lambda row: row["finish_ns"] - row["arrival_ns"],
+}
+"""Of the row of a request that was served; None for TPOT of an answer of one token."""
 
 
 class Frames(NamedTuple):
@@ -66,12 +79,9 @@ def request_rows(record: RunRecord) -> list[Row]:
         times: Row = dict.fromkeys(("wait_s", "ttft_s", "tpot_s", "e2e_s"))
         if row["first_scheduled_ns"] is not None:
             times["wait_s"] = (row["first_scheduled_ns"] - row["arrival_ns"]) / 1e9
-        if row["finish_reason"] in _SERVED:
-            times["ttft_s"] = (row["first_token_ns"] - row["arrival_ns"]) / 1e9
-            times["e2e_s"] = (row["finish_ns"] - row["arrival_ns"]) / 1e9
-            if row["output_tokens"] > 1:
-                gaps = row["output_tokens"] - 1
-                times["tpot_s"] = (row["finish_ns"] - row["first_token_ns"]) / gaps / 1e9
+        if row["finish_reason"] in SERVED:
+            took_ns = {name: latency(row) for name, latency in LATENCY_NS.items()}
+            times |= {name: None if ns is None else ns / 1e9 for name, ns in took_ns.items()}
         rows.append({name: row.get(name) for name in names} | times)
     return rows
 

@@ -111,8 +111,7 @@ def _terms(plan: Plan) -> tuple[Term, ...]:
 
 
 def _column(term: Term) -> str:
-    name, _, statistic = term.metric.partition(".")
-    return f"{statistic} {name.removesuffix('_s').upper()}, s"
+    return f"{term.name}, s"
 
 
 def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:

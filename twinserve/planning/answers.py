@@ -87,10 +87,9 @@ def _margins(plan: Plan, capacity: Capacity) -> list[str]:
     used = {}
     for term in objective.terms:
         used[term] = max(float(value_of(result["summary"], term.metric) or 0.0) for result in capacity.results)
-    names = {term: str(term).split(" <=")[0] for term in used}
     shares = {term: worst / term.limit_s for term, worst in used.items()}
-    words = (f"{names[term]} {words_of(float(f'{worst:.3g}'))} ({shares[term]:.0%})" for term, worst in used.items())
-    return [f"Of the limits is used: {', '.join(words)}; {names[max(used, key=shares.__getitem__)]} binds."]
+    words = (f"{term.name} {words_of(float(f'{worst:.3g}'))} ({shares[term]:.0%})" for term, worst in used.items())
+    return [f"Of the limits is used: {', '.join(words)}; {max(used, key=shares.__getitem__).name} binds."]
 
 
 def _assumed(capacity: Capacity) -> str:

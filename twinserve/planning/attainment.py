@@ -8,6 +8,7 @@ from typing import Any
 
 from twinserve.policies import Sequence
 from twinserve.settings.errors import InputError
+from twinserve.traces.runs.metrics import SERVED
 
 _TERM = re.compile(r"(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
 _UNITS = {"s": 1.0, "ms": 1e-3}
@@ -59,7 +60,7 @@ class Limits:
 
     def kept(self, seq: Sequence) -> bool:
         """Was it served, within all of them? The time per output token of an answer of one token is not limited."""
-        if seq.finish_reason not in ("stop", "length") or seq.first_token_ns is None or seq.finish_ns is None:
+        if seq.finish_reason not in SERVED or seq.first_token_ns is None or seq.finish_ns is None:
             return False
         gaps = seq.num_completion_tokens - 1
         took_ns = {

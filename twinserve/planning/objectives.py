@@ -30,9 +30,14 @@ class Term:
     metric: str
     limit_s: float
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """The metric as people write it, such as "p99 TTFT"."""
         name, _, statistic = self.metric.partition(".")
-        return f"{statistic} {name.removesuffix('_s').upper()} <= {words_of(self.limit_s)}"
+        return f"{statistic} {name.removesuffix('_s').upper()}"
+
+    def __str__(self) -> str:
+        return f"{self.name} <= {words_of(self.limit_s)}"
 
 
 @dataclass(frozen=True)

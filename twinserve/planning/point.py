@@ -18,6 +18,7 @@ import twinserve
 from twinserve.planning.attainment import Attainment, Limits
 from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.prediction import have_intervals, varied_replicas
+from twinserve.planning.prices import kind_of
 from twinserve.settings.build_core import Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
@@ -141,10 +142,10 @@ class Point(PointOptions):
         for spec in self.replicas():
             model = spec.latency
             if isinstance(model, RooflineLatency):
-                counts[model.device.name.lower().replace(" ", "")] += model.tensor_parallel
+                counts[kind_of(model.device.name)] += model.tensor_parallel
             else:
                 device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
-                counts["" if device is None else device.name.lower().replace(" ", "")] += 1
+                counts["" if device is None else kind_of(device.name)] += 1
         return dict(counts)
 
     def own_rate(self) -> float | None:

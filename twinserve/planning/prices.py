@@ -8,6 +8,11 @@ from typing import Any
 from twinserve.settings.errors import InputError
 
 
+def kind_of(name: str) -> str:
+    """What a GPU goes by here: its name in small letters without spaces."""
+    return name.lower().replace(" ", "")
+
+
 @dataclass(frozen=True)
 class Prices:
     """Prices of an hour of a GPU, in any currency.
@@ -39,7 +44,7 @@ class Prices:
             if not 0 < price < float("inf"):
                 field = f"price_per_gpu_hour{f'.{kind}' if kind else ''}"
                 raise InputError("expected a number > 0, or one by kind of GPU", field=field, value=given)
-            prices[kind.lower().replace(" ", "")] = price
+            prices[kind_of(kind)] = price
         return cls(prices)
 
     def per_hour(self, gpus: dict[str, int]) -> float:

@@ -5,7 +5,7 @@
 SITE is a vLLM 0.33 wheel unpacked without its binaries (docs/vllm.md says how), with what it imports. The scheduler,
 its KV-cache manager and its block pool run as shipped, on a CPU; only the model is missing, so tokens are made up. One
 step is in flight when the next is decided, here as there. Then the recorder: what it wrote is decided again, and what
-it costs is measured, on the workloads and on 16, 64 and 256 requests that decode; and what a kill leaves is read.
+it costs is measured, on the workloads and on 16, 64 and 256 requests that decode.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import to_device
-from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.forward import Drafted
+from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.graph_runner import capture_each, captured
 from twinserve.engine.graphs.step_sizes import GraphOptions, StepSize, StepSizes
@@ -22,23 +24,24 @@ from twinserve.engine.kernels.cuts import longest_first, prompt_tiles, tile_toke
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.speculation.proposers import Drafted
 
 
 @dataclass(frozen=True)
 class Laid:
-    """Where the tokens of a step lie, int32 on the device; the rows of `tables` are those of the layout.
+    """A flat batch as FlatSteps have it, int32 on the device; the rows of `tables` are those of the layout.
 
     Attributes:
+        size: of the step, padding included where it is captured.
         num_single: tokens of rows that attend as decodes; they are the first.
-        rows, positions: [tokens], of each token its row of `tables` and its place in its sequence.
+        places: [2, at least size], of each token its row of `tables`, scratch for padding, and its place in its
+            sequence.
         tables: [rows, blocks of the longest].
         tiles: [tiles, 4], of the other rows, see `prefill_attention`.
     """
 
+    size: StepSize
     num_single: int
-    rows: Tensor
-    positions: Tensor
+    places: Tensor
     tables: Tensor
     tiles: Tensor
 
@@ -87,8 +90,6 @@ class FlatSteps:
             max_positions=config.max_model_len,
         )
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
-        self._scratch = torch.full((1,), self._rows.scratch, dtype=torch.int32, device=device)
-        self._first = torch.zeros(1, dtype=torch.int32, device=device)
         self._out = torch.zeros(settings.max_num_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[StepSize, tuple[Tensor, Callable[[], None]]] = {}
         self._followers: dict[StepSize, tuple[Tensor, Callable[[], Any]]] = {}
@@ -108,43 +109,44 @@ class FlatSteps:
             self._followers = capture_each(sizes, self._capture_follower, self._device, self._memory_share)
 
     def lay(self, layout: Layout) -> Laid:
-        """Tell the device where the tokens of a step lie."""
         lengths = [length for _, length in layout.spans]
-        width = max(len(table) for table in layout.tables)
-        tables = np.zeros((len(lengths), width), dtype=np.int32)
         cut, offset, num_single = list[tuple[int, int, int, int]](), 0, 0
-        for number, (table, (start, length)) in enumerate(zip(layout.tables, layout.spans, strict=True)):
-            tables[number, : len(table)] = table
+        for number, (start, length) in enumerate(layout.spans):
             if length > self.most_single:
                 cut += prompt_tiles(number, offset, start, length, self._tile)
             else:
                 num_single += length
             offset += length
         longest_first(cut)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        tiles = np.array(cut, dtype=np.int32).reshape(-1, 4)
-        arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)
-        return Laid(num_single, *(to_device(array, self._device) for array in arrays))
-
-    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
-        """As a `Forward` has it, until the next step."""
-        return self.computed(self.lay(layout), token_ids)
+        size = StepSize(offset, offset)
+        if num_single == offset and (padded := self._sizes.padded(size)) in self._graphs:
+            size = padded
+        # One copy for all of it; each part begins at 64 bytes, as the kernels are compiled for.
+        width, tokens = max(map(len, layout.tables)), aligned(size.tokens)
+        ends = list(accumulate([2 * tokens, aligned(len(lengths) * width), 4 * len(cut)]))
+        flat = np.zeros(ends[-1], dtype=np.int32)
+        flat[:tokens] = self._rows.scratch
+        flat[:offset] = np.repeat(np.arange(len(lengths)), lengths)
+        flat[tokens : tokens + offset] = layout.positions
+        for number, table in enumerate(layout.tables):
+            begin = ends[0] + number * width
+            flat[begin : begin + len(table)] = table
+        flat[ends[1] :] = np.ravel(cut)
+        told = to_device(flat, self._device)
+        tables = told[ends[0] : ends[0] + len(lengths) * width]
+        return Laid(size, num_single, told[: ends[0]].view(2, -1), tables.view(-1, width), told[ends[1] :].view(-1, 4))
 
     def computed(self, laid: Laid, token_ids: Tensor) -> Tensor:
-        """What the last layer gives for each token, [tokens, hidden_size], normalised; until the next step."""
         count, (num_rows, width) = len(token_ids), laid.tables.shape
         self._rows.tables[:num_rows, :width].copy_(laid.tables)
-        graph = None
-        if laid.num_single == count:
-            graph = self._graphs.get(self._sizes.padded(StepSize(count, count)))
+        graph = None if len(laid.tiles) else self._graphs.get(laid.size)
         if graph is None:
-            rows = self._step_rows(laid.rows, token_ids.int(), laid.positions, laid.num_single, laid.tiles)
-            self._decoder.run(rows, self._out)
+            places = laid.places[:, :count]
+            self._decoder.forward(_flat_rows(places, token_ids.int(), laid.num_single, laid.tiles))
         else:
             inputs, replay = graph
-            inputs[0].fill_(self._rows.scratch)
-            for own, values in zip(inputs, (laid.rows, token_ids, laid.positions), strict=True):
-                own[:count].copy_(values)
+            inputs[:2].copy_(laid.places)
+            inputs[2, :count].copy_(token_ids)
             replay()
         return self._decoder.hidden[:count]
 
@@ -153,10 +155,9 @@ class FlatSteps:
 
         Theirs are plain steps of decodes, whose rows' tables the flat batch has left.
         """
-        places = to_device(np.array([row.place for row in rows]), self._device)
-        lengths = to_device(np.array([row.length for row in rows], dtype=np.int32), self._device)
+        places, lengths = to_device(np.array([(row.place, row.length) for row in rows]).T, self._device)
         self._rows.tokens.index_copy_(0, places, first.int())
-        self._rows.computed.index_copy_(0, places, lengths)
+        self._rows.computed.index_copy_(0, places, lengths.int())
         size = self._following.padded(StepSize(len(rows), len(rows)))
         inputs, step = self._followers.get(size) or self._follower(size)
         tokens, told = [first], list[int]()
@@ -175,8 +176,8 @@ class FlatSteps:
         self, size: StepSize, pool: Any, stream: torch.cuda.Stream
     ) -> tuple[Tensor, Callable[[], Any]]:
         """A `_follower` that is captured."""
-        inputs, step = self._follower(size)
-        return inputs, captured(step, self._device, pool, stream)[1]
+        rows, step = self._follower(size)
+        return rows, captured(step, self._device, pool, stream)[1]
 
     def _follower(self, size: StepSize) -> tuple[Tensor, Callable[[], Tensor]]:
         """The rows of a step of decodes, all of it padding yet, and what launches it."""
@@ -187,17 +188,15 @@ class FlatSteps:
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> tuple[Tensor, Callable[[], None]]:
-        """The inputs of a captured step, all of it padding yet, and what replays it."""
-        inputs = torch.zeros(3, size.tokens, dtype=torch.int32, device=self._device)
+        """The places and tokens of a captured step, all of it padding yet, and what replays it."""
+        inputs = torch.zeros(3, aligned(size.tokens), dtype=torch.int32, device=self._device)
         inputs[0].fill_(self._rows.scratch)
-        step = self._step_rows(inputs[0], inputs[1], inputs[2], size.tokens)
-        return inputs, captured(lambda: self._decoder.run(step, self._out), self._device, pool, stream)[1]
+        own = inputs[:, : size.tokens]
+        step = _flat_rows(own[:2], own[2], size.tokens, own[0, :0].view(0, 4))
+        return inputs, captured(lambda: self._decoder.forward(step), self._device, pool, stream)[1]
 
-    def _step_rows(
-        self, rows: Tensor, tokens: Tensor, positions: Tensor, num_single: int, tiles: Tensor | None = None
-    ) -> StepRows:
-        """The rows of a step; what it samples itself goes to the scratch row, and nobody reads it."""
-        none = tokens[:0].view(0, 4)
-        return StepRows(
-            rows[:num_single], rows, tokens, positions, none if tiles is None else tiles, self._scratch, self._first
-        )
+
+def _flat_rows(places: Tensor, token_ids: Tensor, num_single: int, tiles: Tensor) -> StepRows:
+    """The rows of a step of tokens that are given, which samples nothing."""
+    rows, positions = places
+    return StepRows(rows[:num_single], rows, token_ids, positions, tiles, rows[:0], None)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from twinserve.engine.checks import RunnerConfig
-from twinserve.engine.graphs.flat_steps import FlatSteps, Laid
+from twinserve.engine.graphs.flat_steps import FlatSteps
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
-from twinserve.engine.layout import Layout
-from twinserve.engine.model_runner import FlatStep
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.speculation.proposers import Forward, Proposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
@@ -49,8 +45,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             is_async=settings.pipeline_depth > 0,
             acceptance_rate=speculative.synthetic_acceptance_rate,
         )
-        self._most_single = 1 + self._most_drafts
-        self._steps = self._steps_of(self.model, self._cache, self._most_single)
+        self._forward = self._steps_of(self.model, self._cache, 1 + self._most_drafts)
 
     def forward_of(self, model: Decoder) -> Forward:
         shape, name = model.config, self._config.attention.name
@@ -74,10 +69,3 @@ class GraphSpeculativeRunner(SpeculativeRunner):
         """
         for steps in self._all_steps:
             steps.capture()
-
-    def _plans(self, layout: Layout) -> list[Any]:
-        return [self._steps.lay(layout)]
-
-    def _hidden(self, flat: FlatStep, token_ids: Tensor) -> Tensor:
-        laid: Laid = flat.plans[0]
-        return self._steps.computed(laid, token_ids)

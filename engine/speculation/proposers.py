@@ -9,11 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
-from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, plan_layers
+from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
@@ -101,70 +99,6 @@ class ForcedProposer:
         return token if is_right else (token + 1) % self._vocab_size
 
 
-@dataclass(frozen=True)
-class Drafted:
-    """A row behind which drafts are wanted.
-
-    Attributes:
-        place: its number in the layout.
-        length: tokens of its text, so the position of the first draft.
-        count: how many drafts.
-        table: the ids of its blocks.
-    """
-
-    place: int
-    length: int
-    count: int
-    table: np.ndarray
-
-
-class Forward(Protocol):
-    """A model's forward pass, over keys and values of its own.
-
-    Attributes:
-        most_single: tokens of the rows that have to lie first in a flat batch, see `Layout.of`.
-    """
-
-    most_single: int
-
-    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
-        """What the last layer gives for each token of a flat batch, [tokens, hidden_size], normalised."""
-
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
-        """Tokens behind rows of the latest flat batch, each time [rows], int64: `first`, and then as long as any row
-        wants more the most probable one behind each; whatever behind a row that wants none."""
-
-
-class EagerForward:
-    """A Forward that torch launches kernel by kernel."""
-
-    most_single = 1
-
-    def __init__(self, model: Decoder, backend: AttentionBackend, cache: KVCache) -> None:
-        self._model, self._backend, self._cache = model, backend, cache
-
-    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
-        model, block_size = self._model, self._cache.block_size
-        device = torch.device(model.device)
-        metadata = layout.metadata(block_size)
-        plans = plan_layers(self._backend, metadata, model.config.windows, model.dtype, device)
-        slots, positions = to_device(layout.slots(block_size), device), to_device(layout.positions, device)
-        found: Tensor = model(token_ids, positions, PagedAttention(self._backend, self._cache, slots, plans))
-        return found
-
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
-        tokens = [first]
-        for number in range(1, max(row.count for row in rows)):
-            going = [place for place, row in enumerate(rows) if row.count > number]
-            layout = Layout.of(
-                [(rows[place].length + number - 1, 1) for place in going], [rows[place].table for place in going]
-            )
-            places = to_device(np.array([going[place] for place in layout.order]), first.device)
-            hidden = self.hidden(layout, tokens[-1][places])
-            tokens.append(first.index_copy(0, places, self._model.logits(hidden).argmax(dim=-1)))
-        return tokens
-
-
 class DraftModel:
     """A smaller model with the same tokens, and KV of its own in blocks of the same numbers.
 
@@ -183,8 +117,6 @@ class DraftModel:
         device = torch.device(self._model.device)
         spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
         layout = Layout.of(spans, tables, self._forward.most_single)
-        flat = np.array([token for number in layout.order for token in rows[number].tokens])
-        hidden = self._forward.hidden(layout, to_device(flat, device))
         place_of = {number: place for place, number in enumerate(layout.order)}
         drafted, last = list[Drafted](), list[int]()
         for number, row in enumerate(rows):
@@ -192,8 +124,11 @@ class DraftModel:
                 count = max(0, min(asked, self._max_model_len - len(row.text)))
                 drafted.append(Drafted(place_of[number], len(row.text), count, row.table))
                 last.append(layout.last[number])
+        token_ids = [token for number in layout.order for token in rows[number].tokens]
+        told = to_device(np.array(token_ids + last), device)
+        hidden = self._forward.computed(self._forward.lay(layout), told[: len(token_ids)])
         if not any(row.count for row in drafted):
             return [[] for _ in drafted]
-        first = self._model.logits(hidden[to_device(np.array(last), device)]).argmax(dim=-1)
+        first = self._model.logits(hidden[told[len(token_ids) :]]).argmax(dim=-1)
         drafts: list[list[int]] = torch.stack(self._forward.followed(drafted, first), dim=1).tolist()
         return [own[: row.count] for own, row in zip(drafts, drafted, strict=True)]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import Step
+from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
 from twinserve.engine.model_runner import ModelRunner, drawn
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
-from twinserve.engine.speculation.proposers import EagerForward, Forward, Proposer, VerifiedRow
+from twinserve.engine.speculation.proposers import Proposer, VerifiedRow
 from twinserve.policies import Batch, Row, Runs, Sequence
 
 

@@ -1,4 +1,6 @@
-"""results.md and the figures in the pages of the seven cycles and of vLLM, from the JSON files of the benchmarks alone.
+"""results.md and the figures in the pages of the cycles and of vLLM, from the JSON files of the benchmarks alone.
+
+Pages below the folder of a language get code and figures from the page that they translate.
 
     python benchmarks/render.py [--results FOLDER] [--out FILE] [--pages FOLDER] [--vllm-page FILE]
                                 [--serving-page FILE] [--check]
@@ -15,10 +17,14 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pages import table
-from quantities import NOTHING, compared, duration, megabytes, number, quantity, seconds, spread_of
+from quantities import NOTHING, between, compared, duration, megabytes, number, quantity, seconds, spread_of
+from translated import with_blocks_of
+
+from twinserve.commands.progress import say
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -26,6 +32,7 @@ RANKS = re.compile(
     r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
 )
 DRAFTS = re.compile(r"(<!-- figures of speculation -->\n).*?(<!-- end of figures of speculation -->)", re.DOTALL)
+BOUGHT = re.compile(r"(<!-- what each thing buys -->\n).*?(<!-- end of what each thing buys -->)", re.DOTALL)
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
 TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
 """The metrics of which the page on serving shows the twin's."""
@@ -76,18 +83,28 @@ def main() -> int:
     texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
-    for name, marks, figures in (
-        ("speculation", DRAFTS, drafts_figures),
-        ("tensor-parallel", RANKS, ranks_figures),
+    for name, files_of, marks, figures in (
+        ("cycle8", "throughput.json", BOUGHT, bought_figures),
+        ("speculation", "speculation-*.json", DRAFTS, drafts_figures),
+        ("tensor-parallel", "tensor-parallel-*.json", RANKS, ranks_figures),
     ):
         beside = arguments.pages / f"{name}.md"
         if beside.exists():
-            files = sorted(arguments.results.glob(f"*/{name}-*.json"))
+            files = sorted(arguments.results.glob(f"*/{files_of}"))
             shown = figures([json.loads(path.read_text()) for path in files])
             texts[beside] = marks.sub(
-                lambda match, shown=shown: match[1] + shown + match[2],  # type: ignore[misc]
-                beside.read_text(encoding="utf-8"),
+                lambda match, shown=shown: match[1] + shown + match[2],
+                texts.get(beside) or beside.read_text(encoding="utf-8"),
             )
+    for path in sorted(arguments.pages.glob("*/*.md")):
+        source = arguments.pages / path.name
+        if source.exists():
+            there = texts.get(source) or source.read_text(encoding="utf-8")
+            try:
+                texts[path] = with_blocks_of(path.read_text(encoding="utf-8"), there)
+            except ValueError as error:
+                say(f"render.py: {path}: {error}")
+                return 2
     if "policies" in costs and arguments.vllm_page.exists():
         page = arguments.vllm_page.read_text(encoding="utf-8")
         texts[arguments.vllm_page] = COSTS.sub(
@@ -148,6 +165,40 @@ def circumstances(measured: dict[str, Any]) -> str:
         f"On one of {machine['cores']} cores ({machine['cpu']}), Python {machine['python']}, {measured['date']}, by "
         f"`{measured['command']}`; the load average before was {number(measured['load_before'])}."
     )
+
+
+def bought_figures(found: list[dict[str, Any]]) -> str:
+    """What each optimisation of a step buys, by card: the whole over the engine with one of them switched off."""
+    found = [result for result in found if "ablation" in result]
+    if not found:
+        return "\nNot measured yet.\n\n"
+    columns = [bought(result) for result in found]
+    names = merged([list(column) for column in columns])
+    rows = [[name, *(column.get(name, NOTHING) for column in columns)] for name in names]
+    lines = table(["W256, output tokens/s, and over that the whole", *(result["card"] for result in found)], rows)
+    lines += [
+        f"- {result['card']}: commit {result['commit']}, `{result['command'].partition(' --out')[0]}`"
+        for result in found
+    ]
+    return "\n".join(["", *lines, ""])
+
+
+def bought(result: dict[str, Any]) -> dict[str, str]:
+    """By what is switched off: the throughput that is left, and the whole's over it.
+
+    The spread of the whole has every repeat of it in the file, the first of its process too. What was served once is
+    taken to spread as the whole does.
+    """
+    rates = {name: [one["output_tok_s"] for one in repeats] for name, repeats in result["ablation"].items()}
+    whole = rates.pop("as it is")
+    of_whole = [*whole, *(one["output_tok_s"] for one in result["w256"])]
+    cells = {"as it is": f"{number(median(whole))} ({between(number(min(of_whole)), number(max(of_whole)))})"}
+    for name, left in rates.items():
+        spread = left if len(left) > 1 else [left[0] * one / median(whole) for one in of_whole]
+        over_it = compared("", [one / other for one in of_whole for other in spread], "x")
+        over_it["value"] = median(whole) / median(left)
+        cells[name] = f"{number(median(left))}: {quantity(over_it)}"
+    return cells
 
 
 def drafts_figures(found: list[dict[str, Any]]) -> str:

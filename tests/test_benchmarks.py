@@ -640,6 +640,31 @@ def test_a_page_gets_its_figures_between_its_marks(monkeypatch, tmp_path):
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
+# --- pages in another language ---
+
+
+def test_a_translated_page_gets_code_and_figures_of_the_page_that_it_translates(monkeypatch, tmp_path):
+    english = (
+        "one\n\n    a\n    b\n\ntwo\n\n```python\nx = 1\n```\n\n<!-- figures of cycle 2 -->\n<!-- end of figures -->\n"
+    )
+    korean = "하나\n\n    ...\n\n둘\n\n```\n```\n\n<!-- figures of cycle 2 -->\n<!-- end of figures -->\n끝\n"
+    (tmp_path / "ko").mkdir()
+    (tmp_path / "cycle2.md").write_text(english)
+    page = tmp_path / "ko" / "cycle2.md"
+    page.write_text(korean)
+    rendered(monkeypatch, written(tmp_path / "results", measured(2, 4.0)), tmp_path)
+    text = page.read_text()
+    assert text.startswith(
+        "하나\n\n    a\n    b\n\n둘\n\n```python\nx = 1\n```\n\n<!-- figures of cycle 2 -->\n\n| Measured | m"
+    )
+    assert text.endswith("<!-- end of figures -->\n끝\n")
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path, "--check") == 0
+    page.write_text(text.replace("x = 1", "x = 2"))
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path, "--check") == 1
+    page.write_text("하나\n\n    ...\n")
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path) == 2, "blocks that are missing are said, not guessed"
+
+
 def timed(steps: int | None = None, **fields) -> dict:
     """A run as benchmarks/simulator.py writes it; with steps if it counts them."""
     run = {"loop_s": 0.5, "wall_s": 1.25, "cpu_s": 0.75, "peak_rss_mb": 160.0, "requests": 1000, "record_mb": 2.0}

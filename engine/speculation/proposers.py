@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
-from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, plan_layers
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
@@ -101,6 +99,13 @@ class ForcedProposer:
         return token if is_right else (token + 1) % self._vocab_size
 
 
+class Forward(Protocol):
+    """A model's forward pass, over keys and values of its own."""
+
+    def __call__(self, layout: Layout, token_ids: Tensor) -> Tensor:
+        """What the last layer gives for each token of a flat batch, [tokens, hidden_size], normalised."""
+
+
 class DraftModel:
     """A smaller model with the same tokens, and KV of its own in blocks of the same numbers.
 
@@ -109,14 +114,11 @@ class DraftModel:
 
     Args:
         model: on the device of the model it drafts for.
-        num_blocks, block_size: of the model's pool.
+        forward: its forward pass.
     """
 
-    def __init__(
-        self, model: Decoder, backend: AttentionBackend, num_blocks: int, block_size: int, max_model_len: int
-    ) -> None:
-        self._model, self._backend, self._block_size, self._max_model_len = model, backend, block_size, max_model_len
-        self._cache = KVCache(model.config, num_blocks, block_size, model.dtype, model.device)
+    def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
+        self._model, self._forward_pass, self._max_model_len = model, forward, max_model_len
 
     def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
         drafts: list[list[int]] = [[] for row in rows if row.text]
@@ -141,12 +143,7 @@ class DraftModel:
     def _forward(self, spans: Seq[tuple[Seq[int], int, np.ndarray]], wanted: Seq[int]) -> list[int]:
         """Compute tokens from positions on in block tables; the most probable token behind each span of `wanted`."""
         layout = Layout.of([(start, len(tokens)) for tokens, start, _ in spans], [table for *_, table in spans])
-        flat = [token for index in layout.order for token in spans[index][0]]
-        slots = layout.slots(self._block_size)
-        device, dtype, windows = torch.device(self._model.device), self._model.dtype, self._model.config.windows
-        plans = plan_layers(self._backend, layout.metadata(self._block_size), windows, dtype, device)
-        attention = PagedAttention(self._backend, self._cache, self._on_device(slots), plans)
-        hidden = self._model(self._on_device(flat), self._on_device(layout.positions), attention)
+        hidden = self._forward_pass(layout, self._on_device([token for at in layout.order for token in spans[at][0]]))
         if not wanted:
             return []
         last = self._on_device([layout.last[index] for index in wanted])

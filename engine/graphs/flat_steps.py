@@ -1,0 +1,146 @@
+"""FlatSteps: a Decoder's forward pass over rows that are told anew for each step, captured where it can be."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.device_queue import to_device
+from twinserve.engine.graphs.device_rows import DeviceRows
+from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
+from twinserve.engine.graphs.graph_runner import capture_each, captured
+from twinserve.engine.graphs.step_sizes import GraphOptions, StepSize, StepSizes
+from twinserve.engine.kernels.cuts import longest_first, prompt_tiles, tile_tokens
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.layout import Layout
+from twinserve.engine.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Where the tokens of a step lie, int32 on the device; the rows of `tables` are those of the layout.
+
+    Attributes:
+        num_single: tokens of rows that attend as decodes; they are the first.
+        rows, positions: [tokens], of each token its row of `tables` and its place in its sequence.
+        tables: [rows, blocks of the longest].
+        tiles: [tiles, 4], of the other rows, see `prefill_attention`.
+    """
+
+    num_single: int
+    rows: Tensor
+    positions: Tensor
+    tables: Tensor
+    tiles: Tensor
+
+
+class FlatSteps:
+    """Each token of a short row attends as a decode does, over the context up to itself: all keys and values of a layer
+    are written before any token attends. So a step of so many such tokens, whatever rows they are of, is one captured
+    graph, which the device is told tokens, places and tables of. Steps with longer rows, of prompts, run kernel by
+    kernel.
+
+    Args:
+        cache: of the model's own keys and values.
+        config: as of GraphRunner.
+        most_single: tokens of a row that is short.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int) -> None:
+        settings, shape, device = config.settings, model.config, model.device
+        self._model, self._device, self._most_single = model, device, most_single
+        budget = settings.max_num_batched_tokens
+        most = min(settings.max_num_seqs * most_single, budget)
+        self._sizes = StepSizes(most, budget, 2.0 * shape.num_layer_parameters)
+        self._options = config.graph_options or GraphOptions()
+        self._memory_share = config.options.gpu_memory_utilization
+        width = -(-config.max_model_len // settings.block_size)
+        # Of what it keeps for each row, the tables alone are used: tokens and places are told anew for each step.
+        generator = random.Random(config.options.seed)
+        self._rows = DeviceRows(settings.max_num_seqs, width, shape.vocab_size, config.num_blocks, device, generator)
+        self._decoder = FusedDecoder(
+            model,
+            cache,
+            self._rows,
+            attention=cast(Literal["triton", "flash"], config.attention.name),
+            max_decodes=most,
+            max_tokens=max(most, budget),
+            max_sampled=1,
+            max_positions=config.max_model_len,
+        )
+        self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
+        self._scratch = torch.full((1,), self._rows.scratch, dtype=torch.int32, device=device)
+        self._first = torch.zeros(1, dtype=torch.int32, device=device)
+        self._out = torch.zeros(1, dtype=torch.int32, device=device)
+        self._graphs: dict[StepSize, tuple[Tensor, Callable[[], None]]] = {}
+
+    def capture(self) -> None:
+        """Capture the graphs, unless that was done.
+
+        Raises:
+            InputError: they do not fit the memory that is left.
+        """
+        sizes = [] if self._options.captured == "none" else self._sizes.captured("decodes")
+        if not self._graphs and sizes:
+            self._graphs = capture_each(sizes, self._capture, self._device, self._memory_share)
+
+    def lay(self, layout: Layout) -> Laid:
+        """Tell the device where the tokens of a step lie."""
+        lengths = [length for _, length in layout.spans]
+        width = max(len(table) for table in layout.tables)
+        tables = np.zeros((len(lengths), width), dtype=np.int32)
+        cut, offset, num_single = list[tuple[int, int, int, int]](), 0, 0
+        for number, (table, (start, length)) in enumerate(zip(layout.tables, layout.spans, strict=True)):
+            tables[number, : len(table)] = table
+            if length > self._most_single:
+                cut += prompt_tiles(number, offset, start, length, self._tile)
+            else:
+                num_single += length
+            offset += length
+        longest_first(cut)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        tiles = np.array(cut, dtype=np.int32).reshape(-1, 4)
+        arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)
+        return Laid(num_single, *(to_device(array, self._device) for array in arrays))
+
+    def hidden(self, laid: Laid, token_ids: Tensor) -> Tensor:
+        """What the last layer gives for each token, [tokens, hidden_size], normalised; until the next step."""
+        count, (num_rows, width) = len(token_ids), laid.tables.shape
+        self._rows.tables[:num_rows, :width].copy_(laid.tables)
+        graph = None
+        if laid.num_single == count:
+            graph = self._graphs.get(self._sizes.padded(StepSize(count, count)))
+        if graph is None:
+            rows = self._step_rows(laid.rows, token_ids.int(), laid.positions, laid.num_single, laid.tiles)
+            self._decoder.run(rows, self._out)
+        else:
+            inputs, replay = graph
+            inputs[0].fill_(self._rows.scratch)
+            for own, values in zip(inputs, (laid.rows, token_ids, laid.positions), strict=True):
+                own[:count].copy_(values)
+            replay()
+        return self._decoder.hidden[:count]
+
+    @torch.inference_mode()
+    def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> tuple[Tensor, Callable[[], None]]:
+        """The inputs of a captured step, all of it padding yet, and what replays it."""
+        inputs = torch.zeros(3, size.tokens, dtype=torch.int32, device=self._device)
+        inputs[0].fill_(self._rows.scratch)
+        step = self._step_rows(inputs[0], inputs[1], inputs[2], size.tokens)
+        return inputs, captured(lambda: self._decoder.run(step, self._out), self._device, pool, stream)[1]
+
+    def _step_rows(
+        self, rows: Tensor, tokens: Tensor, positions: Tensor, num_single: int, tiles: Tensor | None = None
+    ) -> StepRows:
+        """The rows of a step; what it samples itself goes to the scratch row, and nobody reads it."""
+        none = tokens[:0].view(0, 4)
+        return StepRows(
+            rows[:num_single], rows, tokens, positions, none if tiles is None else tiles, self._scratch, self._first
+        )

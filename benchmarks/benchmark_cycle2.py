@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmark_cycle1 import PROMPT
 from command_line import main
-from cycle_results import Findings, reaches, result, speed_up
-from quantities import quantity
+from cycle_results import Findings, reaches, result
+from quantities import quantity, speed_up
 from sizes import Job
 from subject import Subject
 from work import generate_each, random_jobs, yardstick

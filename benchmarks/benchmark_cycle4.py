@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from command_line import main
-from cycle_results import ENGINE_TIMING, Findings, result, served, speed_up
-from quantities import quantity
+from cycle_results import ENGINE_TIMING, Findings, result, served
+from quantities import quantity, speed_up
 from subject import Subject
 from work import random_jobs, serve, yardstick
 

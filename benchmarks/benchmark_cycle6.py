@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import main
-from cycle_results import ENGINE_TIMING, Findings, reaches, result, served, speed_up
-from quantities import quantity
+from cycle_results import ENGINE_TIMING, Findings, reaches, result, served
+from quantities import quantity, speed_up
 from sizes import Job
 from subject import Subject
 from torch import Tensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from environment import commit, device_folder, versions
-from quantities import compared, duration, figure, quantity
+from quantities import duration, figure, quantity, speed_up
 from result_files import write_json
 from subject import Subject
 from timing import in_turns, spread
@@ -37,12 +37,6 @@ def case(name: str, repeats_s: Seq[float], tokens: int | None = None) -> dict[st
     return {"name": name, **seconds} | (
         {} if tokens is None else {"tokens": tokens, "tokens_per_s": tokens / seconds["median_s"]}
     )
-
-
-def speed_up(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """How many times faster `after` was than `before`, two cases that were measured in turns: turn by turn."""
-    pairs = zip(before["repeats_s"], after["repeats_s"], strict=True)
-    return compared(name, [slow / fast for slow, fast in pairs], "x")
 
 
 def reaches(one: Mapping[str, Any], limit: float) -> bool | None:

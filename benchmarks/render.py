@@ -227,9 +227,9 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
                     [
                         case["text"],
                         str(case["tokens"]),
-                        seconds(case["without_s"]),
-                        seconds(case["with_s"]),
-                        f"{number(case['speed_up'])}x",
+                        spread_of(case["without"]),
+                        spread_of(case["with"]),
+                        quantity(case["speed_up"]),
                         f"{case['speculation']['acceptance_rate']:.0%}" if case["speculation"] else NOTHING,
                         number(case["speculation"]["tokens_per_step"]) if case["speculation"] else NOTHING,
                     ]
@@ -247,11 +247,13 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
         return "\nNot measured yet.\n\n"
     lines: list[str] = []
     for result in found:
-        cases, first = result["cases"], result["cases"][0]
+        cases = result["cases"]
+        first = rates_of(cases[0])
         lines += [
             "",
             f"{result['model']} with random weights, {result['workload']}, {cases[-1]['machine']}, medians of "
-            f"{result['repeats']}, load before {result['load_before']:.1f}, commit {result['commit']}:",
+            f"{result['repeats']}, one number of ranks after the other, load before {result['load_before']:.1f}, "
+            f"commit {result['commit']}:",
             "",
             *table(
                 ["ranks", "tokens/s", "times", "one request, ms a token", "times"],
@@ -259,11 +261,12 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                     [
                         str(case["ranks"]),
                         number(case["output_tok_s"]),
-                        f"{number(case['output_tok_s'] / first['output_tok_s'])}x",
+                        quantity(compared("", [one / other for one in many for other in first[0]], "x")),
                         number(case["ms_a_token"]),
-                        f"{number(first['ms_a_token'] / case['ms_a_token'])}x",
+                        quantity(compared("", [one / other for one in alone for other in first[1]], "x")),
                     ]
                     for case in cases
+                    for many, alone in [rates_of(case)]
                 ],
                 numbers=True,
             ),
@@ -278,6 +281,12 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                 *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
             ]
     return "\n".join([*lines, "", ""])
+
+
+def rates_of(case: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Tokens a second of each repeat at a number of ranks: of the workload, and of one request alone."""
+    many, alone = (case["repeats"][which] for which in ("many", "alone"))
+    return [one["output_tok_s"] for one in many], [one["output_tokens"] / one["seconds"] for one in alone]
 
 
 def cost_of_http(found: list[dict[str, Any]]) -> str:

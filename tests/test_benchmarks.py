@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -258,7 +259,7 @@ def test_ways_take_turns_and_each_is_gone_once_before_on_cuda(monkeypatch):
 
 def test_neighbours_are_compared_turn_by_turn():
     before, after = {"repeats_s": [2.0, 9.0, 4.0]}, {"repeats_s": [1.0, 3.0, 1.0]}
-    found = cycle_results.speed_up("gain", before, after)
+    found = quantities.speed_up("gain", before, after)
     assert found == {"name": "gain", "value": 3.0, "unit": "x", "least": 2.0, "most": 4.0}
     assert [cycle_results.reaches(found, limit) for limit in (2.0, 3.0, 4.1)] == [True, None, False]
     slow, fast = found | {"least": 1.0, "most": 1.5}, found | {"least": 2.5, "most": 4.5}
@@ -522,7 +523,8 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     rendered(monkeypatch, results, tmp_path)
     assert "Not measured yet." in page.read_text() and "old" not in page.read_text()
     drafts = {"acceptance_rate": 0.75, "tokens_per_step": 4.0}
-    times = {"tokens": 64, "without_s": 3.0, "with_s": 1.5, "speed_up": 2.0}
+    before, after = timing.spread([3.0, 3.0]), timing.spread([1.5, 1.0])
+    times = {"tokens": 64, "without": before, "with": after, "speed_up": quantities.speed_up("", before, after)}
     found = {
         "model": "m",
         "machine": "CPU, 2 threads",
@@ -540,10 +542,21 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     (results / "cpu" / "speculation-m.json").write_text(json.dumps(found))
     rendered(monkeypatch, results, tmp_path)
     text = page.read_text()
-    assert "| with repeats | 64 | 3.00 s | 1.50 s | 2.00x | 75% | 4.00 |" in text
-    assert "| none | 64 | 3.00 s | 1.50 s | 2.00x | – | – |" in text
+    assert (
+        "| with repeats | 64 | 3.00 s (3.00 to 3.00 s) | 1.25 s (1.00 to 1.50 s) | 2.50x (2.00 to 3.00x) | 75% | 4.00 |"
+        in text
+    )
+    assert "x) | – | – |" in text
     assert "takes 50.0 us and 120 ns a token of the text" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def ranks_case(ranks: int, machine: str, rates: list[float], ms: list[float]) -> dict:
+    """A number of ranks as benchmark_tensor_parallel.py has it."""
+    many = [{"output_tok_s": rate} for rate in rates]
+    alone = [{"output_tokens": 1000, "seconds": each} for each in ms]
+    medians = {"output_tok_s": statistics.median(rates), "ms_a_token": statistics.median(ms)}
+    return {"ranks": ranks, "machine": machine, "repeats": {"many": many, "alone": alone}} | medians
 
 
 def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
@@ -561,8 +574,8 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
         "commit": "abc",
         "load_before": 0.5,
         "cases": [
-            {"ranks": 1, "machine": "H", "output_tok_s": 1000.0, "ms_a_token": 4.0},
-            {"ranks": 2, "machine": "2 x H", "output_tok_s": 1750.0, "ms_a_token": 2.5},
+            ranks_case(1, "H", [1000.0, 1000.0], [4.0, 4.0]),
+            ranks_case(2, "2 x H", [1750.0, 2000.0], [2.5, 5.0]),
         ],
         "all_reduce": {"2": [{"bytes": 1024, "us": 9.5}, {"bytes": 1048576, "us": 20.0}]},
         "collectives": {"2": {"ranks": 2, "all_reduce_ns": 9500.0, "link": 250e9}},
@@ -571,8 +584,11 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     (results / "h" / "tensor-parallel-m.json").write_text(json.dumps(found))
     rendered(monkeypatch, results, tmp_path)
     text = page.read_text()
-    assert "m with random weights, W256, 2 x H, medians of 3, load before 0.5, commit abc:" in text
-    assert "| 2 | 1,750 | 1.75x | 2.50 | 1.60x |" in text and "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
+    assert (
+        "m with random weights, W256, 2 x H, medians of 3, one number of ranks after the other, load before 0.5" in text
+    )
+    assert "| 2 | 1,875 | 1.88x (1.75 to 2.00x) | 3.75 | within the spread (0.8 to 1.60x) |" in text
+    assert "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
     assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
     assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0

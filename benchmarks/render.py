@@ -180,7 +180,7 @@ def bought_figures(found: list[dict[str, Any]]) -> str:
         f"- {result['card']}: commit {result['commit']}, `{result['command'].partition(' --out')[0]}`"
         for result in found
     ]
-    return "\n".join(["", *lines, ""])
+    return "\n".join(["", *lines, "", ""])
 
 
 def bought(result: dict[str, Any]) -> dict[str, str]:

@@ -327,6 +327,21 @@ def test_one_benchmark_that_fails_or_hangs_takes_none_with_it(monkeypatch, capsy
     ]
 
 
+def test_all_benchmarks_write_into_one_scratch_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):
+    folders = []
+
+    def stand_in(command, *, timeout, check):
+        folders.append(command[command.index("--out") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run_all.subprocess, "run", stand_in)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--device", "cuda", "--shape", "llama-3-8b"])
+    assert run_all.main() == 0
+    assert len(folders) == 7 and len(set(folders)) == 1 and Path(folders[0]).parent == tmp_path
+    assert capsys.readouterr().out == f"results: {folders[0]}\n"
+
+
 @pytest.mark.parametrize("text", ["", "0", "8", "1,x"])
 def test_cycles_that_are_none_are_refused(text, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--cycles", text])

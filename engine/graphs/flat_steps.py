@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,6 +22,7 @@ from twinserve.engine.kernels.cuts import longest_first, prompt_tiles, tile_toke
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.speculation.proposers import Drafted
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,23 @@ class FlatSteps:
         cache: of the model's own keys and values.
         config: as of GraphRunner.
         most_single: tokens of a row that is short.
+        follows: steps go on behind their rows, see `followed`.
+
+    Attributes:
+        most_single: as given; such rows have to lie first in a flat batch.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int, *, follows: bool = False
+    ) -> None:
         settings, shape, device = config.settings, model.config, model.device
-        self._model, self._device, self._most_single = model, device, most_single
-        budget = settings.max_num_batched_tokens
+        self.most_single, self._device = most_single, device
+        # What a model drafts behind is a token longer, in each row, than what was computed.
+        budget = settings.max_num_batched_tokens + settings.max_num_seqs * follows
         most = min(settings.max_num_seqs * most_single, budget)
         self._sizes = StepSizes(most, budget, 2.0 * shape.num_layer_parameters)
+        self._following = StepSizes(settings.max_num_seqs, budget, 2.0 * shape.num_layer_parameters)
+        self._follows = follows
         self._options = config.graph_options or GraphOptions()
         self._memory_share = config.options.gpu_memory_utilization
         width = -(-config.max_model_len // settings.block_size)
@@ -72,14 +83,15 @@ class FlatSteps:
             attention=cast(Literal["triton", "flash"], config.attention.name),
             max_decodes=most,
             max_tokens=max(most, budget),
-            max_sampled=1,
+            max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
         )
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
         self._scratch = torch.full((1,), self._rows.scratch, dtype=torch.int32, device=device)
         self._first = torch.zeros(1, dtype=torch.int32, device=device)
-        self._out = torch.zeros(1, dtype=torch.int32, device=device)
+        self._out = torch.zeros(settings.max_num_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[StepSize, tuple[Tensor, Callable[[], None]]] = {}
+        self._followers: dict[StepSize, tuple[Tensor, Callable[[], Any]]] = {}
 
     def capture(self) -> None:
         """Capture the graphs, unless that was done.
@@ -87,9 +99,13 @@ class FlatSteps:
         Raises:
             InputError: they do not fit the memory that is left.
         """
-        sizes = [] if self._options.captured == "none" else self._sizes.captured("decodes")
-        if not self._graphs and sizes:
-            self._graphs = capture_each(sizes, self._capture, self._device, self._memory_share)
+        if self._graphs or self._options.captured == "none":
+            return
+        sizes = self._sizes.captured("decodes")
+        self._graphs = capture_each(sizes, self._capture, self._device, self._memory_share)
+        if self._follows:
+            sizes = self._following.captured("decodes")
+            self._followers = capture_each(sizes, self._capture_follower, self._device, self._memory_share)
 
     def lay(self, layout: Layout) -> Laid:
         """Tell the device where the tokens of a step lie."""
@@ -99,7 +115,7 @@ class FlatSteps:
         cut, offset, num_single = list[tuple[int, int, int, int]](), 0, 0
         for number, (table, (start, length)) in enumerate(zip(layout.tables, layout.spans, strict=True)):
             tables[number, : len(table)] = table
-            if length > self._most_single:
+            if length > self.most_single:
                 cut += prompt_tiles(number, offset, start, length, self._tile)
             else:
                 num_single += length
@@ -110,7 +126,11 @@ class FlatSteps:
         arrays = (rows.astype(np.int32), layout.positions.astype(np.int32), tables, tiles)
         return Laid(num_single, *(to_device(array, self._device) for array in arrays))
 
-    def hidden(self, laid: Laid, token_ids: Tensor) -> Tensor:
+    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
+        """As a `Forward` has it, until the next step."""
+        return self.computed(self.lay(layout), token_ids)
+
+    def computed(self, laid: Laid, token_ids: Tensor) -> Tensor:
         """What the last layer gives for each token, [tokens, hidden_size], normalised; until the next step."""
         count, (num_rows, width) = len(token_ids), laid.tables.shape
         self._rows.tables[:num_rows, :width].copy_(laid.tables)
@@ -127,6 +147,43 @@ class FlatSteps:
                 own[:count].copy_(values)
             replay()
         return self._decoder.hidden[:count]
+
+    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
+        """As a `Forward` has it; each step leaves on the device what the next begins with, and the host waits for none.
+
+        Theirs are plain steps of decodes, whose rows' tables the flat batch has left.
+        """
+        places = to_device(np.array([row.place for row in rows]), self._device)
+        lengths = to_device(np.array([row.length for row in rows], dtype=np.int32), self._device)
+        self._rows.tokens.index_copy_(0, places, first.int())
+        self._rows.computed.index_copy_(0, places, lengths)
+        size = self._following.padded(StepSize(len(rows), len(rows)))
+        inputs, step = self._followers.get(size) or self._follower(size)
+        tokens, told = [first], list[int]()
+        for number in range(1, max(row.count for row in rows)):
+            going = [row.place if row.count > number else self._rows.scratch for row in rows]
+            if going != told:
+                told = going
+                inputs.fill_(self._rows.scratch)
+                inputs[: len(rows)].copy_(to_device(np.array(going, dtype=np.int32), self._device))
+            step()
+            tokens.append(self._out[: len(rows)].long())
+        return tokens
+
+    @torch.inference_mode()
+    def _capture_follower(
+        self, size: StepSize, pool: Any, stream: torch.cuda.Stream
+    ) -> tuple[Tensor, Callable[[], Any]]:
+        """A `_follower` that is captured."""
+        inputs, step = self._follower(size)
+        return inputs, captured(step, self._device, pool, stream)[1]
+
+    def _follower(self, size: StepSize) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The rows of a step of decodes, all of it padding yet, and what launches it."""
+        rows = torch.full((size.tokens,), self._rows.scratch, dtype=torch.int32, device=self._device)
+        none = rows[:0]
+        step = StepRows(rows, rows, none, none, none.view(0, 4), rows, None)
+        return rows, lambda: self._decoder.run(step, self._out)
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> tuple[Tensor, Callable[[], None]]:

@@ -49,7 +49,8 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             is_async=settings.pipeline_depth > 0,
             acceptance_rate=speculative.synthetic_acceptance_rate,
         )
-        self._steps = self._steps_of(self.model, self._cache, 1 + self._most_drafts)
+        self._most_single = 1 + self._most_drafts
+        self._steps = self._steps_of(self.model, self._cache, self._most_single)
 
     def forward_of(self, model: Decoder) -> Forward:
         shape, name = model.config, self._config.attention.name
@@ -59,11 +60,10 @@ class GraphSpeculativeRunner(SpeculativeRunner):
         except InputError:
             return super().forward_of(model)
         # A row that drafts computes its last token again, before a run of at most one more than the drafts.
-        steps = self._steps_of(model, self._cache_for(model), 2 + self._most_drafts)
-        return lambda layout, token_ids: steps.hidden(steps.lay(layout), token_ids)
+        return self._steps_of(model, self._cache_for(model), 2 + self._most_drafts, follows=True)
 
-    def _steps_of(self, model: Decoder, cache: KVCache, most_single: int) -> FlatSteps:
-        self._all_steps.append(FlatSteps(model, cache, self._config, most_single))
+    def _steps_of(self, model: Decoder, cache: KVCache, most_single: int, *, follows: bool = False) -> FlatSteps:
+        self._all_steps.append(FlatSteps(model, cache, self._config, most_single, follows=follows))
         return self._all_steps[-1]
 
     def capture(self) -> None:
@@ -80,4 +80,4 @@ class GraphSpeculativeRunner(SpeculativeRunner):
 
     def _hidden(self, flat: FlatStep, token_ids: Tensor) -> Tensor:
         laid: Laid = flat.plans[0]
-        return self._steps.hidden(laid, token_ids)
+        return self._steps.computed(laid, token_ids)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, plan_layers
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
@@ -99,11 +101,68 @@ class ForcedProposer:
         return token if is_right else (token + 1) % self._vocab_size
 
 
-class Forward(Protocol):
-    """A model's forward pass, over keys and values of its own."""
+@dataclass(frozen=True)
+class Drafted:
+    """A row behind which drafts are wanted.
 
-    def __call__(self, layout: Layout, token_ids: Tensor) -> Tensor:
+    Attributes:
+        place: its number in the layout.
+        length: tokens of its text, so the position of the first draft.
+        count: how many drafts.
+        table: the ids of its blocks.
+    """
+
+    place: int
+    length: int
+    count: int
+    table: np.ndarray
+
+
+class Forward(Protocol):
+    """A model's forward pass, over keys and values of its own.
+
+    Attributes:
+        most_single: tokens of the rows that have to lie first in a flat batch, see `Layout.of`.
+    """
+
+    most_single: int
+
+    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
         """What the last layer gives for each token of a flat batch, [tokens, hidden_size], normalised."""
+
+    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
+        """Tokens behind rows of the latest flat batch, each time [rows], int64: `first`, and then as long as any row
+        wants more the most probable one behind each; whatever behind a row that wants none."""
+
+
+class EagerForward:
+    """A Forward that torch launches kernel by kernel."""
+
+    most_single = 1
+
+    def __init__(self, model: Decoder, backend: AttentionBackend, cache: KVCache) -> None:
+        self._model, self._backend, self._cache = model, backend, cache
+
+    def hidden(self, layout: Layout, token_ids: Tensor) -> Tensor:
+        model, block_size = self._model, self._cache.block_size
+        device = torch.device(model.device)
+        metadata = layout.metadata(block_size)
+        plans = plan_layers(self._backend, metadata, model.config.windows, model.dtype, device)
+        slots, positions = to_device(layout.slots(block_size), device), to_device(layout.positions, device)
+        found: Tensor = model(token_ids, positions, PagedAttention(self._backend, self._cache, slots, plans))
+        return found
+
+    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
+        tokens = [first]
+        for number in range(1, max(row.count for row in rows)):
+            going = [place for place, row in enumerate(rows) if row.count > number]
+            layout = Layout.of(
+                [(rows[place].length + number - 1, 1) for place in going], [rows[place].table for place in going]
+            )
+            places = to_device(np.array([going[place] for place in layout.order]), first.device)
+            hidden = self.hidden(layout, tokens[-1][places])
+            tokens.append(first.index_copy(0, places, self._model.logits(hidden).argmax(dim=-1)))
+        return tokens
 
 
 class DraftModel:
@@ -118,37 +177,23 @@ class DraftModel:
     """
 
     def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
-        self._model, self._forward_pass, self._max_model_len = model, forward, max_model_len
+        self._model, self._forward, self._max_model_len = model, forward, max_model_len
 
     def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for row in rows if row.text]
-        left = [min(asked, self._max_model_len - len(row.text)) for row in rows if row.text]
-        spans = [(row.tokens, row.start, row.table) for row in rows]
-        first = self._forward(spans, [place for place, row in enumerate(rows) if row.text])
-        sampled = [row for row in rows if row.text]
-        for place, token in enumerate(first):
-            if left[place] > 0:
-                drafts[place].append(token)
-        for number in range(1, asked):
-            going = [place for place in range(len(sampled)) if left[place] > number]
-            if not going:
-                break
-            spans = [
-                ([drafts[place][-1]], len(sampled[place].text) + number - 1, sampled[place].table) for place in going
-            ]
-            for place, token in zip(going, self._forward(spans, list(range(len(going)))), strict=True):
-                drafts[place].append(token)
-        return drafts
-
-    def _forward(self, spans: Seq[tuple[Seq[int], int, np.ndarray]], wanted: Seq[int]) -> list[int]:
-        """Compute tokens from positions on in block tables; the most probable token behind each span of `wanted`."""
-        layout = Layout.of([(start, len(tokens)) for tokens, start, _ in spans], [table for *_, table in spans])
-        hidden = self._forward_pass(layout, self._on_device([token for at in layout.order for token in spans[at][0]]))
-        if not wanted:
-            return []
-        last = self._on_device([layout.last[index] for index in wanted])
-        tokens: list[int] = self._model.logits(hidden[last]).argmax(dim=-1).tolist()
-        return tokens
-
-    def _on_device(self, values: Seq[int] | np.ndarray) -> Tensor:
-        return to_device(np.asarray(values, dtype=np.int64), torch.device(self._model.device))
+        device = torch.device(self._model.device)
+        spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
+        layout = Layout.of(spans, tables, self._forward.most_single)
+        flat = np.array([token for number in layout.order for token in rows[number].tokens])
+        hidden = self._forward.hidden(layout, to_device(flat, device))
+        place_of = {number: place for place, number in enumerate(layout.order)}
+        drafted, last = list[Drafted](), list[int]()
+        for number, row in enumerate(rows):
+            if row.text:
+                count = max(0, min(asked, self._max_model_len - len(row.text)))
+                drafted.append(Drafted(place_of[number], len(row.text), count, row.table))
+                last.append(layout.last[number])
+        if not any(row.count for row in drafted):
+            return [[] for _ in drafted]
+        first = self._model.logits(hidden[to_device(np.array(last), device)]).argmax(dim=-1)
+        drafts: list[list[int]] = torch.stack(self._forward.followed(drafted, first), dim=1).tolist()
+        return [own[: row.count] for own, row in zip(drafts, drafted, strict=True)]

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from twinserve.engine.device_queue import Step
 from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers.attention import PagedAttention, plan_layers
 from twinserve.engine.layers.choice import choose_attention
-from twinserve.engine.layout import Layout
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
 from twinserve.engine.model_runner import ModelRunner, drawn
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
-from twinserve.engine.speculation.proposers import Forward, Proposer, VerifiedRow
+from twinserve.engine.speculation.proposers import EagerForward, Forward, Proposer, VerifiedRow
 from twinserve.policies import Batch, Row, Runs, Sequence
 
 
@@ -100,18 +98,8 @@ class SpeculativeRunner(ModelRunner):
 
     def forward_of(self, model: Decoder) -> Forward:
         """The forward pass of a model that drafts, over a pool of its own with blocks of the same numbers."""
-        cache = self._cache_for(model)
         chosen = choose_attention(self.attention.name, model.config.head_dim, model.dtype, self.device, self.block_size)
-        backend = chosen.make()
-
-        def forward(layout: Layout, token_ids: Tensor) -> Tensor:
-            metadata = layout.metadata(self.block_size)
-            plans = plan_layers(backend, metadata, model.config.windows, model.dtype, self.device)
-            slots, positions = self._to_device(layout.slots(self.block_size)), self._to_device(layout.positions)
-            hidden: Tensor = model(token_ids, positions, PagedAttention(backend, cache, slots, plans))
-            return hidden
-
-        return forward
+        return EagerForward(model, chosen.make(), self._cache_for(model))
 
     def _cache_for(self, model: Decoder) -> KVCache:
         """A pool for a model that drafts."""

@@ -78,7 +78,7 @@ def served(llm: Any, record: Path) -> Iterator[str]:
         def host(self, options: RecordOptions | None) -> Host:
             assert options is not None
             kept = LiveRecord.of_engine(options, llm.settings, llm.facts(), llm.device_name)
-            return EngineHost(EngineBackend(llm, takes_defaults=False), llm, kept)
+            return EngineHost(EngineBackend(llm, takes_defaults=False), llm, kept, is_lent=True)
 
     is_up, failures = threading.Event(), list[BaseException]()
 

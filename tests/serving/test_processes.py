@@ -211,7 +211,7 @@ class Side:
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.data())
-def testmessages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
+def test_messages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
     content, side = b"".join(message("hear", number, item) for number, item in enumerate(told)), Side()
     wire = LoopWire(side)
     while content:

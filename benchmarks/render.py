@@ -318,17 +318,21 @@ def cost_of_http(found: list[dict[str, Any]]) -> str:
                 ],
                 numbers=True,
             ),
-            *table(
-                ["the served run in the middle", "served", "its twin", "error"],
-                [
-                    [name, number(pair["real"]), number(pair["sim"]), f"{pair['sim'] / pair['real'] - 1:+.1%}"]
-                    for name in TWIN
-                    if (pair := middle["twin"][name])["real"] and pair["sim"] is not None
-                ],
-                numbers=True,
-            ),
+            *beside_twin(middle),
         ]
     return "\n".join(lines)
+
+
+def beside_twin(repeat: dict[str, Any]) -> list[str]:
+    """The table of a served run and its twin, or why it has none."""
+    if not repeat["twin"]:
+        return [f"No twin: {repeat['no_twin']}.", ""]
+    rows = [
+        [name, number(pair["real"]), number(pair["sim"]), f"{pair['sim'] / pair['real'] - 1:+.1%}"]
+        for name in TWIN
+        if (pair := repeat["twin"][name])["real"] and pair["sim"] is not None
+    ]
+    return table(["the served run in the middle", "served", "its twin", "error"], rows, numbers=True)
 
 
 def cost_beside_vllm(policies: dict[str, Any]) -> str:

@@ -777,6 +777,10 @@ def test_what_http_costs_stands_beside_its_twin(monkeypatch, tmp_path):
     assert "| 2 | 1,000 | 990 | 1.0% | 900 |" in lines and "Every served record" in page.read_text()
     assert "| ttft_s.mean | 980 | 1,078 | +10.0% |" in lines
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+    result["repeats"] = [turn(980.0) | {"twin": {}, "no_twin": "too few shapes"}]
+    (results / "h200" / "http-overhead.json").write_text(json.dumps(result))
+    rendered(monkeypatch, results, tmp_path)
+    assert "\nNo twin: too few shapes.\n" in page.read_text() and "its twin" not in page.read_text()
 
 
 def test_what_a_step_costs_stands_beside_vllms(monkeypatch, tmp_path):

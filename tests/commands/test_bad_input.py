@@ -167,7 +167,9 @@ def test_an_unknown_option_or_metric_is_refused(twinserve, tmp_path):
         (("--num-gpu-blocks", 10**9), "num_gpu_blocks is 1000000000, expected"),
         (("--num-gpu-blocks", 2**70), "num_gpu_blocks is 1180591620717411303424, expected"),
         (("--block-size", 10**30), "block_size is 1000000000000000000000000000000, expected"),
+        (("--num-gpu-blocks", 9_192_992), "num_gpu_blocks is 9192992, expected"),
         (("--replicas", 10**8), "replicas is 100000000, expected"),
+        (("--replicas", 2000, "--num-gpu-blocks", 40_000), "they have 80000000 (TWINSERVE_MOST_FLEET_BLOCKS)"),
         (("--rate-scale", 1e-300), "factor is 1e-300, expected a number >"),
         (("--session-rate", 1e-300), "rate is 1e-300, expected"),
     ],
@@ -218,6 +220,41 @@ def test_settings_that_are_no_toml_are_one_line(twinserve, trace, latency, tmp_p
     assert_refused(
         twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml"), "expected TOML"
     )
+
+
+@pytest.mark.parametrize(
+    "key", ["a" + ".a" * 50_000, ".".join(['"b b"'] * 3000), "[" + " . ".join(["'c'"] * 3000) + "]"]
+)
+def test_keys_of_thousands_of_parts_are_refused_before_they_take_minutes(twinserve, trace, latency, tmp_path, key):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"# a comment\n{key}{'' if key.startswith('[') else ' = 1'}\n")
+    result = twinserve("sim", trace, "--latency", latency, "--config", plan)
+    assert_refused(result, f"{plan}:2: ", "expected keys of at most 64 parts")
+    result = twinserve("sweep", plan, "--out", tmp_path / "out")
+    assert_refused(result, "expected keys of at most 64 parts")
+    assert result.err.count(str(plan)) == 1
+
+
+def test_dots_that_are_no_keys_are_read(twinserve, trace, tmp_path):
+    plan = tmp_path / "plan.toml"
+    rates = ",\n".join(["1.5, 2.5"] * 40)
+    plan.write_text(f"trace = {str(trace)!r}\n# {'. ' * 300}\nseeds = 1000000000\n[grid]\nrate = [\n{rates}]\n")
+    assert_refused(twinserve("sweep", plan, "--out", tmp_path / "out"), f"{plan}: points is 80000000000, expected")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scheduling-policy", "a\udcff.py:A"), "scheduling_policy is "),
+        (("--admission", "caf\udce9.py:A(x='\udcff')"), "admission is "),
+        (("--replicas", 2, "--router", "rand\udcffm"), "router is "),
+        (("--window-s", "0:\udcff"), "window_s is "),
+        (("--speculative-config", '{"method": "\\ud83d"}'), "speculative_config.method is "),
+        (("--speculative-config", "[" * 100_000), "speculative_config is "),
+    ],
+)
+def test_options_that_are_no_text_or_nested_without_end_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
 
 
 def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path):
@@ -277,7 +314,7 @@ def test_a_small_file_without_end_is_refused_before_it_fills_the_memory(twinserv
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("/dev/zero")
     result = twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml")
-    assert_refused(result, name, "at most 16777216 bytes", "TWINSERVE_MOST_SETTINGS_BYTES")
+    assert_refused(result, name, "at most 4194304 bytes", "TWINSERVE_MOST_SETTINGS_BYTES")
 
 
 def test_a_class_nested_without_end_is_refused(twinserve, trace, latency, tmp_path):

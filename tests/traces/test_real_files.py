@@ -294,6 +294,19 @@ def test_a_line_beyond_the_largest_is_refused_before_it_is_read(refused, monkeyp
     refused(json.dumps({"benchmarks": ["x" * 1000] * 100}, indent=1), ":102: expected a text of at most 100000 bytes")
 
 
+def test_a_line_that_goes_on_is_not_put_together_before_it_is_known_to_end(refused, monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setenv("TWINSERVE_LARGEST_VALUE", str(8 << 20))
+    packed = gzip.compress(b'{"a": "' + b"x" * (64 << 20))
+    tracemalloc.start()
+    try:
+        refused(packed, ":1: expected lines of at most 8388608 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_gigabytes_of_zeros_in_a_small_file_are_refused_at_once(refused):
     refused(gzip.compress(bytes(50_000_000)), ":1: expected text, it holds NUL")
 

@@ -70,7 +70,7 @@ def load_plan(path: Path | None, overrides: dict[str, Any] | None = None) -> Pla
     try:
         return _plan(({} if path is None else read_toml(path)) | (overrides or {}))
     except InputError as error:
-        if path is None or str(error).startswith(f"{path}: "):
+        if path is None or str(error).startswith(f"{path}:"):
             raise
         raise InputError(str(error), path=path) from error
 

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import limit
+from twinserve.sim.model_configs import load_shape
 from twinserve.traces.readers import read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -361,3 +364,41 @@ def test_a_run_that_no_latency_can_be_fitted_to_leaves_no_law_of_its_drafts_eith
     result = twinserve("fit", run, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
     assert_refused(result, "expected the record of a real run")
     assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("replay record", "run.json"), ("replay record", "steps.jsonl"), ("trace stat record", "requests.jsonl"),
+        ("replay live", "segments/000001/outputs.jsonl"), ("trace stat live", "segments/000000/requests.jsonl"),
+        ("trace stat weka", "a.json"), ("model describe model", "config.json"),
+        ("run trace --model model --out out", "tokenizer.json"), ("fit record --out out", "outputs.jsonl.gz"),
+    ],
+)  # fmt: skip
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(twinserve, tmp_path, monkeypatch, command, name):
+    if command.startswith("run"):
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace").write_text('{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}\n')
+    folder = next(word for word in command.split() if word in ("record", "live", "weka", "model"))
+    run = {
+        "schema": "twinserve-run/2", "world": "real", "device": "x", "versions": {}, "settings": {},
+        "facts": {"trace": {}}, "summary": None,
+    }  # fmt: skip
+    for made in ("segments/000000", "segments/000001") if folder == "live" else ("",):
+        (tmp_path / folder / made).mkdir(parents=True)
+    (tmp_path / folder / "run.json").write_text(json.dumps(run))
+    (tmp_path / folder / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / folder / name)
+    writer = Timer(20, lambda: os.close(os.open(tmp_path / folder / name, os.O_WRONLY)))  # ends what waits
+    writer.daemon = True
+    writer.start()
+    result = twinserve(*command.split())
+    writer.cancel()
+    assert (result.code, result.err) == (2, f"twinserve: {Path(folder, name)}: expected a file or a folder\n")
+
+
+def test_a_link_into_a_devices_bytes_is_refused_too(tmp_path):
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"config.json: expected a file or a folder"):
+        load_shape(tmp_path)

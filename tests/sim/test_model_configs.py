@@ -64,6 +64,32 @@ def test_every_kind_has_the_parameters_that_transformers_makes(model_type, tmp_p
     assert load_shape(tmp_path).num_parameters == pytest.approx(parameters_in_transformers(model_type), rel=0.001)
 
 
+@pytest.mark.parametrize("model_type", sorted(set(KINDS) - TRANSFORMERS_CANNOT_MAKE - NO_DEFAULTS))
+def test_a_field_that_is_left_out_is_what_transformers_takes_for_it_or_is_asked_for(model_type):
+    pytest.importorskip("transformers")
+    if model_type not in causal_model_types():
+        pytest.skip(f"this transformers has no {model_type}")
+    config = default_config(model_type)
+    whole, num_refused = shape_of(config, model_type, Path("config.json")), 0
+    for name in set(config) - {"model_type"}:
+        fewer = {field: value for field, value in config.items() if field != name}
+        try:
+            assert shape_of(fewer, model_type, Path("config.json")) == whole, name
+        except InputError as error:
+            num_refused += 1
+            assert "config.json: " in str(error) and "expected" in str(error)
+    assert num_refused >= 4
+
+
+def test_ernies_configuration_without_the_layers_that_have_experts_is_priced_with_a_dense_first_one():
+    config = {
+        "model_type": "ernie4_5_moe", "vocab_size": 103424, "hidden_size": 2560, "intermediate_size": 12288,
+        "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6,
+        "moe_intermediate_size": 1536, "moe_num_shared_experts": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert shape_of(config, "ernie", Path("config.json")).num_parameters == pytest.approx(21.83e9, rel=0.001)
+
+
 def test_every_default_of_transformers_is_of_a_known_kind_or_refused_by_name():
     """ERNIE 4.5 MoE was priced as a dense model of 3.35 G parameters in silence, instead of 21.8."""
     pytest.importorskip("transformers")

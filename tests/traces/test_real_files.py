@@ -176,6 +176,8 @@ def test_sglangs_results_hold_lengths_and_no_times(read, tmp_path):
     sglang = {name: value for name, value in VLLM.items() if name not in ("start_times", "tokenizer_id")}
     trace = read(json_lines([sglang, sglang]))
     assert (trace.format, trace.is_timed, len(trace.requests)) == ("sglang-bench", False, 4)
+    assert (trace.notes["arrival_not_said"], {request.arrival_ns for request in trace.requests}) == (4, {0})
+    assert trace.handled["repaired"] == {}
     with pytest.raises(InputError, match="a sglang-bench file does not say when requests come: expected session_rate"):
         load_workload(tmp_path / "trace", {})
     assert load_workload(tmp_path / "trace", {}, is_replayed=False).requests

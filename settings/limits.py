@@ -12,6 +12,17 @@ def limit(name: str, most: int) -> int:
     return whole_number(f"TWINSERVE_MOST_{name}", most)
 
 
+def plain(text: str) -> str:
+    """The text of a number as other programs know it, too.
+
+    Raises:
+        ValueError: it has what Python alone reads: underscores, spaces, a plus sign, or other digits than 0 to 9.
+    """
+    if not text.isascii() or "_" in text or text != text.strip() or text.startswith("+"):
+        raise ValueError(f"{text!r} is not written as a number")
+    return text
+
+
 def whole_number(variable: str, usual: int) -> int:
     """The integer that an environment variable holds, or the usual one.
 

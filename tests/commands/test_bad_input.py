@@ -181,6 +181,23 @@ def test_numbers_that_no_machine_can_serve_are_refused_at_once(twinserve, trace,
     assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
 
 
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--window-s", "0:1_0"), "0:1_0"), (("--replicas", 2, "--die", "\uff11:0:1"), "\uff11:0:1"),
+        (("--latency", "roofline:llama-3-8b@h100:tp=\uff11"), "\uff11"),
+    ],
+)  # fmt: skip
+def test_numbers_that_python_alone_reads_are_refused(twinserve, trace, latency, options, word):
+    given = options if "--latency" in options else ("--latency", latency, *options)
+    assert_refused(twinserve("sim", trace, *given), word)
+
+
+@pytest.mark.parametrize("lengths", ["fixed:1_0", "fixed:\uff11", "lognormal:1_0:1", "lognormal:100:+1"])
+def test_lengths_that_python_alone_reads_are_refused(twinserve, tmp_path, lengths):
+    assert_refused(twinserve("trace", "make", "--out", tmp_path / "out", "--prompt-tokens", lengths), "fixed:N")
+
+
 def test_lengths_that_no_array_can_hold_are_refused_where_they_would_be_served(twinserve, latency, tmp_path):
     path = tmp_path / "vidur.csv"
     path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n1,5,999999999999\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SECONDS, MEGABYTES = 10, 1024
 """Of a processor, and of memory, that a command may take."""
@@ -67,6 +69,16 @@ def run(work: Work, folder: Path) -> Outcome:
         text = err.read().decode("utf-8", "replace")
     code = os.waitstatus_to_exitcode(status)
     return Outcome(code, text, usage.ru_maxrss >> 10, code == -signal.SIGKILL)
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write what was found to a file of results, beside the commit, the command and the machine."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from environment import commit, machine
+    from result_files import write_json
+
+    words = ["python", f"tests/fuzz/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    write_json(path, {"machine": machine(), "commit": commit(), "command": shlex.join(words)} | result)
 
 
 def _do(work: Work, folder: Path, err: int) -> None:

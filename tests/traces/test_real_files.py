@@ -221,6 +221,23 @@ def test_tables_of_seconds_and_lengths_count_from_their_first_row(read, head, na
 # --- times ---
 
 
+@pytest.mark.parametrize(
+    ("rows", "field"),
+    [
+        ([VLLM | {"start_times": ["5.5", 6.0, 7.5]}], "start_times"),
+        ([{"benchmarks": [{"requests": {"successful": [GUIDELLM | {"start_time": "17"}]}}]}], "start_time"),
+        ([BAILIAN[0] | {"timestamp": "0.0"}], "timestamp"),
+        ([SESSIONS[0], SESSIONS[1] | {"delay": "1219"}], "delay"),
+        ([SESSIONS[2] | {"timestamp": True}], "timestamp"),
+        ([[PERF[0] | {"start_time": "7.5"}]], "start_time"),
+        ([{"block_size": 4, "requests": [{"t": "0", "in": 8, "out": 3, "hash_ids": [1, 2]}]}], "t"),
+    ],
+)
+def test_a_time_in_json_is_a_number_and_not_its_text(read, rows, field):
+    with pytest.raises(InputError, match=rf"{field} is .*, expected (milli)?seconds >= 0"):
+        read(json_lines(rows))
+
+
 def test_milliseconds_since_1970_count_from_the_first_row_and_when_that_was_is_kept(read, tmp_path):
     rows = [{"timestamp": 1759522419154 + n, "input_length": 9, "output_length": 2, "hash_ids": [n]} for n in (0, 700)]
     trace = read(json_lines(rows))

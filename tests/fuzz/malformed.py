@@ -37,7 +37,7 @@ def fuzz(
     count: int, seed: int, say: Callable[[str], None], kinds: tuple[str, ...] = tuple(CASES), only: int | None = None
 ) -> tuple[Counter[str], list[str]]:
     """Try so many inputs; how they ended, by kind and command, and what was wrong."""
-    _import_all()
+    import_all()
     ends: Counter[str] = Counter()
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -73,7 +73,7 @@ GOES_ON = {"sweep", "capacity", "plan"}
 """Commands that keep what they have found, and go on with it."""
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Import what the forked processes would import again and again."""
     import httpx  # noqa: F401
     import torch

@@ -51,12 +51,16 @@ class Outcome:
         return None if self.status in (0, 2, 3) or (self.status == 1 and not said) else f"status {self.status}"
 
 
-def run(work: Work, folder: Path) -> Outcome:
-    """Do something in `folder`, where relative paths lie, in a process that is forked from this one."""
+def run(work: Work, folder: Path, prepare: Callable[[], object] | None = None) -> Outcome:
+    """Do something in `folder`, where relative paths lie, in a process that is forked from this one.
+
+    Args:
+        prepare: what that process does first.
+    """
     with tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
-            _do(work, folder, err.fileno())
+            _do(work, folder, err.fileno(), prepare)
         end = time.monotonic() + MOST_S
         while not (ended := os.wait4(child, os.WNOHANG))[0]:
             if time.monotonic() > end:
@@ -81,7 +85,7 @@ def keep(path: Path, result: dict[str, Any]) -> None:
     write_json(path, {"machine": machine(), "commit": commit(), "command": shlex.join(words)} | result)
 
 
-def _do(work: Work, folder: Path, err: int) -> None:
+def _do(work: Work, folder: Path, err: int, prepare: Callable[[], object] | None) -> None:
     """In the child: do it, and end."""
     code = 99
     try:
@@ -96,6 +100,8 @@ def _do(work: Work, folder: Path, err: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        if prepare is not None:
+            prepare()
         code = _command(work) if isinstance(work, list) else work() or 0
     except BaseException:
         import traceback

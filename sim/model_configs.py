@@ -154,7 +154,7 @@ class _Config:
         text = whole.get("text_config")
         self.values: dict[str, Any] = text if isinstance(text, dict) else whole
         model_type = self.values.get("model_type", "llama")
-        if model_type not in KINDS:
+        if not isinstance(model_type, str) or model_type not in KINDS:
             raise InputError(
                 f"expected a model that is known: {', '.join(KINDS)}", path=path, field="model_type", value=model_type
             )
@@ -273,7 +273,7 @@ def _blocks(read: _Config) -> list[tuple[Mixer, FeedForward | Experts]]:
     words = [_BLOCKS.get(letter) for letter in pattern] if isinstance(pattern, str) else None
     if words is None:
         found = read.values.get("layers_block_type")
-        words = [_OLD_WORDS.get(word, word) for word in found] if isinstance(found, list) else []
+        words = [_OLD_WORDS.get(str(word), str(word)) for word in found] if isinstance(found, list) else []
     if not words or not set(words) <= set(_BLOCKS.values()) or words[0] not in ("linear_attention", "full_attention"):
         name = "layers_block_type" if pattern is None else "hybrid_override_pattern"
         raise read.error(name, f"expected blocks of {', '.join(_BLOCKS.values())}, the first no network")

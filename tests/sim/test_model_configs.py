@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from twinserve.settings.errors import InputError
-from twinserve.sim.model_configs import KINDS, SHAPES, load_shape, shape_of, shipped_models
+from twinserve.sim.model_configs import KINDS, SHAPES, SHAPES_FOLDER, load_shape, shape_of, shipped_models
 from twinserve.sim.shapes import (
     Attention,
     Experts,
@@ -79,6 +80,51 @@ def test_a_field_that_is_left_out_is_what_transformers_takes_for_it_or_is_asked_
             num_refused += 1
             assert "config.json: " in str(error) and "expected" in str(error)
     assert num_refused >= 4
+
+
+JUNK = (None, True, -1, 1.5, 10**30, "x", [], [{}], {}, {"a": 1})
+NAMES_OF_LAYERS = ("quantization_config", "layers_block_type", "hybrid_override_pattern", "layer_types", "text_config")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3", "nemotron_h", "ernie4_5_moe"]
+)
+def test_a_field_of_another_kind_is_refused_by_name_or_means_what_its_absence_does(model_type):
+    pytest.importorskip("transformers")
+    if model_type not in causal_model_types():
+        pytest.skip(f"this transformers has no {model_type}")
+    config, num_refused = dict.fromkeys(NAMES_OF_LAYERS) | default_config(model_type), 0
+    for name, value in product(config, JUNK):
+        try:
+            shape_of(config | {name: value}, model_type, Path("config.json"))
+        except InputError as error:
+            num_refused += 1
+            assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    assert num_refused >= 40
+
+
+QUANTIZED = {
+    "modules_to_not_convert": ["lm_head"], "bits": 4, "group_size": 128, "weight_block_size": [128, 128],
+    "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "group_size": None}}},
+    "ignore": ["lm_head"], "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors"])
+def test_a_quantization_of_another_kind_is_refused_by_name(method):
+    config = json.loads((SHAPES_FOLDER / "qwen3-0.6b" / "config.json").read_text())
+    config["quantization_config"] = said = QUANTIZED | {"quant_method": method}
+    assert shape_of(config, "x", Path("config.json")).num_parameters > 0
+    num_refused = 0
+    for name, value in product(said, (*JUNK, [0, 0], [1], {"a": []}, {"a": {"weights": {"num_bits": {}}}})):
+        try:
+            shape_of(config | {"quantization_config": said | {name: value}}, "x", Path("config.json"))
+        except InputError as error:
+            num_refused += 1
+            assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    assert num_refused >= 20
+    with pytest.raises(InputError, match=r"config.json: quantization_config.quant_method is \[\], expected"):
+        shape_of(config | {"quantization_config": said | {"quant_method": []}}, "x", Path("config.json"))
 
 
 def test_ernies_configuration_without_the_layers_that_have_experts_is_priced_with_a_dense_first_one():

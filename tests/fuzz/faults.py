@@ -94,6 +94,8 @@ def wrong(
         return "a traceback"
     if outcome.status == 0:
         return "" if is_whole else f"ended well, and left {sorted(left)}"
+    if not isinstance(kind, str) and outcome.status == -kind and not outcome.err and not left:
+        return ""  # at once, before the command had begun
     killed = kind is signal.SIGKILL
     if outcome.status != (2 if isinstance(kind, str) else SIGNALS[kind]):
         return f"status {outcome.status}"

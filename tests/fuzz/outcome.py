@@ -8,7 +8,6 @@ import resource
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -57,22 +56,37 @@ def run(work: Work, folder: Path, prepare: Callable[[], object] | None = None) -
     Args:
         prepare: what that process does first.
     """
-    with tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            _do(work, folder, err.fileno(), prepare)
-        end = time.monotonic() + MOST_S
-        while not (ended := os.wait4(child, os.WNOHANG))[0]:
-            if time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-            time.sleep(0.005)
-        _, status, usage = ended
-        with suppress(ProcessLookupError):  # processes that it has left
+    reads, err = os.pipe()  # no file, whose length may be limited
+    os.set_blocking(reads, False)
+    child = os.fork()
+    if not child:
+        try:
+            _do(work, folder, err, prepare)
+        finally:  # whatever comes on the way, what is to be cleaned up is the parent's
+            os._exit(99)
+    os.close(err)
+    said, end = b"", time.monotonic() + MOST_S
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
-        err.seek(0)
-        text = err.read().decode("utf-8", "replace")
+        time.sleep(0.005)
+        said += _written(reads)
+    _, status, usage = ended
+    with suppress(ProcessLookupError):  # processes that it has left
+        os.killpg(child, signal.SIGKILL)
+    text = (said + _written(reads)).decode("utf-8", "replace")
+    os.close(reads)
     code = os.waitstatus_to_exitcode(status)
     return Outcome(code, text, usage.ru_maxrss >> 10, code == -signal.SIGKILL)
+
+
+def _written(reads: int) -> bytes:
+    """What has been written to a pipe by now."""
+    said = b""
+    with suppress(BlockingIOError):
+        while more := os.read(reads, 1 << 16):
+            said += more
+    return said
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:

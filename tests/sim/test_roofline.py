@@ -479,3 +479,19 @@ def test_a_prompt_moves_a_state_once_and_reads_a_window_before_each_of_its_ends(
     narrow = replace(TINY, layers=(Layers(2, Attention(4, 2, 16, 64), FeedForward(128)),))
     read = RooflineLatency(narrow, changed(ROUND, flops=1e18))
     assert attention_ns(read, prefill(10, 1000)) == 2 * (64 + 9) * 2 * 2 * 16 * 2
+
+
+def test_a_prompts_arithmetic_and_its_reading_go_on_at_once():
+    """The one that takes longer is what attention takes, by itself."""
+    computing, reading = changed(ROUND, bandwidth=1e18, flops=1e9), changed(ROUND, bandwidth=1e9, flops=1e18)
+    both = changed(ROUND, bandwidth=1e9, flops=1e9)
+    costs = [attention_ns(RooflineLatency(TINY, device), prefill(50, 200)) for device in (computing, reading, both)]
+    assert costs[0] != costs[1] and min(costs) > 0 and costs[2] == max(costs)
+
+
+def test_arithmetic_on_states_is_paid_for_where_it_takes_longer_than_moving_them():
+    mixer = LinearAttention(2, 4, 8, 8, 4)
+    shape = replace(TINY, layers=(Layers(3, mixer, FeedForward(128)),))
+    slow = RooflineLatency(shape, changed(ROUND, bandwidth=1e18, flops=1e9))
+    assert slow._attention(decode(5, 100)) == pytest.approx(5 * 3 * mixer.state_operations)
+    assert slow._attention(prefill(40)) == pytest.approx(40 * 3 * mixer.state_operations)

@@ -67,7 +67,9 @@ def _times(shard: Shard, store: dist.Store, device: str, repeats: int) -> list[l
     if own.type == "cuda":
         torch.cuda.set_device(own)
     group = Group(shard, dist.PrefixStore("timing", store), own)
-    return [_times_of(group, torch.zeros(count // 4, device=own), repeats) for count in SIZES]
+    found = [_times_of(group, torch.zeros(count // 4, device=own), repeats) for count in SIZES]
+    group.abort()
+    return found
 
 
 def _times_of(group: Group, x: Tensor, repeats: int) -> list[float]:

@@ -6,6 +6,7 @@ thread and works off what is asked of it one by one; it ends with the tests.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
@@ -19,7 +20,9 @@ from typing import Any
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
 
 
 def run_forked(words: list[str], folder: Path, limit: int | None) -> subprocess.CompletedProcess[str]:

@@ -486,7 +486,7 @@ def test_a_prompts_arithmetic_and_its_reading_go_on_at_once():
     computing, reading = changed(ROUND, bandwidth=1e18, flops=1e9), changed(ROUND, bandwidth=1e9, flops=1e18)
     both = changed(ROUND, bandwidth=1e9, flops=1e9)
     costs = [attention_ns(RooflineLatency(TINY, device), prefill(50, 200)) for device in (computing, reading, both)]
-    assert costs[0] != costs[1] and min(costs) > 0 and costs[2] == max(costs)
+    assert min(costs) > 0 and costs[2] == pytest.approx(max(costs[:2]), abs=1) and abs(costs[0] - costs[1]) > 1
 
 
 def test_arithmetic_on_states_is_paid_for_where_it_takes_longer_than_moving_them():

@@ -63,7 +63,7 @@ class Group:
         if x.numel():
             options = AllgatherOptions()
             options.asyncOp = False
-            self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options).wait()
+            _wait(self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options))
         return gathered
 
     def from_first(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Group:
         options.asyncOp = False
         options.rootRank = 0
         if x.numel():
-            self._processes.broadcast([x], options).wait()
+            _wait(self._processes.broadcast([x], options))
         return x
 
     def abort(self) -> None:
@@ -88,5 +88,11 @@ class Group:
         options.asyncOp = False
         options.reduceOp = operation
         if x.numel():
-            self._processes.allreduce([x], options).wait()
+            _wait(self._processes.allreduce([x], options))
         return x
+
+
+def _wait(work: Any) -> None:
+    """Wait for what was begun; newer NCCL groups of torch give nothing to wait for, as it is on the current stream."""
+    if work is not None:
+        work.wait()

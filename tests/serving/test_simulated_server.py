@@ -279,7 +279,8 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
 
 
 def test_200_clients_with_random_aborts_lose_nothing_and_the_record_replays_exactly(serving, tmp_path):
-    running = serving(simulated(num_gpu_blocks=64, max_num_seqs=16), record=tmp_path / "run")
+    # So slow that an answer of 900 tokens takes seconds: who leaves is noticed before it ends, on a busy machine too.
+    running = serving(simulated(4.0, num_gpu_blocks=64, max_num_seqs=16), record=tmp_path / "run")
     draws = random.Random(1)
 
     async def one(client, number):
@@ -298,7 +299,7 @@ def test_200_clients_with_random_aborts_lose_nothing_and_the_record_replays_exac
         if draws.random() < 0.2:
             try:
                 async with asyncio.timeout(draws.random() / 10):
-                    await client.completions.create(model="round", prompt=prompt, max_tokens=600)
+                    await client.completions.create(model="round", prompt=prompt, max_tokens=900)
             except TimeoutError:
                 return None
             return None

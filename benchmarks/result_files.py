@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def scratch_folder() -> Path:
+    """A new folder for results that nobody asked to keep elsewhere."""
+    return Path(tempfile.mkdtemp(prefix="twinserve-results-"))
+
+
+def load_json(path: Path) -> Any:
+    """What a file of results holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -17,7 +28,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def merge(path: Path, values: dict[str, Any]) -> None:
     """Put `values` into a JSON file beside what is there; those of "repeats" one by one."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    old = load_json(path) if path.exists() else {}
     repeats = old.get("repeats", {}) | values.get("repeats", {})
     merged = old | values | ({"repeats": repeats} if repeats else {})
     write_json(path, merged)

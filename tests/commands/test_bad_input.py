@@ -287,6 +287,8 @@ def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path
     [
         (("serve", "--simulate", "--record-segment-mib", "1e308", "--record", "r"), "record_segment_mib is 1e+308"),
         (("serve", "--simulate", "--record-segment-s", "inf", "--record", "r"), "record_segment_s is inf"),
+        (("serve", "--simulate", "--tensor-parallel-size", "2"), "tensor_parallel_size is 2, expected none beside"),
+        (("serve", "--simulate", "--model", "m"), "model is 'm', expected none beside --simulate, which has no engine"),
         (("serve", "--simulate", "--time-scale", "1e-300"), "time_scale is 1e-300, expected a number from"),
         (("serve", "--simulate", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from"),
         (("serve", "--simulate", "--max-body-mib", "1e308"), "max_body_mib is 1e+308"),

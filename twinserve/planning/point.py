@@ -145,7 +145,8 @@ class Point(PointOptions):
                 counts[kind_of(model.device.name)] += model.tensor_parallel
             else:
                 device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
-                counts["" if device is None else kind_of(device.name)] += 1
+                many = model.num_devices if isinstance(model, FittedLatency) else 1
+                counts["" if device is None else kind_of(device.name)] += many
         return dict(counts)
 
     def own_rate(self) -> float | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from twinserve.commands.configs import config_check, config_init
+from twinserve.commands.explain import explain
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import Command, Group, KeepsDashes
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "replay": (replay, "twinserve replay runs/real"),
     "compare": (compare, "twinserve compare runs/sim runs/real"),
     "report": (report, "twinserve report runs/sim runs/real --out report.html"),
+    "explain": (explain, "twinserve explain runs/sim --slowest 3"),
     "export": (export, "twinserve export runs/sim --format perfetto --out sim.json.gz"),
     "profile": (profile, "twinserve profile --out latency.json"),
     "fit": (fit, "twinserve fit runs/real --out latency.json"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -14,6 +15,9 @@ from twinserve.planning.upgrade import Change
 from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
+
+if TYPE_CHECKING:
+    from twinserve.traces.runs.waits import Waited
 
 
 def summary_table(summary: dict[str, Any]) -> None:
@@ -58,6 +62,27 @@ def description_table(model: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     _console(100).print(table)
+
+
+def waits_table(title: str, waits: list[Waited]) -> None:
+    """Print what the times of requests went into, the mean of each part, and whose prompts are to blame."""
+    from twinserve.traces.runs.waits import CAUSES
+
+    first = [one for one in waits if one.ttft_ns]
+    table = Table("mean, seconds", "TTFT", "", "whole time", "", "what it is", title=title)
+    for cause, meaning in CAUSES.items():
+        cells: list[str] = []
+        for parts in ([one.ttft_ns for one in first], [one.e2e_ns for one in waits]):
+            part, total = sum(each[cause] for each in parts), sum(each.total() for each in parts)
+            cells += [_number(part / len(parts) / 1e9), f"{part / total:.1%}"] if part else ["", ""]
+        if any(cells):
+            table.add_row(cause, *cells, meaning)
+    console = _console(120)
+    console.print(table)
+    blamed = sum((one.culprits for one in waits), Counter())
+    if blamed:
+        worst = (f"{seq_id} ({_number(ns / 1e9)} s)" for seq_id, ns in blamed.most_common(3))
+        console.print(f"the prompts that others waited for most: requests {', '.join(worst)}")
 
 
 def comparison_table(comparisons: list[Comparison]) -> None:

@@ -83,7 +83,7 @@ def test_a_prompt_behind_another_one_waits_for_tokens_of_the_budget(tmp_path):
 
 def test_blocks_that_lack_for_the_next_tokens_are_told_from_those_kept_for_the_whole_prompt(tmp_path):
     common = {"block_size": 8, "max_num_batched_tokens": 16}
-    # The first has 4 to 6 blocks of 8 until it ends after 33 steps: the next piece of 16 tokens fits beside, not all 40.
+    # The first has 4 to 6 blocks of 8 until it ends after 33 steps: the next piece of 16 fits beside, not all 40.
     rows = requests_of((0, 15, 33), (105, 40, 1))
     record = recorded(tmp_path / "reserve", rows, **common, num_gpu_blocks=8)
     assert parts(record, 1)[0] == {"step in flight": 0.5, "reserve": 22, "own compute": 3}

@@ -150,11 +150,16 @@ def _asked(text: str) -> Asked:
     """
     from twinserve.planning.objectives import Objective
     from twinserve.reports.asked import Asked
+    from twinserve.traces.runs.compare import STATISTICS
 
     objective = Objective.parse(text)
     if objective.limits is not None:
         limits_s = {f"{name}_s": limit_s for name, limit_s in objective.limits.of}
         return Asked(str(objective), limits_s, objective.missed, share=objective.share)
+    for term in objective.terms:
+        if term.is_measured:
+            names = ", ".join(STATISTICS)
+            raise InputError(f"expected one of {names}, of all requests", field="objective", value=term.name)
     terms_s = {term.metric: term.limit_s for term in objective.terms}
     limits_s = {}
     for metric, limit_s in terms_s.items():

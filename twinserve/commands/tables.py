@@ -42,6 +42,10 @@ def summary_table(summary: dict[str, Any]) -> None:
             f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
         )
         console.print(f"{found['limits']}: {share}; {rates}")
+    if found := summary.get("measured"):
+        console.print("; ".join(f"{name} {_number(value)} s" for name, value in found.items()))
+    if found := summary.get("judged"):
+        console.print(f"judged by these: {found['requests']} requests that come within {found['duration_s']:.1f} s")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",

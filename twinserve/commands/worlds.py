@@ -49,6 +49,13 @@ def sim(
     within: Annotated[
         str | None, typer.Option(help="Count the requests that keep limits, such as 'TTFT <= 1 s and TPOT <= 50 ms'.")
     ] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="Measure such as 'p99.9 TTFT and max queue of tenant=a' too.")
+    ] = None,
+    warm_up_s: Annotated[
+        float, typer.Option(min=0, help="Requests of so many first seconds are neither counted nor measured by these.")
+    ] = 0.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="Nor are those of so many last ones.")] = 0.0,
     like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
@@ -56,14 +63,16 @@ def sim(
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
-    from twinserve.planning.attainment import Attainment, Limits
+    from twinserve.planning.attainment import Limits
+    from twinserve.planning.judged import Judge, Rules, parse_measures
     from twinserve.planning.parallel import Workers
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
     from twinserve.worlds.workload import load_workloads
 
-    attainment = None if within is None else Attainment(Limits.parse(within))
+    measures = () if measured is None else tuple(parse_measures(measured))
+    judge = Judge(Rules(None if within is None else Limits.parse(within), measures, warm_up_s, drain_s))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
     settings = settings_of_vllm(vllm_args) | settings
@@ -82,13 +91,11 @@ def sim(
         def ended(seq: Sequence) -> None:
             bar.ended(seq)
             verdict.ended(seq)
-            if attainment is not None:
-                attainment.ended(seq)
+            judge.ended(seq)
 
         how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step}
         summary = chosen.serve(workload, replicas, intervals=limits, **how)
-    if attainment is not None:
-        summary["attainment"] = attainment.of(summary)
+    judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
             say(

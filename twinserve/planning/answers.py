@@ -10,7 +10,6 @@ from twinserve.planning.capacity import Capacity, find_capacities
 from twinserve.planning.objectives import Objective
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import Plan, Store
-from twinserve.traces.runs.compare import value_of
 from twinserve.worlds.verdict import load_of
 
 
@@ -86,7 +85,7 @@ def _margins(plan: Plan, capacity: Capacity) -> list[str]:
         return [f"{least:.2%} of requests keep {objective.limits}."]
     used = {}
     for term in objective.terms:
-        used[term] = max(float(value_of(result["summary"], term.metric) or 0.0) for result in capacity.results)
+        used[term] = max(float(term.value(result["summary"]) or 0.0) for result in capacity.results)
     shares = {term: worst / term.limit_s for term, worst in used.items()}
     words = (f"{term.name} {words_of(float(f'{worst:.3g}'))} ({shares[term]:.0%})" for term, worst in used.items())
     return [f"Of the limits is used: {', '.join(words)}; {max(used, key=shares.__getitem__).name} binds."]

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 import twinserve
-from twinserve.planning.attainment import Attainment, Limits
+from twinserve.planning.attainment import Limits
 from twinserve.planning.fleets import FleetOptions
+from twinserve.planning.judged import Judge, Rules, parse_measures
 from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.planning.prices import kind_of
 from twinserve.settings.build_core import Settings
@@ -60,8 +61,7 @@ class Point(PointOptions):
             for name in ("rate_scale", "session_rate", "all_at_zero"):
                 if (value := getattr(self.trace_options, name)) is not None:
                     raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
-        if self.limits is not None:
-            Limits.parse(self.limits)
+        self.rules()
         return self
 
     @classmethod
@@ -112,6 +112,16 @@ class Point(PointOptions):
         fields = own | self.settings.model_dump() | self.trace_options.model_dump()
         fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
         return {name: value for name, value in fields.items() if value is not None}
+
+    def rules(self) -> Rules:
+        """What is measured of its requests beside what its summary has.
+
+        Raises:
+            InputError: the limits or the measures cannot be read.
+        """
+        limits = None if self.limits is None else Limits.parse(self.limits)
+        measures = () if self.measured is None else tuple(parse_measures(self.measured))
+        return Rules(limits, measures, self.warm_up_s, self.drain_s)
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
@@ -219,7 +229,9 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(twinserve.__file__).parent
-    modules = [root / "planning" / name for name in ("attainment.py", "fleets.py", "point.py", "prediction.py")]
+    modules = [
+        root / "planning" / name for name in ("attainment.py", "fleets.py", "judged.py", "point.py", "prediction.py")
+    ]
     for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -273,12 +285,10 @@ def compute(job: Job) -> Result:
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
-    attainment = None if point.limits is None else Attainment(Limits.parse(point.limits))
-    progress = None if attainment is None else attainment.ended
-    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=progress)
+    judge = Judge(point.rules())
+    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=judge.ended)
     del summary["wall_s"]
-    if attainment is not None:
-        summary["attainment"] = attainment.of(summary)
+    judge.add_to(summary)
     result = {
         "inputs": job.inputs,
         "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),

@@ -75,6 +75,11 @@ class PointOptions(BaseModel):
     limits: str | None = Field(
         default=None, description="count the requests that keep such as 'TTFT <= 1 s and TPOT <= 50 ms'"
     )
+    measured: str | None = Field(default=None, description="measure such as 'p99.9 TTFT and max queue of tenant=a' too")
+    warm_up_s: float = Field(
+        default=0.0, ge=0, le=1e9, description="requests of so many first seconds of the arrivals are not judged"
+    )
+    drain_s: float = Field(default=0.0, ge=0, le=1e9, description="nor are those of so many last ones")
 
 
 @dataclass(frozen=True)

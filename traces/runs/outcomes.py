@@ -42,9 +42,19 @@ class Outcome(NamedTuple):
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Outcome:
         """That of a row of requests.jsonl."""
-        times = (row[name] for name in cls._fields[1:5])
-        tokens, labels = (row["prompt_tokens"], row["output_tokens"]), (row.get("tenant", ""), row.get("priority", 0))
-        return cls(row["id"], *times, *tokens, row["finish_reason"], *labels, row["session"])
+        return cls(
+            row["id"],
+            row["arrival_ns"],
+            row["first_scheduled_ns"],
+            row["first_token_ns"],
+            row["finish_ns"],
+            row["prompt_tokens"],
+            row["output_tokens"],
+            row["finish_reason"],
+            row.get("tenant", ""),
+            row.get("priority", 0),
+            row["session"],
+        )
 
     @property
     def is_served(self) -> bool:

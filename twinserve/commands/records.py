@@ -208,3 +208,28 @@ def record_import(
     record = read_vllm_record(source, traces)
     write_record(record, out)
     say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")
+
+
+def record_stat(
+    run: Annotated[Path, typer.Argument(help="A run record, a fleet's, or a vLLM step log.")],
+    by: Annotated[
+        Literal["tenant", "priority", "session", "prompt"],
+        typer.Option(help="What makes a class; prompt: the power of two that its length is below."),
+    ] = "tenant",
+    warm_up_s: Annotated[float, typer.Option(min=0, help="Requests of so many first seconds are left out.")] = 0.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="And those of so many last ones.")] = 0.0,
+    traces: Traces = None,
+    as_json: Json = False,
+) -> None:
+    """What came of the requests of a run by class: latencies, tokens computed again, KV held, fairness."""
+    from twinserve.commands.tables import class_table
+    from twinserve.planning.classes import by_class
+    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
+    from twinserve.traces.runs.vllm_records import load_run
+
+    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    found = by_class(records, by, warm_up_s=warm_up_s, drain_s=drain_s)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        class_table(found)

@@ -89,6 +89,30 @@ def waits_table(title: str, waits: list[Waited]) -> None:
         console.print(f"the prompts that others waited for most: requests {', '.join(worst)}")
 
 
+def class_table(found: dict[str, Any]) -> None:
+    """Print what came of the requests of each class, and how even that is."""
+    heads = ("TTFT mean", "p99", "p99.9", "max", "queue p99", "TPOT p99", "E2E p99")
+    table = Table(found["by"], "requests", "served", *heads, "tokens", "computed again", "KV token-s")
+    groups = list(found["classes"].items())
+    if len(groups) > 1:
+        groups.append(("all", found["all"]))
+    for name, of in groups:
+        ttft = [of["ttft"][statistic] for statistic in ("mean", "p99", "p99.9", "max")]
+        seconds = [*ttft, *(of[metric]["p99"] for metric in ("queue", "tpot", "e2e"))]
+        computed = of["prompt_tokens"] + of["output_tokens"], of["recomputed_tokens"], of["kv_token_s"]
+        table.add_row(
+            _plain(name), str(of["requests"]), str(of["served"]), *map(_number, seconds), *map(_number, computed)
+        )
+    console = _console(140)
+    console.print(table)
+    if limits := found["all"]["intervals"]:
+        words = (f"{name.replace('.', ' ')} {_range(pair)} s" for name, pair in limits.items())
+        console.print(f"95% by batch means, all: {'; '.join(words)}")
+    if len(found["classes"]) > 1:
+        even = ", ".join(f"{name} {_number(value)}" for name, value in found["fairness"].items())
+        console.print(f"Jain's index between classes: {even}")
+
+
 def comparison_table(comparisons: list[Comparison]) -> None:
     """Print the metrics of two runs side by side."""
     table = Table("metric", "simulated", "real", "error")

@@ -13,8 +13,10 @@ import simpy
 
 from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
+from twinserve.sim.clients import NOBODY, Clients, Door
+from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.latency import LatencyModel
-from twinserve.sim.replica import Feeder, Replica, alarm, now_ns, simulate
+from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
 from twinserve.sim.speculation import Acceptance
 from twinserve.traces.arrivals import Arrivals
@@ -91,7 +93,8 @@ class Fleet:
     Args:
         latencies: one a replica.
         failover_ns: nanoseconds from a death until the router knows of it.
-        ended: called with each sequence that ends.
+        ended: called with each sequence that ends, those of requests that are turned away among them.
+        clients: see `Clients`.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
 
@@ -108,7 +111,9 @@ class Fleet:
         failover_ns: int = 0,
         is_done: Callable[[], bool],
         step_by_step: bool = False,
+        clients: Clients = NOBODY,
     ):
+        self.door = Door(env, clients, params, ended)
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
         self._on_end, self._params, self._is_done, self._step_by_step = ended, params, is_done, step_by_step
         self._lives = [0] * len(latencies)
@@ -150,10 +155,13 @@ class Fleet:
             self._waiting.append(request)
             return
         replica = _chosen(self._router, request, able or replicas)
+        if not self.door.opens(request, replica):
+            return
         self._outstanding[request.id] = request
         if replica.index not in self._dead:
             self._listener.sent(request, replica.index)
         replica.submit(seq)
+        self.door.submitted(request, replica)
 
     def _can_serve(self, index: int, seq: Sequence) -> bool:
         """Could a replica, were it up, ever serve this?"""
@@ -179,6 +187,7 @@ class Fleet:
 
     def _ended(self, seq: Sequence) -> None:
         del self._outstanding[seq.seq_id]
+        self.door.ended(seq)
         self._on_end(seq)
 
     def _change(self, changes: list[tuple[int, int]]) -> Callable[[simpy.Event], None]:
@@ -238,7 +247,8 @@ def simulate_fleet(
     failover_ns: int = 0,
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
-) -> None:
+    clients: Clients = NOBODY,
+) -> tuple[int, int]:
     """Replay a trace on a simulated fleet until every request has ended.
 
     Args:
@@ -248,6 +258,10 @@ def simulate_fleet(
         failover_ns: nanoseconds from a death until the router knows of it.
         progress: called with each sequence that ends; in the order of time, unless the router is blind.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
+        clients: see `Clients`; whoever is turned away by one replica tries no other.
+
+    Returns:
+        How many were turned away, and how many gave up.
 
     Raises:
         ValueError: the outages are impossible; an InputError, which is one, if the router's choices are.
@@ -259,8 +273,9 @@ def simulate_fleet(
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
         # processor's caches. Eight take a tenth less on the Mooncake trace.
         cores = [listener.begun(index, 0) for index in range(len(latencies))]
+        counts = []
         for index, share in enumerate(_shares(arrivals, router, cores, params)):
-            simulate(
+            found = simulate(
                 share,
                 cores[index],
                 latencies[index],
@@ -269,8 +284,10 @@ def simulate_fleet(
                 progress=progress,
                 step_by_step=step_by_step,
                 acceptance=listener.acceptance(index),
+                clients=clients,
             )
-        return
+            counts.append(found)
+        return sum(rejected for rejected, _ in counts), sum(late for _, late in counts)
     env = simpy.Environment()
 
     def ended(seq: Sequence) -> None:
@@ -289,12 +306,14 @@ def simulate_fleet(
         failover_ns=failover_ns,
         is_done=lambda: arrivals.is_empty and not fleet._outstanding and not fleet._waiting,
         step_by_step=step_by_step,
+        clients=clients,
     )
     feeder = Feeder(env, arrivals, fleet.submit)
     env.run()
     fleet.check_integrity()
     if not arrivals.is_empty:
         raise RuntimeError(f"the simulation stopped at {now_ns(env)} with requests that never arrived")
+    return fleet.door.num_rejected, fleet.door.num_timed_out
 
 
 def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: SamplingParams) -> list[list[Request]]:

@@ -12,7 +12,7 @@ from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.files import write_whole
-from twinserve.worlds.workload import PointOptions, TraceOptions
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.planning.point import Point
@@ -52,9 +52,11 @@ def sweep(
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
 @options_of(FleetOptions, "fleet", but=("group",))
+@options_of(ClientOptions, "clients")
 @options_of(PointOptions, "point")
 def capacity(
     point: dict,
+    clients: dict,
     trace_options: dict,
     settings: dict,
     fleet: dict,
@@ -83,7 +85,7 @@ def capacity(
     from twinserve.planning.sweep import lines_of, load_plan, opened
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
-    given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet
+    given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet | clients
     chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
     say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def summary_table(summary: dict[str, Any]) -> None:
     """Print a run's summary; what was refused, shortened, capped or dropped comes first."""
     console = _console(100)
-    counts = ("requests", "finished", "refused", "aborted", "shortened", "capped", "dropped")
-    console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
+    counts = ("requests", "rejected", "finished", "refused", "aborted", "timed_out", "shortened", "capped", "dropped")
+    said = (f"{summary[name]} {name.replace('_', ' ')}" for name in counts if name in summary)
+    console.print(f"{summary['world']}: {', '.join(said)}")
     table = Table("seconds", *STATISTICS)
     for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))

@@ -13,11 +13,12 @@ from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
+from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
-from twinserve.worlds.workload import LIKE_HELP, TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, ClientOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.policies import Sequence
@@ -31,11 +32,13 @@ LATENCY_HELP = (
 
 
 @options_of(TraceOptions, "trace_options")
+@options_of(ClientOptions, "clients")
 @options_of(FleetOptions, "fleet", but=("group",))
 @options_of(Settings, "settings")
 def sim(
     trace: TraceFile,
     trace_options: dict,
+    clients: dict,
     fleet: dict,
     settings: dict,
     latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
@@ -75,6 +78,7 @@ def sim(
     judge = Judge(Rules(None if within is None else Limits.parse(within), measures, warm_up_s, drain_s))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
+    inside = validated(ClientOptions, {}, clients, None)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
@@ -93,7 +97,7 @@ def sim(
             verdict.ended(seq)
             judge.ended(seq)
 
-        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step}
+        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step, "clients": inside.clients}
         summary = chosen.serve(workload, replicas, intervals=limits, **how)
     judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():

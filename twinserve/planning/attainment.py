@@ -93,10 +93,10 @@ class Attainment:
     def of(self, summary: dict[str, Any]) -> dict[str, Any]:
         """What of a run, whose summary is given, kept the limits.
 
-        `share` of all requests that came, those that were not served included; `goodput_req_s` and `goodput_tok_s` are
-        the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
+        `share` of all requests that came, those that were not served or turned away included; `goodput_req_s` and
+        `goodput_tok_s` are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
         """
-        requests, duration_s = summary["requests"], summary["duration_s"]
+        requests, duration_s = summary["requests"] + summary.get("rejected", 0), summary["duration_s"]
         return {
             "limits": str(self.limits),
             "share": self._kept / requests if requests else None,

@@ -127,7 +127,7 @@ class Objective:
         Raises:
             InputError: a metric is not defined for these requests.
         """
-        if not summary.get("judged", summary)["requests"]:
+        if summary.get("judged", {}).get("requests") == 0:
             return [NOBODY]
         if self.limits is not None:
             return [str(self)] if (summary["attainment"]["share"] or 0.0) < self.share else []
@@ -148,7 +148,7 @@ class Objective:
         Raises:
             InputError: a metric is not defined for these requests.
         """
-        if not summary.get("judged", summary)["requests"]:
+        if summary.get("judged", {}).get("requests") == 0:
             return math.inf
         if self.limits is not None:
             return (1.0 - (summary["attainment"]["share"] or 0.0)) / (1.0 - self.share)
@@ -176,9 +176,9 @@ def _metric(statistic: str, name: str, of: str | None) -> str:
 
 
 def num_unserved(summary: dict[str, Any]) -> int:
-    """Requests that were not served, but for those that are left out by rule."""
+    """Requests that were not served, those that were turned away among them, but for those left out by rule."""
     counts = summary.get("judged", summary)
-    return counts["requests"] - counts["finished"]
+    return counts["requests"] - counts["finished"] + counts.get("rejected", 0)
 
 
 def cost_per_million_tokens(tokens_per_s: float | None, price_per_hour: float) -> float | None:

@@ -33,7 +33,7 @@ from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
 from twinserve.worlds.run import ReplicaSpec
 from twinserve.worlds.vllm_like import OWN, like_of
-from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload, read_requests
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions, Workload, make_workload, read_requests
 
 Result = dict[str, Any]
 Sought = Literal["rate", "replicas"]
@@ -52,6 +52,7 @@ class Point(PointOptions):
     settings: Settings = Settings()
     trace_options: TraceOptions = TraceOptions()
     fleet: FleetOptions = FleetOptions()
+    clients: ClientOptions = ClientOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> Point:
@@ -72,13 +73,13 @@ class Point(PointOptions):
             InputError: a name is unknown, `trace` is missing, or a value cannot be used.
         """
         parts: dict[str, type[BaseModel]] = {}
-        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions}
+        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions, "clients": ClientOptions}
         known = {"trace", *PointOptions.model_fields, *(name for part in parts.values() for name in part.model_fields)}
         for name in values:
             if name not in known:
                 own = ", ".join(PointOptions.model_fields)
                 raise InputError(
-                    f"expected trace, {own}, a setting, a trace option or one of a fleet",
+                    f"expected trace, {own}, a setting, a trace option, or one of a fleet or of clients",
                     field=name,
                     value=values[name],
                 )
@@ -95,6 +96,7 @@ class Point(PointOptions):
             "settings": Settings.load(of_part["settings"], defaults=like.settings if like else None),
             "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
             "fleet": FleetOptions.load(of_part["fleet"]),
+            "clients": validated(ClientOptions, {}, of_part["clients"], None),
         }
         own_values = {name: values[name] for name in ("trace", *PointOptions.model_fields) if name in values}
         return validated(cls, nested, own_values, None)
@@ -109,7 +111,7 @@ class Point(PointOptions):
     def flat(self) -> dict[str, Any]:
         """Every field that is not None, settings and options under their own names."""
         own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields, "draw")}
-        fields = own | self.settings.model_dump() | self.trace_options.model_dump()
+        fields = own | self.settings.model_dump() | self.trace_options.model_dump() | self.clients.model_dump()
         fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -286,7 +288,7 @@ def compute(job: Job) -> Result:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
     judge = Judge(point.rules())
-    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=judge.ended)
+    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=judge.ended, clients=point.clients.clients)
     del summary["wall_s"]
     judge.add_to(summary)
     result = {

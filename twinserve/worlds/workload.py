@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_TOKENS
+from twinserve.settings.limits import MOST, MOST_TOKENS
+from twinserve.sim.clients import Clients
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
@@ -58,6 +59,29 @@ class TraceOptions(BaseModel):
         """The options with a number added to every seed."""
         seeds = {name: getattr(self, name) for name in ("spread_seed", "shuffle_seed", "session_seed")}
         return self.model_copy(update={name: seed + number for name, seed in seeds.items() if seed is not None})
+
+
+class ClientOptions(BaseModel):
+    """What clients and the door of an engine do; see `sim.clients.Clients`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_num_queued_reqs: int | None = Field(
+        default=None, ge=0, le=MOST, description="requests of a replica that have not ended; those beyond get a 503"
+    )
+    max_num_queued_tokens: int | None = Field(
+        default=None, ge=0, le=MOST, description="prompt tokens without a first token of its own; beyond it, a 503"
+    )
+    client_timeout_s: float | None = Field(
+        default=None, gt=0, le=1e9, description="seconds from its arrival after which a client gives up"
+    )
+
+    @property
+    def clients(self) -> Clients:
+        """What a simulation makes of it."""
+        timeout = self.client_timeout_s
+        timeout_ns = None if timeout is None else round(timeout * 1e9)
+        return Clients(self.max_num_queued_reqs, self.max_num_queued_tokens, timeout_ns)
 
 
 class PointOptions(BaseModel):

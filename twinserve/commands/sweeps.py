@@ -105,7 +105,7 @@ def capacity(
 
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
-@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s"))
+@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s", "restart", "slow"))
 @options_of(PointOptions, "point", but=("latency", "limits"))
 def plan(
     point: dict,

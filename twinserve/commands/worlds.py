@@ -88,8 +88,9 @@ def sim(
     limits = None
     if intervals:
         with Bar("intervals", NUM_DRAWS) as bar:
-            drawn = [workload, *others]
-            limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
+            limits = replica_intervals(
+                [workload, *others], replicas, chosen, Workers(None), advance=bar.advance, clients=inside.clients
+            )
     with Bar("sim", len(workload.requests)) as bar:
 
         def ended(seq: Sequence) -> None:

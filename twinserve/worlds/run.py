@@ -18,10 +18,11 @@ from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequen
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.clients import NOBODY, Clients
-from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
@@ -426,6 +427,8 @@ def run_fleet(
     router_facts: dict[str, Any],
     outages: Iterable[Outage] = (),
     failover_ns: int = 0,
+    restarts: Iterable[Restart] = (),
+    slowdowns: Iterable[Slowdown] = (),
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -439,15 +442,19 @@ def run_fleet(
         router_facts: says in the record which router it was.
         outages: when replicas are down.
         failover_ns: nanoseconds from a death until the router knows of it.
+        restarts: which replicas are drained and restarted, and when.
+        slowdowns: when replicas are slow.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
 
     params = params or SamplingParams(ignore_eos=True)
-    outages = list(outages)
+    outages, restarts, slowdowns = list(outages), list(restarts), list(slowdowns)
     facts = {"trace": workload.facts, "sampling": asdict(params)}
     common, fleet, device = fleet_facts(replicas, router_facts)
     fleet |= {"outages": [asdict(outage) for outage in outages], "failover_ns": failover_ns}
+    fleet |= {"restarts": [asdict(one) for one in restarts]} if restarts else {}
+    fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
     facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
@@ -456,12 +463,16 @@ def run_fleet(
         begun = time.perf_counter()
         turned_away, gave_up = simulate_fleet(
             workload.requests,
-            [with_drafting(spec.latency, spec.settings) for spec in replicas],
+            [
+                slowed(with_drafting(spec.latency, spec.settings), index, slowdowns)
+                for index, spec in enumerate(replicas)
+            ],
             router,
             _RecordedFleet(recorder, replicas, facts, params),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
+            restarts=restarts,
             progress=progress,
             step_by_step=step_by_step,
             clients=clients,
@@ -469,6 +480,12 @@ def run_fleet(
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
         return recorder.close(counts) | {"wall_s": wall_s}
+
+
+def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:
+    """The latency of a replica that may be slow at times."""
+    own = [one for one in slowdowns if one.replica == index]
+    return SlowLatency(latency, own) if own else latency
 
 
 class _RecordedFleet(FleetListener):

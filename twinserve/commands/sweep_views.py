@@ -67,6 +67,7 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
         capacity = deployment.capacity
         together = {kind: count // len(capacity.point.replicas()) for kind, count in deployment.gpus.items()}
         varied = {"a replica": " and ".join(f"{count} x {kind}" for kind, count in together.items())}
+        varied |= {name: value for name, value in capacity.case.varied.items() if name != "latency"}
         values: dict[str, Estimate] = {
             "replicas": Estimate(capacity.value, capacity.interval),
             "price an hour": Estimate(deployment.price_per_hour),

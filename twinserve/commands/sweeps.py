@@ -121,6 +121,12 @@ def plan(
         str | None, typer.Option(help="Of the weights: fp8; as the model has it unless given.")
     ] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try", help="A setting to choose: max_num_batched_tokens=2048,8192; may be given again."
+        ),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,
@@ -131,7 +137,15 @@ def plan(
 ) -> None:
     """Find the cheapest GPUs, tensor-parallel degree and number of replicas that keep an objective for a trace."""
     from twinserve.commands.sweep_views import deployment_cases, page_of, remarks_of
-    from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
+    from twinserve.planning.answers import deployment_of
+    from twinserve.planning.deployments import (
+        best_of_each,
+        candidates,
+        find_deployments,
+        parse_choices,
+        plan_of,
+        rows_of,
+    )
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, opened
 
@@ -140,7 +154,8 @@ def plan(
     latencies, left_out = candidates(model, [device.strip() for device in devices.split(",")], text)
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings | trace_options | fleet
-    chosen = plan_of(latencies, {name: value for name, value in given.items() if value is not None})
+    named = {name: value for name, value in given.items() if value is not None}
+    chosen = plan_of(latencies, named, parse_choices(choices or []))
     for reason in left_out:
         say(f"left out: {reason}")
     say_likes(chosen.points)
@@ -148,13 +163,14 @@ def plan(
         found = find_deployments(chosen, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, found)), deployment_cases(chosen, found)
         remarks = remarks_of(chosen, [result for one in found for result in one.capacity.results])
-        remarks.append(
-            f"{len(found)} of {len(latencies)} kinds of replica keep the objective with some number of them."
-        )
+        best = best_of_each(found)
+        remarks.append(f"{len(best)} of {len(latencies)} kinds of replica keep the objective with some number of them.")
+        for place, deployment in enumerate(best[:3], 1):
+            remarks.append(f"{place}. {deployment_of(chosen, deployment.capacity)}")
         if out is not None:
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Plan", remarks, chosen, cases), replaces=True)
-    _show(lines, cases[:3], remarks, out, as_json)
+    _show(lines, deployment_cases(chosen, best[:3]), remarks, out, as_json)
 
 
 def say_likes(points: list[Point]) -> None:

@@ -85,6 +85,13 @@ class Replica:
         return sum(seq.num_prompt_tokens for seq in self._unanswered.values()) + self.outstanding_requests
 
     @property
+    def kv_use(self) -> float:
+        """The share of its KV blocks that are in use; of a pool without end, their number."""
+        self._cut_leap()
+        manager = self.core.scheduler.block_manager
+        return manager.num_used_blocks / (manager.num_blocks or 1)
+
+    @property
     def remaining_tokens(self) -> int:
         """What is left to do, in tokens, were the lengths of all answers known, as they are to no router."""
         self._cut_leap()

@@ -123,9 +123,7 @@ def plan(
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
     choices: Annotated[
         list[str] | None,
-        typer.Option(
-            "--try", help="A setting to choose: max_num_batched_tokens=2048,8192; may be given again."
-        ),
+        typer.Option("--try", help="A setting to choose: max_num_batched_tokens=2048,8192; may be given again."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     jobs: Jobs = None,

@@ -98,17 +98,17 @@ def test_of_equal_prices_fewer_gpus_come_first_and_a_lower_price_before_both(val
 
 
 def test_settings_are_chosen_with_the_gpus_and_what_binds_and_is_assumed_is_said(twinserve, trace, tmp_path):
-    common = (trace, "--model", "qwen3-0.6b", "--devices", "h100,l4", "--price", "h100=2,l4=0.5", "--jobs", 1)
+    common = (trace, "--model", "qwen3-0.6b", "--devices", "l4", "--price", "0.5", "--jobs", 1)
     asked = (*common, "--objective", OBJECTIVE, "--all-at-zero", "--out", tmp_path / "out")
-    result = twinserve("plan", *asked, "--try", "max-num-seqs=1,64", "--try", "max_num_batched_tokens=512,8192")
+    result = twinserve("plan", *asked, "--try", "max-num-seqs=1,64", "--try", "max_num_batched_tokens=512")
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     kinds = {row["varied"]["latency"] for row in rows}
-    assert len(rows) > len(kinds) > 2, "a kind has several settings that keep the objective"
+    assert len(rows) > len(kinds) > 1, "a kind has several settings that keep the objective"
     cheapest = rows[0]
     alike = [row for row in rows if row["varied"]["latency"] == cheapest["varied"]["latency"]]
     assert cheapest["varied"]["max_num_seqs"] == 64, "one sequence at a time needs more replicas"
-    assert {row["varied"]["max_num_seqs"] for row in alike} == {1, 64} or len(alike) == 2
+    assert {row["varied"]["max_num_seqs"] for row in alike} == {1, 64}
     said = [line for line in result.err.splitlines() if line.startswith(("plan: 1.", "1. "))]
     assert len(said) == 1 and "binds." in said[0] and "Assumed: roofline of qwen3-0.6b" in said[0]
     assert "No limits are known for a latency that is not fitted." in said[0]

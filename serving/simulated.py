@@ -14,8 +14,9 @@ from simpy.events import URGENT
 from twinserve.engine.live import BuildCore, Live
 from twinserve.engine.online import Abort, Clock
 from twinserve.policies import CoreListener, Sequence
+from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.latency import LatencyModel
-from twinserve.sim.replica import Replica, alarm, now_ns
+from twinserve.sim.replica import Replica
 from twinserve.sim.routers import Router
 from twinserve.sim.speculation import Acceptance
 from twinserve.traces.request import Request

@@ -212,6 +212,11 @@ class FittedLatency:
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def num_devices(self) -> int:
+        """How many devices share the model that was measured."""
+        return int(self.data["about"].get("tensor_parallel_size", 1))
+
+    @property
     def drift(self) -> list[float]:
         """How slow the host was, each for DRIFT_NS; see `with_drift`."""
         return self._drift

@@ -13,8 +13,10 @@ import simpy
 
 from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
+from twinserve.sim.clients import NOBODY, Clients, Door
+from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.latency import LatencyModel
-from twinserve.sim.replica import Feeder, Replica, alarm, now_ns, simulate
+from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
 from twinserve.sim.speculation import Acceptance
 from twinserve.traces.arrivals import Arrivals
@@ -35,6 +37,16 @@ class Outage:
 
     def __str__(self) -> str:
         return f"{self.replica}:{self.from_ns / 1e9:g}:{'' if self.to_ns is None else f'{self.to_ns / 1e9:g}'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Replicas are restarted one after another, from `from_ns` on: each is sent nothing more, ends what it has, is down
+    for `down_ns`, and is back, with nothing in it, before the next begins."""
+
+    replicas: tuple[int, ...]
+    from_ns: int
+    down_ns: int
 
 
 class FleetListener:
@@ -79,6 +91,18 @@ def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
         raise ValueError("every replica dies and none comes back, expected one that does")
 
 
+def check_restarts(restarts: Iterable[Restart], outages: Iterable[Outage], num_replicas: int) -> None:
+    """Raise ValueError if a replica is not there, is restarted twice, or dies as well."""
+    seen = {outage.replica for outage in outages}
+    for restart in restarts:
+        for index in restart.replicas:
+            if not 0 <= index < num_replicas:
+                raise ValueError(f"restart of {index}, expected a replica from 0 to {num_replicas - 1}")
+            if index in seen:
+                raise ValueError(f"restart of {index}, expected one that neither dies nor is restarted twice")
+            seen.add(index)
+
+
 class Fleet:
     """Replicas behind a router, in simulated time.
 
@@ -91,7 +115,9 @@ class Fleet:
     Args:
         latencies: one a replica.
         failover_ns: nanoseconds from a death until the router knows of it.
-        ended: called with each sequence that ends.
+        restarts: see `Restart`; the router knows of them.
+        ended: called with each sequence that ends, those of requests that are turned away among them.
+        clients: see `Clients`.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
 
@@ -106,9 +132,12 @@ class Fleet:
         params: SamplingParams,
         outages: Iterable[Outage] = (),
         failover_ns: int = 0,
+        restarts: Iterable[Restart] = (),
         is_done: Callable[[], bool],
         step_by_step: bool = False,
+        clients: Clients = NOBODY,
     ):
+        self.door = Door(env, clients, params, ended)
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
         self._on_end, self._params, self._is_done, self._step_by_step = ended, params, is_done, step_by_step
         self._lives = [0] * len(latencies)
@@ -129,13 +158,18 @@ class Fleet:
                 noticed_ns = min(noticed_ns, back_ns)
                 changes.append((back_ns, _RETURNS, outage.replica))
             changes += [(outage.from_ns, _DIES, outage.replica), (noticed_ns, _NOTICED, outage.replica)]
+        self._draining: dict[int, Callable[[], None]] = {}
+        """Those that are to be empty before they go, with what comes then."""
+        self._restarting: set[int] = set()
+        for restart in restarts:
+            alarm(env, restart.from_ns, _CHANGES, lambda _, restart=restart: self._drain(restart, 0))  # type: ignore[misc]
         for at_ns, group in groupby(sorted(changes), key=lambda change: change[0]):
             alarm(env, at_ns, _CHANGES, self._change([(kind, index) for _, kind, index in group]))
 
     @property
     def replicas(self) -> list[Replica]:
-        """Those that are up as far as the router knows, by number."""
-        return [self._up[index] for index in sorted(self._up)]
+        """Those to which requests are sent, as they are up as far as the router knows, by number."""
+        return [self._up[index] for index in sorted(self._up) if index not in self._draining]
 
     def submit(self, request: Request) -> None:
         """Send a request to the replica that the router chooses; if none is up, as soon as one is.
@@ -150,19 +184,23 @@ class Fleet:
             self._waiting.append(request)
             return
         replica = _chosen(self._router, request, able or replicas)
+        if not self.door.opens(request, replica):
+            return
         self._outstanding[request.id] = request
         if replica.index not in self._dead:
             self._listener.sent(request, replica.index)
         replica.submit(seq)
+        self.door.submitted(request, replica)
 
     def _can_serve(self, index: int, seq: Sequence) -> bool:
         """Could a replica, were it up, ever serve this?"""
         return _could_serve(self._cores[index], seq)
 
     def _to_return(self) -> Iterator[int]:
-        """Replicas that are down and will come back."""
+        """Replicas that are down, or will be so that they are empty, and will come back."""
         now = now_ns(self._env)
-        return (index for index, at_ns in self._returns if at_ns > now and index not in self._up)
+        yield from self._restarting
+        yield from (index for index, at_ns in self._returns if at_ns > now and index not in self._up)
 
     def _begin(self, index: int) -> None:
         core = self._cores[index] = self._listener.begun(index, self._lives[index])
@@ -179,7 +217,42 @@ class Fleet:
 
     def _ended(self, seq: Sequence) -> None:
         del self._outstanding[seq.seq_id]
+        self.door.ended(seq)
         self._on_end(seq)
+        for index in [index for index in self._draining if not self._up[index].outstanding_requests]:
+            self._draining.pop(index)()
+
+    def _drain(self, restart: Restart, place: int) -> None:
+        """Send nothing more to a replica that is to be restarted; once it is empty, it goes."""
+        if self._is_done():
+            return
+        index = restart.replicas[place]
+        self._restarting.add(index)
+
+        def back(_: simpy.Event) -> None:
+            if self._is_done():
+                return
+            self._restarting.remove(index)
+            self._begin(index)
+            self._send_waiting()
+            if place + 1 < len(restart.replicas):
+                self._drain(restart, place + 1)
+
+        def emptied() -> None:
+            del self._up[index]
+            alarm(self._env, now_ns(self._env) + restart.down_ns, _CHANGES, back)
+
+        if self._up[index].outstanding_requests:
+            self._draining[index] = emptied
+        else:
+            emptied()
+
+    def _send_waiting(self) -> None:
+        """Try again to send what waits."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        for request in waiting:
+            self.submit(request)
 
     def _change(self, changes: list[tuple[int, int]]) -> Callable[[simpy.Event], None]:
         """What happens at an instant at which replicas die, are noticed to have died, or come back."""
@@ -198,17 +271,14 @@ class Fleet:
                 else:
                     self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
-            waiting = list(self._waiting)
-            self._waiting.clear()
-            for request in waiting:
-                self.submit(request)
+            self._send_waiting()
 
         return change
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a request is still somewhere, or a replica's policies are inconsistent."""
         assert not self._outstanding and not self._waiting, f"unanswered: {[*self._outstanding, *self._waiting]}"
-        for replica in self.replicas:
+        for replica in self._up.values():
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"
@@ -236,9 +306,11 @@ def simulate_fleet(
     params: SamplingParams | None = None,
     outages: Iterable[Outage] = (),
     failover_ns: int = 0,
+    restarts: Iterable[Restart] = (),
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
-) -> None:
+    clients: Clients = NOBODY,
+) -> tuple[int, int]:
     """Replay a trace on a simulated fleet until every request has ended.
 
     Args:
@@ -246,21 +318,28 @@ def simulate_fleet(
         router: chooses a replica for each request as it arrives.
         listener: builds the policies.
         failover_ns: nanoseconds from a death until the router knows of it.
+        restarts: replicas that are drained and restarted.
         progress: called with each sequence that ends; in the order of time, unless the router is blind.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
+        clients: see `Clients`; whoever is turned away by one replica tries no other.
+
+    Returns:
+        How many were turned away, and how many gave up.
 
     Raises:
         ValueError: the outages are impossible; an InputError, which is one, if the router's choices are.
     """
-    params, outages = params or SamplingParams(ignore_eos=True), list(outages)
+    params, outages, restarts = params or SamplingParams(ignore_eos=True), list(outages), list(restarts)
+    check_restarts(restarts, outages, len(latencies))
     arrivals = Arrivals(requests)
-    is_apart = getattr(router, "is_blind", False) and not outages and isinstance(requests, Seq)
+    is_apart = getattr(router, "is_blind", False) and not (outages or restarts) and isinstance(requests, Seq)
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
         # processor's caches. Eight take a tenth less on the Mooncake trace.
         cores = [listener.begun(index, 0) for index in range(len(latencies))]
+        counts = []
         for index, share in enumerate(_shares(arrivals, router, cores, params)):
-            simulate(
+            found = simulate(
                 share,
                 cores[index],
                 latencies[index],
@@ -269,8 +348,10 @@ def simulate_fleet(
                 progress=progress,
                 step_by_step=step_by_step,
                 acceptance=listener.acceptance(index),
+                clients=clients,
             )
-        return
+            counts.append(found)
+        return sum(rejected for rejected, _ in counts), sum(late for _, late in counts)
     env = simpy.Environment()
 
     def ended(seq: Sequence) -> None:
@@ -287,14 +368,17 @@ def simulate_fleet(
         params=params,
         outages=outages,
         failover_ns=failover_ns,
+        restarts=restarts,
         is_done=lambda: arrivals.is_empty and not fleet._outstanding and not fleet._waiting,
         step_by_step=step_by_step,
+        clients=clients,
     )
     feeder = Feeder(env, arrivals, fleet.submit)
     env.run()
     fleet.check_integrity()
     if not arrivals.is_empty:
         raise RuntimeError(f"the simulation stopped at {now_ns(env)} with requests that never arrived")
+    return fleet.door.num_rejected, fleet.door.num_timed_out
 
 
 def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: SamplingParams) -> list[list[Request]]:

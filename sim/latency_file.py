@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import ConfigDict, Field, Strict, with_config
 from typing_extensions import TypedDict
 
+from twinserve.settings.limits import MOST_REPLICAS
 from twinserve.traces.kinds import checker
 
 _STRICT = with_config(ConfigDict(strict=True))
@@ -64,6 +65,7 @@ class About(TypedDict):
     dtype: NotRequired[str]
     kv_cache_dtype: NotRequired[str]
     quantization: NotRequired[str]
+    tensor_parallel_size: NotRequired[Annotated[int, Field(ge=1, le=MOST_REPLICAS)]]
 
 
 @_STRICT

@@ -13,6 +13,8 @@ import simpy
 from simpy.events import URGENT
 
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
+from twinserve.sim.clients import NOBODY, Clients, Door
+from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
@@ -22,20 +24,6 @@ from twinserve.traces.request import Request
 
 _ARRIVES = URGENT
 _ENDS, _ANSWERED, _DECIDES = 1_000_000, 2_000_000, 3_000_000
-
-
-def now_ns(env: simpy.Environment) -> int:
-    """The simulated time in nanoseconds; all delays are integers, so it is one."""
-    return int(env.now)
-
-
-def alarm(env: simpy.Environment, at_ns: int, priority: int, *callbacks: Callable[[simpy.Event], None]) -> simpy.Event:
-    """An event at a given time; of those at the same time, smaller priorities come first."""
-    event = simpy.Event(env)
-    event._ok, event._value = True, None
-    event.callbacks.extend(callbacks)
-    env.schedule(event, priority, at_ns - now_ns(env))  # type: ignore[arg-type]
-    return event
 
 
 class Replica:
@@ -95,6 +83,13 @@ class Replica:
             for number in [number for number, seq in self._unanswered.items() if seq.num_completion_tokens]:
                 del self._unanswered[number]
         return sum(seq.num_prompt_tokens for seq in self._unanswered.values()) + self.outstanding_requests
+
+    @property
+    def kv_use(self) -> float:
+        """The share of its KV blocks that are in use; of a pool without end, their number."""
+        self._cut_leap()
+        manager = self.core.scheduler.block_manager
+        return manager.num_used_blocks / (manager.num_blocks or 1)
 
     @property
     def remaining_tokens(self) -> int:
@@ -272,7 +267,8 @@ def simulate(
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
     acceptance: Acceptance | None = None,
-) -> None:
+    clients: Clients = NOBODY,
+) -> tuple[int, int]:
     """Replay a trace on one simulated replica until every request has ended.
 
     Args:
@@ -282,24 +278,33 @@ def simulate(
         progress: called with each sequence that ends.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
         acceptance: what comes of drafts; has to be given where the settings schedule any.
+        clients: who is turned away, and who gives up; `progress` is told of both.
+
+    Returns:
+        How many were turned away, and how many gave up.
     """
     env = simpy.Environment()
     params = params or SamplingParams(ignore_eos=True)
 
     def ended(seq: Sequence) -> None:
+        door.ended(seq)
         if progress is not None:
             progress(seq)
         feeder.answered(seq)
 
     def submit(request: Request) -> None:
+        if not door.opens(request, replica):
+            return
         if announce is not None:
             announce(request)
         replica.submit(request.to_sequence(params))
+        door.submitted(request, replica)
 
-    arrivals = Arrivals(requests)
+    arrivals, door = Arrivals(requests), Door(env, clients, params, ended)
     replica = Replica(env, core, latency, ended, step_by_step=step_by_step, acceptance=acceptance)
     feeder = Feeder(env, arrivals, submit)
     env.run()
     core.scheduler.check_integrity()
     if not (arrivals.is_empty and core.is_idle):
         raise RuntimeError(f"the simulation stopped with {len(core.sequences)} requests unfinished")
+    return door.num_rejected, door.num_timed_out

@@ -15,11 +15,11 @@ from twinserve.traces.request import PrefixKeys, Request, answer_text
 class Router(Protocol):
     """Chooses a replica for each request, once, when it arrives; and again if that replica dies.
 
-    What it may read of a replica is what a router can know: `index`, `outstanding_requests`, and `outstanding_tokens`,
-    which is worked out when it is read. `remaining_tokens` is for oracles, as it knows how long answers will be. A
-    class that reads no more than `index` may say so by `is_blind = True`, False where it is missing; one that derives
-    from such a class and reads more says `is_blind = False`. Replicas of a blind router can be simulated one after the
-    other, which takes less time.
+    What it may read of a replica is what a router can know: `index`, `outstanding_requests`, `kv_use`, and
+    `outstanding_tokens`; the last two are worked out when they are read. `remaining_tokens` is for oracles, as it knows
+    how long answers will be. A class that reads no more than `index` may say so by `is_blind = True`, False where it is
+    missing; one that derives from such a class and reads more says `is_blind = False`. Replicas of a blind router can
+    be simulated one after the other, which takes less time.
     """
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
@@ -71,6 +71,34 @@ class PowerOfTwo:
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
         places = self._draws.sample(range(len(replicas)), min(2, len(replicas)))
         return _least_loaded(replicas, places)
+
+
+class LeastKvUse:
+    """The one with the smallest share of its KV blocks in use, as the router knows it: by metrics that it reads anew of
+    all replicas where they are older than a period, at the arrival of a request; of equal ones the one with the fewest
+    outstanding tokens.
+
+    Args:
+        period_s: how old what it knows may be; gateways read engines' metrics several times a second.
+
+    Raises:
+        ValueError: the period is below 0.
+    """
+
+    def __init__(self, period_s: float = 0.05):
+        if not period_s >= 0:
+            raise ValueError(f"period_s is {period_s}, expected seconds >= 0")
+        self._period_ns = period_s * 1e9
+        self._read_ns: int | None = None
+        self._known: dict[int, float] = {}
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        now_ns = request.arrival_ns
+        if self._read_ns is None or now_ns - self._read_ns >= self._period_ns:
+            self._read_ns = now_ns
+            self._known = {replica.index: replica.kv_use for replica in replicas}
+        uses = [(self._known.get(replica.index, 0.0), replica.outstanding_tokens) for replica in replicas]
+        return uses.index(min(uses))
 
 
 class SessionSticky:
@@ -165,6 +193,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "random": RandomChoice,
     "least-outstanding": LeastOutstanding,
     "power-of-two": PowerOfTwo,
+    "least-kv-use": LeastKvUse,
     "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": PrefixAffine,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -16,7 +17,7 @@ from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
 
-Arrivals = Literal["poisson", "gamma", "burst"]
+Arrivals = Literal["poisson", "gamma", "burst", "mmpp", "diurnal"]
 
 _LENGTH_FORMS = "fixed:N or lognormal:MEAN:CV[:MIN:MAX], in tokens, or empirical:FILE"
 
@@ -120,12 +121,16 @@ def generate(
     arrivals: Arrivals = "poisson",
     cv: float = 1.0,
     burst_size: int = 1,
+    peak: float = 2.0,
+    period_s: float = 86_400.0,
+    users: int = 0,
+    priority_shares: Seq[float] = (),
     num_system_prompts: int = 0,
     system_prompt_tokens: int = 0,
     turns: int = 1,
     think_time_s: float = 0.0,
 ) -> list[Request]:
-    """Synthetic requests in the order of their arrival, the first one at 0.
+    """Synthetic requests in the order of their arrival; the first one at 0, that of a user after a think time.
 
     Conversations of `turns` requests begin at random times. A later turn's prompt is the prompt before it, the answer
     to that, and new text; it arrives a think time after that answer is complete.
@@ -138,10 +143,18 @@ def generate(
         prompt_tokens: new text of a turn; system prompt and earlier turns come on top.
         output_tokens: what a request asks for. If both are of the same trace, a request has the two lengths of one of
             its requests.
-        arrivals: "poisson", "gamma" (gaps with coefficient of variation `cv`), or "burst" (`burst_size`
-            conversations at the same instant, bursts at exponential gaps).
+        arrivals: "poisson", "gamma" (gaps with coefficient of variation `cv`), "burst" (`burst_size` conversations at
+            the same instant, bursts at exponential gaps), "mmpp" (a Poisson process modulated by two states: Fischer
+            and Meier-Hellstern, Performance Evaluation 18, 1993), or "diurnal" (one whose rate is a sine, from its
+            least on).
         cv: standard deviation of the gaps divided by their mean; for "gamma".
         burst_size: conversations in a burst; for "burst".
+        peak: the highest rate divided by the mean; for "mmpp", in whose busy state half of all conversations begin,
+            and "diurnal".
+        period_s: the mean time from one busy state to the next, and the time from one peak to the next.
+        users: so many send one conversation after another, each a think time after the end of the one before, in
+            place of `rate` and `arrivals`: a closed loop. 0: conversations begin whatever becomes of the others.
+        priority_shares: of conversations, the share that has priority 0, 1, ...; none: all have 0.
         num_system_prompts: texts of which each conversation has one, chosen uniformly, at its start; 0 is none.
         system_prompt_tokens: length of each of them.
         turns: requests in a conversation; the last conversation may have fewer.
@@ -151,14 +164,21 @@ def generate(
         InputError: a value is out of range.
     """
     _check(num_requests, rate, arrivals, cv, burst_size, num_system_prompts, system_prompt_tokens, turns, think_time_s)
+    _check_more(peak, period_s, users, priority_shares, arrivals)
     draws = _Draws.seeded(seed, prompt_tokens, output_tokens, num_system_prompts, think_time_s)
-    gaps_s = _gaps(random.Random(f"{seed}:gaps"), rate / turns, arrivals, cv, burst_size)
+    gaps_s = _gaps(random.Random(f"{seed}:gaps"), rate / turns, arrivals, cv, burst_size, peak, period_s)
+    priority_rng, kinds = random.Random(f"{seed}:priorities"), range(len(priority_shares))
     start_ns = 0
     drafts: list[Request] = []
+    latest: list[Request] = []  # of each conversation
     for session in range(-(-num_requests // turns)):
         parts = (Part(next(draws.systems), 0, system_prompt_tokens),) if num_system_prompts else ()
-        opening = Request(len(drafts), start_ns, parts, max_tokens=0, session=session if turns > 1 else None)
+        priority = priority_rng.choices(kinds, priority_shares)[0] if priority_shares else 0
+        opening = Request(len(drafts), start_ns, parts, 0, session=session if turns > 1 else None, priority=priority)
+        if users:
+            opening = _following(opening, latest[session - users] if session >= users else None, next(draws.think_ns))
         drafts += _conversation(opening, min(turns, num_requests - len(drafts)), draws)
+        latest.append(drafts[-1])
         start_ns += round(next(gaps_s) * 1e9)
     # Stable, so that a turn stays behind the one before it.
     drafts.sort(key=lambda request: request.arrival_ns)
@@ -188,6 +208,16 @@ def _check(
     require(system_prompt_tokens >= least, "system_prompt_tokens", system_prompt_tokens, f"an integer >= {least}")
     require(turns >= 1, "turns", turns, "an integer >= 1")
     require(0 <= think_time_s <= 1e6, "think_time_s", think_time_s, "seconds from 0 to 1e6")
+
+
+def _check_more(peak: float, period_s: float, users: int, priority_shares: Seq[float], arrivals: str) -> None:
+    """The same of what was added to them."""
+    most = 2 if arrivals == "diurnal" else 1e3
+    require(1 < peak <= most, "peak", peak, f"a number above 1, and at most {most:g}")
+    require(1e-3 <= period_s <= 1e9, "period_s", period_s, "seconds from 0.001 to 1e9")
+    require(0 <= users <= MOST_REQUESTS, "users", users, f"an integer from 0 to {MOST_REQUESTS}")
+    are_shares = all(0 <= share < math.inf for share in priority_shares) and sum(priority_shares) > 0
+    require(not priority_shares or are_shares, "priority_shares", list(priority_shares), "numbers >= 0, not all 0")
 
 
 class _Draws(NamedTuple):
@@ -225,22 +255,35 @@ def _are_of_one_trace(prompt_tokens: Lengths, output_tokens: Lengths) -> bool:
     )
 
 
+def _following(opening: Request, before: Request | None, think_ns: int) -> Request:
+    """The opening of a user's conversation, so long after the end of the one before; the first after so long."""
+    if before is None:
+        return replace(opening, arrival_ns=think_ns)
+    return replace(opening, arrival_ns=before.arrival_ns + think_ns, after=before.id, think_ns=think_ns)
+
+
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:
     """The turns of one conversation; `opening` has the id and time of the first, and what its prompt begins with."""
     parts = opening.parts
-    arrival_ns, think_ns = opening.arrival_ns, 0
+    arrival_ns, think_ns = opening.arrival_ns, opening.think_ns
     for number in range(opening.id, opening.id + turns):
         parts = (*parts, Part(next(draws.texts), 0, next(draws.prompt_tokens)))
         max_tokens = next(draws.max_tokens)
-        after = number - 1 if number > opening.id else None
-        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after, think_ns)
+        after = number - 1 if number > opening.id else opening.after
+        yield Request(number, arrival_ns, parts, max_tokens, opening.session, after, think_ns, opening.priority)
         parts = (*parts, Part(answer_text(number), 0, max_tokens))
         think_ns = next(draws.think_ns)
         arrival_ns += think_ns
 
 
-def _gaps(rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_size: int) -> Iterator[float]:
+def _gaps(
+    rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_size: int, peak: float, period_s: float
+) -> Iterator[float]:
     """Seconds between successive starts, `rate` starts per second in the long run."""
+    if arrivals == "mmpp":
+        yield from _modulated_gaps(rng, rate, peak, period_s)
+    if arrivals == "diurnal":
+        yield from _diurnal_gaps(rng, rate, peak, period_s)
     while True:
         if arrivals == "gamma":
             yield rng.gammavariate(1 / cv**2, cv**2 / rate)
@@ -249,3 +292,32 @@ def _gaps(rng: random.Random, rate: float, arrivals: Arrivals, cv: float, burst_
         else:
             yield from [0.0] * (burst_size - 1)
             yield rng.expovariate(rate / burst_size)
+
+
+def _modulated_gaps(rng: random.Random, rate: float, peak: float, period_s: float) -> Iterator[float]:
+    """Of a Poisson process with two states, each of exponential length, in each of which half of the starts lie."""
+    busy = 1 / (2 * peak)  # the share of time
+    states = ((rate * peak, period_s * busy), (rate / (2 * (1 - busy)), period_s * (1 - busy)))
+    is_busy = rng.random() < busy
+    left_s, gap_s = rng.expovariate(1 / states[not is_busy][1]), 0.0
+    while True:
+        next_s = rng.expovariate(states[not is_busy][0])
+        if next_s < left_s:
+            left_s -= next_s
+            yield gap_s + next_s
+            gap_s = 0.0
+        else:
+            gap_s += left_s
+            is_busy = not is_busy
+            left_s = rng.expovariate(1 / states[not is_busy][1])
+
+
+def _diurnal_gaps(rng: random.Random, rate: float, peak: float, period_s: float) -> Iterator[float]:
+    """Of a Poisson process whose rate is a sine, by thinning (Lewis and Shedler, Naval Research Logistics 26, 1979)."""
+    time_s = latest_s = 0.0
+    while True:
+        time_s += rng.expovariate(rate * peak)
+        share = (1 - (peak - 1) * math.cos(2 * math.pi * time_s / period_s)) / peak
+        if rng.random() < share:
+            yield time_s - latest_s
+            latest_s = time_s

@@ -206,3 +206,17 @@ def test_the_traffic_of_a_vllm_that_was_recorded_is_a_trace(twinserve):
     assert found["requests"] == 60
     limited = json.loads(twinserve("trace", "stat", journal, "--limit", 7, "--json").out)
     assert limited["requests"] == 7
+
+
+def test_a_closed_loop_with_priorities_is_made_and_simulated(twinserve, tmp_path, latency):
+    out = tmp_path / "loop.jsonl"
+    loop = ("--requests", 60, "--users", 4, "--think-time-s", 0.01, "--priority-shares", "0.5,0.5")
+    made = twinserve("trace", "make", "--out", out, *loop)
+    assert made.code == 0, made.err
+    run = tmp_path / "run"
+    result = twinserve("sim", out, "--latency", latency, "--scheduling-policy", "priority", "--out", run, "--json")
+    assert result.code in (0, 3), result.err
+    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    assert max(step["waiting"] + step["running"] for step in steps) == 4
+    refused = twinserve("trace", "make", "--out", tmp_path / "x", "--priority-shares", "0.5,a")
+    assert refused.code == 2 and "priority_shares is '0.5,a', expected numbers such as 0.2,0.8" in refused.err

@@ -20,7 +20,8 @@ MS = 10**6
 def answer(ttft_ms: int, tpot_ms: int, tokens: int = 11, reason: str = "length") -> SimpleNamespace:
     first_ns = 5 * MS + ttft_ms * MS
     return SimpleNamespace(
-        arrival_ns=5 * MS, first_token_ns=first_ns, finish_ns=first_ns + (tokens - 1) * tpot_ms * MS,
+        arrival_ns=5 * MS, first_scheduled_ns=6 * MS, first_token_ns=first_ns,
+        finish_ns=first_ns + (tokens - 1) * tpot_ms * MS,
         num_completion_tokens=tokens, finish_reason=reason,
     )  # fmt: skip
 
@@ -41,6 +42,7 @@ def test_what_is_not_served_keeps_nothing_and_one_token_has_no_time_per_token():
     assert not limits.kept(answer(1, 1, reason="abort"))
     assert not limits.kept(SimpleNamespace(finish_reason="refused", first_token_ns=None, finish_ns=None))
     assert limits.kept(answer(1000, 50, tokens=1)) and not limits.kept(answer(1001, 50, tokens=1))
+    assert Limits.parse("queue <= 1 ms").kept(answer(9, 9)) and not Limits.parse("queue <= 0.999 ms").kept(answer(9, 9))
     assert Attainment(limits).of({"requests": 0, "duration_s": None})["share"] is None
 
 
@@ -48,7 +50,7 @@ def test_what_is_not_served_keeps_nothing_and_one_token_has_no_time_per_token():
     ("text", "problem"),
     [
         ("p99 TTFT <= 1 s", "limits is 'p99 TTFT <= 1 s', expected limits such as"),
-        ("ITL <= 1 s", "limits is 'ITL', expected each of ttft, tpot, e2e once at most"),
+        ("ITL <= 1 s", "limits is 'ITL', expected each of ttft, tpot, e2e, queue once at most"),
         ("TTFT <= 1 s and TTFT <= 2 s", "limits is 'TTFT', expected each of"),
         ("TTFT <= 1.2.3 s", "expected limits such as"),
     ],
@@ -63,7 +65,7 @@ def test_an_objective_may_ask_for_a_share_of_requests():
     assert (objective.share, objective.terms) == (0.995, ())
     assert str(objective) == "99.5% of requests with TTFT <= 1 s and TPOT <= 50 ms"
     assert Objective.parse(str(objective)) == objective
-    kept, missed = {"attainment": {"share": 0.995}}, {"attainment": {"share": 0.99}}
+    kept, missed = ({"requests": 1000, "attainment": {"share": share}} for share in (0.995, 0.99))
     assert objective.missed(kept) == [] and objective.missed(missed) == [str(objective)]
     assert objective.load_of(kept) == pytest.approx(1) and objective.load_of(missed) == pytest.approx(2)
     for text in ("100% of requests with TTFT <= 1 s", "0% of requests with TTFT <= 1 s", "1.2.3% of requests with x"):

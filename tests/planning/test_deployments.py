@@ -85,7 +85,8 @@ def test_of_equal_prices_fewer_gpus_come_first_and_a_lower_price_before_both(val
         kinds = [str(case.varied["latency"]).partition("@")[2].partition(":")[0] for case in plan.cases]
         kept = [replicas[kind] for kind in kinds]
         cases = zip(plan.cases, kept, strict=True)
-        return [Capacity(case, "replicas", value, None, [], [value], [], 1) for case, value in cases][::-1]
+        run = {"summary": {"requests": 1, "finished": 1, "ttft_s": {"p99": 0.01}, "tpot_s": {"p99": 0.001}}}
+        return [Capacity(case, "replicas", value, None, [], [value], [run], 1) for case, value in cases][::-1]
 
     monkeypatch.setattr("twinserve.planning.deployments.find_capacities", found)
     found = find_deployments(plan, Store(), Workers(1))
@@ -94,3 +95,22 @@ def test_of_equal_prices_fewer_gpus_come_first_and_a_lower_price_before_both(val
         ({"h100": 1}, 2.0),
         ({"l40s": 2}, 2.0),
     ]
+
+
+def test_settings_are_chosen_with_the_gpus_and_what_binds_and_is_assumed_is_said(twinserve, trace, tmp_path):
+    common = (trace, "--model", "qwen3-0.6b", "--devices", "l4", "--price", "0.5", "--jobs", 1)
+    asked = (*common, "--objective", OBJECTIVE, "--all-at-zero", "--out", tmp_path / "out")
+    result = twinserve("plan", *asked, "--try", "max-num-seqs=1,64", "--try", "max_num_batched_tokens=512")
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    kinds = {row["varied"]["latency"] for row in rows}
+    assert len(rows) > len(kinds) > 1, "a kind has several settings that keep the objective"
+    cheapest = rows[0]
+    alike = [row for row in rows if row["varied"]["latency"] == cheapest["varied"]["latency"]]
+    assert cheapest["varied"]["max_num_seqs"] == 64, "one sequence at a time needs more replicas"
+    assert {row["varied"]["max_num_seqs"] for row in alike} == {1, 64}
+    said = [line for line in result.err.splitlines() if line.startswith(("plan: 1.", "1. "))]
+    assert len(said) == 1 and "binds." in said[0] and "Assumed: roofline of qwen3-0.6b" in said[0]
+    assert "No limits are known for a latency that is not fitted." in said[0]
+    refused = twinserve("plan", *common, "--objective", OBJECTIVE, "--try", "speed=1")
+    assert refused.code == 2 and "try is 'speed=1', expected each setting once at most" in refused.err

@@ -345,3 +345,22 @@ def test_a_rate_has_sessions_begin_denser_as_far_as_there_are_enough(tmp_path):
     assert Point.of({"trace": str(path), "rate": most * 0.99, "arrivals": "poisson"}).workload().requests
     with pytest.raises(InputError, match=r"rate is .*, expected at most .*: the 10 sessions would begin within"):
         Point.of({"trace": str(path), "rate": most * 1.01, "arrivals": "poisson"}).workload()
+
+
+def test_a_fit_of_a_model_over_several_devices_is_paid_for_each_of_them(twinserve, tmp_path, trace, latency):
+    """It was counted as one GPU, so two H200s that serve a model together cost the price of one."""
+    data = json.loads(latency.read_text())
+    both = tmp_path / "both.json"
+    both.write_text(json.dumps(data | {"about": data["about"] | {"device": "2 x H200", "tensor_parallel_size": 2}}))
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text(json.dumps(data | {"about": data["about"] | {"device": "cpu", "tensor_parallel_size": 3}}))
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        f'trace = "{trace}"\nall_at_zero = true\nprice_per_gpu_hour = {{ h200 = 4.0, "" = 1.0 }}\n'
+        f'[[group]]\nreplicas = 2\nlatency = "{both}"\n[[group]]\nlatency = "{unknown}"\n'
+    )
+    assert load_plan(path).points[0].gpus() == {"h200": 4, "": 3}
+    result = twinserve("sweep", path, "--out", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    row = json.loads(result.out)
+    assert row["cost"]["total"] == pytest.approx(19.0 / 3600 / row["summary"]["total_tok_s"] * 1e6)

@@ -417,6 +417,7 @@ JUNK = (None, True, -1, "x", "1", [], [1], {}, float("inf"), -5e9, 1e300, [[]], 
     [
         (("drift",), [["a"], "x", [-1.0], [0], [1e308], 3, [None]]),
         (("about",), [[], "text", {}, {"model": "m"}, {"model": 1, "device": "d"}]),
+        (("about", "tensor_parallel_size"), [0, -1, 1.5, "two", None]),
         (("regimes", "decode", "device", "ns", "constant"), JUNK),
         (("regimes", "decode", "device", "knots"), [["\0"], [-1], [None], [1.5], [2**64], 3, None]),
         (("regimes", "prompt", "host"), JUNK),

@@ -15,6 +15,7 @@ from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
 from twinserve.sim.routers import (
+    LeastKvUse,
     LeastOutstanding,
     LeastRemaining,
     PowerOfTwo,
@@ -37,6 +38,7 @@ ROUTERS = {
     "random": lambda: RandomChoice(3),
     "least-outstanding": LeastOutstanding,
     "power-of-two": PowerOfTwo,
+    "least-kv-use": LeastKvUse,
     "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": lambda: PrefixAffine(max_lead_tokens=300, block_tokens=16),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from twinserve.sim.routers import (
+    LeastKvUse,
     LeastOutstanding,
     LeastRemaining,
     PowerOfTwo,
@@ -27,6 +28,7 @@ class Counts:
     outstanding_tokens: int = 0
     outstanding_requests: int = 0
     remaining_tokens: int = 0
+    kv_use: float = 0.0
 
 
 def up(*tokens: int) -> list[Counts]:
@@ -73,6 +75,19 @@ def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_kno
     replicas = [Counts(0, 10, 1, 900), Counts(1, 800, 9, 90)]
     assert LeastRemaining().choose(request(0), replicas) == 1
     assert LeastOutstanding().choose(request(0), replicas) == 0
+
+
+def test_kv_use_is_known_as_it_was_when_metrics_were_read_last():
+    router = LeastKvUse(period_s=0.05)
+    full, free = Counts(0, 5, kv_use=0.9), Counts(1, 50, kv_use=0.1)
+    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((0, 49, 50))]
+    assert router.choose(at[0], [full, free]) == 1
+    full.kv_use, free.kv_use = 0.0, 0.8
+    assert router.choose(at[1], [full, free]) == 1, "it does not know yet"
+    assert router.choose(at[2], [full, free]) == 0
+    assert LeastKvUse().choose(at[0], [Counts(0, 9), Counts(1, 3)]) == 1, "of equal ones who has less to do"
+    with pytest.raises(ValueError, match="period_s is -1, expected seconds >= 0"):
+        LeastKvUse(-1)
 
 
 def test_of_two_that_are_drawn_the_one_with_less_to_do_is_taken():

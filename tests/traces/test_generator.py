@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from statistics import fmean, pstdev
 
 import pytest
 
 from twinserve.settings.errors import InputError
+from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.generator import EmpiricalLengths, LengthSpec, generate, parse_lengths
 from twinserve.traces.readers import read_trace, write_trace
 from twinserve.traces.request import Part, Request, answer_text
@@ -135,6 +138,74 @@ def test_a_burst_arrives_at_one_instant():
     assert [sum(r.arrival_ns == time for r in requests) for time in sorted({r.arrival_ns for r in requests})] == [8] * 5
 
 
+@pytest.mark.parametrize("peak", [1.5, 4.0])
+def test_half_of_a_modulated_process_comes_at_its_peak(peak):
+    """In both states lie half of the arrivals, so windows far shorter than a state tell two rates apart; and the index
+    of dispersion of counts, 1 of a Poisson process, is far above it."""
+    requests = make(num_requests=60_000, arrivals="mmpp", peak=peak, period_s=60.0)
+    span_s = requests[-1].arrival_ns / 1e9
+    assert 60_000 / span_s == pytest.approx(10.0, rel=0.05)
+    counts = Counter(request.arrival_ns // 10**9 for request in requests)
+    seconds = [counts[second] for second in range(int(span_s))]
+    assert pstdev(seconds) ** 2 / fmean(seconds) > 1.3
+    quiet = 10 / (2 * (1 - 1 / (2 * peak)))
+    middle = (10 * peak + quiet) / 2
+    assert sum(n for n in seconds if n > middle) / sum(seconds) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_diurnal_rate_is_a_sine_from_its_least_on():
+    requests = make(num_requests=40_000, arrivals="diurnal", peak=1.8, period_s=400.0)
+    assert 40_000 / (requests[-1].arrival_ns / 1e9) == pytest.approx(10.0, rel=0.05)
+    quarters = Counter(int(request.arrival_ns / 1e9 % 400 // 100) for request in requests)
+    total = sum(quarters.values())
+    # The integral of 1 - 0.8 cos over a quarter of a period, as a share of the whole.
+    low, high = (1 - 0.8 * 2 / math.pi) / 4, (1 + 0.8 * 2 / math.pi) / 4
+    for quarter, share in enumerate((low, high, high, low)):
+        assert quarters[quarter] / total == pytest.approx(share, abs=0.01)
+    with pytest.raises(InputError, match="^peak is 3.0, expected a number above 1, and at most 2"):
+        make(arrivals="diurnal", peak=3.0)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_users_of_a_closed_loop_have_one_request_each_and_wait_for_its_answer(turns, tmp_path):
+    requests = make(num_requests=200, users=5, turns=turns, think_time_s=1.0)
+    assert sum(request.after is None for request in requests) == 5
+    followed = [request.after for request in requests if request.after is not None]
+    assert len(set(followed)) == len(followed), "nobody sends two at once"
+    by_id = {request.id: request for request in requests}
+    for request in requests:
+        if request.after is not None:
+            before = by_id[request.after]
+            assert before.id < request.id and request.arrival_ns == before.arrival_ns + request.think_ns
+            is_turn = any(part.text == answer_text(before.id) for part in request.parts)
+            assert is_turn == (request.session is not None and request.session == before.session)
+    write_trace(tmp_path / "loop.jsonl", requests, {})
+    assert list(read_trace(tmp_path / "loop.jsonl").requests) == list(requests)
+    inside, most = 0, 0
+    arrivals = Arrivals(requests)
+    served: list[tuple[int, int]] = []
+    while not arrivals.is_empty:
+        due = arrivals.next_ns
+        if due is None or (served and served[0][0] <= due):
+            at_ns, number = served.pop(0)
+            arrivals.answered(number, 20, at_ns)
+            inside -= 1
+        else:
+            inside += 1
+            most = max(most, inside)
+            served = sorted([*served, (due + 3 * 10**9, arrivals.pop().id)])
+    assert most == 5
+
+
+def test_conversations_have_priorities_by_their_shares():
+    requests = make(num_requests=9000, turns=3, priority_shares=[0.2, 0.5, 0.3])
+    shares = Counter(request.priority for request in requests)
+    assert {priority: count / 9000 for priority, count in shares.items()} == pytest.approx(
+        {0: 0.2, 1: 0.5, 2: 0.3}, abs=0.03
+    )
+    assert all(len({r.priority for r in requests if r.session == session}) == 1 for session in range(20))
+
+
 def test_turns_are_counted_in_the_rate():
     requests = make(num_requests=30_000, turns=3, think_time_s=1.0)
     assert 30_000 / (requests[-1].arrival_ns / 1e9) == pytest.approx(10.0, rel=0.05)
@@ -211,6 +282,11 @@ def test_another_rate_leaves_the_prompts_as_they_are():
         ("arrivals", "uniform"),
         ("cv", 0.0),
         ("burst_size", 0),
+        ("peak", 1.0),
+        ("period_s", 0.0),
+        ("users", -1),
+        ("priority_shares", [0.0, 0.0]),
+        ("priority_shares", [1.0, -1.0]),
         ("num_system_prompts", -1),
         ("system_prompt_tokens", -1),
         ("turns", 0),

@@ -310,12 +310,13 @@ def distribution(*parts: Values) -> dict[str, float | None]:
     found = _values_at(pairs, sorted(wanted | {min(below + 1, size - 1) for below in wanted}))
     for p, rank in ranks.items():
         below = math.floor(rank)
-        low, high = found[below], found[min(below + 1, size - 1)]
-        fraction = rank - below
-        # Measured from the nearer end, as numpy does, so that the two agree to the last bit.
-        value = high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
-        result[f"p{p}"] = value / 1e9
+        result[f"p{p}"] = interpolated(found[below], found[min(below + 1, size - 1)], rank - below) / 1e9
     return result
+
+
+def interpolated(low: float, high: float, fraction: float) -> float:
+    """What lies between two values, measured from the nearer end, as numpy does: the two agree to the last bit."""
+    return high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
 
 
 def _sum_of(values: array, counts: array | None) -> float:

@@ -60,7 +60,7 @@ def replay(
         InputError: without `build_core`, the settings cannot be used: they name a file that is not there or not the
             one that it was, or they do not name what decided.
     """
-    build = build_core or _settings_of(record).build_core
+    build = build_core or settings_of(record).build_core
     digest = Digest() if any(row.get("digest") for row in record.steps) else None
     core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener)
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
@@ -112,8 +112,12 @@ def _unequal_end(core: Core, record: RunRecord) -> Difference | None:
     return None
 
 
-def _settings_of(record: RunRecord) -> Settings:
-    """The settings of a record, if they name all that decided."""
+def settings_of(record: RunRecord) -> Settings:
+    """The settings of a record, if they name all that decided.
+
+    Raises:
+        InputError: they do not, or cannot be used.
+    """
     path, settings = record.path / "run.json", record.run["settings"]
     for name in RULES:
         if str(settings.get(name)).startswith(BY_HAND):

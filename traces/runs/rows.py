@@ -162,6 +162,8 @@ class Summary(TypedDict):
     capped: NotRequired[Natural]
     dropped: NotRequired[Natural]
     retries: NotRequired[Natural]
+    rejected: NotRequired[Natural]
+    timed_out: NotRequired[Natural]
     speculation: NotRequired[SpeculationSummary]
 
 

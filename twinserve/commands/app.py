@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from twinserve.commands.configs import config_check, config_init
+from twinserve.commands.explain import explain
 from twinserve.commands.latencies import fit, profile
 from twinserve.commands.models import generate, model_describe, model_fetch, model_verify
 from twinserve.commands.options import Command, Group, KeepsDashes
-from twinserve.commands.records import compare, export, record_import, replay, report
+from twinserve.commands.records import compare, export, record_import, record_stat, replay, report
 from twinserve.commands.serving import serve, top
 from twinserve.commands.sweeps import capacity, plan, sweep
 from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, trace_stat
@@ -24,7 +25,7 @@ GROUPS = {
     "trace": typer.Typer(help="Look at a trace, make a synthetic one, change its format, bring a public one.", **SHAPE),
     "model": typer.Typer(help="Bring a model, say what it needs, or hold one against transformers.", **SHAPE),
     "config": typer.Typer(help="Begin a file of settings, or check one.", **SHAPE),
-    "record": typer.Typer(help="Bring a recorded run of another engine.", **SHAPE),
+    "record": typer.Typer(help="Bring a recorded run of another engine, or look at one by class.", **SHAPE),
 }
 """Commands of two words, by the first."""
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "replay": (replay, "twinserve replay runs/real"),
     "compare": (compare, "twinserve compare runs/sim runs/real"),
     "report": (report, "twinserve report runs/sim runs/real --out report.html"),
+    "explain": (explain, "twinserve explain runs/sim --slowest 3"),
     "export": (export, "twinserve export runs/sim --format perfetto --out sim.json.gz"),
     "profile": (profile, "twinserve profile --out latency.json"),
     "fit": (fit, "twinserve fit runs/real --out latency.json"),
@@ -55,6 +57,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "config init": (config_init, "twinserve config init twinserve.toml"),
     "config check": (config_check, "twinserve config check twinserve.toml"),
     "record import": (record_import, "twinserve record import LOG runs/vllm"),
+    "record stat": (record_stat, "twinserve record stat runs/sim --by tenant"),
     "model describe": (model_describe, "twinserve model describe gpt-oss-120b@h100:tp=2"),
     "model fetch": (model_fetch, "twinserve model fetch smollm2-135m"),
     "model verify": (model_verify, "twinserve model verify models/qwen3-0.6b"),

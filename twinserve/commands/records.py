@@ -150,11 +150,16 @@ def _asked(text: str) -> Asked:
     """
     from twinserve.planning.objectives import Objective
     from twinserve.reports.asked import Asked
+    from twinserve.traces.runs.compare import STATISTICS
 
     objective = Objective.parse(text)
     if objective.limits is not None:
         limits_s = {f"{name}_s": limit_s for name, limit_s in objective.limits.of}
         return Asked(str(objective), limits_s, objective.missed, share=objective.share)
+    for term in objective.terms:
+        if term.is_measured:
+            names = ", ".join(STATISTICS)
+            raise InputError(f"expected one of {names}, of all requests", field="objective", value=term.name)
     terms_s = {term.metric: term.limit_s for term in objective.terms}
     limits_s = {}
     for metric, limit_s in terms_s.items():
@@ -203,3 +208,28 @@ def record_import(
     record = read_vllm_record(source, traces)
     write_record(record, out)
     say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")
+
+
+def record_stat(
+    run: Annotated[Path, typer.Argument(help="A run record, a fleet's, or a vLLM step log.")],
+    by: Annotated[
+        Literal["tenant", "priority", "session", "prompt"],
+        typer.Option(help="What makes a class; prompt: the power of two that its length is below."),
+    ] = "tenant",
+    warm_up_s: Annotated[float, typer.Option(min=0, help="Requests of so many first seconds are left out.")] = 0.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="And those of so many last ones.")] = 0.0,
+    traces: Traces = None,
+    as_json: Json = False,
+) -> None:
+    """What came of the requests of a run by class: latencies, tokens computed again, KV held, fairness."""
+    from twinserve.commands.tables import class_table
+    from twinserve.planning.classes import by_class
+    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
+    from twinserve.traces.runs.vllm_records import load_run
+
+    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    found = by_class(records, by, warm_up_s=warm_up_s, drain_s=drain_s)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        class_table(found)

@@ -20,7 +20,7 @@ from twinserve.settings.limits import MOST_MIB, MOST_SETTINGS_BYTES, MOST_TIME_S
 
 
 @options_of(ServeOptions, "server")
-@options_of(FleetOptions, "fleet", but=("group", "die"))
+@options_of(FleetOptions, "fleet", but=("group", "die", "restart", "slow"))
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def serve(

@@ -14,7 +14,6 @@ from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, Tried, sweep_page
 from twinserve.reports.text import number
 from twinserve.sim.intervals import COVERAGE
-from twinserve.traces.runs.compare import value_of
 
 _USUAL = (Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0))
 """What is shown where no objective says which metrics count; its limits are not."""
@@ -68,6 +67,7 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
         capacity = deployment.capacity
         together = {kind: count // len(capacity.point.replicas()) for kind, count in deployment.gpus.items()}
         varied = {"a replica": " and ".join(f"{count} x {kind}" for kind, count in together.items())}
+        varied |= {name: value for name, value in capacity.case.varied.items() if name != "latency"}
         values: dict[str, Estimate] = {
             "replicas": Estimate(capacity.value, capacity.interval),
             "price an hour": Estimate(deployment.price_per_hour),
@@ -115,7 +115,7 @@ def _column(term: Term) -> str:
 
 
 def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:
-    values = {_column(term): _estimate([value_of(r["summary"], term.metric) for r in results]) for term in _terms(plan)}
+    values = {_column(term): _estimate([term.value(r["summary"]) for r in results]) for term in _terms(plan)}
     if all("attainment" in r["summary"] for r in results):
         found = [r["summary"]["attainment"] for r in results]
         values |= {"share that keeps the limits": _estimate([one["share"] for one in found])}

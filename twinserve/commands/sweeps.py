@@ -12,7 +12,7 @@ from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.files import write_whole
-from twinserve.worlds.workload import PointOptions, TraceOptions
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.planning.point import Point
@@ -52,9 +52,11 @@ def sweep(
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
 @options_of(FleetOptions, "fleet", but=("group",))
+@options_of(ClientOptions, "clients")
 @options_of(PointOptions, "point")
 def capacity(
     point: dict,
+    clients: dict,
     trace_options: dict,
     settings: dict,
     fleet: dict,
@@ -83,7 +85,7 @@ def capacity(
     from twinserve.planning.sweep import lines_of, load_plan, opened
 
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
-    given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet
+    given |= point | settings_of_vllm(vllm_args) | settings | trace_options | fleet | clients
     chosen = load_plan(plan, {name: value for name, value in given.items() if value is not None})
     say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers, Bar("capacity", None) as bar:
@@ -103,7 +105,7 @@ def capacity(
 
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
-@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s"))
+@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s", "restart", "slow"))
 @options_of(PointOptions, "point", but=("latency", "limits"))
 def plan(
     point: dict,
@@ -119,6 +121,10 @@ def plan(
         str | None, typer.Option(help="Of the weights: fp8; as the model has it unless given.")
     ] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="A setting to choose: max_num_batched_tokens=2048,8192; may be given again."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many, each a search of its own.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,
@@ -129,7 +135,15 @@ def plan(
 ) -> None:
     """Find the cheapest GPUs, tensor-parallel degree and number of replicas that keep an objective for a trace."""
     from twinserve.commands.sweep_views import deployment_cases, page_of, remarks_of
-    from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
+    from twinserve.planning.answers import deployment_of
+    from twinserve.planning.deployments import (
+        best_of_each,
+        candidates,
+        find_deployments,
+        parse_choices,
+        plan_of,
+        rows_of,
+    )
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, opened
 
@@ -138,7 +152,8 @@ def plan(
     latencies, left_out = candidates(model, [device.strip() for device in devices.split(",")], text)
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings | trace_options | fleet
-    chosen = plan_of(latencies, {name: value for name, value in given.items() if value is not None})
+    named = {name: value for name, value in given.items() if value is not None}
+    chosen = plan_of(latencies, named, parse_choices(choices or []))
     for reason in left_out:
         say(f"left out: {reason}")
     say_likes(chosen.points)
@@ -146,13 +161,14 @@ def plan(
         found = find_deployments(chosen, store, workers, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, found)), deployment_cases(chosen, found)
         remarks = remarks_of(chosen, [result for one in found for result in one.capacity.results])
-        remarks.append(
-            f"{len(found)} of {len(latencies)} kinds of replica keep the objective with some number of them."
-        )
+        best = best_of_each(found)
+        remarks.append(f"{len(best)} of {len(latencies)} kinds of replica keep the objective with some number of them.")
+        for place, deployment in enumerate(best[:3], 1):
+            remarks.append(f"{place}. {deployment_of(chosen, deployment.capacity)}")
         if out is not None:
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Plan", remarks, chosen, cases), replaces=True)
-    _show(lines, cases[:3], remarks, out, as_json)
+    _show(lines, deployment_cases(chosen, best[:3]), remarks, out, as_json)
 
 
 def say_likes(points: list[Point]) -> None:

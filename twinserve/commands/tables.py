@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -15,12 +16,16 @@ from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
+if TYPE_CHECKING:
+    from twinserve.traces.runs.waits import Waited
+
 
 def summary_table(summary: dict[str, Any]) -> None:
     """Print a run's summary; what was refused, shortened, capped or dropped comes first."""
     console = _console(100)
-    counts = ("requests", "finished", "refused", "aborted", "shortened", "capped", "dropped")
-    console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
+    counts = ("requests", "rejected", "finished", "refused", "aborted", "timed_out", "shortened", "capped", "dropped")
+    said = (f"{summary[name]} {name.replace('_', ' ')}" for name in counts if name in summary)
+    console.print(f"{summary['world']}: {', '.join(said)}")
     table = Table("seconds", *STATISTICS)
     for name in LATENCIES:
         table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
@@ -38,6 +43,10 @@ def summary_table(summary: dict[str, Any]) -> None:
             f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
         )
         console.print(f"{found['limits']}: {share}; {rates}")
+    if found := summary.get("measured"):
+        console.print("; ".join(f"{name} {_number(value)} s" for name, value in found.items()))
+    if found := summary.get("judged"):
+        console.print(f"judged by these: {found['requests']} requests that come within {found['duration_s']:.1f} s")
     parts = [
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens cached",
         f"{summary['preemptions']} preemptions",
@@ -58,6 +67,51 @@ def description_table(model: str, rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     _console(100).print(table)
+
+
+def waits_table(title: str, waits: list[Waited]) -> None:
+    """Print what the times of requests went into, the mean of each part, and whose prompts are to blame."""
+    from twinserve.traces.runs.waits import CAUSES
+
+    first = [one for one in waits if one.ttft_ns]
+    table = Table("mean, seconds", "TTFT", "", "whole time", "", "what it is", title=title)
+    for cause, meaning in CAUSES.items():
+        cells: list[str] = []
+        for parts in ([one.ttft_ns for one in first], [one.e2e_ns for one in waits]):
+            part, total = sum(each[cause] for each in parts), sum(each.total() for each in parts)
+            cells += [_number(part / len(parts) / 1e9), f"{part / total:.1%}"] if part else ["", ""]
+        if any(cells):
+            table.add_row(cause, *cells, meaning)
+    console = _console(120)
+    console.print(table)
+    blamed = sum((one.culprits for one in waits), Counter())
+    if blamed:
+        worst = (f"{seq_id} ({_number(ns / 1e9)} s)" for seq_id, ns in blamed.most_common(3))
+        console.print(f"the prompts that others waited for most: requests {', '.join(worst)}")
+
+
+def class_table(found: dict[str, Any]) -> None:
+    """Print what came of the requests of each class, and how even that is."""
+    heads = ("TTFT mean", "p99", "p99.9", "max", "queue p99", "TPOT p99", "E2E p99")
+    table = Table(found["by"], "requests", "served", *heads, "tokens", "computed again", "KV token-s")
+    groups = list(found["classes"].items())
+    if len(groups) > 1:
+        groups.append(("all", found["all"]))
+    for name, of in groups:
+        ttft = [of["ttft"][statistic] for statistic in ("mean", "p99", "p99.9", "max")]
+        seconds = [*ttft, *(of[metric]["p99"] for metric in ("queue", "tpot", "e2e"))]
+        computed = of["prompt_tokens"] + of["output_tokens"], of["recomputed_tokens"], of["kv_token_s"]
+        table.add_row(
+            _plain(name), str(of["requests"]), str(of["served"]), *map(_number, seconds), *map(_number, computed)
+        )
+    console = _console(140)
+    console.print(table)
+    if limits := found["all"]["intervals"]:
+        words = (f"{name.replace('.', ' ')} {_range(pair)} s" for name, pair in limits.items())
+        console.print(f"95% by batch means, all: {'; '.join(words)}")
+    if len(found["classes"]) > 1:
+        even = ", ".join(f"{name} {_number(value)}" for name, value in found["fairness"].items())
+        console.print(f"Jain's index between classes: {even}")
 
 
 def comparison_table(comparisons: list[Comparison]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from twinserve.commands.options import Json, TraceFile, options_of
 from twinserve.commands.progress import say
+from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
 from twinserve.worlds.workload import TraceOptions
 
@@ -76,9 +77,17 @@ def trace_make(
     out: Annotated[Path, typer.Option("--out", help="The trace file to write; must not exist.")],
     requests: Annotated[int, typer.Option(help="How many, all turns counted.")] = 100,
     rate: Annotated[float, typer.Option(help="Requests a second in the long run.")] = 1.0,
-    arrivals: Annotated[str, typer.Option(help="poisson, gamma or burst.")] = "poisson",
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma, burst, mmpp or diurnal.")] = "poisson",
     cv: Annotated[float, typer.Option(help="Coefficient of variation of the gaps, for gamma.")] = 1.0,
     burst_size: Annotated[int, typer.Option(help="Conversations that arrive at one instant, for burst.")] = 1,
+    peak: Annotated[float, typer.Option(help="Highest rate over the mean, for mmpp and diurnal.")] = 2.0,
+    period_s: Annotated[float, typer.Option(help="From one peak to the next; of mmpp in the mean.")] = 86_400.0,
+    users: Annotated[
+        int, typer.Option(help="A closed loop of so many, each waiting for its answers, in place of rate and arrivals.")
+    ] = 0,
+    priority_shares: Annotated[
+        str | None, typer.Option(help="Shares of conversations with priority 0, 1, ..., such as 0.2,0.8.")
+    ] = None,
     prompt_tokens: Annotated[str, typer.Option(help=f"Text of a turn: {LENGTHS_HELP}")] = "lognormal:200:1",
     output_tokens: Annotated[str, typer.Option(help=f"Answer: {LENGTHS_HELP}")] = "lognormal:60:0.7",
     system_prompts: Annotated[int, typer.Option(help="Shared system prompts, one a conversation.")] = 0,
@@ -99,6 +108,10 @@ def trace_make(
         "arrivals": arrivals,
         "cv": cv,
         "burst_size": burst_size,
+        "peak": peak,
+        "period_s": period_s,
+        "users": users,
+        "priority_shares": _numbers(priority_shares),
         "num_system_prompts": system_prompts,
         "system_prompt_tokens": system_prompt_tokens,
         "turns": turns,
@@ -115,3 +128,15 @@ def trace_make(
         header["sha256_of_lengths"] = drawn
     write_trace(out, made, header)
     say(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
+
+
+def _numbers(text: str | None) -> list[float]:
+    """The numbers of a list with commas.
+
+    Raises:
+        InputError: one is none.
+    """
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise InputError("expected numbers such as 0.2,0.8", field="priority_shares", value=text) from error

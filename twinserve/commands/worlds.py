@@ -14,11 +14,12 @@ from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
+from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_existing
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
-from twinserve.worlds.workload import LIKE_HELP, TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, ClientOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.policies import Sequence
@@ -32,11 +33,13 @@ LATENCY_HELP = (
 
 
 @options_of(TraceOptions, "trace_options")
+@options_of(ClientOptions, "clients")
 @options_of(FleetOptions, "fleet", but=("group",))
 @options_of(Settings, "settings")
 def sim(
     trace: TraceFile,
     trace_options: dict,
+    clients: dict,
     fleet: dict,
     settings: dict,
     latency: Annotated[str | None, typer.Option(help=LATENCY_HELP)] = None,
@@ -50,6 +53,13 @@ def sim(
     within: Annotated[
         str | None, typer.Option(help="Count the requests that keep limits, such as 'TTFT <= 1 s and TPOT <= 50 ms'.")
     ] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="Measure such as 'p99.9 TTFT and max queue of tenant=a' too.")
+    ] = None,
+    warm_up_s: Annotated[
+        float, typer.Option(min=0, help="Requests of so many first seconds are neither counted nor measured by these.")
+    ] = 0.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="Nor are those of so many last ones.")] = 0.0,
     like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
@@ -57,16 +67,19 @@ def sim(
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
-    from twinserve.planning.attainment import Attainment, Limits
+    from twinserve.planning.attainment import Limits
+    from twinserve.planning.judged import Judge, Rules, parse_measures
     from twinserve.planning.parallel import Workers
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
     from twinserve.worlds.workload import load_workloads
 
-    attainment = None if within is None else Attainment(Limits.parse(within))
+    measures = () if measured is None else tuple(parse_measures(measured))
+    judge = Judge(Rules(None if within is None else Limits.parse(within), measures, warm_up_s, drain_s))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
+    inside = validated(ClientOptions, {}, clients, None)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
@@ -76,20 +89,19 @@ def sim(
     limits = None
     if intervals:
         with Bar("intervals", NUM_DRAWS) as bar:
-            drawn = [workload, *others]
-            limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
+            limits = replica_intervals(
+                [workload, *others], replicas, chosen, Workers(None), advance=bar.advance, clients=inside.clients
+            )
     with Bar("sim", len(workload.requests)) as bar:
 
         def ended(seq: Sequence) -> None:
             bar.ended(seq)
             verdict.ended(seq)
-            if attainment is not None:
-                attainment.ended(seq)
+            judge.ended(seq)
 
-        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step}
+        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step, "clients": inside.clients}
         summary = chosen.serve(workload, replicas, intervals=limits, **how)
-    if attainment is not None:
-        summary["attainment"] = attainment.of(summary)
+    judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
             say(

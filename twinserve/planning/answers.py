@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from twinserve.planning.attainment import words_of
 from twinserve.planning.capacity import Capacity, find_capacities
-from twinserve.planning.objectives import Objective
+from twinserve.planning.objectives import Objective, Term
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import Plan, Store
-from twinserve.traces.runs.compare import value_of
+from twinserve.sim.intervals import COVERAGE
 from twinserve.worlds.verdict import load_of
 
 
@@ -54,6 +54,25 @@ def sentences_of(plan: Plan, capacity: Capacity, alone: dict[str, Capacity]) -> 
     return lines
 
 
+def deployment_of(plan: Plan, capacity: Capacity) -> str:
+    """What a deployment is, what binds it, and on what it stands, in a sentence or two.
+
+    Nobody knows how far off a roofline is; of a fitted latency it is said within which limits its metrics lie.
+    """
+    parts = [_found(plan, capacity), *_margins(plan, capacity)]
+    if limits := {term: capacity.intervals[term.metric] for term in _terms(plan) if term.metric in capacity.intervals}:
+        words = (f"{term.name} {words_of(float(f'{low:.3g}'))} to {words_of(float(f'{high:.3g}'))}"
+                 for term, (low, high) in limits.items())  # fmt: skip
+        parts.append(f"{COVERAGE:.0%} limits: {', '.join(words)}.")
+    else:
+        parts.append("No limits are known for a latency that is not fitted.")
+    return " ".join([*parts, _assumed(capacity)])
+
+
+def _terms(plan: Plan) -> tuple[Term, ...]:
+    return plan.objective.terms if plan.objective is not None else ()
+
+
 def _amount(capacity: Capacity) -> str:
     if capacity.value is None:
         return "nothing"
@@ -86,7 +105,7 @@ def _margins(plan: Plan, capacity: Capacity) -> list[str]:
         return [f"{least:.2%} of requests keep {objective.limits}."]
     used = {}
     for term in objective.terms:
-        used[term] = max(float(value_of(result["summary"], term.metric) or 0.0) for result in capacity.results)
+        used[term] = max(float(term.value(result["summary"]) or 0.0) for result in capacity.results)
     shares = {term: worst / term.limit_s for term, worst in used.items()}
     words = (f"{term.name} {words_of(float(f'{worst:.3g}'))} ({shares[term]:.0%})" for term, worst in used.items())
     return [f"Of the limits is used: {', '.join(words)}; {max(used, key=shares.__getitem__).name} binds."]

@@ -9,10 +9,11 @@ from typing import Any
 from twinserve.policies import Sequence
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.metrics import SERVED
+from twinserve.traces.runs.outcomes import Outcome
 
 _TERM = re.compile(r"(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
 _UNITS = {"s": 1.0, "ms": 1e-3}
-_METRICS = ("ttft", "tpot", "e2e")
+_METRICS = ("ttft", "tpot", "e2e", "queue")
 
 
 def seconds_of(number: str, unit: str) -> float:
@@ -31,7 +32,8 @@ def words_of(limit_s: float) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request has to keep: seconds by metric, of "ttft", "tpot" and "e2e", as a run's summary defines them."""
+    """What a request has to keep: seconds by metric, of "ttft", "tpot" and "e2e", as a run's summary defines them, and
+    "queue", from its arrival until it is first scheduled."""
 
     of: tuple[tuple[str, float], ...]
 
@@ -56,9 +58,11 @@ class Limits:
         return cls(tuple(limits.items()))
 
     def __str__(self) -> str:
-        return " and ".join(f"{name.upper()} <= {words_of(limit_s)}" for name, limit_s in self.of)
+        return " and ".join(
+            f"{name if name == 'queue' else name.upper()} <= {words_of(limit_s)}" for name, limit_s in self.of
+        )
 
-    def kept(self, seq: Sequence) -> bool:
+    def kept(self, seq: Sequence | Outcome) -> bool:
         """Was it served, within all of them? The time per output token of an answer of one token is not limited."""
         if seq.finish_reason not in SERVED or seq.first_token_ns is None or seq.finish_ns is None:
             return False
@@ -68,6 +72,8 @@ class Limits:
             "tpot": (seq.finish_ns - seq.first_token_ns) / gaps if gaps else 0.0,
             "e2e": float(seq.finish_ns - seq.arrival_ns),
         }
+        if seq.first_scheduled_ns is not None:
+            took_ns["queue"] = float(seq.first_scheduled_ns - seq.arrival_ns)
         return all(took_ns[name] <= limit_s * 1e9 for name, limit_s in self.of)
 
 
@@ -78,7 +84,7 @@ class Attainment:
         self.limits = limits
         self._kept = self._tokens = 0
 
-    def ended(self, seq: Sequence) -> None:
+    def ended(self, seq: Sequence | Outcome) -> None:
         """Take in a sequence that has ended."""
         if self.limits.kept(seq):
             self._kept += 1
@@ -87,10 +93,10 @@ class Attainment:
     def of(self, summary: dict[str, Any]) -> dict[str, Any]:
         """What of a run, whose summary is given, kept the limits.
 
-        `share` of all requests that came, those that were not served included; `goodput_req_s` and `goodput_tok_s` are
-        the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
+        `share` of all requests that came, those that were not served or turned away included; `goodput_req_s` and
+        `goodput_tok_s` are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
         """
-        requests, duration_s = summary["requests"], summary["duration_s"]
+        requests, duration_s = summary["requests"] + summary.get("rejected", 0), summary["duration_s"]
         return {
             "limits": str(self.limits),
             "share": self._kept / requests if requests else None,

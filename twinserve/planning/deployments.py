@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Result
 from twinserve.planning.prices import Prices
 from twinserve.planning.sweep import Plan, Store, load_plan
+from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.roofline import RooflineLatency
 
@@ -59,16 +60,46 @@ def candidates(model: str, devices: Sequence[str], options: str = "") -> tuple[l
     return latencies, left_out
 
 
-def plan_of(latencies: Sequence[str], values: dict[str, Any]) -> Plan:
-    """A plan with a case a latency.
+def parse_choices(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Values to choose from by setting, from texts such as "max_num_batched_tokens=2048,8192".
+
+    Raises:
+        InputError: a text has another form, or names no setting, or one twice.
+    """
+    choices: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in Settings.model_fields or name in choices or not values:
+            problem = "expected each setting once at most, such as max_num_batched_tokens=2048,8192"
+            raise InputError(problem, field="try", value=text)
+        choices[name] = [_value_of(word.strip()) for word in values.split(",")]
+    return choices
+
+
+def _value_of(word: str) -> Any:
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return int(word)
+    except ValueError:
+        return word
+
+
+def plan_of(
+    latencies: Sequence[str], values: dict[str, Any], choices: Mapping[str, Sequence[Any]] | None = None
+) -> Plan:
+    """A plan with a case a latency and a combination of the values to choose from.
 
     Args:
         values: the fields that all cases share; with `objective` and `price_per_gpu_hour`.
+        choices: values by setting.
 
     Raises:
         InputError: a value cannot be used, or a kind of GPU has no price.
     """
-    plan = load_plan(None, values | {"list": [{"latency": latency} for latency in latencies]})
+    grid = {"grid": {name: list(of) for name, of in choices.items()}} if choices else {}
+    plan = load_plan(None, values | grid | {"list": [{"latency": latency} for latency in latencies]})
     for case in plan.cases:
         _prices(plan).per_hour(case.points[0].gpus())
     return plan
@@ -77,7 +108,8 @@ def plan_of(latencies: Sequence[str], values: dict[str, Any]) -> Plan:
 def find_deployments(
     plan: Plan, store: Store, workers: Workers, *, advance: Callable[[], None] | None = None
 ) -> list[Deployment]:
-    """The deployment of every case that has one, the cheapest an hour first, of equal ones that of fewer GPUs.
+    """The deployment of every case that has one, the cheapest an hour first, of equal ones that of fewer GPUs, and of
+    those the one that uses less of what binds.
 
     Raises:
         InputError: the plan has no objective or no price, or a point cannot be computed.
@@ -88,7 +120,20 @@ def find_deployments(
         if capacity.value is not None:
             gpus = capacity.point.gpus()
             found.append(Deployment(capacity, gpus, prices.per_hour(gpus)))
-    return sorted(found, key=lambda one: (one.price_per_hour, sum(one.gpus.values())))
+    return sorted(found, key=lambda one: (one.price_per_hour, sum(one.gpus.values()), _load_of(plan, one)))
+
+
+def best_of_each(deployments: Sequence[Deployment]) -> list[Deployment]:
+    """Of each kind of replica the first, in their order: other settings of it are no other deployment."""
+    best: dict[Any, Deployment] = {}
+    for deployment in deployments:
+        best.setdefault(deployment.capacity.case.varied["latency"], deployment)
+    return list(best.values())
+
+
+def _load_of(plan: Plan, deployment: Deployment) -> float:
+    assert plan.objective is not None
+    return max(plan.objective.load_of(result["summary"]) for result in deployment.capacity.results)
 
 
 def rows_of(plan: Plan, deployments: Sequence[Deployment]) -> list[Result]:

@@ -13,8 +13,9 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.limits import MOST_FLEET_BLOCKS, MOST_REPLICAS, plain
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
-from twinserve.sim.fleet import Outage, check_outages
+from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
+from twinserve.sim.slowness import Slowdown
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
@@ -34,6 +35,47 @@ def parse_outage(text: object) -> Outage:
         return Outage(int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None)
     except (ValueError, OverflowError) as error:
         raise ValueError("REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down") from error
+
+
+def parse_restart(text: object) -> tuple[str, int, int]:
+    """A restart from REPLICA:FROM:DOWN, times in seconds; REPLICA may be "all", one after another.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if isinstance(text, tuple):
+        return text
+    parts = text.split(":") if isinstance(text, str) else []
+    try:
+        replica, start, down = parts
+        from_ns, down_ns = round(float(start) * 1e9), round(float(down) * 1e9)
+        if not (replica == "all" or replica.isdigit()) or from_ns < 0 or down_ns < 0:
+            raise ValueError(replica)
+        return replica, from_ns, down_ns
+    except (ValueError, OverflowError) as error:
+        raise ValueError("REPLICA:FROM:DOWN in seconds, such as 3:60:45, or all:60:45, one after another") from error
+
+
+def parse_slowdown(text: object) -> Slowdown:
+    """A slow replica from REPLICA:FROM:TO:FACTOR, times in seconds; without TO it stays slow.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    if isinstance(text, Slowdown):
+        return text
+    parts = text.split(":") if isinstance(text, str) else []
+    try:
+        replica, start, end, factor = parts
+        found = Slowdown(
+            int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None, float(factor)
+        )
+        is_after = found.to_ns is None or found.to_ns > found.from_ns
+        if not (found.replica >= 0 and found.from_ns >= 0 and is_after and 0 < found.factor <= 1e6):
+            raise ValueError(text)
+        return found
+    except (ValueError, OverflowError) as error:
+        raise ValueError("REPLICA:FROM:TO:FACTOR in seconds, such as 3:60:120:2.5, or 3:60::2 for good") from error
 
 
 class ReplicaGroup(BaseModel):
@@ -76,6 +118,12 @@ class FleetOptions(BaseModel):
     failover_s: float = Field(
         default=0.0, ge=0, le=86_400, description="seconds until the router knows that a replica is down"
     )
+    restart: list[Annotated[tuple[str, int, int], BeforeValidator(parse_restart)]] = Field(
+        default=[], description="REPLICA:FROM:DOWN, in seconds: drained, down, back empty; all: one after another"
+    )
+    slow: list[Annotated[Slowdown, BeforeValidator(parse_slowdown)]] = Field(
+        default=[], description="REPLICA:FROM:TO:FACTOR, in seconds: a replica takes so many times as long"
+    )
     group: list[ReplicaGroup] = []
 
     @field_validator("router")
@@ -96,6 +144,10 @@ class FleetOptions(BaseModel):
             raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
         try:
             check_outages(options.die, count)
+            check_restarts(options.restarts, options.die, count)
+            for slowdown in options.slow:
+                if slowdown.replica >= count:
+                    raise ValueError(f"slow is {slowdown.replica}, expected a replica from 0 to {count - 1}")
         except ValueError as error:
             raise InputError(str(error)) from error
         return options
@@ -104,6 +156,12 @@ class FleetOptions(BaseModel):
     def is_fleet(self) -> bool:
         """Was a fleet asked for, and not a replica alone?"""
         return bool(self.model_fields_set)
+
+    @property
+    def restarts(self) -> list[Restart]:
+        """Which replicas are drained and restarted."""
+        every = tuple(range(self.num_replicas))
+        return [Restart(every if of == "all" else (int(of),), *times) for of, *times in self.restart]
 
     @property
     def num_replicas(self) -> int:
@@ -195,7 +253,14 @@ class FleetOptions(BaseModel):
             return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
         seeded = self.model_copy(update={"router_seed": self.router_seed + seed})
         router, facts = seeded.build_router(), seeded.router_facts
-        failover_ns = round(self.failover_s * 1e9)
         return run_fleet(
-            workload, replicas, router, router_facts=facts, outages=self.die, failover_ns=failover_ns, **options
+            workload,
+            replicas,
+            router,
+            router_facts=facts,
+            outages=self.die,
+            failover_ns=round(self.failover_s * 1e9),
+            restarts=self.restarts,
+            slowdowns=self.slow,
+            **options,
         )

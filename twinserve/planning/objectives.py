@@ -12,9 +12,11 @@ from typing import Any
 from twinserve.planning.attainment import Limits, seconds_of, words_of
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
+from twinserve.traces.runs.outcomes import Measure
 
 CONFIDENCE = 0.95
-_TERM = re.compile(r"(\w+)\s+(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
+NOBODY = "no request is left to be judged"
+_TERM = re.compile(r"([\w.]+)\s+(\w+)(?:\s+of\s+(\S+))?\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
 _SHARE = re.compile(r"([0-9.]+)\s*%\s+of\s+requests\s+with\s+(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -23,7 +25,8 @@ class Term:
     """A limit on one metric.
 
     Attributes:
-        metric: its dotted name in a summary, such as "ttft_s.p99".
+        metric: its dotted name in a summary, such as "ttft_s.p99"; or what is measured of requests beside, such as
+            "p99.9 queue of tenant=a".
         limit_s: what it may be at most, in seconds.
     """
 
@@ -31,10 +34,22 @@ class Term:
     limit_s: float
 
     @property
+    def is_measured(self) -> bool:
+        """Is it no metric that every summary has, but one that has to be measured for it?"""
+        return " " in self.metric
+
+    @property
     def name(self) -> str:
         """The metric as people write it, such as "p99 TTFT"."""
+        if self.is_measured:
+            return self.metric
         name, _, statistic = self.metric.partition(".")
         return f"{statistic} {name.removesuffix('_s').upper()}"
+
+    def value(self, summary: dict[str, Any]) -> float | None:
+        """What a run has of it, in seconds; where some of its requests are left out by rule, the others."""
+        measured = summary.get("measured", {})
+        return measured[self.name] if self.name in measured else value_of(summary, self.metric)
 
     def __str__(self) -> str:
         return f"{self.name} <= {words_of(self.limit_s)}"
@@ -80,17 +95,31 @@ class Objective:
         for part in re.split(r"\s+and\s+", text.strip(), flags=re.IGNORECASE):
             found = _TERM.fullmatch(part.strip())
             try:
-                statistic, name, limit_s = found[1].lower(), found[2].lower() + "_s", seconds_of(found[3], found[4])  # type: ignore[index]
+                limit_s = seconds_of(found[4], found[5])  # type: ignore[index]
             except (TypeError, ValueError) as error:
                 raise InputError(
                     "expected terms such as 'p99 TTFT <= 1 s', joined by 'and'", field="objective", value=part
                 ) from error
-            for word, known in ((statistic, STATISTICS), (name, LATENCIES)):
-                if word not in known:
-                    names = ", ".join(one.removesuffix("_s") for one in known)
-                    raise InputError(f"expected one of {names}", field="objective", value=word.removesuffix("_s"))
-            terms.append(Term(f"{name}.{statistic}", limit_s))
+            terms.append(Term(_metric(found[1].lower(), found[2].lower(), found[3]), limit_s))  # type: ignore[index]
         return cls(tuple(terms))
+
+    def asked(self, is_cut: bool, measured: str | None) -> dict[str, str]:
+        """What of a point's fields `limits` and `measured` it needs, beside what is to be measured anyway.
+
+        Args:
+            is_cut: are some requests left out by rule? Then no summary of all of them will do.
+
+        Raises:
+            InputError: a term is not known of single requests, and some are left out.
+        """
+        if self.limits is not None:
+            return {"limits": str(self.limits)}
+        needed = [term for term in self.terms if is_cut or term.is_measured]
+        for term in needed:
+            if term.metric.startswith("itl"):
+                raise InputError("expected no ITL beside warm_up_s or drain_s", field="objective", value=str(term))
+        names = [*([] if measured is None else [measured]), *(term.name for term in needed)]
+        return {"measured": " and ".join(names)} if names else {}
 
     def missed(self, summary: dict[str, Any]) -> list[str]:
         """What a run does not keep: limits, in words, and that every request is served.
@@ -98,14 +127,16 @@ class Objective:
         Raises:
             InputError: a metric is not defined for these requests.
         """
+        if summary.get("judged", {}).get("requests") == 0:
+            return [NOBODY]
         if self.limits is not None:
             return [str(self)] if (summary["attainment"]["share"] or 0.0) < self.share else []
-        unserved = summary["requests"] - summary["finished"]
+        unserved = num_unserved(summary)
         missed = [f"{unserved} requests not served"] if unserved else []
         for term in self.terms:
-            value = value_of(summary, term.metric)
+            value = term.value(summary)
             if value is None and not unserved:
-                raise InputError(f"expected a metric that these requests have, {term.metric} is not defined")
+                raise InputError(f"expected a metric that these requests have, {term.name} is not defined")
             if value is not None and value > term.limit_s:
                 missed.append(str(term))
         return missed
@@ -117,12 +148,37 @@ class Objective:
         Raises:
             InputError: a metric is not defined for these requests.
         """
+        if summary.get("judged", {}).get("requests") == 0:
+            return math.inf
         if self.limits is not None:
             return (1.0 - (summary["attainment"]["share"] or 0.0)) / (1.0 - self.share)
         self.missed(summary)
-        if summary["requests"] != summary["finished"]:
+        if num_unserved(summary):
             return math.inf
-        return max(float(value_of(summary, term.metric) or 0.0) / term.limit_s for term in self.terms)
+        return max(float(term.value(summary) or 0.0) / term.limit_s for term in self.terms)
+
+
+def _metric(statistic: str, name: str, of: str | None) -> str:
+    """The metric that a term names, see `Term.metric`.
+
+    Raises:
+        InputError: there is none such.
+    """
+    if of is None and statistic in STATISTICS and f"{name}_s" in LATENCIES:
+        return f"{name}_s.{statistic}"
+    if name == "itl":
+        known = ", ".join(STATISTICS)
+        raise InputError(f"expected one of {known}, of all requests", field="objective", value=f"{statistic} ITL")
+    try:
+        return str(Measure(statistic, name, of))
+    except ValueError as error:
+        raise InputError(str(error), field="objective") from error
+
+
+def num_unserved(summary: dict[str, Any]) -> int:
+    """Requests that were not served, those that were turned away among them, but for those left out by rule."""
+    counts = summary.get("judged", summary)
+    return counts["requests"] - counts["finished"] + counts.get("rejected", 0)
 
 
 def cost_per_million_tokens(tokens_per_s: float | None, price_per_hour: float) -> float | None:

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 import twinserve
-from twinserve.planning.attainment import Attainment, Limits
+from twinserve.planning.attainment import Limits
 from twinserve.planning.fleets import FleetOptions
+from twinserve.planning.judged import Judge, Rules, parse_measures
 from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.planning.prices import kind_of
 from twinserve.settings.build_core import Settings
@@ -32,7 +33,7 @@ from twinserve.traces.request import Request
 from twinserve.traces.transforms import session_begins, session_keys
 from twinserve.worlds.run import ReplicaSpec
 from twinserve.worlds.vllm_like import OWN, like_of
-from twinserve.worlds.workload import PointOptions, TraceOptions, Workload, make_workload, read_requests
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions, Workload, make_workload, read_requests
 
 Result = dict[str, Any]
 Sought = Literal["rate", "replicas"]
@@ -51,6 +52,7 @@ class Point(PointOptions):
     settings: Settings = Settings()
     trace_options: TraceOptions = TraceOptions()
     fleet: FleetOptions = FleetOptions()
+    clients: ClientOptions = ClientOptions()
 
     @model_validator(mode="after")
     def _consistent(self) -> Point:
@@ -60,8 +62,7 @@ class Point(PointOptions):
             for name in ("rate_scale", "session_rate", "all_at_zero"):
                 if (value := getattr(self.trace_options, name)) is not None:
                     raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
-        if self.limits is not None:
-            Limits.parse(self.limits)
+        self.rules()
         return self
 
     @classmethod
@@ -72,13 +73,13 @@ class Point(PointOptions):
             InputError: a name is unknown, `trace` is missing, or a value cannot be used.
         """
         parts: dict[str, type[BaseModel]] = {}
-        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions}
+        parts |= {"settings": Settings, "trace_options": TraceOptions, "fleet": FleetOptions, "clients": ClientOptions}
         known = {"trace", *PointOptions.model_fields, *(name for part in parts.values() for name in part.model_fields)}
         for name in values:
             if name not in known:
                 own = ", ".join(PointOptions.model_fields)
                 raise InputError(
-                    f"expected trace, {own}, a setting, a trace option or one of a fleet",
+                    f"expected trace, {own}, a setting, a trace option, or one of a fleet or of clients",
                     field=name,
                     value=values[name],
                 )
@@ -95,6 +96,7 @@ class Point(PointOptions):
             "settings": Settings.load(of_part["settings"], defaults=like.settings if like else None),
             "trace_options": validated(TraceOptions, {}, of_part["trace_options"], None),
             "fleet": FleetOptions.load(of_part["fleet"]),
+            "clients": validated(ClientOptions, {}, of_part["clients"], None),
         }
         own_values = {name: values[name] for name in ("trace", *PointOptions.model_fields) if name in values}
         return validated(cls, nested, own_values, None)
@@ -109,9 +111,19 @@ class Point(PointOptions):
     def flat(self) -> dict[str, Any]:
         """Every field that is not None, settings and options under their own names."""
         own = {name: getattr(self, name) for name in ("trace", *PointOptions.model_fields, "draw")}
-        fields = own | self.settings.model_dump() | self.trace_options.model_dump()
+        fields = own | self.settings.model_dump() | self.trace_options.model_dump() | self.clients.model_dump()
         fields |= self.fleet.model_dump(mode="json", exclude_unset=True)
         return {name: value for name, value in fields.items() if value is not None}
+
+    def rules(self) -> Rules:
+        """What is measured of its requests beside what its summary has.
+
+        Raises:
+            InputError: the limits or the measures cannot be read.
+        """
+        limits = None if self.limits is None else Limits.parse(self.limits)
+        measures = () if self.measured is None else tuple(parse_measures(self.measured))
+        return Rules(limits, measures, self.warm_up_s, self.drain_s)
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
@@ -145,7 +157,8 @@ class Point(PointOptions):
                 counts[kind_of(model.device.name)] += model.tensor_parallel
             else:
                 device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
-                counts["" if device is None else kind_of(device.name)] += 1
+                many = model.num_devices if isinstance(model, FittedLatency) else 1
+                counts["" if device is None else kind_of(device.name)] += many
         return dict(counts)
 
     def own_rate(self) -> float | None:
@@ -218,7 +231,9 @@ def code_identity() -> str:
     """16 hex digits that only this code has: all of twinserve that a simulation runs, and simpy."""
     digest = hashlib.sha256(version("simpy").encode())
     root = Path(twinserve.__file__).parent
-    modules = [root / "planning" / name for name in ("attainment.py", "fleets.py", "point.py", "prediction.py")]
+    modules = [
+        root / "planning" / name for name in ("attainment.py", "fleets.py", "judged.py", "point.py", "prediction.py")
+    ]
     for package in ("policies", "settings", "sim", "traces", "worlds"):
         modules += sorted((root / package).glob("**/*.py"))
     for path in modules:
@@ -272,12 +287,10 @@ def compute(job: Job) -> Result:
         if found[name] != job.inputs[name]:
             raise InputError(f"expected {job.inputs[name]}, as planned", field=f"the {name}", value=found[name])
     specs, workload = point.replicas(), point.workload()
-    attainment = None if point.limits is None else Attainment(Limits.parse(point.limits))
-    progress = None if attainment is None else attainment.ended
-    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=progress)
+    judge = Judge(point.rules())
+    summary = point.fleet.serve(workload, specs, seed=point.seed, progress=judge.ended, clients=point.clients.clients)
     del summary["wall_s"]
-    if attainment is not None:
-        summary["attainment"] = attainment.of(summary)
+    judge.add_to(summary)
     result = {
         "inputs": job.inputs,
         "latency": ", ".join(dict.fromkeys(spec.latency_facts["name"] for spec in specs)),

@@ -10,6 +10,7 @@ from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.parallel import Workers
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.sim.clients import NOBODY, Clients
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.intervals import NUM_DRAWS, Draw, Intervals, draws, intervals, varied
 from twinserve.sim.latency import LatencyModel
@@ -75,18 +76,20 @@ def replica_intervals(
     *,
     seed: int = 0,
     advance: Callable[[], None] | None = None,
+    clients: Clients = NOBODY,
 ) -> Intervals:
     """The same of one replica or of a fleet.
 
     Args:
         workloads: NUM_DRAWS of them.
         advance: called as each simulation has ended.
+        clients: who is turned away, and who gives up.
 
     Raises:
         InputError: a latency is not a fitted one.
     """
     trials = [
-        _Trial(workload, varied_replicas(replicas, draw), fleet, number)
+        _Trial(workload, varied_replicas(replicas, draw), fleet, number, clients)
         for number, (workload, draw) in enumerate(zip(workloads, draws(seed), strict=True))
     ]
     summaries: list[dict[str, Any]] = [{} for _ in trials]
@@ -106,7 +109,8 @@ class _Trial(NamedTuple):
     replicas: list[ReplicaSpec]
     fleet: FleetOptions
     number: int
+    clients: Clients
 
 
 def _simulated(trial: _Trial) -> dict[str, Any]:
-    return trial.fleet.serve(trial.workload, trial.replicas, seed=trial.number)
+    return trial.fleet.serve(trial.workload, trial.replicas, seed=trial.number, clients=trial.clients)

@@ -124,8 +124,8 @@ def _plan(values: dict[str, Any]) -> Plan:
     if text is not None and type(text) is not str:
         raise InputError("expected text such as 'p99 TTFT <= 1 s'", field="objective", value=text)
     objective = None if text is None else Objective.parse(text)
-    if objective is not None and objective.limits is not None:
-        shared["limits"] = str(objective.limits)
+    if objective is not None:
+        shared |= objective.asked(bool(values.get("warm_up_s") or values.get("drain_s")), values.get("measured"))
     cases = []
     num_points = seeds * _num_cases(values)
     if num_points > MOST_POINTS:

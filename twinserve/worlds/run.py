@@ -17,10 +17,12 @@ from twinserve.engine.online import rare_collections
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.sim.fleet import FleetListener, Outage
+from twinserve.sim.clients import NOBODY, Clients
+from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
@@ -363,6 +365,7 @@ def run_sim(
     progress: Progress | None = None,
     step_by_step: bool = False,
     intervals: Intervals | None = None,
+    clients: Clients = NOBODY,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -372,15 +375,16 @@ def run_sim(
         latency_facts: says in the record which latency model it was.
         out: the run record to write; None keeps none.
         intervals: the limits of its metrics, for the summary.
+        clients: who is turned away, and who gives up; the summary counts them apart, as `rejected` and `timed_out`.
     """
     from twinserve.sim.replica import simulate
 
     params, acceptance = params or SamplingParams(ignore_eos=True), acceptance_of(settings.speculative_config)
-    facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts)
+    facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts) | _client_facts(clients)
     device = f"simulated: {latency_facts['name']}"
     with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
         begun = time.perf_counter()
-        simulate(
+        turned_away, gave_up = simulate(
             workload.requests,
             settings.build_core(listener=recorder),
             with_drafting(latency, settings),
@@ -389,9 +393,11 @@ def run_sim(
             progress=progress,
             step_by_step=step_by_step,
             acceptance=acceptance,
+            clients=clients,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
+        counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
+        return recorder.close(counts) | {"wall_s": wall_s}
 
 
 @dataclass(frozen=True)
@@ -421,11 +427,14 @@ def run_fleet(
     router_facts: dict[str, Any],
     outages: Iterable[Outage] = (),
     failover_ns: int = 0,
+    restarts: Iterable[Restart] = (),
+    slowdowns: Iterable[Slowdown] = (),
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
     step_by_step: bool = False,
     intervals: Intervals | None = None,
+    clients: Clients = NOBODY,
 ) -> dict[str, Any]:
     """Replay a workload on a simulated fleet; its summary. See `run_sim`.
 
@@ -433,33 +442,50 @@ def run_fleet(
         router_facts: says in the record which router it was.
         outages: when replicas are down.
         failover_ns: nanoseconds from a death until the router knows of it.
+        restarts: which replicas are drained and restarted, and when.
+        slowdowns: when replicas are slow.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
 
     params = params or SamplingParams(ignore_eos=True)
-    outages = list(outages)
+    outages, restarts, slowdowns = list(outages), list(restarts), list(slowdowns)
     facts = {"trace": workload.facts, "sampling": asdict(params)}
     common, fleet, device = fleet_facts(replicas, router_facts)
     fleet |= {"outages": [asdict(outage) for outage in outages], "failover_ns": failover_ns}
+    fleet |= {"restarts": [asdict(one) for one in restarts]} if restarts else {}
+    fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
+    facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,
     ):
         begun = time.perf_counter()
-        simulate_fleet(
+        turned_away, gave_up = simulate_fleet(
             workload.requests,
-            [with_drafting(spec.latency, spec.settings) for spec in replicas],
+            [
+                slowed(with_drafting(spec.latency, spec.settings), index, slowdowns)
+                for index, spec in enumerate(replicas)
+            ],
             router,
             _RecordedFleet(recorder, replicas, facts, params),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
+            restarts=restarts,
             progress=progress,
             step_by_step=step_by_step,
+            clients=clients,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        return recorder.close(_counts(workload, intervals)) | {"wall_s": wall_s}
+        counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
+        return recorder.close(counts) | {"wall_s": wall_s}
+
+
+def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:
+    """The latency of a replica that may be slow at times."""
+    own = [one for one in slowdowns if one.replica == index]
+    return SlowLatency(latency, own) if own else latency
 
 
 class _RecordedFleet(FleetListener):
@@ -523,3 +549,13 @@ def run_real(
 def _counts(workload: Workload, intervals: Intervals | None = None) -> dict[str, Any]:
     counts: dict[str, Any] = {"capped": workload.capped, "dropped": workload.dropped}
     return counts if intervals is None else counts | {"intervals": intervals}
+
+
+def _client_facts(clients: Clients) -> dict[str, Any]:
+    """What a record says of clients that do more than wait."""
+    return {} if clients == NOBODY else {"clients": asdict(clients)}
+
+
+def _client_counts(clients: Clients, turned_away: int, gave_up: int) -> dict[str, int]:
+    """Requests that were turned away, and given up, where that may be."""
+    return {} if clients == NOBODY else {"rejected": turned_away, "timed_out": gave_up}

@@ -66,6 +66,12 @@ class Verdict:
             lines.append(
                 f"refused: {self._num_refused:,} of {num_requests:,} requests; latencies are those of the others"
             )
+        turned_away = summary.get("rejected", 0) + summary.get("timed_out", 0)
+        if turned_away > MOST_REFUSED * (num_requests + summary.get("rejected", 0)):
+            lines.append(
+                f"turned away or given up: {turned_away:,} of {num_requests + summary.get('rejected', 0):,} requests; "
+                "latencies are those of the others"
+            )
         arrivals, first_tokens = np.asarray(self._arrivals), np.asarray(self._first_tokens)
         if len(arrivals) < FEWEST:
             return lines

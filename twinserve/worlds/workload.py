@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_TOKENS, plain
+from twinserve.settings.limits import MOST, MOST_TOKENS, plain
+from twinserve.sim.clients import Clients
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
@@ -61,6 +62,29 @@ class TraceOptions(BaseModel):
         return self.model_copy(update={name: seed + number for name, seed in seeds.items() if seed is not None})
 
 
+class ClientOptions(BaseModel):
+    """What clients and the door of an engine do; see `sim.clients.Clients`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_num_queued_reqs: int | None = Field(
+        default=None, ge=0, le=MOST, description="requests of a replica that have not ended; those beyond get a 503"
+    )
+    max_num_queued_tokens: int | None = Field(
+        default=None, ge=0, le=MOST, description="prompt tokens without a first token of its own; beyond it, a 503"
+    )
+    client_timeout_s: float | None = Field(
+        default=None, gt=0, le=1e9, description="seconds from its arrival after which a client gives up"
+    )
+
+    @property
+    def clients(self) -> Clients:
+        """What a simulation makes of it."""
+        timeout = self.client_timeout_s
+        timeout_ns = None if timeout is None else round(timeout * 1e9)
+        return Clients(self.max_num_queued_reqs, self.max_num_queued_tokens, timeout_ns)
+
+
 class PointOptions(BaseModel):
     """What a point of a sweep has beside its trace, settings and trace options."""
 
@@ -76,6 +100,11 @@ class PointOptions(BaseModel):
     limits: str | None = Field(
         default=None, description="count the requests that keep such as 'TTFT <= 1 s and TPOT <= 50 ms'"
     )
+    measured: str | None = Field(default=None, description="measure such as 'p99.9 TTFT and max queue of tenant=a' too")
+    warm_up_s: float = Field(
+        default=0.0, ge=0, le=1e9, description="requests of so many first seconds of the arrivals are not judged"
+    )
+    drain_s: float = Field(default=0.0, ge=0, le=1e9, description="nor are those of so many last ones")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from twinserve.reports.finder import finder
 from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
 from twinserve.reports.html import contents, drawn, html_page, section, side_by_side
-from twinserve.reports.load import busiest, load_figure
+from twinserve.reports.load import load_figure, rate_of
 from twinserve.reports.replayed import replayed
 from twinserve.reports.residuals import residual_figure
 from twinserve.reports.runs import Run, runs_of, same_trace
@@ -34,7 +34,7 @@ from twinserve.reports.terms import definitions
 from twinserve.reports.text import count, duration, number, percent, plain
 from twinserve.reports.timelines import batch_figure, kv_figure
 from twinserve.settings.files import refuse_existing, write_whole
-from twinserve.traces.runs.compare import differing_settings, value_of
+from twinserve.traces.runs.compare import differing_settings, name_of, value_of
 from twinserve.traces.runs.record import RunRecord
 
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
@@ -144,7 +144,7 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
         details = [escape(", ".join(others))] if others else []
         for metric, limit_s in asked.terms_s.items():
             if (value := value_of(run.summary, metric)) is not None:
-                details.append(f"{_metric_name(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
+                details.append(f"{name_of(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
         details.append(
             f'<span data-metric="attainment.share" data-run="{run.text}" data-value="{found["share"]}">'
             f"{percent(found['share'])}</span> of requests within the limits, goodput "
@@ -153,11 +153,6 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
         )
         verdicts.append(f"<li>{key(run)}<b>{run.text}</b> {word} {'; '.join(details)}.</li>\n")
     return f'<p class="asked">Asked: <b>{escape(asked.text)}</b></p>\n<ul class="verdicts">\n{"".join(verdicts)}</ul>\n'
-
-
-def _metric_name(metric: str) -> str:
-    name, _, statistic = metric.partition(".")
-    return f"{statistic} {name.removesuffix('_s').upper()}"
 
 
 def _headline(run: Run) -> str:
@@ -173,7 +168,7 @@ def _headline(run: Run) -> str:
     if summary.get("retries"):
         counts.append(_counted(summary["retries"], "sent again"))
     return (
-        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(busiest(run))}; "
+        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(rate_of(run))}; "
         f"{count(summary['requests'], 'request')}: {', '.join(counts)}."
     )
 
@@ -260,7 +255,7 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
         "trace": [_trace(run) for run in runs],
         "content of the trace": [_sha256(run)[:12] for run in runs],
         "transforms": [transforms_of(run) for run in runs],
-        "load": [busiest(run) for run in runs],
+        "load": [rate_of(run) for run in runs],
         "latency": [_latency(run) or "–" for run in runs],
         "replicas": [str(run.num_replicas) for run in runs],
         "router": [_router(run) if run.fleet else "none" for run in runs],

@@ -25,7 +25,7 @@ def test_terms_are_read_with_their_units():
         ("p99 TTFT < 1 s", "'p99 TTFT < 1 s', expected terms"),
         ("p99 TTFT <= 1", "'p99 TTFT <= 1', expected terms"),
         ("p99 TTFT <= 1.2.3 s", "'p99 TTFT <= 1.2.3 s', expected terms"),
-        ("p95 TTFT <= 1 s", "'p95', expected one of mean, p50, p90, p99"),
+        ("p75 TTFT <= 1 s", "'p75', expected one of mean, p50, p90, p95, p99"),
         ("p99 TTFT <= 1 s and p99 speed <= 1 s", "'speed', expected one of ttft, tpot, itl, e2e"),
         ("p99 TTFT <= 1 s p99 TPOT <= 1 s", "expected terms"),
     ],

@@ -15,6 +15,9 @@ from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
+_LENGTHS = (*STATISTICS, "max", "total")
+"""Statistics of the lengths of a trace."""
+
 
 def summary_table(summary: dict[str, Any]) -> None:
     """Print a run's summary; what was refused, shortened, capped or dropped comes first."""
@@ -116,15 +119,15 @@ def trace_table(statistics: dict[str, Any]) -> None:
     facts = statistics["trace"]
     sessions = f" in {statistics['sessions']} sessions" if statistics["sessions"] else ""
     console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} over {statistics['span_s']:.1f} s")
-    lengths = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
+    lengths = Table("tokens", *_LENGTHS)
     for name in ("prompt_tokens", "output_tokens"):
-        lengths.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
+        lengths.add_row(name, *(_number(statistics[name][s]) for s in _LENGTHS))
     console.print(lengths)
     arrivals = Table("arrivals", "")
     arrivals.add_row("requests a second", _number(statistics["rate"]))
     arrivals.add_row("coefficient of variation of gaps", _number(statistics["gap_cv"]))
     for window, ratio in statistics["peak_to_mean"].items():
-        arrivals.add_row(f"peak to mean, {window} windows", _number(ratio))
+        arrivals.add_row(f"peak to mean, {window}", _number(ratio))
     console.print(arrivals)
     reuse = Table("cache without end, block of", "prompt tokens hit", "hit ratio")
     for size, hits in statistics["reuse"].items():

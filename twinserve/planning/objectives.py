@@ -11,7 +11,7 @@ from typing import Any
 
 from twinserve.planning.attainment import Limits, seconds_of, words_of
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, name_of, value_of
 
 CONFIDENCE = 0.95
 _TERM = re.compile(r"(\w+)\s+(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
@@ -33,8 +33,7 @@ class Term:
     @property
     def name(self) -> str:
         """The metric as people write it, such as "p99 TTFT"."""
-        name, _, statistic = self.metric.partition(".")
-        return f"{statistic} {name.removesuffix('_s').upper()}"
+        return name_of(self.metric)
 
     def __str__(self) -> str:
         return f"{self.name} <= {words_of(self.limit_s)}"

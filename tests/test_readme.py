@@ -1,7 +1,7 @@
 """README as a stranger walks it: its commands in the order in which they stand, on a small trace, and its snippet.
 
 The engine serves a tiny model of random weights in place of SmolLM2; commands that want a GPU, a network or a person
-are left out by name.
+are left out by name. Where there is no torch, commands of the engine say what is missing, and all others run.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 from shell import twinserve
 
 __all__ = ["twinserve"]
@@ -26,6 +26,7 @@ LEFT_OUT = {
     "generate ": "wants the weights of SmolLM2: tests/engine/test_smollm2.py",
     "model verify": "wants a folder with weights: tests/engine/test_verify.py",
 }
+ENGINE = ("run", "profile")
 TINY = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8192, "eos_token_id": 2,
@@ -49,7 +50,7 @@ def prepared(folder: Path, twinserve) -> None:
 
 
 def test_every_command_of_the_readme_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, twinserve):
-    pytest.importorskip("torch")
+    has_torch = find_spec("torch") is not None
     monkeypatch.chdir(tmp_path)
     prepared(tmp_path, twinserve)
     (tmp_path / "tiny").mkdir()
@@ -60,6 +61,13 @@ def test_every_command_of_the_readme_runs_in_the_order_in_which_it_stands(tmp_pa
         words = shlex.split(line)[1:]
         text = " ".join(words)
         if any(text.startswith(name) for name in LEFT_OUT):
+            continue
+        if words[0] in ENGINE and not has_torch:
+            result = twinserve(*words)
+            assert result.code == 2 and "pip install 'twinserve[engine]'" in result.err, line
+            if words[0] == "run":  # a record of somebody else's
+                latency = ("--latency", "smollm2-135m-cpu-2-threads")
+                assert twinserve("sim", *words[1:], *latency).code == 0
             continue
         if words[0] == "capacity":  # by coarser steps than one would take
             words += ["--tolerance", "0.3"]

@@ -76,7 +76,10 @@ class FleetOptions(BaseModel):
     failover_s: float = Field(
         default=0.0, ge=0, le=86_400, description="seconds until the router knows that a replica is down"
     )
-    group: list[ReplicaGroup] = []
+    group: list[ReplicaGroup] = Field(
+        default=[],
+        description="in a file, a table for each kind of replica: how many, their latency, settings of their own",
+    )
 
     @field_validator("router")
     @classmethod

@@ -1,6 +1,7 @@
 """The commands that need no model: what they print, what they write, how they exit."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -212,3 +213,26 @@ def test_a_roofline_says_what_it_is_made_of_and_gives_the_pool(twinserve, trace,
 def test_a_model_that_its_device_cannot_hold_is_refused(twinserve, trace):
     result = twinserve("sim", trace, "--latency", "roofline:llama-3-70b@rtx4090")
     assert result.code == 2 and "leaves no room for KV" in result.err and len(result.err.splitlines()) == 1
+
+
+FORCED = {
+    "trace make": ("--out", "OUT", "--requests", 4),
+    "trace convert": ("TRACE", "OUT"),
+    "sim": ("TRACE", "--latency", "roofline:llama-3-8b@h100", "--out", "OUT"),
+    "report": ("RUN", "--out", "OUT"),
+    "export": ("RUN", "--format", "csv", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_what_is_there_is_replaced_where_that_is_asked_for(twinserve, trace, tmp_path, name):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert twinserve("sim", trace, "--latency", "roofline:llama-3-8b@h100", "--out", run).code == 0
+    words = [{"TRACE": trace, "RUN": run, "OUT": out}.get(word, word) for word in (*name.split(), *FORCED[name])]
+    assert twinserve(*words).code == 0
+    before = os.lstat(out).st_ino
+    assert twinserve(*words).code == 2 and os.lstat(out).st_ino == before
+    again = twinserve(*words, "--force")
+    assert again.code == 0, again.err
+    assert os.lstat(out).st_ino != before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -150,7 +150,7 @@ def test_convert_refuses_an_unknown_format_and_an_existing_file(twinserve, trace
     assert twinserve("trace", "convert", trace, tmp_path / "out", "--format", "vidur").code == 2
     assert not (tmp_path / "out").exists()
     result = twinserve("trace", "convert", trace, trace)
-    assert (result.code, result.err) == (2, f"twinserve: {trace}: exists already, expected a new name\n")
+    assert (result.code, result.err) == (2, f"twinserve: {trace}: exists already, expected a new name, or --force\n")
 
 
 # --- fetch ---

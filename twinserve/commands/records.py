@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, Traces
+from twinserve.commands.options import Force, Json, Traces
 from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.settings.own_class import RULES
 
 if TYPE_CHECKING:
@@ -131,14 +131,16 @@ def report(
     objective: Annotated[
         str | None, typer.Option(help="What the runs are judged by, such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """One self-contained HTML page from run records."""
     from twinserve.reports.page import write_report
     from twinserve.traces.runs.vllm_records import load_run
 
-    refuse_existing(out)
-    asked = None if objective is None else _asked(objective)
-    write_report([load_run(run) for run in runs], out, asked=asked, progress=lambda words: say(f"report: {words}"))
+    with in_place_of(out, force) as place:
+        asked = None if objective is None else _asked(objective)
+        records = [load_run(run) for run in runs]
+        write_report(records, place, asked=asked, progress=lambda words: say(f"report: {words}"))
     print(out)
 
 
@@ -175,18 +177,19 @@ def export(
         typer.Option("--out", help="The trace (gzip where it ends in .gz) or the folder to write; must not exist."),
     ],
     traces: Traces = None,
+    force: Force = False,
 ) -> None:
     """Write a run for other tools: Perfetto's timeline, or two tables."""
     from twinserve.traces.runs.perfetto import export_perfetto
     from twinserve.traces.runs.tables import export_tables
     from twinserve.traces.runs.vllm_records import load_run
 
-    refuse_existing(out)
-    record = load_run(run, traces)
-    if kind == "perfetto":
-        export_perfetto(record, out)
-    else:
-        export_tables(record, out, kind)
+    with in_place_of(out, force, ("requests.parquet", "requests.csv")) as place:
+        record = load_run(run, traces)
+        if kind == "perfetto":
+            export_perfetto(record, place)
+        else:
+            export_tables(record, place, kind)
     print(out)
 
 
@@ -194,12 +197,13 @@ def record_import(
     source: Annotated[Path, typer.Argument(help="A vLLM step log.")],
     out: Annotated[Path, typer.Argument(help="Folder of the run record to write; must not exist.")],
     traces: Traces = None,
+    force: Force = False,
 ) -> None:
     """Write another engine's recorded run as a run record."""
     from twinserve.traces.runs.record import write_record
     from twinserve.traces.runs.vllm_records import read_vllm_record
 
-    refuse_existing(out)
-    record = read_vllm_record(source, traces)
-    write_record(record, out)
+    with in_place_of(out, force, ("run.json",)) as place:
+        record = read_vllm_record(source, traces)
+        write_record(record, place)
     say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinserve.commands.options import VLLM_ARGS_HELP, Config, Json, TraceFile, options_of, settings_of_vllm
+from twinserve.commands.options import VLLM_ARGS_HELP, Config, Force, Json, TraceFile, options_of, settings_of_vllm
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
 from twinserve.worlds.workload import LIKE_HELP, TraceOptions
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from twinserve.policies import Sequence
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+RECORD = ("run.json",)
+"""By what a run record is known."""
 LATENCY_HELP = (
     "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
     "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
@@ -53,6 +55,7 @@ def sim(
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
@@ -69,24 +72,24 @@ def sim(
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
-    refuse_existing(out)
-    for line in (*words, load_of(workload)):
-        say(line)
-    limits = None
-    if intervals:
-        with Bar("intervals", NUM_DRAWS) as bar:
-            drawn = [workload, *others]
-            limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
-    with Bar("sim", len(workload.requests)) as bar:
+    with in_place_of(out, force, RECORD) as place:
+        for line in (*words, load_of(workload)):
+            say(line)
+        limits = None
+        if intervals:
+            with Bar("intervals", NUM_DRAWS) as bar:
+                drawn = [workload, *others]
+                limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=bar.advance)
+        with Bar("sim", len(workload.requests)) as bar:
 
-        def ended(seq: Sequence) -> None:
-            bar.ended(seq)
-            verdict.ended(seq)
-            if attainment is not None:
-                attainment.ended(seq)
+            def ended(seq: Sequence) -> None:
+                bar.ended(seq)
+                verdict.ended(seq)
+                if attainment is not None:
+                    attainment.ended(seq)
 
-        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step}
-        summary = chosen.serve(workload, replicas, intervals=limits, **how)
+            how: dict[str, Any] = {"out": place, "progress": ended, "step_by_step": step_by_step}
+            summary = chosen.serve(workload, replicas, intervals=limits, **how)
     if attainment is not None:
         summary["attainment"] = attainment.of(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
@@ -111,6 +114,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     config: Config = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace on the real engine, in real time."""
@@ -127,18 +131,18 @@ def run(
     except ValueError as error:
         raise InputError(str(error)) from error
     workload = load_workload(trace, trace_options)
-    refuse_existing(out)
-    llm = load_llm(options, chosen, progress=say)
     verdict = Verdict()
-    say(load_of(workload))
-    with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
+    with in_place_of(out, force, RECORD) as place:
+        llm = load_llm(options, chosen, progress=say)
+        say(load_of(workload))
+        with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
 
-        def ended(seq: Sequence) -> None:
-            bar.ended(seq)
-            verdict.ended(seq)
+            def ended(seq: Sequence) -> None:
+                bar.ended(seq)
+                verdict.ended(seq)
 
-        how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
-        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
+            how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
+            summary = run_real(workload, llm, out=place, params=params, time_scale=time_scale, **how)
     _conclude(summary, verdict, as_json)
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from twinserve.planning.paired import PairedDifference
 from twinserve.planning.upgrade import Change
+from twinserve.reports.text import number
 from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
@@ -24,15 +25,17 @@ def summary_table(summary: dict[str, Any]) -> None:
     console = _console(100)
     counts = ("requests", "finished", "refused", "aborted", "shortened", "capped", "dropped")
     console.print(f"{summary['world']}: " + ", ".join(f"{summary[name]} {name}" for name in counts if name in summary))
-    table = Table("seconds", *STATISTICS)
+    table = Table("ms", *STATISTICS)
     for name in LATENCIES:
-        table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
+        table.add_row(name.removesuffix("_s").upper(), *(_ms(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
     if limits := summary.get("intervals"):
-        spread = Table(f"{COVERAGE:.0%} limits", *STATISTICS)
+        spread = Table(f"{COVERAGE:.0%} limits, ms", *STATISTICS)
         for name in LATENCIES:
             pairs = (limits.get(f"{name}.{statistic}") for statistic in STATISTICS)
-            spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
+            spread.add_row(
+                name.removesuffix("_s").upper(), *(_range(pair and [1e3 * limit for limit in pair]) for pair in pairs)
+            )
         console.print(spread)
         console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
     if found := summary.get("attainment"):
@@ -85,9 +88,9 @@ def change_table(changes: list[Change]) -> None:
     """Print what each change of an upgrade moves, and by how much."""
     table = Table("change", "metric", "before", "after", "difference", "95% of the mean difference")
     for change in changes:
-        for number, row in enumerate(change.moved):
+        for place, row in enumerate(change.moved):
             limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
-            name = "" if number else change.name
+            name = "" if place else change.name
             table.add_row(name, row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
         if not change.moved:
             table.add_row(change.name, "nothing moves", "", "", "", "")
@@ -190,6 +193,11 @@ def _plain(text: str) -> Text:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ms(seconds: float | None) -> str:
+    """A time in milliseconds."""
+    return "-" if seconds is None else number(1e3 * seconds)
 
 
 def _range(limits: Sequence[float] | None) -> str:

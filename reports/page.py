@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -37,11 +38,14 @@ from twinserve.settings.files import refuse_existing, write_whole
 from twinserve.traces.runs.compare import differing_settings, name_of, value_of
 from twinserve.traces.runs.record import RunRecord
 
+Watch = Callable[[str, int | None], AbstractContextManager[Any]]
+"""What shows that a page is being made; see `write_report`."""
+
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 
 
 def write_report(
-    records: list[RunRecord], out: Path, *, asked: Asked | None = None, progress: Callable[[str], None] | None = None
+    records: list[RunRecord], out: Path, *, asked: Asked | None = None, watch: Watch = lambda *_: nullcontext()
 ) -> None:
     """Write a page that shows runs to a person: what was asked and what came of it, numbers, batches, KV blocks,
     latencies, requests, settings. Each run is decided again from its record, and the page says whether that is exact.
@@ -53,23 +57,24 @@ def write_report(
             that replayed the same trace.
         out: the HTML file to write; its folder is made where there is none.
         asked: the objective by which the page judges the runs.
-        progress: told what is being done, in words.
+        watch: entered for each part of the work, told what it is in words and how many decisions it makes again, if
+            it does; what it gives listens to them.
 
     Raises:
         InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
     refuse_existing(out)
-    write_whole(out, _page(runs_of(records), asked, progress or (lambda words: None)))
+    write_whole(out, _page(runs_of(records), asked, watch))
 
 
-def _page(runs: list[Run], asked: Asked | None, progress: Callable[[str], None]) -> str:
+def _page(runs: list[Run], asked: Asked | None, watch: Watch) -> str:
     again = []
     for run in runs:
-        progress(f"deciding {run.label} again")
-        again.append(replayed(run))
-    progress("drawing")
-    sections = list(_sections(runs, asked))
+        with watch(f"deciding {run.label} again", sum(len(part.record.steps) for part in run.parts)) as listener:
+            again.append(replayed(run, listener))
+    with watch("drawing", None):
+        sections = list(_sections(runs, asked))
     head = f"<header>\n{_header(runs, asked, again)}</header>\n{contents(title for title, _ in sections)}"
     return html_page(_title(runs), [head, *(section(title, content) for title, content in sections)])
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from twinserve.commands.options import Force, Json, Traces
-from twinserve.commands.progress import say
+from twinserve.commands.progress import Bar, Decisions, say
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import in_place_of
 from twinserve.settings.own_class import RULES
@@ -36,12 +38,13 @@ def replay(
     equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
     rows = [row for record in records for row in record.requests]
     unanswered = len({row["id"] for row in rows} - {row["id"] for row in rows if row["finish_reason"] is not None})
-    for record in records:
-        part = decide_again(record)
-        equal += part.equal
-        if part.difference is not None:
-            difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
-            break
+    with Bar("replay", recorded) as bar:
+        for record in records:
+            part = decide_again(record, listener=Decisions(bar))
+            equal += part.equal
+            if part.difference is not None:
+                difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
+                break
     result = ReplayResult(equal, recorded, difference, unanswered)
     if as_json:
         values = None if difference is None else vars(difference)
@@ -140,8 +143,15 @@ def report(
     with in_place_of(out, force) as place:
         asked = None if objective is None else _asked(objective)
         records = [load_run(run) for run in runs]
-        write_report(records, place, asked=asked, progress=lambda words: say(f"report: {words}"))
+        write_report(records, place, asked=asked, watch=_watched)
     print(out)
+
+
+@contextmanager
+def _watched(words: str, num_decisions: int | None) -> Iterator[Decisions]:
+    """A bar while a page is made."""
+    with Bar(f"report: {words}", num_decisions) as bar:
+        yield Decisions(bar)
 
 
 def _asked(text: str) -> Asked:

@@ -236,3 +236,27 @@ def test_what_is_there_is_replaced_where_that_is_asked_for(twinserve, trace, tmp
     assert again.code == 0, again.err
     assert os.lstat(out).st_ino != before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_simulations_are_compared_under_their_own_names(twinserve, trace, tmp_path):
+    for name in ("one", "other"):
+        assert twinserve("sim", trace, "--latency", "llama-3-8b-h200", "--out", tmp_path / name).code == 0
+    compared = twinserve("compare", tmp_path / "one", tmp_path / "other")
+    assert compared.code == 0, compared.err
+    head = "".join(compared.out.partition("ttft_s.mean")[0].replace("┃", "").split())
+    assert "difference" in head and "simulated" not in head
+
+
+def test_a_table_has_as_many_columns_as_are_asked_for_and_nothing_is_cut(twinserve, trace, tmp_path, monkeypatch):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f'trace = "{trace}"\nlatency = "roofline:llama-3-8b@h100"\n[grid]\nmax_num_seqs = [4, 8]\n')
+    monkeypatch.setenv("COLUMNS", "60")
+    swept = twinserve("sweep", plan, "--out", tmp_path / "sweep", "--jobs", 1)
+    assert swept.code == 0, swept.err
+    assert "…" not in swept.out and max(map(len, swept.out.splitlines()[:-1])) <= 60
+    objective = ("--objective", "mean TTFT <= 1 s", "--tolerance", 0.5, "--jobs", 1)
+    found = twinserve("capacity", trace, "--latency", "roofline:llama-3-8b@h100", *objective)
+    (line,) = [line for line in found.out.splitlines() if "rate, requests/s" in line]
+    assert line.replace("│", " ").split()[-1].replace(",", "").replace(".", "").isdigit(), (
+        "one case alone is a line a value"
+    )

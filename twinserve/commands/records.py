@@ -97,7 +97,10 @@ def compare(
     if as_json:
         print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
     else:
-        comparison_table(comparisons)
+        if (sim.run["world"], real.run["world"]) == ("sim", "real"):
+            comparison_table(comparisons)
+        else:
+            comparison_table(comparisons, (runs[0], runs[1], "difference"))
     too_far = beyond(comparisons, limits)
     for row in too_far:
         say(row.beyond(limits[row.metric]))

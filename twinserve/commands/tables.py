@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +67,9 @@ def description_table(model: str, rows: dict[str, Any]) -> None:
     _console(100).print(table)
 
 
-def comparison_table(comparisons: list[Comparison]) -> None:
-    """Print the metrics of two runs side by side."""
-    table = Table("metric", "simulated", "real", "error")
+def comparison_table(comparisons: list[Comparison], heads: Sequence[str] = ("simulated", "real", "error")) -> None:
+    """Print the metrics of two runs side by side, under what they are and what they differ by."""
+    table = Table("metric", *(Column(_plain(head), overflow="fold") for head in heads))
     for row in comparisons:
         error = "" if row.error is None else f"{row.error:+.1%}"
         table.add_row(row.metric, _number(row.sim), _number(row.real), error)
@@ -94,14 +95,19 @@ def change_table(changes: list[Change]) -> None:
             table.add_row(name, row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
         if not change.moved:
             table.add_row(change.name, "nothing moves", "", "", "", "")
-    Console(width=None if Console().is_terminal else 140).print(table)
+    _console(140).print(table)
 
 
 def case_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Print the cases of a sweep, or their capacities."""
-    table = Table(*(Column(_plain(head)) for head in heads))
-    for row in rows:
-        table.add_row(*map(_plain, row))
+    """Print the cases of a sweep, or their capacities; one alone a line a value. Nothing is cut."""
+    if len(rows) == 1:
+        table = Table(show_header=False)
+        for head, value in zip(heads, rows[0], strict=True):
+            table.add_row(_plain(head), _plain(value))
+    else:
+        table = Table(*(Column(_plain(head), overflow="fold") for head in heads))
+        for row in rows:
+            table.add_row(*map(_plain, row))
     _console(160).print(table)
 
 
@@ -182,8 +188,9 @@ def verify_table(report: dict[str, Any]) -> None:
 
 
 def _console(width: int) -> Console:
-    """Where tables go: no text is markup, and what is no terminal has so many columns."""
-    return Console(width=None if Console().is_terminal else width, markup=False, emoji=False, highlight=False)
+    """Where tables go: no text is markup, and what is no terminal has so many columns, unless COLUMNS says how many."""
+    is_known = Console().is_terminal or "COLUMNS" in os.environ
+    return Console(width=None if is_known else width, markup=False, emoji=False, highlight=False)
 
 
 def _plain(text: str) -> Text:

@@ -69,6 +69,8 @@ def sim(
     attainment = None if within is None else Attainment(Limits.parse(within))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
+    if latency is not None and chosen.group and all(group.latency for group in chosen.group):
+        raise InputError("expected none: each group of the fleet has its own", field="latency", value=latency)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)

@@ -171,14 +171,15 @@ class FleetOptions(BaseModel):
             chosen, pool = with_pool(chosen, model)
             if vllm is not None:
                 words[str(vllm)] = None
-            words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if isinstance(model, FittedLatency):
                 model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
+            spec = ReplicaSpec(chosen, model, facts)
+            words[f"latency: {spec.latency_words} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None
             if pool is not None:
                 words[pool] = None
-            specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
+            specs += [spec] * group.replicas
         return specs, list(words)
 
     def serve(

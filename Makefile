@@ -38,7 +38,7 @@ test-wheel: $(INSTALLED)
 	build/wheel/empty/bin/pytest tests/test_readme.py tests/test_examples.py
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/run_all.py; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
+	$(BIN)/python benchmarks/run_all.py --out benchmarks/results; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
 
 # Every number of docs/fidelity.md again, from the records that ship; fails where one is another.
 fidelity: $(INSTALLED)

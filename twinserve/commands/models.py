@@ -49,12 +49,11 @@ def generate(
         params = SamplingParams(temperature, max_tokens, top_k, top_p, options.seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    llm = load_llm(options, chosen, progress=say)
-    from twinserve.engine.hub import chat_prompt
+    with closing(load_llm(options, chosen, progress=say)) as llm:
+        from twinserve.engine.hub import chat_prompt
 
-    completion, words = _answered(
-        llm, prompt if raw else chat_prompt(llm.tokenizer, prompt), params, is_shown=not as_json
-    )
+        text = prompt if raw else chat_prompt(llm.tokenizer, prompt)
+        completion, words = _answered(llm, text, params, is_shown=not as_json)
     if completion.finish_reason == "refused":
         raise InputError(completion.refusal or "", field="prompt", value=prompt)
     if completion.refusal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,8 +135,7 @@ def run(
         raise InputError(str(error)) from error
     workload = load_workload(trace, trace_options)
     verdict = Verdict()
-    with in_place_of(out, force, RECORD) as place:
-        llm = load_llm(options, chosen, progress=say)
+    with in_place_of(out, force, RECORD) as place, closing(load_llm(options, chosen, progress=say)) as llm:
         say(load_of(workload))
         with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
 

@@ -62,8 +62,10 @@ def rows(lines: Iterable[str], path: Path, reading: Reading, columns: Columns) -
         if not output_tokens or not prompt_tokens:
             reading.dropped["empty_prompt" if output_tokens else "failed"] += 1
             continue
-        unit_ns = columns.unit_ns
-        time_ns = instant_ns(line, columns.time) if is_instant else reading.time_ns(line, columns.time, unit_ns=unit_ns)
+        if is_instant:
+            time_ns = instant_ns(line, columns.time)
+        else:
+            time_ns = reading.time_ns(line, columns.time, unit_ns=columns.unit_ns, in_table=True)
         told = Line(path, line.number, {columns.time: line.get(columns.time)})
         found.append((told, Request(0, time_ns, private_prompt(0, prompt_tokens), output_tokens)))
     if found:

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-compiled lint bench fidelity
+.PHONY: demo test test-compiled test-wheel lint docs bench fidelity
 
 demo: $(INSTALLED)
 	$(BIN)/twinserve demo
@@ -24,6 +24,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of the docs, into build/site; fails at a link that leads nowhere.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The README as who has only the wheel walks it: in an environment of its own, without torch.
+test-wheel: $(INSTALLED)
+	rm -rf build/wheel
+	TWINSERVE_PURE=1 $(BIN)/python -m build --no-isolation --outdir build/wheel . >/dev/null
+	$(PYTHON) -m venv build/wheel/empty
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls build/wheel/*.whl)" pytest hypothesis pandas pyarrow
+	build/wheel/empty/bin/python -P -c "import twinserve; assert twinserve.__file__.startswith('$(CURDIR)/build/wheel')"
+	build/wheel/empty/bin/pytest tests/test_readme.py tests/test_examples.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run_all.py --out benchmarks/results; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
 
@@ -35,5 +48,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	TWINSERVE_PURE=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[engine,test,dev]"
+	TWINSERVE_PURE=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[engine,test,dev,docs]"
 	touch $@

@@ -53,7 +53,7 @@ STEPS = {"step_us": "decodes alone", "mixed_step_us": "decodes beside a chunk of
 INTRODUCTION = """\
 # What each cycle buys
 
-Rendered from the JSON files in [results](results) by `python benchmarks/render.py`; `make bench` measures and renders.
+Rendered from the files in `benchmarks/results` by `python benchmarks/render.py`; `make bench` measures and renders.
 
 Latency, throughput and memory of a row are those of the same requests in every row, served with what the cycle adds to
 the one before it; so the speed-ups compare like with like. Latency is the time until the last token of the last

@@ -126,8 +126,11 @@ class Live(ABC):
         if aborts := [Abort(seq.seq_id) for seq in seqs if not seq.is_finished]:
             self.inbox.put(*aborts)
 
-    def begin(self, seqs: Seq[Sequence]) -> Callable[[], None]:
+    def begin(self, seqs: Seq[Sequence], follower: Follower | None = None) -> Callable[[], None]:
         """Let sequences in; what it gives waits until each has ended, and aborts them if that is interrupted.
+
+        Args:
+            follower: told of them as they go.
 
         Raises:
             RunError: it is closed; or, while one waits, what ended the loop.
@@ -141,6 +144,8 @@ class Live(ABC):
 
         def told(some: list[Sequence]) -> None:
             left.difference_update([seq for seq in some if seq.is_finished])
+            if follower is not None:
+                follower(some)
             if not left or self.error is not None:
                 ended.set()
 

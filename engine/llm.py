@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -258,6 +259,46 @@ class LLM:
             for seq in sequences:
                 self.runner.logprobs.pop(seq, None)
 
+    def stream(
+        self, prompt: str | list[int], sampling_params: SamplingParams
+    ) -> Generator[list[int], None, Completion]:
+        """Complete a prompt, and give its tokens as they come; what it returns at the end is the completion.
+
+        Closing it aborts the request.
+
+        Raises:
+            InputError: a text without a tokenizer, or token ids that the model has not.
+            StepError: a step failed.
+        """
+        token_ids = encode_prompt(prompt, self.tokenizer, self.config.vocab_size, 0)
+        seq = Sequence(token_ids, self._with_stops(sampling_params))
+        news: SimpleQueue[tuple[list[int], bool]] = SimpleQueue()
+        num_told = seq.num_prompt_tokens
+
+        def told(_: list[Sequence]) -> None:
+            nonlocal num_told
+            fresh = seq.token_ids[num_told : seq.num_tokens - _has_failed(seq)]
+            num_told += len(fresh)
+            news.put((fresh, seq.is_finished or live.error is not None))
+
+        try:
+            with self._guard:
+                live = self._live_core()
+                wait = live.begin([seq], told)
+            is_over = False
+            try:
+                while not is_over:
+                    fresh, is_over = news.get()
+                    if fresh:
+                        yield fresh
+            except BaseException:
+                live.abort([seq])
+                raise
+            wait()
+            return self._completion(seq)
+        finally:
+            self.runner.logprobs.pop(seq, None)
+
     def live(self, listeners: Seq[CoreListener] = ()) -> AsyncLLM:
         """A fresh Core that serves until it is closed, heard by `listeners`.
 
@@ -353,7 +394,7 @@ class LLM:
         return with_stops(params, self.eos_token_ids, self.config.vocab_size)
 
     def _completion(self, seq: Sequence) -> Completion:
-        failed = seq.refusal is not None and seq.finish_reason != "refused"
+        failed = _has_failed(seq)
         token_ids = seq.completion_token_ids[:-1] if failed else seq.completion_token_ids
         heard = self.runner.logprobs.get(seq, {})
         asked = seq.sampling_params.logprobs is not None
@@ -366,6 +407,11 @@ class LLM:
             refusal=seq.refusal,
             logprobs=[heard[seq.num_prompt_tokens + place] for place in range(len(token_ids))] if asked else None,
         )
+
+
+def _has_failed(seq: Sequence) -> bool:
+    """Could a sequence not be finished? Then its last token is none."""
+    return seq.refusal is not None and seq.finish_reason != "refused"
 
 
 def _make_runner(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from twinserve.reports.runs import Run
-from twinserve.traces.runs.metrics import SERVED
+from twinserve.traces.runs.metrics import SERVED, attainment
 from twinserve.traces.runs.tables import LATENCY_NS
 
 
@@ -43,14 +43,10 @@ class Asked:
         return all(ns is None or ns <= limit_s * 1e9 for ns, limit_s in took_ns)
 
     def attainment(self, run: Run) -> dict[str, float | None]:
-        """The share of a run's requests that keep the limits, and how many and how many tokens a second those are."""
-        kept, duration_s = self.kept(run), run.summary["duration_s"]
+        """What of a run's requests keep the limits, see `metrics.attainment`."""
+        kept = self.kept(run)
         tokens = sum(row["output_tokens"] for row, is_kept in zip(run.record.requests, kept, strict=True) if is_kept)
-        return {
-            "share": int(kept.sum()) / len(kept) if len(kept) else None,
-            "goodput_req_s": int(kept.sum()) / duration_s if duration_s else None,
-            "goodput_tok_s": tokens / duration_s if duration_s else None,
-        }
+        return attainment(int(kept.sum()), tokens, run.summary)
 
     def missed_by(self, run: Run) -> list[str]:
         """What of the objective a run misses, in words; nothing where it keeps it."""

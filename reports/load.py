@@ -10,6 +10,7 @@ from twinserve.reports.asked import Asked
 from twinserve.reports.drawing import MUTED, Figure, Trace, base_axis, stacked_layout, time_axis
 from twinserve.reports.runs import Run
 from twinserve.reports.text import count, duration
+from twinserve.traces.statistics import load_of
 
 _STRETCHES = 60
 _NICE = (1, 2, 5, 10, 15, 30)
@@ -53,22 +54,23 @@ def load_figure(runs: list[Run], asked: Asked | None) -> Figure | None:
     return Figure("load", "", caption, data, layout, notes, is_linked=True)
 
 
-def busiest(run: Run) -> str:
+def rate_of(run: Run) -> str:
     """A run's rate of arrivals and that of its busiest minute, in words; nothing where all came at once."""
-    arrivals_s = _arrivals_s(run)
-    span_s = float(arrivals_s.max(initial=0.0))
-    if span_s <= 0:
-        return f"{count(len(arrivals_s), 'request')} at once"
-    rate = f"{(len(arrivals_s) - 1) / span_s:.4g} requests/s"
-    if span_s < 120:
-        return rate
-    ordered = np.sort(arrivals_s)
-    within = np.searchsorted(ordered, ordered + 60.0, "left") - np.arange(len(ordered))
-    return f"{rate}, {within.max() / 60:.4g} in the busiest minute"
+    arrivals_ns = np.sort(_arrivals_ns(run))
+    if not len(arrivals_ns):
+        return "no requests"
+    span_s, rate, busiest = load_of(arrivals_ns)
+    if not span_s:
+        return f"{count(len(arrivals_ns), 'request')} at once"
+    return f"{rate:.4g} requests/s{'' if busiest is None else f', {busiest:.4g} in the busiest minute'}"
 
 
 def _arrivals_s(run: Run) -> np.ndarray:
-    return run.seconds(np.fromiter((row["arrival_ns"] for row in run.record.requests), np.int64))
+    return run.seconds(_arrivals_ns(run))
+
+
+def _arrivals_ns(run: Run) -> np.ndarray:
+    return np.fromiter((row["arrival_ns"] for row in run.record.requests), np.int64)
 
 
 def _nice(seconds: float) -> float:

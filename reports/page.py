@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ from twinserve.reports.finder import finder
 from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
 from twinserve.reports.html import contents, drawn, html_page, section, side_by_side
-from twinserve.reports.load import busiest, load_figure
+from twinserve.reports.load import load_figure, rate_of
 from twinserve.reports.replayed import replayed
 from twinserve.reports.residuals import residual_figure
 from twinserve.reports.runs import Run, runs_of, same_trace
@@ -34,14 +35,17 @@ from twinserve.reports.terms import definitions
 from twinserve.reports.text import count, duration, number, percent, plain
 from twinserve.reports.timelines import batch_figure, kv_figure
 from twinserve.settings.files import refuse_existing, write_whole
-from twinserve.traces.runs.compare import differing_settings, value_of
+from twinserve.traces.runs.compare import differing_settings, name_of, value_of
 from twinserve.traces.runs.record import RunRecord
+
+Watch = Callable[[str, int | None], AbstractContextManager[Any]]
+"""What shows that a page is being made; see `write_report`."""
 
 _NAMES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 
 
 def write_report(
-    records: list[RunRecord], out: Path, *, asked: Asked | None = None, progress: Callable[[str], None] | None = None
+    records: list[RunRecord], out: Path, *, asked: Asked | None = None, watch: Watch = lambda *_: nullcontext()
 ) -> None:
     """Write a page that shows runs to a person: what was asked and what came of it, numbers, batches, KV blocks,
     latencies, requests, settings. Each run is decided again from its record, and the page says whether that is exact.
@@ -53,23 +57,24 @@ def write_report(
             that replayed the same trace.
         out: the HTML file to write; its folder is made where there is none.
         asked: the objective by which the page judges the runs.
-        progress: told what is being done, in words.
+        watch: entered for each part of the work, told what it is in words and how many decisions it makes again, if
+            it does; what it gives listens to them.
 
     Raises:
         InputError: there is no record, or `out` exists or cannot be written.
     """
     out = Path(out)
     refuse_existing(out)
-    write_whole(out, _page(runs_of(records), asked, progress or (lambda words: None)))
+    write_whole(out, _page(runs_of(records), asked, watch))
 
 
-def _page(runs: list[Run], asked: Asked | None, progress: Callable[[str], None]) -> str:
+def _page(runs: list[Run], asked: Asked | None, watch: Watch) -> str:
     again = []
     for run in runs:
-        progress(f"deciding {run.label} again")
-        again.append(replayed(run))
-    progress("drawing")
-    sections = list(_sections(runs, asked))
+        with watch(f"deciding {run.label} again", sum(len(part.record.steps) for part in run.parts)) as listener:
+            again.append(replayed(run, listener))
+    with watch("drawing", None):
+        sections = list(_sections(runs, asked))
     head = f"<header>\n{_header(runs, asked, again)}</header>\n{contents(title for title, _ in sections)}"
     return html_page(_title(runs), [head, *(section(title, content) for title, content in sections)])
 
@@ -144,7 +149,7 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
         details = [escape(", ".join(others))] if others else []
         for metric, limit_s in asked.terms_s.items():
             if (value := value_of(run.summary, metric)) is not None:
-                details.append(f"{_metric_name(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
+                details.append(f"{name_of(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
         details.append(
             f'<span data-metric="attainment.share" data-run="{run.text}" data-value="{found["share"]}">'
             f"{percent(found['share'])}</span> of requests within the limits, goodput "
@@ -153,11 +158,6 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
         )
         verdicts.append(f"<li>{key(run)}<b>{run.text}</b> {word} {'; '.join(details)}.</li>\n")
     return f'<p class="asked">Asked: <b>{escape(asked.text)}</b></p>\n<ul class="verdicts">\n{"".join(verdicts)}</ul>\n'
-
-
-def _metric_name(metric: str) -> str:
-    name, _, statistic = metric.partition(".")
-    return f"{statistic} {name.removesuffix('_s').upper()}"
 
 
 def _headline(run: Run) -> str:
@@ -173,7 +173,7 @@ def _headline(run: Run) -> str:
     if summary.get("retries"):
         counts.append(_counted(summary["retries"], "sent again"))
     return (
-        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(busiest(run))}; "
+        f"{key(run)}<b>{run.text}</b>: {escape(_executor(run))}; trace {escape(_trace(run))}; {escape(rate_of(run))}; "
         f"{count(summary['requests'], 'request')}: {', '.join(counts)}."
     )
 
@@ -260,7 +260,7 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
         "trace": [_trace(run) for run in runs],
         "content of the trace": [_sha256(run)[:12] for run in runs],
         "transforms": [transforms_of(run) for run in runs],
-        "load": [busiest(run) for run in runs],
+        "load": [rate_of(run) for run in runs],
         "latency": [_latency(run) or "–" for run in runs],
         "replicas": [str(run.num_replicas) for run in runs],
         "router": [_router(run) if run.fleet else "none" for run in runs],

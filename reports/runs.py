@@ -167,11 +167,6 @@ class Run:
         return escape(self.label)
 
     @property
-    def name(self) -> str:
-        """The name of the record's folder."""
-        return self.record.path.name or self.record.path.resolve().name
-
-    @property
     def world(self) -> str:
         """Where it took place: "real" or "sim"."""
         return self.record.run["world"]

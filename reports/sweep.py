@@ -105,8 +105,9 @@ def sweep_page(
     for number, name in enumerate(swept_fields(cases)):
         figures = [_field_figure(f"field-{number}-{n}", cases, name, axis) for n, axis in enumerate(upwards)]
         parts.append((f"By {escape(name)}", side_by_side(figures)))
-    paretos = [_pareto_figure(f"pareto-{n}", cases, across, axis) for n, axis in enumerate(upwards)]
-    parts.append(("What costs what", side_by_side(paretos)))
+    if len(cases) > 1:
+        paretos = [_pareto_figure(f"pareto-{n}", cases, across, axis) for n, axis in enumerate(upwards)]
+        parts.append(("What costs what", side_by_side(paretos)))
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>' for name, value in shared.items()
     )
@@ -234,7 +235,7 @@ def _layout(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
     """A figure whose y axis begins at 0, or is logarithmic where values span a large factor."""
     values = [*values, *([axis.limit] if axis.limit is not None else [])]
     wide = min(values) > 0 and max(values) > 20 * min(values)
-    y_axis = base_axis(axis.title, type="log") if wide else base_axis(axis.title, rangemode="tozero")
+    y_axis = base_axis(axis.title, type="log", dtick="D2") if wide else base_axis(axis.title, rangemode="tozero")
     return base_layout(360, yaxis=y_axis, hovermode="closest")
 
 
@@ -259,6 +260,11 @@ def _case_table(cases: Sequence[PageCase]) -> str:
     ]
     table = sortable_table([(escape(head), None) for head in heads], cells)
     caption = "Means over seeds, with the 95% interval of the mean where there are several. Columns sort at a click."
+    if any(case.keeps is not None for case in cases):
+        caption += (
+            " A case keeps the objective if each of its seeds does. An interval may reach beyond a limit for all that: "
+            "it says where the mean of many more seeds would lie."
+        )
     return f'{table}\n<p class="caption">{caption}</p>\n'
 
 
@@ -306,7 +312,7 @@ def _pareto_figure(name: str, cases: Sequence[PageCase], across: Axis, axis: Axi
     known = [
         (case, x, y) for case in cases if (x := case.value(across)) is not None and (y := case.value(axis)) is not None
     ]
-    if not known:
+    if len(known) < 2:
         return None
     data: list[dict[str, Any]] = []
     for keeps, color, words in ((True, _KEPT, "keeps the objective"), (False, _MISSED, "misses it"), (None, INK, "")):

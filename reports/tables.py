@@ -9,9 +9,8 @@ from typing import Any
 from twinserve.reports.runs import Run, same_trace
 from twinserve.reports.terms import sorter, term
 from twinserve.reports.text import flat, number, percent, plain, time_unit
-from twinserve.traces.runs.compare import Comparison, compare, differ, value_of
+from twinserve.traces.runs.compare import STATISTICS, Comparison, compare, differ, value_of
 
-_STATISTICS = ("mean", "p50", "p90", "p99")
 _LATENCIES = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "End to end"))
 _TOTALS = (
     ("output_tok_s", term("output tokens / s", "Tokens / s")),
@@ -46,14 +45,14 @@ def latency_table(runs: list[Run], errors: Errors) -> str:
     bodies = []
     for name, title in _LATENCIES:
         unit, scale = time_unit(max(run.summary[name]["p99"] or 0 for run in runs))
-        metrics = [f"{name}.{statistic}" for statistic in _STATISTICS]
+        metrics = [f"{name}.{statistic}" for statistic in STATISTICS]
 
         def shown(run: Run, metric: str, scale: float = scale) -> str:
             value = value_of(run.summary, metric)
             return number(None if value is None else value * scale)
 
         bodies.append(_metric_rows(f"{term(title, title)}, {unit}", metrics, runs, errors, shown))
-    return metric_table(["latency", *([""] if len(runs) > 1 else []), *_STATISTICS], bodies)
+    return metric_table(["latency", *([""] if len(runs) > 1 else []), *STATISTICS], bodies)
 
 
 def totals_table(runs: list[Run], errors: Errors) -> str:

@@ -22,7 +22,7 @@ DEFINITIONS = {
     "Attainment": "the share of all requests that keep every limit by themselves; who was not served does not",
     "Goodput": "requests a second that keep every limit by themselves",
     "Wait": "first scheduled − arrival",
-    "p50, p90, p99": "the value that half, nine tenths, all but a hundredth of the requests do not exceed",
+    "p50, p90, p95, p99": "the value that so many of a hundred requests do not exceed",
 }
 
 

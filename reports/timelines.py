@@ -36,7 +36,7 @@ def batch_figure(runs: list[Run]) -> Figure | None:
         sheet.add_line(run, "running", "y", showlegend=len(drawn) > 1, legendrank=1)
         sheet.add_line(run, "waiting", "y2", showlegend=False)
         title = said_of(run, drawn, "tokens") + "<br>in the step" + ("s" if len(run.parts) > 1 else "")
-        panels.append((140, base_axis(title, nticks=5, range=[0, most * 1.05])))
+        panels.append((140, base_axis(title, nticks=5, range=[0, most * 1.05], tickformat="~s")))
         sheet.add_areas(run, tokens_axis)
     caption = (
         "Look for requests that wait while few are running, and for prompt tokens (fainter, on top of the decode "

@@ -78,9 +78,8 @@ def rows(now: Reading, before: Reading | None) -> list[tuple[str, str]]:
         ("queue", ("request_queue_time_seconds",)),
     ):
         name = next((name for name in names if name in now.buckets), names[0])
-        found.append(
-            (f"{text} p50 / p99", f"{_quantile(now, before, name, 0.5)} / {_quantile(now, before, name, 0.99)}")
-        )
+        percentiles = (_quantile(now, before, name, share) for share in (0.5, 0.95, 0.99))
+        found.append((f"{text} p50 / p95 / p99", " / ".join(percentiles)))
     return found
 
 

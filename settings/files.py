@@ -12,15 +12,16 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 from twinserve.settings.errors import InputError
 
 SUFFIX = ".partial"
+Place = TypeVar("Place", Path, "Path | None")
 
 
 @contextmanager
@@ -154,6 +155,53 @@ def refuse_existing(out: Path | None) -> None:
     """
     if out is not None and os.path.lexists(out):
         raise InputError("exists already, expected a new name", path=out)
+
+
+@contextmanager
+def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Iterator[Place]:
+    """Where to write what shall get a name: there, or beside what has it and is replaced at the end, whole until then.
+
+    Args:
+        out: the name; None where nothing is written.
+        is_forced: whether what has it already is replaced, and not refused.
+        marks: files of which a folder must hold one to be replaced, as only what is made here does.
+
+    Raises:
+        InputError: something has the name that is not to be replaced, or it cannot be.
+    """
+    if out is None or not os.path.lexists(out):
+        yield out
+        return
+    if not is_forced:
+        raise InputError("exists already, expected a new name, or --force", path=out)
+    is_folder = stat.S_ISDIR(os.lstat(out).st_mode)
+    if is_folder and not any((out / name).is_file() for name in marks) or not (is_folder or out.is_file()):
+        names = f"a folder with {' or '.join(marks)}" if marks else "a file"
+        raise InputError(f"is not replaced: expected {names}", path=out)
+    beside, before = out.with_name(f".new-{out.name}"), out.with_name(f".old-{out.name}")
+    for left in (beside, before):
+        refuse_existing(left)
+    try:
+        yield beside
+        with writing(out):
+            if is_folder and beside.exists():
+                _exchange(beside, out, before)
+            elif beside.exists():
+                beside.replace(out)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+
+
+def _exchange(beside: Path, out: Path, before: Path) -> None:
+    """Give what is beside a folder its name, and remove the folder."""
+    out.rename(before)
+    try:
+        beside.rename(out)
+    except OSError:
+        before.rename(out)
+        raise
+    shutil.rmtree(before)
 
 
 def refuse_endless(folder: Path) -> None:

@@ -31,6 +31,7 @@ from twinserve.traces.formats import (
     inference_perf,
     mooncake,
     own,
+    own_csv,
     parquet,
     recorded,
     servegen,
@@ -103,12 +104,13 @@ class Trace:
     num_unread: int = 0
 
 
-def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf) -> Trace:
+def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf, columns: str | None = None) -> Trace:
     """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
 
     Args:
         limit: so many requests are read, and no more.
         until_s: up to the first request that arrives so many seconds after the first one or later.
+        columns: of a CSV file of one's own, see `own_csv.Columns`.
 
     Raises:
         InputError: the file cannot be read, its format is unknown, a value is missing or wrong, or times go backwards.
@@ -116,12 +118,14 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
     path = Path(path)
     reading = Reading()
     if os.path.isdir(path):  # which is no error for any name
+        if columns is not None:
+            raise InputError("expected a CSV file", path=path, field="columns", value=columns)
         form, read_folder = (recorded, _record) if recorded.is_record(path) else (weka, _folder)
         rows, sha256 = read_folder(path, reading)
         _read(rows, reading, limit, until_s)
         return _trace(form.NAME, sha256, reading, path, sum(1 for _ in rows))
     with Content(path) as content:
-        name, rows = _recognise(content, path, reading)
+        name, rows = _own_csv(content, path, reading, columns) if columns else _recognise(content, path, reading)
         is_whole = _read(rows, reading, limit, until_s)
         num_unread = 0
         if not is_whole:
@@ -230,7 +234,22 @@ def _recognise(content: Content, path: Path, reading: Reading) -> tuple[str, Row
     for table in _TABLES:
         if set(table.FIELDS) <= set(columns):
             return table.NAME, table.rows(chain((first,), lines), path, reading)
-    raise _unknown(columns, [(set(table.FIELDS), table) for table in _TABLES], first, path)
+    hint = "; or `columns`, which say what those of your own table are"
+    raise _unknown(columns, [(set(table.FIELDS), table) for table in _TABLES], first, path, hint)
+
+
+def _own_csv(content: Content, path: Path, reading: Reading, columns: str) -> tuple[str, Rows]:
+    """The rows of a table whose columns are named by who hands it in."""
+    named = own_csv.Columns.parse(columns)
+    lines = iter(content)
+    first = next(lines, None)
+    if first is None:
+        raise InputError("is empty, expected a trace", path=path)
+    try:
+        columns_of(first)
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"expected the names of a table's columns: {error}", path=path, line=1, value=first) from error
+    return own_csv.NAME, own_csv.rows(chain((first,), lines), path, reading, named)
 
 
 def _recognise_object(
@@ -270,8 +289,10 @@ def _recognise_array(value: Any, path: Path, reading: Reading) -> tuple[str, Row
     raise _unknown(value[0], [(set(form.FIELDS), form) for form in _ARRAYS], json.dumps(value[0]), path)
 
 
-def _unknown(found: Iterable[str], known: Iterable[tuple[Collection[str], Any]], first: str, path: Path) -> InputError:
-    """What a file is that is no trace: a neighbour, or nearly one of the formats."""
+def _unknown(
+    found: Iterable[str], known: Iterable[tuple[Collection[str], Any]], first: str, path: Path, hint: str = ""
+) -> InputError:
+    """What a file is that is no trace: a neighbour, or nearly one of the formats; and what else may be tried."""
     names = set(found)
     for words, marks in _NEIGHBOURS.items():
         if marks <= names:
@@ -280,9 +301,9 @@ def _unknown(found: Iterable[str], known: Iterable[tuple[Collection[str], Any]],
     fields, form = max(known, key=lambda entry: len(names & set(entry[0])) / len(entry[0]))
     if 2 * len(names & set(fields)) >= len(fields):
         missing = ", ".join(sorted(set(fields) - names))
-        problem = f"is missing: by {', '.join(sorted(names & set(fields)))} it is of the format {form.NAME}"
+        problem = f"is missing: by {', '.join(sorted(names & set(fields)))} it is of the format {form.NAME}{hint}"
         return InputError(problem, path=path, line=1, field=missing)
-    return InputError(f"expected a trace, one of {_NAMES}", path=path, line=1, value=first)
+    return InputError(f"expected a trace, one of {_NAMES}{hint}", path=path, line=1, value=first)
 
 
 def _record(folder: Path, reading: Reading) -> tuple[Rows, str]:

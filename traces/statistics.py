@@ -19,8 +19,8 @@ def trace_statistics(requests: Seq[Request]) -> dict[str, Any]:
     """Counts, lengths in tokens, rate in requests a second, burstiness, and reuse by block size.
 
     The rate is (n - 1) / (last - first arrival); percentiles interpolate linearly. Burstiness: `gap_cv`, the population
-    standard deviation of the gaps between arrivals divided by their mean; `peak_to_mean`, the most arrivals in one of
-    the windows of so many seconds from the first arrival on, divided by the mean over all windows. `reuse`: what a
+    standard deviation of the gaps between arrivals divided by their mean; `peak_to_mean`, the most arrivals within
+    so many seconds, divided by the mean over the windows of as many seconds from the first arrival on. `reuse`: what a
     prefix cache without end would hit, in blocks of so many tokens, see `shared_tokens`; a request's last token is
     always computed. What is not defined is None.
     """
@@ -102,16 +102,23 @@ def _peak_to_mean(arrivals_ns: Any, seconds: int) -> float | None:
 
 
 def most_arrivals(arrivals_ns: Any, seconds: int) -> int:
-    """The most of sorted arrivals in one of the windows of so many seconds from the first on."""
+    """The most of sorted arrivals within so many seconds, its end not included, wherever those begin."""
     import numpy as np
 
-    width_ns = seconds * 1_000_000_000
-    most, last, so_far = 0, -1, 0
+    most, begin = 0, 0
     for piece in _pieces(arrivals_ns, 0):
-        windows, counts = np.unique((piece - arrivals_ns[0]) // width_ns, return_counts=True)
-        counts[0] += so_far if windows[0] == last else 0
-        most, last, so_far = max(most, int(counts.max())), windows[-1], counts[-1]
+        ends = np.searchsorted(arrivals_ns, piece + seconds * 1_000_000_000, "left")
+        most = max(most, int((ends - np.arange(begin, begin + len(piece))).max()))
+        begin += len(piece)
     return most
+
+
+def load_of(arrivals_ns: Any) -> tuple[float, float, float | None]:
+    """The load of sorted arrivals: seconds from the first to the last, requests a second, and those of the busiest
+    minute, None where there is no more than one. The rate is 0 where all come at once."""
+    span_s = int(arrivals_ns[-1] - arrivals_ns[0]) / 1e9
+    rate = (len(arrivals_ns) - 1) / span_s if span_s else 0.0
+    return span_s, rate, most_arrivals(arrivals_ns, 60) / 60 if span_s > 60 else None
 
 
 def _pieces(values: Any, overlap: int) -> Iterator[Any]:
@@ -123,6 +130,7 @@ def _pieces(values: Any, overlap: int) -> Iterator[Any]:
 def _lengths(tokens: Any) -> dict[str, float]:
     import numpy as np
 
-    p50, p90, p99 = (float(value) for value in np.percentile(tokens, (50, 90, 99)))
-    summary = {"mean": float(tokens.mean()), "p50": p50, "p90": p90, "p99": p99}
+    percentiles = (50, 90, 95, 99)
+    found = zip(percentiles, np.percentile(tokens, percentiles), strict=True)
+    summary = {"mean": float(tokens.mean())} | {f"p{p}": float(value) for p, value in found}
     return summary | {"max": int(tokens.max()), "total": int(tokens.sum())}

@@ -1,6 +1,7 @@
 """The commands that need no model: what they print, what they write, how they exit."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def test_sim_prints_its_summary_as_json_alone_and_writes_a_record_that_replays(t
     summary = json.loads(result.out)
     assert summary.keys() >= SUMMARY_KEYS
     assert (summary["world"], summary["requests"], summary["finished"]) == ("sim", 12, 12)
-    assert set(summary["ttft_s"]) == {"mean", "p50", "p90", "p99"}
+    assert set(summary["ttft_s"]) == {"mean", "p50", "p90", "p95", "p99"}
     assert summary["cached_tokens"] > 0, "the system prompt is shared"
     replayed = twinserve("replay", out)
     assert (replayed.code, replayed.out.split(":")[0]) == (0, "exact")
@@ -212,3 +213,50 @@ def test_a_roofline_says_what_it_is_made_of_and_gives_the_pool(twinserve, trace,
 def test_a_model_that_its_device_cannot_hold_is_refused(twinserve, trace):
     result = twinserve("sim", trace, "--latency", "roofline:llama-3-70b@rtx4090")
     assert result.code == 2 and "leaves no room for KV" in result.err and len(result.err.splitlines()) == 1
+
+
+FORCED = {
+    "trace make": ("--out", "OUT", "--requests", 4),
+    "trace convert": ("TRACE", "OUT"),
+    "sim": ("TRACE", "--latency", "roofline:llama-3-8b@h100", "--out", "OUT"),
+    "report": ("RUN", "--out", "OUT"),
+    "export": ("RUN", "--format", "csv", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_what_is_there_is_replaced_where_that_is_asked_for(twinserve, trace, tmp_path, name):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert twinserve("sim", trace, "--latency", "roofline:llama-3-8b@h100", "--out", run).code == 0
+    words = [{"TRACE": trace, "RUN": run, "OUT": out}.get(word, word) for word in (*name.split(), *FORCED[name])]
+    assert twinserve(*words).code == 0
+    before = os.lstat(out).st_ino
+    assert twinserve(*words).code == 2 and os.lstat(out).st_ino == before
+    again = twinserve(*words, "--force")
+    assert again.code == 0, again.err
+    assert os.lstat(out).st_ino != before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_two_simulations_are_compared_under_their_own_names(twinserve, trace, tmp_path):
+    for name in ("one", "other"):
+        assert twinserve("sim", trace, "--latency", "llama-3-8b-h200", "--out", tmp_path / name).code == 0
+    compared = twinserve("compare", tmp_path / "one", tmp_path / "other")
+    assert compared.code == 0, compared.err
+    head = "".join(compared.out.partition("ttft_s.mean")[0].replace("┃", "").split())
+    assert "difference" in head and "simulated" not in head
+
+
+def test_a_table_has_as_many_columns_as_are_asked_for_and_nothing_is_cut(twinserve, trace, tmp_path, monkeypatch):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f'trace = "{trace}"\nlatency = "roofline:llama-3-8b@h100"\n[grid]\nmax_num_seqs = [4, 8]\n')
+    monkeypatch.setenv("COLUMNS", "60")
+    swept = twinserve("sweep", plan, "--out", tmp_path / "sweep", "--jobs", 1)
+    assert swept.code == 0, swept.err
+    assert "…" not in swept.out and max(map(len, swept.out.splitlines()[:-1])) <= 60
+    objective = ("--objective", "mean TTFT <= 1 s", "--tolerance", 0.5, "--jobs", 1)
+    found = twinserve("capacity", trace, "--latency", "roofline:llama-3-8b@h100", *objective)
+    (line,) = [line for line in found.out.splitlines() if "rate, requests/s" in line]
+    assert line.replace("│", " ").split()[-1].replace(",", "").replace(".", "").isdigit(), (
+        "one case alone is a line a value"
+    )

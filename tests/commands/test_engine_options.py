@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -302,3 +303,19 @@ def test_what_is_no_step_failure_is_not_hidden(twinserve, trace, shape, monkeypa
     monkeypatch.setattr("twinserve.worlds.run.run_real", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         twinserve("run", trace, "--model", shape, "--load-format", "dummy")
+
+
+def test_an_answer_is_printed_as_it_comes_and_its_speed_beside_it(twinserve, tmp_path):
+    from engine_judge import judge_of
+    from guide_models import word_tokenizer
+
+    judge_of("llama").model.save_pretrained(tmp_path / "tiny")
+    word_tokenizer(2).save_pretrained(tmp_path / "tiny")
+    command = ("generate", "w005 w009 w300", "--raw", "--model", tmp_path / "tiny", "--max-tokens", 40)
+    shown, told = twinserve(*command), twinserve(*command, "--json")
+    assert shown.code == 0, shown.err
+    completion = json.loads(told.out)
+    assert shown.out.split() == completion["text"].split() != []
+    for ran in (shown, told):
+        count = len(completion["token_ids"])
+        assert re.search(rf"^{count} tokens, the first after [\d.]+ s, then [\d.e+]+ tokens/s$", ran.err, re.MULTILINE)

@@ -150,3 +150,15 @@ def test_the_same_command_writes_the_same_bytes_in_any_number_of_processes(trace
     ]
     assert len(contents[0]) == 13
     assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_latency_beside_groups_that_have_their_own_is_refused(twinserve, trace, tmp_path):
+    file = tmp_path / "fleet.toml"
+    own = '[[fleet.group]]\nreplicas = 2\nlatency = "roofline:llama-3-8b@h100"\n'
+    file.write_text(own)
+    how = ("sim", trace, "--config", file)
+    assert "not fitted" in twinserve(*how).err
+    refused = twinserve(*how, "--latency", "roofline:llama-3-8b@h200")
+    assert refused.code == 2 and "latency is 'roofline:llama-3-8b@h200', expected none: each group" in refused.err
+    file.write_text(own + "[[fleet.group]]\nreplicas = 1\n")
+    assert twinserve(*how, "--latency", "roofline:llama-3-8b@h200").code == 0, "one group has none"

@@ -90,3 +90,14 @@ def test_a_run_shows_its_steps(twinserve, trace, tmp_path, monkeypatch):
     summary = json.loads(result.out)
     assert len(seen) == summary["steps"]
     assert sum(batch.num_sampled for batch in seen) == summary["output_tokens"]
+
+
+def test_a_replay_and_a_report_show_how_far_they_are(monkeypatch, clock, twinserve, trace, tmp_path):
+    run = tmp_path / "run"
+    assert twinserve("sim", trace, "--latency", "llama-3-8b-h200", "--out", run).code == 0
+    steps = json.loads((run / "run.json").read_text())["summary"]["steps"]
+    monkeypatch.setattr(progress.Decisions, "_TOGETHER", 1)
+    for words, what in ((("replay", run), "replay"), (("report", run, "--out", tmp_path / "page.html"), "report: ")):
+        terminal = put_terminal(monkeypatch)
+        assert twinserve(*words).code == 0
+        assert what in terminal.getvalue() and f"{steps}/{steps}" in terminal.getvalue()

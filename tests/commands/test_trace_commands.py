@@ -44,9 +44,9 @@ def test_stat_prints_the_same_as_tables(twinserve, tmp_path):
     assert result.out.startswith("burstgpt: 2 requests over 113.0 s\n")
     rows = [" ".join(line.replace("│", " ").split()) for line in result.out.splitlines()]
     for row in (
-        "prompt_tokens 444.5 444.5 466.5 471.4 472 889",
+        "prompt_tokens 444.5 444.5 466.5 469.2 471.4 472 889",
         "requests a second 0.00885",
-        "peak to mean, 1s windows 57",
+        "peak to mean, 1s 57",
         "16 0 0.00%",
         "dropped failed 1",
         "noted private_prompt 2",
@@ -150,7 +150,7 @@ def test_convert_refuses_an_unknown_format_and_an_existing_file(twinserve, trace
     assert twinserve("trace", "convert", trace, tmp_path / "out", "--format", "vidur").code == 2
     assert not (tmp_path / "out").exists()
     result = twinserve("trace", "convert", trace, trace)
-    assert (result.code, result.err) == (2, f"twinserve: {trace}: exists already, expected a new name\n")
+    assert (result.code, result.err) == (2, f"twinserve: {trace}: exists already, expected a new name, or --force\n")
 
 
 # --- fetch ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -127,6 +128,33 @@ def test_completions_come_in_the_order_of_their_prompts(llama, serving):
     assert completions[4].refusal == "the prompt has no tokens"
     for index in (0, 1, 3):
         llama.check(prompts[index], completions[index].token_ids)
+
+
+def test_a_streams_tokens_come_one_after_the_other_and_are_those_of_the_completion(llama, serving):
+    llm, prompt = serving(llama, max_model_len=64), [7] * 30
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=12)
+    (whole,) = llm.generate([prompt], params)
+    pieces, stream = [], llm.stream(prompt, params)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            pieces.append(next(stream))
+    assert end.value.value.token_ids == whole.token_ids == [token for piece in pieces for token in piece]
+    assert len(pieces) == 12
+    with pytest.raises(StopIteration) as end:
+        next(llm.stream([7] * 70, params))
+    assert end.value.value.finish_reason == "refused"
+
+
+def test_a_stream_that_is_closed_aborts_its_request(llama, serving):
+    llm = serving(llama)
+    stream = llm.stream([7] * 30, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=900))
+    first = next(stream)
+    stream.close()
+    (after,) = llm.generate([[7] * 30], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1))
+    assert after.token_ids == first
+    while not llm._live.core.is_idle:
+        time.sleep(0.001)
+    assert llm.runner.num_launched < 900, "its steps were not all taken"
 
 
 def test_a_call_hits_the_prefixes_of_the_calls_before_it_unless_another_core_has_run(llama, serving):

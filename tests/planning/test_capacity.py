@@ -199,7 +199,7 @@ def test_a_page_is_written_though_nothing_keeps_the_objective(twinserve, trace, 
     result = twinserve("capacity", trace, *options, "--jobs", 1)
     assert result.code == 0, result.err
     assert json.loads((out / "results.jsonl").read_text())["value"] is None
-    assert "p99 TTFT <= 1 ms" in result.out and "Nothing to draw" in (out / "page.html").read_text()
+    assert "p99 TTFT <= 1 ms" in result.out and "No case keeps the objective." in (out / "page.html").read_text()
     again = twinserve("capacity", trace, *options, "--jobs", 1)
     assert again.out == result.out
 

@@ -26,7 +26,7 @@ def test_terms_are_read_with_their_units():
         ("p99 TTFT <= 1", "'p99 TTFT <= 1', expected terms"),
         ("p99 TTFT <= 1.2.3 s", "'p99 TTFT <= 1.2.3 s', expected terms"),
         ("p100 TTFT <= 1 s", "'p100', expected mean, max, or a percentile from p0 to p99.999"),
-        ("p99.9 itl <= 1 s", "'p99.9 ITL', expected one of mean, p50, p90, p99, of all requests"),
+        ("p99.9 itl <= 1 s", "'p99.9 ITL', expected one of mean, p50, p90, p95, p99, of all requests"),
         ("p99 TTFT <= 1 s and p99 speed <= 1 s", "'speed', expected one of ttft, tpot, e2e, queue"),
         ("p99 TTFT of user=1 <= 1 s", "expected tenant=NAME, priority=N, session=N, prompt>=TOKENS or prompt<TOKENS"),
         ("p99 TTFT of prompt>=x <= 1 s", "prompt>=x: expected a number"),

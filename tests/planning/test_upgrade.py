@@ -125,7 +125,7 @@ def test_a_change_helps_if_its_gain_is_surely_above_zero(changed, gain, interval
 
 
 def test_a_run_that_does_not_serve_every_request_is_the_worst():
-    terms = {statistic: 0.5 for statistic in ("mean", "p50", "p90", "p99")}
+    terms = {statistic: 0.5 for statistic in ("mean", "p50", "p90", "p95", "p99")}
     summary = {"requests": 3, "finished": 2, "ttft_s": terms, "tpot_s": terms}
     objective = Objective.parse("p99 TTFT <= 2 s and mean TPOT <= 1 s")
     assert objective.load_of(summary) == float("inf")

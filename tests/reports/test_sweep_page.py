@@ -59,7 +59,8 @@ def test_the_figure_draws_every_case_the_limit_and_the_front():
 def test_what_is_not_known_is_not_drawn_and_said():
     text = page([*CASES, case("none", None, None)])
     assert "Not drawn: 1 of 4 cases" in text
-    assert "Nothing to draw" in page([case("none", None, 1.0)])
+    assert "Nothing to draw" in page([case("none", None, 1.0), case("one", 2.0, 1.0)])
+    assert "What costs what" not in page([case("alone", 2.0, 1.0)]), "there is nothing to compare it with"
 
 
 def figure(text, name):

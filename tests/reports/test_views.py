@@ -16,7 +16,7 @@ from twinserve.planning.attainment import Attainment, Limits
 from twinserve.policies import SamplingParams
 from twinserve.reports.finder import BLOCKS, BUDGET, LOST, SEQUENCES, STEP, _packed, waited_for
 from twinserve.reports.fleets import replica_figure, replica_table
-from twinserve.reports.load import busiest, load_figure
+from twinserve.reports.load import load_figure, rate_of
 from twinserve.reports.page import differences
 from twinserve.reports.residuals import KINDS, residual_figure
 from twinserve.reports.runs import COLORS, runs_of, style_of
@@ -125,9 +125,9 @@ def test_a_rate_is_said_with_that_of_its_busiest_minute(sim):
         )
     ]
     (run,) = runs_of([replace(sim, requests=rows)])
-    assert busiest(run) == f"{39 / 310:.4g} requests/s, {14 / 60:.4g} in the busiest minute"
+    assert rate_of(run) == f"{39 / 310:.4g} requests/s, {14 / 60:.4g} in the busiest minute"
     (run,) = runs_of([replace(sim, requests=[row | {"arrival_ns": 5} for row in sim.requests])])
-    assert busiest(run) == "80 requests at once"
+    assert rate_of(run) == "80 requests at once"
 
 
 def test_what_runs_differ_in_holds_trace_load_and_latency(make_record, sim):

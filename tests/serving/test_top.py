@@ -28,8 +28,8 @@ def test_a_page_of_vllm_is_read_its_engines_together():
     before, now = Reading.of(VLLM % (100, 10), 1.0, "u"), Reading.of(VLLM % (400, 10), 3.0, "u")
     said = dict(rows(now, before))
     assert (said["running"], said["generated tokens/s"], said["waiting"]) == ("7", "150.0", "-")
-    assert said["TTFT p50 / p99"] == "- / -"
-    assert dict(rows(now, None))["TTFT p50 / p99"] == "50.0 ms / 99.0 ms"
+    assert said["TTFT p50 / p95 / p99"] == "- / - / -"
+    assert dict(rows(now, None))["TTFT p50 / p95 / p99"] == "50.0 ms / 95.0 ms / 99.0 ms"
 
 
 def test_quantiles_lie_within_their_bucket():
@@ -48,7 +48,7 @@ def test_the_command_shows_a_servers_numbers_and_refuses_what_is_not_there(servi
     running = serving(simulated())
     running.client().completions.create(model="round", prompt="a", max_tokens=5)
     shown = twinserve("top", running.url, "--once")
-    assert shown.code == 0 and "running" in shown.out and "TTFT p50 / p99" in shown.out
+    assert shown.code == 0 and "running" in shown.out and "TTFT p50 / p95 / p99" in shown.out
     missing = twinserve("top", "http://127.0.0.1:9", "--once")
     assert missing.code == 2 and missing.err.startswith("twinserve: http://127.0.0.1:9/metrics: cannot be read")
     assert missing.err.count("\n") == 1

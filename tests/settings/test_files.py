@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import WholeFolder, lock_file, refuse_existing, whole_file, write_whole
+from twinserve.settings.files import WholeFolder, in_place_of, lock_file, refuse_existing, whole_file, write_whole
 
 LEAVES_HALF = """
 import os, sys
@@ -194,3 +194,56 @@ def test_a_lock_neither_empties_a_file_nor_follows_a_link(tmp_path):
 def test_nothing_is_refused_where_nothing_is_written(tmp_path):
     refuse_existing(None)
     refuse_existing(tmp_path / "out")
+
+
+def put(out: Path, kind: str, text: str) -> None:
+    if kind == "folder":
+        out.mkdir()
+    (out / "a" if kind == "folder" else out).write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_has_the_name_is_whole_until_what_replaces_it_is(tmp_path, kind):
+    out = tmp_path / "out.jsonl"
+    put(out, kind, "before")
+    with in_place_of(out, True, ["a"]) as place:
+        assert place.suffix == ".jsonl", "what decides how it is written"
+        write(place, kind)
+        assert content(out) == "before"
+    assert content(out) == "whole" and names(tmp_path) == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_has_the_name_stays_where_nothing_replaces_it(tmp_path, kind):
+    out = tmp_path / "out"
+    put(out, kind, "before")
+    with pytest.raises(InputError, match="out: exists already, expected a new name"), in_place_of(out, False):
+        raise AssertionError("nothing is begun")
+    with pytest.raises(KeyError), in_place_of(out, True, ["a"]) as place:
+        write(place, kind)
+        raise KeyError("too late")
+    with in_place_of(out, True, ["a"]):
+        pass
+    assert content(out) == "before" and names(tmp_path) == ["out"]
+
+
+def test_only_what_is_made_here_is_replaced(tmp_path):
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    put(folder, "folder", "somebody's")
+    link.symlink_to(folder)
+    for out, marks in ((folder, ["run.json"]), (folder, []), (link, ["a"])):
+        with pytest.raises(InputError, match="is not replaced: expected a f"), in_place_of(out, True, marks):
+            raise AssertionError("nothing is begun")
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(InputError, match="pipe: is not replaced: expected a file"),
+        in_place_of(tmp_path / "pipe", True),
+    ):
+        raise AssertionError("nothing is begun")
+    assert content(folder) == "somebody's"
+
+
+def test_where_nothing_has_the_name_it_is_written_there(tmp_path):
+    for out in (tmp_path / "new", None):
+        with in_place_of(out, True) as place:
+            assert place is out

@@ -91,7 +91,7 @@ def test_limits_hold_nine_of_ten_values_of_a_lognormal_distribution():
 def test_what_is_not_defined_has_no_limits():
     assert limits([1.0, None, 2.0]) is None and limits([0.0, 1.0]) is None
     assert limits([3.0] * NUM_DRAWS) == pytest.approx((3.0, 3.0))
-    statistic = {name: 1.5 for name in ("mean", "p50", "p90", "p99")}
+    statistic = {name: 1.5 for name in ("mean", "p50", "p90", "p95", "p99")}
     summary = {"ttft_s": statistic, "e2e_s": statistic, "itl_s": statistic, "output_tok_s": 7.0}
     found = intervals([summary | {"tpot_s": dict.fromkeys(statistic)}] * NUM_DRAWS)
     assert set(found) == {metric for metric in METRICS if not metric.startswith("tpot_s")}

@@ -31,6 +31,8 @@ def test_a_burst_is_so_many_times_the_mean():
     statistics = trace_statistics(at(0, 0.5, 20.1, 20.2, 20.3, 20.4, 39.9, 39.99))
     # 8 requests in 40 windows of a second, 4 of 10 seconds; most are 4 in one window.
     assert statistics["peak_to_mean"] == {"1s": 20.0, "10s": 2.0, "60s": None}
+    across = trace_statistics(at(0, 0.9, 1.1, 1.2, 4))
+    assert across["peak_to_mean"]["1s"] == 3.0, "3 of 5 requests within a second, of 5, wherever it begins"
 
 
 def test_requests_of_one_instant_have_no_rate():

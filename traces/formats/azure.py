@@ -10,26 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from twinserve.traces.formats import own
-from twinserve.traces.formats.reading import Reading, Rows, count, private_prompt, table_rows
-from twinserve.traces.lines import LARGEST, Line, json_value
+from twinserve.traces.formats.reading import FIRST_INSTANT, Reading, Rows, count, instant_ns, private_prompt, table_rows
+from twinserve.traces.lines import Line, json_value
 from twinserve.traces.request import Request
 from twinserve.traces.requests import Requests
 
 NAME = "azure"
 FIELDS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
-_TIME = re.compile(
-    "([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,]([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
-)
-_1970 = datetime(1970, 1, 1, tzinfo=UTC)
 _TICK_NS = 100
 
 
@@ -37,7 +31,7 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     epoch_ns = 0
     for number, line in enumerate(table_rows(lines, path, FIELDS)):
-        tick_ns = _time_ns(line)
+        tick_ns = instant_ns(line, "TIMESTAMP")
         beside = _beside(line)
         if not number:
             given_ns = None if beside is None else beside.optional_integer("epoch_ns")
@@ -98,28 +92,6 @@ def _beside(line: Line) -> Line | None:
     return Line(line.path, line.number, value, f"{own.BESIDE}.")
 
 
-def _time_ns(line: Line) -> int:
-    """Nanoseconds since 1970."""
-    match = _TIME.fullmatch(line.get("TIMESTAMP"))
-    date, time, fraction, offset = match.groups(default="") if match else ("", "", "", "")
-    try:
-        since_ns = _seconds(date, time, offset) * 1_000_000_000 + int(fraction.ljust(9, "0"))
-    except (ValueError, OverflowError) as error:
-        raise line.error(
-            "expected a time like 2023-11-16 18:15:46.6805900 or another of ISO 8601", "TIMESTAMP"
-        ) from error
-    if not -LARGEST <= since_ns <= LARGEST:
-        raise line.error("expected a time between 1678 and 2262", "TIMESTAMP")
-    return since_ns
-
-
-@lru_cache(maxsize=16)
-def _seconds(date: str, time: str, offset: str) -> int:
-    """Seconds since 1970."""
-    since = datetime.fromisoformat(f"{date} {time}{offset or '+00:00'}") - _1970
-    return since.days * 86_400 + since.seconds
-
-
 def _time(tick_ns: int) -> str:
     seconds, rest_ns = divmod(tick_ns, 1_000_000_000)
-    return f"{(_1970 + timedelta(seconds=seconds)).replace(tzinfo=None)}.{rest_ns // _TICK_NS:07}"
+    return f"{(FIRST_INSTANT + timedelta(seconds=seconds)).replace(tzinfo=None)}.{rest_ns // _TICK_NS:07}"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.lines import LARGEST_VALUE, Line, nanoseconds
+from twinserve.traces.lines import LARGEST, LARGEST_VALUE, Line, nanoseconds
 from twinserve.traces.request import Part, Request
 from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests, as_requests
+
+_INSTANT = re.compile(
+    "([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,]([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
+)
+FIRST_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
+"""From which instants are counted."""
 
 _2000_NS = 946_684_800 * 1_000_000_000
 """The year 2000: what counts from 1970 is later, and what counts from the start of a trace is not so long."""
@@ -171,3 +180,27 @@ def count(line: Line, name: str, at_least: int = 1) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= at_least):
         raise line.error(f"expected an integer >= {at_least}", name)
     return int(text)
+
+
+def instant_ns(line: Line, name: str) -> int:
+    """An instant of ISO 8601, in UTC where it names no offset, in nanoseconds since 1970.
+
+    Raises:
+        InputError: it is none, or is before 1678 or after 2262.
+    """
+    match = _INSTANT.fullmatch(line.get(name))
+    date, time, fraction, offset = match.groups(default="") if match else ("", "", "", "")
+    try:
+        since_ns = _seconds(date, time, offset) * 1_000_000_000 + int(fraction.ljust(9, "0"))
+    except (ValueError, OverflowError) as error:
+        raise line.error("expected a time like 2023-11-16 18:15:46.6805900 or another of ISO 8601", name) from error
+    if not -LARGEST <= since_ns <= LARGEST:
+        raise line.error("expected a time between 1678 and 2262", name)
+    return since_ns
+
+
+@lru_cache(maxsize=16)
+def _seconds(date: str, time: str, offset: str) -> int:
+    """Seconds since 1970."""
+    since = datetime.fromisoformat(f"{date} {time}{offset or '+00:00'}") - FIRST_INSTANT
+    return since.days * 86_400 + since.seconds

@@ -10,10 +10,11 @@ from typing import Any
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import identity
+from twinserve.traces.runs.metrics import PERCENTILES
 from twinserve.traces.runs.record import RunRecord
 
 LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s")
-STATISTICS = ("mean", "p50", "p90", "p99")
+STATISTICS = ("mean", *(f"p{p}" for p in PERCENTILES))
 METRICS = (
     *(f"{name}.{statistic}" for name in LATENCIES for statistic in STATISTICS),
     "output_tok_s",
@@ -24,8 +25,8 @@ METRICS = (
     "device_wait_share",
     "steps",
 )
-_ADDED = ("device_wait_share",)
-"""Metrics that summaries written before them lack."""
+_ADDED = ("device_wait_share", "p95")
+"""Metrics, and statistics, that summaries written before them lack."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,15 @@ def value_of(summary: Mapping[str, Any], metric: str) -> float | None:
     if metric in _ADDED:
         return summary.get(metric)
     name, _, statistic = metric.partition(".")
-    return summary[name][statistic] if statistic else summary[name]
+    if not statistic:
+        return summary[name]
+    return summary[name].get(statistic) if statistic in _ADDED else summary[name][statistic]
+
+
+def name_of(metric: str) -> str:
+    """A statistic of a latency as people write it, such as "p99 TTFT" of "ttft_s.p99"."""
+    name, _, statistic = metric.partition(".")
+    return f"{statistic} {name.removesuffix('_s').upper()}"
 
 
 def compare(sim: RunRecord, real: RunRecord) -> list[Comparison]:

@@ -20,6 +20,9 @@ Row = dict[str, Any]
 SERVED = ("stop", "length")
 """How requests end whose latencies count."""
 
+PERCENTILES = (50, 90, 95, 99)
+"""Those of every distribution."""
+
 _DELTAS = ("preempted", "admitted", "rows", "usual")
 _LOADS = ("left", "tokens", "waiting", "running")
 _BINS = 1 << 16
@@ -283,6 +286,24 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
     }
 
 
+def attainment(requests: int, tokens: int, summary: Row) -> dict[str, float | None]:
+    """What became of requests that kept limits, in a run whose summary is given.
+
+    `share` is that of all requests that came, those not served or turned away included; `goodput_req_s` and `goodput_tok_s`
+    are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
+
+    Args:
+        requests: how many kept the limits.
+        tokens: how many tokens those put out.
+    """
+    came, duration_s = summary["requests"] + summary.get("rejected", 0), summary["duration_s"]
+    return {
+        "share": requests / came if came else None,
+        "goodput_req_s": requests / duration_s if duration_s else None,
+        "goodput_tok_s": tokens / duration_s if duration_s else None,
+    }
+
+
 Values = array | tuple[array, array]
 """Values in nanoseconds; or values, and how often each occurs."""
 
@@ -293,7 +314,7 @@ def distribution(*parts: Values) -> dict[str, float | None]:
     With n values x[0] <= x[1] <= ..., the percentile p is x[i] + (x[i + 1] - x[i]) * f, where i and f are the whole
     and the fractional part of p / 100 * (n - 1): linear interpolation, numpy's default.
     """
-    result: dict[str, float | None] = dict.fromkeys(("mean", "p50", "p90", "p99"))
+    result: dict[str, float | None] = dict.fromkeys(("mean", *(f"p{p}" for p in PERCENTILES)))
     pairs: list[tuple[array, array | None]] = []
     for part in parts:
         values, counts = part if isinstance(part, tuple) else (part, None)
@@ -305,7 +326,7 @@ def distribution(*parts: Values) -> dict[str, float | None]:
     is_exact = all(values.typecode == "q" for values, _ in pairs)
     sums = [_sum_of(values, counts) for values, counts in pairs]
     result["mean"] = (float(sum(sums)) if is_exact else math.fsum(sums)) / size / 1e9
-    ranks = {p: p / 100 * (size - 1) for p in (50, 90, 99)}
+    ranks = {p: p / 100 * (size - 1) for p in PERCENTILES}
     wanted = {math.floor(rank) for rank in ranks.values()}
     found = _values_at(pairs, sorted(wanted | {min(below + 1, size - 1) for below in wanted}))
     for p, rank in ranks.items():

@@ -121,6 +121,7 @@ class Distribution(TypedDict):
     mean: Number | None
     p50: Number | None
     p90: Number | None
+    p95: NotRequired[Number | None]
     p99: Number | None
 
 

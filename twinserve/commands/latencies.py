@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twinserve.commands.options import Config, Json, Traces, options_of
+from twinserve.commands.options import Config, Force, Json, Traces, options_of
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.settings.limits import MOST_SHAPES, MOST_TOKENS
 from twinserve.worlds.workload import TraceOptions
 
@@ -44,6 +44,7 @@ def profile(
         str | None, typer.Option(help="What the trace is simulated with; the other shapes' measurements unless given.")
     ] = None,
     config: Config = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure step times of a model on this device, fit a latency model and save it."""
@@ -55,25 +56,24 @@ def profile(
     chosen = Settings.load(settings, config, beside=("engine",))
     if trace is None and (trace_options or latency):
         raise InputError("is missing, expected one beside its options", field="trace")
-    for path in (out, profile_beside(out)):
-        refuse_existing(path)
-    workload = None if trace is None else load_workload(trace, trace_options)
-    model = None if latency is None else choose_latency(latency)[0]
-    with closing(load_llm(options, chosen, progress=say)) as llm:
-        samples = measure_steps(
-            llm,
-            shapes=shapes,
-            max_seqs=max_seqs,
-            max_context=max_context,
-            max_prompt=max_prompt,
-            repeats=repeats,
-            progress=lambda total: Bar("profile", total),
-            workload=workload,
-            latency=model,
-        )
-        measured = profile_of(llm, samples)
-    measured.save(profile_beside(out))
-    _save_latency(fit_profile(measured), out, as_json)
+    with in_place_of(out, force) as place, in_place_of(profile_beside(out), force) as beside:
+        workload = None if trace is None else load_workload(trace, trace_options)
+        model = None if latency is None else choose_latency(latency)[0]
+        with closing(load_llm(options, chosen, progress=say)) as llm:
+            samples = measure_steps(
+                llm,
+                shapes=shapes,
+                max_seqs=max_seqs,
+                max_context=max_context,
+                max_prompt=max_prompt,
+                repeats=repeats,
+                progress=lambda total: Bar("profile", total),
+                workload=workload,
+                latency=model,
+            )
+            measured = profile_of(llm, samples)
+        measured.save(beside)
+        _save_latency(fit_profile(measured), place, as_json)
 
 
 def fit(
@@ -86,18 +86,17 @@ def fit(
         Path | None, typer.Option(help="A file to write too: the law of acceptance of the first run's drafts.")
     ] = None,
     traces: Traces = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Fit a latency model from the steps of recorded runs and save it."""
     from twinserve.worlds.run import fit_acceptance, fit_runs
 
-    refuse_existing(out)
-    if acceptance is not None:
-        refuse_existing(acceptance)
-    fitted = fit_runs(runs, traces, profile)
-    if acceptance is not None:
-        fit_acceptance(runs[0], acceptance)
-    _save_latency(fitted, out, as_json)
+    with in_place_of(out, force) as place, in_place_of(acceptance, force) as beside:
+        fitted = fit_runs(runs, traces, profile)
+        if beside is not None:
+            fit_acceptance(runs[0], beside)
+        _save_latency(fitted, place, as_json)
 
 
 def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:

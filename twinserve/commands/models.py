@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,10 @@ from twinserve.engine.options import EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError, RunError
 from twinserve.settings.limits import MOST_TOKENS
+
+if TYPE_CHECKING:
+    from twinserve.engine.llm import LLM, Completion
+    from twinserve.policies import SamplingParams
 
 
 @options_of(EngineOptions, "engine")
@@ -32,7 +37,7 @@ def generate(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt."""
+    """Answer a prompt, as the tokens come; and say how fast they did."""
     from dataclasses import asdict
 
     from twinserve.policies import SamplingParams
@@ -47,12 +52,42 @@ def generate(
     with closing(load_llm(options, chosen, progress=say)) as llm:
         from twinserve.engine.hub import chat_prompt
 
-        (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
+        text = prompt if raw else chat_prompt(llm.tokenizer, prompt)
+        completion, words = _answered(llm, text, params, is_shown=not as_json)
     if completion.finish_reason == "refused":
         raise InputError(completion.refusal or "", field="prompt", value=prompt)
     if completion.refusal is not None:
         raise RunError(completion.refusal)
-    print(json.dumps(asdict(completion)) if as_json else completion.text)
+    if as_json:
+        print(json.dumps(asdict(completion)))
+    say(words)
+
+
+def _answered(llm: LLM, prompt: str | list[int], params: SamplingParams, *, is_shown: bool) -> tuple[Completion, str]:
+    """A completion, its text printed as it comes if it is to be shown, and in words how fast it came."""
+    from twinserve.engine.prompts import encode_prompt
+    from twinserve.serving.text import Detokenizer
+
+    token_ids = encode_prompt(prompt, llm.tokenizer, llm.config.vocab_size, 0)
+    text = Detokenizer(llm.tokenizer, token_ids)
+    begin_s, times_s = time.perf_counter(), []
+    with closing(llm.stream(token_ids, params)) as answer:
+        while True:
+            try:
+                fresh = next(answer)
+            except StopIteration as end:
+                completion = end.value
+                break
+            times_s += [time.perf_counter()] * len(fresh)
+            if is_shown:
+                print(text.push(fresh), end="", flush=True)
+    if is_shown and times_s:
+        print(text.end())
+    words = f"{len(times_s)} tokens"
+    if len(times_s) > 1 and times_s[-1] > times_s[0]:
+        rate = (len(times_s) - 1) / (times_s[-1] - times_s[0])
+        words += f", the first after {times_s[0] - begin_s:.3g} s, then {rate:.3g} tokens/s"
+    return completion, words
 
 
 def model_fetch(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> None:

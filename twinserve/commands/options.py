@@ -26,6 +26,9 @@ Traces = Annotated[
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings; the engine's in [engine]. Options override it.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what has the name already, once all that takes its place is written.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from twinserve.policies import Batch, Sequence
+from twinserve.policies import Batch, CoreListener, Sequence
 from twinserve.settings.errors import printable
 
 SECONDS_BETWEEN_STATES = 0.5
@@ -51,11 +51,11 @@ class Bar:
         """A sequence has ended."""
         self.advance()
 
-    def advance(self) -> None:
-        """One unit of work is done."""
-        self._done += 1
+    def advance(self, units: int = 1) -> None:
+        """So many units of work are done."""
+        self._done += units
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.advance(self._task, units)
         elif (now := time.monotonic()) - self._last >= self._between:
             self._last = now
             of_all = "" if self._total is None else f" of {self._total}"
@@ -85,3 +85,18 @@ class Bar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Decisions(CoreListener):
+    """Moves a bar on as a run is decided again."""
+
+    _TOGETHER = 100
+
+    def __init__(self, bar: Bar):
+        self._bar, self._left = bar, self._TOGETHER
+
+    def decided(self, batch: Batch) -> None:
+        self._left -= 1
+        if not self._left:
+            self._bar.advance(self._TOGETHER)
+            self._left = self._TOGETHER

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, Traces
-from twinserve.commands.progress import say
+from twinserve.commands.options import Force, Json, Traces
+from twinserve.commands.progress import Bar, Decisions, say
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.settings.own_class import RULES
 
 if TYPE_CHECKING:
@@ -36,12 +38,13 @@ def replay(
     equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
     rows = [row for record in records for row in record.requests]
     unanswered = len({row["id"] for row in rows} - {row["id"] for row in rows if row["finish_reason"] is not None})
-    for record in records:
-        part = decide_again(record)
-        equal += part.equal
-        if part.difference is not None:
-            difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
-            break
+    with Bar("replay", recorded) as bar:
+        for record in records:
+            part = decide_again(record, listener=Decisions(bar))
+            equal += part.equal
+            if part.difference is not None:
+                difference, where = part.difference, f"replica {record.path.name}, " if is_fleet(run) else ""
+                break
     result = ReplayResult(equal, recorded, difference, unanswered)
     if as_json:
         values = None if difference is None else vars(difference)
@@ -94,7 +97,10 @@ def compare(
     if as_json:
         print(json.dumps({row.metric: {"sim": row.sim, "real": row.real, "error": row.error} for row in comparisons}))
     else:
-        comparison_table(comparisons)
+        if (sim.run["world"], real.run["world"]) == ("sim", "real"):
+            comparison_table(comparisons)
+        else:
+            comparison_table(comparisons, (runs[0], runs[1], "difference"))
     too_far = beyond(comparisons, limits)
     for row in too_far:
         say(row.beyond(limits[row.metric]))
@@ -131,15 +137,24 @@ def report(
     objective: Annotated[
         str | None, typer.Option(help="What the runs are judged by, such as 'p99 TTFT <= 1 s and p99 TPOT <= 50 ms'.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """One self-contained HTML page from run records."""
     from twinserve.reports.page import write_report
     from twinserve.traces.runs.vllm_records import load_run
 
-    refuse_existing(out)
-    asked = None if objective is None else _asked(objective)
-    write_report([load_run(run) for run in runs], out, asked=asked, progress=lambda words: say(f"report: {words}"))
+    with in_place_of(out, force) as place:
+        asked = None if objective is None else _asked(objective)
+        records = [load_run(run) for run in runs]
+        write_report(records, place, asked=asked, watch=_watched)
     print(out)
+
+
+@contextmanager
+def _watched(words: str, num_decisions: int | None) -> Iterator[Decisions]:
+    """A bar while a page is made."""
+    with Bar(f"report: {words}", num_decisions) as bar:
+        yield Decisions(bar)
 
 
 def _asked(text: str) -> Asked:
@@ -180,18 +195,19 @@ def export(
         typer.Option("--out", help="The trace (gzip where it ends in .gz) or the folder to write; must not exist."),
     ],
     traces: Traces = None,
+    force: Force = False,
 ) -> None:
     """Write a run for other tools: Perfetto's timeline, or two tables."""
     from twinserve.traces.runs.perfetto import export_perfetto
     from twinserve.traces.runs.tables import export_tables
     from twinserve.traces.runs.vllm_records import load_run
 
-    refuse_existing(out)
-    record = load_run(run, traces)
-    if kind == "perfetto":
-        export_perfetto(record, out)
-    else:
-        export_tables(record, out, kind)
+    with in_place_of(out, force, ("requests.parquet", "requests.csv")) as place:
+        record = load_run(run, traces)
+        if kind == "perfetto":
+            export_perfetto(record, place)
+        else:
+            export_tables(record, place, kind)
     print(out)
 
 
@@ -199,14 +215,15 @@ def record_import(
     source: Annotated[Path, typer.Argument(help="A vLLM step log.")],
     out: Annotated[Path, typer.Argument(help="Folder of the run record to write; must not exist.")],
     traces: Traces = None,
+    force: Force = False,
 ) -> None:
     """Write another engine's recorded run as a run record."""
     from twinserve.traces.runs.record import write_record
     from twinserve.traces.runs.vllm_records import read_vllm_record
 
-    refuse_existing(out)
-    record = read_vllm_record(source, traces)
-    write_record(record, out)
+    with in_place_of(out, force, ("run.json",)) as place:
+        record = read_vllm_record(source, traces)
+        write_record(record, place)
     say(f"{out}: {len(record.requests)} requests, {len(record.steps)} steps")
 
 

@@ -50,7 +50,9 @@ def capacity_cases(plan: Plan, capacities: list[Capacity]) -> list[PageCase]:
         words = {"what is missed there": "; ".join(capacity.missed) or "nothing"}
         for term in _terms(plan):
             if (limits := capacity.intervals.get(term.metric)) is not None:
-                words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(map(number, limits))
+                words[f"{COVERAGE:.0%} limits of {_column(term)}"] = " to ".join(
+                    number(1e3 * limit) for limit in limits
+                )
         tried = [
             Tried(value, _values(plan, results, {}), not any(plan.objective.missed(r["summary"]) for r in results))
             for value, results in capacity.tried.items()
@@ -80,7 +82,7 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
 
 def page_of(title: str, remarks: Sequence[str], plan: Plan, cases: list[PageCase]) -> str:
     """The page: cost, where there is a price, or else time, against what the objective limits."""
-    upwards = [Axis(_column(t), _column(t), t.limit_s or None) for t in _terms(plan)]
+    upwards = [Axis(_column(t), _column(t), 1e3 * t.limit_s or None) for t in _terms(plan)]
     cost = GPU_SECONDS if plan.prices is None else COST
     varied = {name for case in plan.cases for name in case.varied}
     shared = {name: value for name, value in plan.points[0].flat().items() if name not in (*varied, "seed")}
@@ -111,11 +113,14 @@ def _terms(plan: Plan) -> tuple[Term, ...]:
 
 
 def _column(term: Term) -> str:
-    return f"{term.name}, s"
+    return f"{term.name}, ms"
 
 
 def _values(plan: Plan, results: list[Result], gpus: dict[str, int]) -> dict[str, Estimate]:
-    values = {_column(term): _estimate([term.value(r["summary"]) for r in results]) for term in _terms(plan)}
+    values = {}
+    for term in _terms(plan):
+        found_s = [term.value(r["summary"]) for r in results]
+        values[_column(term)] = _estimate([None if value is None else 1e3 * value for value in found_s])
     if all("attainment" in r["summary"] for r in results):
         found = [r["summary"]["attainment"] for r in results]
         values |= {"share that keeps the limits": _estimate([one["share"] for one in found])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,16 @@ from rich.text import Text
 
 from twinserve.planning.paired import PairedDifference
 from twinserve.planning.upgrade import Change
+from twinserve.reports.text import number
 from twinserve.settings.errors import printable
 from twinserve.sim.intervals import COVERAGE
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, Comparison
 
 if TYPE_CHECKING:
     from twinserve.traces.runs.waits import Waited
+
+_LENGTHS = (*STATISTICS, "max", "total")
+"""Statistics of the lengths of a trace."""
 
 
 def summary_table(summary: dict[str, Any]) -> None:
@@ -26,15 +31,17 @@ def summary_table(summary: dict[str, Any]) -> None:
     counts = ("requests", "rejected", "finished", "refused", "aborted", "timed_out", "shortened", "capped", "dropped")
     said = (f"{summary[name]} {name.replace('_', ' ')}" for name in counts if name in summary)
     console.print(f"{summary['world']}: {', '.join(said)}")
-    table = Table("seconds", *STATISTICS)
+    table = Table("ms", *STATISTICS)
     for name in LATENCIES:
-        table.add_row(name.removesuffix("_s").upper(), *(_number(summary[name][statistic]) for statistic in STATISTICS))
+        table.add_row(name.removesuffix("_s").upper(), *(_ms(summary[name][statistic]) for statistic in STATISTICS))
     console.print(table)
     if limits := summary.get("intervals"):
-        spread = Table(f"{COVERAGE:.0%} limits", *STATISTICS)
+        spread = Table(f"{COVERAGE:.0%} limits, ms", *STATISTICS)
         for name in LATENCIES:
             pairs = (limits.get(f"{name}.{statistic}") for statistic in STATISTICS)
-            spread.add_row(name.removesuffix("_s").upper(), *map(_range, pairs))
+            spread.add_row(
+                name.removesuffix("_s").upper(), *(_range(pair and [1e3 * limit for limit in pair]) for pair in pairs)
+            )
         console.print(spread)
         console.print(f"{COVERAGE:.0%} limits of output tokens/s: {_range(limits.get('output_tok_s'))}")
     if found := summary.get("attainment"):
@@ -114,9 +121,9 @@ def class_table(found: dict[str, Any]) -> None:
         console.print(f"Jain's index between classes: {even}")
 
 
-def comparison_table(comparisons: list[Comparison]) -> None:
-    """Print the metrics of two runs side by side."""
-    table = Table("metric", "simulated", "real", "error")
+def comparison_table(comparisons: list[Comparison], heads: Sequence[str] = ("simulated", "real", "error")) -> None:
+    """Print the metrics of two runs side by side, under what they are and what they differ by."""
+    table = Table("metric", *(Column(_plain(head), overflow="fold") for head in heads))
     for row in comparisons:
         error = "" if row.error is None else f"{row.error:+.1%}"
         table.add_row(row.metric, _number(row.sim), _number(row.real), error)
@@ -136,20 +143,25 @@ def change_table(changes: list[Change]) -> None:
     """Print what each change of an upgrade moves, and by how much."""
     table = Table("change", "metric", "before", "after", "difference", "95% of the mean difference")
     for change in changes:
-        for number, row in enumerate(change.moved):
+        for place, row in enumerate(change.moved):
             limits = "-" if row.interval is None else " to ".join(map(_number, row.interval))
-            name = "" if number else change.name
+            name = "" if place else change.name
             table.add_row(name, row.metric, _number(row.a), _number(row.b), _number(row.difference), limits)
         if not change.moved:
             table.add_row(change.name, "nothing moves", "", "", "", "")
-    Console(width=None if Console().is_terminal else 140).print(table)
+    _console(140).print(table)
 
 
 def case_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Print the cases of a sweep, or their capacities."""
-    table = Table(*(Column(_plain(head)) for head in heads))
-    for row in rows:
-        table.add_row(*map(_plain, row))
+    """Print the cases of a sweep, or their capacities; one alone a line a value. Nothing is cut."""
+    if len(rows) == 1:
+        table = Table(show_header=False)
+        for head, value in zip(heads, rows[0], strict=True):
+            table.add_row(_plain(head), _plain(value))
+    else:
+        table = Table(*(Column(_plain(head), overflow="fold") for head in heads))
+        for row in rows:
+            table.add_row(*map(_plain, row))
     _console(160).print(table)
 
 
@@ -173,15 +185,15 @@ def trace_table(statistics: dict[str, Any]) -> None:
     if "arrival_not_said" in facts["notes"]:
         span = "at times that the file does not say"
     console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} {span}")
-    lengths = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
+    lengths = Table("tokens", *_LENGTHS)
     for name in ("prompt_tokens", "output_tokens"):
-        lengths.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))
+        lengths.add_row(name, *(_number(statistics[name][s]) for s in _LENGTHS))
     console.print(lengths)
     arrivals = Table("arrivals", "")
     arrivals.add_row("requests a second", _number(statistics["rate"]))
     arrivals.add_row("coefficient of variation of gaps", _number(statistics["gap_cv"]))
     for window, ratio in statistics["peak_to_mean"].items():
-        arrivals.add_row(f"peak to mean, {window} windows", _number(ratio))
+        arrivals.add_row(f"peak to mean, {window}", _number(ratio))
     console.print(arrivals)
     reuse = Table("cache without end, block of", "prompt tokens hit", "hit ratio")
     for size, hits in statistics["reuse"].items():
@@ -233,8 +245,9 @@ def verify_table(report: dict[str, Any]) -> None:
 
 
 def _console(width: int) -> Console:
-    """Where tables go: no text is markup, and what is no terminal has so many columns."""
-    return Console(width=None if Console().is_terminal else width, markup=False, emoji=False, highlight=False)
+    """Where tables go: no text is markup, and what is no terminal has so many columns, unless COLUMNS says how many."""
+    is_known = Console().is_terminal or "COLUMNS" in os.environ
+    return Console(width=None if is_known else width, markup=False, emoji=False, highlight=False)
 
 
 def _plain(text: str) -> Text:
@@ -244,6 +257,11 @@ def _plain(text: str) -> Text:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ms(seconds: float | None) -> str:
+    """A time in milliseconds."""
+    return "-" if seconds is None else number(1e3 * seconds)
 
 
 def _range(limits: Sequence[float] | None) -> str:

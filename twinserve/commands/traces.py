@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinserve.commands.options import Json, TraceFile, options_of
+from twinserve.commands.options import Force, Json, TraceFile, options_of
 from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.worlds.workload import TraceOptions
 
 LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."
@@ -40,21 +40,22 @@ def trace_convert(
     format: Annotated[
         Literal["ours", "mooncake", "azure"], typer.Option(help="The format to write; each holds all of any trace.")
     ] = "ours",
+    force: Force = False,
 ) -> None:
     """Write a trace, or a changed part of it, in our own format, Mooncake's or Azure's."""
     from twinserve.traces.formats.reading import with_own_private_prompts
     from twinserve.traces.readers import write_trace
     from twinserve.worlds.workload import load_workload
 
-    refuse_existing(out)
-    workload = load_workload(trace, trace_options, is_replayed=False)
-    beside = write_trace(
-        out,
-        with_own_private_prompts(workload.requests) if workload.facts["transforms"] else workload.requests,
-        {"made_from": workload.facts},
-        format="twinserve" if format == "ours" else format,
-        epoch_ns=workload.epoch_ns,
-    )
+    with in_place_of(out, force) as place:
+        workload = load_workload(trace, trace_options, is_replayed=False)
+        beside = write_trace(
+            place,
+            with_own_private_prompts(workload.requests) if workload.facts["transforms"] else workload.requests,
+            {"made_from": workload.facts},
+            format="twinserve" if format == "ours" else format,
+            epoch_ns=workload.epoch_ns,
+        )
     say(f"{out}: {len(workload.requests)} requests")
     if beside:
         counts = ", ".join(f"{name} of {count}" for name, count in beside.items())
@@ -95,38 +96,39 @@ def trace_make(
     turns: Annotated[int, typer.Option(help="Requests in a conversation.")] = 1,
     think_time_s: Annotated[float, typer.Option(help="Mean time from an answer to the next turn.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    force: Force = False,
 ) -> None:
     """Make a synthetic trace."""
     from twinserve.traces.generator import EmpiricalLengths, generate, parse_lengths
     from twinserve.traces.readers import write_trace
 
-    refuse_existing(out)
-    options = {
-        "seed": seed,
-        "num_requests": requests,
-        "rate": rate,
-        "arrivals": arrivals,
-        "cv": cv,
-        "burst_size": burst_size,
-        "peak": peak,
-        "period_s": period_s,
-        "users": users,
-        "priority_shares": _numbers(priority_shares),
-        "num_system_prompts": system_prompts,
-        "system_prompt_tokens": system_prompt_tokens,
-        "turns": turns,
-        "think_time_s": think_time_s,
-    }
-    lengths = {
-        "prompt_tokens": parse_lengths(prompt_tokens, "prompt_tokens"),
-        "output_tokens": parse_lengths(output_tokens, "output_tokens"),
-    }
-    made = generate(**lengths, **options)  # type: ignore[arg-type]
-    header: dict = {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
-    drawn = {name: spec.sha256 for name, spec in lengths.items() if isinstance(spec, EmpiricalLengths)}
-    if drawn:
-        header["sha256_of_lengths"] = drawn
-    write_trace(out, made, header)
+    with in_place_of(out, force) as place:
+        options = {
+            "seed": seed,
+            "num_requests": requests,
+            "rate": rate,
+            "arrivals": arrivals,
+            "cv": cv,
+            "burst_size": burst_size,
+            "peak": peak,
+            "period_s": period_s,
+            "users": users,
+            "priority_shares": _numbers(priority_shares),
+            "num_system_prompts": system_prompts,
+            "system_prompt_tokens": system_prompt_tokens,
+            "turns": turns,
+            "think_time_s": think_time_s,
+        }
+        lengths = {
+            "prompt_tokens": parse_lengths(prompt_tokens, "prompt_tokens"),
+            "output_tokens": parse_lengths(output_tokens, "output_tokens"),
+        }
+        made = generate(**lengths, **options)  # type: ignore[arg-type]
+        header: dict = {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
+        drawn = {name: spec.sha256 for name, spec in lengths.items() if isinstance(spec, EmpiricalLengths)}
+        if drawn:
+            header["sha256_of_lengths"] = drawn
+        write_trace(place, made, header)
     say(f"{out}: {len(made)} requests over {made[-1].arrival_ns / 1e9:.1f} s")
 
 

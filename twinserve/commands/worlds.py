@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twinserve.commands.options import VLLM_ARGS_HELP, Config, Json, TraceFile, options_of, settings_of_vllm
+from twinserve.commands.options import VLLM_ARGS_HELP, Config, Force, Json, TraceFile, options_of, settings_of_vllm
 from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import refuse_existing
+from twinserve.settings.files import in_place_of
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
 from twinserve.worlds.workload import LIKE_HELP, ClientOptions, TraceOptions
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from twinserve.policies import Sequence
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run record to write; must not exist.")]
+RECORD = ("run.json",)
+"""By what a run record is known."""
 LATENCY_HELP = (
     "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
     "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
@@ -64,6 +66,7 @@ def sim(
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
@@ -79,28 +82,29 @@ def sim(
     judge = Judge(Rules(None if within is None else Limits.parse(within), measures, warm_up_s, drain_s))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
+    if latency is not None and chosen.group and all(group.latency for group in chosen.group):
+        raise InputError("expected none: each group of the fleet has its own", field="latency", value=latency)
     inside = validated(ClientOptions, {}, clients, None)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
     workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
-    refuse_existing(out)
-    for line in (*words, load_of(workload)):
-        say(line)
-    limits = None
-    if intervals:
-        with Bar("intervals", NUM_DRAWS) as bar:
-            limits = replica_intervals(
-                [workload, *others], replicas, chosen, Workers(None), advance=bar.advance, clients=inside.clients
-            )
-    with Bar("sim", len(workload.requests)) as bar:
+    with in_place_of(out, force, RECORD) as place:
+        for line in (*words, load_of(workload)):
+            say(line)
+        limits = None
+        if intervals:
+            with Bar("intervals", NUM_DRAWS) as bar:
+                drawn, told = [workload, *others], bar.advance
+                limits = replica_intervals(drawn, replicas, chosen, Workers(None), advance=told, clients=inside.clients)
+        with Bar("sim", len(workload.requests)) as bar:
 
-        def ended(seq: Sequence) -> None:
-            bar.ended(seq)
-            verdict.ended(seq)
-            judge.ended(seq)
+            def ended(seq: Sequence) -> None:
+                bar.ended(seq)
+                verdict.ended(seq)
+                judge.ended(seq)
 
-        how: dict[str, Any] = {"out": out, "progress": ended, "step_by_step": step_by_step, "clients": inside.clients}
-        summary = chosen.serve(workload, replicas, intervals=limits, **how)
+            how: dict[str, Any] = {"out": place, "progress": ended, "step_by_step": step_by_step}
+            summary = chosen.serve(workload, replicas, intervals=limits, clients=inside.clients, **how)
     judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
@@ -124,6 +128,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     config: Config = None,
     out: Out = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace on the real engine, in real time."""
@@ -140,9 +145,8 @@ def run(
     except ValueError as error:
         raise InputError(str(error)) from error
     workload = load_workload(trace, trace_options)
-    refuse_existing(out)
-    with closing(load_llm(options, chosen, progress=say)) as llm:
-        verdict = Verdict()
+    verdict = Verdict()
+    with in_place_of(out, force, RECORD) as place, closing(load_llm(options, chosen, progress=say)) as llm:
         say(load_of(workload))
         with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
 
@@ -151,7 +155,7 @@ def run(
                 verdict.ended(seq)
 
             how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
-            summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
+            summary = run_real(workload, llm, out=place, params=params, time_scale=time_scale, **how)
     _conclude(summary, verdict, as_json)
 
 

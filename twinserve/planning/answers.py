@@ -118,7 +118,7 @@ def _assumed(capacity: Capacity) -> str:
     pool = "a pool without end" if settings.num_gpu_blocks is None else f"{settings.num_gpu_blocks:,} KV blocks"
     ahead = "decided a step ahead" if settings.pipeline_depth else "decided step by step"
     return (
-        f"Assumed: {spec.latency_facts['name']}; {settings.max_num_seqs:,} sequences, "
+        f"Assumed: {spec.latency_words}; {settings.max_num_seqs:,} sequences, "
         f"{settings.max_num_batched_tokens:,} tokens a step, {pool}, {ahead}, vLLM {settings.vllm_version}'s rules; "
         f"{len(capacity.case.points)} seed{'s' if len(capacity.case.points) > 1 else ''}."
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from twinserve.policies import Sequence
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.metrics import SERVED
+from twinserve.traces.runs.metrics import SERVED, attainment
 from twinserve.traces.runs.outcomes import Outcome
 
 _TERM = re.compile(r"(\w+)\s*<=\s*([0-9.]+)\s*(ms|s)", re.IGNORECASE)
@@ -91,15 +91,5 @@ class Attainment:
             self._tokens += seq.num_completion_tokens
 
     def of(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """What of a run, whose summary is given, kept the limits.
-
-        `share` of all requests that came, those that were not served or turned away included; `goodput_req_s` and
-        `goodput_tok_s` are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
-        """
-        requests, duration_s = summary["requests"] + summary.get("rejected", 0), summary["duration_s"]
-        return {
-            "limits": str(self.limits),
-            "share": self._kept / requests if requests else None,
-            "goodput_req_s": self._kept / duration_s if duration_s else None,
-            "goodput_tok_s": self._tokens / duration_s if duration_s else None,
-        }
+        """What of a run, whose summary is given, kept the limits, see `metrics.attainment`."""
+        return {"limits": str(self.limits), **attainment(self._kept, self._tokens, summary)}

@@ -124,7 +124,10 @@ class FleetOptions(BaseModel):
     slow: list[Annotated[Slowdown, BeforeValidator(parse_slowdown)]] = Field(
         default=[], description="REPLICA:FROM:TO:FACTOR, in seconds: a replica takes so many times as long"
     )
-    group: list[ReplicaGroup] = []
+    group: list[ReplicaGroup] = Field(
+        default=[],
+        description="in a file, a table for each kind of replica: how many, their latency, settings of their own",
+    )
 
     @field_validator("router")
     @classmethod
@@ -226,14 +229,15 @@ class FleetOptions(BaseModel):
             chosen, pool = with_pool(chosen, model)
             if vllm is not None:
                 words[str(vllm)] = None
-            words[f"latency: {facts['name']} ({facts['identity']})"] = None
             if isinstance(model, FittedLatency):
                 model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
+            spec = ReplicaSpec(chosen, model, facts)
+            words[f"latency: {spec.latency_words} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None
             if pool is not None:
                 words[pool] = None
-            specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
+            specs += [spec] * group.replicas
         blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
         if blocks > MOST_FLEET_BLOCKS:
             expected = f"expected at most {MOST_FLEET_BLOCKS} KV blocks in all pools together, they have {blocks}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from twinserve.planning.attainment import Limits, seconds_of, words_of
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.compare import LATENCIES, STATISTICS, value_of
+from twinserve.traces.runs.compare import LATENCIES, STATISTICS, name_of, value_of
 from twinserve.traces.runs.outcomes import Measure
 
 CONFIDENCE = 0.95
@@ -41,10 +41,7 @@ class Term:
     @property
     def name(self) -> str:
         """The metric as people write it, such as "p99 TTFT"."""
-        if self.is_measured:
-            return self.metric
-        name, _, statistic = self.metric.partition(".")
-        return f"{statistic} {name.removesuffix('_s').upper()}"
+        return self.metric if self.is_measured else name_of(self.metric)
 
     def value(self, summary: dict[str, Any]) -> float | None:
         """What a run has of it, in seconds; where some of its requests are left out by rule, the others."""

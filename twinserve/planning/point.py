@@ -191,7 +191,7 @@ class Point(PointOptions):
             InputError: there are too few of them: they would all have begun before the longest has had its turns, even
                 if every answer came at once.
         """
-        requests = trace_at(self.trace).requests
+        requests = trace_at(self.trace, self.trace_options.columns).requests
         begins = session_begins(requests)
         longest_ns = max(r.arrival_ns - begins[key] for r, key in zip(requests, session_keys(requests), strict=True))
         begin_s = len(requests) / rate
@@ -206,7 +206,7 @@ class Point(PointOptions):
 
     def _changed(self, changes: dict[str, float]) -> Workload:
         options = TraceOptions(**self.trace_options.model_dump() | changes).with_seed(self.seed)
-        return make_workload(trace_at(self.trace), Path(self.trace), options)
+        return make_workload(trace_at(self.trace, self.trace_options.columns), Path(self.trace), options)
 
 
 def arrivals_span_s(requests: Seq[Request]) -> float:
@@ -221,9 +221,9 @@ def arrival_rate(requests: Seq[Request]) -> float | None:
 
 
 @lru_cache(maxsize=2)
-def trace_at(path: str) -> Trace:
-    """The trace of that path, kept while other points replay it."""
-    return read_requests(Path(path))
+def trace_at(path: str, columns: str | None) -> Trace:
+    """The trace of that path, kept while other points replay it; `columns` as `TraceOptions` has them."""
+    return read_requests(Path(path), **({} if columns is None else {"columns": columns}))
 
 
 @cache
@@ -265,7 +265,11 @@ class Job(NamedTuple):
                 (spec.latency_facts["identity"], spec.settings.num_gpu_blocks) for spec in point.replicas()
             )
         ]
-        identities = {"trace": trace_at(point.trace).sha256, "replicas": replicas, "code": code_identity()}
+        identities = {
+            "trace": trace_at(point.trace, point.trace_options.columns).sha256,
+            "replicas": replicas,
+            "code": code_identity(),
+        }
         fields = {name: value for name, value in point.flat().items() if name != "latency"}
         return cls(point, fields | identities)
 

@@ -408,6 +408,13 @@ class ReplicaSpec:
     latency: LatencyModel
     latency_facts: dict[str, Any]
 
+    @property
+    def latency_words(self) -> str:
+        """The name of its latency, and whether that was fitted to measured steps."""
+        if isinstance(self.latency, RecordedLatency):
+            return str(self.latency_facts["name"])
+        return f"{self.latency_facts['name']}, {'not ' * isinstance(self.latency, RooflineLatency)}fitted"
+
 
 def fleet_facts(replicas: Seq[ReplicaSpec], router_facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What the record of a fleet says: the settings that all replicas have, router and replicas, and the device."""

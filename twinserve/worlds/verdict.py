@@ -9,7 +9,7 @@ import numpy as np
 
 from twinserve.policies import Sequence
 from twinserve.traces.requests import as_requests
-from twinserve.traces.statistics import most_arrivals
+from twinserve.traces.statistics import load_of as arrivals_load
 from twinserve.worlds.workload import Workload
 
 MOST_REFUSED = 0.05
@@ -32,13 +32,13 @@ def load_of(workload: Workload) -> str:
     left_out = f" of {len(requests) + workload.dropped:,} in the trace" if workload.dropped else ""
     text = f"load: {len(requests):,} requests{left_out}"
     arrivals = np.sort(requests.column("arrival_ns"))
-    span_s = float(arrivals[-1] - arrivals[0]) / 1e9
     if any(request.after is not None for request in requests.others.values()):
         return f"{text}, some of which follow answers"
+    span_s, rate, busiest = arrivals_load(arrivals)
     if not span_s:
         return f"{text}, all at once"
-    peak = f", {most_arrivals(arrivals, 60) / 60:.3g}/s in the busiest minute" if span_s > 60 else ""
-    return f"{text}, {(len(requests) - 1) / span_s:.3g}/s over {span_s:,.0f} s{peak}"
+    peak = "" if busiest is None else f", {busiest:.3g}/s in the busiest minute"
+    return f"{text}, {rate:.3g}/s over {span_s:,.0f} s{peak}"
 
 
 class Verdict:

@@ -27,10 +27,14 @@ LIKE_HELP = (
 
 
 class TraceOptions(BaseModel):
-    """How a trace is changed before it is replayed; applied in this order."""
+    """How a trace is read, and changed before it is replayed; applied in this order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    columns: str | None = Field(
+        default=None,
+        description="of a CSV file of your own, what its columns are: time=COLUMN,prompt=COLUMN,output=COLUMN",
+    )
     spread_seed: int | None = Field(default=None, description="spread arrivals of coarse steps, with this seed")
     shuffle_seed: int | None = Field(default=None, description="requests trade arrival times, with this seed")
     session_rate: float | None = Field(default=None, description="sessions begin at random, so many a second")
@@ -50,11 +54,12 @@ class TraceOptions(BaseModel):
     @property
     def read(self) -> dict[str, Any]:
         """As far as a trace has to be read: arguments of `read_trace`."""
-        if self.is_random:
-            return {}
-        if self.window_s is not None:
-            return {"until_s": _window(self.window_s)[1]}
-        return {} if self.limit is None or self.limit < 1 else {"limit": self.limit}
+        read: dict[str, Any] = {} if self.columns is None else {"columns": self.columns}
+        if not self.is_random and self.window_s is not None:
+            read["until_s"] = _window(self.window_s)[1]
+        elif not self.is_random and self.limit is not None and self.limit > 0:
+            read["limit"] = self.limit
+        return read
 
     def with_seed(self, number: int) -> TraceOptions:
         """The options with a number added to every seed."""
@@ -213,6 +218,7 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # the same in any locale
     facts: dict[str, Any] = {"path": name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}
+    facts |= {} if options.columns is None else {"columns": options.columns}
     dropped = sum(trace.handled["dropped"].values()) + len(trace.requests) - len(requests) + trace.num_unread
     return Workload(requests, facts, capped, dropped, None if log else trace.epoch_ns)
 

@@ -34,7 +34,7 @@ KEYS = [
     *("ttft_s", "tpot_s", "itl_s", "e2e_s", "cached_tokens", "prompt_tokens", "output_tokens", "preemptions"),
     *("device_wait_share", "steps", "events", "wall_s"),
 ]
-NOTHING = {"mean": None, "p50": None, "p90": None, "p99": None}
+NOTHING = {"mean": None, "p50": None, "p90": None, "p95": None, "p99": None}
 
 
 def request(**values):
@@ -226,14 +226,14 @@ def test_percentiles_equal_numpys_on_every_value_written_out():
     for _ in range(500):
         counts = {rng.randrange(1, 10**14): rng.randrange(1, 10) for _ in range(rng.randrange(1, 20))}
         values = [value for value, count in counts.items() for _ in range(count)]
-        expected = {f"p{p}": float(np.percentile(values, p)) / 1e9 for p in (50, 90, 99)}
+        expected = {f"p{p}": float(np.percentile(values, p)) / 1e9 for p in (50, 90, 95, 99)}
         assert distribution((array("q", counts), array("i", counts.values()))) == expected | {
             "mean": pytest.approx(np.mean(values) / 1e9, rel=1e-12)
         }
 
 
 def test_a_value_alone_is_every_percentile():
-    assert distribution(array("d", [3e9])) == {"mean": 3.0, "p50": 3.0, "p90": 3.0, "p99": 3.0}
+    assert distribution(array("d", [3e9])) == {"mean": 3.0, "p50": 3.0, "p90": 3.0, "p95": 3.0, "p99": 3.0}
 
 
 # --- gaps between tokens ---

@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/run_all.py; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
+	$(BIN)/python benchmarks/run_all.py --out benchmarks/results; status=$$?; $(BIN)/python benchmarks/render.py && exit $$status
 
 # Every number of docs/fidelity.md again, from the records that ship; fails where one is another.
 fidelity: $(INSTALLED)

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from command_line import main
-from cycle_results import case, expectation, figure, result, row
+from cycle_results import Findings, result
 from subject import Subject
-from timing import repeat
 from work import GREEDY, generate_each, yardstick
 
 from twinserve.engine.inference import generate_naive
@@ -22,7 +21,7 @@ PROMPT = "Hello, I am a language model"
 MAX_NEW_TOKENS = (50, 100, 200)
 TIMING = (
     "from text to text, one request after another: tokenizing, every pass of the model over the whole text, the choice "
-    "of each token, decoding; not loading the model; after two tokens that are not measured"
+    "of each token, decoding; not loading the model"
 )
 
 
@@ -31,25 +30,25 @@ def benchmark_naive(subject: Subject | None = None, *, repeats: int = 3) -> dict
     subject = subject or Subject.of()
     model, tokenizer = subject.transformers_model(), subject.tokenizer()
     generate_naive(model, tokenizer, PROMPT, 2, temperature=GREEDY)
-    cases = []
-    for count in MAX_NEW_TOKENS:
-        seconds = repeat(
-            partial(generate_naive, model, tokenizer, PROMPT, count, temperature=GREEDY),
-            repeats,
-            subject.device,
-        )
-        cases.append(case(f"{count} new tokens", seconds, count))
-    seconds = repeat(lambda: generate_each(generate_naive, model, yardstick(subject)), repeats, subject.device)
+    findings = Findings(subject, repeats)
+    names = {f"{count} new tokens": count for count in MAX_NEW_TOKENS}
+    ways = {
+        name: partial(generate_naive, model, tokenizer, PROMPT, count, temperature=GREEDY)
+        for name, count in names.items()
+    }
+    for one in findings.turns(ways, names):
+        each_ms = 1000 * one["mean_s"] / one["tokens"]
+        findings.figure(f"{one['name']}: each, by the mean", each_ms, "ms")
+    jobs = yardstick(subject)
+    findings.serve_yardstick(lambda: generate_each(generate_naive, model, jobs))
+    findings.expect("none: this is the baseline", "", None)
     return result(
-        subject,
+        findings,
         1,
         "benchmark_naive",
         "Naive: the whole text for every token",
-        row=row(subject, seconds, measure_memory(model)),
+        memory_mb=measure_memory(model),
         timing=TIMING,
-        figures=[figure(f"{one['name']}: each", 1000 * one["median_s"] / one["tokens"], "ms") for one in cases],
-        expectations=[expectation("none: this is the baseline", "", None)],
-        cases=cases,
     )
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from benchmark_cycle1 import PROMPT
 from command_line import main
-from cycle_results import case, expectation, figure, result, row
+from cycle_results import Findings, reaches, result
+from quantities import quantity, speed_up
 from sizes import Job
 from subject import Subject
-from timing import repeat
-from torch import nn
 from work import generate_each, random_jobs, yardstick
 
 from twinserve.engine.inference import generate_naive, generate_with_kv_cache
@@ -23,7 +22,7 @@ from twinserve.engine.quantization import measure_memory
 
 TIMING = (
     "from text to text, one request after another: tokenizing, the pass over the prompt, a pass for each further "
-    "token, the choice of each token, decoding; not loading the model; after two tokens that are not measured"
+    "token, the choice of each token, decoding; not loading the model"
 )
 
 
@@ -33,41 +32,41 @@ def benchmark_kv_cache(subject: Subject | None = None, *, repeats: int = 3) -> d
     sizes, model = subject.sizes, subject.transformers_model()
     short = Job(subject.tokenizer().encode(PROMPT), sizes.decoded)
     (long,) = random_jobs(subject, 1, (sizes.long_prompt, sizes.long_prompt), (sizes.decoded, sizes.decoded))
-    cases, figures, speed_ups = [], [], []
+    for generate in (generate_naive, generate_with_kv_cache):
+        generate_each(generate, model, [short._replace(max_tokens=2)])
+    findings, speed_ups = Findings(subject, repeats), []
+    prompts = f"{len(short.prompt)} tokens short, {len(long.prompt)} long; {sizes.decoded} new tokens"
+    findings.figure("prompts", prompts)
     for name, job in (("short", short), ("long", long)):
-        naive, cached = _both(subject, model, name, job, repeats)
-        speed_ups.append(naive["median_s"] / cached["median_s"])
-        cases += [naive, cached]
-        figures.append(figure(f"{name} prompt: speed-up", speed_ups[-1], "x"))
+        naive, cached = f"{name} prompt, naive", f"{name} prompt, with KV cache"
+        ways = {
+            naive: partial(generate_each, generate_naive, model, [job]),
+            cached: partial(generate_each, generate_with_kv_cache, model, [job]),
+        }
+        measured = findings.turns(ways, dict.fromkeys(ways, job.max_tokens))
+        speed_ups.append(findings.keep(speed_up(f"{name} prompt: speed-up", *measured)))
     jobs = yardstick(subject)
-    seconds = repeat(lambda: generate_each(generate_with_kv_cache, model, jobs), repeats, subject.device)
+    findings.serve_yardstick(
+        lambda: generate_each(generate_with_kv_cache, model, jobs), lambda: generate_each(generate_naive, model, jobs)
+    )
     # The last token's keys and values are never computed.
     longest = max(len(job.prompt) + job.max_tokens - 1 for job in jobs)
-    seen = f"{speed_ups[0]:.2g}x short, {speed_ups[1]:.2g}x long"
+    seen = ", ".join(f"{name}: {quantity(one)}" for name, one in zip(("short", "long"), speed_ups, strict=True))
+    findings.expect("the longer the text, the larger the speed-up", seen, is_larger(*speed_ups))
+    findings.expect("2 to 5 times as fast", seen, reaches(speed_ups[1], 2))
     return result(
-        subject,
+        findings,
         2,
         "benchmark_kv_cache",
         "KV cache: each token computed once",
-        row=row(subject, seconds, measure_memory(model) + longest * subject.kv_bytes_per_token / 1e6),
+        memory_mb=measure_memory(model) + longest * subject.kv_bytes_per_token / 1e6,
         timing=TIMING,
-        figures=figures,
-        expectations=[
-            expectation("the longer the text, the larger the speed-up", seen, speed_ups[1] > speed_ups[0]),
-            expectation("2 to 5 times as fast", seen, speed_ups[1] >= 2),
-        ],
-        cases=cases,
     )
 
 
-def _both(subject: Subject, model: nn.Module, name: str, job: Job, repeats: int) -> list[dict[str, Any]]:
-    """The same request without a KV cache and with one."""
-    cases, request = [], f"{name} prompt ({len(job.prompt)} tokens), {job.max_tokens} new tokens"
-    for how, generate in (("naive", generate_naive), ("with KV cache", generate_with_kv_cache)):
-        generate_each(generate, model, [job._replace(max_tokens=2)])
-        seconds = repeat(partial(generate_each, generate, model, [job]), repeats, subject.device)
-        cases.append(case(f"{request}, {how}", seconds, job.max_tokens))
-    return cases
+def is_larger(short: dict[str, Any], long: dict[str, Any]) -> bool | None:
+    """Whether the second comparison is larger in all its turns, in none, or, None, in some."""
+    return True if long["least"] > short["most"] else False if long["most"] <= short["least"] else None
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import sys
 from typing import Any
 
 from command_line import main
-from cycle_results import ENGINE_TIMING, engine_row, expectation, figure, result
+from cycle_results import ENGINE_TIMING, Findings, result, served
 from subject import Subject
+from work import generate_each, yardstick
 
+from twinserve.engine.inference import generate_with_kv_cache
 from twinserve.policies import BlockManager, Sequence
 
 SEQUENCES = 100
@@ -32,34 +34,35 @@ def benchmark_memory_utilization(subject: Subject | None = None, *, repeats: int
     def megabytes(tokens: int) -> float:
         return tokens * subject.kv_bytes_per_token / 1e6
 
-    figures = [
-        figure(f"KV of {SEQUENCES} sequences, {min(lengths)} to {max(lengths)} tokens: used", megabytes(used), "MB"),
-        figure(f"in one piece of {longest} tokens each: allocated", megabytes(contiguous), "MB"),
-        figure("in one piece: used of that", 100 * used / contiguous, "%"),
-    ]
+    findings = Findings(subject, repeats)
+    findings.figure(
+        f"KV of {SEQUENCES} sequences, {min(lengths)} to {max(lengths)} tokens: used", megabytes(used), "MB"
+    )
+    findings.figure(f"in one piece of {longest} tokens each: allocated", megabytes(contiguous), "MB")
+    findings.figure("in one piece: used of that", f"{used / contiguous:.1%}")
     for size, tokens in paged.items():
-        figures += [
-            figure(f"in blocks of {size}: allocated", megabytes(tokens), "MB"),
-            figure(f"in blocks of {size}: used of that", 100 * used / tokens, "%"),
-        ]
+        findings.figure(f"in blocks of {size}: allocated", megabytes(tokens), "MB")
+        findings.figure(f"in blocks of {size}: used of that", f"{used / tokens:.1%}")
     more = f"such sequences in the memory of the {SEQUENCES} pieces, in blocks of {BLOCK_SIZES[0]}"
-    figures.append(figure(more, sequences_that_fit(contiguous, longest)))
+    findings.figure(more, sequences_that_fit(contiguous, longest))
     shares = ", ".join(f"{used / tokens:.0%} in blocks of {size}" for size, tokens in paged.items())
+    findings.expect(
+        "more of the memory used than in one piece each",
+        f"{used / contiguous:.0%} in one piece, {shares}",
+        min(used / tokens for tokens in paged.values()) > used / contiguous,
+    )
+    model, jobs = subject.transformers_model(), yardstick(subject)
+    with subject.engine(jobs, max_num_seqs=1, enable_prefix_caching=False) as llm:
+        serve_it, memory_mb = served(llm, subject)
+        findings.serve_yardstick(serve_it, lambda: generate_each(generate_with_kv_cache, model, jobs))
+        memory = memory_mb()
     return result(
-        subject,
+        findings,
         3,
         "benchmark_memory_utilization",
         "PagedAttention: KV in blocks, one request at a time",
-        row=engine_row(subject, repeats, max_num_seqs=1, enable_prefix_caching=False),
+        memory_mb=memory,
         timing=f"{ENGINE_TIMING}. One request after another. Memory is counted and takes no time",
-        figures=figures,
-        expectations=[
-            expectation(
-                "more of the memory used than in one piece each",
-                f"{used / contiguous:.0%} in one piece, {shares}",
-                min(used / tokens for tokens in paged.values()) > used / contiguous,
-            )
-        ],
     )
 
 

@@ -5,17 +5,19 @@ python benchmarks/benchmark_cycle5.py [--device cuda] [--model NAME | --shape NA
 
 from __future__ import annotations
 
+import statistics
 import sys
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from command_line import main
-from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from cycle_results import ENGINE_TIMING, Findings, reaches, result, served
+from quantities import compared, quantity
 from sizes import Job
 from subject import Subject
 from timing import timed
-from work import random_prompts, serve
+from work import fresh_core, random_prompts, serve, yardstick
 
 from twinserve.engine.llm import LLM
 
@@ -25,27 +27,28 @@ REQUESTS = 5
 def benchmark_ttft(subject: Subject | None = None, *, repeats: int = 3) -> dict[str, Any]:
     """Time to first token of the first request with a system prompt, and of later ones with other user messages."""
     subject = subject or Subject.of()
-    sizes = subject.sizes
+    sizes, findings = subject.sizes, Findings(subject, repeats)
     jobs = _conversations(subject)
-    with subject.engine(jobs) as llm:
+    findings.figure("prompts", f"{sizes.system_prompt} tokens of the system, {sizes.user_message} of the user")
+    with subject.engine([*jobs, *yardstick(subject)]) as llm:
         _times_to_first_token(llm, jobs, subject.device)
         times = [_times_to_first_token(llm, jobs, subject.device) for _ in range(repeats)]
-    name = f"time to first token, {sizes.system_prompt} system and {sizes.user_message} user tokens"
-    first = case(f"{name}: first request", [passed[0] for passed in times])
-    later = case(f"{name}: later requests", list(chain.from_iterable(passed[1:] for passed in times)))
-    less = 1 - later["median_s"] / first["median_s"]
+        findings.case("time to first token, first request", [passed[0] for passed in times])
+        findings.case("time to first token, later requests", list(chain.from_iterable(passed[1:] for passed in times)))
+        turns = [100 * (1 - statistics.median(passed[1:]) / passed[0]) for passed in times]
+        less = findings.keep(compared("less time to the first token in later requests", turns, "%"))
+        serve_it, memory_mb = served(llm, subject)
+        findings.serve_yardstick(serve_it, served(llm, subject, enable_prefix_caching=False)[0])
+        memory = memory_mb()
+    text = "50% to 80% less time to the first token in later requests"
+    findings.expect(text, quantity(less), reaches(less, 50))
     return result(
-        subject,
+        findings,
         5,
         "benchmark_ttft",
         "Prefix cache: a shared prompt computed once",
-        row=engine_row(subject, repeats),
+        memory_mb=memory,
         timing=f"{ENGINE_TIMING}. A time to the first token is that of a request which comes while nothing else runs",
-        figures=[figure("less time to the first token in later requests", 100 * less, "%")],
-        expectations=[
-            expectation("50% to 80% less time to the first token in later requests", f"{less:.0%} less", less >= 0.5)
-        ],
-        cases=[first, later],
     )
 
 
@@ -58,7 +61,7 @@ def _conversations(subject: Subject) -> list[Job]:
 
 def _times_to_first_token(llm: LLM, jobs: list[Job], device: str) -> list[float]:
     """Seconds to the only token of each request, one request after another, the cache being empty before the first."""
-    core = llm.settings.build_core()
+    core = fresh_core(llm)
     return [timed(partial(serve, llm, [job], core), device) for job in jobs]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import main
-from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from cycle_results import ENGINE_TIMING, Findings, reaches, result, served
+from quantities import quantity, speed_up
+from sizes import Job
 from subject import Subject
-from timing import repeat
 from torch import Tensor
-from work import random_jobs, serve
+from work import random_jobs, serve, yardstick
 
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers import AttentionChoice, AttentionMetadata, SdpaAttention, choose_attention
 from twinserve.engine.layers.attention import slots_of
+from twinserve.engine.llm import LLM
 from twinserve.engine.models.loader import DTYPES
 
 BLOCK_SIZE = 16
@@ -36,26 +39,27 @@ LAYER_TIMING = (
 def benchmark_flash_attention(subject: Subject | None = None, *, repeats: int = 3) -> dict[str, Any]:
     """What flash-attn changes in throughput and in GPU memory; without CUDA, what torch's attention changes."""
     subject = subject or Subject.of()
-    backend = best_attention(subject)
+    backend, findings = best_attention(subject), Findings(subject, repeats)
     what, timing = f"Attention by {backend.name}", ENGINE_TIMING
-    if backend.name == "flash":
-        cases, figures, expectations = _flash_against_sdpa(subject, repeats)
-    else:
-        cases, figures = _sdpa_against_definition(subject, repeats)
-        expectations = [expectation(EXPECTED, f"not measured: {backend.reason}", None)]
-        what += ", as in the cycle before (no flash-attn here)"
-        timing = f"{ENGINE_TIMING}. {LAYER_TIMING}"
-    return result(
-        subject,
-        6,
-        "benchmark_flash_attention",
-        what,
-        row=engine_row(subject, repeats, attention=backend.name),
-        timing=timing,
-        figures=figures,
-        expectations=expectations,
-        cases=cases,
-    )
+    names = ("flash", "sdpa") if backend.name == "flash" else (backend.name,)
+    long = _long_prompts(subject)
+    with ExitStack() as engines:
+        llms = {
+            name: engines.enter_context(subject.engine([*long, *yardstick(subject)], attention=name)) for name in names
+        }
+        serve_it, memory_mb = served(llms[backend.name], subject)
+        before = None
+        if backend.name == "flash":
+            _flash_against_sdpa(findings, llms, long)
+            before = served(llms["sdpa"], subject)[0]
+        else:
+            _sdpa_against_definition(findings)
+            findings.expect(EXPECTED, f"not measured: {backend.reason}", None)
+            what += ", as in the cycle before (no flash-attn here)"
+            timing = f"{ENGINE_TIMING}. {LAYER_TIMING}"
+        findings.serve_yardstick(serve_it, before)
+        memory = memory_mb()
+    return result(findings, 6, "benchmark_flash_attention", what, memory_mb=memory, timing=timing)
 
 
 def best_attention(subject: Subject) -> AttentionChoice:
@@ -63,31 +67,41 @@ def best_attention(subject: Subject) -> AttentionChoice:
     return choose_attention("auto", subject.config.head_dim, DTYPES[subject.dtype], torch.device(subject.device))
 
 
-def _flash_against_sdpa(subject: Subject, repeats: int) -> tuple[list, list, list]:
-    """Throughput and memory of the engine with each backend on long prompts: cases, figures, expectations."""
+def _long_prompts(subject: Subject) -> list[Job]:
+    """The requests by which attention backends are compared."""
     sizes = subject.sizes
     output = (sizes.attention_output, sizes.attention_output)
-    jobs = random_jobs(subject, sizes.attention_requests, sizes.attention_prompts, output)
+    return random_jobs(subject, sizes.attention_requests, sizes.attention_prompts, output)
+
+
+def _flash_against_sdpa(findings: Findings, llms: dict[str, LLM], jobs: list[Job]) -> None:
+    """Throughput and memory of the engine with each backend on long prompts."""
     tokens = sum(len(job.prompt) + job.max_tokens for job in jobs)
-    cases, memory = [], {}
-    for name in ("sdpa", "flash"):
-        with subject.engine(jobs, attention=name, enable_prefix_caching=False) as llm:
-            serve(llm, jobs)
-            held = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            seconds = repeat(partial(serve, llm, jobs), repeats, subject.device)
-            cases.append(case(f"{len(jobs)} requests, {name}", seconds, tokens))
-            memory[name] = torch.cuda.max_memory_allocated() - held
-    speed_up = cases[0]["median_s"] / cases[1]["median_s"]
-    lengths = f"prompts of {sizes.attention_prompts[0]} to {sizes.attention_prompts[1]} tokens"
-    figures = [figure(f"{len(jobs)} requests, {lengths}: tokens of prompts and outputs", tokens)]
-    figures += [figure(f"{name}: most GPU memory beside weights and KV", memory[name] / 1e6, "MB") for name in memory]
-    figures.append(figure("speed-up of flash over sdpa", speed_up, "x"))
-    return cases, figures, [expectation(EXPECTED, f"{speed_up:.2g}x", speed_up >= 1.5)]
+    lengths = "prompts of {} to {} tokens".format(*findings.subject.sizes.attention_prompts)
+    findings.figure("long prompts", f"{len(jobs)} requests, {lengths}, {tokens:,} tokens with the outputs")
+    most: dict[str, int] = {}
+    ways = {
+        f"long prompts, {name}": partial(_served_with_its_memory, llms[name], jobs, name, most)
+        for name in ("sdpa", "flash")
+    }
+    measured = findings.turns(ways, dict.fromkeys(ways, tokens))
+    for name, memory in most.items():
+        findings.figure(f"{name}: most GPU memory beside weights and KV", memory / 1e6, "MB")
+    gained = findings.keep(speed_up("speed-up of flash over sdpa", *measured))
+    findings.expect(EXPECTED, quantity(gained), reaches(gained, 1.5))
 
 
-def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list]:
-    """Time of a step's attention by the paged backend and by the definition, sequence by sequence: cases, figures."""
+def _served_with_its_memory(llm: LLM, jobs: list[Job], name: str, most: dict[str, int]) -> None:
+    """Serve requests; `most` gets the most GPU memory that was held meanwhile beside what was held before."""
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    serve(llm, jobs, enable_prefix_caching=False)
+    most[name] = max(most.get(name, 0), torch.cuda.max_memory_allocated() - held)
+
+
+def _sdpa_against_definition(findings: Findings) -> None:
+    """Time of a step's attention by the paged backend and by the definition, sequence by sequence."""
+    subject = findings.subject
     config = replace(subject.config, num_layers=1)
     dtype, device = DTYPES[subject.dtype], torch.device(subject.device)
     metadata = _metadata(subject)
@@ -112,18 +126,12 @@ def _sdpa_against_definition(subject: Subject, repeats: int) -> tuple[list, list
         for _ in layers:
             way()
 
-    cases = []
-    for name, way in ways.items():
-        seconds = repeat(partial(in_every_layer, way), repeats, subject.device)
-        cases.append(case(name, seconds))
     contexts = metadata.context_lens
     step = f"{metadata.num_single} decodes, {min(contexts)} to {max(contexts)} tokens of context, and a "
-    figures = [
-        figure("the step", f"{step}prompt of {metadata.query_lens[-1]}, {len(layers)} layers"),
-        figure("largest difference of the two", difference),
-        figure("speed-up of the attention alone", cases[0]["median_s"] / cases[1]["median_s"], "x"),
-    ]
-    return cases, figures
+    findings.figure("the step", f"{step}prompt of {metadata.query_lens[-1]}, {len(layers)} layers")
+    measured = findings.turns({name: partial(in_every_layer, way) for name, way in ways.items()})
+    findings.figure("largest difference of the two", difference)
+    findings.keep(speed_up("speed-up of the attention alone", *measured))
 
 
 def _metadata(subject: Subject) -> AttentionMetadata:

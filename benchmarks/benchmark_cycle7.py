@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from benchmark_cycle6 import best_attention
 from command_line import main
-from cycle_results import ENGINE_TIMING, case, engine_row, expectation, figure, result
+from cycle_results import ENGINE_TIMING, Findings, result, served
 from environment import ROOT
 from subject import Subject
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from work import yardstick
 
 from twinserve.engine.device_queue import compute_on
+from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder
 from twinserve.engine.quantization import measure_memory
 
@@ -29,54 +30,44 @@ MOST_TOKENS = 1024
 def benchmark_quantization(subject: Subject | None = None, *, repeats: int = 3) -> dict[str, Any]:
     """What int8 weights change in memory, in speed and in the perplexity of a text that the model has not seen."""
     subject = subject or Subject.of()
-    attention = best_attention(subject).name
+    attention, findings = best_attention(subject).name, Findings(subject, repeats)
     token_ids = torch.tensor(subject.tokenizer().encode(HELD_OUT.read_text(encoding="utf-8"))[:MOST_TOKENS])
+    jobs = yardstick(subject)
+    with (
+        subject.engine(jobs, attention=attention) as plain,
+        subject.engine(jobs, attention=attention, quantization="int8") as quantized,
+    ):
+        full, int8 = (measure_memory(llm.runner.model) for llm in (plain, quantized))
+        half = full if subject.dtype == "bfloat16" else _memory_in_bfloat16(subject)
+        findings.figure("weights as run before", full, "MB")
+        findings.figure("weights in bfloat16", half, "MB")
+        findings.figure("weights in int8", int8, "MB")
+        findings.figure("less memory than bfloat16", f"{1 - int8 / half:.1%}")
+        before, after = (_perplexity(subject, llm, token_ids) for llm in (plain, quantized))
+        findings.figure("text of the perplexity", f"{len(token_ids)} tokens")
+        findings.figure("perplexity as run before", before)
+        findings.figure("perplexity in int8", after)
+        worse = after / before - 1
+        findings.figure("perplexity worse by", f"{worse:.2%}")
+        serve_it, memory_mb = served(quantized, subject)
+        findings.serve_yardstick(serve_it, served(plain, subject)[0])
+        memory = memory_mb()
+    saved = 1 - int8 / half
+    quality = "not judged: random weights" if subject.is_random else f"{worse:+.2%} perplexity"
+    findings.expect("40% to 50% less memory than 16 bits", f"{saved:.1%} less", saved >= 0.4)
+    findings.expect("quality less than 5% worse", quality, None if subject.is_random else worse < 0.05)
+    return result(findings, 7, "benchmark_quantization", "Weights in int8", memory_mb=memory, timing=ENGINE_TIMING)
+
+
+def _memory_in_bfloat16(subject: Subject) -> float:
+    """Megabytes of the model's weights in 16 bits."""
     with subject.engine(yardstick(subject), dtype="bfloat16") as llm:
-        half = measure_memory(llm.runner.model)
-    full, before = _weights_and_perplexity(subject, token_ids)
-    int8, after = _weights_and_perplexity(subject, token_ids, quantization="int8")
-    plain = engine_row(subject, repeats, attention=attention)
-    quantized = engine_row(subject, repeats, attention=attention, quantization="int8")
-    saved, worse = 1 - int8 / half, after / before - 1
-    figures = [
-        figure(f"weights in {subject.dtype}, as run before", full, "MB"),
-        figure("weights in bfloat16", half, "MB"),
-        figure("weights in int8", int8, "MB"),
-        figure("less memory than bfloat16", 100 * saved, "%"),
-        figure(f"speed of int8 over {subject.dtype}", plain["median_s"] / quantized["median_s"], "x"),
-        figure(f"perplexity of {len(token_ids)} tokens in {subject.dtype}", before),
-        figure("perplexity in int8", after),
-        figure("perplexity worse by", 100 * worse, "%"),
-    ]
-    quality = f"{worse:+.2%} perplexity"
-    if subject.is_random:
-        quality = "not judged: random weights"
-    return result(
-        subject,
-        7,
-        "benchmark_quantization",
-        "Weights in int8",
-        row=quantized,
-        timing=ENGINE_TIMING,
-        figures=figures,
-        expectations=[
-            expectation("40% to 50% less memory than 16 bits", f"{saved:.1%} less", saved >= 0.4),
-            expectation("quality less than 5% worse", quality, None if subject.is_random else worse < 0.05),
-        ],
-        cases=[
-            case(f"the requests in {name}", measured["repeats_s"], measured["output_tokens"])
-            for name, measured in ((subject.dtype, plain), ("int8", quantized))
-        ],
-    )
+        return measure_memory(llm.runner.model)
 
 
-def _weights_and_perplexity(subject: Subject, token_ids: Tensor, **options: Any) -> tuple[float, float]:
-    """Megabytes of the model's weights, and the perplexity of a text."""
-    with subject.engine(yardstick(subject), **options) as llm:
-        model = llm.runner.model
-        return measure_memory(model), compute_on(
-            subject.device, lambda: perplexity(model, token_ids.to(subject.device))
-        )
+def _perplexity(subject: Subject, llm: LLM, token_ids: Tensor) -> float:
+    """The perplexity of a text by an engine's model."""
+    return compute_on(subject.device, lambda: perplexity(llm.runner.model, token_ids.to(subject.device)))
 
 
 @torch.inference_mode()

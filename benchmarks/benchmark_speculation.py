@@ -2,9 +2,10 @@
 
     python benchmarks/benchmark_speculation.py [--model NAME] [--drafts N] [--tokens N] [--repeats N] [--out FOLDER]
 
-Prints JSON: for each text the median seconds of both, their ratio, and what came of the drafts; and what prompt lookup
-takes. One request at a time, in turns without drafts and with them, greedy, so that both give the same tokens; it says
-whether they do. With --out the same goes to a file of the device's folder, of which benchmarks/render.py makes a table.
+Says on stderr what each text took as soon as it is measured. Prints JSON: for each text the seconds of both, their
+ratio turn by turn, and what came of the drafts; and what prompt lookup takes. One request at a time, in turns without
+drafts and with them, greedy, so that both give the same tokens; it says whether they do. With --out the same goes to a
+file of the device's folder, of which benchmarks/render.py makes a table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from environment import commit, device_folder, versions
+from quantities import quantity, speed_up, spread_of
 from result_files import write_json
+from timing import spread
 
 from twinserve.commands.progress import say
 from twinserve.engine.device_queue import device_name
@@ -95,17 +98,20 @@ def benchmark_speculation(model: str, drafts: int, tokens: int, repeats: int) ->
     load, engines, cases = os.getloadavg()[0], [LLM(folder, settings=own) for own in settings], []
     for name, text in TEXTS.items():
         (without, with_drafts), (expected, generated), counts = measure(engines, text, tokens, repeats)
+        before, after = spread(without), spread(with_drafts)
+        gained = speed_up("speed-up", before, after)
         cases.append(
             {
                 "text": name,
                 "tokens": tokens,
-                "without_s": statistics.median(without),
-                "with_s": statistics.median(with_drafts),
-                "speed_up": statistics.median(without) / statistics.median(with_drafts),
+                "without": before,
+                "with": after,
+                "speed_up": gained,
                 "same_tokens": expected == generated,
                 "speculation": speculation_of([counts]),
             }
         )
+        say(f"{name}: {spread_of(before)} without drafts, {spread_of(after)} with them: {quantity(gained)}")
     device = engines[0].runner.device
     for llm in engines:
         llm.close()

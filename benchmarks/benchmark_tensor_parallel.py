@@ -67,7 +67,9 @@ def _times(shard: Shard, store: dist.Store, device: str, repeats: int) -> list[l
     if own.type == "cuda":
         torch.cuda.set_device(own)
     group = Group(shard, dist.PrefixStore("timing", store), own)
-    return [_times_of(group, torch.zeros(count // 4, device=own), repeats) for count in SIZES]
+    found = [_times_of(group, torch.zeros(count // 4, device=own), repeats) for count in SIZES]
+    group.abort()
+    return found
 
 
 def _times_of(group: Group, x: Tensor, repeats: int) -> list[float]:
@@ -139,13 +141,15 @@ def served(size: int, arguments: argparse.Namespace, work: Work) -> dict[str, An
     many = [throughput(llm, work) for _ in range(arguments.repeats)]
     name = llm.device_name
     close(llm)
-    return {
+    found = {
         "ranks": size,
         "machine": name,
         "output_tok_s": statistics.median(found["output_tok_s"] for found in many),
         "ms_a_token": statistics.median(1e3 * found["seconds"] / found["output_tokens"] for found in one),
         "repeats": {"many": many, "alone": one},
     }
+    say(f"{size} ranks: {found['output_tok_s']:,.0f} tokens/s; alone {found['ms_a_token']:.2f} ms a token")
+    return found
 
 
 def benchmark_tensor_parallel(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cycle_results import write
-from result_files import RESULTS
+from result_files import scratch_folder
 from sizes import SIZES
 from subject import DEFAULT_MODEL, Subject
 
 from twinserve.commands.progress import say
+from twinserve.engine.device_queue import device_name
 from twinserve.engine.models.loader import DTYPES
 from twinserve.settings.errors import InputError
 
@@ -30,7 +31,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     parsing.add_argument("--shape", action="append", default=[], help="--model with --load-format dummy; repeatable")
     parsing.add_argument("--dtype", choices=sorted(DTYPES), help="float32 on a CPU and bfloat16 on CUDA, unless given")
     parsing.add_argument("--repeats", type=int, default=3)
-    parsing.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parsing.add_argument(
+        "--out", type=Path, help="folder of the results; a scratch folder, which is named, unless given"
+    )
     parsing.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
     return parsing
 
@@ -58,6 +61,7 @@ def main(benchmark: Callable[..., dict[str, Any]]) -> int:
     for name, load_format in subjects(arguments):
         try:
             subject = Subject.of(name, load_format=load_format, device=arguments.device, dtype=arguments.dtype)
+            print(f"{script.removesuffix('.py')}: {subject.name} on {device_name(subject.device)}", flush=True)
             measured = benchmark(subject, repeats=arguments.repeats)
         except InputError as error:
             say(f"{script}: {error}")
@@ -65,5 +69,6 @@ def main(benchmark: Callable[..., dict[str, Any]]) -> int:
         command = ["python", f"benchmarks/{script}", *options_for(name, load_format, arguments)]
         measured["command"] = shlex.join(command)
         measured["commit"] = arguments.commit or measured["commit"]
+        arguments.out = arguments.out or scratch_folder()
         print(write(measured, arguments.out))
     return 0

@@ -211,14 +211,14 @@ def _larger(path: Path) -> list[str]:
 
 
 def _ablation(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    rates = {name: repeats[0]["output_tok_s"] for name, repeats in runs.items()}
+    rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
     rows = [[name, f"{rate:,.0f}", f"{rate / rates['as it is'] - 1:+.1%}"] for name, rate in rates.items()]
     return [
         "## What each thing buys",
         "",
         *prose(
-            """W256 with one thing switched off, once each, so a difference of some percent may be chance (see the
-            repeats above)."""
+            f"""W256 with one thing switched off, repeats: {min(map(len, runs.values()))}; a difference of some percent
+            may be chance (see the repeats above; [cycle 8](cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
         *prose(

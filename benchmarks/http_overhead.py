@@ -1,15 +1,15 @@
 """What HTTP costs: the same requests streamed over HTTP and handed to the engine as `twinserve run` does, in turns.
 
     python benchmarks/http_overhead.py --device cuda --dtype bfloat16 --model qwen3-0.6b --load-format dummy
-    python benchmarks/http_overhead.py --streams 8 --max-num-seqs 4 --prompt-tokens 64 --output-tokens 16    # on a CPU
+    python benchmarks/http_overhead.py --streams 8 --max-num-seqs 4 --max-num-batched-tokens 96 --output-tokens 16
 
 One model is loaded once and serves both, so that a turn of either has the same weights and captured graphs; HTTP is
 served by a process of its own, as by `twinserve serve`, and the clients are another. All requests come at once, no two
 of them begin alike, and --max-num-seqs of them run. `full_tok_s` are the tokens a second between the ends of steps in
 both of which so many ran, of the records; `output_tok_s` those from the first arrival to the last finish; `seen_tok_s`
 what the clients saw, from the first byte sent to the last one read. Each served record is decided again, and simulated
-with a latency that is fitted to the record of the run beside it. A shape that has no tokenizer gets one, so that
-answers are made into text.
+with a latency that is fitted to the record of the run beside it; where its steps are too much alike for a fit, there is
+no twin, and the result says why. A shape that has no tokenizer gets one, so that answers are made into text.
 Results: OUT/<device>/http-overhead.json.
 """
 
@@ -36,6 +36,7 @@ from result_files import RESULTS, write_json
 from twinserve.engine.options import EngineOptions
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import write_trace
 from twinserve.traces.runs.compare import METRICS, value_of
@@ -78,7 +79,7 @@ def served(llm: Any, record: Path) -> Iterator[str]:
         def host(self, options: RecordOptions | None) -> Host:
             assert options is not None
             kept = LiveRecord.of_engine(options, llm.settings, llm.facts(), llm.device_name)
-            return EngineHost(EngineBackend(llm, takes_defaults=False), llm, kept)
+            return EngineHost(EngineBackend(llm, takes_defaults=False), llm, kept, is_lent=True)
 
     is_up, failures = threading.Event(), list[BaseException]()
 
@@ -146,9 +147,6 @@ def measured(folder: Path, number: int, arguments: argparse.Namespace, llm: Any,
     for world in (run, serve) if number % 2 == 0 else (serve, run):
         world()
     alone, live = load_record(turn / "run"), load_record(turn / "live")
-    latency = fit_runs([turn / "run"], None)
-    facts = {"name": "the run beside it", "identity": latency.identity}
-    twin = run_sim(load_workload(turn / "live", {}), llm.settings, latency, latency_facts=facts)
     again = replay(live)
     for name, record in (("run", alone), ("http", live)):
         result[name] = {
@@ -157,13 +155,26 @@ def measured(folder: Path, number: int, arguments: argparse.Namespace, llm: Any,
             "device_wait_share": record.run["summary"]["device_wait_share"],
             "steps": record.run["summary"]["steps"],
         }
-    return result | {
-        "overhead": 1 - result["http"]["full_tok_s"] / result["run"]["full_tok_s"],
-        "replay": {"exact": again.is_exact, "equal": again.equal, "recorded": again.recorded},
-        "twin": {
-            metric: {"sim": value_of(twin, metric), "real": value_of(live.run["summary"], metric)} for metric in METRICS
-        },
-    }
+    return (
+        result
+        | {
+            "overhead": 1 - result["http"]["full_tok_s"] / result["run"]["full_tok_s"],
+            "replay": {"exact": again.is_exact, "equal": again.equal, "recorded": again.recorded},
+        }
+        | twin_of(turn, live, llm.settings)
+    )
+
+
+def twin_of(turn: Path, live: RunRecord, settings: Settings) -> dict[str, Any]:
+    """What was served over HTTP, simulated as the run beside it says; or why it cannot be."""
+    try:
+        latency = fit_runs([turn / "run"], None)
+    except InputError as error:
+        return {"twin": {}, "no_twin": str(error)}
+    facts = {"name": "the run beside it", "identity": latency.identity}
+    twin = run_sim(load_workload(turn / "live", {}), settings, latency, latency_facts=facts)
+    real = live.run["summary"]
+    return {"twin": {metric: {"sim": value_of(twin, metric), "real": value_of(real, metric)} for metric in METRICS}}
 
 
 def with_tokenizer(llm: Any) -> Any:

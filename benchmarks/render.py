@@ -1,4 +1,6 @@
-"""results.md and the figures in the pages of the seven cycles and of vLLM, from the JSON files of the benchmarks alone.
+"""results.md and the figures in the pages of the cycles and of vLLM, from the JSON files of the benchmarks alone.
+
+Pages below the folder of a language get code and figures from the page that they translate.
 
     python benchmarks/render.py [--results FOLDER] [--out FILE] [--pages FOLDER] [--vllm-page FILE]
                                 [--serving-page FILE] [--check]
@@ -15,9 +17,14 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pages import table
+from quantities import NOTHING, between, compared, duration, megabytes, number, quantity, seconds, spread_of
+from translated import with_blocks_of
+
+from twinserve.commands.progress import say
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -25,19 +32,20 @@ RANKS = re.compile(
     r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
 )
 DRAFTS = re.compile(r"(<!-- figures of speculation -->\n).*?(<!-- end of figures of speculation -->)", re.DOTALL)
+BOUGHT = re.compile(r"(<!-- what each thing buys -->\n).*?(<!-- end of what each thing buys -->)", re.DOTALL)
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
 TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
 """The metrics of which the page on serving shows the twin's."""
 COSTS = re.compile(r"(<!-- what a step costs -->\n).*?(<!-- end of what a step costs -->)", re.DOTALL)
 DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 """The devices that every page tells of, measured or not, in this order."""
-NOTHING = "–"
 SIMULATIONS: dict[str, tuple[str, float, float, float]] = {
     "a": ("10,000 requests of the Azure conversation trace, 1 replica", 0.5, 0.9, 150.0),
     "b": ("the Mooncake conversation trace, 12,031 requests, 8 replicas", 3.0, 3.6, 150.0),
 }
 """What benchmarks/simulator.py runs; at most how many seconds of simulation, seconds in all, and MB that may take with
 compiled policies."""
+YARDSTICK = "the requests that every cycle serves"
 STEPS = {"step_us": "decodes alone", "mixed_step_us": "decodes beside a chunk of 256 tokens"}
 """What benchmarks/policies.py runs, of which the page shows the cost of a step."""
 
@@ -49,6 +57,11 @@ Rendered from the JSON files in [results](results) by `python benchmarks/render.
 Latency, throughput and memory of a row are those of the same requests in every row, served with what the cycle adds to
 the one before it; so the speed-ups compare like with like. Latency is the time until the last token of the last
 request. The figures below a table are what the learning guide lists for each cycle, with its own prompts and lengths.
+
+A time is a median, with the least and the most of its repeats. A speed-up is a median too, with its least and most:
+neighbours take turns in one process, and their times are divided turn by turn. Where the least and the most lie on both
+sides of 1, the spread does not tell the two apart, and no speed-up is given. Cycle 1 was measured in another process:
+of its times each is divided by each, and what the machine did in between is in none of these spreads.
 """
 
 
@@ -70,18 +83,28 @@ def main() -> int:
     texts = {arguments.out: results_page(results, **costs)}
     for path in sorted(arguments.pages.glob("cycle*.md")):
         texts[path] = with_figures(path.read_text(encoding="utf-8"), results)
-    for name, marks, figures in (
-        ("speculation", DRAFTS, drafts_figures),
-        ("tensor-parallel", RANKS, ranks_figures),
+    for name, files_of, marks, figures in (
+        ("cycle8", "throughput.json", BOUGHT, bought_figures),
+        ("speculation", "speculation-*.json", DRAFTS, drafts_figures),
+        ("tensor-parallel", "tensor-parallel-*.json", RANKS, ranks_figures),
     ):
         beside = arguments.pages / f"{name}.md"
         if beside.exists():
-            files = sorted(arguments.results.glob(f"*/{name}-*.json"))
+            files = sorted(arguments.results.glob(f"*/{files_of}"))
             shown = figures([json.loads(path.read_text()) for path in files])
             texts[beside] = marks.sub(
-                lambda match, shown=shown: match[1] + shown + match[2],  # type: ignore[misc]
-                beside.read_text(encoding="utf-8"),
+                lambda match, shown=shown: match[1] + shown + match[2],
+                texts.get(beside) or beside.read_text(encoding="utf-8"),
             )
+    for path in sorted(arguments.pages.glob("*/*.md")):
+        source = arguments.pages / path.name
+        if source.exists():
+            there = texts.get(source) or source.read_text(encoding="utf-8")
+            try:
+                texts[path] = with_blocks_of(path.read_text(encoding="utf-8"), there)
+            except ValueError as error:
+                say(f"render.py: {path}: {error}")
+                return 2
     if "policies" in costs and arguments.vllm_page.exists():
         page = arguments.vllm_page.read_text(encoding="utf-8")
         texts[arguments.vllm_page] = COSTS.sub(
@@ -144,6 +167,40 @@ def circumstances(measured: dict[str, Any]) -> str:
     )
 
 
+def bought_figures(found: list[dict[str, Any]]) -> str:
+    """What each optimisation of a step buys, by card: the whole over the engine with one of them switched off."""
+    found = [result for result in found if "ablation" in result]
+    if not found:
+        return "\nNot measured yet.\n\n"
+    columns = [bought(result) for result in found]
+    names = merged([list(column) for column in columns])
+    rows = [[name, *(column.get(name, NOTHING) for column in columns)] for name in names]
+    lines = table(["W256, output tokens/s, and over that the whole", *(result["card"] for result in found)], rows)
+    lines += [
+        f"- {result['card']}: commit {result['commit']}, `{result['command'].partition(' --out')[0]}`"
+        for result in found
+    ]
+    return "\n".join(["", *lines, "", ""])
+
+
+def bought(result: dict[str, Any]) -> dict[str, str]:
+    """By what is switched off: the throughput that is left, and the whole's over it.
+
+    The spread of the whole has every repeat of it in the file, the first of its process too. What was served once is
+    taken to spread as the whole does.
+    """
+    rates = {name: [one["output_tok_s"] for one in repeats] for name, repeats in result["ablation"].items()}
+    whole = rates.pop("as it is")
+    of_whole = [*whole, *(one["output_tok_s"] for one in result["w256"])]
+    cells = {"as it is": f"{number(median(whole))} ({between(number(min(of_whole)), number(max(of_whole)))})"}
+    for name, left in rates.items():
+        spread = left if len(left) > 1 else [left[0] * one / median(whole) for one in of_whole]
+        over_it = compared("", [one / other for one in of_whole for other in spread], "x")
+        over_it["value"] = median(whole) / median(left)
+        cells[name] = f"{number(median(left))}: {quantity(over_it)}"
+    return cells
+
+
 def drafts_figures(found: list[dict[str, Any]]) -> str:
     """What prompt lookup buys on each device: a table a measurement."""
     if not found:
@@ -170,9 +227,9 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
                     [
                         case["text"],
                         str(case["tokens"]),
-                        seconds(case["without_s"]),
-                        seconds(case["with_s"]),
-                        f"{number(case['speed_up'])}x",
+                        spread_of(case["without"]),
+                        spread_of(case["with"]),
+                        quantity(case["speed_up"]),
                         f"{case['speculation']['acceptance_rate']:.0%}" if case["speculation"] else NOTHING,
                         number(case["speculation"]["tokens_per_step"]) if case["speculation"] else NOTHING,
                     ]
@@ -190,11 +247,13 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
         return "\nNot measured yet.\n\n"
     lines: list[str] = []
     for result in found:
-        cases, first = result["cases"], result["cases"][0]
+        cases = result["cases"]
+        first = rates_of(cases[0])
         lines += [
             "",
             f"{result['model']} with random weights, {result['workload']}, {cases[-1]['machine']}, medians of "
-            f"{result['repeats']}, load before {result['load_before']:.1f}, commit {result['commit']}:",
+            f"{result['repeats']}, one number of ranks after the other, load before {result['load_before']:.1f}, "
+            f"commit {result['commit']}:",
             "",
             *table(
                 ["ranks", "tokens/s", "times", "one request, ms a token", "times"],
@@ -202,11 +261,12 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                     [
                         str(case["ranks"]),
                         number(case["output_tok_s"]),
-                        f"{number(case['output_tok_s'] / first['output_tok_s'])}x",
+                        quantity(compared("", [one / other for one in many for other in first[0]], "x")),
                         number(case["ms_a_token"]),
-                        f"{number(first['ms_a_token'] / case['ms_a_token'])}x",
+                        quantity(compared("", [one / other for one in alone for other in first[1]], "x")),
                     ]
                     for case in cases
+                    for many, alone in [rates_of(case)]
                 ],
                 numbers=True,
             ),
@@ -221,6 +281,12 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                 *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
             ]
     return "\n".join([*lines, "", ""])
+
+
+def rates_of(case: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Tokens a second of each repeat at a number of ranks: of the workload, and of one request alone."""
+    many, alone = (case["repeats"][which] for which in ("many", "alone"))
+    return [one["output_tok_s"] for one in many], [one["output_tokens"] / one["seconds"] for one in alone]
 
 
 def cost_of_http(found: list[dict[str, Any]]) -> str:
@@ -252,17 +318,21 @@ def cost_of_http(found: list[dict[str, Any]]) -> str:
                 ],
                 numbers=True,
             ),
-            *table(
-                ["the served run in the middle", "served", "its twin", "error"],
-                [
-                    [name, number(pair["real"]), number(pair["sim"]), f"{pair['sim'] / pair['real'] - 1:+.1%}"]
-                    for name in TWIN
-                    if (pair := middle["twin"][name])["real"] and pair["sim"] is not None
-                ],
-                numbers=True,
-            ),
+            *beside_twin(middle),
         ]
     return "\n".join(lines)
+
+
+def beside_twin(repeat: dict[str, Any]) -> list[str]:
+    """The table of a served run and its twin, or why it has none."""
+    if not repeat["twin"]:
+        return [f"No twin: {repeat['no_twin']}.", ""]
+    rows = [
+        [name, number(pair["real"]), number(pair["sim"]), f"{pair['sim'] / pair['real'] - 1:+.1%}"]
+        for name in TWIN
+        if (pair := repeat["twin"][name])["real"] and pair["sim"] is not None
+    ]
+    return table(["the served run in the middle", "served", "its twin", "error"], rows, numbers=True)
 
 
 def cost_beside_vllm(policies: dict[str, Any]) -> str:
@@ -380,8 +450,8 @@ def within(value: float, limit: float, words: Callable[[float], str]) -> str:
 def section(cycles: list[dict[str, Any]]) -> str:
     """The results of one model on one device."""
     first = cycles[0]
-    header = ["Cycle", "What", "Latency, median (mean)", "Throughput", "Memory"]
-    header += ["Over the cycle before", "Over cycle 1", "The guide expects", "Seen", "Met"]
+    header = ["Cycle", "What", "Latency", "Throughput", "Memory"]
+    header += ["Over the cycle before", "Over cycle 1 (another process)", "The guide expects", "Seen", "Met"]
     rows = [table_row(result, cycles) for result in cycles]
     figures = [(str(result["cycle"]), *line) for result in cycles for line in listed(result)]
     included = [f"- Cycle {result['cycle']}: {result['timing']}." for result in cycles]
@@ -393,7 +463,7 @@ def section(cycles: list[dict[str, Any]]) -> str:
         *table(header, rows),
         f"Memory: {first['memory_is']}.",
         "",
-        "What the guide lists, times as median (mean):",
+        "What the guide lists:",
         "",
         *table(["Cycle", "Measured", "Figure"], figures),
         "What each time includes:",
@@ -422,22 +492,28 @@ def table_row(result: dict[str, Any], cycles: list[dict[str, Any]]) -> list[str]
     return [
         str(result["cycle"]),
         result["what"],
-        f"{seconds(result['median_s'])} ({seconds(result['mean_s'])})",
+        spread_of(result),
         f"{number(result['tokens_per_s'])} tok/s",
         f"{number(result['memory_mb'])} MB",
-        speed_up(result, cycles, result["cycle"] - 1),
-        speed_up(result, cycles, 1),
+        over_before(result),
+        over(result, cycles, 1),
         "<br>".join(one["text"] for one in expected),
         "<br>".join(one["seen"] or NOTHING for one in expected),
         "<br>".join(verdict(one["met"]) for one in expected),
     ]
 
 
-def speed_up(result: dict[str, Any], cycles: list[dict[str, Any]], over: int) -> str:
-    """How many times faster than the cycle `over` the same requests were served."""
+def over_before(result: dict[str, Any]) -> str:
+    """How many times faster the same requests were served than by the cycle before, in turns with it."""
+    return quantity(result["before"]["speed_up"]) if "before" in result else NOTHING
+
+
+def over(result: dict[str, Any], cycles: list[dict[str, Any]], cycle: int) -> str:
+    """How many times faster the same requests were served than by `cycle`, which was measured in another process."""
     for other in cycles:
-        if other["cycle"] == over and other["yardstick"] == result["yardstick"]:
-            return f"{number(other['median_s'] / result['median_s'])}x"
+        if other["cycle"] == cycle < result["cycle"] and other["yardstick"] == result["yardstick"]:
+            ratios = [slow / fast for slow in other["repeats_s"] for fast in result["repeats_s"]]
+            return quantity(compared("", ratios, "x"))
     return NOTHING
 
 
@@ -452,69 +528,61 @@ def with_figures(page: str, results: list[dict[str, Any]]) -> str:
 
 
 def cycle_figures(cycle: int, results: list[dict[str, Any]]) -> str:
-    """A cycle's figures on every device."""
-    devices = unique([*DEVICES, *(result["device"] for result in results)])
-    parts = []
-    for device in devices:
-        of_device = [result for result in results if result["device"] == device]
-        measured = [result for result in of_device if result["cycle"] == cycle]
-        parts += [figures_table(result, [r for r in of_device if r["model"] == result["model"]]) for result in measured]
-        if not measured:
-            parts.append(f"On {DEVICES.get(device, device)}: not measured yet.\n")
-    return "\n".join(parts)
+    """A cycle's figures: a column for each model on each device."""
+    measured = [result for result in results if result["cycle"] == cycle]
+    columns = [dict(figure_lines(result, same_subject(result, results))) for result in measured]
+    names = merged([list(column) for column in columns])
+    rows = [[name, *(column.get(name, NOTHING) for column in columns)] for name in names]
+    lines = table(["Measured", *map(title, measured)], rows) if measured else []
+    lines += [
+        f"- {title(result)}: {result['dtype']}, weights {result['weights']}, {result['yardstick']}; commit "
+        f"{result['commit']}"
+        for result in measured
+    ]
+    there = {result["device"] for result in measured}
+    lines += [f"- {words}: not measured yet" for device, words in DEVICES.items() if device not in there]
+    return "\n".join([*lines, ""])
 
 
-def figures_table(result: dict[str, Any], cycles: list[dict[str, Any]]) -> str:
-    """A cycle's figures of one model on one device."""
-    rows = [("the requests that every cycle serves", duration(result))]
+def same_subject(result: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All cycles of the same model on the same device."""
+    return [one for one in results if (one["device"], one["model"]) == (result["device"], result["model"])]
+
+
+def merged(lists: list[list[str]]) -> list[str]:
+    """The names of all lists, each once: as in the first, and what only a later one has behind its neighbour there."""
+    names: list[str] = []
+    for own in lists:
+        place = 0
+        for name in own:
+            if name in names:
+                place = names.index(name) + 1
+            else:
+                names.insert(place, name)
+                place += 1
+    return names
+
+
+def figure_lines(result: dict[str, Any], cycles: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """A cycle's figures of one model on one device: what, and how much."""
+    lines = [(YARDSTICK, duration(result))]
+    if "before" in result:
+        lines.append(("as the cycle before serves them", spread_of(result["before"])))
+        lines.append(("their speed-up over the cycle before", over_before(result)))
     if result["cycle"] > 1:
-        rows.append(("their speed-up over the cycle before", speed_up(result, cycles, result["cycle"] - 1)))
-        rows.append(("their speed-up over cycle 1", speed_up(result, cycles, 1)))
-    rows += listed(result)
+        lines.append(("their speed-up over cycle 1, another process", over(result, cycles, 1)))
+    lines += listed(result)
     for one in result["expectations"]:
         if one["seen"]:
             met = "" if one["met"] is None else f" ({verdict(one['met'])})"
-            rows.append((f"the guide: {one['text']}", one["seen"] + met))
-    heading = f"**{title(result)}** ({result['dtype']}, weights {result['weights']}, commit {result['commit']})"
-    return "\n".join([heading, "", *table(["Measured", "Median (mean), or figure"], rows)])
+            lines.append((f"the guide: {one['text']}", one["seen"] + met))
+    return lines
 
 
 def listed(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What the guide lists for a cycle, as measured: what, and how much."""
     times = [(one["name"], duration(one)) for one in result["cases"]]
     return times + [(one["name"], quantity(one)) for one in result["figures"]]
-
-
-def duration(measured: dict[str, Any]) -> str:
-    """A measurement's median, mean and, where it counts tokens, throughput."""
-    text = f"{seconds(measured['median_s'])} ({seconds(measured['mean_s'])})"
-    return f"{text}, {number(measured['tokens_per_s'])} tok/s" if "tokens_per_s" in measured else text
-
-
-def seconds(value: float) -> str:
-    """Seconds, or milliseconds where they are few."""
-    return f"{number(value)} s" if value >= 1 else f"{number(1000 * value)} ms"
-
-
-def megabytes(value: float) -> str:
-    """Memory or disk in 10**6 bytes."""
-    return f"{number(value)} MB"
-
-
-def quantity(shown: dict[str, Any]) -> str:
-    """A figure with its unit."""
-    value = shown["value"]
-    text = value if isinstance(value, str) else number(value)
-    return text + ("" if shown["unit"] in ("x", "%") else " ") * bool(shown["unit"]) + shown["unit"]
-
-
-def number(value: float) -> str:
-    """A number to three digits, or all digits before the point."""
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) >= 1:
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-    return f"{value:.3g}"
 
 
 def unique(values: Iterable[str]) -> list[str]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def scratch_folder() -> Path:
+    """A new folder for results that nobody asked to keep elsewhere."""
+    return Path(tempfile.mkdtemp(prefix="twinserve-results-"))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/run_all.py [--device cuda] [--model NAME] [--shape NAME] [--cycles 1,2] [--out FOLDER]
 
-Exit status 1 if any failed.
+Each prints its table as it goes; the JSON files are FOLDER/CARD/cycleN-MODEL.json, FOLDER being a scratch folder unless
+given. Exit status 1 if any failed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from command_line import options_for, parser, subjects
+from result_files import scratch_folder
 
 from twinserve.commands.progress import say
 
@@ -25,6 +27,7 @@ def main() -> int:
     parsing.add_argument("--cycles", type=cycles, default=list(CYCLES), help="such as 1,2; all unless given")
     parsing.add_argument("--limit", type=float, default=600.0, help="seconds for one cycle of one model")
     arguments = parsing.parse_args()
+    arguments.out = arguments.out or scratch_folder()
     failures = 0
     for name, load_format in subjects(arguments):
         for cycle in arguments.cycles:
@@ -32,6 +35,7 @@ def main() -> int:
             outcome = run(cycle, name, load_format, arguments)
             say(f"cycle {cycle}, {name}: {outcome}, {time.perf_counter() - begun:.0f} s")
             failures += outcome != "done"
+    print(f"results: {arguments.out}")
     return 1 if failures else 0
 
 

@@ -15,7 +15,8 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed, in tokens. A GPU gets more, so that a step is more than being launched.
+    """How much is computed, in tokens. A GPU gets longer prompts, so that a step is more than being launched, and fewer
+    steps, as naive generation of a large model takes tens of milliseconds for each.
 
     Attributes:
         requests, shared, own, output: the yardstick's: so many requests, whose prompts begin alike and then differ.
@@ -59,19 +60,19 @@ SIZES = {
         attention_output=8,
     ),
     "cuda": Sizes(
-        requests=16,
+        requests=12,
         shared=512,
         own=64,
-        output=32,
+        output=5,
         prompts=(64, 512),
-        outputs=(4, 24),
+        outputs=(1, 4),
         long_prompt=4096,
-        decoded=32,
+        decoded=16,
         system_prompt=4096,
         user_message=64,
-        attention_requests=64,
+        attention_requests=24,
         attention_prompts=(512, 2048),
-        attention_output=32,
+        attention_output=16,
         max_num_batched_tokens=8192,
     ),
 }

@@ -71,13 +71,13 @@ def main() -> int:
             print("transformers", values["transformers"][-1], flush=True)
             merge(arguments.out / folder / "throughput.json", values)
     if not arguments.no_ablation:
-        values["ablation"] = ablation(work)
+        values["ablation"] = ablation(work, arguments.repeats)
         merge(arguments.out / folder / "throughput.json", values)
     return 0
 
 
-def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
-    """W256 with one thing switched off at a time, once each."""
+def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """W256 with one thing switched off at a time, between two measurements of the whole."""
 
     variants: dict[str, dict[str, Any]] = {
         "as it is": {},
@@ -90,11 +90,11 @@ def ablation(work: Work) -> dict[str, list[dict[str, Any]]]:
         "keys and values in float8": {"kv_cache_dtype": "fp8"},
         "no fused kernels: torch's own, launched one by one": {"execution": "eager"},
     }
-    found = {}
-    for name, options in variants.items():
-        llm = make_llm(**options)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    for name in (*variants, "as it is"):
+        llm = make_llm(**variants[name])
         llm.warm_up()
-        found[name] = [throughput(llm, work)]
+        found[name] += [throughput(llm, work) for _ in range(repeats)]
         show(name, found[name])
         close(llm)
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
+
+from twinserve.commands.progress import say
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -20,9 +22,19 @@ def timed(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begun
 
 
-def repeat(work: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Seconds of each of `repeats` times `work`."""
-    return [timed(work, device) for _ in range(repeats)]
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` times each of `ways`, which take turns, so that what else happens on the machine
+    meets all of them alike. Each turn is said on stderr. On CUDA each way is gone once before: kernels are loaded, and
+    products of matrices chosen, when they are first used."""
+    if device == "cuda":
+        for work in ways.values():
+            timed(work, device)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1, repeats + 1):
+        for name, work in ways.items():
+            taken[name].append(timed(work, device))
+            say(f"    turn {turn} of {repeats}: {name}, {taken[name][-1]:.3g} s")
+    return taken
 
 
 def synchronize(device: str) -> None:

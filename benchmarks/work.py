@@ -17,6 +17,7 @@ from subject import NumberTokenizer, Subject
 
 from twinserve.engine.llm import LLM
 from twinserve.policies import Core, SamplingParams, Sequence
+from twinserve.settings.build_core import Settings
 
 GREEDY = 0.0
 
@@ -67,13 +68,18 @@ def generate_each(generate: Callable[..., str], model: Any, jobs: Seq[Job]) -> N
         generate(model, tokenizer, tokenizer.decode(job.prompt), job.max_tokens, temperature=GREEDY)
 
 
-def serve(llm: LLM, jobs: Seq[Job], core: Core | None = None) -> int:
+def fresh_core(llm: LLM, **changes: Any) -> Core:
+    """Policies that have served nothing, by the LLM's settings but for `changes`."""
+    return Settings.load(llm.settings.model_dump() | changes).build_core()
+
+
+def serve(llm: LLM, jobs: Seq[Job], core: Core | None = None, **changes: Any) -> int:
     """Serve requests that are there at once; the most KV blocks in use at a time.
 
     Args:
-        core: the policies; None is fresh ones by the LLM's settings.
+        core: the policies; None is `fresh_core` with `changes`.
     """
-    core = core or llm.settings.build_core()
+    core = core or fresh_core(llm, **changes)
     for job in jobs:
         params = SamplingParams(temperature=GREEDY, max_tokens=job.max_tokens, ignore_eos=True)
         if not core.ingest(Sequence(job.prompt, params), time.perf_counter_ns()):

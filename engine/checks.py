@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,7 +90,7 @@ def _own_part(source: ModelSource, options: EngineOptions, settings: Settings) -
     """The shape of what one of the ranks that share the model has of it.
 
     Raises:
-        InputError: so many cannot share it, or there are not so many devices.
+        InputError: so many cannot share it, or there are not so many devices, or somebody else starts processes.
     """
     size, field = options.tensor_parallel_size, "tensor_parallel_size"
     if size == 1:
@@ -105,6 +106,8 @@ def _own_part(source: ModelSource, options: EngineOptions, settings: Settings) -
             raise InputError(problem, field="device", value=options.device)
         if size > (count := torch.cuda.device_count()):
             raise InputError(f"but torch finds {count} CUDA devices", field=field, value=size)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("expected 1 under torchrun: the ranks are started here", field=field, value=size)
     return part_of(source.config, Shard(0, size))
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
+from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
-from twinserve.engine.layers.attention import PagedAttention, plan_layers
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.layout import Layout
 from twinserve.engine.logprobs import AskedLogprobs, Heard, LogprobStep, PromptLogprobs
@@ -48,16 +48,14 @@ class FlatStep:
     """The same on the device.
 
     Attributes:
-        token_ids, positions, slots: [tokens], of the flat batch; its rows are in the order of `AttentionMetadata`.
-        plans: the attention backend's, of each layer.
+        token_ids: [tokens], of the flat batch.
+        laid: what the forward pass has to know of it, see `Forward.lay`.
         last: [sampled].
         late: two of [late]; None where every token is known.
     """
 
     token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    plans: list[Any]
+    laid: Any
     last: Tensor
     late: tuple[Tensor, Tensor] | None
 
@@ -132,7 +130,6 @@ class ModelRunner:
         config, dtype = self.model.config, self.model.dtype
         self.block_size = block_size or Sequence.block_size
         self.attention = choose_attention(attention, config.head_dim, dtype, self.device, self.block_size)
-        self._backend = self.attention.make()
         self.num_blocks = num_blocks or default_num_blocks(config, self.block_size, dtype, self.device)
         self._cache = compute_on(
             self.device, lambda: KVCache(config, self.num_blocks, self.block_size, dtype, self.device)
@@ -143,7 +140,7 @@ class ModelRunner:
         self.prompt_asks: dict[Sequence, int] = {}
         self.num_launched = 0
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
-        self._most_single = 1  # tokens of the rows that lie first
+        self._forward: Forward = EagerForward(self.model, self.attention.make(), self._cache)
 
     def capture(self) -> None:
         """There is nothing to capture: steps are launched kernel by kernel."""
@@ -245,7 +242,7 @@ class ModelRunner:
     def _arranged(self, rows: Seq[Row], tokens: Seq[list[int]]) -> Arranged:
         """The rows in the order of the flat batch."""
         spans = [(row.start, row.num_tokens) for row in rows]
-        layout = Layout.of(spans, self._block_tables(rows), self._most_single)
+        layout = Layout.of(spans, self._block_tables(rows), self._forward.most_single)
         token_ids, places, sources = list[int](), list[int](), list[int]()
         for i in layout.order:
             token_ids += tokens[i]
@@ -264,17 +261,10 @@ class ModelRunner:
         places, sources = arranged.late
         return FlatStep(
             token_ids=self._to_device(arranged.token_ids),
-            positions=self._to_device(arranged.layout.positions),
-            slots=self._to_device(arranged.layout.slots(self.block_size)),
-            plans=self._plans(arranged.layout),
+            laid=self._forward.lay(arranged.layout),
             last=self._to_device(arranged.last),
             late=(self._to_device(places), self._to_device(sources)) if places else None,
         )
-
-    def _plans(self, layout: Layout) -> list[Any]:
-        """`FlatStep.plans`: what `_hidden` has to know of the layout."""
-        metadata, windows = layout.metadata(self.block_size), self.model.config.windows
-        return plan_layers(self._backend, metadata, windows, self.model.dtype, self.device)
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""
@@ -313,7 +303,7 @@ class ModelRunner:
         if step is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         token_ids = self._token_ids(step.flat, before)
-        hidden = self._hidden(step.flat, token_ids)
+        hidden = self._forward.computed(step.flat.laid, token_ids)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
         return self._sample(step, hidden[step.flat.last], token_ids, asked)
@@ -325,12 +315,6 @@ class ModelRunner:
         places, sources = flat.late
         # A sequence of which none was sampled goes on until it is ended.
         return flat.token_ids.index_copy(0, places, before.tokens[sources].clamp(min=0))
-
-    def _hidden(self, flat: FlatStep, token_ids: Tensor) -> Tensor:
-        """What the model's last layer gives for each token of the flat batch, [tokens, hidden_size], normalised."""
-        attention = PagedAttention(self._backend, self._cache, flat.slots, flat.plans)
-        hidden: Tensor = self.model(token_ids, flat.positions, attention)
-        return hidden
 
     def _sample(self, step: StepInput, hidden: Tensor, token_ids: Tensor, asked: AskedLogprobs) -> Tensor:
         """A token for each row of `hidden` [sampled, hidden_size]."""

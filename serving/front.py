@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -163,4 +164,5 @@ def serve_apart(options: ServeOptions, url: str, listener: socket.socket, connec
     front.run(listener)
     if front.is_lost:
         print("twinserve: the process of the engine has ended without a word", file=sys.stderr)
-        sys.exit(1)
+    sys.stderr.flush()
+    os._exit(int(front.is_lost))  # whoever waits for it does not wait until an interpreter is taken down, too

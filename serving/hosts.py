@@ -72,13 +72,21 @@ class Host(ABC):
     def forget(self, seq: Sequence) -> None:
         """Keep nothing more of a sequence that has ended."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """End what serves, once nothing is served any more."""
+
 
 class EngineHost(Host):
-    """A model on the engine."""
+    """A model on the engine.
 
-    def __init__(self, backend: Backend, llm: LLM, record: LiveRecord | None = None):
+    Args:
+        is_lent: others serve the model again, and it is not closed.
+    """
+
+    def __init__(self, backend: Backend, llm: LLM, record: LiveRecord | None = None, *, is_lent: bool = False):
         super().__init__(backend, record)
-        self._llm = llm
+        self._llm, self._is_lent = llm, is_lent
 
     def start(self, listeners: Seq[CoreListener]) -> None:
         self.live = self._llm.live([*(self.record.recorders if self.record else ()), *listeners])
@@ -106,6 +114,10 @@ class EngineHost(Host):
     def forget(self, seq: Sequence) -> None:
         self._llm.runner.logprobs.pop(seq, None)
         self._llm.runner.prompt_asks.pop(seq, None)
+
+    def close(self) -> None:
+        if not self._is_lent:
+            self._llm.close()
 
 
 class SimulatedHost(Host):
@@ -166,6 +178,9 @@ class SimulatedHost(Host):
 
     def forget(self, seq: Sequence) -> None:
         """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is left."""
 
 
 class Model(Protocol):
@@ -281,14 +296,15 @@ class Hosting:
             InputError: the model, or something else that was given, cannot be used.
             RunError: the engine has failed.
         """
+        host: Host | None = None
         record: LiveRecord | None = None
         said: str | None = None
         try:
-            self._made = self._model.host(self._record)
-            record = self._made.record
+            host = self._made = self._model.host(self._record)
+            record = host.record
             if not self._start():
                 return None
-            live = self._made.live
+            live = host.live
             while not live.join(_TICK_S):
                 if record is not None:  # segments end that are old enough
                     record.tick()
@@ -304,6 +320,8 @@ class Hosting:
             if record is not None:
                 record.discard()
             self._front("ended", said)
+            if host is not None:
+                host.close()
 
     def _start(self) -> bool:
         """Begin to serve, unless it is closed already."""

@@ -6,8 +6,10 @@ import argparse
 import inspect
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +29,13 @@ import benchmark_cycle7
 import benchmark_tensor_parallel
 import command_line
 import copies
+import cycle_results
 import flash_stand_in
+import quantities
 import render
 import run_all
 import simulator
+import timing
 import tune
 from environment import ROOT, commit, device_folder
 from sizes import SIZES
@@ -116,6 +121,11 @@ def test_a_benchmark_says_what_it_measured_and_on_what(cycle, subject):
     assert measured["memory_mb"] > 0
     assert "not loading the model" in measured["timing"]
     assert measured["expectations"] and measured["cases"] + measured["figures"]
+    neighbour = measured.get("before", {}).get("speed_up", {})
+    assert (cycle in {1, 6}) == (not neighbour), "every cycle but the first, and 6 without flash-attn, has a neighbour"
+    if neighbour:
+        ratio = measured["before"]["median_s"] / measured["median_s"]
+        assert neighbour["least"] == neighbour["value"] == neighbour["most"] == pytest.approx(ratio)
     assert all(len(case["repeats_s"]) >= 1 and case["median_s"] > 0 for case in measured["cases"])
 
 
@@ -196,11 +206,11 @@ def test_where_flash_attn_serves_it_is_held_against_sdpa(subject, monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     measured = benchmark_cycle6.benchmark_flash_attention(subject, repeats=2)
-    assert [case["name"] for case in measured["cases"]] == ["3 requests, sdpa", "3 requests, flash"]
+    assert [case["name"] for case in measured["cases"]] == ["long prompts, sdpa", "long prompts, flash"]
     memory = {one["name"]: one["value"] for one in measured["figures"] if one["unit"] == "MB"}
     assert memory == {f"{name}: most GPU memory beside weights and KV": 3.0 for name in ("sdpa", "flash")}
-    assert measured["expectations"][0]["met"] in (True, False)
-    assert measured["what"] == "Attention by flash"
+    assert measured["expectations"][0]["met"] in (True, False, None)
+    assert measured["what"] == "Attention by flash" and "before" in measured
 
 
 def test_perplexity_is_that_of_transformers(subject):
@@ -217,10 +227,60 @@ def test_a_script_writes_the_json_of_its_cycle(folder, subject, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["benchmarks/benchmark_cycle3.py", *options])
     assert command_line.main(benchmark_cycle3.benchmark_memory_utilization) == 0
     path = tmp_path / "cpu" / "cycle3-tiny.json"
-    assert capsys.readouterr().out == f"{path}\n"
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0] == f"benchmark_cycle3: tiny on CPU, {torch.get_num_threads()} threads" and lines[-1] == str(path)
+    assert [line.split("  ")[1] for line in lines if "speed-up" in line] == ["their speed-up over the cycle before"]
+    assert "turn 1 of 1: the requests that every cycle serves" in said.err
     measured = json.loads(path.read_text())
     assert measured["commit"] == "abc"
     assert measured["command"] == f"python benchmarks/benchmark_cycle3.py --device cpu --model {folder} --repeats 1"
+
+
+def test_results_go_to_a_scratch_folder_unless_told_otherwise(folder, subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SIZES, "cpu", FEW)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["benchmark_cycle4.py", "--model", str(folder), "--repeats", "1"])
+    assert command_line.main(benchmark_cycle4.benchmark_throughput) == 0
+    path = Path(capsys.readouterr().out.splitlines()[-1])
+    assert path.is_file() and path.is_relative_to(tmp_path) and path.name == "cycle4-tiny.json"
+
+
+def test_ways_take_turns_and_each_is_gone_once_before_on_cuda(monkeypatch):
+    gone = []
+    ways = {name: lambda name=name: gone.append(name) for name in "ab"}
+    taken = timing.in_turns(ways, 2, "cpu")
+    assert gone == ["a", "b"] * 2 and {name: len(seconds) for name, seconds in taken.items()} == {"a": 2, "b": 2}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gone.clear()
+    taken = timing.in_turns(ways, 2, "cuda")
+    assert gone == ["a", "b"] * 3 and len(taken["a"]) == 2
+
+
+def test_neighbours_are_compared_turn_by_turn():
+    before, after = {"repeats_s": [2.0, 9.0, 4.0]}, {"repeats_s": [1.0, 3.0, 1.0]}
+    found = quantities.speed_up("gain", before, after)
+    assert found == {"name": "gain", "value": 3.0, "unit": "x", "least": 2.0, "most": 4.0}
+    assert [cycle_results.reaches(found, limit) for limit in (2.0, 3.0, 4.1)] == [True, None, False]
+    slow, fast = found | {"least": 1.0, "most": 1.5}, found | {"least": 2.5, "most": 4.5}
+    larger = benchmark_cycle2.is_larger
+    assert [larger(slow, found), larger(fast, slow), larger(found, fast)] == [True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("least", "value", "most", "unit", "text"),
+    [
+        (2.0, 3.0, 4.0, "x", "3.00x (2.00 to 4.00x)"),
+        (0.5, 0.6, 0.7, "x", "0.6x (0.5 to 0.7x)"),
+        (0.9, 1.3, 1.4, "x", "within the spread (0.9 to 1.40x)"),
+        (-2.0, 3.0, 4.0, "%", "within the spread (-2.00 to 4.00%)"),
+        (-3.0, -2.0, -1.0, "%", "-2.00% (-3.00 to -1.00%)"),
+        (3.0, 3.0, 3.0, "x", "3.00x"),
+    ],
+)
+def test_no_comparison_is_told_that_lies_within_its_spread(least, value, most, unit, text):
+    shown = {"name": "", "value": value, "unit": unit, "least": least, "most": most}
+    assert quantities.quantity(shown) == text
 
 
 def test_a_model_that_is_not_there_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
@@ -265,6 +325,21 @@ def test_one_benchmark_that_fails_or_hangs_takes_none_with_it(monkeypatch, capsy
         "smollm2-135m: failed with exit status 3",
         "smollm2-135m: done",
     ]
+
+
+def test_all_benchmarks_write_into_one_scratch_folder_unless_told_otherwise(monkeypatch, capsys, tmp_path):
+    folders = []
+
+    def stand_in(command, *, timeout, check):
+        folders.append(command[command.index("--out") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run_all.subprocess, "run", stand_in)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--device", "cuda", "--shape", "llama-3-8b"])
+    assert run_all.main() == 0
+    assert len(folders) == 7 and len(set(folders)) == 1 and Path(folders[0]).parent == tmp_path
+    assert capsys.readouterr().out == f"results: {folders[0]}\n"
 
 
 @pytest.mark.parametrize("text", ["", "0", "8", "1,x"])
@@ -399,15 +474,23 @@ def measured(cycle: int, seconds: float, *, device: str = "cpu", **fields) -> di
         "commit": "abc",
         "yardstick": "8 requests",
         "timing": "everything",
+        "repeats_s": [seconds, seconds * 1.25],
         "median_s": seconds,
         "mean_s": seconds * 1.1,
         "tokens_per_s": 128 / seconds,
         "memory_mb": 538.2,
         "memory_is": "counted",
-        "cases": [{"name": "50 new tokens", "median_s": 0.25, "mean_s": 0.5, "tokens_per_s": 200.0}],
+        "cases": [{"name": "50 new tokens", "repeats_s": [0.25], "median_s": 0.25, "tokens_per_s": 200.0}],
         "figures": [{"name": "speed-up | all", "value": 2.5, "unit": "x"}],
         "expectations": [{"text": "faster", "seen": "2.5x", "met": True}, {"text": "none", "seen": "", "met": None}],
     } | fields
+
+
+NEIGHBOUR = {
+    "repeats_s": [8.0],
+    "median_s": 8.0,
+    "speed_up": {"name": "", "value": 2.0, "unit": "x", "least": 1.5, "most": 3.0},
+}
 
 
 def written(folder: Path, *results: dict) -> Path:
@@ -428,16 +511,18 @@ def rendered(monkeypatch, results: Path, folder: Path, *options: str) -> int:
 
 
 def test_the_table_follows_from_the_json_alone(monkeypatch, tmp_path):
-    results = written(tmp_path / "results", measured(2, 4.0), measured(1, 10.0), measured(4, 0.5))
+    results = written(tmp_path / "results", measured(2, 4.0, before=NEIGHBOUR), measured(1, 10.0), measured(4, 0.5))
     assert rendered(monkeypatch, results, tmp_path) == 0
     text = (tmp_path / "results.md").read_text()
     lines = text.splitlines()
     assert lines[lines.index("## m on CPU, 2 threads") + 6 : lines.index("Memory: counted.") - 1] == [
-        "| 1 | No. 1 | 10.0 s (11.0 s) | 12.8 tok/s | 538 MB | – | 1.00x | faster<br>none | 2.5x<br>– | yes<br>– |",
-        "| 2 | No. 2 | 4.00 s (4.40 s) | 32.0 tok/s | 538 MB | 2.50x | 2.50x | faster<br>none | 2.5x<br>– | yes<br>– |",
-        "| 4 | No. 4 | 500 ms (550 ms) | 256 tok/s | 538 MB | – | 20.0x | faster<br>none | 2.5x<br>– | yes<br>– |",
+        "| 1 | No. 1 | 10.0 s (10.0 to 12.5 s) | 12.8 tok/s | 538 MB | – | – | faster<br>none | 2.5x<br>– | yes<br>– |",
+        "| 2 | No. 2 | 4.00 s (4.00 to 5.00 s) | 32.0 tok/s | 538 MB | 2.00x (1.50 to 3.00x) | 2.50x (2.00 to 3.12x) | "
+        "faster<br>none | 2.5x<br>– | yes<br>– |",
+        "| 4 | No. 4 | 500 ms (500 to 625 ms) | 256 tok/s | 538 MB | – | 20.0x (16.0 to 25.0x) | faster<br>none | "
+        "2.5x<br>– | yes<br>– |",
     ]
-    assert "| 2 | 50 new tokens | 250 ms (500 ms), 200 tok/s |" in lines
+    assert "| 2 | 50 new tokens | 250 ms, 200 tok/s |" in lines
     assert "| 2 | speed-up \\| all | 2.50x |" in lines
     assert "- Cycle 4: everything." in lines
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0, "the same JSON gives the same bytes"
@@ -453,7 +538,8 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     rendered(monkeypatch, results, tmp_path)
     assert "Not measured yet." in page.read_text() and "old" not in page.read_text()
     drafts = {"acceptance_rate": 0.75, "tokens_per_step": 4.0}
-    times = {"tokens": 64, "without_s": 3.0, "with_s": 1.5, "speed_up": 2.0}
+    before, after = timing.spread([3.0, 3.0]), timing.spread([1.5, 1.0])
+    times = {"tokens": 64, "without": before, "with": after, "speed_up": quantities.speed_up("", before, after)}
     found = {
         "model": "m",
         "machine": "CPU, 2 threads",
@@ -471,10 +557,21 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     (results / "cpu" / "speculation-m.json").write_text(json.dumps(found))
     rendered(monkeypatch, results, tmp_path)
     text = page.read_text()
-    assert "| with repeats | 64 | 3.00 s | 1.50 s | 2.00x | 75% | 4.00 |" in text
-    assert "| none | 64 | 3.00 s | 1.50 s | 2.00x | – | – |" in text
+    assert (
+        "| with repeats | 64 | 3.00 s (3.00 to 3.00 s) | 1.25 s (1.00 to 1.50 s) | 2.50x (2.00 to 3.00x) | 75% | 4.00 |"
+        in text
+    )
+    assert "x) | – | – |" in text
     assert "takes 50.0 us and 120 ns a token of the text" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def ranks_case(ranks: int, machine: str, rates: list[float], ms: list[float]) -> dict:
+    """A number of ranks as benchmark_tensor_parallel.py has it."""
+    many = [{"output_tok_s": rate} for rate in rates]
+    alone = [{"output_tokens": 1000, "seconds": each} for each in ms]
+    medians = {"output_tok_s": statistics.median(rates), "ms_a_token": statistics.median(ms)}
+    return {"ranks": ranks, "machine": machine, "repeats": {"many": many, "alone": alone}} | medians
 
 
 def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
@@ -492,8 +589,8 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
         "commit": "abc",
         "load_before": 0.5,
         "cases": [
-            {"ranks": 1, "machine": "H", "output_tok_s": 1000.0, "ms_a_token": 4.0},
-            {"ranks": 2, "machine": "2 x H", "output_tok_s": 1750.0, "ms_a_token": 2.5},
+            ranks_case(1, "H", [1000.0, 1000.0], [4.0, 4.0]),
+            ranks_case(2, "2 x H", [1750.0, 2000.0], [2.5, 5.0]),
         ],
         "all_reduce": {"2": [{"bytes": 1024, "us": 9.5}, {"bytes": 1048576, "us": 20.0}]},
         "collectives": {"2": {"ranks": 2, "all_reduce_ns": 9500.0, "link": 250e9}},
@@ -502,8 +599,11 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     (results / "h" / "tensor-parallel-m.json").write_text(json.dumps(found))
     rendered(monkeypatch, results, tmp_path)
     text = page.read_text()
-    assert "m with random weights, W256, 2 x H, medians of 3, load before 0.5, commit abc:" in text
-    assert "| 2 | 1,750 | 1.75x | 2.50 | 1.60x |" in text and "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
+    assert (
+        "m with random weights, W256, 2 x H, medians of 3, one number of ranks after the other, load before 0.5" in text
+    )
+    assert "| 2 | 1,875 | 1.88x (1.75 to 2.00x) | 3.75 | within the spread (0.8 to 1.60x) |" in text
+    assert "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
     assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
     assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
@@ -548,15 +648,52 @@ def test_devices_and_models_are_apart_and_in_a_fixed_order(monkeypatch, tmp_path
 def test_a_page_gets_its_figures_between_its_marks(monkeypatch, tmp_path):
     page = tmp_path / "cycle2.md"
     page.write_text("before\n<!-- figures of cycle 2 -->\nold\n<!-- end of figures -->\nafter\n")
-    results = written(tmp_path / "results", measured(1, 10.0), measured(2, 4.0))
+    other = measured(2, 1.0, device="a100", machine="A100", figures=[{"name": "bytes", "value": 7, "unit": ""}])
+    results = written(tmp_path / "results", measured(1, 10.0), measured(2, 4.0, before=NEIGHBOUR), other)
     rendered(monkeypatch, results, tmp_path)
     text = page.read_text()
-    assert text.startswith("before\n<!-- figures of cycle 2 -->\n\n**m on CPU, 2 threads** (float32")
-    assert text.endswith("On an H100: not measured yet.\n\n<!-- end of figures -->\nafter\n")
-    assert "| the requests that every cycle serves | 4.00 s (4.40 s), 32.0 tok/s |" in text
-    assert "| their speed-up over the cycle before | 2.50x |" in text
-    assert "| the guide: faster | 2.5x (yes) |" in text and "old" not in text
+    assert text.startswith("before\n<!-- figures of cycle 2 -->\n\n| Measured | m on CPU, 2 threads | m on A100 |\n")
+    assert text.endswith("- an H100: not measured yet\n\n<!-- end of figures -->\nafter\n")
+    lines = text.splitlines()
+    begun = lines.index("| Measured | m on CPU, 2 threads | m on A100 |")
+    assert lines[begun + 2 : begun + 9] == [
+        "| the requests that every cycle serves | 4.00 s (4.00 to 5.00 s), 32.0 tok/s | "
+        "1.00 s (1.00 to 1.25 s), 128 tok/s |",
+        "| as the cycle before serves them | 8.00 s | – |",
+        "| their speed-up over the cycle before | 2.00x (1.50 to 3.00x) | – |",
+        "| their speed-up over cycle 1, another process | 2.50x (2.00 to 3.12x) | – |",
+        "| 50 new tokens | 250 ms, 200 tok/s | 250 ms, 200 tok/s |",
+        "| bytes | – | 7 |",
+        "| speed-up \\| all | 2.50x | – |",
+    ]
+    assert "| the guide: faster | 2.5x (yes) | 2.5x (yes) |" in text and "old" not in text
+    assert "- m on A100: float32, weights as published, 8 requests; commit abc" in lines
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+# --- pages in another language ---
+
+
+def test_a_translated_page_gets_code_and_figures_of_the_page_that_it_translates(monkeypatch, tmp_path):
+    english = (
+        "one\n\n    a\n    b\n\ntwo\n\n```python\nx = 1\n```\n\n<!-- figures of cycle 2 -->\n<!-- end of figures -->\n"
+    )
+    korean = "하나\n\n    ...\n\n둘\n\n```\n```\n\n<!-- figures of cycle 2 -->\n<!-- end of figures -->\n끝\n"
+    (tmp_path / "ko").mkdir()
+    (tmp_path / "cycle2.md").write_text(english)
+    page = tmp_path / "ko" / "cycle2.md"
+    page.write_text(korean)
+    rendered(monkeypatch, written(tmp_path / "results", measured(2, 4.0)), tmp_path)
+    text = page.read_text()
+    assert text.startswith(
+        "하나\n\n    a\n    b\n\n둘\n\n```python\nx = 1\n```\n\n<!-- figures of cycle 2 -->\n\n| Measured | m"
+    )
+    assert text.endswith("<!-- end of figures -->\n끝\n")
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path, "--check") == 0
+    page.write_text(text.replace("x = 1", "x = 2"))
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path, "--check") == 1
+    page.write_text("하나\n\n    ...\n")
+    assert rendered(monkeypatch, tmp_path / "results", tmp_path) == 2, "blocks that are missing are said, not guessed"
 
 
 def timed(steps: int | None = None, **fields) -> dict:
@@ -640,6 +777,10 @@ def test_what_http_costs_stands_beside_its_twin(monkeypatch, tmp_path):
     assert "| 2 | 1,000 | 990 | 1.0% | 900 |" in lines and "Every served record" in page.read_text()
     assert "| ttft_s.mean | 980 | 1,078 | +10.0% |" in lines
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+    result["repeats"] = [turn(980.0) | {"twin": {}, "no_twin": "too few shapes"}]
+    (results / "h200" / "http-overhead.json").write_text(json.dumps(result))
+    rendered(monkeypatch, results, tmp_path)
+    assert "\nNo twin: too few shapes.\n" in page.read_text() and "its twin" not in page.read_text()
 
 
 def test_what_a_step_costs_stands_beside_vllms(monkeypatch, tmp_path):
@@ -700,7 +841,7 @@ def test_what_a_step_costs_stands_beside_other_copies_and_others(monkeypatch, tm
     ],
 )
 def test_numbers_have_three_digits(value, text):
-    assert render.number(value) == text
+    assert quantities.number(value) == text
 
 
 def test_what_is_committed_is_what_render_makes(monkeypatch):

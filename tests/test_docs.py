@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
-import io
 import re
 import shlex
 import subprocess
@@ -19,7 +17,9 @@ from twinserve.commands.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "results.md"])
-CYCLES = [ROOT / "docs" / "cycles" / f"cycle{number}.md" for number in range(1, 8)]
+CYCLES = [ROOT / "docs" / "cycles" / f"cycle{number}.md" for number in range(1, 10)]
+GUIDED = range(1, 8)
+"""The cycles of the guide, each of which has a benchmark."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^(?: {4,}|```\w*\n)((?:twinserve|python|make) .*?)(?: {2,}#.*)?$", re.MULTILINE)
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,11 +41,13 @@ def test_relative_links_lead_to_files(page):
 def test_a_cycles_page_has_all_its_parts(page):
     text = page.read_text(encoding="utf-8")
     number = page.stem.removeprefix("cycle")
-    for part in ("## Read", "## Run", "## Figures", "## Exercise", "<details>", "</details>"):
+    figures = ["## Figures"] if int(number) in GUIDED else []
+    for part in ("## Read", "## Run", *figures, "## Exercise", "<details>", "</details>"):
         assert text.count(part) == 1, f"{name_of(page)}: {part}"
     assert f"](pictures/cycle{number}.svg)" in text
-    assert f"python benchmarks/benchmark_cycle{number}.py" in text
-    assert f"<!-- figures of cycle {number} -->\n" in text and "<!-- end of figures -->\n" in text
+    if int(number) in GUIDED:
+        assert f"python benchmarks/benchmark_cycle{number}.py" in text
+        assert f"<!-- figures of cycle {number} -->\n" in text and "<!-- end of figures -->\n" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -98,22 +100,6 @@ def test_what_snippets_import_is_there(page):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("twinserve"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), f"{name_of(page)}: {node.module}"
-
-
-@pytest.mark.parametrize(
-    ("cycle", "printed", "answer"),
-    [
-        (3, ["[0, 1] [2, 3]", "[1, 0, 4]"], "C needs 3 blocks and holds [1, 0, 4]"),
-        (5, ["0 [0, 1, 2]", "32 [0, 1, 3]", "48 [0, 1, 2, 4]"], "32, then 48."),
-    ],
-)
-def test_exercises_with_code_have_the_answer_that_the_code_gives(cycle, printed, answer):
-    (snippet,) = snippets(CYCLES[cycle - 1])
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(compile(snippet, CYCLES[cycle - 1].name, "exec"), {})
-    assert output.getvalue().splitlines() == printed
-    assert answer in CYCLES[cycle - 1].read_text(encoding="utf-8")
 
 
 def test_our_names_beside_vllms_are_there():

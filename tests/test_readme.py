@@ -6,19 +6,18 @@ are left out by name.
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 from shell import twinserve
+from walked import as_walked, commands, make_tiny
 
 __all__ = ["twinserve"]
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 POLICIES = (Path(__file__).resolve().parents[1] / "docs" / "policies.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^    (twinserve .*?)(?: {2,}#.*| {4}#.*)?$", README, re.MULTILINE)
+LINES = commands(README)
 LEFT_OUT = {
     "run TRACE --device cuda": "wants a GPU",
     "serve --record": "runs until it is told to end: tests/commands/test_serve_command.py",
@@ -26,10 +25,6 @@ LEFT_OUT = {
     "generate ": "wants the weights of SmolLM2: tests/engine/test_smollm2.py",
     "model verify": "wants a folder with weights: tests/engine/test_verify.py",
 }
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8192, "eos_token_id": 2,
-}  # fmt: skip
 PLAN = 'trace = "TRACE"\nlatency = "roofline:llama-3-8b@h100"\nlimit = 20\n[grid]\nmax_num_seqs = [4, 8]\n'
 
 
@@ -52,21 +47,12 @@ def test_every_command_of_the_readme_runs_in_the_order_in_which_it_stands(tmp_pa
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     prepared(tmp_path, twinserve)
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
-    engine = ("--model", "tiny", "--load-format", "dummy")
+    make_tiny(tmp_path)
     assert len(LINES) > 20 and all(any(line.startswith(f"twinserve {name}") for line in LINES) for name in LEFT_OUT)
     for line in LINES:
-        words = shlex.split(line)[1:]
-        text = " ".join(words)
-        if any(text.startswith(name) for name in LEFT_OUT):
+        words = as_walked(line)
+        if any(" ".join(words).startswith(name) for name in LEFT_OUT):
             continue
-        if words[0] == "capacity":  # by coarser steps than one would take
-            words += ["--tolerance", "0.3"]
-        if words[0] == "run":
-            words += [*engine, "--time-scale", "0"]
-        if words[0] == "profile":
-            words += [*engine, "--repeats", "1", "--max-seqs", "2", "--max-context", "64", "--max-prompt", "32"]
         result = twinserve(*words)
         assert result.code == 0, f"{line}: {result.err}"
     assert "exact" in twinserve("replay", "runs/real").out

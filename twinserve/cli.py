@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import os
 import signal
@@ -71,6 +73,8 @@ class _Signals:
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
     _speak_utf8()
+    # An interpreter that ends looks for garbage in all that was ever imported, for a second and more with torch.
+    atexit.register(gc.freeze)
     signals = _Signals()
     signals.install()
     try:

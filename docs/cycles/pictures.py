@@ -1,8 +1,8 @@
-"""The pictures of the seven cycles, of what stands beside them, and of the design.
+"""The pictures of the nine cycles, of what stands beside them, and of the design.
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle7.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is
+Writes cycle1.svg ... cycle9.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is
 written, and the exit status is 1 where a picture is another.
 """
 
@@ -198,6 +198,62 @@ def cycle7() -> Drawing:
     return drawing
 
 
+def cycle8() -> Drawing:
+    """Two steps of five kernels: launched one by one, as a graph, and as a graph that is launched ahead."""
+    drawing = Drawing(700, 330, "Kernels launched one by one, as one graph, and one step ahead")
+    kernels, launch, kernel, decide = 5, 34, 22, 30
+    headings = ["Kernel by kernel", "One graph a step", "One graph a step, one step ahead"]
+    for row, heading in enumerate(headings):
+        y = 34 + 96 * row
+        drawing.text(20, y - 10, heading, bold=True)
+        for lane, place in (("host", y), ("device", y + 34)):
+            drawing.text(20, place + 17, lane, color=MUTED)
+        host = device = 80
+        for step in range(2):
+            if row < 2:
+                host = max(host, device)
+            drawing.box(host, y, decide - 2, 24, AGAIN)
+            host += decide
+            for number in range(kernels if row == 0 else 1):
+                drawing.box(host, y, (launch if row == 0 else launch // 2) - 2, 24, OF_SEQUENCE["E"])
+                host += launch if row == 0 else launch // 2
+                begins = [number] if row == 0 else range(kernels)
+                for _ in begins:
+                    device = max(device, host)
+                    drawing.box(device, y + 34, kernel - 1, 24, NOW if step == 0 else OF_SEQUENCE["B"])
+                    device += kernel
+        drawing.text(device + 8, y + 51, "both steps done", color=MUTED)
+    entries = [(AGAIN, "decide"), (OF_SEQUENCE["E"], "launch"), (NOW, "first step"), (OF_SEQUENCE["B"], "second step")]
+    _legend(drawing, 318, entries)
+    return drawing
+
+
+def cycle9() -> Drawing:
+    """Facts come in from one of three worlds, decisions go out, and a record keeps both."""
+    drawing = Drawing(700, 250, "One Core; facts come from an engine, a record or a simulator")
+    worlds = [("engine", "a model and a clock"), ("replay", "what was recorded"), ("simulator", "a latency model")]
+    for row, (name, meaning) in enumerate(worlds):
+        y = 40 + 62 * row
+        drawing.box(20, y, 150, 40, [NOW, OF_SEQUENCE["D"], OF_SEQUENCE["B"]][row])
+        drawing.text(95, y + 17, name, anchor="middle", bold=True)
+        drawing.text(95, y + 32, meaning, anchor="middle", color=MUTED)
+        drawing.arrow(170, y + 20, 300, 122)
+    drawing.text(236, 46, "facts: arrivals, times,", color=MUTED)
+    drawing.text(236, 61, "tokens, aborts", color=MUTED)
+    drawing.box(304, 84, 130, 76, KEPT)
+    drawing.text(369, 112, "Core", anchor="middle", bold=True)
+    drawing.text(369, 130, "decides a step", anchor="middle", color=MUTED)
+    drawing.text(369, 146, "reads no clock", anchor="middle", color=MUTED)
+    drawing.arrow(434, 122, 520, 122)
+    drawing.text(440, 112, "decisions", color=MUTED)
+    drawing.box(524, 84, 150, 76, PAPER)
+    drawing.text(599, 108, "record", anchor="middle", bold=True)
+    drawing.text(599, 126, "facts, and a digest", anchor="middle", color=MUTED)
+    drawing.text(599, 142, "of each decision", anchor="middle", color=MUTED)
+    drawing.text(20, 236, "The same facts give the same decisions; a replay names the first that differs.", color=MUTED)
+    return drawing
+
+
 def tensor_parallel() -> Drawing:
     """A layer on two ranks: which weights lie where, and what is summed; by the shape of SmolLM2-135M on three."""
     ranks, colors = 3, [OF_SEQUENCE[name] for name in "ABD"]
@@ -288,6 +344,8 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle5.svg": cycle5,
     "cycle6.svg": cycle6,
     "cycle7.svg": cycle7,
+    "cycle8.svg": cycle8,
+    "cycle9.svg": cycle9,
     "tensor-parallel.svg": tensor_parallel,
     "step.svg": step,
 }

@@ -95,6 +95,14 @@ class FusedDecoder:
     def run(self, step: StepRows, out: Tensor) -> Tensor:
         """Compute a step and sample; `out` [at least sampled] takes the tokens. The logits [sampled, vocabulary], until
         the next step."""
+        hidden = self.forward(step)
+        if step.last is not None:
+            hidden = hidden[step.last]
+        last = self._order[: len(step.sample_rows)] if step.last is None else step.last
+        return self._sample(step, hidden, last, self._flat[1, : len(step.rows)], out)
+
+    def forward(self, step: StepRows) -> Tensor:
+        """Compute a step without sampling; what the last layer gives, the first of `hidden`."""
         rows, cache, decodes = self.rows, self.cache, len(step.decode_rows)
         token_ids, positions, slots = self._flat[:, : len(step.rows)]
         read_rows(
@@ -104,11 +112,7 @@ class FusedDecoder:
         if self._flash is not None and decodes:
             lengths, gathered = self._lengths[:decodes], self._gathered[:decodes]
             gather_tables(step.decode_rows, positions, rows.tables, cache.block_size, lengths, gathered)
-        hidden = self._layers(step, token_ids, positions, slots)
-        if step.last is not None:
-            hidden = hidden[step.last]
-        last = self._order[: len(step.sample_rows)] if step.last is None else step.last
-        return self._sample(step, hidden, last, positions, out)
+        return self._layers(step, token_ids, positions, slots)
 
     def _sample(self, step: StepRows, hidden: Tensor, last: Tensor, positions: Tensor, out: Tensor) -> Tensor:
         """Sample a token behind each row of `hidden` [sampled, hidden_size]; the logits."""

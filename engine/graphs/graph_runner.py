@@ -225,7 +225,7 @@ class GraphRunner:
         sizes = self._sizes.captured(self._options.captured)
         if self._graphs or not sizes:
             return
-        self._graphs = capture_each(sizes, self._capture, self.device, self._memory_share)
+        self._graphs.update(capture_each(sizes, self._capture, self.device, self._memory_share))
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,6 +62,8 @@ class ShardedGraphRunner(GraphRunner):
         self._ranks = ranks
         if ranks is not None:
             self._queue = CudaQueue(self.device, ranks.check)
+        # NCCL does not end before the graphs that it is in, so they go first, whether or not this is closed.
+        self._forget_graphs = weakref.finalize(self, self._graphs.clear)
 
     @staticmethod
     def _samples_itself(params: SamplingParams) -> bool:
@@ -78,6 +83,11 @@ class ShardedGraphRunner(GraphRunner):
             self._ranks.tell("fill_cache", seed)
         super().fill_cache(seed)
 
+    def close(self) -> None:
+        """Wait for what was launched, and drop the graphs."""
+        super().close()
+        self._forget_graphs()
+
     def follow(self, step: GraphStep) -> Step:
         """Start the part of a step of a rank that is told of it."""
         return self._queue.submit(lambda: self._follow(step))
@@ -95,6 +105,11 @@ class ShardedGraphRunner(GraphRunner):
             tokens = group.from_first(torch.empty(len(places), dtype=torch.int64, device=self.device))
             self._put(tokens, places, rows)
         return self._out
+
+    def _run(self, *step: Any) -> Tensor:
+        assert self._ranks is not None
+        with self._ranks.failing_together():
+            return super()._run(*step)
 
     def _tell(self, step: GraphStep) -> None:
         assert self._ranks is not None

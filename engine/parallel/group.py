@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -29,9 +30,10 @@ class Group:
 
     def __init__(self, shard: Shard, store: dist.Store, device: torch.device):
         self.shard = shard
+        self._is_on_cuda, self._ending = device.type == "cuda", threading.Lock()
         self._processes: Any
         options: Any
-        if device.type == "cuda":
+        if self._is_on_cuda:
             nccl: Any = dist.ProcessGroupNCCL
             options = nccl.Options()
             options._timeout = MEETING_LIMIT
@@ -61,7 +63,7 @@ class Group:
         if x.numel():
             options = AllgatherOptions()
             options.asyncOp = False
-            self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options).wait()
+            _wait(self._processes._allgather_base(gathered.view(-1), x.contiguous().view(-1), options))
         return gathered
 
     def from_first(self, x: Tensor) -> Tensor:
@@ -70,17 +72,27 @@ class Group:
         options.asyncOp = False
         options.rootRank = 0
         if x.numel():
-            self._processes.broadcast([x], options).wait()
+            _wait(self._processes.broadcast([x], options))
         return x
 
     def abort(self) -> None:
-        """End what is under way, as somebody will never come; nothing works any more."""
-        self._processes.abort()
+        """End what is under way on a CUDA device, whoever will never come; nothing works any more.
+
+        This waits until the graphs are gone that hold something of it, but for whoever calls it a second time.
+        """
+        if self._ending.acquire(blocking=False) and self._is_on_cuda:
+            self._processes.abort()
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         options = AllreduceOptions()
         options.asyncOp = False
         options.reduceOp = operation
         if x.numel():
-            self._processes.allreduce([x], options).wait()
+            _wait(self._processes.allreduce([x], options))
         return x
+
+
+def _wait(work: Any) -> None:
+    """Wait for what was begun; newer NCCL groups of torch give nothing to wait for, as it is on the current stream."""
+    if work is not None:
+        work.wait()

@@ -116,7 +116,6 @@ class Ranks:
             # What is to be ended is ended when nobody holds this any more, or the interpreter ends.
             self._end = weakref.finalize(self, _end, self._processes)
             device = rank_device(config, 0)
-            self._is_on_cuda = device.type == "cuda"
             self._ring = places[0].open_ring(device, self.check)
             self._wait_for("here")
             self.group = places[0].meet(device, self._store)
@@ -179,7 +178,7 @@ class Ranks:
             raise
 
     def close(self) -> None:
-        """End the other ranks, which have done by then what they were told."""
+        """End the other ranks, which have done by then what they were told. The runner has been closed before."""
         with self._lock:
             is_over, self._is_over = self._is_over, True
         if not is_over and self._reason is None and hasattr(self, "group"):
@@ -192,6 +191,8 @@ class Ranks:
                 pass
         if hasattr(self, "_end"):
             self._end()
+        if hasattr(self, "group"):
+            self.group.abort()
 
     def _wait_for(self, word: str) -> None:
         """Wait until every other rank has said a word."""
@@ -238,10 +239,9 @@ class Ranks:
             self._look()
         except RankError as error:
             self._end()
-            if self._is_on_cuda:
-                self.group.abort()  # what waits on the device for the rank would wait for ever
             for inbox in list(self._inboxes):
                 inbox.fail(error)
+            self.group.abort()  # what waits on the device for the rank would wait for ever
 
 
 def _listening() -> dist.TCPStore:

@@ -45,7 +45,7 @@ class ShardedRunner(ModelRunner):
     def _follow(self, flat: FlatStep, before: Step | None, drawing: Drawing | None, prompt_places: list[int]) -> Tensor:
         """The tokens of a step, whose part is computed as rank 0 computes its own."""
         token_ids = self._token_ids(flat, before)
-        hidden = self._hidden(flat, token_ids)
+        hidden = self._forward.computed(flat.laid, token_ids)
         for places in to_device(torch.tensor(prompt_places, dtype=torch.int64), self.device).split(
             PromptLogprobs.AT_ONCE
         ):

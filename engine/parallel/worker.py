@@ -43,6 +43,7 @@ def work(place: Place, config: RunnerConfig, load: Callable[..., Decoder]) -> No
         while (message := pickle.loads(ring.receive()))[0] != "close":
             _do(runner, *message)
         runner.close()
+        group.abort()
     except Exception as error:
         _end_without(place.parent)
         store.set(f"error/{rank}", words(error))

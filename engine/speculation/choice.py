@@ -9,12 +9,11 @@ from torch import nn
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.hub.resolve import resolve_model
-from twinserve.engine.layers.choice import choose_attention
-from twinserve.engine.model_runner import ModelRunner
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.source import ModelSource
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.speculation.proposers import DraftModel, NgramProposer, Proposer
+from twinserve.engine.speculation.runner import SpeculativeRunner
 from twinserve.settings.errors import InputError
 
 
@@ -62,17 +61,14 @@ def draft_of(
     return found
 
 
-def proposer_maker(config: RunnerConfig, drafting: Decoder | None) -> Callable[[ModelRunner], Proposer]:
+def proposer_maker(config: RunnerConfig, drafting: Decoder | None) -> Callable[[SpeculativeRunner], Proposer]:
     """Makes the proposer of a runner, whose pool it shares the numbers of."""
     speculative = config.settings.speculative_config
     assert speculative is not None
 
-    def make(runner: ModelRunner) -> Proposer:
+    def make(runner: SpeculativeRunner) -> Proposer:
         if drafting is None:
             return NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max, config.max_model_len)
-        attention = choose_attention(
-            runner.attention.name, drafting.config.head_dim, drafting.dtype, runner.device, runner.block_size
-        )
-        return DraftModel(drafting, attention.make(), runner.num_blocks, runner.block_size, config.max_model_len)
+        return DraftModel(drafting, runner.forward_of(drafting), config.max_model_len)
 
     return make

@@ -9,11 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from twinserve.engine.device_queue import to_device
-from twinserve.engine.kv_cache import KVCache
-from twinserve.engine.layers.attention import AttentionBackend, PagedAttention, plan_layers
+from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
@@ -109,49 +107,28 @@ class DraftModel:
 
     Args:
         model: on the device of the model it drafts for.
-        num_blocks, block_size: of the model's pool.
+        forward: its forward pass.
     """
 
-    def __init__(
-        self, model: Decoder, backend: AttentionBackend, num_blocks: int, block_size: int, max_model_len: int
-    ) -> None:
-        self._model, self._backend, self._block_size, self._max_model_len = model, backend, block_size, max_model_len
-        self._cache = KVCache(model.config, num_blocks, block_size, model.dtype, model.device)
+    def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
+        self._model, self._forward, self._max_model_len = model, forward, max_model_len
 
     def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for row in rows if row.text]
-        left = [min(asked, self._max_model_len - len(row.text)) for row in rows if row.text]
-        spans = [(row.tokens, row.start, row.table) for row in rows]
-        first = self._forward(spans, [place for place, row in enumerate(rows) if row.text])
-        sampled = [row for row in rows if row.text]
-        for place, token in enumerate(first):
-            if left[place] > 0:
-                drafts[place].append(token)
-        for number in range(1, asked):
-            going = [place for place in range(len(sampled)) if left[place] > number]
-            if not going:
-                break
-            spans = [
-                ([drafts[place][-1]], len(sampled[place].text) + number - 1, sampled[place].table) for place in going
-            ]
-            for place, token in zip(going, self._forward(spans, list(range(len(going)))), strict=True):
-                drafts[place].append(token)
-        return drafts
-
-    def _forward(self, spans: Seq[tuple[Seq[int], int, np.ndarray]], wanted: Seq[int]) -> list[int]:
-        """Compute tokens from positions on in block tables; the most probable token behind each span of `wanted`."""
-        layout = Layout.of([(start, len(tokens)) for tokens, start, _ in spans], [table for *_, table in spans])
-        flat = [token for index in layout.order for token in spans[index][0]]
-        slots = layout.slots(self._block_size)
-        device, dtype, windows = torch.device(self._model.device), self._model.dtype, self._model.config.windows
-        plans = plan_layers(self._backend, layout.metadata(self._block_size), windows, dtype, device)
-        attention = PagedAttention(self._backend, self._cache, self._on_device(slots), plans)
-        hidden = self._model(self._on_device(flat), self._on_device(layout.positions), attention)
-        if not wanted:
-            return []
-        last = self._on_device([layout.last[index] for index in wanted])
-        tokens: list[int] = self._model.logits(hidden[last]).argmax(dim=-1).tolist()
-        return tokens
-
-    def _on_device(self, values: Seq[int] | np.ndarray) -> Tensor:
-        return to_device(np.asarray(values, dtype=np.int64), torch.device(self._model.device))
+        device = torch.device(self._model.device)
+        spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
+        layout = Layout.of(spans, tables, self._forward.most_single)
+        place_of = {number: place for place, number in enumerate(layout.order)}
+        drafted, last = list[Drafted](), list[int]()
+        for number, row in enumerate(rows):
+            if row.text:
+                count = max(0, min(asked, self._max_model_len - len(row.text)))
+                drafted.append(Drafted(place_of[number], len(row.text), count, row.table))
+                last.append(layout.last[number])
+        token_ids = [token for number in layout.order for token in rows[number].tokens]
+        told = to_device(np.array(token_ids + last), device)
+        hidden = self._forward.computed(self._forward.lay(layout), told[: len(token_ids)])
+        if not any(row.count for row in drafted):
+            return [[] for _ in drafted]
+        first = self._model.logits(hidden[told[len(token_ids) :]]).argmax(dim=-1)
+        drafts: list[list[int]] = torch.stack(self._forward.followed(drafted, first), dim=1).tolist()
+        return [own[: row.count] for own, row in zip(drafts, drafted, strict=True)]

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.device_queue import Step
+from twinserve.engine.forward import EagerForward, Forward
+from twinserve.engine.kv_cache import KVCache
+from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
 from twinserve.engine.model_runner import ModelRunner, drawn
+from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
 from twinserve.engine.speculation.proposers import Proposer, VerifiedRow
 from twinserve.policies import Batch, Row, Runs, Sequence
@@ -80,7 +84,7 @@ class SpeculativeRunner(ModelRunner):
     def __init__(
         self,
         *others: Any,
-        make_proposer: Callable[[ModelRunner], Proposer],
+        make_proposer: Callable[[SpeculativeRunner], Proposer],
         is_async: bool,
         acceptance_rate: float | None = None,
         seed: int = 0,
@@ -92,6 +96,15 @@ class SpeculativeRunner(ModelRunner):
         self._texts: dict[Sequence, list[int]] = {}  # these are of the thread that computes
         self._drafts: dict[Sequence, list[int]] = {}
         self._tables: dict[Sequence, np.ndarray] = {}
+
+    def forward_of(self, model: Decoder) -> Forward:
+        """The forward pass of a model that drafts, over a pool of its own with blocks of the same numbers."""
+        chosen = choose_attention(self.attention.name, model.config.head_dim, model.dtype, self.device, self.block_size)
+        return EagerForward(model, chosen.make(), self._cache_for(model))
+
+    def _cache_for(self, model: Decoder) -> KVCache:
+        """A pool for a model that drafts."""
+        return KVCache(model.config, self.num_blocks, self.block_size, model.dtype, self.device)
 
     def launch(self, batch: Batch) -> VerifiedStep:
         """Start a step."""

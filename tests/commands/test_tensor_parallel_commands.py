@@ -62,6 +62,12 @@ def test_what_cannot_be_is_refused_in_one_line(twinserve, with_trace, words, pro
     assert refused(twinserve, with_trace, "--tensor-parallel-size", *words) == f"twinserve: {problem}"
 
 
+def test_ranks_that_torchrun_starts_are_refused_in_one_line(twinserve, with_trace, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    problem = "tensor_parallel_size is 3, expected 1 under torchrun: the ranks are started here"
+    assert refused(twinserve, with_trace, "--tensor-parallel-size", 3) == f"twinserve: {problem}"
+
+
 def test_fewer_devices_than_ranks_are_refused(with_trace, monkeypatch):
     from twinserve.engine.checks import RunnerConfig
     from twinserve.engine.models.source import ModelSource

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_judge import GREEDY, Judge, Watcher, judge_of, tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
@@ -169,11 +170,22 @@ def test_int8_gives_the_tokens_of_one_device_in_int8(tmp_path):
     assert found[0] == found[1]
 
 
-def test_smollm2_over_three_ranks_knows_the_capital_of_france():
+def test_smollm2_over_three_ranks_gives_transformers_tokens():
+    """Nine query heads and three KV heads: chunked, mixed, hit and preempted, at both depths."""
     if not is_fetched(SMOLLM2) and os.environ.get("TWINSERVE_FETCH") != "1":
         pytest.skip(f"{SMOLLM2} is not in the cache: TWINSERVE_FETCH=1 lets the tests fetch it")
-    settings = Settings(num_gpu_blocks=64, max_model_len=512)
-    with closing(LLM(fetch(SMOLLM2), settings=settings, tensor_parallel_size=3)) as llm:
+    folder = fetch(SMOLLM2)
+    judge = Judge(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
+    common = Part(100, 0, 33)
+    requests = [Request(i, 0, (common, Part(i, 0, length)), 12) for i, length in enumerate([30, 5, 16, 9])]
+    settings = {"num_gpu_blocks": 9, "max_model_len": 128, "max_num_batched_tokens": 40, "max_num_seqs": 8}
+    with closing(LLM(folder, settings=Settings.load(settings), dtype="float32", tensor_parallel_size=3)) as llm:
+        for depth in (0, 1):
+            llm.settings, watcher = Settings.load(settings | {"pipeline_depth": depth}), Watcher()
+            sequences = llm.run_trace(requests, params=GREEDY, recorder=watcher)
+            assert watcher.chunks and watcher.mixed_steps and watcher.hit_tokens and watcher.preemptions
+            assert len(sequences) == 4
+            judge.check_all(sequences)
         prompt = chat_prompt(llm.tokenizer, "What is the capital of France?")
         (completion,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=30))
     assert completion.text == "The capital of France is Paris."

@@ -137,9 +137,9 @@ def test_what_serves_is_what_is_verified(monkeypatch, tmp_path, options, executi
     replays = Counter[str]()
     run = GraphRunner._run
 
-    def watched(self: Any, changes: Any, graph: Any, *others: Any) -> Any:
-        replays["graphs" if graph is not None else "launches"] += 1
-        return run(self, changes, graph, *others)
+    def watched(self: Any, step: Any, *others: Any) -> Any:
+        replays["graphs" if step.size in self._graphs else "launches"] += 1
+        return run(self, step, *others)
 
     monkeypatch.setattr(GraphRunner, "_run", watched)
     report = verify(tmp_path, device="cuda", max_tokens=8, **options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +39,7 @@ def over_ranks() -> Iterator[Callable[..., LLM]]:
     made: list[LLM] = []
 
     def make(judge: Judge, execution: str, size: int = RANKS, dtype: str = "float32", **settings: Any) -> LLM:
-        values = {"block_size": 16, "num_gpu_blocks": 256} | settings
+        values = {"block_size": 16, "num_gpu_blocks": 256, "max_num_seqs": 8} | settings
         options: dict[str, Any] = {"attention": "triton" if execution == "graphs" else "sdpa", "execution": execution}
         options |= {"device": "cuda", "dtype": dtype, "tensor_parallel_size": size}
         made.append(LLM(judge.model, settings=Settings.load(values), **options))
@@ -58,9 +60,7 @@ def requests_of(lengths: list[int], max_tokens: int) -> list[Request]:
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_chunks_hits_and_preemptions_change_no_token(over_ranks, name, execution, depth):
     judge, watcher = judge_of(name), Watcher()
-    llm = over_ranks(
-        judge, execution, pipeline_depth=depth, num_gpu_blocks=14, max_num_batched_tokens=48, max_num_seqs=8
-    )
+    llm = over_ranks(judge, execution, pipeline_depth=depth, num_gpu_blocks=14, max_num_batched_tokens=48)
     assert type(llm.runner).__name__ == {"graphs": "ShardedGraphRunner", "eager": "ShardedRunner"}[execution]
     sequences = llm.run_trace(requests_of([1, 60, 7, 16, 33, 2], 24), params=GREEDY, recorder=watcher)
     assert watcher.chunks and watcher.mixed_steps and watcher.hit_tokens and watcher.preemptions
@@ -128,3 +128,38 @@ def test_a_rank_that_is_killed_ends_all_with_its_reason(over_ranks, execution):
     with pytest.raises((StepError, RunError), match="rank 1 has ended: killed by signal 9"):
         llm.run_trace(requests_of([30, 20], 900), params=GREEDY, recorder=Killing())
     assert time.monotonic() - killed[0] < 5
+
+
+@every_execution
+def test_who_waits_for_requests_hears_of_a_rank_that_is_killed(over_ranks, execution):
+    llm = over_ranks(judge_of("llama"), execution)
+    live = llm.live()
+    (process,) = llm._ranks._processes
+    os.kill(process.pid, signal.SIGKILL)
+    assert live.join(5)
+    assert str(live.error) == "rank 1 has ended: killed by signal 9"
+
+
+SCRIPT = """
+import sys
+
+from twinserve.engine.llm import LLM
+from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
+
+settings = Settings(num_gpu_blocks=64, max_model_len=256, max_num_seqs=4)
+llm = LLM("qwen3-0.6b", load_format="dummy", device="cuda", tensor_parallel_size=2, settings=settings)
+print(len(llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))[0].token_ids))
+if sys.argv[1] == "closed":
+    llm.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_a_process_that_has_served_in_graphs_ends(how):
+    """NCCL waits for every graph that holds something of it, so the graphs have to go first."""
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SCRIPT, how]
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["9"]), done.stderr
+    assert how == "forgotten" or "destroy_process_group" not in done.stderr

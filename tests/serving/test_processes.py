@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,16 +65,17 @@ def front() -> multiprocessing.process.BaseProcess:
     return process
 
 
-def front_of(parent: int) -> int:
-    """The process that serves HTTP for another process's model."""
+def spawned_by(parent: int) -> list[int]:
+    """The processes that another has started: the one that serves HTTP for its model, then the ranks of the model."""
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            status, line = (path / "status").read_text(), (path / "cmdline").read_text()
+            numbers, line = (path / "stat").read_text().rpartition(")")[2].split(), (path / "cmdline").read_text()
         except OSError:
             continue  # it has ended
-        if f"PPid:\t{parent}\n" in status and "spawn_main" in line:
-            return int(path.name)
-    raise AssertionError(f"process {parent} has no such child")
+        if int(numbers[1]) == parent and "spawn_main" in line:
+            found.append((int(numbers[19]), int(path.name)))  # when it was started
+    return [number for _, number in sorted(found)]
 
 
 def test_a_front_whose_engine_is_killed_tells_its_clients_and_ends_with_a_line(folder, tmp_path):
@@ -118,18 +120,32 @@ def test_an_engine_whose_front_is_killed_ends_what_runs_and_closes_its_record(tm
 
 def test_a_command_whose_front_is_killed_says_so_and_ends_with_status_1(folder):
     with command("--model", folder) as (process, _):
-        os.kill(front_of(process.pid), signal.SIGKILL)
+        (front,) = spawned_by(process.pid)
+        os.kill(front, signal.SIGKILL)
         assert process.stderr is not None
         said = process.stderr.read()
         assert process.wait() == 1
     assert said == "twinserve: the process that serves HTTP has ended: killed by signal 9\n"
 
 
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_signal_ends_both_processes_once_what_runs_has_ended(folder, tmp_path, number, to_all):
-    """Whether the first process alone gets it, as from a supervisor, or both do, as from a terminal."""
+def test_a_server_whose_rank_is_killed_while_nobody_asks_is_gone_in_seconds(folder):
+    with command("--model", folder, "--tensor-parallel-size", 2) as (process, _):
+        _, rank = spawned_by(process.pid)
+        begun = time.monotonic()
+        os.kill(rank, signal.SIGKILL)
+        assert process.stderr is not None
+        said = process.stderr.read()  # to the end of all processes
+        assert process.wait() == 1
+        assert time.monotonic() - begun < 5
+    assert said == "twinserve: rank 1 has ended: killed by signal 9\n"
+
+
+@pytest.mark.parametrize(("number", "to_all", "ranks"), [(signal.SIGTERM, False, 1), (signal.SIGINT, True, 2)])
+def test_a_signal_ends_all_processes_once_what_runs_has_ended(folder, tmp_path, number, to_all, ranks):
+    """Whether the first process alone gets it, as from a supervisor, or all do, as from a terminal."""
     answers = []
-    with command("--model", folder, "--record", tmp_path / "run") as (process, url):
+    over = ("--tensor-parallel-size", ranks)
+    with command("--model", folder, "--record", tmp_path / "run", *over) as (process, url):
 
         def ask() -> None:
             with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 100}, timeout=60) as response:
@@ -195,7 +211,7 @@ class Side:
 
 
 @given(st.lists(st.binary(max_size=40), max_size=8), st.data())
-def testmessages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
+def test_messages_are_heard_as_they_were_told_however_the_bytes_come(told, data):
     content, side = b"".join(message("hear", number, item) for number, item in enumerate(told)), Side()
     wire = LoopWire(side)
     while content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,19 +59,19 @@ def profile(
         refuse_existing(path)
     workload = None if trace is None else load_workload(trace, trace_options)
     model = None if latency is None else choose_latency(latency)[0]
-    llm = load_llm(options, chosen, progress=say)
-    samples = measure_steps(
-        llm,
-        shapes=shapes,
-        max_seqs=max_seqs,
-        max_context=max_context,
-        max_prompt=max_prompt,
-        repeats=repeats,
-        progress=lambda total: Bar("profile", total),
-        workload=workload,
-        latency=model,
-    )
-    measured = profile_of(llm, samples)
+    with closing(load_llm(options, chosen, progress=say)) as llm:
+        samples = measure_steps(
+            llm,
+            shapes=shapes,
+            max_seqs=max_seqs,
+            max_context=max_context,
+            max_prompt=max_prompt,
+            repeats=repeats,
+            progress=lambda total: Bar("profile", total),
+            workload=workload,
+            latency=model,
+        )
+        measured = profile_of(llm, samples)
     measured.save(profile_beside(out))
     _save_latency(fit_profile(measured), out, as_json)
 

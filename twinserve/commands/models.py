@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -43,10 +44,10 @@ def generate(
         params = SamplingParams(temperature, max_tokens, top_k, top_p, options.seed)
     except ValueError as error:
         raise InputError(str(error)) from error
-    llm = load_llm(options, chosen, progress=say)
-    from twinserve.engine.hub import chat_prompt
+    with closing(load_llm(options, chosen, progress=say)) as llm:
+        from twinserve.engine.hub import chat_prompt
 
-    (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
+        (completion,) = llm.generate([prompt if raw else chat_prompt(llm.tokenizer, prompt)], params)
     if completion.finish_reason == "refused":
         raise InputError(completion.refusal or "", field="prompt", value=prompt)
     if completion.refusal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,17 +129,17 @@ def run(
         raise InputError(str(error)) from error
     workload = load_workload(trace, trace_options)
     refuse_existing(out)
-    llm = load_llm(options, chosen, progress=say)
-    verdict = Verdict()
-    say(load_of(workload))
-    with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
+    with closing(load_llm(options, chosen, progress=say)) as llm:
+        verdict = Verdict()
+        say(load_of(workload))
+        with Bar("run", len(workload.requests), num_blocks=llm.settings.num_gpu_blocks) as bar:
 
-        def ended(seq: Sequence) -> None:
-            bar.ended(seq)
-            verdict.ended(seq)
+            def ended(seq: Sequence) -> None:
+                bar.ended(seq)
+                verdict.ended(seq)
 
-        how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
-        summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
+            how: dict[str, Any] = {"progress": ended, "watch": bar.stepped}
+            summary = run_real(workload, llm, out=out, params=params, time_scale=time_scale, **how)
     _conclude(summary, verdict, as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ class Workload:
     Attributes:
         requests: with ids 0, 1, 2...
         facts: path, format and sha256 of the trace, its notes, what its reader handled, and each transform with its
-            counts; nothing where they were not read from a file.
+            counts. Of requests that no file holds their own sha256, so that runs of the same ones are known to be.
         capped: requests whose prompt or answer was cut to a cap.
         dropped: rows of the trace that are not replayed.
         epoch_ns: when time 0 was, see `Trace`; None if a transform may have moved it.
@@ -96,13 +97,21 @@ class Workload:
     dropped: int = 0
     epoch_ns: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.facts:
+            digest = hashlib.sha256()
+            for request in self.requests:
+                digest.update(repr(request).encode())
+            made = {"path": "requests", "format": "made", "sha256": digest.hexdigest()}
+            self.facts.update(made, notes={}, handled={}, transforms=[])
+
     def at_rate_scale(self, factor: float) -> Workload:
         """The same requests, so many times as dense.
 
         Raises:
             InputError: `factor` is not a number above 0.
         """
-        log = [*self.facts.get("transforms", ())]
+        log = [*self.facts["transforms"]]
         requests = transforms.scale_rate(self.requests, factor, log)
         return replace(self, requests=requests, facts=self.facts | {"transforms": log}, epoch_ns=None)
 

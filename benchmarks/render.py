@@ -31,6 +31,7 @@ MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures
 RANKS = re.compile(
     r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
 )
+WINDOW = re.compile(r"(<!-- a window over ranks -->\n).*?(<!-- end of a window over ranks -->)", re.DOTALL)
 DRAFTS = re.compile(r"(<!-- figures of speculation -->\n).*?(<!-- end of figures of speculation -->)", re.DOTALL)
 BOUGHT = re.compile(r"(<!-- what each thing buys -->\n).*?(<!-- end of what each thing buys -->)", re.DOTALL)
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
@@ -86,7 +87,8 @@ def main() -> int:
     for name, files_of, marks, figures in (
         ("cycle8", "throughput.json", BOUGHT, bought_figures),
         ("speculation", "speculation-*.json", DRAFTS, drafts_figures),
-        ("tensor-parallel", "tensor-parallel-*.json", RANKS, ranks_figures),
+        ("tensor-parallel", "tensor-parallel-[!w]*.json", RANKS, ranks_figures),
+        ("tensor-parallel", "tensor-parallel-window.json", WINDOW, ranks_window),
     ):
         beside = arguments.pages / f"{name}.md"
         if beside.exists():
@@ -261,9 +263,9 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                     [
                         str(case["ranks"]),
                         number(case["output_tok_s"]),
-                        quantity(compared("", [one / other for one in many for other in first[0]], "x")),
+                        times_of(many, first[0]),
                         number(case["ms_a_token"]),
-                        quantity(compared("", [one / other for one in alone for other in first[1]], "x")),
+                        times_of(alone, first[1]),
                     ]
                     for case in cases
                     for many, alone in [rates_of(case)]
@@ -281,6 +283,42 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                 *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
             ]
     return "\n".join([*lines, "", ""])
+
+
+def ranks_window(found: list[dict[str, Any]]) -> str:
+    """What a window of traffic took that several devices served, and what simulations of it said."""
+    lines: list[str] = []
+    for result in found:
+        decisions = result["decisions"]
+        lines += [
+            f"{result['requests']} requests of the Azure conversation trace in {result['duration_s']:.0f} s of real "
+            f"time, {result['model']} on {result['device']}: {decisions['equal']:,} of "
+            f"{decisions['recorded']:,} decisions are made again from the record. Simulated with a profile of the two, "
+            f"and with the roofline, which has the all-reduce's line from above; by `python "
+            f"benchmarks/tensor_parallel_window.py`:",
+            "",
+            *table(
+                ["", "served", *result["errors"]],
+                [
+                    [metric, quantity_of(metric, value), *(f"{own[metric]:+.1%}" for own in result["errors"].values())]
+                    for metric, value in result["served"].items()
+                ],
+                numbers=True,
+            ),
+        ]
+    return "\n".join([*lines, "", ""]) if lines else ""
+
+
+def quantity_of(metric: str, value: float) -> str:
+    """A metric of a run: seconds as milliseconds."""
+    return number(value) if metric.endswith("tok_s") else f"{1e3 * value:,.1f} ms"
+
+
+def times_of(rates: list[float], first: list[float]) -> str:
+    """How many times as fast as the first of a table; nothing for the first itself."""
+    if rates == first:
+        return ""
+    return quantity(compared("", [one / other for one in rates for other in first], "x"))
 
 
 def rates_of(case: dict[str, Any]) -> tuple[list[float], list[float]]:

@@ -15,6 +15,11 @@ def scratch_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="twinserve-results-"))
 
 
+def load_json(path: Path) -> Any:
+    """What a file of results holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a file of results, and the folder that it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +28,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def merge(path: Path, values: dict[str, Any]) -> None:
     """Put `values` into a JSON file beside what is there; those of "repeats" one by one."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    old = load_json(path) if path.exists() else {}
     repeats = old.get("repeats", {}) | values.get("repeats", {})
     merged = old | values | ({"repeats": repeats} if repeats else {})
     write_json(path, merged)

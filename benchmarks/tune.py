@@ -20,12 +20,12 @@ from twinserve.planning.tune import Tuning, tune
 
 LATENCY, LIKE, SEEDS = "roofline:llama-3-8b@h200", "vllm-0.33@h200", 3
 TRACES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 4000}),
-    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 1000}),
+    "Azure": ("azure/AzureLLMInferenceTrace_conv.csv", {"limit": 2000}),
+    "Mooncake": ("mooncake/conversation_trace.jsonl.gz", {"limit": 500}),
 }
 CASES: dict[str, tuple[tuple[float, str], ...]] = {
-    "Azure": ((20.0, "p99 TTFT <= 1 s and p99 TPOT <= 15 ms"),),
-    "Mooncake": ((0.4, "p99 TTFT <= 5 s and p99 TPOT <= 25 ms"),),
+    "Azure": ((14.0, "p99 TTFT <= 1 s and p99 TPOT <= 15 ms"),),
+    "Mooncake": ((0.2, "p99 TTFT <= 10 s and p99 TPOT <= 25 ms"),),
 }
 
 HEAD = """# Which flags suit a trace

@@ -207,6 +207,9 @@ def make_app(server: Server) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            problem = f"the body is not JSON at character {first['loc'][-1]}: {first['ctx']['error']}"
+            return JSONResponse(error_body(problem, HTTPStatus.BAD_REQUEST), HTTPStatus.BAD_REQUEST)
         field = ".".join(str(part) for part in first["loc"][1:])
         message = ": ".join(part for part in (field, first["msg"].removeprefix("Value error, ")) if part)
         return JSONResponse(error_body(message, HTTPStatus.BAD_REQUEST, field or None), HTTPStatus.BAD_REQUEST)

@@ -53,7 +53,7 @@ class Format(ABC):
         """The chunks that say a piece."""
         if not (piece.text or piece.logprobs or piece.finish_reason or self._body.return_token_ids):
             return []
-        return [self._chunk([self._with_ids(piece, self.delta(piece))], answers)]
+        return [self._chunk([self._with_ids(piece, self.delta(piece))], usage(answers))]
 
     def end(self, answers: Answers) -> list[dict[str, Any]]:
         """The chunks behind all text."""
@@ -61,12 +61,15 @@ class Format(ABC):
             return []
         return [{**self._head, "object": self.chunk_object, "choices": [], "usage": usage(answers)}]
 
-    def _chunk(self, choices: list[dict[str, Any]], answers: Answers) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
+        """A chunk of a stream.
+
+        Args:
+            used: the tokens so far, said where it is asked for.
+        """
         chunk = {**self._head, "object": self.chunk_object, "choices": choices}
-        if self._options.continuous_usage_stats:
-            chunk["usage"] = usage(answers)
-        elif self._options.include_usage:
-            chunk["usage"] = None
+        if self._options.include_usage:
+            chunk["usage"] = used if self._options.continuous_usage_stats else None
         return chunk
 
     def _with_ids(self, piece: Piece, choice: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +148,7 @@ class CompletionFormat(Format):
             self._begun.add(piece.index)
             prompt = self._echo(piece.index, answers)
             said = {"text": prompt.text, "logprobs": self._logprobs(prompt), **self._ends(Piece(piece.index))}
-            chunks.append(self._chunk([said], answers))
+            chunks.append(self._chunk([said], usage(answers)))
         return chunks + super().chunks(piece, answers)
 
     def delta(self, piece: Piece) -> dict[str, Any]:
@@ -199,7 +202,8 @@ class ChatFormat(Format):
     def begin(self, answers: Answers) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         choices = [{"delta": delta, "logprobs": None, **self._ends(Piece(index))} for index in range(self._body.n)]
-        return [self._chunk([choice], answers) for choice in choices]
+        nothing_yet = usage(answers) | {"completion_tokens": 0, "total_tokens": answers.num_prompt_tokens}
+        return [self._chunk([choice], nothing_yet) for choice in choices]
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         return {"delta": {"content": piece.text}, "logprobs": self._logprobs(piece), **self._ends(piece)}

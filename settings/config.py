@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_KEY_PARTS
 from twinserve.settings.own_class import RULES, anchored, read_bytes
 
 Model = TypeVar("Model", bound=BaseModel)
+_LONG_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){%d}""" % MOST_KEY_PARTS  # noqa: UP031 - it has braces
+)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -22,7 +27,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or is not TOML.
     """
     try:
-        return _anchored(tomllib.loads(read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")), path.parent)
+        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
+        if (found := _LONG_KEY.search(text)) is not None:
+            line = text.count("\n", 0, found.start()) + 1
+            raise InputError(f"expected keys of at most {MOST_KEY_PARTS} parts", path=path, line=line, value=found[0])
+        return _anchored(tomllib.loads(text), path.parent)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", path=path) from error
     except (ValueError, RecursionError) as error:
@@ -66,6 +77,9 @@ def validated(
         InputError: a value is unknown, of the wrong kind, out of range, or contradicts another.
     """
     given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if (text := _without_code(value)) is not None:
+            raise InputError("expected text without lone surrogates", field=name, value=text)
     try:
         return model(**(table | given))
     except ValidationError as error:
@@ -82,3 +96,11 @@ def validated(
             message = "there is no such field" + (f", did you mean {' or '.join(close)}?" if close else "")
         field = field if source is None else within + field
         raise InputError(message, path=source, field=field, value=first["input"]) from error
+
+
+def _without_code(value: Any) -> str | None:
+    """A text in a value that UTF-8 cannot say, as an argument of bytes that are none; None if there is none."""
+    if isinstance(value, str):
+        return None if value.isascii() or value == value.encode("utf-8", "replace").decode() else value
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((found for part in inner if (found := _without_code(part)) is not None), None)

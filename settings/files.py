@@ -156,6 +156,20 @@ def refuse_existing(out: Path | None) -> None:
         raise InputError("exists already, expected a new name", path=out)
 
 
+def refuse_endless(folder: Path) -> None:
+    """Refuse a folder that holds what is no file and no folder: who opens a pipe waits for its writer for ever.
+
+    Raises:
+        InputError: it does, or it cannot be read; a folder that is not there is for others to say.
+    """
+    try:
+        for path in folder.iterdir() if os.path.isdir(folder) else ():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise InputError("expected a file or a folder", path=path)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", path=folder) from error
+
+
 def lock_file(path: Path) -> IO[bytes]:
     """A lock that lasts while the file returned is open; the file is made where there is none, and never written.
 

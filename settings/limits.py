@@ -12,6 +12,17 @@ def limit(name: str, most: int) -> int:
     return whole_number(f"TWINSERVE_MOST_{name}", most)
 
 
+def plain(text: str) -> str:
+    """The text of a number as other programs know it, too.
+
+    Raises:
+        ValueError: it has what Python alone reads: underscores, spaces, a plus sign, or other digits than 0 to 9.
+    """
+    if not text.isascii() or "_" in text or text != text.strip() or text.startswith("+"):
+        raise ValueError(f"{text!r} is not written as a number")
+    return text
+
+
 def whole_number(variable: str, usual: int) -> int:
     """The integer that an environment variable holds, or the usual one.
 
@@ -24,8 +35,10 @@ def whole_number(variable: str, usual: int) -> int:
     return int(text)
 
 
-MOST_BLOCKS = limit("BLOCKS", 1 << 24)
-"""KV blocks of a pool; each takes some 200 bytes."""
+MOST_BLOCKS = limit("BLOCKS", 1 << 22)
+"""KV blocks of a pool; each takes some 180 bytes."""
+MOST_FLEET_BLOCKS = limit("FLEET_BLOCKS", 1 << 25)
+"""KV blocks of all pools of a fleet together."""
 MOST_REPLICAS = limit("REPLICAS", 1 << 14)
 """Replicas of a fleet."""
 MOST_POINTS = limit("POINTS", 1 << 20)
@@ -42,7 +55,9 @@ MOST_TIME_SCALE = limit("TIME_SCALE", 1_000_000)
 """How many times slower than a trace or a simulation the wall's clock may be taken to go, or faster."""
 MOST_MIB = limit("MIB", 1 << 20)
 """MiB of a request's body, and of a record's segment."""
-MOST_SETTINGS_BYTES = limit("SETTINGS_BYTES", 16 << 20)
+MOST_SETTINGS_BYTES = limit("SETTINGS_BYTES", 4 << 20)
 """Of a file of settings, of a plan or a device, and of one with a class of one's own."""
+MOST_KEY_PARTS = limit("KEY_PARTS", 64)
+"""Of a dotted key in a file of settings: what it takes to read one grows with their square."""
 MOST = 1 << 48
 """Where nothing is made that is as large: of budgets, thresholds and seeds."""

@@ -146,5 +146,5 @@ def parsed(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"a JSON object ({error})") from error

@@ -13,6 +13,7 @@ import orjson
 
 import twinserve
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_endless
 from twinserve.sim.quantized_configs import SAID_OF_WEIGHTS, quantized
 from twinserve.sim.shapes import (
     STORED_BITS,
@@ -111,6 +112,35 @@ KINDS: dict[str, _Kind] = {
 }  # fmt: skip
 """transformers' `model_type` of every model that is known, held against transformers' own parameters in the tests."""
 
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"first_k_dense_replace": 3, "n_shared_experts": 1, "q_lora_rank": 1536},
+    "ernie4_5": {"num_key_value_heads": 2, "head_dim": 128},
+    "ernie4_5_moe": {"num_key_value_heads": 4, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256},
+    "glm4_moe": {"num_key_value_heads": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 768},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64},
+    "granitemoehybrid": {"shared_intermediate_size": 1024},
+    "minimax_m2": {"num_key_value_heads": 8, "head_dim": 128},
+    "nemotron_h": {"num_key_value_heads": 8, "mamba_ssm_cache_dtype": "float32"},
+    "qwen2_moe": {"shared_expert_intermediate_size": 5632},
+    "qwen3_5_moe_text": {"num_key_value_heads": 2, "head_dim": 256, "shared_expert_intermediate_size": 512},
+    "qwen3_next": {"num_key_value_heads": 2, "head_dim": 256, "shared_expert_intermediate_size": 512},
+    "seed_oss": {"num_key_value_heads": 8, "head_dim": 128},
+    **{
+        name: {"num_key_value_heads": count}
+        for count, names in {
+            2: ("glm", "glm4", "internlm3", "starcoder2"),
+            4: ("qwen3_5_text", "qwen3_moe", "smollm3"),
+            8: ("bamba", "cwm", "llama4_text", "ministral3", "mistral", "mixtral", "phimoe"),
+        }.items()
+        for name in names
+    },
+}
+"""What transformers takes for sizes that a configuration of a kind leaves out, where it is not what their absence means
+elsewhere."""
+
 
 class _Config:
     """Fields of a configuration; what is wrong is said with the file, the field and the value.
@@ -124,12 +154,12 @@ class _Config:
         text = whole.get("text_config")
         self.values: dict[str, Any] = text if isinstance(text, dict) else whole
         model_type = self.values.get("model_type", "llama")
-        if model_type not in KINDS:
+        if not isinstance(model_type, str) or model_type not in KINDS:
             raise InputError(
                 f"expected a model that is known: {', '.join(KINDS)}", path=path, field="model_type", value=model_type
             )
         self.kind = KINDS[model_type]
-        self.values = self.kind.defaults | self.values
+        self.values = _LEFT_OUT.get(model_type, {}) | self.kind.defaults | self.values
 
     def error(self, name: str, problem: str) -> InputError:
         """That the value of a field is wrong."""
@@ -180,7 +210,9 @@ def load_shape(path: Path) -> ModelShape:
     Raises:
         InputError: it cannot be read, lacks a size, or is of a model that is not known.
     """
-    path = path / "config.json" if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        refuse_endless(path)
+        path = path / "config.json"
     config = json_file(path)
     beside = path.with_name("hf_quant_config.json")
     if beside.exists():
@@ -241,7 +273,7 @@ def _blocks(read: _Config) -> list[tuple[Mixer, FeedForward | Experts]]:
     words = [_BLOCKS.get(letter) for letter in pattern] if isinstance(pattern, str) else None
     if words is None:
         found = read.values.get("layers_block_type")
-        words = [_OLD_WORDS.get(word, word) for word in found] if isinstance(found, list) else []
+        words = [_OLD_WORDS.get(str(word), str(word)) for word in found] if isinstance(found, list) else []
     if not words or not set(words) <= set(_BLOCKS.values()) or words[0] not in ("linear_attention", "full_attention"):
         name = "layers_block_type" if pattern is None else "hybrid_override_pattern"
         raise read.error(name, f"expected blocks of {', '.join(_BLOCKS.values())}, the first no network")

@@ -5,15 +5,62 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from twinserve.settings.errors import InputError
 from twinserve.sim.shapes import STORED_BITS, ModelShape
+from twinserve.traces.kinds import checker
+from twinserve.traces.lines import Line
 
 SAID_OF_WEIGHTS = ("dtype", "torch_dtype", "quantization_config")
 """The fields of a configuration that are read here."""
 _LEFT_OUT = ("lm_head", "embed", "gate", "norm", "router", "visual", "vision", "indexer")
 """What is not quantised and need not be: small, or counted with 16 bits anyway."""
+
+
+_STRICT = with_config(ConfigDict(strict=True))
+_Size = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+@_STRICT
+class _Numbers(TypedDict):
+    """How some numbers are stored."""
+
+    type: NotRequired[str]
+    num_bits: Annotated[int, Field(ge=1, le=32)]
+    group_size: NotRequired[int | None]
+
+
+@_STRICT
+class _Group(TypedDict):
+    """Of compressed-tensors, what is stored alike."""
+
+    targets: NotRequired[list[str]]
+    weights: NotRequired[_Numbers | None]
+    input_activations: NotRequired[_Numbers | None]
+
+
+@_STRICT
+class _Quantization(TypedDict):
+    """Of a quantization_config, the fields that are read."""
+
+    quant_method: str
+    modules_to_not_convert: NotRequired[list[str] | None]
+    ignore: NotRequired[list[str] | None]
+    weight_block_size: NotRequired[Annotated[list[_Size], Field(min_length=2, max_length=2)] | None]
+    config_groups: NotRequired[dict[str, _Group] | None]
+    kv_cache_scheme: NotRequired[_Numbers | None]
+
+
+@_STRICT
+class _Config(TypedDict):
+    quantization_config: _Quantization
+
+
+_check_kinds = checker(_Config)
 
 
 def quantized(shape: ModelShape, config: dict[str, Any], path: Path) -> ModelShape:
@@ -30,7 +77,8 @@ def quantized(shape: ModelShape, config: dict[str, Any], path: Path) -> ModelSha
     said = config.get("quantization_config")
     if said is None:
         return shape
-    method = said.get("quant_method") if isinstance(said, dict) else None
+    _check_kinds(Line(path, None, {"quantization_config": said}))
+    method = said["quant_method"]
     if method not in _METHODS:
         known = f"expected one that is known: {', '.join(_METHODS)}"
         raise InputError(known, path=path, field="quantization_config.quant_method", value=method)
@@ -78,7 +126,7 @@ def _compressed(shape: ModelShape, said: dict[str, Any], path: Path) -> ModelSha
             "expected one group, for Linear", path=path, field="quantization_config.config_groups", value=len(groups)
         )
     weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations")
-    kinds = tuple(f"{part['type']}{part['num_bits']}" if part else None for part in (weights, inputs))
+    kinds = tuple(f"{part.get('type')}{part['num_bits']}" if part else None for part in (weights, inputs))
     if kinds not in (("float8", "float8"), ("float8", None), ("int8", None), ("int4", None)):
         problem = "expected float8 weights, or int8 or int4 ones with activations of 16 bits"
         raise InputError(problem, path=path, field="quantization_config.config_groups", value=kinds)

@@ -208,12 +208,15 @@ class _Run:
             if f.seqs and not self._depth:
                 yield StepSample(f, recorded.step_cost(f)[0], device)
             elif f.seqs:
-                launched = row.get("launched_ns", start if ends[-1] < decided else None)
+                launched = row.get("launched_ns")
+                if launched is None and ends[-1] < decided:
+                    launched = start
                 launch = None if launched is None else launched - decided
                 bookkeeping = None
                 if before is not None and stayed_busy(before, row):
                     # Without the launch before: its step began when it was launched, or the one before that had ended.
-                    free = max(before["launched_ns"], ends[-2]) if "launched_ns" in before else before["start_ns"]
+                    seen = before.get("launched_ns")
+                    free = before["start_ns"] if seen is None else max(seen, ends[-2])
                     bookkeeping = max(0, decided - free)
                 host = None if launch is None else launch + (bookkeeping or 0)
                 yield StepSample(f, host, device, None, launch, bookkeeping)

@@ -14,6 +14,7 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 from twinserve.sim.devices import Device, named_device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
@@ -269,7 +270,7 @@ class RooflineLatency:
                     if value != "fp8":
                         raise ValueError(f"{name} is {value}, expected fp8")
                     shape = _FLOAT8[name](shape)
-            return cls(shape, device, int(options.get("tp", 1)))
+            return cls(shape, device, int(plain(options.get("tp", "1"))))
         except ValueError as error:
             raise InputError(str(error), field="latency", value=text) from error
 

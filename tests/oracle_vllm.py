@@ -12,6 +12,8 @@ the engine was synchronous, how many drafts were proposed behind it come from th
 Under its priority policy vLLM can preempt a request that it has scheduled in the same step; the blocks of that step
 stay in its cache though no step computes them, and can be hit. Ours never can. The header of a scenario in which that
 happens says how many such tokens were hit; there, and there alone, ours has to part at an admission that hits fewer.
+Where such a block is not hit, it is given out again as cached ones are, later than ours gives it out: a scenario that
+parts there, at the number of a block, parts rightly, too.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ FIELDS = ("sched", "spec", "pre", "abo", "adm", "free", "run", "wait", "blk", "u
 
 @dataclass
 class Difference:
-    """The first field in which a scenario parts from the record; `is_right` where vLLM hit what it never computed."""
+    """The first field in which a scenario parts from the record; `is_right`: as vLLM cached what it never computed."""
 
     step: int
     field: str
@@ -136,16 +138,26 @@ def hit_more(recorded: list[list[int]], ours: list[list[int]]) -> int:
     return recorded[0][1] - ours[0][1] if same else 0
 
 
+def first_other_block(recorded: list[list], ours: list[list]) -> int | None:
+    """Of the blocks that a step gave out, the first of ours where the record has another."""
+    theirs, mine = ([block for _, blocks in of_step for block in blocks] for of_step in (recorded, ours))
+    return next((own for own, other in zip(mine, theirs, strict=False) if own != other), None)
+
+
 class Scenario:
     """A scenario on its way through Core.
 
     Attributes:
         late_aborts: aborts that fell between a decision and the output processed in its step.
+        taken_back: blocks that requests would have filled in the very step in which they were preempted, until they are
+            given out again.
     """
 
     def __init__(self, header: dict, requests: list[dict]):
         self.core = build_core(header)
         self.late_aborts = 0
+        self.taken_back: set[int] = set()
+        self._given: set[int] = set()
         self._is_async = header["config"]["async_scheduling"]
         self._depth = self.core.pipeline_depth
         self._arriving = list(reversed(requests))
@@ -169,8 +181,14 @@ class Scenario:
         aborted = [[request, 0] for request in self._due(number, 0)]
         for request, _ in aborted:
             core.abort(request, 0)
+        self.taken_back -= self._given
+        filling = {seq: blocks for seq in core.scheduler.running if (blocks := self._fills(seq))}
         batch = core.decide(0)
+        self.taken_back.update(*(filling.get(seq, ()) for seq in batch.preempted))
         self._in_flight.append((number, batch))
+        given = [[seq.seq_id, [b + 1 for b in ids]] for seq, ids in batch.grown]
+        given += [[row.seq.seq_id, [b + 1 for b in row.seq.block_table]] for row in batch.admitted]
+        self._given = {block for _, blocks in given for block in blocks}
         ours: dict[str, object] = {
             "sched": [[row.seq.seq_id, row.num_tokens, row.start] for row in batch.rows],
             "spec": [[row.seq.seq_id, row.num_drafts] for row in batch.rows if row.num_drafts],
@@ -179,8 +197,7 @@ class Scenario:
             "free": manager.num_free_blocks,
             "run": len(core.scheduler.running),
             "wait": len(core.scheduler.waiting),
-            "blk": [[seq.seq_id, [b + 1 for b in ids]] for seq, ids in batch.grown]
-            + [[row.seq.seq_id, [b + 1 for b in row.seq.block_table]] for row in batch.admitted],
+            "blk": given,
         }
         self._resumed.update(seq.seq_id for seq in batch.preempted)
         for request in self._due(number, 1):
@@ -201,6 +218,12 @@ class Scenario:
         stops = (generated_token(request, row["stop"] - 1),) if "stop" in row else ()
         params = SamplingParams(max_tokens=row["out"], stop_token_ids=stops)
         return Sequence(prompt_tokens(row["prompt"]), params, seq_id=request, priority=row["prio"])
+
+    def _fills(self, seq: Sequence) -> list[int]:
+        """The blocks of a running request, as vLLM numbers them, that its next step can fill."""
+        size, computed = self.core.scheduler.block_manager.block_size, seq.num_computed_tokens
+        first, end = computed // size, seq.num_tokens // size
+        return [block + 1 for block in seq.block_table[first:end]]
 
     def _due(self, number: int, place: int) -> Iterator[int]:
         """The requests that are aborted in a step: before its decision (0) or after it (1); not those that ended."""
@@ -246,7 +269,9 @@ def decide_again(path: Path) -> tuple[int, Difference | None, int]:
                 continue  # a scenario without drafts
             if ours.get(field) != recorded.get(field):
                 difference = Difference(recorded["step"], field, recorded.get(field), ours.get(field))
-                difference.is_right = 0 < hit_more(recorded["adm"], ours.get("adm", [])) <= never_computed
+                difference.is_right = 0 < hit_more(recorded["adm"], ours.get("adm", [])) <= never_computed or (
+                    field == "blk" and first_other_block(recorded["blk"], ours["blk"]) in scenario.taken_back
+                )
                 return number, difference, scenario.late_aborts
     if never_computed:
         return len(steps), Difference(steps[-1]["step"], "hits of tokens never computed", never_computed, 0), 0

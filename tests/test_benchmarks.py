@@ -603,9 +603,34 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
         "m with random weights, W256, 2 x H, medians of 3, one number of ranks after the other, load before 0.5" in text
     )
     assert "| 2 | 1,875 | 1.88x (1.75 to 2.00x) | 3.75 | within the spread (0.8 to 1.60x) |" in text
-    assert "| 1 | 1,000 | 1.00x | 4.00 | 1.00x |" in text
+    assert "| 1 | 1,000 |  | 4.00 |  |" in text
     assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
     assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
+def test_a_window_that_ranks_served_is_shown_beside_its_twins(monkeypatch, tmp_path):
+    page = tmp_path / "tensor-parallel.md"
+    page.write_text("a\n<!-- a window over ranks -->\nold\n<!-- end of a window over ranks -->\nb\n")
+    results = tmp_path / "results"
+    rendered(monkeypatch, results, tmp_path)
+    assert "old" not in page.read_text()
+    found = {
+        "device": "2 x H",
+        "model": "m",
+        "requests": 670,
+        "duration_s": 41.4,
+        "decisions": {"recorded": 6000, "equal": 6000},
+        "served": {"tpot_s.mean": 0.0062, "output_tok_s": 4334.1},
+        "errors": {"profile": {"tpot_s.mean": -0.004, "output_tok_s": 0.0}, "roofline": {"tpot_s.mean": -0.08}},
+    }
+    found["errors"]["roofline"]["output_tok_s"] = 0.002
+    (results / "h").mkdir(parents=True)
+    (results / "h" / "tensor-parallel-window.json").write_text(json.dumps(found))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert "670 requests of the Azure conversation trace in 41 s" in text and "m on 2 x H: 6,000 of 6,000" in text
+    assert "| tpot_s.mean | 6.2 ms | -0.4% | -8.0% |" in text and "| output_tok_s | 4,334 | +0.0% | +0.2% |" in text
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 

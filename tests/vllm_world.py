@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -137,40 +138,60 @@ def steps_of_core(workload: Workload, policy: dict[str, Any]) -> list[Step]:
 
 def build_vllm(workload: Workload, scheduler_cls: type, options: dict[str, Any]) -> Any:
     """A scheduler of vLLM's with a workload's settings."""
+    config = {
+        "max_num_seqs": workload.max_num_seqs,
+        "max_num_batched_tokens": workload.budget,
+        "num_gpu_blocks": workload.num_blocks + 1,
+    }
+    return vllm_scheduler(scheduler_cls, config, options)
+
+
+def vllm_scheduler(scheduler_cls: type, config: dict[str, Any], options: dict[str, Any] | None = None) -> Any:
+    """A scheduler of vLLM's.
+
+    Args:
+        config: vLLM's settings, as the header of a recorded scenario has them; what is left out is vLLM's default.
+        options: what stands under "twinserve" in its additional configuration.
+    """
     import torch
     from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    scheduling = SchedulerConfig(
-        max_num_seqs=workload.max_num_seqs,
-        max_num_batched_tokens=workload.budget,
-        max_model_len=4096,
-        enable_chunked_prefill=True,
-        is_encoder_decoder=False,
+    rest = {
+        "block_size": 16,
+        "enable_prefix_caching": True,
+        "max_model_len": 4096,
+        "pipeline_parallel_size": 1,
+    } | config
+    block_size, num_blocks = rest.pop("block_size"), rest.pop("num_gpu_blocks")
+    caching, ranks, longest = (
+        rest.pop(name) for name in ("enable_prefix_caching", "pipeline_parallel_size", "max_model_len")
     )
-    cache = CacheConfig(block_size=16, gpu_memory_utilization=0.9, enable_prefix_caching=True)
+    scheduling = SchedulerConfig(
+        max_model_len=longest, is_encoder_decoder=False, **{"enable_chunked_prefill": True} | rest
+    )
+    cache = CacheConfig(block_size=block_size, gpu_memory_utilization=0.9, enable_prefix_caching=caching)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
-        model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", seed=0, max_model_len=4096)
-    config = VllmConfig(
+        model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", seed=0, max_model_len=longest)
+    whole = VllmConfig(
         scheduler_config=scheduling,
         model_config=model,
         cache_config=cache,
         device_config=DeviceConfig(device="cpu"),
         parallel_config=ParallelConfig(),
-        additional_config={"twinserve": options},
+        additional_config={"twinserve": options or {}},
     )
-    cache.num_gpu_blocks = workload.num_blocks + 1
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    pool = KVCacheConfig(
-        num_blocks=workload.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-    )
+    whole.parallel_config.pipeline_parallel_size = ranks  # no rank is asked whether it is there
+    cache.num_gpu_blocks = num_blocks
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    groups = [KVCacheGroupSpec(["layer"], spec)]
     return scheduler_cls(
-        vllm_config=config,
-        kv_cache_config=pool,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=16,
+        vllm_config=whole,
+        kv_cache_config=KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+        structured_output_manager=StructuredOutputManager(whole),
+        block_size=block_size,
         log_stats=False,
     )
 
@@ -201,9 +222,14 @@ class VllmWorld:
         self._coming, self._in_flight, self.steps = deque(workload.arrivals), deque(), list[Step]()
         self._steps_ahead = steps_ahead
 
+    @property
+    def is_done(self) -> bool:
+        """Have all requests come and ended?"""
+        return not self._coming and not self.scheduler.requests
+
     def run(self) -> list[Step]:
         """Every decision until all have ended."""
-        while self._coming or self.scheduler.requests:
+        while not self.is_done:
             self.step()
         while self._in_flight:
             self._process(*self._in_flight.popleft())
@@ -271,10 +297,46 @@ def first_difference(ours: list[Step], theirs: list[Step]) -> str | None:
     return None if len(ours) == len(theirs) else f"{len(ours)} steps, vLLM took {len(theirs)}"
 
 
+class Timed:
+    """A world whose scheduler's calls are timed, step by step: for each step the least of several runs."""
+
+    CALLS = ("add_request", "schedule", "get_grammar_bitmask", "update_from_output")
+
+    def __init__(self, workload: Workload, kind: type):
+        self._workload, self._kind = workload, kind
+        self.least_ns: dict[int, int] = {}
+        self.world: VllmWorld
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """Begin a run."""
+        scheduler = build_vllm(self._workload, self._kind, options)
+        for name in self.CALLS:
+            setattr(scheduler, name, self._timed(getattr(scheduler, name)))
+        self.world = VllmWorld(self._workload, scheduler)
+
+    def step(self) -> None:
+        """The next step of the run."""
+        number, self._ns = len(self.world.steps), 0
+        self.world.step()
+        self.least_ns[number] = min(self._ns, self.least_ns.get(number, self._ns))
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            begun = time.perf_counter_ns()
+            try:
+                return call(*arguments)
+            finally:
+                self._ns += time.perf_counter_ns() - begun
+
+        return timed
+
+
 def watch_recorder(workload: Workload, folder: Path) -> tuple[str, bool]:
     """A run by RecordingScheduler, decided again from its journal; what is found, and whether all is equal.
 
-    The share is of what vLLM's scheduler takes without it, the least of seven runs each, in turns.
+    What a step costs is found side by side with vLLM's own scheduler, the two in turns step by step, as the sum over
+    the steps of the least of nine runs: so what else runs on the machine falls on both, or is left out. The thread that
+    writes is told apart: its CPU time.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -282,21 +344,34 @@ def watch_recorder(workload: Workload, folder: Path) -> tuple[str, bool]:
     from twinserve.traces.runs.vllm_records import load_run
     from twinserve.vllm import RecordingScheduler
 
-    seconds: dict[type, list[float]] = {AsyncScheduler: [], RecordingScheduler: []}
-    for number in range(7):
-        for kind, taken in seconds.items():
-            options = {"record": str(folder / f"{workload.name}-{number}")} if kind is RecordingScheduler else {}
-            world = VllmWorld(workload, build_vllm(workload, kind, options))
-            gc.collect()
-            begun = time.process_time()
-            world.run()
-            taken.append(time.process_time() - begun)
+    plain, recorded = Timed(workload, AsyncScheduler), Timed(workload, RecordingScheduler)
+    writer_s = []
+    for number in range(9):
+        plain.begin({})
+        recorded.begin({"record": str(folder / f"{workload.name}-{number}")})
+        gc.collect()
+        pair = plain, recorded
+        while not plain.world.is_done:
+            for timed in pair:
+                timed.step()
+            pair = pair[::-1]
+        writer_s.append(written(recorded.world.scheduler))
     record = load_run(folder / f"{workload.name}-0")
     result = replay(record)
-    plain, recorded = map(min, seconds.values())
+    steps = len(plain.world.steps)
+    before, after = (sum(timed.least_ns.values()) / steps / 1e3 for timed in (plain, recorded))
     found = "equal" if result.is_exact else str(result.difference)
-    told = f"{result.equal:5} of {result.recorded} decisions made again, {recorded / plain - 1:+.1%} time  {found}"
-    return told, result.is_exact
+    cost = f"{before:.0f} us a step {after - before:+.1f} ({after / before - 1:+.1%})"
+    thread = f"its thread {min(writer_s) / steps * 1e6:.1f} us"
+    return f"{result.equal:5} of {result.recorded} decisions made again, {cost}, {thread}  {found}", result.is_exact
+
+
+def written(scheduler: Any) -> float:
+    """Have a recorder write what it has noted, and close it; the CPU time of its thread, in seconds."""
+    clock = time.pthread_getcpuclockid(scheduler._journal._thread.ident)
+    before, begun = time.clock_gettime(clock), time.process_time()
+    scheduler.shutdown()  # waits for the thread, and does nothing else
+    return before + time.process_time() - begun
 
 
 def import_vllm(site: str | Path) -> None:

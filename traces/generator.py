@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_REQUESTS
+from twinserve.settings.limits import MOST_REQUESTS, plain
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
@@ -49,9 +49,10 @@ class LengthSpec:
         kind, *values = text.split(":")
         try:
             if kind == "fixed" and len(values) == 1:
-                spec = cls(int(values[0]))
+                spec = cls(int(plain(values[0])))
             elif kind == "lognormal" and len(values) in (2, 4):
-                spec = cls(float(values[0]), float(values[1]), *(int(value) for value in values[2:]))
+                mean, cv, *ends = map(plain, values)
+                spec = cls(float(mean), float(cv), *map(int, ends))
             else:
                 raise ValueError(kind)
         except ValueError as error:

@@ -221,13 +221,21 @@ class Content:
     def _raw_lines(self) -> Iterator[bytes]:
         with self._reading():
             while raw := self._stream.readline(_PIECE):
-                if len(raw) == _PIECE and b"\0" not in raw:
-                    raw += self._stream.readline(self._most + 1 - _PIECE)
                 self._number += 1
-                if len(raw) > self._most:
-                    raise self._too_large(f"lines of at most {self._most} bytes")
+                if len(raw) == _PIECE and b"\0" not in raw:
+                    raw = self._long_line(raw)
                 self._digest.update(raw)
                 yield raw
+
+    def _long_line(self, raw: bytes) -> bytes:
+        """A line that begins with `raw`, in pieces until it is known not to be too long."""
+        pieces, size = [raw], len(raw)
+        while not pieces[-1].endswith(b"\n") and (piece := self._stream.readline(_PIECE)):
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._most:
+                raise self._too_large(f"lines of at most {self._most} bytes")
+        return b"".join(pieces)
 
     def _decoded(self, raw: bytes) -> str:
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import whole_file
+from twinserve.settings.files import refuse_endless, whole_file
 from twinserve.traces.formats import (
     aiperf,
     azure,
@@ -86,7 +86,7 @@ class Trace:
             conversations, of its files' names and sha256.
         notes: how many requests have what a reader of results should know of: `same_instant` as the request before,
             `repeated_prompt` of an earlier request, `private_prompt` (shared with nothing because nothing is known of
-            it), `one_token_output` (no time between tokens).
+            it), `one_token_output` (no time between tokens), `arrival_not_said` where the file is not timed.
         handled: what was `dropped`, `clipped` or `repaired` on the way, counted by reason.
         epoch_ns: when time 0 was, in nanoseconds since 1970, taken as UTC; None where the file does not say.
         is_timed: whether the file says when requests come; where it does not, all are at 0.
@@ -158,6 +158,8 @@ def _trace(name: str, sha256: str, reading: Reading, path: Path, num_unread: int
         dropped = reading.dropped.total()
         raise InputError("has no requests" + (f" to replay, {dropped} were dropped" if dropped else ""), path=path)
     notes, handled = _notes(requests), reading.handled
+    if not reading.is_timed:
+        notes["arrival_not_said"] = len(requests)
     return Trace(requests, name, sha256, notes, handled, reading.epoch_ns, reading.is_timed, num_unread)
 
 
@@ -305,6 +307,7 @@ def sha256_of(paths: Iterable[Path]) -> str:
 
 def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:
     """The rows of the conversations in a folder, and its sha256."""
+    refuse_endless(folder)
     paths = sorted(path for path in folder.iterdir() if path.name.endswith((".json", ".json.gz")))
     if not paths:
         raise InputError("has no *.json, expected a conversation of WEKA in each", path=folder)

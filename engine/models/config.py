@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, yarn_amplitude
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_endless
 from twinserve.traces.lines import json_file
 
 
@@ -136,6 +137,7 @@ class ModelConfig:
         Raises:
             InputError: a file cannot be read, or asks for something that is not honoured.
         """
+        refuse_endless(folder)
         path = folder / "config.json"
         values = read_json(path)
         generation = folder / "generation_config.json"

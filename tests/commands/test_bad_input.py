@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import limit
+from twinserve.sim.model_configs import load_shape
 from twinserve.traces.readers import read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -167,13 +170,32 @@ def test_an_unknown_option_or_metric_is_refused(twinserve, tmp_path):
         (("--num-gpu-blocks", 10**9), "num_gpu_blocks is 1000000000, expected"),
         (("--num-gpu-blocks", 2**70), "num_gpu_blocks is 1180591620717411303424, expected"),
         (("--block-size", 10**30), "block_size is 1000000000000000000000000000000, expected"),
+        (("--num-gpu-blocks", 9_192_992), "num_gpu_blocks is 9192992, expected"),
         (("--replicas", 10**8), "replicas is 100000000, expected"),
+        (("--replicas", 2000, "--num-gpu-blocks", 40_000), "they have 80000000 (TWINSERVE_MOST_FLEET_BLOCKS)"),
         (("--rate-scale", 1e-300), "factor is 1e-300, expected a number >"),
         (("--session-rate", 1e-300), "rate is 1e-300, expected"),
     ],
 )
 def test_numbers_that_no_machine_can_serve_are_refused_at_once(twinserve, trace, latency, options, words):
     assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--window-s", "0:1_0"), "0:1_0"), (("--replicas", 2, "--die", "\uff11:0:1"), "\uff11:0:1"),
+        (("--latency", "roofline:llama-3-8b@h100:tp=\uff11"), "\uff11"),
+    ],
+)  # fmt: skip
+def test_numbers_that_python_alone_reads_are_refused(twinserve, trace, latency, options, word):
+    given = options if "--latency" in options else ("--latency", latency, *options)
+    assert_refused(twinserve("sim", trace, *given), word)
+
+
+@pytest.mark.parametrize("lengths", ["fixed:1_0", "fixed:\uff11", "lognormal:1_0:1", "lognormal:100:+1"])
+def test_lengths_that_python_alone_reads_are_refused(twinserve, tmp_path, lengths):
+    assert_refused(twinserve("trace", "make", "--out", tmp_path / "out", "--prompt-tokens", lengths), "fixed:N")
 
 
 def test_lengths_that_no_array_can_hold_are_refused_where_they_would_be_served(twinserve, latency, tmp_path):
@@ -220,6 +242,41 @@ def test_settings_that_are_no_toml_are_one_line(twinserve, trace, latency, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    "key", ["a" + ".a" * 50_000, ".".join(['"b b"'] * 3000), "[" + " . ".join(["'c'"] * 3000) + "]"]
+)
+def test_keys_of_thousands_of_parts_are_refused_before_they_take_minutes(twinserve, trace, latency, tmp_path, key):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"# a comment\n{key}{'' if key.startswith('[') else ' = 1'}\n")
+    result = twinserve("sim", trace, "--latency", latency, "--config", plan)
+    assert_refused(result, f"{plan}:2: ", "expected keys of at most 64 parts")
+    result = twinserve("sweep", plan, "--out", tmp_path / "out")
+    assert_refused(result, "expected keys of at most 64 parts")
+    assert result.err.count(str(plan)) == 1
+
+
+def test_dots_that_are_no_keys_are_read(twinserve, trace, tmp_path):
+    plan = tmp_path / "plan.toml"
+    rates = ",\n".join(["1.5, 2.5"] * 40)
+    plan.write_text(f"trace = {str(trace)!r}\n# {'. ' * 300}\nseeds = 1000000000\n[grid]\nrate = [\n{rates}]\n")
+    assert_refused(twinserve("sweep", plan, "--out", tmp_path / "out"), f"{plan}: points is 80000000000, expected")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scheduling-policy", "a\udcff.py:A"), "scheduling_policy is "),
+        (("--admission", "caf\udce9.py:A(x='\udcff')"), "admission is "),
+        (("--replicas", 2, "--router", "rand\udcffm"), "router is "),
+        (("--window-s", "0:\udcff"), "window_s is "),
+        (("--speculative-config", '{"method": "\\ud83d"}'), "speculative_config.method is "),
+        (("--speculative-config", "[" * 100_000), "speculative_config is "),
+    ],
+)
+def test_options_that_are_no_text_or_nested_without_end_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
 def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path):
     (tmp_path / "settings.toml").write_bytes(b"\xef\xbb\xbfmax_num_seqs = 8\r\n")
     assert twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml").code == 0
@@ -230,6 +287,8 @@ def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path
     [
         (("serve", "--simulate", "--record-segment-mib", "1e308", "--record", "r"), "record_segment_mib is 1e+308"),
         (("serve", "--simulate", "--record-segment-s", "inf", "--record", "r"), "record_segment_s is inf"),
+        (("serve", "--simulate", "--tensor-parallel-size", "2"), "tensor_parallel_size is 2, expected none beside"),
+        (("serve", "--simulate", "--model", "m"), "model is 'm', expected none beside --simulate, which has no engine"),
         (("serve", "--simulate", "--time-scale", "1e-300"), "time_scale is 1e-300, expected a number from"),
         (("serve", "--simulate", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from"),
         (("serve", "--simulate", "--max-body-mib", "1e308"), "max_body_mib is 1e+308"),
@@ -277,7 +336,7 @@ def test_a_small_file_without_end_is_refused_before_it_fills_the_memory(twinserv
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("/dev/zero")
     result = twinserve("sim", trace, "--latency", latency, "--config", tmp_path / "settings.toml")
-    assert_refused(result, name, "at most 16777216 bytes", "TWINSERVE_MOST_SETTINGS_BYTES")
+    assert_refused(result, name, "at most 4194304 bytes", "TWINSERVE_MOST_SETTINGS_BYTES")
 
 
 def test_a_class_nested_without_end_is_refused(twinserve, trace, latency, tmp_path):
@@ -324,3 +383,41 @@ def test_a_run_that_no_latency_can_be_fitted_to_leaves_no_law_of_its_drafts_eith
     result = twinserve("fit", run, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
     assert_refused(result, "expected the record of a real run")
     assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("replay record", "run.json"), ("replay record", "steps.jsonl"), ("trace stat record", "requests.jsonl"),
+        ("replay live", "segments/000001/outputs.jsonl"), ("trace stat live", "segments/000000/requests.jsonl"),
+        ("trace stat weka", "a.json"), ("model describe model", "config.json"),
+        ("run trace --model model --out out", "tokenizer.json"), ("fit record --out out", "outputs.jsonl.gz"),
+    ],
+)  # fmt: skip
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(twinserve, tmp_path, monkeypatch, command, name):
+    if command.startswith("run"):
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace").write_text('{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}\n')
+    folder = next(word for word in command.split() if word in ("record", "live", "weka", "model"))
+    run = {
+        "schema": "twinserve-run/2", "world": "real", "device": "x", "versions": {}, "settings": {},
+        "facts": {"trace": {}}, "summary": None,
+    }  # fmt: skip
+    for made in ("segments/000000", "segments/000001") if folder == "live" else ("",):
+        (tmp_path / folder / made).mkdir(parents=True)
+    (tmp_path / folder / "run.json").write_text(json.dumps(run))
+    (tmp_path / folder / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / folder / name)
+    writer = Timer(20, lambda: os.close(os.open(tmp_path / folder / name, os.O_WRONLY)))  # ends what waits
+    writer.daemon = True
+    writer.start()
+    result = twinserve(*command.split())
+    writer.cancel()
+    assert (result.code, result.err) == (2, f"twinserve: {Path(folder, name)}: expected a file or a folder\n")
+
+
+def test_a_link_into_a_devices_bytes_is_refused_too(tmp_path):
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"config.json: expected a file or a folder"):
+        load_shape(tmp_path)

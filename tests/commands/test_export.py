@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_the_trace_is_of_the_documented_form_packed_or_not(run, tmp_path):
         export_perfetto(record, tmp_path / name)
     assert events_of(tmp_path / "a.json") == events_of(tmp_path / "b.json.gz")
     jsonschema.validate(json.loads((tmp_path / "a.json").read_text()), SCHEMA)
+
+
+def test_a_launch_that_is_null_is_drawn_as_one_that_is_not_there(run, tmp_path):
+    for name, change in (("null.json", lambda row: row | {"launched_ns": None}), ("absent.json", dict)):
+        record = load_run(run)
+        export_perfetto(replace(record, steps=[*map(change, record.steps)]), tmp_path / name)
+    assert events_of(tmp_path / "null.json") == events_of(tmp_path / "absent.json")
 
 
 def test_slices_of_a_track_nest_or_follow_one_another(run, fleet, tmp_path):

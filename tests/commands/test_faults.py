@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forked_commands import run_forked
 
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
@@ -37,22 +38,14 @@ class Ends(FirstCome):
 
 
 def command(*arguments: object, folder: Path, limit: int | None = None, **environment: str):
-    """Run a command in a process of its own, which can write no file longer than `limit` bytes."""
+    """Run a command in a process of its own, which can write no file longer than `limit` bytes; with variables of the
+    environment in one that imports all anew."""
     (folder / "tmp").mkdir(exist_ok=True)
-
-    def prepare() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-m", "twinserve", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TMPDIR": str(folder / "tmp"), "XDG_CACHE_HOME": str(folder / "cache")} | environment,
-        preexec_fn=prepare,
-        timeout=120,
-        check=False,
-    )
+    words = [*map(str, arguments)]
+    if not environment:
+        return run_forked(words, folder, limit)
+    python = [sys.executable, "-m", "twinserve"]
+    return subprocess.run([*python, *words], capture_output=True, text=True, env=os.environ | environment, check=False)
 
 
 def left(folder: Path) -> list[str]:

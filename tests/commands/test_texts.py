@@ -62,8 +62,9 @@ def folder(tmp_path, latency) -> Path:
 
 
 def timeless(content: bytes | str) -> str:
-    """A text without the seconds that a command took."""
+    """A text without the seconds that a command took, and without the minute of a record's making."""
     text = content if isinstance(content, str) else content.decode()
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", text)
     return re.sub(r'(wall[_ ]s"?:? *)[0-9.]+', r"\1", text)
 
 

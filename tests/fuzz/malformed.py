@@ -2,13 +2,13 @@
 
 Every input is a valid file, option or body that is changed somewhere. A command may take it, or has to refuse it with
 status 2 and one line, within 10 s of a processor and 1 GB, and leave nothing under the name that it was to write. Each
-runs in a process of its own that is forked from this one, which has imported everything. `--out` keeps the counts.
+runs in a process of its own that is forked from this one, which has imported everything. `--out` keeps the counts;
+those of the last run are in benchmarks/results/malformed.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import latency_case, record_case, settings_case, trace_case
 from command_options import check_commands, option_case
 from engine_cases import body_case, draft_case, engine_case, fit_case, model_case, planning_case, sampling_case
-from outcome import Work, run
+from outcome import Work, keep, run
 from valid import Valid, served, valid_files
 
 CASES: dict[str, Callable[[random.Random, Valid, Path], Work]] = {
@@ -37,7 +37,7 @@ def fuzz(
     count: int, seed: int, say: Callable[[str], None], kinds: tuple[str, ...] = tuple(CASES), only: int | None = None
 ) -> tuple[Counter[str], list[str]]:
     """Try so many inputs; how they ended, by kind and command, and what was wrong."""
-    _import_all()
+    import_all()
     ends: Counter[str] = Counter()
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -73,7 +73,7 @@ GOES_ON = {"sweep", "capacity", "plan"}
 """Commands that keep what they have found, and go on with it."""
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Import what the forked processes would import again and again."""
     import httpx  # noqa: F401
     import torch
@@ -109,8 +109,7 @@ def main() -> None:
         print(f"{end}: {number}")
     print(f"{ends.total()} inputs, {len(faults)} faults")
     if chosen.out is not None:
-        result = {"inputs": ends.total(), "seed": chosen.seed, "faults": faults, "ends": dict(sorted(ends.items()))}
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep(chosen.out, {"inputs": ends.total(), "faults": faults, "ends": dict(sorted(ends.items()))})
     sys.exit(bool(faults))
 
 

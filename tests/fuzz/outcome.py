@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SECONDS, MEGABYTES = 10, 1024
 """Of a processor, and of memory, that a command may take."""
@@ -49,27 +50,56 @@ class Outcome:
         return None if self.status in (0, 2, 3) or (self.status == 1 and not said) else f"status {self.status}"
 
 
-def run(work: Work, folder: Path) -> Outcome:
-    """Do something in `folder`, where relative paths lie, in a process that is forked from this one."""
-    with tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            _do(work, folder, err.fileno())
-        end = time.monotonic() + MOST_S
-        while not (ended := os.wait4(child, os.WNOHANG))[0]:
-            if time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-            time.sleep(0.005)
-        _, status, usage = ended
-        with suppress(ProcessLookupError):  # processes that it has left
+def run(work: Work, folder: Path, prepare: Callable[[], object] | None = None) -> Outcome:
+    """Do something in `folder`, where relative paths lie, in a process that is forked from this one.
+
+    Args:
+        prepare: what that process does first.
+    """
+    reads, err = os.pipe()  # no file, whose length may be limited
+    os.set_blocking(reads, False)
+    child = os.fork()
+    if not child:
+        try:
+            _do(work, folder, err, prepare)
+        finally:  # whatever comes on the way, what is to be cleaned up is the parent's
+            os._exit(99)
+    os.close(err)
+    said, end = b"", time.monotonic() + MOST_S
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
-        err.seek(0)
-        text = err.read().decode("utf-8", "replace")
+        time.sleep(0.005)
+        said += _written(reads)
+    _, status, usage = ended
+    with suppress(ProcessLookupError):  # processes that it has left
+        os.killpg(child, signal.SIGKILL)
+    text = (said + _written(reads)).decode("utf-8", "replace")
+    os.close(reads)
     code = os.waitstatus_to_exitcode(status)
     return Outcome(code, text, usage.ru_maxrss >> 10, code == -signal.SIGKILL)
 
 
-def _do(work: Work, folder: Path, err: int) -> None:
+def _written(reads: int) -> bytes:
+    """What has been written to a pipe by now."""
+    said = b""
+    with suppress(BlockingIOError):
+        while more := os.read(reads, 1 << 16):
+            said += more
+    return said
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write what was found to a file of results, beside the commit, the command and the machine."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from environment import commit, machine
+    from result_files import write_json
+
+    words = ["python", f"tests/fuzz/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    write_json(path, {"machine": machine(), "commit": commit(), "command": shlex.join(words)} | result)
+
+
+def _do(work: Work, folder: Path, err: int, prepare: Callable[[], object] | None) -> None:
     """In the child: do it, and end."""
     code = 99
     try:
@@ -84,6 +114,8 @@ def _do(work: Work, folder: Path, err: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        if prepare is not None:
+            prepare()
         code = _command(work) if isinstance(work, list) else work() or 0
     except BaseException:
         import traceback

@@ -63,6 +63,19 @@ def test_each_applies_and_changes_alone_what_decides(runner):
                 path.write_bytes(right[path])
 
 
+def test_those_of_the_worlds_apply_one_by_one_and_change_alone_a_file_whose_tests_are_known(runner):
+    patches = sorted((FOLDER / "worlds").glob("*.patch"))
+    assert len({runner.bug_of(patch) for patch in patches}) == len(patches) >= 40
+    assert all((ROOT / "tests" / test).is_file() for tests in runner.TESTS_OF.values() for test in tests)
+    with runner.a_copy() as copy:
+        right = {name: (copy / name).read_bytes() for name in runner.TESTS_OF}
+        for patch in patches:
+            assert runner.apply(patch, copy) == "", patch.name
+            (changed,) = [name for name, content in right.items() if (copy / name).read_bytes() != content]
+            assert runner.tests_of(patch) == [f"tests/{test}" for test in runner.TESTS_OF[changed]]
+            (copy / changed).write_bytes(right[changed])
+
+
 @pytest.mark.parametrize("prefixes", [("a/", "b/"), ("", "")])
 def test_a_bug_is_caught_and_the_test_is_named(runner, write, prefixes):
     row = runner.examine(write("wrong", "        return num_tokens // self.block_size\n", prefixes=prefixes), TESTS)
@@ -82,7 +95,7 @@ def test_what_does_not_apply_is_not_caught(runner, write):
 
 def test_the_exit_status_is_1_if_one_survives(runner, write, tmp_path, monkeypatch, capsys):
     write("wrong", "        return num_tokens // self.block_size\n")
-    monkeypatch.setattr(runner, "policy_tests", lambda: TESTS)
+    monkeypatch.setattr(runner, "tests_of", lambda patch: TESTS)
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--json"])
     assert runner.main() == 0
     told = json.loads(capsys.readouterr().out)

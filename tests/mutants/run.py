@@ -1,9 +1,10 @@
-"""Applies each patch of a folder to a copy of the code, runs the policies' tests, and shows which test caught it.
+"""Applies each patch of a folder to a copy of the code, runs the tests of what it changes, and shows which caught it.
 
     python tests/mutants/run.py [FOLDER] [--json]
 
-A patch is a unified diff against policies/, orders/ or sim/horizon.py with one bug, said in its first line; paths may
-begin with `a/` and `b/` or not. FOLDER defaults to this one. Quick tests run first, and the first that fails ends it.
+A patch is a unified diff with one bug, said in its first line; paths may begin with `a/` and `b/` or not. FOLDER
+defaults to this one, whose patches change policies/, orders/ and sim/horizon.py and are for the policies' tests; those
+of the folder `worlds` change a file of TESTS_OF. Quick tests run first, and the first that fails ends it.
 The exit status is 1 if a bug survives, a patch does not apply, or the tests fail without any. Where TWINSERVE_ORACLES
 is set, they read it.
 """
@@ -51,6 +52,17 @@ SLOW = (
     "test_cache_oracle.py",
     "test_own_rules.py",
 )
+TESTS_OF = {
+    "traces/runs/metrics.py": ("traces/runs/test_metrics.py", "traces/runs/test_speculative_records.py"),
+    "traces/statistics.py": ("traces/test_statistics.py",),
+    "sim/fit.py": ("sim/test_fit.py", "sim/test_recorded_steps.py"),
+    "sim/roofline.py": ("sim/test_roofline.py",),
+    "sim/fleet.py": ("sim/test_routers.py", "sim/test_fleet.py", "sim/test_fleet_laws.py", "sim/test_replica.py"),
+    "sim/routers.py": ("sim/test_routers.py", "sim/test_fleet.py", "sim/test_fleet_laws.py"),
+    "sim/replica.py": ("sim/test_replica.py", "sim/test_routers.py", "sim/test_fleet.py"),
+    "engine/sampler.py": ("engine/test_sampler.py", "engine/test_sampling.py"),
+}
+"""The test files of what is no policy, quick ones first."""
 LEAST_LIMIT_S = 60.0
 NUM_WORKERS = os.cpu_count() or 1
 FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
@@ -73,6 +85,13 @@ def policy_tests() -> list[str]:
     paths = sorted((ROOT / "tests" / "policies").glob("test_*.py"))
     paths.sort(key=lambda path: SLOW.index(path.name) if path.name in SLOW else -1)
     return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def tests_of(patch: Path) -> list[str]:
+    """The test files of the file that a patch changes; those of the policies where it is one of theirs."""
+    names = {name.removeprefix("a/") for name in OLD_FILE.findall(patch.read_text(encoding="utf-8"))}
+    own = [f"tests/{test}" for file, tests in TESTS_OF.items() if file in names for test in tests]
+    return own or policy_tests()
 
 
 def bug_of(patch: Path) -> str:
@@ -147,9 +166,8 @@ def main() -> int:
     if not patches:
         parser.error(f"{arguments.folder} holds no *.patch and no *.diff")
     start = time.perf_counter()
-    tests = policy_tests()
     with a_copy() as copy:
-        failed = run_tests(copy, tests)
+        failed = run_tests(copy, [*dict.fromkeys(test for patch in patches for test in tests_of(patch))])
     limit_s = max(LEAST_LIMIT_S, 3 * NUM_WORKERS * (time.perf_counter() - start))
     if failed:
         print(f"without a patch, the tests fail: {failed}", file=sys.stderr)
@@ -158,7 +176,7 @@ def main() -> int:
     if not arguments.json:
         print("| bug | caught by | seconds |\n| --- | --- | ---: |", flush=True)
     with ThreadPoolExecutor(NUM_WORKERS) as workers:
-        for row in workers.map(lambda patch: examine(patch, tests, limit_s), patches):
+        for row in workers.map(lambda patch: examine(patch, tests_of(patch), limit_s), patches):
             rows.append(row)
             if not arguments.json:
                 test = row.caught_by.split("::", 1)[-1] if row.caught_by else f"**{row.why_not}** ({row.patch})"

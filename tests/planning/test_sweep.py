@@ -267,6 +267,33 @@ def test_a_damaged_point_is_refused_by_its_name(twinserve, plan, tmp_path):
     assert_refused(twinserve("sweep", plan, "--out", tmp_path / "out"), str(path), "remove it")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("summary",), None), (("summary", "ttft_s"), None), (("summary", "ttft_s", "p99"), "1"),
+        (("summary", "attainment"), None), (("summary", "attainment", "share"), [1]), (("latency",), 5),
+        (("span_s",), "x"), (("transforms",), {}), (("inputs",), []), (("beyond_fit",), "much"),
+    ],
+)  # fmt: skip
+def test_a_point_of_which_a_part_is_missing_or_of_another_kind_is_refused_by_its_name(tmp_path, trace, place, value):
+    limits = {"limits": "TTFT <= 1 s", "limit": 3}
+    job = Job.of(Point.of({"trace": str(trace), "latency": "smollm2-135m-cpu-2-threads"} | limits))
+    with opened(tmp_path / "out") as store:
+        store.put(job, compute(job))
+    path = next((tmp_path / "out" / "points").iterdir())
+    result = json.loads(path.read_text())
+    within = result
+    for name in place[:-1]:
+        within = within[name]
+    within.pop(place[-1], None)
+    if value is not None:
+        within[place[-1]] = value
+    with opened(tmp_path / "out") as store:
+        path.write_text(json.dumps(result))
+        with pytest.raises(InputError, match=rf"{path}: is not what a sweep wrote, remove it"):
+            store.get(job)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_goes_on_where_it_was(twinserve, plan, tmp_path, jobs):
     """A longer trace keeps the process busy until it is killed; what it had finished then is not touched again."""

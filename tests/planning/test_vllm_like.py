@@ -123,13 +123,26 @@ def test_a_command_line_of_vllm_serve_is_taken_as_it_is():
         "max_num_active_seqs": 64,
         "watermark": 0.01,
     }
-    assert unmodelled == ["--tp", "--port", "--enforce-eager"]
+    assert unmodelled == ["-tp", "--port", "--enforce-eager"]
     assert Settings.load(settings).max_num_seqs == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "unmodelled"),
+    [
+        ("-O3 --max_num_seqs=4 --seed -1", ["-O3", "--seed"]),
+        ("--max-model-len -1 --max-num-seqs 4", ["--max-model-len"]),
+        ("--max-model-len=auto --max-num-seqs 4 --lora_modules a b", ["--max-model-len", "--lora_modules"]),
+    ],
+)
+def test_flags_that_are_not_modelled_are_named_as_they_are_written(text, unmodelled):
+    assert read_vllm_args(text) == ({"max_num_seqs": 4}, unmodelled)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("--max-num-seqs -1 --max-num-seqs=four", "expected a number for --max-num-seqs"),
         ("--max-num-seqs", "expected a number for --max-num-seqs"),
         ("--max-num-seqs many", "expected a number for --max-num-seqs"),
         ("--scheduling-policy fair", "expected fcfs or priority"),

@@ -120,7 +120,31 @@ def test_fields_that_are_not_served_are_refused_unless_they_ask_for_nothing(serv
 def test_broken_bodies_are_refused(serving):
     url = f"{serving(simulated()).url}/v1/completions"
     for content in (b"", b"{", b"[]", b'"a"', b"\xff", b'{"prompt": {"a": 1}}', b'{"prompt": [1, "a"]}'):
-        assert httpx.post(url, content=content, headers={"content-type": "application/json"}).status_code == 400
+        refused = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        assert refused.status_code == 400
+        if content == b"{":
+            problem = "the body is not JSON at character 1: Expecting property name enclosed in double quotes"
+            assert refused.json()["error"] | {"type": ""} == {
+                "message": problem,
+                "type": "",
+                "param": None,
+                "code": 400,
+            }
+
+
+def test_each_chunk_says_what_was_used_where_both_options_ask_for_it(serving):
+    client = serving(simulated()).client()
+    how = {"model": "round", "messages": CHAT, "max_tokens": 4, "stream": True}
+
+    def said(**options: bool) -> list[int | None]:
+        chunks = client.chat.completions.create(**how, stream_options=options)
+        return [None if chunk.usage is None else chunk.usage.completion_tokens for chunk in chunks]
+
+    every = said(include_usage=True, continuous_usage_stats=True)
+    assert every[0] == 0 and every[1:] == sorted(every[1:]) and 1 <= every[1] <= every[-1] == 4
+    *before, last = said(include_usage=True)
+    assert set(before) == {None} and last == 4
+    assert set(said(continuous_usage_stats=True)) == {None}
 
 
 def test_numbers_that_only_the_policies_refuse_are_refused_too(serving):
@@ -255,7 +279,8 @@ def test_the_metrics_say_what_the_record_says_under_both_names(serving, tmp_path
 
 
 def test_200_clients_with_random_aborts_lose_nothing_and_the_record_replays_exactly(serving, tmp_path):
-    running = serving(simulated(num_gpu_blocks=64, max_num_seqs=16), record=tmp_path / "run")
+    # So slow that an answer of 900 tokens takes seconds: who leaves is noticed before it ends, on a busy machine too.
+    running = serving(simulated(4.0, num_gpu_blocks=64, max_num_seqs=16), record=tmp_path / "run")
     draws = random.Random(1)
 
     async def one(client, number):
@@ -274,7 +299,7 @@ def test_200_clients_with_random_aborts_lose_nothing_and_the_record_replays_exac
         if draws.random() < 0.2:
             try:
                 async with asyncio.timeout(draws.random() / 10):
-                    await client.completions.create(model="round", prompt=prompt, max_tokens=600)
+                    await client.completions.create(model="round", prompt=prompt, max_tokens=900)
             except TimeoutError:
                 return None
             return None

@@ -3,6 +3,7 @@
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -452,3 +453,57 @@ def test_nesting_and_digits_beyond_measure_are_one_line(tmp_path, content):
 @pytest.mark.parametrize("name", shipped_latencies())
 def test_files_that_ship_are_what_a_latency_file_should_be(name):
     assert FittedLatency.load(shipped_latencies()[name]).identity
+
+
+def test_a_token_of_a_prompt_and_a_token_beyond_the_largest_graph_decide_the_regime():
+    assert fits.regime_of(features(3, 50, prompt=1), 4) == "prompt"
+    assert fits.regime_of(features(4, 50), 4) == "decode"
+    assert fits.regime_of(features(4, 50, prompt=1), 4) == fits.regime_of(features(5, 50), 4) == "eager"
+    assert fits.regime_of(features(5, 50)) == "decode"
+
+
+@pytest.fixture(scope="module")
+def of_one_line() -> FittedLatency:
+    """The device takes a millisecond and 100 us a token that is computed, padding included."""
+    sizes = Kernels(decodes=(4, 8, 16), decodes_beside=(0, 8, 16), prompt_tokens=(32, 128))
+    samples = []
+    for rows in (1, 4, 6, 8, 12, 16):
+        for step in (features(rows, 100), features(rows, 100, prompt=20)):
+            _, tokens, _ = sizes.padded(rows, step.prompt_tokens, len(step.prompts), 0)
+            samples.append(StepSample(step, 100_000, 1_000_000 + 100_000 * tokens, 50_000))
+    return fit(samples, {"model": "made up", "device": "no device"}, kernels=sizes, holds_out=False)
+
+
+def test_other_limits_are_other_sizes_of_steps(of_one_line):
+    assert of_one_line.at(16, 128) is of_one_line
+    few = of_one_line.at(6, 128)
+    assert few.kernels == of_one_line.kernels.at(6, 128) != of_one_line.kernels
+    assert few.data["kernels"] == few.kernels.as_dict() and few.identity != of_one_line.identity
+
+
+def test_steps_that_begin_while_they_are_launched_are_not_told_at_once(of_one_line):
+    step = features(4, 100)
+    assert of_one_line.step_cost(step).lead_ns > 0 and of_one_line.repeated_costs(step, 5) is None
+
+
+def test_a_shape_counts_as_often_as_it_was_measured():
+    rows, means = np.ones((2, 1)), np.array([100.0, 200.0])
+    for counts, expected in (((1, 1), 150), ((3, 1), 125), ((1, 3), 175)):
+        assert fits.least_squares(rows, means, np.array(counts)) == pytest.approx([expected])
+
+
+def test_errors_have_a_sign_where_it_matters():
+    measured = np.array([100.0, 100.0, 200.0, 100.0])
+    found = fits._errors((np.array([90.0, 120.0, 180.0, 100.0]), measured))
+    assert found == {"mean_abs": 0.1, "p90_abs": pytest.approx(0.17), "bias": 0.0, "total": pytest.approx(-0.02)}
+    assert fits._errors((measured * 0.9, measured)) == dict.fromkeys(("mean_abs", "p90_abs"), 0.1) | dict.fromkeys(
+        ("bias", "total"), -0.1
+    )
+
+
+def test_what_another_row_has_just_read_is_not_read_from_the_pool_again():
+    alone, shared = features(4, 1000), features(4, 1000)._replace(shared_tokens=1500)
+    place = fits.GROWN.index("decode_pool_token")
+    values = [fits.grown(step, Kernels(), 0.0) for step in (alone, shared)]
+    assert [value[place] for value in values] == [4000, 2500]
+    assert values[0][:place] == values[1][:place] and values[0][place + 1 :] == values[1][place + 1 :]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from twinserve.settings.errors import InputError
-from twinserve.sim.model_configs import KINDS, SHAPES, load_shape, shape_of, shipped_models
+from twinserve.sim.model_configs import KINDS, SHAPES, SHAPES_FOLDER, load_shape, shape_of, shipped_models
 from twinserve.sim.shapes import (
     Attention,
     Experts,
@@ -62,6 +63,77 @@ def test_every_kind_has_the_parameters_that_transformers_makes(model_type, tmp_p
         pytest.skip(f"this transformers has no {model_type}")
     (tmp_path / "config.json").write_text(json.dumps(default_config(model_type)))
     assert load_shape(tmp_path).num_parameters == pytest.approx(parameters_in_transformers(model_type), rel=0.001)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(KINDS) - TRANSFORMERS_CANNOT_MAKE - NO_DEFAULTS))
+def test_a_field_that_is_left_out_is_what_transformers_takes_for_it_or_is_asked_for(model_type):
+    pytest.importorskip("transformers")
+    if model_type not in causal_model_types():
+        pytest.skip(f"this transformers has no {model_type}")
+    config = default_config(model_type)
+    whole, num_refused = shape_of(config, model_type, Path("config.json")), 0
+    for name in set(config) - {"model_type"}:
+        fewer = {field: value for field, value in config.items() if field != name}
+        try:
+            assert shape_of(fewer, model_type, Path("config.json")) == whole, name
+        except InputError as error:
+            num_refused += 1
+            assert "config.json: " in str(error) and "expected" in str(error)
+    assert num_refused >= 4
+
+
+JUNK = (None, True, -1, 1.5, 10**30, "x", [], [{}], {}, {"a": 1})
+NAMES_OF_LAYERS = ("quantization_config", "layers_block_type", "hybrid_override_pattern", "layer_types", "text_config")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3", "nemotron_h", "ernie4_5_moe"]
+)
+def test_a_field_of_another_kind_is_refused_by_name_or_means_what_its_absence_does(model_type):
+    pytest.importorskip("transformers")
+    if model_type not in causal_model_types():
+        pytest.skip(f"this transformers has no {model_type}")
+    config, num_refused = dict.fromkeys(NAMES_OF_LAYERS) | default_config(model_type), 0
+    for name, value in product(config, JUNK):
+        try:
+            shape_of(config | {name: value}, model_type, Path("config.json"))
+        except InputError as error:
+            num_refused += 1
+            assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    assert num_refused >= 40
+
+
+QUANTIZED = {
+    "modules_to_not_convert": ["lm_head"], "bits": 4, "group_size": 128, "weight_block_size": [128, 128],
+    "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "group_size": None}}},
+    "ignore": ["lm_head"], "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors"])
+def test_a_quantization_of_another_kind_is_refused_by_name(method):
+    config = json.loads((SHAPES_FOLDER / "qwen3-0.6b" / "config.json").read_text())
+    config["quantization_config"] = said = QUANTIZED | {"quant_method": method}
+    assert shape_of(config, "x", Path("config.json")).num_parameters > 0
+    num_refused = 0
+    for name, value in product(said, (*JUNK, [0, 0], [1], {"a": []}, {"a": {"weights": {"num_bits": {}}}})):
+        try:
+            shape_of(config | {"quantization_config": said | {name: value}}, "x", Path("config.json"))
+        except InputError as error:
+            num_refused += 1
+            assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    assert num_refused >= 20
+    with pytest.raises(InputError, match=r"config.json: quantization_config.quant_method is \[\], expected"):
+        shape_of(config | {"quantization_config": said | {"quant_method": []}}, "x", Path("config.json"))
+
+
+def test_ernies_configuration_without_the_layers_that_have_experts_is_priced_with_a_dense_first_one():
+    config = {
+        "model_type": "ernie4_5_moe", "vocab_size": 103424, "hidden_size": 2560, "intermediate_size": 12288,
+        "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64, "moe_k": 6,
+        "moe_intermediate_size": 1536, "moe_num_shared_experts": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert shape_of(config, "ernie", Path("config.json")).num_parameters == pytest.approx(21.83e9, rel=0.001)
 
 
 def test_every_default_of_transformers_is_of_a_known_kind_or_refused_by_name():

@@ -1,7 +1,8 @@
 """Latency models fitted from recorded runs: known costs are found again, and what cannot be known is not guessed."""
 
 import random
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 
 import pytest
 from vllm_log import CAPTURED, US, write_log
@@ -86,9 +87,20 @@ def drifting(features: StepFeatures) -> tuple[int, int, int, int]:
     return round(bookkeeping * factor), round(launch * factor), device, round(lead * factor)
 
 
-def test_a_host_that_drifts_is_followed_in_its_levels(tmp_path):
-    log = write_log(tmp_path / "log", requests(), SETTINGS | {"pipeline_depth": 1}, cost=drifting)
-    record = load_run(log)
+@pytest.fixture(scope="module")
+def drifted(tmp_path_factory):
+    """A log of a drifting host, by the depth of the pipeline; each is made once."""
+
+    @cache
+    def logged(depth: int):
+        folder = tmp_path_factory.mktemp("drifted") / "log"
+        return write_log(folder, requests(), SETTINGS | {"pipeline_depth": depth}, cost=drifting)
+
+    return logged
+
+
+def test_a_host_that_drifts_is_followed_in_its_levels(drifted):
+    record = load_run(drifted(1))
     model = fit_records([record], {})
     fast, slow = model.data["drift"][2:9], model.data["drift"][12:19]
     assert max(fast) < 0.9 < 1.1 < min(slow)
@@ -99,9 +111,8 @@ def test_a_host_that_drifts_is_followed_in_its_levels(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_the_levels_of_a_host_are_found_without_launch_times(tmp_path, model, depth):
-    log = write_log(tmp_path / "log", requests(), SETTINGS | {"pipeline_depth": depth}, cost=drifting)
-    record = load_run(log)
+def test_the_levels_of_a_host_are_found_without_launch_times(drifted, model, depth):
+    record = load_run(drifted(depth))
     for row in record.steps:
         row["launched_ns"] = None
     levels = host_levels(record, model)
@@ -203,8 +214,28 @@ class Own:
         return 1200 * US + 4 * US * tokens + 90 * features.decode_kv_tokens + 300 * KERNELS.tiles(features.prompts)[1]
 
 
-def own_record(folder, depth: int, *, says_launches: bool = True) -> RunRecord:
-    """A real run of ours as it would have been with the costs of `Own`."""
+@pytest.fixture(scope="module")
+def own_record(tmp_path_factory):
+    """A real run of ours as it would have been with the costs of `Own`, each time one that can be changed."""
+    made = cache(lambda depth: run_of_own(tmp_path_factory.mktemp("own") / "run", depth))
+
+    def record(depth: int, *, says_launches: bool = True) -> RunRecord:
+        found = deepcopy(made(depth))
+        for row in found.steps if not says_launches else ():
+            del row["launched_ns"]
+        return found
+
+    return record
+
+
+@pytest.fixture(scope="module")
+def own_model(own_record):
+    """The model of such a run."""
+    return cache(lambda depth: fit_records([own_record(depth)], {}))
+
+
+def run_of_own(folder, depth: int) -> RunRecord:
+    """Simulate it, and write down when it launched."""
     settings = Settings.load(SETTINGS | {"pipeline_depth": depth})
     facts = {"tokens": None, "trace": {"sha256": ""}, "kernels": KERNELS.as_dict()}
     with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts=facts) as recorder:
@@ -219,16 +250,17 @@ def own_record(folder, depth: int, *, says_launches: bool = True) -> RunRecord:
         bookkeeping, launch = Own().host(features)
         if depth:
             row["decided_ns"] += bookkeeping
-        if says_launches:
-            row["launched_ns"] = row["decided_ns"] + launch
+        row["launched_ns"] = row["decided_ns"] + launch
     return record
 
 
 @pytest.mark.parametrize("says_launches", [True, False])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_run_of_ours_gives_its_costs_whether_or_not_the_host_waited_for_the_device(tmp_path, depth, says_launches):
-    record = own_record(tmp_path / "run", depth, says_launches=says_launches)
-    model = fit_records([record], {})
+def test_a_run_of_ours_gives_its_costs_whether_or_not_the_host_waited_for_the_device(
+    own_record, own_model, depth, says_launches
+):
+    record = own_record(depth, says_launches=says_launches)
+    model = own_model(depth) if says_launches else fit_records([record], {})
     for features in [features for features in features_of(record) if features.seqs][::50]:
         host, device, lead = model.step_cost(features)
         assert device == pytest.approx(Own().device(features), rel=0.03)
@@ -241,27 +273,31 @@ def test_a_run_of_ours_gives_its_costs_whether_or_not_the_host_waited_for_the_de
     assert model.data["kernels"] == KERNELS.as_dict() and not model.drift
 
 
-def test_the_run_that_was_fitted_on_comes_out_as_it_was(tmp_path):
-    record = own_record(tmp_path / "run", 1)
+def test_a_launch_that_is_null_was_not_seen_as_one_that_is_not_there(own_record):
+    absent, null = own_record(1, says_launches=False), own_record(1)
+    for row in null.steps:
+        row["launched_ns"] = None
+    assert fit_records([null], {}).data == fit_records([absent], {}).data
+
+
+def test_the_run_that_was_fitted_on_comes_out_as_it_was(own_record, own_model):
+    record = own_record(1)
     core = Settings.load(record.run["settings"]).build_core()
     ended: list[Sequence] = []
-    simulate(
-        requests(250), core, fit_records([record], {}), params=SamplingParams(ignore_eos=True), progress=ended.append
-    )
+    simulate(requests(250), core, own_model(1), params=SamplingParams(ignore_eos=True), progress=ended.append)
     measured = sum(row["finish_ns"] - row["arrival_ns"] for row in record.requests)
     assert sum(seq.finish_ns - seq.arrival_ns for seq in ended) == pytest.approx(measured, rel=0.01)
 
 
-def test_runs_whose_steps_have_other_sizes_are_not_fitted_together(tmp_path):
-    one, other = (own_record(tmp_path / name, 1) for name in "ab")
+def test_runs_whose_steps_have_other_sizes_are_not_fitted_together(own_record):
+    one, other = own_record(1), own_record(1)
     other.run["facts"]["kernels"] = Kernels().as_dict()
     with pytest.raises(InputError, match="expected runs of one engine, with the same sizes of steps"):
         fit_records([one, other], {})
 
 
-def test_a_step_that_something_held_up_is_left_out(tmp_path):
-    record = own_record(tmp_path / "run", 0)
-    before = fit_records([record], {})
+def test_a_step_that_something_held_up_is_left_out(own_record, own_model):
+    record, before = own_record(0), own_model(0)
     late = record.steps[len(record.steps) // 2]
     late["end_ns"] += 100 * MS
     features = features_of(record)[late["decision"]]
@@ -288,9 +324,9 @@ def own_profile(kernels: Kernels = KERNELS) -> Profile:
     return Profile({"model": "ours"}, kernels, samples)
 
 
-def test_a_profile_and_a_run_are_fitted_together_and_each_says_what_the_other_does_not(tmp_path):
-    record, profile = own_record(tmp_path / "run", 1), own_profile()
-    alone, together = fit_records([record], {}), fit_records([record], {}, profile)
+def test_a_profile_and_a_run_are_fitted_together_and_each_says_what_the_other_does_not(own_record, own_model):
+    record, profile = own_record(1), own_profile()
+    alone, together = own_model(1), fit_records([record], {}, profile)
     made = [features for features in features_of(record) if features.seqs]
     for features in [*made[::50], *(sample.features for sample in profile.samples)]:
         assert together.step_cost(features).device_ns == pytest.approx(Own().device(features), rel=0.03)
@@ -305,7 +341,7 @@ def test_a_profile_and_a_run_are_fitted_together_and_each_says_what_the_other_do
     )
 
 
-def test_a_profile_of_another_engine_is_not_fitted_with_a_run(tmp_path):
-    record = own_record(tmp_path / "run", 1)
+def test_a_profile_of_another_engine_is_not_fitted_with_a_run(own_record):
+    record = own_record(1)
     with pytest.raises(InputError, match="expected a profile of the engine of the runs, with the same sizes"):
         fit_records([record], {}, own_profile(Kernels()))

@@ -14,7 +14,16 @@ from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Colle
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
 from twinserve.sim.roofline import ALL_REDUCE_NS, RooflineLatency
-from twinserve.sim.shapes import Attention, Experts, FeedForward, LatentAttention, Layers, LinearAttention, ModelShape
+from twinserve.sim.shapes import (
+    Attention,
+    Experts,
+    FeedForward,
+    LatentAttention,
+    Layers,
+    LinearAttention,
+    Matrix,
+    ModelShape,
+)
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
 ROUND = Device(
@@ -479,3 +488,45 @@ def test_a_prompt_moves_a_state_once_and_reads_a_window_before_each_of_its_ends(
     narrow = replace(TINY, layers=(Layers(2, Attention(4, 2, 16, 64), FeedForward(128)),))
     read = RooflineLatency(narrow, changed(ROUND, flops=1e18))
     assert attention_ns(read, prefill(10, 1000)) == 2 * (64 + 9) * 2 * 2 * 16 * 2
+
+
+def test_a_prompts_arithmetic_and_its_reading_go_on_at_once():
+    """The one that takes longer is what attention takes, by itself."""
+    computing, reading = changed(ROUND, bandwidth=1e18, flops=1e9), changed(ROUND, bandwidth=1e9, flops=1e18)
+    both = changed(ROUND, bandwidth=1e9, flops=1e9)
+    costs = [attention_ns(RooflineLatency(TINY, device), prefill(50, 200)) for device in (computing, reading, both)]
+    assert min(costs) > 0 and costs[2] == pytest.approx(max(costs[:2]), abs=1) and abs(costs[0] - costs[1]) > 1
+
+
+def test_arithmetic_on_states_is_paid_for_where_it_takes_longer_than_moving_them():
+    mixer = LinearAttention(2, 4, 8, 8, 4)
+    shape = replace(TINY, layers=(Layers(3, mixer, FeedForward(128)),))
+    slow = RooflineLatency(shape, changed(ROUND, bandwidth=1e18, flops=1e9))
+    assert slow._attention(decode(5, 100)) == pytest.approx(5 * 3 * mixer.state_operations)
+    assert slow._attention(prefill(40)) == pytest.approx(40 * 3 * mixer.state_operations)
+
+
+def test_what_is_not_split_each_device_computes_whole():
+    matrix = Matrix(64, 32, is_split=False)
+    one, two = (RooflineLatency(TINY, changed(ROUND, linked=2), degree) for degree in (1, 2))
+    assert one._projection(4, matrix, 1.0, 16.0, 1e3) == two._projection(4, matrix, 1.0, 16.0, 1e3) > 0
+    assert two._projection(4, matrix._replace(is_split=True), 1.0, 16.0, 1e3) < two._projection(
+        4, matrix, 1.0, 16.0, 1e3
+    )
+
+
+def test_many_tokens_read_every_expert_and_one_reads_those_that_it_chooses():
+    layers = Layers(1, Attention(4, 2, 16), Experts(8, 2, 32))
+    latency = RooflineLatency(replace(TINY, layers=(layers,)), changed(ROUND, flops=1e18))
+    weights = sum(matrix.size for matrix in layers.network.of_each(64)) * 2
+    plain = [sum(m.size * 2 + tokens * (m.inputs + m.outputs) * 2 for m in layers.matrices(64)) for tokens in (1, 1000)]
+    moved = sum((matrix.inputs + matrix.outputs) * 2 * 2 for matrix in layers.network.of_each(64))
+    assert latency._layer(layers, 1) == pytest.approx(plain[0] + 2 * weights + moved)
+    assert latency._layer(layers, 1000) == pytest.approx(plain[1] + 8 * weights + 1000 * moved)
+
+
+def test_one_device_more_than_share_a_link_is_refused_and_each_reads_its_part_of_the_heads():
+    device = changed(ROUND, linked=3)
+    assert RooflineLatency(TINY, device, 2).kv_token_ns == RooflineLatency(TINY, device).kv_token_ns / 2 > 0
+    with pytest.raises(ValueError, match="tensor_parallel is 4, expected at most 3, as many as share a link"):
+        RooflineLatency(TINY, device, 4)

@@ -316,7 +316,7 @@ def test_a_folder_without_conversations_is_refused(tmp_path):
             ":1: requests[0].hash_ids is '1 ids', expected 2 ids, one for each whole 4",
         ),
         (
-            {"requests": [turn("0", 10, [1, 2]), turn("x", 10, [1, 2])]},
+            {"requests": [turn(0.0, 10, [1, 2]), turn("x", 10, [1, 2])]},
             ":1: requests[1].t is 'x', expected seconds >= 0",
         ),
         ({"requests": [turn(0.0, 0, [])]}, ":1: requests[0].in is 0, expected an integer >= 1"),

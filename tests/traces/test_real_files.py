@@ -176,6 +176,8 @@ def test_sglangs_results_hold_lengths_and_no_times(read, tmp_path):
     sglang = {name: value for name, value in VLLM.items() if name not in ("start_times", "tokenizer_id")}
     trace = read(json_lines([sglang, sglang]))
     assert (trace.format, trace.is_timed, len(trace.requests)) == ("sglang-bench", False, 4)
+    assert (trace.notes["arrival_not_said"], {request.arrival_ns for request in trace.requests}) == (4, {0})
+    assert trace.handled["repaired"] == {}
     with pytest.raises(InputError, match="a sglang-bench file does not say when requests come: expected session_rate"):
         load_workload(tmp_path / "trace", {})
     assert load_workload(tmp_path / "trace", {}, is_replayed=False).requests
@@ -217,6 +219,23 @@ def test_tables_of_seconds_and_lengths_count_from_their_first_row(read, head, na
 
 
 # --- times ---
+
+
+@pytest.mark.parametrize(
+    ("rows", "field"),
+    [
+        ([VLLM | {"start_times": ["5.5", 6.0, 7.5]}], "start_times"),
+        ([{"benchmarks": [{"requests": {"successful": [GUIDELLM | {"start_time": "17"}]}}]}], "start_time"),
+        ([BAILIAN[0] | {"timestamp": "0.0"}], "timestamp"),
+        ([SESSIONS[0], SESSIONS[1] | {"delay": "1219"}], "delay"),
+        ([SESSIONS[2] | {"timestamp": True}], "timestamp"),
+        ([[PERF[0] | {"start_time": "7.5"}]], "start_time"),
+        ([{"block_size": 4, "requests": [{"t": "0", "in": 8, "out": 3, "hash_ids": [1, 2]}]}], "t"),
+    ],
+)
+def test_a_time_in_json_is_a_number_and_not_its_text(read, rows, field):
+    with pytest.raises(InputError, match=rf"{field} is .*, expected (milli)?seconds >= 0"):
+        read(json_lines(rows))
 
 
 def test_milliseconds_since_1970_count_from_the_first_row_and_when_that_was_is_kept(read, tmp_path):
@@ -292,6 +311,19 @@ def test_a_line_beyond_the_largest_is_refused_before_it_is_read(refused, monkeyp
         "x" * 100_001, ":1: expected lines of at most 100000 bytes; TWINSERVE_LARGEST_VALUE can name a larger number"
     )
     refused(json.dumps({"benchmarks": ["x" * 1000] * 100}, indent=1), ":102: expected a text of at most 100000 bytes")
+
+
+def test_a_line_that_goes_on_is_not_put_together_before_it_is_known_to_end(refused, monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setenv("TWINSERVE_LARGEST_VALUE", str(8 << 20))
+    packed = gzip.compress(b'{"a": "' + b"x" * (64 << 20))
+    tracemalloc.start()
+    try:
+        refused(packed, ":1: expected lines of at most 8388608 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_gigabytes_of_zeros_in_a_small_file_are_refused_at_once(refused):

@@ -22,7 +22,7 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     number, first_ns = 0, None
     sessions: dict[str, int] = {}
     for line in table_rows(lines, path, FIELDS):
-        time_ns = reading.time_ns(line, "Timestamp")
+        time_ns = reading.time_ns(line, "Timestamp", in_table=True)
         prompt_tokens, output_tokens = count(line, "Request tokens", 0), count(line, "Response tokens", 0)
         if not output_tokens or not prompt_tokens:
             reading.dropped["empty_prompt" if output_tokens else "failed"] += 1

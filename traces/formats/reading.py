@@ -53,11 +53,11 @@ class Reading:
             self.clipped["zero_output_served_as_one"] += 1
         return max(length, 1)
 
-    def time_ns(self, line: Line, name: str, *, unit_ns: int = 1_000_000_000) -> int:
-        """A time in seconds, or in units of so many nanoseconds, as text or as a number, in nanoseconds."""
+    def time_ns(self, line: Line, name: str, *, unit_ns: int = 1_000_000_000, in_table: bool = False) -> int:
+        """A time in seconds, or in units of so many nanoseconds, in nanoseconds: a number, in a table its text."""
         value = line.get(name)
         try:
-            if type(value) not in (str, int, float):
+            if type(value) not in ((str,) if in_table else (int, float)):
                 raise ValueError(value)
             time_ns, rounded = nanoseconds(value, unit_ns)
         except ValueError as error:
@@ -156,7 +156,7 @@ def lengths_by_seconds(lines: Iterable[str], path: Path, fields: tuple[str, str,
     first_ns: int | None = None
     for number, line in enumerate(table_rows(lines, path, fields)):
         parts = private_prompt(number, count(line, prompt))
-        time_ns = reading.time_ns(line, time)
+        time_ns = reading.time_ns(line, time, in_table=True)
         first_ns = time_ns if first_ns is None else first_ns
         yield line, time, Request(number, reading.since_first(time_ns, first_ns), parts, count(line, output))
 

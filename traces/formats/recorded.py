@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.files import refuse_endless
 from twinserve.traces.formats.reading import Reading, Rows
 from twinserve.traces.lines import Line, json_lines
 from twinserve.traces.request import Part, Request, answer_text
@@ -73,10 +74,13 @@ def request_files(folder: Path) -> list[Path]:
     """The files that hold the requests of a record.
 
     Raises:
-        InputError: a segment or a replica is missing.
+        InputError: a segment or a replica is missing, or one holds what is no file.
     """
     records = replicas_of(folder) if (folder / REPLICAS).is_dir() else [folder]
-    return [piece / "requests.jsonl" for record in records for piece in segments_of(record) or [record]]
+    pieces = [piece for record in records for piece in segments_of(record) or [record]]
+    for piece in pieces:
+        refuse_endless(piece)
+    return [piece / "requests.jsonl" for piece in pieces]
 
 
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:

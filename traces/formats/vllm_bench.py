@@ -37,9 +37,9 @@ def rows(results: list[Line], reading: Reading) -> Rows:
         if completed is not None and completed != len(answered):
             raise result.error(f"expected {len(answered)}, the requests that have an answer", "completed")
         first_ns = min((request.arrival_ns for _, request in answered), default=0)
-        moved_ns = begun_ns - first_ns if len(results) > 1 else 0
+        moved_ns = begun_ns - first_ns if reading.is_timed and len(results) > 1 else 0
         found += [(line, replace(request, arrival_ns=request.arrival_ns + moved_ns)) for line, request in answered]
-        if len(results) > 1:
+        if reading.is_timed and len(results) > 1:
             begun_ns += reading.time_ns(result, "duration")
             reading.repaired["results_one_after_the_other"] += 1
     yield from reading.sent(found, "start_times" if reading.is_timed else "input_lens")

@@ -83,7 +83,7 @@ def _events_of(record: RunRecord, main: int, origin_ns: int) -> Iterator[Event]:
         args = {name: row[name] for name in _ARGS if name in row}
         kind = "decode" if not row.get("prompt_tokens", 1) else "prompts" if not row.get("decode_tokens") else "mixed"
         name = kind if "tokens" in row else "step"
-        launched_ns = row.get("launched_ns", row["start_ns"])
+        launched_ns = row["start_ns"] if row.get("launched_ns") is None else row["launched_ns"]
         launched_ns = launched_ns if next_ns is None else min(launched_ns, next_ns)
         yield slice_of("decide", row["decided_ns"], max(launched_ns, row["decided_ns"]), main, HOST, args=args)
         # A step that was launched while the one before ran began when that had ended.

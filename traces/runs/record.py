@@ -28,7 +28,7 @@ from twinserve.policies import IS_COMPILED, Batch, CoreListener, SamplingParams,
 from twinserve.policies.core import Growth, Span
 from twinserve.settings.build_core import BY_HAND
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import Nowhere, WholeFolder, write_whole, writing
+from twinserve.settings.files import Nowhere, WholeFolder, refuse_endless, write_whole, writing
 from twinserve.traces.formats import recorded
 from twinserve.traces.formats.recorded import segments_of
 from twinserve.traces.lines import Line, json_file, json_lines_file
@@ -621,6 +621,8 @@ def load_record(path: Path) -> RunRecord:
     path = Path(path)
     run = checked_run(path / "run.json")
     pieces = segments_of(path)
+    for piece in pieces:
+        refuse_endless(piece)
     if run["summary"] is None and not pieces:
         raise InputError("expected an object, as there are no segments", path=path / "run.json", field="summary")
     requests = _read_requests(_in_pieces(path, pieces, "requests.jsonl"))
@@ -757,6 +759,7 @@ def checked_run(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or a field is missing or wrong.
     """
+    refuse_endless(path.parent)
     value = json_file(path)
     if type(value) is not dict:
         raise InputError("expected a JSON object", path=path, value=value)

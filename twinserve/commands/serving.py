@@ -67,6 +67,8 @@ def serve(
     if simulate:
         from twinserve.traces.generator import LengthSpec
 
+        for field, value in engine.items():
+            raise InputError("expected none beside --simulate, which has no engine", field=field, value=value)
         if not 1 / MOST_TIME_SCALE <= time_scale <= MOST_TIME_SCALE:
             expected = f"expected a number from {1 / MOST_TIME_SCALE} to {MOST_TIME_SCALE}"
             raise InputError(expected, field="time_scale", value=time_scale)

@@ -115,7 +115,10 @@ def trace_table(statistics: dict[str, Any]) -> None:
     console = _console(100)
     facts = statistics["trace"]
     sessions = f" in {statistics['sessions']} sessions" if statistics["sessions"] else ""
-    console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} over {statistics['span_s']:.1f} s")
+    span = f"over {statistics['span_s']:.1f} s"
+    if "arrival_not_said" in facts["notes"]:
+        span = "at times that the file does not say"
+    console.print(f"{facts['format']}: {statistics['requests']} requests{sessions} {span}")
     lengths = Table("tokens", "mean", "p50", "p90", "p99", "max", "total")
     for name in ("prompt_tokens", "output_tokens"):
         lengths.add_row(name, *(_number(statistics[name][s]) for s in ("mean", "p50", "p90", "p99", "max", "total")))

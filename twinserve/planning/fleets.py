@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from twinserve.settings.build_core import Settings, pinned_rule
 from twinserve.settings.config import read_table, validated
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_REPLICAS
+from twinserve.settings.limits import MOST_FLEET_BLOCKS, MOST_REPLICAS, plain
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, check_outages
@@ -30,7 +30,7 @@ def parse_outage(text: object) -> Outage:
         return text
     parts = text.split(":") if isinstance(text, str) else []
     try:
-        replica, start, end = parts
+        replica, start, end = map(plain, parts)
         return Outage(int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None)
     except (ValueError, OverflowError) as error:
         raise ValueError("REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down") from error
@@ -176,6 +176,10 @@ class FleetOptions(BaseModel):
             if pool is not None:
                 words[pool] = None
             specs += [ReplicaSpec(chosen, model, facts)] * group.replicas
+        blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
+        if blocks > MOST_FLEET_BLOCKS:
+            expected = f"expected at most {MOST_FLEET_BLOCKS} KV blocks in all pools together, they have {blocks}"
+            raise InputError(f"{expected} (TWINSERVE_MOST_FLEET_BLOCKS)", field="replicas", value=len(specs))
         return specs, list(words)
 
     def serve(

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from twinserve.planning.objectives import Objective, cost_per_million_tokens
 from twinserve.planning.parallel import Workers
@@ -20,9 +23,44 @@ from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import lock_file, write_whole
 from twinserve.settings.limits import MOST_POINTS
+from twinserve.traces.kinds import checker
+from twinserve.traces.lines import Line
+from twinserve.traces.runs.rows import Summary
 
 _AXES = ("grid", "list")
 _OF_THE_PLAN = ("seeds", "objective", "price_per_gpu_hour")
+
+
+@with_config(ConfigDict(strict=True))
+class _Attained(TypedDict):
+    """What kept the limits, see `Attainment.of`."""
+
+    limits: str
+    share: float | None
+    goodput_req_s: float | None
+    goodput_tok_s: float | None
+
+
+@with_config(ConfigDict(strict=True))
+class _Summary(Summary):
+    """Of a point's run."""
+
+    attainment: NotRequired[_Attained]
+
+
+@with_config(ConfigDict(strict=True))
+class _StoredResult(TypedDict):
+    """What a file of a point holds, see `compute`."""
+
+    inputs: dict[str, Any]
+    latency: str
+    span_s: float
+    transforms: list[dict[str, Any]]
+    summary: _Summary
+    beyond_fit: NotRequired[float]
+
+
+_check_result = checker(_StoredResult)
 
 
 @dataclass(frozen=True)
@@ -70,7 +108,7 @@ def load_plan(path: Path | None, overrides: dict[str, Any] | None = None) -> Pla
     try:
         return _plan(({} if path is None else read_toml(path)) | (overrides or {}))
     except InputError as error:
-        if path is None or str(error).startswith(f"{path}: "):
+        if path is None or str(error).startswith(f"{path}:"):
             raise
         raise InputError(str(error), path=path) from error
 
@@ -167,8 +205,11 @@ class Store:
         if job.key not in self._known and self._folder is not None and self._path(job).exists():
             try:
                 result = json.loads(self._path(job).read_text(encoding="utf-8"))
-                if result["inputs"] != job.inputs or not isinstance(result["summary"], dict):
+                if result["inputs"] != job.inputs:
                     raise ValueError("another point's")
+                _check_result(Line(self._path(job), None, result))
+                if job.point.limits is not None and "attainment" not in result["summary"]:
+                    raise ValueError("without attainment")
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise InputError("is not what a sweep wrote, remove it", path=self._path(job)) from error
             self._known[job.key] = result

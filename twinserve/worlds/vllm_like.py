@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,7 +127,10 @@ _NUMBERS = {
     "num-gpu-blocks-override": "num_gpu_blocks",
     "watermark": "watermark",
 }
+_UNMODELLED = {("max-model-len", "auto"), ("max-model-len", "-1")}
+"""What vLLM works out from the memory that is left, which the settings do not know."""
 _POLICY = "scheduling-policy"
+_FLAG = re.compile(r"-[^0-9.]")
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -141,12 +145,12 @@ def read_vllm_args(text: str) -> tuple[dict[str, Any], list[str]]:
     """
     settings: dict[str, Any] = {}
     unmodelled: list[str] = []
-    for flag, value in _flags(text):
+    for word, flag, value in _flags(text):
         on = flag.removeprefix("no-")
         if on in _SWITCHES and value is None:
             is_on = flag == on
             settings[_SWITCHES[on]] = int(is_on) if on == "async-scheduling" else is_on
-        elif flag in _NUMBERS:
+        elif flag in _NUMBERS and (flag, value) not in _UNMODELLED:
             number = _number(flag, value)
             settings[_NUMBERS[flag]] = number - 1 if flag == "num-gpu-blocks-override" else number
         elif flag == _POLICY:
@@ -154,12 +158,12 @@ def read_vllm_args(text: str) -> tuple[dict[str, Any], list[str]]:
                 raise InputError(f"--{flag} is {value}, expected fcfs or priority", field="vllm_args", value=text)
             settings["scheduling_policy"] = value
         else:
-            unmodelled.append(f"--{flag}")
+            unmodelled.append(word)
     return settings, unmodelled
 
 
-def _flags(text: str) -> Iterator[tuple[str, str | None]]:
-    """Each flag of a command line, without dashes in front, and its value."""
+def _flags(text: str) -> Iterator[tuple[str, str, str | None]]:
+    """Each flag of a command line: as it is written, by vLLM's name without dashes in front, and its value."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -168,15 +172,15 @@ def _flags(text: str) -> Iterator[tuple[str, str | None]]:
     while place < len(words):
         word = words[place]
         place += 1
-        if not word.startswith("-"):
+        if not _FLAG.match(word):
             continue
-        flag, equals, value = word.lstrip("-").partition("=")
-        flag = flag.replace("_", "-")
+        written, equals, value = word.partition("=")
+        flag = written.lstrip("-").replace("_", "-")
         takes_none = flag.removeprefix("no-") in _SWITCHES
-        if not equals and not takes_none and place < len(words) and not words[place].startswith("-"):
+        if not equals and not takes_none and place < len(words) and not _FLAG.match(words[place]):
             value, equals = words[place], "="
             place += 1
-        yield flag, value if equals else None
+        yield written, flag, value if equals else None
 
 
 def _number(flag: str, text: str | None) -> int | float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from twinserve.settings.config import validated
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_TOKENS
+from twinserve.settings.limits import MOST_TOKENS, plain
 from twinserve.traces import transforms
 from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
@@ -228,7 +228,7 @@ def _window(text: str) -> tuple[float, float]:
     start, colon, end = text.partition(":")
     try:
         if colon:
-            return float(start), float(end)
+            return float(plain(start)), float(plain(end))
     except ValueError:
         pass
     raise InputError("expected START:END in seconds, such as 60:120", field="window_s", value=text)

@@ -20,6 +20,7 @@ from twinserve.sim.replica import simulate
 from twinserve.traces.runs.metrics import (
     DraftCounts,
     RunMetrics,
+    TokenGaps,
     distribution,
     speculation_of,
     summarize,
@@ -278,6 +279,22 @@ def test_requests_that_did_not_finish_do_not_count():
     assert token_gaps({0: 2}, steps) == {10: 1}
 
 
+@pytest.mark.parametrize("usual", [0, 1])
+def test_gaps_of_a_request_that_is_aborted_are_taken_back_and_those_of_others_stay(usual):
+    """Alone, or in the group of those that sample together: both get tokens after 7, 9 and 11 ns."""
+    gaps = TokenGaps()
+    for seq_id in (1, 2):
+        gaps.begin(seq_id, 9)
+    named = [(1, 1), (2, 1)]
+    for end_ns, rows in ((100, named), (107, named), (116, named), (127, named)):
+        gaps.step(end_ns, bool(usual), [], rows if not usual or end_ns == 100 else [])
+    assert gaps.counts() == {7: 2, 9: 2, 11: 2}
+    gaps.end(1, counts=False)
+    assert gaps.counts() == {7: 1, 9: 1, 11: 1}
+    gaps.end(2, counts=True)
+    assert gaps.counts() == {7: 1, 9: 1, 11: 1}
+
+
 def test_gaps_are_undefined_where_decisions_were_not_kept():
     steps = [step(10, admitted=[(0, 0, 5, 1)]), {"end_ns": 20, "count": 1}]
     assert token_gaps({0: 2}, steps) == {}
@@ -336,3 +353,15 @@ def test_drafts_of_a_fleet_are_those_of_its_replicas_together():
         "drafts": 3, "draft_tokens": 5, "accepted_tokens": 3, "wasted_tokens": 2, "acceptance_rate": 0.6,
         "acceptance_by_position": [2 / 3, 0.5], "tokens_per_step": 2.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_drafts_of_replicas_of_unequal_lengths_are_added_position_by_position(order):
+    short, long = DraftCounts(), DraftCounts()
+    short.add(1, 2)
+    for made in (1, 2, 4):
+        long.add(3, made)
+    found = speculation_of([short, long][::order])
+    assert found is not None
+    assert (found["draft_tokens"], found["accepted_tokens"]) == (10, 5)
+    assert found["acceptance_by_position"] == [3 / 4, 1 / 3, 1 / 3]

@@ -27,8 +27,9 @@ class Copy:
         return [sys.executable, str(own if own.is_file() else script)]
 
     def environment(self) -> dict[str, str]:
-        """In which Python imports this copy and numpy keeps to one thread."""
-        return os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        """In which Python imports this copy, keeps its bytecode, as of what is installed, and numpy has one thread."""
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return kept | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
 
 
 def policies() -> str:

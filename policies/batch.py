@@ -74,10 +74,9 @@ class Batch:
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.skipped: list[Sequence] = []
         self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
-        self.num_waiting = self.num_running = self.num_used_blocks = 0
+        self.num_waiting = self.num_running = self.num_used_blocks = self.seen = self.decided_ns = 0
         self.is_ahead = self.lost_prompts = False
         self.decision = self.committed = -1
-        self.seen = self.decided_ns = 0
         self.launched_ns: int | None = None
         self.start_ns: int | None = None
         self.end_ns: int | None = None
@@ -87,8 +86,7 @@ class Batch:
         self.grown = [(other, block_ids) for other, block_ids in self.grown if other is not seq]
         if seq not in self.seqs:
             return None
-        place = self.seqs.index(seq)
-        row = self.rows[place]
+        row = self.rows[place := self.seqs.index(seq)]
         del self.seqs[place], self.starts[place], self.lengths[place]
         if not row.samples:
             self.chunks.remove(seq)
@@ -100,8 +98,9 @@ class Batch:
 
     def count(self) -> None:
         """Work out who samples and the totals, once every row is there."""
-        chunks = set(self.chunks)
-        self.sampled = [seq for seq in self.seqs if seq not in chunks] if chunks else self.seqs
+        self.sampled = list(self.seqs) if self.chunks else self.seqs
+        for chunk in self.chunks:
+            self.sampled.remove(chunk)
         self.num_tokens = sum(self.lengths)
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from itertools import islice
 from typing import Final
 
-from mypy_extensions import mypyc_attr
+from mypy_extensions import i64, mypyc_attr
 
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
@@ -42,7 +43,7 @@ class BlockManager:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected an integer >= 1")
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size = num_blocks, i64(block_size)
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(range(num_blocks or 0))[::-1]  # free and without content; the last is used next
         self._cached: OrderedDict[int, None] = OrderedDict()  # free as well, behind those, in the order of their use
@@ -55,7 +56,7 @@ class BlockManager:
         return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
 
     @property
-    def cacheable_tokens(self) -> int:
+    def cacheable_tokens(self) -> i64:
         """So many tokens behind its registered ones, a sequence has a block to register; ENDLESS without a cache."""
         return ENDLESS if self.prefix_cache is None else self.block_size
 
@@ -211,13 +212,16 @@ class BlockManager:
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         blank, blocks = self._blank, self.blocks
-        taken = [blank.pop() for _ in range(min(count, len(blank)))]
+        taken = blank[: -count - 1 : -1]
+        del blank[len(blank) - len(taken) :]
         missing = count - len(taken)
         if missing and self.num_blocks is None:
             taken += range(len(blocks), len(blocks) + missing)  # and nothing is evicted
             blocks += [Block(block_id) for block_id in taken[-missing:]]
         elif missing:
-            evicted = [self._cached.popitem(last=False)[0] for _ in range(missing)]
+            evicted = list(islice(self._cached, missing))
+            for block_id in evicted:
+                del self._cached[block_id]
             if self.prefix_cache is not None:
                 self.prefix_cache.remove(evicted)
             taken += evicted
@@ -255,13 +259,11 @@ class BlockManager:
         blank = [block_id for block_id in free if block_id not in cache]
         assert free[: len(blank)] == blank, f"blank blocks {blank} are not the first of those that are free, {free}"
         for seq in self._holders:
-            parent, size = cache.root(seq.salt)[1], self.block_size
+            parent, size, ahead = cache.root(seq.salt)[1], self.block_size, cache.hash_lookahead_tokens
             for index in range(seq.num_registered_tokens // size):
                 entry, content = cache.get(seq.block_table[index]), None
                 if seq.prefix_key is None:
-                    content = token_bytes(
-                        seq.token_ids[index * size : (index + 1) * size + cache.hash_lookahead_tokens]
-                    )
+                    content = token_bytes(seq.token_ids[index * size : (index + 1) * size + ahead])
                 expected = seq.block_hashes[index], content, parent
                 found = None if entry is None else (entry.hash, entry.content, entry.parent)
                 assert entry is not None and found == expected, f"{seq}: block {index} is {found}, not {expected}"

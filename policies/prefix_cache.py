@@ -49,8 +49,7 @@ class PrefixCache:
         if isinstance(hash, str) and hash not in HASHES:
             raise ValueError(f"hash is {hash!r}, expected one of {', '.join(HASHES)}")
         self._digest, self._hash_bytes = HASHES[hash] if isinstance(hash, str) else (hash, 16)
-        self.seed, self._salt = seed, salt
-        self.hash_lookahead_tokens = hash_lookahead_tokens
+        self.seed, self._salt, self.hash_lookahead_tokens = seed, salt, hash_lookahead_tokens
         self.root_hash = self._digest(salt.encode(), seed) if salt else -1
         self._last_prefix = self.ROOT
         self.clear()

@@ -13,7 +13,7 @@ from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
 from twinserve.policies.speculation import Speculation
-from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules
+from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules, bound
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
@@ -75,26 +75,25 @@ class Scheduler:
     ):
         if composition not in COMPOSITIONS:
             raise ValueError(f"composition is {composition!r}, expected one of {', '.join(COMPOSITIONS)}")
-        self.block_manager, self.composition = block_manager, composition
+        self.block_manager, self.composition, self._victim = block_manager, composition, victim
         self.enable_chunked_prefill = enable_chunked_prefill
-        self.max_num_seqs = _limit("max_num_seqs", max_num_seqs)
-        self.max_num_batched_tokens = _limit("max_num_batched_tokens", max_num_batched_tokens)
-        self.max_num_partial_prefills = _limit("max_num_partial_prefills", max_num_partial_prefills)
-        self.long_prefill_token_threshold = _limit("long_prefill_token_threshold", long_prefill_token_threshold or None)
-        self.max_model_len = _limit("max_model_len", max_model_len)
-        self.pipeline_parallel_size = _limit("pipeline_parallel_size", pipeline_parallel_size)
+        self.max_num_seqs = bound("max_num_seqs", max_num_seqs)
+        self.max_num_batched_tokens = bound("max_num_batched_tokens", max_num_batched_tokens)
+        self.max_num_partial_prefills = bound("max_num_partial_prefills", max_num_partial_prefills)
+        self.long_prefill_token_threshold = bound("long_prefill_token_threshold", long_prefill_token_threshold or None)
+        self.max_model_len = bound("max_model_len", max_model_len)
+        self.pipeline_parallel_size = bound("pipeline_parallel_size", pipeline_parallel_size)
         self.rules = VllmRules(PrefillInterval()) if rules is None else rules
         self.waiting: Order = FirstCome() if order is None else order
         self.admission: Admission = VllmAdmission() if admission is None else admission
         self.in_flight: deque[Batch] = deque()
         self.refusal: Refusal | None = None
-        self._victim = victim
         self._running: dict[Sequence, None] = {}
         self._left: list[Sequence] = []
         self._threshold = self.long_prefill_token_threshold
         self.speculation = Speculation() if speculation is None else speculation
         self.speculation.check(composition, self.max_num_batched_tokens)
-        self._left_tokens, self._padding = 0, (0, 0)  # for one more sequence; of an admission without a hit, behind one
+        self._left_tokens, self._padding = self.max_num_batched_tokens, (0, 0)  # without a hit, behind one
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
         self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0
@@ -284,8 +283,7 @@ class Scheduler:
             seq.num_drafts = num_drafts = max(0, start + num_tokens - seq.num_tokens)
             self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
             seq.num_block_tokens -= self.speculation.num_lookahead_tokens
-            seq.status = RUNNING
-            seq.num_computed_tokens = seq.num_cached_tokens
+            seq.status, seq.num_computed_tokens = RUNNING, seq.num_cached_tokens
             seq.admission_index = self._num_admitted
             self._num_admitted += 1
             self._running[seq] = None
@@ -488,18 +486,13 @@ class Scheduler:
             assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
 
-def _limit(name: str, value: int | None) -> int:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}, expected an integer >= 1")
-    return UNLIMITED if value is None else value
-
-
 def checked_tokens(token_ids: Seq[Any] | None, sampled: list[Sequence], number: int) -> list[Any] | None:
     """The tokens of a step as a list, so many for those that sample; None in a simulation. ValueError if they are not
     as many, not 4-byte integers, or none for sequences with token ids."""
-    if token_ids is None and any([seq.has_token_ids for seq in sampled]):
-        raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
     if token_ids is None:
+        for seq in sampled:
+            if seq.has_token_ids:
+                raise ValueError("token_ids is None, expected a token for each sequence, as they have token ids")
         return None
     if len(token_ids) != number:
         raise ValueError(f"{len(token_ids)} tokens for a batch that samples {number}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-from mypy_extensions import mypyc_attr
+from mypy_extensions import i64, mypyc_attr
 
 
 def token_bytes(token_ids: list[int] | array[int]) -> bytes:
@@ -148,21 +148,21 @@ class Sequence:
         self.seq_id = next(_next_seq_id) if seq_id is None else seq_id
         self.has_token_ids = token_ids is not None
         self.token_ids: list[int] = list(token_ids or ())
-        self.num_prompt_tokens = len(self.token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
+        self.num_prompt_tokens: i64 = len(self.token_ids) if self.has_token_ids else int(num_prompt_tokens or 0)
         self.sampling_params = sampling_params or SamplingParams()
         self.stop_token_ids = self.sampling_params.stop_token_ids
         self.prefix_key, self.arrival_ns = prefix_key, arrival_ns
         self.priority, self.salt, self.tenant = priority, salt, tenant
         self.status, self.has_sampled = SequenceStatus.WAITING, False
-        self.arrival_index = self.admission_index = -1
-        self.num_tokens, self.max_tokens = self.num_prompt_tokens, self.sampling_params.max_tokens or 1 << 62
-        self.final_length = self.num_prompt_tokens + self.max_tokens
-        self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = self.num_drafts = 0
+        self.arrival_index = self.admission_index = i64(-1)  # when compiled, a machine's own integer
+        self.max_tokens: i64 = self.sampling_params.max_tokens or 1 << 62
+        self.num_tokens, self.final_length = self.num_prompt_tokens, self.num_prompt_tokens + self.max_tokens
+        self.num_computed_tokens = self.num_in_flight = self.num_scheduled_tokens = self.num_drafts = i64(0)
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []
         self.block_contents: list[bytes | None] = []
-        self.tokens_per_block = BLOCK_SIZE
-        self.num_block_tokens = self.num_registered_tokens = self.num_cached_tokens = self.num_preemptions = 0
+        self.tokens_per_block: i64 = BLOCK_SIZE
+        self.num_block_tokens = self.num_registered_tokens = self.num_cached_tokens = self.num_preemptions = i64(0)
         self.finish_reason: str | None = None
         self.refusal: str | None = None
         self.ingested_ns: int | None = None

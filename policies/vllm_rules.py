@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from mypy_extensions import mypyc_attr
+from mypy_extensions import i64, mypyc_attr
 
 from twinserve.policies.block_manager import BlockManager
 from twinserve.policies.sequence import Sequence
 
 UNLIMITED: Final = 1 << 60
 """A limit that is none; an integer, as all limits are, and of few enough bits to be a machine's own when compiled."""
+
+
+def bound(name: str, value: int | None) -> i64:
+    """A limit; None is none. ValueError, with its name, if it is below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}, expected an integer >= 1")
+    return UNLIMITED if value is None else value
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

@@ -230,14 +230,14 @@ class ServerMetrics(CoreListener):
     # --- what a CoreListener hears ---
 
     def ingested(self, seq: Sequence, number: int) -> None:
-        self._limits.observe(seq.max_tokens)
+        self._limits.observe(int(seq.max_tokens))
 
     def decided(self, batch: Batch) -> None:
         self._preemptions.inc(len(batch.preempted))
         for row in batch.admitted:
             if row.seq not in self._first_hits:
                 self._first_hits[row.seq] = row.start
-                self._queries.inc(row.seq.num_tokens)
+                self._queries.inc(int(row.seq.num_tokens))
                 self._hits.inc(row.start)
                 self._from_device.inc(row.start)
 
@@ -260,9 +260,9 @@ class ServerMetrics(CoreListener):
             else:
                 self._generation_tokens.inc()
                 found = self._first_hits[seq]
-                self._prompt_tokens.inc(seq.num_prompt_tokens)
+                self._prompt_tokens.inc(int(seq.num_prompt_tokens))
                 self._cached_tokens.inc(found)
-                self._by_source[0].inc(seq.num_prompt_tokens - found)
+                self._by_source[0].inc(int(seq.num_prompt_tokens) - found)
                 self._by_source[1].inc(found)
                 self._ttft.observe(((seq.first_token_ns or now_ns) - seq.arrival_ns) / 1e9)
         for gap_ns, count in gaps.items():
@@ -290,11 +290,11 @@ class ServerMetrics(CoreListener):
         self._prefill.observe(first - scheduled)
         self._decode.observe(last - first)
         self._inference.observe(last - scheduled)
-        self._prompts.observe(seq.num_prompt_tokens)
-        self._computed.observe(seq.num_prompt_tokens - cached)
+        self._prompts.observe(int(seq.num_prompt_tokens))
+        self._computed.observe(int(seq.num_prompt_tokens) - cached)
         self._answers.observe(seq.num_completion_tokens)
         self._longest.observe(seq.num_completion_tokens)
-        self._preempted.observe(seq.num_preemptions)
+        self._preempted.observe(int(seq.num_preemptions))
         if seq.num_completion_tokens > 1:
             self._tpot.observe((last - first) / (seq.num_completion_tokens - 1))
 

@@ -40,16 +40,19 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
         return 1
     if not all(before is batch or _is_like(before, batch) for before in in_flight):
         return 1
-    chunks, sampled = set(batch.chunks), batch.sampled
-    if any([seq.has_token_ids for seq in batch.seqs]) or any([seq not in chunks for seq in batch.prompts]):
-        return 1
+    if batch.prompts != batch.chunks:
+        return 1  # somebody's first token came
     steps = cap
-    for seq in sampled:
+    for seq in batch.sampled:
         left = 1 + seq.final_length - seq.num_tokens - seq.num_in_flight
         if left < steps:
             steps = left
+        if seq.has_token_ids:
+            return 1
     for seq in batch.chunks:  # cut by a limit that is the same until the last one
         steps = min(steps, 1 + (seq.num_tokens - seq.num_computed_tokens - 1) // seq.num_scheduled_tokens)
+        if seq.has_token_ids:
+            return 1
     steps = _steps_with_room(scheduler, batch, steps)
     return steps if steps == 1 or _is_head_kept_out(scheduler, batch) else 1
 
@@ -64,7 +67,7 @@ def _steps_with_room(scheduler: Scheduler, batch: Batch, steps: int) -> int:
     """The most decisions, up to `steps`, for which there are free blocks."""
     manager = scheduler.block_manager
     free = manager.num_free_blocks
-    if len(batch) * (1 + manager.blocks_for(steps * max(batch.lengths))) <= free:
+    if 2 * len(batch) + manager.blocks_for(steps * batch.num_tokens) <= free:
         return steps
     fits, most = 1, steps
     middle = most
@@ -133,8 +136,7 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
     evicted one, which was given up after all that lay behind it, so nobody can notice.
     """
     batch, manager = scheduler.in_flight[-1], scheduler.block_manager
-    size, cacheable, chunks = manager.block_size, manager.cacheable_tokens, set(batch.chunks)
-    num_rows = len(batch)
+    size, cacheable, num_rows = manager.block_size, manager.cacheable_tokens, len(batch)
     begun: list[int] = []  # number of a decision * rows + place of the row for which it takes a block: in this order
     full: list[int] = []  # the same where a block becomes full
     for place, seq in enumerate(batch.seqs):
@@ -151,10 +153,10 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
                 full.append(-((shown - end) // num_tokens) * num_rows + place)
                 end += size
         seq.num_computed_tokens = last
-        if seq not in chunks:
-            seq.num_tokens += num_steps
-            past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
-            assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
+    for seq in batch.sampled:
+        seq.num_tokens += num_steps
+        past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
+        assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
     if (interval := scheduler.rules.interval).steps > 1:
         interval.end(num_steps, bool(batch.prompts), None)
     grown = _take_blocks(scheduler, batch, sorted(begun))

@@ -9,6 +9,7 @@ from mypy_extensions import mypyc_attr
 
 from twinserve.policies import Batch
 from twinserve.settings.errors import InputError
+from twinserve.traces.runs.digest import places_of
 from twinserve.traces.runs.metrics import stayed_busy
 
 Count = Any
@@ -57,20 +58,20 @@ class StepFeatures(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
         """The features of a decided batch."""
+        inside, drafts, decodes = batch.prompts, batch.drafts, batch.starts
+        if drafts:
+            known = set(inside)
+            inside = [seq for seq in batch.seqs if seq in known or seq in drafts]
         prompts: list[tuple[int, int]] = []
+        if inside:
+            decodes = list(decodes)
+            for place in reversed(places_of(batch, inside)):
+                prompts.append((decodes.pop(place), batch.lengths[place]))
+            prompts.reverse()
         longest_decode = 0
-        drafts = batch.drafts
-        if not (batch.prompts or drafts):
-            longest_decode = max(batch.starts, default=-1) + 1
-        else:
-            inside, passed = batch.prompts, 0
-            for place, start in enumerate(batch.starts):
-                is_prompt = passed < len(inside) and batch.seqs[place] is inside[passed]
-                passed += is_prompt
-                if is_prompt or (drafts and batch.seqs[place] in drafts):
-                    prompts.append((start, batch.lengths[place]))
-                elif start >= longest_decode:
-                    longest_decode = start + 1
+        for start in decodes:
+            if start >= longest_decode:
+                longest_decode = start + 1
         num_shared = -batch.num_used_blocks
         for seq in batch.seqs:
             num_shared += len(seq.block_table)

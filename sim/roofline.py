@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mypy_extensions import mypyc_attr
@@ -28,7 +28,8 @@ ALL_REDUCE_NS = 6_600
 model of its speed (src/graph/tuning.cc, baseLat)."""
 
 
-class _Mixing(NamedTuple):
+@mypyc_attr(serializable=True)
+class _Mixing:
     """What attention costs in layers that are alike, in nanoseconds on one device.
 
     Attributes:
@@ -39,13 +40,19 @@ class _Mixing(NamedTuple):
         state_ns, state_token_ns: in which a sequence's state is read and written, and of a token's arithmetic on it.
     """
 
-    window: int | None
-    pair_ns: float
-    prompt_pair_ns: float
-    expansion_ns: float
-    kv_token_ns: float
-    state_ns: float
-    state_token_ns: float
+    def __init__(
+        self,
+        window: int | None,
+        pair_ns: float,
+        prompt_pair_ns: float,
+        expansion_ns: float,
+        kv_token_ns: float,
+        state_ns: float,
+        state_token_ns: float,
+    ):
+        self.window, self.pair_ns, self.prompt_pair_ns = window, pair_ns, prompt_pair_ns
+        self.expansion_ns, self.kv_token_ns = expansion_ns, kv_token_ns
+        self.state_ns, self.state_token_ns = state_ns, state_token_ns
 
 
 @mypyc_attr(allow_interpreted_subclasses=True, serializable=True)
@@ -179,13 +186,14 @@ class RooflineLatency:
 
     def _attention(self, features: StepFeatures) -> Any:
         """Nanoseconds of all attention of a step, or a column of them; decodes are one operation, a prompt another."""
-        decodes, tokens = features.decode_tokens, features.decode_kv_tokens
+        decodes, prompts = features.decode_tokens, features.prompts
+        tokens = features.decode_kv_tokens if decodes else 0
         total: Any = 0.0
         for mixing in self._mixing:
             if decodes:
                 seen = tokens if mixing.window is None else _least(tokens, decodes * mixing.window)
                 total = total + seen * max(mixing.pair_ns, mixing.kv_token_ns)
-            for start, length in features.prompts:
+            for start, length in prompts:
                 pairs, read = _in_window(start, length, mixing.window)
                 operations = pairs * mixing.prompt_pair_ns + start * mixing.expansion_ns
                 total = total + _most(operations, read * mixing.kv_token_ns)

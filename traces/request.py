@@ -9,7 +9,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
-from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,8 @@ from twinserve.policies import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-_PACKED = Struct("<4Q").pack
+_PACKED_BYTES = 24
+"""Of what tells a part from others: the length of the part before it, its text and its start."""
 
 
 def answer_text(request_id: int) -> int:
@@ -54,11 +54,15 @@ class Blocks(Seq[Part]):
     def __len__(self) -> int:
         return len(self._texts)
 
-    def __iter__(self) -> Iterator[Part]:
+    def plain(self) -> Iterator[tuple[int, int, int]]:
+        """The parts as plain tuples."""
         num_whole = len(self._texts) - 1
         lengths = chain(repeat(self._size, num_whole), (self._length - self._size * num_whole,))
+        return zip(self._texts, repeat(0), lengths, strict=False)
+
+    def __iter__(self) -> Iterator[Part]:
         # As Part._make does, in two thirds of the time.
-        return map(tuple.__new__, repeat(Part), zip(self._texts, repeat(0), lengths, strict=False))
+        return map(tuple.__new__, repeat(Part), self.plain())
 
     def __getitem__(self, place: Any) -> Any:
         return tuple(self)[place]
@@ -80,9 +84,9 @@ class PrefixKeys:
     __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_parts", "_shifted")
 
     def __init__(self, parts: Seq[Part], answer: int):
-        self._parts = merged(parts)
+        self._parts: Seq[tuple[int, int, int]] = plain(parts) if isinstance(parts, Blocks) else merged(parts)
         self._answer = answer
-        self._ends = list(accumulate([part.length for part in self._parts]))
+        self._ends = list(accumulate([length for _, _, length in self._parts]))
         self._bases: list[int] = []
         # Of the part that was asked about last: it lies behind token _begin, up to _end.
         self._begin = self._end = self._shifted = 0
@@ -115,11 +119,20 @@ class PrefixKeys:
         bases, parts, known = self._bases, self._parts, len(self._bases)
         if known > last:
             return
-        base, length = (bases[-1], parts[known - 1].length) if known else (0, 0)
-        for text, start, next_length in [*parts, (self._answer, 0, 0)][known : last + 1]:
-            base = xxhash.xxh64_intdigest(_PACKED(base, length, text & _MASK, start))
+        base, length_before = (bases[-1], parts[known - 1][2]) if known else (0, 0)
+        values: list[int] = []
+        for text, start, length in [*parts, (self._answer, 0, 0)][known : last + 1]:
+            values += (length_before, text, start)
+            length_before = length
+        packed = array("q", values).tobytes()
+        for place in range(0, len(packed), _PACKED_BYTES):
+            base = xxhash.xxh64_intdigest(packed[place : place + _PACKED_BYTES], base)
             bases.append(base)
-            length = next_length
+
+
+def plain(parts: Seq[Part]) -> list[tuple[int, int, int]]:
+    """Parts as plain tuples."""
+    return list(parts.plain() if isinstance(parts, Blocks) else map(tuple, parts))  # type: ignore[arg-type]
 
 
 def merged(parts: Seq[Part]) -> list[Part]:

@@ -7,15 +7,29 @@ from struct import Struct
 from typing import Final
 
 import xxhash
+from mypy_extensions import i64
 
 from twinserve.policies import Batch, Sequence
 
-_MASK: Final = (1 << 64) - 1
 _HALF: Final = (1 << 32) - 1
-_PACKED = Struct("=5Q").pack
+_PACKED = Struct("=2I4Q").pack
 
 
 Exceptions = list[tuple[Sequence, int, bool]]
+
+
+def places_of(batch: Batch, seqs: list[Sequence]) -> list[int]:
+    """Where the rows of some sequences are, which are in running order; they are looked for from the last row on, as
+    prompts are mostly there."""
+    places: list[int] = []
+    place = len(batch.seqs)
+    for seq in reversed(seqs):
+        place -= 1
+        while batch.seqs[place] is not seq:
+            place -= 1
+        places.append(place)
+    places.reverse()
+    return places
 
 
 def exceptions_of(batch: Batch) -> Exceptions:
@@ -23,14 +37,17 @@ def exceptions_of(batch: Batch) -> Exceptions:
     usual, num_before = batch.usual_tokens, len(batch.seqs) - len(batch.admitted)
     if usual and batch.num_tokens == batch.num_sampled == num_before and not batch.skipped:
         return []
+    if usual and batch.num_decode_tokens == len(batch.seqs) - len(batch.prompts):  # a token each
+        places = [place for place in places_of(batch, batch.prompts) if place < num_before]
+    else:
+        places = list(range(num_before))
+    chunks = set(batch.chunks)
     exceptions: Exceptions = []
-    chunks, passed = batch.chunks, 0
-    for place in range(num_before):
+    for place in places:
         seq, num_tokens = batch.seqs[place], batch.lengths[place]
-        is_chunk = passed < len(chunks) and seq is chunks[passed]
-        passed += is_chunk
-        if is_chunk or num_tokens != usual:
-            exceptions.append((seq, num_tokens, not is_chunk))
+        samples = seq not in chunks
+        if num_tokens != usual or not samples:
+            exceptions.append((seq, num_tokens, samples))
     if batch.skipped:
         exceptions += [(seq, 0, False) for seq in batch.skipped]
         exceptions.sort(key=lambda entry: entry[0].admission_index)
@@ -50,7 +67,8 @@ class Digest:
     def __init__(self) -> None:
         self.exceptions: Exceptions = []
         self._chain = 0
-        self._grown = 0
+        self._grown_lower: i64 = 0
+        self._grown_upper: i64 = 0
         self._steady: tuple | None = None
 
     def of(self, batch: Batch) -> int:
@@ -76,16 +94,19 @@ class Digest:
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
         """The digest up to `batch`, which repeats the one of the call before, with these blocks more."""
         # A sum over (sequence's number * 0x9E3779B97F4A7C15) ^ (block's number * 0xBF58476D1CE4E5B9), modulo 2**64; in
-        # halves of 32 bits, which compiled code adds without making objects of them.
-        lower = upper = 0
+        # halves of 32 bits, which compiled code works out in the machine's own integers.
+        lower, upper = self._grown_lower, self._grown_upper
         for seq, block_ids in grown:
-            number = seq.arrival_index + 1
-            product = number * 0x7F4A7C15
-            own_lower, own_upper = product & _HALF, number * 0x9E3779B9 + (product >> 32) & _HALF
+            number: i64 = seq.arrival_index + 1
+            product: i64 = number * 0x7F4A7C15
+            own_lower: i64 = product & _HALF
+            own_upper: i64 = number * 0x9E3779B9 + (product >> 32) & _HALF
             for block_id in block_ids:
-                product = (block_id + 1) * 0x1CE4E5B9
+                block: i64 = block_id + 1
+                product = block * 0x1CE4E5B9
                 lower += own_lower ^ (product & _HALF)
-                upper += own_upper ^ ((block_id + 1) * 0xBF58476D + (product >> 32) & _HALF)
-        self._grown = self._grown + lower + (upper << 32) & _MASK
-        values = (self._grown, batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running)
-        return xxhash.xxh64_intdigest(_PACKED(*values), self._chain)
+                upper += own_upper ^ (block * 0xBF58476D + (product >> 32) & _HALF)
+        upper += lower >> 32
+        halves = self._grown_lower, self._grown_upper = lower & _HALF, upper & _HALF
+        counts = batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running
+        return xxhash.xxh64_intdigest(_PACKED(*halves, *counts), self._chain)

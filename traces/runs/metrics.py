@@ -15,7 +15,11 @@ from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
+import numpy as np
+
 Row = dict[str, Any]
+Column = Any
+"""A list of integers, or an int64 array."""
 
 SERVED = ("stop", "length")
 """How requests end whose latencies count."""
@@ -103,8 +107,9 @@ class DraftCounts:
 
     def row(self, row: Row) -> None:
         """Take in the next step, told as its row in steps.jsonl."""
-        for (_, number), (_, made, _) in zip(row.get("drafts", ()), row.get("runs", ()), strict=False):
-            self.add(number, made)
+        if "drafts" in row:
+            for (_, number), (_, made, _) in zip(row["drafts"], row.get("runs", ()), strict=False):
+                self.add(number, made)
 
     def add(self, number: int, made: int) -> None:
         """Take in a row with so many drafts that gave so many tokens."""
@@ -289,8 +294,8 @@ def summary_of(parts: Seq[RunMetrics], *, world: str | None = None, wall_s: floa
 def attainment(requests: int, tokens: int, summary: Row) -> dict[str, float | None]:
     """What became of requests that kept limits, in a run whose summary is given.
 
-    `share` is that of all requests that came, those not served or turned away included; `goodput_req_s` and `goodput_tok_s`
-    are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
+    `share` is that of all requests that came, those not served or turned away included; `goodput_req_s` and
+    `goodput_tok_s` are the requests, and their output tokens, over the run's duration (DistServe, OSDI 2024).
 
     Args:
         requests: how many kept the limits.
@@ -302,6 +307,11 @@ def attainment(requests: int, tokens: int, summary: Row) -> dict[str, float | No
         "goodput_req_s": requests / duration_s if duration_s else None,
         "goodput_tok_s": tokens / duration_s if duration_s else None,
     }
+
+
+def total_of(column: Column) -> int:
+    """The sum of a list, or of a column of a long one."""
+    return sum(column) if isinstance(column, list) else int(column.sum())
 
 
 Values = array | tuple[array, array]
@@ -342,8 +352,6 @@ def interpolated(low: float, high: float, fraction: float) -> float:
 
 def _sum_of(values: array, counts: array | None) -> float:
     """The sum of values, each as often as it occurs; of whole ones exactly."""
-    import numpy as np
-
     if values.typecode != "q":
         return math.fsum(values if counts is None else map(mul, values, counts))
     if counts is None:
@@ -359,8 +367,6 @@ def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dic
     Values are counted in bins that rise with them; only the bins in which a rank falls are sorted, so that millions of
     values take no more memory than they lie in.
     """
-    import numpy as np
-
     columns = []
     for values, counts in pairs:
         held = np.frombuffer(values, np.int64 if values.typecode == "q" else np.float64)
@@ -405,13 +411,17 @@ class _Gaps:
         """The place of the next gap."""
         return len(self.pieces) - 1, len(self.pieces[-1][0])
 
-    def add(self, gaps_ns: list[int], times: int) -> None:
+    def add(self, gaps_ns: Column, times: int) -> None:
         """Add gaps that occur so many times each."""
         if len(self.pieces[-1][0]) >= _PIECE:
             self.pieces.append((array("q"), array("i")))
         gaps, counts = self.pieces[-1]
-        gaps.extend(gaps_ns)
-        counts.extend([times] * len(gaps_ns))
+        if len(gaps_ns) == 1:
+            gaps.append(gaps_ns[0])
+            counts.append(times)
+        else:
+            gaps.frombytes(np.asarray(gaps_ns, np.int64).tobytes())
+            counts.extend(array("i", (times,)) * len(gaps_ns))
 
     def take_back(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
         """Count the gaps between two places once less."""
@@ -496,16 +506,17 @@ class TokenGaps:
 
     def row(self, row: Row) -> None:
         """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
-        sampled = [(entry[0], entry[-1]) for entry in (*row["admitted"], *row["rows"])]
+        named: list[list[int]] = row["admitted"] + row["rows"]
+        sampled = [(entry[0], entry[-1]) for entry in named]
         if "runs" in row:
             kept = {seq_id: number for seq_id, _, number in row["runs"]}
             sampled = [(seq_id, kept.get(seq_id, samples)) for seq_id, samples in sampled]
         self.step(row["end_ns"], bool(row["usual"]), row["preempted"], sampled)
         if "repeats" in row:
             periods_ns = row["repeats"]["end_ns"]
-            self.repeat(periods_ns, row["end_ns"] + sum(periods_ns), bool(row["usual"]))
+            self.repeat(periods_ns, row["end_ns"] + total_of(periods_ns), bool(row["usual"]))
 
-    def step(self, end_ns: int, usual: bool, preempted: Iterable[int], rows: Iterable[tuple[int, int]]) -> None:
+    def step(self, end_ns: int, usual: bool, preempted: list[int], rows: list[tuple[int, int]]) -> None:
         """Take in the next step.
 
         Args:
@@ -532,7 +543,7 @@ class TokenGaps:
             if seq_id in self._answers:
                 self._loose[seq_id] = None
 
-    def repeat(self, periods_ns: list[int], end_ns: int, usual: bool) -> None:
+    def repeat(self, periods_ns: Column, end_ns: int, usual: bool) -> None:
         """Take in steps that repeat the one before: nobody ends, is admitted or preempted between them.
 
         Args:
@@ -557,7 +568,7 @@ class TokenGaps:
             answer.shared.append((answer.joined, self._group_gaps.end))
             self._group_size -= 1
 
-    def _sample_group(self, gaps_ns: list[int], end_ns: int) -> None:
+    def _sample_group(self, gaps_ns: Column, end_ns: int) -> None:
         """Each request of the group gets a token after each of these gaps; those that got their last one leave."""
         if self._group_size:
             self._group_gaps.add(gaps_ns, self._group_size)
@@ -611,18 +622,21 @@ class DeviceWaits:
 
     def __init__(self) -> None:
         self.total_ns: int | None = None
-        self._ended_ns = -math.inf
+        self._ended_ns: int | None = None
         self._had_work = False
         self._before: Row = {}
 
     def row(self, row: Row) -> None:
         """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
-        total_ns = self.total_ns or 0
+        total_ns, ended_ns = self.total_ns or 0, self._ended_ns
         self._had_work = self._had_work and stayed_busy(self._before, row)
         if row["tokens"]:
-            start_ns, end_ns = row["start_ns"], row["end_ns"]
-            if (self._had_work or row["decided_ns"] <= self._ended_ns) and start_ns > self._ended_ns:
-                total_ns += start_ns - int(self._ended_ns)
+            start_ns: int = row["start_ns"]
+            end_ns: int = row["end_ns"]
+            if ended_ns is not None and start_ns > ended_ns:
+                decided_ns: int = row["decided_ns"]
+                if self._had_work or decided_ns <= ended_ns:
+                    total_ns += start_ns - ended_ns
             if "repeats" in row:
                 waits_ns, end_ns = _repeated_waits(row)
                 total_ns += waits_ns
@@ -640,7 +654,7 @@ def _repeated_waits(row: Row) -> tuple[int, int]:
     times, start_ns, end_ns = row["repeats"], row["start_ns"], row["end_ns"]
     if "decided_ns" not in times:
         (lag_ns,) = times["start_ns"]
-        return max(0, lag_ns) * len(times["end_ns"]), end_ns + sum(times["end_ns"])
+        return max(0, lag_ns) * len(times["end_ns"]), end_ns + total_of(times["end_ns"])
     waits_ns = 0
     for later_ns, period_ns in zip(times["start_ns"], times["end_ns"], strict=True):
         start_ns += later_ns

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+import numpy as np
 import orjson
 from mypy_extensions import mypyc_attr
 
@@ -32,7 +33,7 @@ from twinserve.traces.formats import recorded
 from twinserve.traces.formats.recorded import segments_of
 from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.readers import sha256_of
-from twinserve.traces.request import Request
+from twinserve.traces.request import Request, plain
 from twinserve.traces.runs.digest import Digest, Exceptions
 from twinserve.traces.runs.metrics import SERVED, RunMetrics, summarize, summary_of
 from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
@@ -68,7 +69,7 @@ _AT_ONCE = 256
 
 def line_of(row: dict[str, Any]) -> bytes:
     """A row as its line. With json's own encoder, rows took an eighth of a simulation's time."""
-    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
 @dataclass(slots=True)
@@ -131,7 +132,7 @@ class RowMaker(CoreListener):
     def ingested(self, seq: Sequence, number: int) -> None:
         """A sequence came in."""
         expected = self._expected.pop(seq.seq_id, None)
-        served = None if expected is None else Served(number, *expected, seq)
+        served = None if expected is None else Served(number, expected[0], expected[1], seq)
         if served is not None:
             self._served[seq.seq_id] = served
         self._come(number, served)
@@ -342,7 +343,7 @@ class RunRecorder(RowMaker):
 def step_row(decided: Decided) -> dict[str, Any]:
     """The row of a step, or of several that repeat one another."""
     batch = decided.batch
-    row = {
+    row: dict[str, Any] = {
         "decision": batch.decision,
         "seen": batch.seen,
         "aborted": _ids(batch.aborted),
@@ -351,8 +352,8 @@ def step_row(decided: Decided) -> dict[str, Any]:
         "start_ns": batch.start_ns,
         "end_ns": batch.end_ns,
         "count": 1 + len(decided.spans),
-        **decision_fields(batch, decided.digest, decided.exceptions),
     }
+    row.update(decision_fields(batch, decided.digest, decided.exceptions))
     if batch.launched_ns is not None:
         row["launched_ns"] = batch.launched_ns
     if batch.runs:
@@ -365,10 +366,10 @@ def step_row(decided: Decided) -> dict[str, Any]:
     return row
 
 
-def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, list[int]]:
-    """The times of the steps that repeat that of `batch`, as `single_steps` reads them."""
+def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, Any]:
+    """The times of the steps that repeat that of `batch`, as `single_steps` reads them; long ones as columns."""
     if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
-        return {"end_ns": spans.periods_ns.tolist(), "start_ns": [spans.lag_ns]}
+        return {"end_ns": np.ascontiguousarray(spans.periods_ns), "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))
@@ -439,10 +440,7 @@ def write_record(record: RunRecord, out: Path) -> None:
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
     """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
-    drafts: dict[str, Any] = {"asked": batch.num_drafts_asked} if batch.num_drafts_asked else {}
-    if batch.drafts:
-        drafts["drafts"] = [[seq.seq_id, number] for seq, number in batch.drafts.items()]
-    return {
+    fields: dict[str, Any] = {
         "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
         "left": _ids(batch.left),
         "preempted": _ids(batch.preempted),
@@ -458,9 +456,13 @@ def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[s
         "used_blocks": batch.num_used_blocks,
         "waiting": batch.num_waiting,
         "running": batch.num_running,
-        **drafts,
-        "digest": f"{digest:016x}",
     }
+    if batch.num_drafts_asked:
+        fields["asked"] = batch.num_drafts_asked
+    if batch.drafts:
+        fields["drafts"] = [[seq.seq_id, number] for seq, number in batch.drafts.items()]
+    fields["digest"] = digest.to_bytes(8, "big").hex()
+    return fields
 
 
 def _ids(seqs: Iterable[Sequence]) -> list[int]:
@@ -535,7 +537,7 @@ def request_row(served: Served) -> dict[str, Any]:
         **(drafts if served.draft_tokens else {}),
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
-        "prompt": list(map(tuple, request.parts)),
+        "prompt": plain(request.parts),
         "ignore_eos": served.sampling.ignore_eos,
         "stop_token_ids": served.sampling.stop_token_ids,
         **request.labels,

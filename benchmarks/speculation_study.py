@@ -3,7 +3,7 @@
     python benchmarks/speculation_study.py [--results FOLDER] [--page FILE] [--check]
 
 Reads FOLDER/CARD/speculation.tar.xz, which benchmarks/speculation_runs.py wrote, and writes the page, and
-FOLDER/CARD/speculation-study.json; with --check it writes neither, and exits with 1 if one would change.
+FOLDER/CARD/draft-study.json; with --check it writes neither, and exits with 1 if one would change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parsing.parse_args()
     (archive,) = sorted(arguments.results.glob("*/speculation.tar.xz"))
-    found, path = measured(archive), archive.parent / "speculation-study.json"
+    found, path = measured(archive), archive.parent / "draft-study.json"
     text = page_of(found)
     if arguments.check:
         is_same = path.exists() and load_json(path) == json.loads(json.dumps(found))
@@ -109,7 +109,8 @@ def page_of(found: dict[str, Any]) -> str:
             f"hidden size of {draft['hidden']} drafts for it, with random weights too, so that which drafts are "
             f"accepted is drawn, each with the given probability. Requests of {options['prompt_tokens']} tokens in and "
             f"{options['output_tokens']} out come at once and all of them run; each case was served once "
-            f"(`{about['command']}`, commit {about['commit']}). All {found['decisions']:,} decisions of these runs are "
+            f"(`{about['command'].split(' --commit')[0]}`, commit {about['commit']}). All {found['decisions']:,} "
+            f"decisions of these runs are "
             f"made again from their records."
         ),
         *prose(

@@ -13,6 +13,7 @@ from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import GPU_MEMORY_UTILIZATION
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_BLOCKS
 
 if TYPE_CHECKING:
     from twinserve.engine.graphs.graph_runner import GraphRunner
@@ -66,7 +67,7 @@ def default_num_blocks(
     step_bytes: int | None = None,
     more_block_bytes: int = 0,
 ) -> int:
-    """Blocks that fit the default budget: 1 GiB of a CPU's memory, or what a CUDA device has left.
+    """Blocks that fit the default budget, 1 GiB of a CPU's memory or what a CUDA device has left, and the settings.
 
     That is `gpu_memory_utilization` of all its memory, less what is taken already, the weights among it, and less what
     the largest step needs for a while.
@@ -80,11 +81,11 @@ def default_num_blocks(
     """
     device, block_bytes = torch.device(device), bytes_per_block(config, block_size, dtype) + more_block_bytes
     if device.type != "cuda":
-        return max(1, CPU_BUDGET_BYTES // block_bytes)
+        return min(max(1, CPU_BUDGET_BYTES // block_bytes), MOST_BLOCKS)
     free, total = torch.cuda.mem_get_info(device)
     budget = gpu_memory_utilization * total - (total - free)
     num_blocks = int(budget - (budget / 10 if step_bytes is None else step_bytes)) // block_bytes
     if num_blocks < 1:
         problem = f"expected more: of {total:,} bytes {total - free:,} are taken, and nothing is left for KV"
         raise InputError(problem, field="gpu_memory_utilization", value=gpu_memory_utilization)
-    return num_blocks
+    return min(num_blocks, MOST_BLOCKS)

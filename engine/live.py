@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from functools import partial
 
 from twinserve.engine.online import Abort, Clock, Executor, Inbox, StepHandle, serve
 from twinserve.policies import Batch, Core, CoreListener, Sequence
@@ -14,6 +17,9 @@ from twinserve.settings.build_core import HearsRules
 from twinserve.settings.errors import RunError
 
 BuildCore = Callable[[CoreListener], Core]
+
+EXIT_LIMIT_S = 5.0
+"""How long the interpreter waits at its end for a loop that nobody has closed."""
 
 Follower = Callable[[list[Sequence]], None]
 """Called in the loop's thread with sequences that may have got a token, or have ended; it reads which from them."""
@@ -96,8 +102,10 @@ class Live(ABC):
         return all(core.is_idle for core in self.cores)
 
     def start(self) -> None:
-        """Start the loop."""
+        """Start the loop, behind which the interpreter ends: a thread that is ended in torch's code would abort it."""
         self._thread.start()
+        self._at_exit = partial(_end, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @abstractmethod
     def walk(self) -> None:
@@ -177,6 +185,7 @@ class Live(ABC):
         """
         self.no_more()
         self._thread.join()
+        atexit.unregister(self._at_exit)
         if isinstance(self.error, AssertionError):
             raise self.error
 
@@ -196,6 +205,13 @@ class Live(ABC):
                 self.error, self._is_closed = error, True
             self._following.tell(list(self._following.followers))
             self._following.followers.clear()
+
+
+def _end(ref: weakref.ref[Live]) -> None:
+    """End a loop that nobody has closed, and wait for what runs in it, for so long at most."""
+    if (live := ref()) is not None:
+        live.no_more()
+        live.join(EXIT_LIMIT_S)
 
 
 class AsyncLLM(Live):

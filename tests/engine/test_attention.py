@@ -14,6 +14,7 @@ from twinserve.engine.layers import AttentionMetadata, PagedAttention, SdpaAtten
 from twinserve.engine.layers.attention import slots_of
 from twinserve.engine.models import ModelConfig
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_BLOCKS
 
 CPU = torch.device("cpu")
 
@@ -131,6 +132,13 @@ def test_the_default_pool_is_a_gibibyte():
     config = config_of(4, 2, 64)
     assert bytes_per_block(config, 16, torch.bfloat16) == 2 * 16 * 2 * 64 * 2
     assert default_num_blocks(config, 16, torch.bfloat16, "cpu") == (1 << 30) // 8192
+
+
+def test_the_default_pool_is_one_that_the_settings_can_have():
+    """Of a token of this model 67 million would fit."""
+    config = config_of(1, 1, 4)
+    assert (1 << 30) // bytes_per_block(config, 1, torch.bfloat16) > MOST_BLOCKS
+    assert default_num_blocks(config, 1, torch.bfloat16, "cpu") == MOST_BLOCKS
 
 
 def test_a_pool_that_does_not_fit_is_refused():

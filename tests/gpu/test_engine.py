@@ -16,6 +16,7 @@ from twinserve.engine.models import adopt_model
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_BLOCKS
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
@@ -199,13 +200,12 @@ def test_kv_in_float8_is_near(qwen3, serving):
 
 
 def test_a_pool_beyond_the_memory_is_refused(qwen3):
-    """The largest pool that the settings have, in blocks of 256 tokens: 8 TiB of the tiny model's KV in bfloat16."""
-    settings = Settings.load({"num_gpu_blocks": 1 << 24, "block_size": 256})
-    size = (1 << 24) * bytes_per_block(adopt_model(qwen3.model).config, 256, torch.bfloat16)
-    assert size == 8 << 40
-    with pytest.raises(
-        InputError, match=f"num_gpu_blocks is 16777216, expected fewer: {size:,} bytes of KV do not fit"
-    ):
+    """The largest pool that the settings have, in blocks of 256 tokens: 2 TiB of the tiny model's KV in bfloat16."""
+    settings = Settings.load({"num_gpu_blocks": MOST_BLOCKS, "block_size": 256})
+    size = MOST_BLOCKS * bytes_per_block(adopt_model(qwen3.model).config, 256, torch.bfloat16)
+    assert size == 2 << 40
+    problem = f"num_gpu_blocks is {MOST_BLOCKS}, expected fewer: {size:,} bytes of KV do not fit"
+    with pytest.raises(InputError, match=problem):
         LLM(qwen3.model, device="cuda", dtype="bfloat16", settings=settings)
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
+import anyio
 import uvicorn
 
 from twinserve.serving.app import Server, make_app
@@ -98,6 +99,8 @@ class Front:
         self.uvicorn.run([listener])
 
     async def _begin(self) -> None:
+        async with anyio.create_task_group():
+            pass  # imports what a stream runs in, for which the first one's tokens would wait
         self._ended = asyncio.Event()
         await self._open(self)
 

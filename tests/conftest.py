@@ -15,6 +15,9 @@ settings.register_profile("deep", max_examples=10_000, deadline=None)
 settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Processes of pytest-xdist have one of their own, and what is printed would be as wide.
+os.environ.pop("COLUMNS", None)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped where torch finds no CUDA device."""

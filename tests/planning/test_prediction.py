@@ -65,7 +65,7 @@ def test_the_command_says_the_limits_in_its_answer_and_in_the_record(twinserve, 
     low, high = summary["intervals"]["tpot_s.mean"]
     assert low < summary["tpot_s"]["mean"] < high
     printed = twinserve("sim", trace, "--latency", latency, "--intervals").out
-    assert "90% limits" in printed and f"{low:.3g} to {high:.3g}" in printed
+    assert "90% limits" in printed and f"{1e3 * low:.3g} to {1e3 * high:.3g}" in printed
     plain = json.loads(twinserve("sim", trace, "--latency", latency, "--json").out)
     assert {name: value for name, value in summary.items() if name not in ("intervals", "wall_s")} == {
         name: value for name, value in plain.items() if name != "wall_s"

@@ -103,22 +103,24 @@ def trace_make(
     from twinserve.traces.readers import write_trace
 
     with in_place_of(out, force) as place:
-        options = {
+        options: dict = {
             "seed": seed,
             "num_requests": requests,
             "rate": rate,
             "arrivals": arrivals,
             "cv": cv,
             "burst_size": burst_size,
-            "peak": peak,
-            "period_s": period_s,
-            "users": users,
-            "priority_shares": _numbers(priority_shares),
             "num_system_prompts": system_prompts,
             "system_prompt_tokens": system_prompt_tokens,
             "turns": turns,
             "think_time_s": think_time_s,
         }
+        if arrivals in ("mmpp", "diurnal"):
+            options |= {"peak": peak, "period_s": period_s}
+        if users:
+            options["users"] = users
+        if priority_shares:
+            options["priority_shares"] = _numbers(priority_shares)
         lengths = {
             "prompt_tokens": parse_lengths(prompt_tokens, "prompt_tokens"),
             "output_tokens": parse_lengths(output_tokens, "output_tokens"),

@@ -247,8 +247,8 @@ def test_a_router_and_the_rules_of_a_group_are_looked_for_beside_the_settings(
         ),
         (
             "{mine}",
-            "expected: round-robin, random, least-outstanding, power-of-two, least-kv-use, session-sticky, oracle-least-remaining, "
-            "prefix-affine, FILE.py:CLASS or FILE.py:CLASS(",
+            "expected: round-robin, random, least-outstanding, power-of-two, least-kv-use, session-sticky, "
+            "oracle-least-remaining, prefix-affine, FILE.py:CLASS or FILE.py:CLASS(",
         ),
         ("{mine}:Modulo(count=-3)", "the router chose "),
     ],

@@ -115,17 +115,15 @@ def trace_make(
             "turns": turns,
             "think_time_s": think_time_s,
         }
-        if arrivals in ("mmpp", "diurnal"):
-            options |= {"peak": peak, "period_s": period_s}
-        if users:
-            options["users"] = users
-        if priority_shares:
-            options["priority_shares"] = _numbers(priority_shares)
+        more = {"peak": peak, "period_s": period_s, "users": users, "priority_shares": _numbers(priority_shares)}
         lengths = {
             "prompt_tokens": parse_lengths(prompt_tokens, "prompt_tokens"),
             "output_tokens": parse_lengths(output_tokens, "output_tokens"),
         }
-        made = generate(**lengths, **options)  # type: ignore[arg-type]
+        made = generate(**lengths, **options, **more)  # type: ignore[arg-type]
+        # What was not made use of is not said, and the bytes are those that they were before it could be.
+        used = {"peak": arrivals in ("mmpp", "diurnal"), "period_s": arrivals in ("mmpp", "diurnal")}
+        options |= {name: value for name, value in more.items() if used.get(name, value)}
         header: dict = {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
         drawn = {name: spec.sha256 for name, spec in lengths.items() if isinstance(spec, EmpiricalLengths)}
         if drawn:

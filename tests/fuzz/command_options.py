@@ -47,6 +47,8 @@ def commands(valid: Valid, folder: Path) -> dict[str, list[str]]:
         "trace fetch": ["azure-2023-conv", "--mirror", "file:///nowhere"],
         "trace make": ["--out", out, "--requests", "20"],
         "record import": [record, out],
+        "record stat": [record],
+        "explain": [record],
         "export": [record, "--format", "csv", "--out", out],
         "config init": [out],
         "config check": [str(valid.plan.with_name("settings.toml"))],

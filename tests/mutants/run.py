@@ -105,7 +105,7 @@ def a_copy() -> Iterator[Path]:
     """A copy of the code and its tests in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="twinserve-mutant-") as folder:
         copy = Path(folder)
-        unwanted = shutil.ignore_patterns("__pycache__", ".*", "results")
+        unwanted = shutil.ignore_patterns("__pycache__", ".*")
         for name in COPIED:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=unwanted)

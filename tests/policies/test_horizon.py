@@ -366,3 +366,22 @@ def test_only_the_latest_decision_has_a_horizon():
     older = core.in_flight[0]
     assert older is not batch and not (older.admitted or older.preempted)
     assert horizon(core, older, 20) == 1
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+@pytest.mark.parametrize(("num_prompt", "budget", "is_chunk"), [(4, 64, False), (40, 3, True)])
+def test_there_is_no_horizon_where_any_token_may_stop_a_sequence(has_ids, num_prompt, budget, is_chunk):
+    core = Core(
+        Scheduler(
+            BlockManager(None, 4), max_num_batched_tokens=budget, enable_chunked_prefill=True, composition="mixed"
+        ),
+        pipeline_depth=0,
+    )
+    params = SamplingParams(max_tokens=50)
+    keys = {} if has_ids else {"num_prompt_tokens": num_prompt, "prefix_key": lambda length: length}
+    core.ingest(Sequence(list(range(num_prompt)) if has_ids else None, params, seq_id=0, **keys), 0)
+    first = core.decide(0)
+    core.commit([7] * len(first.sampled) if has_ids else None, 1)
+    batch = core.decide(1)
+    assert bool(batch.chunks) is is_chunk and not batch.admitted
+    assert (horizon(core, batch, 10) == 1) is has_ids

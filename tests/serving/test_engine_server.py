@@ -307,7 +307,7 @@ def test_a_client_that_goes_away_frees_its_blocks(serving):
             pass
     running.settle()
     assert running.core.scheduler.block_manager.num_used_blocks == 0
-    said = httpx.get(f"{running.url}/metrics").text
+    said = httpx.get(f"{running.url}/metrics", timeout=60).text
     assert 'finished_reason="abort",model_name="tiny"} 1.0' in said
 
 
@@ -324,7 +324,7 @@ def test_what_cannot_be_served_by_the_engine_is_refused(serving):
         ({"prompt": "a", "min_tokens": 17}, "min_tokens is 17, expected at most 16"),
         ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs is 21, expected at most 20"),
     ):
-        response = httpx.post(url, json=body)
+        response = httpx.post(url, json=body, timeout=60)
         assert (response.status_code, message in response.json()["error"]["message"]) == (400, True), response.text
 
 

@@ -31,5 +31,5 @@ def test_no_body_makes_the_server_fail(serving):
     counts = re.search(r"(\d+) generated", result.stdout)
     assert counts is not None and int(counts[1]) > 5 * int(cases), result.stdout
     print(counts[0])
-    assert httpx.get(f"{running.url}/health").status_code == 200
+    assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
     running.settle()

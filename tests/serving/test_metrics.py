@@ -81,7 +81,7 @@ def served(request, serving, tmp_path: Path) -> tuple[dict[tuple[str, str], Any]
     for thread in threads:
         thread.join()
     running.settle()
-    page = httpx.get(f"{running.url}/metrics").text
+    page = httpx.get(f"{running.url}/metrics", timeout=60).text
     running.stop()
     families = list(text_string_to_metric_families(page))
     samples = {(sample.name, sample.labels.get("le", "")): sample for one in families for sample in one.samples}
@@ -135,12 +135,12 @@ def test_requests_over_http_are_counted_by_path_and_status(serving):
     key = {"authorization": "Bearer one"}
     url = f"{running.url}/v1/completions"
     for body, headers, status in (({"prompt": "a"}, key, 200), ({"prompt": 5}, key, 400), ({"prompt": "a"}, {}, 401)):
-        assert httpx.post(url, json=body, headers=headers).status_code == status
-    assert httpx.get(f"{running.url}/nowhere").status_code == 404
+        assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == status
+    assert httpx.get(f"{running.url}/nowhere", timeout=60).status_code == 404
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json={"prompt": "a", "max_tokens": 900}, headers=key, timeout=0.2)
     running.settle()
-    page = httpx.get(f"{running.url}/metrics").text
+    page = httpx.get(f"{running.url}/metrics", timeout=60).text
     samples = [one for family in text_string_to_metric_families(page) for one in family.samples]
     counted = {tuple(sorted(one.labels.items())): one.value for one in samples if one.name == "http_requests_total"}
 

@@ -95,8 +95,8 @@ def test_nothing_that_was_said_is_in_the_record_or_in_a_trace_made_of_it(serving
     running = serving(world(), record=tmp_path / "live")
     body = {"prompt": "my secret is swordfish", "max_tokens": 4, "cache_salt": "hunter2"}
     headers = {"x-session-id": "alice@example.org"}
-    said = httpx.post(f"{running.url}/v1/completions", json=body, headers=headers).json()
-    tokens = httpx.post(f"{running.url}/tokenize", json={"prompt": body["prompt"]}).json()["tokens"]
+    said = httpx.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+    tokens = httpx.post(f"{running.url}/tokenize", json={"prompt": body["prompt"]}, timeout=60).json()["tokens"]
     running.stop()
     assert twinserve("trace", "convert", tmp_path / "live", tmp_path / "shared.jsonl").code == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -137,7 +137,7 @@ def test_tokens_that_are_kept_are_those_that_were_sent_and_answered(tmp_path):
 
     running = Running(TinyModel(), record=tmp_path / "live", tokens=as_they_are).wait()
     body = {"prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
-    said = httpx.post(f"{running.url}/v1/completions", json=body).json()
+    said = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()
     running.stop()
     record = load_record(tmp_path / "live")
     assert (record.prompts, record.outputs) == ({0: [5, 6, 7]}, {0: said["choices"][0]["token_ids"]})

@@ -111,16 +111,18 @@ def test_fields_that_are_not_served_are_refused_unless_they_ask_for_nothing(serv
     url = f"{serving(simulated()).url}/v1/completions"
     for name, neutral in NOT_SERVED.items():
         for value in neutral:
-            assert httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: value}).status_code == 200, name
-        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: "something"})
+            assert httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: value}, timeout=60).status_code == 200, (
+                name
+            )
+        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: "something"}, timeout=60)
         assert (refused.status_code, name in refused.json()["error"]["message"]) == (400, True)
-    assert httpx.post(url, json={"prompt": "a", "max_tokens": 1, "never_heard_of": 1}).status_code == 200
+    assert httpx.post(url, json={"prompt": "a", "max_tokens": 1, "never_heard_of": 1}, timeout=60).status_code == 200
 
 
 def test_broken_bodies_are_refused(serving):
     url = f"{serving(simulated()).url}/v1/completions"
     for content in (b"", b"{", b"[]", b'"a"', b"\xff", b'{"prompt": {"a": 1}}', b'{"prompt": [1, "a"]}'):
-        refused = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        refused = httpx.post(url, content=content, headers={"content-type": "application/json"}, timeout=60)
         assert refused.status_code == 400
         if content == b"{":
             problem = "the body is not JSON at character 1: Expecting property name enclosed in double quotes"
@@ -150,20 +152,28 @@ def test_each_chunk_says_what_was_used_where_both_options_ask_for_it(serving):
 def test_numbers_that_only_the_policies_refuse_are_refused_too(serving):
     url = f"{serving(simulated()).url}/v1/completions"
     for name, value in (("repetition_penalty", 5e-324), ("top_p", 5e-324), ("temperature", 1e300)):
-        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: value})
+        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, name: value}, timeout=60)
         assert (refused.status_code, name in refused.json()["error"]["message"]) == (400, True)
 
 
 def test_the_other_paths_answer(serving):
     url = serving(simulated(), served_model_name=["first", "second"]).url
-    assert httpx.get(f"{url}/health").status_code == httpx.post(f"{url}/ping").status_code == 200
-    assert "version" in httpx.get(f"{url}/version").json()
-    assert [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]] == ["first", "second"]
-    tokens = httpx.post(f"{url}/tokenize", json={"prompt": "über alle", "return_token_strs": True}).json()
+    assert (
+        httpx.get(f"{url}/health", timeout=60).status_code == httpx.post(f"{url}/ping", timeout=60).status_code == 200
+    )
+    assert "version" in httpx.get(f"{url}/version", timeout=60).json()
+    assert [row["id"] for row in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]] == ["first", "second"]
+    tokens = httpx.post(f"{url}/tokenize", json={"prompt": "über alle", "return_token_strs": True}, timeout=60).json()
     assert (tokens["count"], "".join(tokens["token_strs"])) == (len(tokens["tokens"]), "über alle")
-    assert httpx.post(f"{url}/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "über alle"}
-    chat = httpx.post(f"{url}/tokenize", json={"messages": CHAT}).json()
-    assert httpx.post(f"{url}/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"].endswith("<assistant>\n")
+    assert httpx.post(f"{url}/detokenize", json={"tokens": tokens["tokens"]}, timeout=60).json() == {
+        "prompt": "über alle"
+    }
+    chat = httpx.post(f"{url}/tokenize", json={"messages": CHAT}, timeout=60).json()
+    assert (
+        httpx.post(f"{url}/detokenize", json={"tokens": chat["tokens"]}, timeout=60)
+        .json()["prompt"]
+        .endswith("<assistant>\n")
+    )
 
 
 def test_a_key_and_origins_are_asked_for_where_they_are_set(serving):
@@ -171,7 +181,7 @@ def test_a_key_and_origins_are_asked_for_where_they_are_set(serving):
     with pytest.raises(openai.AuthenticationError):
         running.client().models.list()
     assert running.client(api_key="two").models.list().data
-    assert httpx.get(f"{running.url}/health").status_code == 200
+    assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
     headers = {"origin": "http://page", "access-control-request-method": "POST"}
     allowed = httpx.options(f"{running.url}/v1/completions", headers=headers)
     assert allowed.headers["access-control-allow-origin"] == "http://page"
@@ -204,11 +214,11 @@ def test_while_what_serves_is_being_made_every_path_says_503(serving, world):
     running = Running(Slow())
     running.wait(for_host=False)
     for path in ("health", "v1/models", "metrics"):
-        response = httpx.get(f"{running.url}/{path}")
+        response = httpx.get(f"{running.url}/{path}", timeout=60)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     ready.set()
     running.wait()
-    assert httpx.get(f"{running.url}/health").status_code == 200
+    assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
     running.stop()
 
 
@@ -237,7 +247,7 @@ def test_a_stop_string_ends_the_answer_before_it(serving):
 
 
 def scraped(url: str) -> dict[str, float]:
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)
     return {
         sample.name + sample.labels.get("finished_reason", ""): sample.value
         for family in families
@@ -398,10 +408,10 @@ def test_what_a_tokenizer_or_a_template_refuses_is_said_to_the_client(serving, m
     running = serving(simulated())
     with monkeypatch.context() as patch:
         patch.setattr(StandInTokenizer, broken, refuse)
-        answer = httpx.post(running.url + path, json=body)
+        answer = httpx.post(running.url + path, json=body, timeout=60)
     assert answer.status_code == 400
     assert "byte 7 is not among mine" in answer.json()["error"]["message"]
-    assert httpx.post(f"{running.url}/tokenize", json={"prompt": "hello"}).json()["count"] == 2
+    assert httpx.post(f"{running.url}/tokenize", json={"prompt": "hello"}, timeout=60).json()["count"] == 2
 
 
 def test_arguments_that_have_a_template_give_something_else_are_refused(serving, monkeypatch):
@@ -409,4 +419,4 @@ def test_arguments_that_have_a_template_give_something_else_are_refused(serving,
     running = serving(simulated())
     for kwargs, status in ((None, 200), ({"tokenize": False}, 400)):
         body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": kwargs}
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == status
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).status_code == status

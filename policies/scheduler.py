@@ -93,7 +93,7 @@ class Scheduler:
         self._threshold = self.long_prefill_token_threshold
         self.speculation = Speculation() if speculation is None else speculation
         self.speculation.check(composition, self.max_num_batched_tokens)
-        self._left_tokens, self._padding = self.max_num_batched_tokens, (0, 0)  # without a hit, behind one
+        self._left_tokens, self._padding = self.max_num_batched_tokens, (0, 0)  # if nothing hits, if it does
         self._latest: deque[Batch] = deque(maxlen=self.pipeline_parallel_size - 1)
         self._passed_over: dict[Sequence, None] = {}  # waiting ones, as tokens of them were in flight
         self._num_added = self._num_admitted = self._num_released = 0

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from oracle_vllm import depth_of, generated_token, prompt_tokens
-from vllm_world import import_vllm, vllm_scheduler
+from vllm_world import give_output, import_vllm, vllm_scheduler
 
 Row = dict[str, Any]
 
@@ -231,17 +231,7 @@ class Recording:
             self._written[table[place]] = max(self._written.get(table[place], 0), filled)
 
     def _process(self, number: int, output: Any, sampling: list[str]) -> int:
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        names, tokens = list(output.num_scheduled_tokens), []
-        for name in names:
-            request = self._scheduler.requests.get(name)
-            samples = request is not None and name in sampling
-            tokens.append([generated_token(int(name), request.num_output_tokens)] if samples else [])
-        places = {name: place for place, name in enumerate(names)}
-        self._scheduler.update_from_output(
-            output, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=tokens)
-        )
+        give_output(self._scheduler, output, sampling, generated_token)
         for name in map(str, self._ended):
             self._tables.pop(name, None)
         return number

@@ -16,7 +16,7 @@ from twinserve.commands.app import COMMANDS, app
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
-from twinserve.worlds.workload import PointOptions, TraceOptions
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions
 
 SITE = Path(__file__).resolve().parents[1] / "docs" / "site"
 
@@ -47,7 +47,7 @@ def test_a_command_has_its_options_there_or_a_link_to_them(pages, name):
     assert len(arguments) == len(command.params) - len(options)
 
 
-@pytest.mark.parametrize("model", [Settings, EngineOptions, TraceOptions, FleetOptions, PointOptions])
+@pytest.mark.parametrize("model", [Settings, EngineOptions, TraceOptions, FleetOptions, ClientOptions, PointOptions])
 def test_a_setting_has_a_row_with_its_default_and_its_words(pages, model):
     rows = [
         [html.unescape(cell.strip()) for cell in line.split("|")[1:-1]] for line in pages["settings.md"].splitlines()

@@ -104,6 +104,25 @@ def token(request: int, number: int) -> int:
     return 10_000_000 + 1000 * request + number
 
 
+def give_output(scheduler: Any, output: Any, sampling: list[str], token_of: Callable[[int, int], int]) -> None:
+    """Tell vLLM's scheduler what came of a step, in which these requests sample.
+
+    Args:
+        token_of: what a request generates, by how many tokens it had generated before.
+    """
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    names, tokens = list(output.num_scheduled_tokens), []
+    for name in names:
+        request = scheduler.requests.get(name)
+        samples = request is not None and name in sampling
+        tokens.append([token_of(int(name), request.num_output_tokens)] if samples else [])
+    places = {name: place for place, name in enumerate(names)}
+    scheduler.update_from_output(
+        output, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=tokens)
+    )
+
+
 Step = dict[str, Any]
 
 
@@ -260,18 +279,7 @@ class VllmWorld:
             self._process(*self._in_flight.popleft())
 
     def _process(self, output: Any, sampling: list[str]) -> None:
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        names = list(output.num_scheduled_tokens)
-        tokens = []
-        for name in names:
-            request = self.scheduler.requests.get(name)
-            samples = request is not None and name in sampling
-            tokens.append([token(int(name), request.num_output_tokens)] if samples else [])
-        numbers = {name: number for number, name in enumerate(names)}
-        self.scheduler.update_from_output(
-            output, ModelRunnerOutput(req_ids=names, req_id_to_index=numbers, sampled_token_ids=tokens)
-        )
+        give_output(self.scheduler, output, sampling, token)
 
     def _request(self, one: Arrival) -> Any:
         from vllm.sampling_params import SamplingParams as VllmParams

@@ -164,7 +164,7 @@ def generate(
         InputError: a value is out of range.
     """
     _check(num_requests, rate, arrivals, cv, burst_size, num_system_prompts, system_prompt_tokens, turns, think_time_s)
-    _check_more(peak, period_s, users, priority_shares, arrivals)
+    _check_patterns(peak, period_s, users, priority_shares, arrivals)
     draws = _Draws.seeded(seed, prompt_tokens, output_tokens, num_system_prompts, think_time_s)
     gaps_s = _gaps(random.Random(f"{seed}:gaps"), rate / turns, arrivals, cv, burst_size, peak, period_s)
     priority_rng, kinds = random.Random(f"{seed}:priorities"), range(len(priority_shares))
@@ -210,8 +210,8 @@ def _check(
     require(0 <= think_time_s <= 1e6, "think_time_s", think_time_s, "seconds from 0 to 1e6")
 
 
-def _check_more(peak: float, period_s: float, users: int, priority_shares: Seq[float], arrivals: str) -> None:
-    """The same of what was added to them."""
+def _check_patterns(peak: float, period_s: float, users: int, priority_shares: Seq[float], arrivals: str) -> None:
+    """Refuse patterns of arrivals, users and priorities that are out of range."""
     most = 2 if arrivals == "diurnal" else 1e3
     require(1 < peak <= most, "peak", peak, f"a number above 1, and at most {most:g}")
     require(1e-3 <= period_s <= 1e9, "period_s", period_s, "seconds from 0.001 to 1e9")

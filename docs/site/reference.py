@@ -24,7 +24,7 @@ from twinserve.traces.formats.own import TRACE_FORMAT
 from twinserve.traces.runs.record import FIRST_SCHEMA, SCHEMA
 from twinserve.traces.runs.vllm_journal import FORMAT as JOURNAL
 from twinserve.traces.runs.vllm_records import FORMAT as STEP_LOG
-from twinserve.worlds.workload import PointOptions, TraceOptions
+from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +33,7 @@ GROUPS: dict[str, tuple[type[BaseModel], str]] = {
     "Engine": (EngineOptions, "What executes on the engine; the table `[engine]` of a file."),
     "Trace options": (TraceOptions, "How a trace is changed before it is replayed, in this order."),
     "Fleet": (FleetOptions, "Replicas behind a router; the table `[fleet]` of a file."),
+    "Clients": (ClientOptions, "What clients and the door of an engine do, in simulations."),
     "Point": (PointOptions, "What a point of a sweep or of a search has beside those."),
 }
 """Models whose fields are options, by the heading that `-h` has them under."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import eq, ge, lt
 from typing import Any, NamedTuple
 
 from twinserve.policies import Sequence
@@ -82,30 +83,29 @@ def judged(outcomes: Iterable[Outcome], warm_up_s: float = 0.0, drain_s: float =
     return [one for one in ordered if first_ns <= one.arrival_ns <= last_ns]
 
 
-@dataclass(frozen=True)
 class Class:
-    """Requests that have something in common: a tenant, a priority, a session, or prompts of some length."""
+    """Requests that have something in common: a tenant, a priority, a session, or prompts of some length.
 
-    text: str
+    Args:
+        text: such as "tenant=a" or "prompt>=4000".
 
-    def __post_init__(self) -> None:
-        found = _CLASS.fullmatch(self.text)
+    Raises:
+        ValueError: it has another form.
+    """
+
+    def __init__(self, text: str):
+        found = _CLASS.fullmatch(text)
         if found is None or (found[1] != "prompt" and found[2] != "="):
             raise ValueError("expected tenant=NAME, priority=N, session=N, prompt>=TOKENS or prompt<TOKENS")
         if found[1] != "tenant" and not re.fullmatch(r"-?\d{1,18}", found[3]):
-            raise ValueError(f"{self.text}: expected a number of at most 18 digits")
+            raise ValueError(f"{text}: expected a number of at most 18 digits")
+        self._name = "num_prompt_tokens" if found[1] == "prompt" else found[1]
+        self._compare = {"=": eq, ">=": ge, "<": lt}[found[2]]
+        self._value: str | int = found[3] if found[1] == "tenant" else int(found[3])
 
     def has(self, one: Outcome) -> bool:
         """Is a request one of them?"""
-        found = _CLASS.fullmatch(self.text)
-        assert found is not None
-        name, sign, value = found.groups()
-        if name == "tenant":
-            return one.tenant == value
-        if name == "prompt":
-            own = one.num_prompt_tokens
-            return own >= int(value) if sign == ">=" else own < int(value) if sign == "<" else own == int(value)
-        return getattr(one, name) == int(value)
+        return bool(self._compare(getattr(one, self._name), self._value))
 
 
 @dataclass(frozen=True)

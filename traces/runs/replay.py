@@ -92,6 +92,32 @@ def replay(
     return ReplayResult(equal, len(record.steps), _unequal_end(core, record), record.num_unanswered)
 
 
+class Hearer(CoreListener):
+    """Hears records decided again.
+
+    Attributes:
+        core: what decides again the one that is heard.
+    """
+
+    core: Core
+
+    def hear(self, record: RunRecord) -> None:
+        """Have a record decided again.
+
+        Raises:
+            InputError: that cannot be done exactly, so what its decisions could see is not known.
+        """
+        settings = settings_of(record)
+
+        def build(**options: Any) -> Core:
+            self.core = settings.build_core(**options)
+            return self.core
+
+        result = replay(record, build_core=build, listener=self)
+        if not result.is_exact:
+            raise InputError(f"cannot be decided again exactly: {result.difference}", path=record.path)
+
+
 def _unequal_end(core: Core, record: RunRecord) -> Difference | None:
     """What is otherwise once the last steps' outputs are known, of a run in which every request was answered."""
     if record.num_unanswered or not record.steps:

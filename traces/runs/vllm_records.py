@@ -19,7 +19,7 @@ from twinserve.settings.vllm_versions import nearest_version
 from twinserve.traces.lines import Content, json_file, json_lines_file, json_value
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request
-from twinserve.traces.runs.fleet_record import is_fleet, load_fleet
+from twinserve.traces.runs.fleet_record import is_fleet, load_fleet, load_replicas
 from twinserve.traces.runs.metrics import summarize
 from twinserve.traces.runs.record import SCHEMA, RunRecord, load_record
 from twinserve.traces.runs.vllm_journal import (
@@ -54,6 +54,15 @@ _ROW = (
 )
 _COPIED_SETTINGS = (*SCHEDULING, "max_model_len", "block_size", "enable_prefix_caching")
 _STEPS_OF_A_PROFILE = 13
+
+
+def load_deciders(path: Path, traces: Path | None = None) -> list[RunRecord]:
+    """The record of a run, see `load_run`; of a fleet those of its replicas, as each of them decides.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    return load_replicas(path) if is_fleet(path) else [load_run(path, traces)]
 
 
 def load_run(path: Path, traces: Path | None = None) -> RunRecord:

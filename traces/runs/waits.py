@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from twinserve.policies import Batch, Core, CoreListener, Scheduler, Sequence
+from twinserve.policies import Batch, Scheduler, Sequence
 from twinserve.policies.vllm_rules import VllmAdmission
-from twinserve.settings.errors import InputError
 from twinserve.traces.runs.record import RunRecord
-from twinserve.traces.runs.replay import replay, settings_of
+from twinserve.traces.runs.replay import Hearer
 
 CAUSES = {
     "router": "before its replica had it: at the router, or on a replica that died",
@@ -31,7 +30,6 @@ CAUSES = {
     "host": "nothing ran: decisions, launches, results",
 }
 """What a nanosecond can be charged to, each with what it means."""
-
 
 OTHERS = "another's prompt"
 
@@ -113,7 +111,7 @@ class _Life:
         self.until(end_ns, self.pending, self.prompts)
 
 
-class _Explainer(CoreListener):
+class _Explainer(Hearer):
     """Hears a run decided again, and charges the times of its requests.
 
     The time of a request that is in a step goes into the end of the step before, the host, and the step, in this order.
@@ -122,7 +120,7 @@ class _Explainer(CoreListener):
     """
 
     def __init__(self, record: RunRecord):
-        self._record, self._settings = record, settings_of(record)
+        self._record = record
         self._rows = {row["id"]: row for row in record.requests}
         self._lives: dict[int, _Life] = {}
         self._ended: list[Waited] = []
@@ -133,14 +131,8 @@ class _Explainer(CoreListener):
 
     def waits(self) -> list[Waited]:
         """See `waits_of`."""
-        result = replay(self._record, build_core=self._built, listener=self)
-        if not result.is_exact:
-            raise InputError(f"cannot be decided again exactly: {result.difference}", path=self._record.path)
+        self.hear(self._record)
         return self._ended
-
-    def _built(self, **options: Any) -> Core:
-        self._core = self._settings.build_core(**options)
-        return self._core
 
     def ingested(self, seq: Sequence, number: int) -> None:
         row = self._rows[seq.seq_id]
@@ -155,14 +147,14 @@ class _Explainer(CoreListener):
     def decided(self, batch: Batch) -> None:
         row, in_step = self._record.steps[batch.decision], set(batch.seqs)
         decided_ns = self._decided_ns = row["decided_ns"]
-        running = set(self._core.scheduler.running)
+        running = set(self.core.scheduler.running)
         for seq in batch.preempted:
             if (life := self._lives.get(seq.seq_id)) is not None:
                 life.settle(decided_ns)
                 life.is_recomputing = True
         prompts = _prompts_of(batch)
         kept_out = ""
-        for seq_id, seq in self._core.sequences.items():
+        for seq_id, seq in self.core.sequences.items():
             life = self._lives.get(seq_id)
             if life is None or seq in in_step:
                 continue
@@ -170,9 +162,9 @@ class _Explainer(CoreListener):
             if life.is_recomputing:
                 life.pending = "preemption"
             elif seq in running:
-                life.pending = _left_out(self._core.scheduler, batch, seq)
+                life.pending = _left_out(self.core.scheduler, batch, seq)
             else:
-                life.pending = kept_out = kept_out or _not_admitted(self._core.scheduler, batch)
+                life.pending = kept_out = kept_out or _not_admitted(self.core.scheduler, batch)
             life.prompts = prompts
         if batch:
             self._step(batch, row, prompts)

@@ -30,13 +30,12 @@ def explain(
     The decisions are made again for it, as a replay does. The parts of a time add up to it exactly.
     """
     from twinserve.commands.tables import waits_table
-    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
-    from twinserve.traces.runs.vllm_records import load_run
+    from twinserve.traces.runs.vllm_records import load_deciders
     from twinserve.traces.runs.waits import waits_of
 
     if request is not None and slowest is not None:
         raise InputError("expected none beside request", field="slowest", value=slowest)
-    waits = waits_of(load_replicas(run) if is_fleet(run) else [load_run(run, traces)])
+    waits = waits_of(load_deciders(run, traces))
     if request is not None:
         chosen = [one for one in waits if one.row["id"] == request]
         if not chosen:

@@ -29,12 +29,12 @@ def replay(
 
     Of a fleet, each replica's in turn.
     """
-    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
+    from twinserve.traces.runs.fleet_record import is_fleet
     from twinserve.traces.runs.replay import ReplayResult
     from twinserve.traces.runs.replay import replay as decide_again
-    from twinserve.traces.runs.vllm_records import load_run
+    from twinserve.traces.runs.vllm_records import load_deciders
 
-    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    records = load_deciders(run, traces)
     equal, recorded, difference, where = 0, sum(len(record.steps) for record in records), None, ""
     rows = [row for record in records for row in record.requests]
     unanswered = len({row["id"] for row in rows} - {row["id"] for row in rows if row["finish_reason"] is not None})
@@ -241,10 +241,9 @@ def record_stat(
     """What came of the requests of a run by class: latencies, tokens computed again, KV held, fairness."""
     from twinserve.commands.tables import class_table
     from twinserve.planning.classes import by_class
-    from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
-    from twinserve.traces.runs.vllm_records import load_run
+    from twinserve.traces.runs.vllm_records import load_deciders
 
-    records = load_replicas(run) if is_fleet(run) else [load_run(run, traces)]
+    records = load_deciders(run, traces)
     found = by_class(records, by, warm_up_s=warm_up_s, drain_s=drain_s)
     if as_json:
         print(json.dumps(found))

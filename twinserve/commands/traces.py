@@ -121,9 +121,10 @@ def trace_make(
             "output_tokens": parse_lengths(output_tokens, "output_tokens"),
         }
         made = generate(**lengths, **options, **more)  # type: ignore[arg-type]
-        # What was not made use of is not said, and the bytes are those that they were before it could be.
-        used = {"peak": arrivals in ("mmpp", "diurnal"), "period_s": arrivals in ("mmpp", "diurnal")}
-        options |= {name: value for name, value in more.items() if used.get(name, value)}
+        # What was not made use of is not said.
+        is_periodic = arrivals in ("mmpp", "diurnal")
+        used = {"peak": is_periodic, "period_s": is_periodic, "users": users > 0, "priority_shares": priority_shares}
+        options |= {name: value for name, value in more.items() if used[name]}
         header: dict = {"made_by": options | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}}
         drawn = {name: spec.sha256 for name, spec in lengths.items() if isinstance(spec, EmpiricalLengths)}
         if drawn:

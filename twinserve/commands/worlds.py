@@ -70,16 +70,14 @@ def sim(
     as_json: Json = False,
 ) -> None:
     """Replay a trace in the simulator, on a replica or on a fleet."""
-    from twinserve.planning.attainment import Limits
-    from twinserve.planning.judged import Judge, Rules, parse_measures
+    from twinserve.planning.judged import Judge, Rules
     from twinserve.planning.parallel import Workers
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
     from twinserve.worlds.workload import load_workloads
 
-    measures = () if measured is None else tuple(parse_measures(measured))
-    judge = Judge(Rules(None if within is None else Limits.parse(within), measures, warm_up_s, drain_s))
+    judge = Judge(Rules.parse(within, measured, warm_up_s, drain_s))
     verdict = Verdict()
     chosen = FleetOptions.load(fleet, config)
     if latency is not None and chosen.group and all(group.latency for group in chosen.group):

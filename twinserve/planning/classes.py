@@ -8,11 +8,11 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from twinserve.planning.objectives import interval
-from twinserve.policies import Batch, Core, CoreListener, Sequence
+from twinserve.policies import Batch, Sequence
 from twinserve.settings.errors import InputError
 from twinserve.traces.runs.outcomes import METRICS, Outcome, judged, statistic_of
 from twinserve.traces.runs.record import RunRecord
-from twinserve.traces.runs.replay import replay, settings_of
+from twinserve.traces.runs.replay import Hearer
 
 BY = ("tenant", "priority", "session", "prompt")
 STATISTICS = ("mean", "p50", "p90", "p99", "p99.9", "max")
@@ -100,7 +100,7 @@ def jain(values: Seq[float]) -> float | None:
     return sum(values) ** 2 / (len(values) * squares) if squares else None
 
 
-class _Work(CoreListener):
+class _Work(Hearer):
     """Hears runs decided again: what was computed for each request, by its id, and for how long its KV was held.
 
     Attributes:
@@ -114,23 +114,12 @@ class _Work(CoreListener):
         self.held: Counter[int] = Counter()
 
     def hear(self, record: RunRecord) -> None:
-        """Decide a run again.
-
-        Raises:
-            InputError: that cannot be done exactly.
-        """
-        self._settings, self._record = settings_of(record), record
+        self._record = record
         self._ends_ns = {row["id"]: row["finish_ns"] for row in record.requests}
         self._reached: dict[int, int] = {}
         self._latest_ns = 0
         self._holding: dict[Sequence, int] = {}
-        result = replay(record, build_core=self._built, listener=self)
-        if not result.is_exact:
-            raise InputError(f"cannot be decided again exactly: {result.difference}", path=record.path)
-
-    def _built(self, **options: Any) -> Core:
-        self._core = self._settings.build_core(**options)
-        return self._core
+        super().hear(record)
 
     def finished(self, seq: Sequence) -> None:
         tokens = self._holding.pop(seq, 0)
@@ -141,7 +130,7 @@ class _Work(CoreListener):
         for seq, tokens in self._holding.items():
             self.held[seq.seq_id] += tokens * (now_ns - self._latest_ns)
         self._latest_ns = now_ns
-        self._holding = {seq: seq.num_computed_tokens for seq in self._core.scheduler.running}
+        self._holding = {seq: seq.num_computed_tokens for seq in self.core.scheduler.running}
         for seq, start, count in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
             reached = self._reached.get(seq.seq_id, 0)
             self.computed[seq.seq_id] += count

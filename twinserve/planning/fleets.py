@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,61 +22,65 @@ from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
 
 
-def parse_outage(text: object) -> Outage:
-    """An outage from REPLICA:FROM:TO, times in seconds; without TO the replica does not come back.
+def _ns(seconds: str) -> int:
+    return round(float(seconds) * 1e9)
 
-    Raises:
-        ValueError: the text has another form.
+
+def _end_ns(seconds: str) -> int | None:
+    """Of what lasts for good where nothing is said."""
+    return _ns(seconds) if seconds else None
+
+
+def _reader(kind: type, form: str, make: Callable[[list[str]], Any]) -> Callable[[object], Any]:
+    """Reads values of some kind from texts with colons; one of the kind is taken as it is.
+
+    Args:
+        form: how a text looks, said where one looks otherwise.
+        make: from the parts of a text; a ValueError if they are none.
     """
-    if isinstance(text, Outage):
-        return text
-    parts = text.split(":") if isinstance(text, str) else []
-    try:
-        replica, start, end = map(plain, parts)
-        return Outage(int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None)
-    except (ValueError, OverflowError) as error:
-        raise ValueError("REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down") from error
+
+    def read(text: object) -> Any:
+        if isinstance(text, kind):
+            return text
+        try:
+            return make(list(map(plain, text.split(":") if isinstance(text, str) else ())))
+        except (ValueError, OverflowError) as error:
+            raise ValueError(form) from error
+
+    return read
 
 
-def parse_restart(text: object) -> tuple[str, int, int]:
-    """A restart from REPLICA:FROM:DOWN, times in seconds; REPLICA may be "all", one after another.
-
-    Raises:
-        ValueError: the text has another form.
-    """
-    if isinstance(text, tuple):
-        return text
-    parts = text.split(":") if isinstance(text, str) else []
-    try:
-        replica, start, down = parts
-        from_ns, down_ns = round(float(start) * 1e9), round(float(down) * 1e9)
-        if not (replica == "all" or replica.isdigit()) or from_ns < 0 or down_ns < 0:
-            raise ValueError(replica)
-        return replica, from_ns, down_ns
-    except (ValueError, OverflowError) as error:
-        raise ValueError("REPLICA:FROM:DOWN in seconds, such as 3:60:45, or all:60:45, one after another") from error
+def _outage(parts: list[str]) -> Outage:
+    replica, start, end = parts
+    return Outage(int(replica), _ns(start), _end_ns(end))
 
 
-def parse_slowdown(text: object) -> Slowdown:
-    """A slow replica from REPLICA:FROM:TO:FACTOR, times in seconds; without TO it stays slow.
+def _restart(parts: list[str]) -> tuple[str, int, int]:
+    replica, start, down = parts
+    from_ns, down_ns = _ns(start), _ns(down)
+    if not (replica == "all" or replica.isdigit()) or from_ns < 0 or down_ns < 0:
+        raise ValueError(parts)
+    return replica, from_ns, down_ns
 
-    Raises:
-        ValueError: the text has another form.
-    """
-    if isinstance(text, Slowdown):
-        return text
-    parts = text.split(":") if isinstance(text, str) else []
-    try:
-        replica, start, end, factor = parts
-        found = Slowdown(
-            int(replica), round(float(start) * 1e9), round(float(end) * 1e9) if end else None, float(factor)
-        )
-        is_after = found.to_ns is None or found.to_ns > found.from_ns
-        if not (found.replica >= 0 and found.from_ns >= 0 and is_after and 0 < found.factor <= 1e6):
-            raise ValueError(text)
-        return found
-    except (ValueError, OverflowError) as error:
-        raise ValueError("REPLICA:FROM:TO:FACTOR in seconds, such as 3:60:120:2.5, or 3:60::2 for good") from error
+
+def _slowdown(parts: list[str]) -> Slowdown:
+    replica, start, end, factor = parts
+    found = Slowdown(int(replica), _ns(start), _end_ns(end), float(factor))
+    is_after = found.to_ns is None or found.to_ns > found.from_ns
+    if not (found.replica >= 0 and found.from_ns >= 0 and is_after and 0 < found.factor <= 1e6):
+        raise ValueError(parts)
+    return found
+
+
+parse_outage = _reader(
+    Outage, "REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down", _outage
+)
+parse_restart = _reader(
+    tuple, "REPLICA:FROM:DOWN in seconds, such as 3:60:45, or all:60:45, one after another", _restart
+)
+parse_slowdown = _reader(
+    Slowdown, "REPLICA:FROM:TO:FACTOR in seconds, such as 3:60:120:2.5, or 3:60::2 for good", _slowdown
+)
 
 
 class ReplicaGroup(BaseModel):

@@ -48,6 +48,16 @@ class Rules:
     warm_up_s: float = 0.0
     drain_s: float = 0.0
 
+    @classmethod
+    def parse(cls, limits: str | None, measured: str | None, warm_up_s: float, drain_s: float) -> Rules:
+        """From texts, see `Limits.parse` and `parse_measures`.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        measures = () if measured is None else tuple(parse_measures(measured))
+        return cls(None if limits is None else Limits.parse(limits), measures, warm_up_s, drain_s)
+
 
 class Judge:
     """Takes in the requests of a run, and adds to its summary what the rules ask for."""

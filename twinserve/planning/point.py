@@ -15,9 +15,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, model_validator
 
 import twinserve
-from twinserve.planning.attainment import Limits
 from twinserve.planning.fleets import FleetOptions
-from twinserve.planning.judged import Judge, Rules, parse_measures
+from twinserve.planning.judged import Judge, Rules
 from twinserve.planning.prediction import have_intervals, varied_replicas
 from twinserve.planning.prices import kind_of
 from twinserve.settings.build_core import Settings
@@ -121,9 +120,7 @@ class Point(PointOptions):
         Raises:
             InputError: the limits or the measures cannot be read.
         """
-        limits = None if self.limits is None else Limits.parse(self.limits)
-        measures = () if self.measured is None else tuple(parse_measures(self.measured))
-        return Rules(limits, measures, self.warm_up_s, self.drain_s)
+        return Rules.parse(self.limits, self.measured, self.warm_up_s, self.drain_s)
 
     def is_random(self) -> bool:
         """Whether another seed gives another simulation."""
@@ -223,7 +220,7 @@ def arrival_rate(requests: Seq[Request]) -> float | None:
 @lru_cache(maxsize=2)
 def trace_at(path: str, columns: str | None) -> Trace:
     """The trace of that path, kept while other points replay it; `columns` as `TraceOptions` has them."""
-    return read_requests(Path(path), **({} if columns is None else {"columns": columns}))
+    return read_requests(Path(path), columns=columns)
 
 
 @cache

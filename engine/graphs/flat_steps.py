@@ -88,6 +88,7 @@ class FlatSteps:
             max_tokens=max(most, budget),
             max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
+            few_rows=self._options.few_rows,
         )
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
         self._out = torch.zeros(settings.max_num_seqs, dtype=torch.int32, device=device)

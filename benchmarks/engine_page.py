@@ -89,7 +89,7 @@ def card_page(card: str) -> str:
             *_figures(card, measured, step_of(kernels)),
             *_simulated(card),
             *_larger(RESULTS / card / "decode-llama-3-8b.json"),
-            *_ablation(read(f"{card}/throughput.json")["ablation"], measured.get("batch1_without")),
+            *_ablation(card, measured.get("batch1_without")),
             *_kernels(kernels),
             *_timeline(card),
         ]
@@ -182,6 +182,11 @@ def _figures(card: str, measured: dict[str, Any], step: dict[str, Any]) -> list[
     spreads = measured["repeats"]
     w256 = ", ".join(f"{one['output_tok_s']:,.0f}" for one in spreads["w256"])
     rows = [["W256, output tokens/s", f"{measured['w256_output_tok_s']:,.0f}", w256]]
+    throughput = read(f"{card}/throughput.json")
+    if kept := throughput.get("w256_kept"):
+        rates = [one["output_tok_s"] for one in kept["repeats"]]
+        how = f"top_k {kept['top_k']}, top_p {kept['top_p']}"
+        rows.append([f"W256 with {how}", f"{median(rates):,.0f}", ", ".join(f"{rate:,.0f}" for rate in rates)])
     for name, key, digits in LATENCIES:
         rows.append([name, f"{measured[key]:.{digits}f}", spread(spreads[key])])
     alone = f"its bytes alone: {step['limit_us'] / 1e3:.2f}"
@@ -190,7 +195,7 @@ def _figures(card: str, measured: dict[str, Any], step: dict[str, Any]) -> list[
         "## Figures",
         "",
         *table(["", "measured", "repeats"], rows),
-        *_peer([read(f"{card}/throughput.json"), read_if_there(f"{card}/throughput-peer.json")]),
+        *_peer([throughput, read_if_there(f"{card}/throughput-peer.json")]),
         *_served(read_if_there(f"{card}/azure-window.json")),
     ]
 
@@ -288,16 +293,19 @@ def _larger(path: Path) -> list[str]:
     ]
 
 
-def _ablation(runs: dict[str, list[dict[str, Any]]], without: dict[str, Any] | None) -> list[str]:
+def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
     """W256, and one request where that was measured, with one thing switched off."""
+    measured = read_if_there(f"{card}/ablation.json") or read(f"{card}/throughput.json")
+    runs = measured["ablation"]
     rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
     rows = [[name, f"{rate:,.0f}", f"{rate / rates['as it is'] - 1:+.1%}"] for name, rate in rates.items()]
     return [
         "## What each thing buys",
         "",
         *prose(
-            f"""W256 with one thing switched off, repeats: {min(map(len, runs.values()))}; a difference of some percent
-            may be chance (see the repeats above; [cycle 8](../cycles/cycle8.md) has the spread, by card)."""
+            f"""W256 with one thing switched off, at commit {measured["commit"]}, repeats:
+            {min(map(len, runs.values()))}; a difference of some percent may be chance (see the repeats above; [cycle
+            8](../cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
         *prose(
@@ -312,7 +320,7 @@ def _one_request(without: dict[str, Any] | None) -> list[str]:
     if without is None:
         return []
     rows = [[name, f"{median(repeats):.2f}", spread(repeats)] for name, repeats in without.items()]
-    return ["One request, milliseconds a token, with and without:", "", *table(["", "measured", "repeats"], rows)]
+    return ["One request, milliseconds a token:", "", *table(["", "measured", "repeats"], rows)]
 
 
 def _kernels(kernels: dict[str, Any]) -> list[str]:
@@ -320,7 +328,6 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
     us = kernel_us(step)
     attention = us["decode"] / (step["kv_bytes"] / bytes_per_us)
     products = us[PRODUCTS] / (step["weight_bytes"] / bytes_per_us)
-    single = step_of(kernels, 1)
     attending = ["limit_us", "ours, blocks of 16", "ours, blocks of 256", "flash-attn, blocks of 256"]
     of_prompts = ["prompts", "ours_us", "ours_tflop_s", "flash-attn_us", "flash-attn_tflop_s"]
     return [
@@ -347,9 +354,9 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         ),
         *prose(
             f"""At 131 rows attention takes {attention:.2f} times what its bytes would, and the matrix products
-            {products:.1f} times what their weights would; each product is too short to fill the card. At one row they
-            are {products_us(kernel_us(single)) / single["us"]:.0%} of the step. Kernels that start while the one before
-            them runs are counted from their start, so they may add up to more than the step."""
+            {products:.1f} times what their weights would; each product is too short to fill the card. Kernels
+            that start while the one before them runs are counted from their start, so they may add up to more than the
+            step."""
         ),
     ]  # fmt: skip
 

@@ -90,7 +90,7 @@ def main() -> int:
         "batch1_ms_per_token": statistics.median(tokens),
         "ttft_1024_ms": statistics.median(firsts),
         "ready_s": statistics.median(ready),
-        "batch1_without": {"as it is": tokens, "kernels of steps of few rows": without},
+        "batch1_without": {"as it is": tokens, "without kernels for steps of few rows": without},
         "repeats": {"batch1_ms_per_token": tokens, "ttft_1024_ms": firsts, "ready_s": ready},
     }
     print(values)

@@ -92,7 +92,7 @@ def log_probabilities(model: str, options: GraphOptions, count: int) -> list[lis
     )
     decoder = dummy_model(model, dtype=torch.bfloat16, device="cuda")
     llm = LLM(decoder, name=model, device="cuda", settings=settings, graph_options=options)
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0, logit_bias={7: 1000.0})
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=0, logit_bias=((7, 100.0),))
     completions = llm.generate([[number + 1] * (20 + number) for number in range(count)], params)
     llm.close()
     assert all(completion.token_ids == [7] * 24 for completion in completions)

@@ -18,6 +18,8 @@ DEVICES_FILE = DATA / "devices.toml"
 NVLINK_HOP_NS = 600
 """What a hop of a ring takes over NVLink; over PCIe it is 1,000: hwLat, ring and LL, of NCCL's own model of its speed
 (src/graph/tuning.cc)."""
+NETWORK_HOP_NS = 2_700
+"""The same over the network between nodes."""
 _LEAST, _LARGEST, _MOST_NS = 1e6, 1e21, 10**12
 """Of what a device can do a second, and of a time that one step, layer or hop takes."""
 
@@ -82,6 +84,8 @@ class Device(BaseModel):
         link: bytes a second to its peers and from them, each way; all-reduce goes through it.
         linked: so many share the link.
         hop_ns: what a hop over it takes.
+        network: bytes a second to a device of another node and from it, each way; None: no network joins nodes.
+        network_hop_ns: what a hop over that takes.
         multiprocessors: of them, each runs thread blocks of its own; None: not known.
         host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences: vLLM 0.24's step
             logs on an H100.
@@ -101,6 +105,8 @@ class Device(BaseModel):
     link: float = Field(ge=_LEAST, le=_LARGEST)
     linked: int = Field(default=8, ge=1, le=MOST_REPLICAS)
     hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0, le=_MOST_NS)
+    network: float | None = Field(default=None, ge=_LEAST, le=_LARGEST)
+    network_hop_ns: int = Field(default=NETWORK_HOP_NS, ge=0, le=_MOST_NS)
     multiprocessors: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
     host_ns: int = Field(default=1_900_000, ge=0, le=_MOST_NS)
     host_seq_ns: int = Field(default=25_000, ge=0, le=_MOST_NS)
@@ -144,7 +150,8 @@ DEVICES, OTHERS_SHARES = _shipped()
 def named_device(text: str) -> Device:
     """The device that ships under a name, or that of a TOML file, which has the fields of `Device`.
 
-    A file without a table `shares` takes those that were fitted on the H200.
+    A file with `base`, the name of one that ships, says what differs from it; where it has another `link`, measured
+    all-reduces are no longer its own. Else, without a table `shares` it takes those that were fitted on the H200.
 
     Raises:
         InputError: there is none, or the file cannot be read or has a field that cannot be used.
@@ -156,7 +163,17 @@ def named_device(text: str) -> Device:
         raise InputError(f"expected a TOML file or a device: {', '.join(DEVICES)}", field="device", value=text)
     path = Path(text)
     table: dict[str, Any] = {"shares": OTHERS_SHARES} | read_toml(path)
-    return validated(Device, table, {}, path)
+    base = table.pop("base", None)
+    if base is None:
+        return validated(Device, table, {}, path)
+    if not isinstance(base, str) or base.lower() not in DEVICES:
+        raise InputError(f"expected a device: {', '.join(DEVICES)}", path=path, field="base", value=base)
+    known = dict(DEVICES[base.lower()])
+    if "link" in table:
+        known["collectives"] = None
+    if table["shares"] is OTHERS_SHARES:
+        del table["shares"]
+    return validated(Device, known | table, {}, path)
 
 
 def device_of(name: str) -> Device | None:

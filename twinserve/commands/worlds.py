@@ -28,9 +28,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run recor
 RECORD = ("run.json",)
 """By what a run record is known."""
 LATENCY_HELP = (
-    "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
-    "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
-    "llama-3-8b-h200). Must be given, unless --latency-from is."
+    "How long steps take: roofline:MODEL@DEVICE[:tp=N][:pp=N], MODEL a config.json or a shape such as llama-3-8b; a "
+    "file that twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, "
+    "qwen3-0.6b-h200, llama-3-8b-h200). Must be given, unless --latency-from is."
 )
 
 

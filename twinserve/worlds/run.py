@@ -133,6 +133,22 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
 
 
+def with_stages(settings: Settings, latency: LatencyModel) -> Settings:
+    """The settings with the stages of the pipeline that a latency model is of.
+
+    Raises:
+        InputError: the settings say another number, or do not go with a pipeline.
+    """
+    stages = latency.split.pipeline if isinstance(latency, RooflineLatency) else 1
+    if settings.pipeline_parallel_size not in (1, stages):
+        raise InputError(
+            f"expected {stages}, as the latency has",
+            field="pipeline_parallel_size",
+            value=settings.pipeline_parallel_size,
+        )
+    return settings if stages == 1 else Settings.load(settings.model_dump() | {"pipeline_parallel_size": stages})
+
+
 def about_runs(records: list[RunRecord]) -> dict[str, Any]:
     """What a latency model says of the runs that it is fitted on, and of the engine and the device that made them."""
     facts = records[0].run["facts"]

@@ -14,7 +14,6 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import plain
 from twinserve.sim.devices import Device, named_device
 from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
@@ -24,6 +23,8 @@ from twinserve.sim.splits import Links, Split, Stage, stages_of
 
 MEMORY_SHARE = 0.9
 RESERVED_BYTES = 2 * 10**9
+_NOT_COUNTED = {"limit_w", "measured_power"}
+"""Of a device, what no step's time depends on."""
 
 
 @mypyc_attr(serializable=True)
@@ -124,11 +125,10 @@ class RooflineLatency:
     @property
     def about(self) -> dict[str, Any]:
         """The model, the device with its source, and the degree of parallelism."""
+        unmeasured = {"collectives"} if self.device.collectives is None else set()
         return {
             "model": self.shape.as_dict(),
-            "device": self.device.model_dump(
-                mode="json", exclude={"collectives"} if self.device.collectives is None else None
-            ),
+            "device": self.device.model_dump(mode="json", exclude=_NOT_COUNTED | unmeasured),
             **self.split.facts,
             "basis": self.basis,
         }
@@ -289,7 +289,7 @@ class RooflineLatency:
         model, at, rest = text.rpartition("@")
         device_name, *given = rest.split(":")
         options = dict(option.partition("=")[::2] for option in given)
-        if not at or not set(options) <= {*_DEGREES, *_FLOAT8} or len(options) < len(given):
+        if not at or not set(options) <= {"tp", "pp", "dp", "ep", *_FLOAT8} or len(options) < len(given):
             raise InputError(
                 "expected roofline:MODEL@DEVICE, and behind it :tp=N, :pp=N, :dp=N, :ep=N, :quantization=fp8 or "
                 ":kv_cache_dtype=fp8",
@@ -298,13 +298,12 @@ class RooflineLatency:
             )
         device, shape = named_device(device_name), named_shape(model)
         try:
-            for name, value in options.items():
-                if name in _FLOAT8:
-                    if value != "fp8":
-                        raise ValueError(f"{name} is {value}, expected fp8")
-                    shape = _FLOAT8[name](shape)
-            degrees = {name: int(plain(options.get(short, "1"))) for short, name in _DEGREES.items()}
-            return cls(shape, device, split=Split(**degrees))
+            for name in filter(options.__contains__, _FLOAT8):
+                if options[name] != "fp8":
+                    raise ValueError(f"{name} is {options[name]}, expected fp8")
+                shape = _FLOAT8[name](shape)
+            degrees = [option for option in given if option.partition("=")[0] not in _FLOAT8]
+            return cls(shape, device, split=Split.parse(":".join(degrees)) if degrees else None)
         except ValueError as error:
             raise InputError(str(error), field="latency", value=text) from error
 
@@ -331,8 +330,6 @@ def _with_float8_kv(shape: ModelShape) -> ModelShape:
     return replace(shape, kv_bits=8)
 
 
-_DEGREES = {"tp": "tensor", "pp": "pipeline", "dp": "data", "ep": "expert"}
-"""Names of degrees behind a device, and those of `Split`."""
 _FLOAT8: dict[str, Callable[[ModelShape], ModelShape]] = {
     "quantization": with_float8,
     "kv_cache_dtype": _with_float8_kv,

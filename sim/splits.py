@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twinserve.settings.limits import plain
 from twinserve.sim.devices import Device
 from twinserve.sim.shapes import STORED_BITS, Experts, Layers, ModelShape
 
@@ -11,6 +12,8 @@ ALL_REDUCE_NS = 6_600
 """What a transfer of few bytes takes beside its hops: the base latency of a ring with the LL protocol in NCCL's own
 model of its speed (src/graph/tuning.cc, baseLat)."""
 _BYTES = STORED_BITS // 8
+_NAMES = {"tp": "tensor", "pp": "pipeline", "dp": "data", "ep": "expert"}
+"""Degrees as they stand behind a device, and as `Split` has them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,19 @@ class Split:
     data: int = 1
     expert: int = 1
 
+    @classmethod
+    def parse(cls, text: str) -> Split:
+        """From text such as "tp=8:pp=2"; what it does not name is 1.
+
+        Raises:
+            ValueError: it has another form.
+        """
+        parts = [part.partition("=") for part in text.split(":")]
+        degrees = {_NAMES.get(name, ""): number for name, _, number in parts}
+        if "" in degrees or len(degrees) < len(parts):
+            raise ValueError(f"expected each of {', '.join(_NAMES)} once at most, such as tp=8:pp=2")
+        return cls(**{name: int(plain(number)) for name, number in degrees.items()})
+
     @property
     def num_devices(self) -> int:
         """Devices of one rank of `data`: those that one scheduler has steps run on."""
@@ -46,8 +62,8 @@ class Split:
         return {"tensor_parallel": self.tensor} | {name: degree for name, degree in others.items() if degree > 1}
 
     def __str__(self) -> str:
-        names = {"tp": self.tensor, "pp": self.pipeline, "dp": self.data, "ep": self.expert}
-        return ", ".join(f"{name}={degree}" for name, degree in names.items() if degree > 1)
+        degrees = {name: getattr(self, field) for name, field in _NAMES.items()}
+        return ", ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """How many of the layers each stage has: as many each, and one more of those left over from the last but one

@@ -95,6 +95,26 @@ class Replica:
         return manager.num_used_blocks / (manager.num_blocks or 1)
 
     @property
+    def cached_prefixes(self) -> frozenset[int]:
+        """The hashes of the full blocks that its prefix cache has: what an engine tells by events."""
+        self._cut_leap()
+        cache = self.core.scheduler.block_manager.prefix_cache
+        return frozenset() if cache is None else frozenset(cache.hash_to_block_id)
+
+    def num_hit_tokens(self, request: Request, held: frozenset[int]) -> int:
+        """Tokens of a request's prompt that would be hit if its cache had the blocks with these hashes."""
+        manager = self.core.scheduler.block_manager
+        if manager.prefix_cache is None or not held:
+            return 0
+        seq, size = request.to_sequence(SamplingParams()), manager.block_size
+        count = 0
+        for key in manager.prefix_keys(seq, range(size, seq.num_prompt_tokens, size)):
+            if key not in held:
+                break
+            count += size
+        return count
+
+    @property
     def remaining_tokens(self) -> int:
         """What is left to do, in tokens, were the lengths of all answers known, as they are to no router."""
         self._cut_leap()

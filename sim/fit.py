@@ -275,8 +275,9 @@ class FittedLatency:
             return None
         columns = features.repeated(np.arange(1, count + 1), 0)
         devices_ns = np.full(count, np.rint(self._device(regime, columns))).astype(np.int64)
-        if self._floor is not None:
-            np.maximum(devices_ns, self._floor.repeated_costs(features, count)[1], out=devices_ns)
+        floor = None if self._floor is None else self._floor.repeated_costs(features, count)
+        if floor is not None:
+            np.maximum(devices_ns, floor[1], out=devices_ns)
         return host, devices_ns
 
     def _device(self, regime: str, features: StepFeatures) -> Any:

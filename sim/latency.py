@@ -155,11 +155,23 @@ class StepCost(NamedTuple):
         device_ns: on the device.
         lead_ns: how long before the end of the launch the device can begin: a step launched kernel by kernel is
             computed while it is being launched; a captured one is launched at once.
+        stages: of a pipeline, nanoseconds that each stage takes, `device_ns` together; none: there is one device.
     """
 
     host_ns: int
     device_ns: int
     lead_ns: int = 0
+    stages: tuple[int, ...] = ()
+
+    def slower(self, factor: float) -> StepCost:
+        """The same with the device's time times a factor."""
+        stages = tuple([round(ns * factor) for ns in self.stages])
+        return self._replace(device_ns=sum(stages) if stages else round(self.device_ns * factor), stages=stages)
+
+    def followed(self, more_ns: int) -> StepCost:
+        """The same with so much more time of the device behind it; of a pipeline, of its last stage."""
+        stages = (*self.stages[:-1], self.stages[-1] + more_ns) if self.stages else ()
+        return self._replace(device_ns=self.device_ns + more_ns, stages=stages)
 
     def times(self, decided_ns: int, device_free_ns: int) -> tuple[int, int, int]:
         """When a step is launched, starts and ends; it ends no sooner than it is launched."""
@@ -171,8 +183,8 @@ class StepCost(NamedTuple):
 class LatencyModel(Protocol):
     """Says what a step costs; the same features always cost the same.
 
-    A model may also have the method of RepeatedCosts, for speed, and that of Watching. It may be asked about steps that
-    are never made, as a request that comes in changes what is decided.
+    All steps of a model have as many `stages`. A model may also have the method of RepeatedCosts, for speed, and that
+    of Watching. It may be asked about steps that are never made, as a request that comes in changes what is decided.
     """
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
@@ -185,7 +197,7 @@ class RepeatedCosts(Protocol):
     def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
         """host_ns, the same for all, and device_ns, as int64, of the `count` steps that repeat one with these features.
 
-        They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns.
+        They are those of `step_cost`, with no lead and no stages; None where they have any, or not the same host_ns.
         """
 
 
@@ -205,7 +217,8 @@ class ScaledLatency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The scaled cost."""
-        return StepCost(*(round(ns * self._factor) for ns in self._latency.step_cost(features)))
+        cost = StepCost(*self._latency.step_cost(features)).slower(self._factor)
+        return cost._replace(host_ns=round(cost.host_ns * self._factor), lead_ns=round(cost.lead_ns * self._factor))
 
 
 @mypyc_attr(native_class=False)  # it may be subclassed, and pickled

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from twinserve.sim.profiles import Profile
 
 Progress = Callable[[Sequence], None]
+Derived = Callable[[dict[str, Any]], dict[str, Any]]
 
 ROOFLINE = "roofline:"
 _OF_ENGINE = ("shape", "dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size")
@@ -131,6 +133,22 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
         f"num_gpu_blocks {count}: what {MEMORY_SHARE:.0%} of the memory of {latency.device.name} holds beside weights"
     )
     return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
+
+
+def with_stages(settings: Settings, latency: LatencyModel) -> Settings:
+    """The settings with the stages of the pipeline that a latency model is of.
+
+    Raises:
+        InputError: the settings say another number, or do not go with a pipeline.
+    """
+    stages = latency.split.pipeline if isinstance(latency, RooflineLatency) else 1
+    if settings.pipeline_parallel_size not in (1, stages):
+        raise InputError(
+            f"expected {stages}, as the latency has",
+            field="pipeline_parallel_size",
+            value=settings.pipeline_parallel_size,
+        )
+    return settings if stages == 1 else Settings.load(settings.model_dump() | {"pipeline_parallel_size": stages})
 
 
 def about_runs(records: list[RunRecord]) -> dict[str, Any]:
@@ -366,6 +384,7 @@ def run_sim(
     step_by_step: bool = False,
     intervals: Intervals | None = None,
     clients: Clients = NOBODY,
+    derived: Derived | None = None,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -376,6 +395,7 @@ def run_sim(
         out: the run record to write; None keeps none.
         intervals: the limits of its metrics, for the summary.
         clients: who is turned away, and who gives up; the summary counts them apart, as `rejected` and `timed_out`.
+        derived: makes of the summary what joins it.
     """
     from twinserve.sim.replica import simulate
 
@@ -397,7 +417,7 @@ def run_sim(
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
-        return recorder.close(counts) | {"wall_s": wall_s}
+        return recorder.close(counts, derived) | {"wall_s": wall_s}
 
 
 @dataclass(frozen=True)
@@ -414,6 +434,34 @@ class ReplicaSpec:
         if isinstance(self.latency, RecordedLatency):
             return str(self.latency_facts["name"])
         return f"{self.latency_facts['name']}, {'not ' * isinstance(self.latency, RooflineLatency)}fitted"
+
+
+def metered(replicas: Seq[ReplicaSpec]) -> tuple[list[ReplicaSpec], Derived]:
+    """The replicas with meters of their energy, and what says of a summary what they drew.
+
+    Raises:
+        InputError: it is not known what a step computes, or what the device draws.
+    """
+    from twinserve.sim.fit import FittedLatency, floor_of
+    from twinserve.sim.power import Metered, MeteredLatency, Work, energy_of
+
+    meters: dict[int, Metered] = {}
+    counts = Counter(id(spec.latency) for spec in replicas)
+    for spec in replicas:
+        model = spec.latency
+        known = floor_of(model.data["about"]) if isinstance(model, FittedLatency) else model
+        power = known.device.power if isinstance(known, RooflineLatency) else None
+        if not isinstance(known, RooflineLatency) or power is None:
+            raise InputError(
+                "expected a latency of a model whose shape is known, on a device with limit_w or measured_power",
+                field="energy",
+                value=spec.latency_facts["name"],
+            )
+        if id(model) not in meters:
+            count = counts[id(model)] * known.split.num_devices
+            meters[id(model)] = Metered(MeteredLatency(model, Work(known)), count, known.device.name, power)
+    told = [replace(spec, latency=meters[id(spec.latency)].latency) for spec in replicas]
+    return told, lambda summary: {"energy": energy_of(meters.values(), summary)}
 
 
 def fleet_facts(replicas: Seq[ReplicaSpec], router_facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -442,6 +490,7 @@ def run_fleet(
     step_by_step: bool = False,
     intervals: Intervals | None = None,
     clients: Clients = NOBODY,
+    derived: Derived | None = None,
 ) -> dict[str, Any]:
     """Replay a workload on a simulated fleet; its summary. See `run_sim`.
 
@@ -486,7 +535,7 @@ def run_fleet(
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
-        return recorder.close(counts) | {"wall_s": wall_s}
+        return recorder.close(counts, derived) | {"wall_s": wall_s}
 
 
 def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +105,16 @@ class SpeculativeRunner(ModelRunner):
     def _cache_for(self, model: Decoder) -> KVCache:
         """A pool for a model that drafts."""
         return KVCache(model.config, self.num_blocks, self.block_size, model.dtype, self.device)
+
+    def kernel_facts(self) -> dict[str, Any]:
+        """See ModelRunner. On CUDA the host waits for what a step gives, as it verifies and proposes."""
+        return {"waits": True} if self.device.type == "cuda" else {}
+
+    def adopt(self, drafts: Mapping[Sequence, int]) -> None:
+        """Go on from these sequences as they are, whoever computed them, each with so many drafts, whatever these are;
+        nothing may be in flight."""
+        self._texts = {seq: seq.token_ids[:] for seq in drafts}
+        self._drafts = {seq: [0] * number for seq, number in drafts.items()}
 
     def launch(self, batch: Batch) -> VerifiedStep:
         """Start a step."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @options_of(EngineOptions, "engine")
-@options_of(Settings, "settings", but=Settings.model_fields.keys() - RUNNER_SETTINGS)
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - {*RUNNER_SETTINGS, "speculative_config"})
 @options_of(TraceOptions, "trace_options")
 def profile(
     out: Annotated[

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,15 +93,24 @@ def choose_latency(source: str | None, record: Path | None = None) -> tuple[Late
 
 
 def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
-    """A latency model with what drafts cost, as the settings say it; recorded times have it in them.
+    """A latency model with what drafts cost, as the settings say it; recorded times have it in them, and so has what
+    was fitted to steps of an engine that drafts.
 
     Raises:
-        InputError: `draft_latency` names none.
+        InputError: `draft_latency` names none, or what was measured with drafts is to cost them again.
     """
     config = settings.speculative_config
     if config is None or isinstance(latency, RecordedLatency):
         return latency
     from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
+    from twinserve.sim.fit import FittedLatency
+
+    if isinstance(latency, FittedLatency) and latency.data["about"].get("speculative_config") is not None:
+        for name in ("lookup_ns", "draft_latency"):
+            if (value := getattr(config, name)) is not None:
+                problem = "expected none, as the latency was measured with drafts"
+                raise InputError(problem, field=f"speculative_config.{name}", value=value)
+        return latency
 
     if config.lookup_ns is not None:
         return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
@@ -142,6 +151,8 @@ def about_runs(records: list[RunRecord]) -> dict[str, Any]:
         "block_size": records[0].told("settings", "block_size"),
         "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
+    if (drafting := records[0].run["settings"].get("speculative_config")) is not None:
+        about["speculative_config"] = drafting
     return about | {name: facts[name] for name in _OF_ENGINE if name in facts}
 
 
@@ -270,6 +281,9 @@ def measure_steps(
 
     count = shapes if workload is None else shapes // 2
     sizes = {"max_seqs": max_seqs, "max_context": min(max_context, limit), "max_prompt": max_prompt}
+    if (most := settings.most_drafts) > 0:
+        sizes |= {"max_context": min(max_context, limit - 2 * most), "most_drafts": most}
+        sizes |= {"max_tokens": settings.max_num_batched_tokens}
     samples = measured(design(count, **sizes, **room))
     if workload is not None:
         made: set[StepShape] = set()
@@ -301,8 +315,12 @@ def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
 
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
+    if llm.settings.speculative_config is not None:
+        about["speculative_config"] = llm.settings.speculative_config.model_dump()
     del about["seed"], about["tokens"], about["eos_token_id"]
-    return Profile(about, Kernels.load(about.pop("kernels", {})), samples)
+    kernels = Kernels.load(about.pop("kernels", {}))
+    seen = [replace(sample, features=sample.features.attended(kernels.single)) for sample in samples]
+    return Profile(about, kernels, seen)
 
 
 def fit_profile(profile: Profile) -> FittedLatency:

@@ -241,7 +241,8 @@ class RecordedLatency:
     """A recorded run's own times, by the number of the step.
 
     The host's part of a step is the time from its decision to its start, or to the next decision where that came
-    first (one step ahead), and what lay between its end and the next decision while the engine was busy.
+    first (one step ahead), and what lay between its end and the next decision while the engine was busy. A step with
+    drafts that was launched nearer to its end than to its start was waited for before anything else was done.
 
     Args:
         steps: the rows of a record's steps, in order.
@@ -255,7 +256,8 @@ class RecordedLatency:
                 gap = following["decided_ns"] - row["end_ns"]
                 host = host + gap if gap >= 0 else min(host, following["decided_ns"] - row["decided_ns"])
             host, device = max(0, host), row["end_ns"] - row["start_ns"]
-            waited = "asked" in row and (row.get("launched_ns") or 0) >= row["end_ns"]
+            launched = row.get("launched_ns") or 0
+            waited = "asked" in row and launched - row["start_ns"] > row["end_ns"] - launched
             self._costs.append(StepCost.of_waiting(host, device) if waited else (host, device))
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:

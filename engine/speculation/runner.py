@@ -79,6 +79,9 @@ class SpeculativeRunner(ModelRunner):
         is_async: nobody is told how many were proposed.
         acceptance_rate: drafts are accepted with this probability, whatever they are; None compares them.
         others: as of ModelRunner.
+
+    Attributes:
+        acceptance_rate: as given; it may be changed between two runs.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class SpeculativeRunner(ModelRunner):
         **named: Any,
     ):
         super().__init__(*others, seed=seed, **named)
-        self._proposer, self._is_async, self._acceptance_rate = make_proposer(self), is_async, acceptance_rate
+        self._proposer, self._is_async, self.acceptance_rate = make_proposer(self), is_async, acceptance_rate
         self._seed = seed
         self._texts: dict[Sequence, list[int]] = {}  # these are of the thread that computes
         self._drafts: dict[Sequence, list[int]] = {}
@@ -193,7 +196,7 @@ class SpeculativeRunner(ModelRunner):
 
     def _accepted(self, row: Row, chosen: list[int]) -> list[int]:
         """The run of a row for which the model has `chosen` these tokens: before its first draft, and behind each."""
-        found, rate = self._found(row), self._acceptance_rate
+        found, rate = self._found(row), self.acceptance_rate
         run: list[int] = []
         place = row.start + row.num_tokens - row.num_drafts
         for number, draft in enumerate(found):

@@ -47,7 +47,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2
 SETTINGS = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 512, "num_gpu_blocks": 256}
 PROMPT_TOKENS = 96
 NAMES = ("Ada", "Alan", "Grace", "Edsger", "Barbara", "John", "Frances", "Kathleen", "Niklaus", "Donald")
-PAGES = ("docs/design.md", "docs/latency.md", "docs/policies.md", "docs/fleets.md", "docs/capacity.md")
+PAGES = ("design", "latency", "policies", "fleets", "capacity", "traces", "serving", "reports")
 REPEATS = 4
 """Steps of each shape of a profile that count."""
 
@@ -83,10 +83,10 @@ def prose(count: int) -> list[str]:
     """So many pieces of prose, one behind another in this project's pages."""
     words: list[str] = []
     for page in PAGES:
-        for paragraph in (ROOT / page).read_text(encoding="utf-8").split("\n\n"):
+        for paragraph in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split("\n\n"):
             if re.match(r"[A-Z][a-z]+ ", paragraph):
                 words += re.sub(r"[`*\[\]]|\(\S+\)", "", paragraph).split()
-    size = 2 * PROMPT_TOKENS
+    size = PROMPT_TOKENS  # a word is a token at least
     assert len(words) >= count * size, f"{len(words)} words, expected {count * size}"
     return [" ".join(words[number * size : (number + 1) * size]) for number in range(count)]
 

@@ -5,7 +5,7 @@ where one is given. Each shape is run some steps in a row, as it would be in ser
 ahead, so that the device goes from one to the next and is as warm, and as hidden is the host, as under load.
 
 Of an engine that drafts, rows have drafts, which are proposed as they are in service, and of which none is accepted, so
-that a shape stays what it is. Such an engine waits for each step, so there none is decided ahead.
+that a shape stays what it is. Where the host waits for each step, its own time is what lies between two steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, zip_longest
+from itertools import islice, zip_longest
 from statistics import NormalDist
 
 from twinserve.engine.llm import LLM
@@ -306,12 +307,26 @@ def measure(
     order = list(shapes)
     random.Random(seed).shuffle(order)
     steps: list[MeasuredStep] = []
-    for shape in order:
-        for step in _steps_of(llm, shape, repeats):
-            steps.append(step)
-            if progress is not None:
-                progress()
+    with _accepting_none(llm):
+        for shape in order:
+            for step in _steps_of(llm, shape, repeats):
+                steps.append(step)
+                if progress is not None:
+                    progress()
     return steps
+
+
+@contextmanager
+def _accepting_none(llm: LLM) -> Iterator[None]:
+    """Have no draft accepted meanwhile, whatever it is."""
+    if not isinstance(llm.runner, SpeculativeRunner):
+        yield
+        return
+    rate, llm.runner.acceptance_rate = llm.runner.acceptance_rate, 0.0
+    try:
+        yield
+    finally:
+        llm.runner.acceptance_rate = rate
 
 
 def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep]:
@@ -323,35 +338,39 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
     """
     texts = _Texts(llm)
     core = _core_for(llm, shape, repeats)
-    runner = llm.runner if isinstance(llm.runner, SpeculativeRunner) else None
+    if core.scheduler.speculation.is_async:  # each row has as many drafts as are asked for
+        shape = replace(shape, drafts=(shape.asked,) * len(shape.contexts) if shape.asked else ())
     drafts = _put_in_place(core, texts, shape, repeats)
+    if isinstance(llm.runner, SpeculativeRunner):
+        llm.runner.adopt(drafts)
+    waits = llm.runner.kernel_facts().get("waits", False)
     coming = [texts.prompts(shape) for _ in range(repeats + 1)]
     depth, warming, number = core.pipeline_depth, 1, 0
-    in_flight: deque[tuple[Batch, StepHandle, int, int]] = deque()
+    in_flight: deque[tuple[Batch, StepHandle, int, int, int]] = deque()
     free = time.perf_counter_ns()
     ended: int | None = None
     while number < warming + repeats + depth:
         if number < warming + repeats:
             for seq in coming[number]:
                 core.ingest(seq, 0)
-            if runner is not None:
-                runner.adopt(drafts)
             decided = time.perf_counter_ns()
             batch = core.decide(0)
             handle = llm.runner.launch(batch)
             launched = time.perf_counter_ns()
-            _check(batch, shape, number)
-            in_flight.append((batch, handle, decided - free, launched - decided))
+            _check(batch, shape, number, core)
+            in_flight.append((batch, handle, decided, decided - free, launched - decided))
             free = launched
         if number >= depth:
-            batch, handle, bookkeeping_ns, launch_ns = in_flight.popleft()
+            batch, handle, decided, bookkeeping_ns, launch_ns = in_flight.popleft()
             output = handle.result()
-            if not depth:  # the host waits until the step has begun, and for as long as it runs
-                begun_ns = handle.start_ns - decided
-                launch_ns = begun_ns if runner is not None else max(launch_ns, begun_ns)
+            if waits:  # what lies between two steps is the host's, before the decision and behind it
+                since = handle.start_ns if ended is None else ended
+                bookkeeping_ns, launch_ns = max(0, decided - since), handle.start_ns - max(decided, since)
+            elif not depth:  # the host waits until the step has begun, and for as long as it runs
+                launch_ns = max(launch_ns, handle.start_ns - decided)
             free = max(free, handle.end_ns)
-            core.commit(_rejected(output, batch, drafts) if isinstance(output, Runs) else output, 0)
-            device = device_ns(handle.start_ns, handle.end_ns, ended)
+            core.commit(_rejected(output, batch, drafts, core) if isinstance(output, Runs) else output, 0)
+            device = device_ns(handle.start_ns, handle.end_ns, None if waits else ended)
             if depth and ended is None:
                 warming += min(MOST_WARMING, WARMING_NS // max(1, device))
                 coming += [texts.prompts(shape) for _ in range(warming - 1)]
@@ -361,11 +380,10 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
         number += 1
 
 
-def _rejected(output: Runs, batch: Batch, drafts: dict[Sequence, int]) -> Runs:
-    """What comes of a step with drafts if none is accepted, whatever they were, and as many are found again."""
-    firsts, token_ids = list(accumulate(output.lengths, initial=0))[:-1], output.token_ids or ()
-    found = [drafts.get(seq, 0) for seq in batch.sampled]
-    return Runs([token_ids[first] for first in firsts], [1] * len(firsts), found)
+def _rejected(output: Runs, batch: Batch, drafts: dict[Sequence, int], core: Core) -> Runs:
+    """What comes of a step none of whose drafts is accepted, if as many are found again."""
+    found = None if core.scheduler.speculation.is_async else [drafts.get(seq, 0) for seq in batch.sampled]
+    return Runs(output.token_ids, [1] * batch.num_sampled, found)
 
 
 def spare_tokens(repeats: int) -> int:
@@ -396,9 +414,14 @@ def _core_for(llm: LLM, shape: StepShape, repeats: int) -> Core:
         block_size=llm.settings.block_size,
         # No more blocks than the shape needs: making the policies' pool would cost more than the step.
         num_gpu_blocks=_blocks_of(shape, repeats, llm.settings.block_size),
-        pipeline_depth=0 if config is not None else int(llm.attention.graphs),
+        pipeline_depth=int(llm.attention.graphs) if config is None else _depth_with_drafts(llm),
         speculative_config=config,
     ).build_core()
+
+
+def _depth_with_drafts(llm: LLM) -> int:
+    """As it serves on a device that the host waits for; else 0, as steps without drafts that are no graphs."""
+    return llm.settings.pipeline_depth if llm.runner.kernel_facts().get("waits") else 0
 
 
 class _Texts:
@@ -447,14 +470,15 @@ def _put_in_place(core: Core, texts: _Texts, shape: StepShape, repeats: int) -> 
     while core.can_decide and any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in core.sequences.values()):
         batch = core.decide(0)
         none = [0] * batch.num_sampled
-        found = [drafts.get(seq, 0) for seq in batch.sampled]
-        core.commit(Runs(none, [1] * len(none), found) if core.scheduler.speculation.most else none, 0)
+        runs = _rejected(Runs(none, [1] * len(none)), batch, drafts, core) if core.scheduler.speculation.most else none
+        core.commit(runs, 0)
     return drafts
 
 
-def _check(batch: Batch, shape: StepShape, number: int) -> None:
-    """The step was of the shape that was asked for."""
+def _check(batch: Batch, shape: StepShape, number: int, core: Core) -> None:
+    """The step was of the shape that was asked for; drafts in flight count as if they were right."""
     decided = (batch.num_decode_tokens, batch.num_prompt_tokens, batch.num_kv_tokens)
-    decodes = len(shape.contexts)
-    wanted = (decodes + sum(shape.drafts), shape.prompt_tokens, shape.kv_tokens + number * decodes)
+    decodes, drafts = len(shape.contexts), sum(shape.drafts)
+    grown = number * decodes + (drafts if number and core.scheduler.speculation.is_async else 0)
+    wanted = (decodes + drafts, shape.prompt_tokens, shape.kv_tokens + grown)
     assert decided == wanted, f"decided (decodes, prompt, KV tokens) {decided}, wanted {wanted}"

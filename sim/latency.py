@@ -242,7 +242,8 @@ class RecordedLatency:
 
     The host's part of a step is the time from its decision to its start, or to the next decision where that came
     first (one step ahead), and what lay between its end and the next decision while the engine was busy. A step with
-    drafts that was launched nearer to its end than to its start was waited for before anything else was done.
+    drafts that was launched nearer to its end than to its start was waited for before anything else was done: then the
+    host's part is what lay between it and the steps beside it.
 
     Args:
         steps: the rows of a record's steps, in order.
@@ -250,14 +251,19 @@ class RecordedLatency:
 
     def __init__(self, steps: list[dict]):
         self._costs: list[tuple[int, int] | StepCost] = []
+        ended = 0
         for row, following in zip(steps, [*steps[1:], None], strict=True):
-            host = row["start_ns"] - row["decided_ns"]
-            if following is not None and stayed_busy(row, following):
-                gap = following["decided_ns"] - row["end_ns"]
-                host = host + gap if gap >= 0 else min(host, following["decided_ns"] - row["decided_ns"])
-            host, device = max(0, host), row["end_ns"] - row["start_ns"]
             launched = row.get("launched_ns") or 0
             waited = "asked" in row and launched - row["start_ns"] > row["end_ns"] - launched
+            host = row["start_ns"] - (max(row["decided_ns"], ended) if waited else row["decided_ns"])
+            ended = row["end_ns"]
+            if following is not None and stayed_busy(row, following):
+                gap = following["decided_ns"] - row["end_ns"]
+                if gap >= 0:
+                    host += gap
+                elif not waited:
+                    host = min(host, following["decided_ns"] - row["decided_ns"])
+            host, device = max(0, host), row["end_ns"] - row["start_ns"]
             self._costs.append(StepCost.of_waiting(host, device) if waited else (host, device))
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:

@@ -163,8 +163,8 @@ class _Run:
     A record of our own engine has a step's start and end on the device, so host and device are known. One step ahead,
     its bookkeeping goes from when the step before was launched, or the result that was then waited for, to the
     decision. Its launch is known from `launched_ns`; a record of the first schema lacks it, and shows it only where the
-    device stood idle until then. Where the host waits for each step (`Kernels.waits`), it ends before the launch does,
-    and the launch is what came before the step began.
+    device stood idle until then. Where the host waits for each step (`Kernels.waits`), its part is what lies between
+    two steps, before the decision and behind it; what it does while drafts are being made holds nobody up.
 
     In the log of an engine that decides one step ahead, the host's work lies between a launch, or the result that it
     then waited for, and the next launch. A result is seen when it is waited for: where it was ready well after the next
@@ -228,6 +228,8 @@ class _Run:
                     # Without the launch before: its step began when it was launched, or the one before that had ended.
                     seen = before.get("launched_ns")
                     free = before["start_ns"] if seen is None else max(seen, ends[-2])
+                    if waits:
+                        free, launch = ends[-1], start - max(decided, ends[-1])
                     bookkeeping = max(0, decided - free)
                 host = None if launch is None else launch + (bookkeeping or 0)
                 yield StepSample(f, host, device, None, launch, bookkeeping)

@@ -183,6 +183,23 @@ def test_a_model_drafts_in_what_is_measured_and_nothing_is_accepted(llama, rate)
     llm.close()
 
 
+def test_where_the_host_waits_for_each_step_they_are_measured_one_ahead_and_all_rows_have_drafts(llama, monkeypatch):
+    config = {"method": "draft_model", "num_speculative_tokens": 3, "model": "given"}
+    settings = {"num_gpu_blocks": 256, "max_model_len": 256, "pipeline_depth": 1, "speculative_config": config}
+    llm = LLM(llama.model, settings=Settings.load(settings), draft=llama.model)
+    monkeypatch.setattr(llm.runner, "kernel_facts", lambda: {"waits": True})
+    steps = measure(llm, DRAFTED, repeats=3)
+    assert len(steps) == 3 * len(DRAFTED)
+    found = [StepFeatures.of(step.batch) for step in steps]
+    assert all(
+        one.drafts == one.asked * (len(step.batch) - len(step.batch.prompts))
+        for one, step in zip(found, steps, strict=True)
+    )
+    assert {one.asked for one in found} == {0, 1, 2, 3}
+    assert all(step.launch_ns >= 0 <= step.bookkeeping_ns and step.device_ns > 0 for step in steps)
+    llm.close()
+
+
 @pytest.mark.parametrize("limits", [LIMITS, SMALL | {"max_prompt": 64}])
 def test_a_design_with_drafts_has_none_some_and_all_of_them_and_fits_a_step(limits):
     shapes = design(128, **limits, most_drafts=4, max_tokens=2048)

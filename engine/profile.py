@@ -33,6 +33,9 @@ MOST_PROMPTS = 16
 LEAST_CONTEXT = 64
 """Where the design's contexts begin, on average over a step."""
 
+SHORTEST = 16
+"""Tokens of contexts that the design has room for beside drafts, at the least."""
+
 WARMING_NS = 60_000_000
 """How long a shape is run before its steps count: power lowers a device's clocks within some tens of milliseconds."""
 

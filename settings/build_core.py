@@ -281,6 +281,11 @@ class Settings(BaseModel):
         for build_rule in (self.build_order, self.build_admission, self.build_victim):
             build_rule()
 
+    @property
+    def most_drafts(self) -> int:
+        """Drafts of a sequence in a step, at most."""
+        return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
+
     def build_core(
         self,
         *,

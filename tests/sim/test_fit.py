@@ -298,7 +298,7 @@ def test_a_changed_coefficient_is_another_model():
         ),
         ("[1]", "schema is None"),
         ("{", "expected JSON"),
-        ('{"schema": "twinserve-latency/1"}', "about, is missing"),
+        ('{"schema": "twinserve-latency/1"}', "about is missing"),
     ],
 )
 def test_a_file_that_is_no_latency_file_is_refused_in_one_line(tmp_path, content, words):

@@ -147,3 +147,10 @@ def test_a_recorded_step_with_drafts_that_was_waited_for_costs_its_time_in_its_l
     for other in ({"launched_ns": 5}, {"launched_ns": None}):
         assert RecordedLatency([row | other])._costs == [(10, 90)]
     assert RecordedLatency([{name: row[name] for name in row if name != "asked"}])._costs == [(10, 90)]
+
+
+def test_no_step_begins_before_it_is_decided_however_long_its_lead_is():
+    assert StepCost(1_000, 10_000, 5_000).times(100_000, 0) == (101_000, 100_000, 110_000)
+    assert StepCost(1_000, 10_000, 400).times(100_000, 0) == (101_000, 100_600, 110_600)
+    assert StepCost(1_000, 10_000, 5_000).times(100_000, 100_200) == (101_000, 100_200, 110_200)
+    assert StepCost(1_000, 10, 400).times(100_000, 0) == (101_000, 100_600, 101_000), "nor ends before it is launched"

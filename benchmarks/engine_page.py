@@ -380,17 +380,18 @@ def _ending() -> list[str]:
             context up to itself; all keys and values of a layer are written before any token attends. So a step
             without prompts is one graph launch, of which graph only the number of tokens decides. Steps with prompts
             run kernel by kernel, sampling and comparing behind the model. Drafts are proposed from tokens that the
-            host knows, so it waits for each step: what is saved is steps, and a step that is decided ahead gains
-            nothing. A model that drafts runs in graphs too: one for what the step has computed, and then one a draft,
-            each of which leaves on the device what the next begins with. [When that
+            host knows, so it waits for what each step samples: what is saved is steps. A model that drafts runs in
+            graphs too: one for what the step has computed, and then one a draft, each of which leaves on the device
+            what the next begins with. While it drafts, the host goes on: one step ahead, the next one is decided and
+            laid out by then, and lacks but the drafts. [When that
             pays](studies/speculation.md) was measured on an H200. `tests/gpu/test_speculation.py` compares the tokens
             with those of eager steps."""
         ),
         "## Not there yet",
         "",
         *prose(
-            """Drafts that stay on the device, so that the host need not wait for them. A short chunk behind a long
-            context is attended by few programs: the context is not split for it, as it is for decodes."""
+            """Verification on the device, so that the host need not wait for a step with drafts. A short chunk behind a
+            long context is attended by few programs: the context is not split for it, as it is for decodes."""
         ),
     ]
 

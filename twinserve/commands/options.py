@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -78,6 +79,13 @@ class Group(TyperGroup):
 
     def get_short_help_str(self, limit: int = 0) -> str:
         return super().get_short_help_str(_WHOLE)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without a word, help; and the status of bad input, as nothing was done."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help(), file=sys.stderr)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word = args[0]

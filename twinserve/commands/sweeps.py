@@ -26,6 +26,7 @@ Ray = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster that c
 def sweep(
     plan: Annotated[Path, typer.Argument(help="A TOML file, see docs/capacity.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of results; that of an earlier sweep is gone on with.")],
+    trace: Annotated[str | None, typer.Argument(help="A trace, unless the plan has one.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def sweep(
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points
 
-    chosen = load_plan(plan)
+    chosen = load_plan(plan, {} if trace is None else {"trace": trace})
     say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers:
         missing = num_missing(chosen.points, store)

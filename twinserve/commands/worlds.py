@@ -19,7 +19,7 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.files import in_place_of
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
-from twinserve.worlds.workload import LIKE_HELP, ClientOptions, TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, ClientOptions, RateOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.policies import Sequence
@@ -34,12 +34,14 @@ LATENCY_HELP = (
 )
 
 
+@options_of(RateOptions, "rates")
 @options_of(TraceOptions, "trace_options")
 @options_of(ClientOptions, "clients")
 @options_of(FleetOptions, "fleet", but=("group",))
 @options_of(Settings, "settings")
 def sim(
     trace: TraceFile,
+    rates: dict,
     trace_options: dict,
     clients: dict,
     fleet: dict,
@@ -89,7 +91,7 @@ def sim(
     inside = validated(ClientOptions, {}, clients, None)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
-    workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
+    workload, *others = load_workloads(trace, trace_options, rates, NUM_DRAWS if intervals else 1)
     with in_place_of(out, force, RECORD) as place:
         for line in (*words, load_of(workload)):
             say(line)
@@ -119,11 +121,13 @@ def sim(
     _conclude(summary, verdict, as_json)
 
 
+@options_of(RateOptions, "rates")
 @options_of(TraceOptions, "trace_options")
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def run(
     trace: TraceFile,
+    rates: dict,
     trace_options: dict,
     engine: dict,
     settings: dict,
@@ -138,7 +142,7 @@ def run(
     """Replay a trace on the real engine, in real time."""
     from twinserve.policies import SamplingParams
     from twinserve.worlds.run import load_llm, run_real
-    from twinserve.worlds.workload import load_workload
+    from twinserve.worlds.workload import load_workloads
 
     options = EngineOptions.load(engine, config)
     chosen = Settings.load(settings, config, beside=("engine",))
@@ -148,7 +152,7 @@ def run(
         params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     except ValueError as error:
         raise InputError(str(error)) from error
-    workload = load_workload(trace, trace_options)
+    (workload,) = load_workloads(trace, trace_options, rates)
     verdict = Verdict()
     with in_place_of(out, force, RECORD) as place, closing(load_llm(options, chosen, progress=say)) as llm:
         say(load_of(workload))

@@ -239,7 +239,7 @@ class FleetOptions(BaseModel):
             if vllm is not None:
                 words[str(vllm)] = None
             if isinstance(model, FittedLatency):
-                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
+                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens, chosen.most_drafts)
             spec = ReplicaSpec(chosen, model, facts)
             words[f"latency: {spec.latency_words} ({facts['identity']})"] = None
             if chosen.max_model_len is None:

@@ -95,15 +95,24 @@ def choose_latency(source: str | None, record: Path | None = None) -> tuple[Late
 
 
 def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
-    """A latency model with what drafts cost, as the settings say it; recorded times have it in them.
+    """A latency model with what drafts cost, as the settings say it; recorded times have it in them, and so has what
+    was fitted to steps of an engine that drafts.
 
     Raises:
-        InputError: `draft_latency` names none.
+        InputError: `draft_latency` names none, or what was measured with drafts is to cost them again.
     """
     config = settings.speculative_config
     if config is None or isinstance(latency, RecordedLatency):
         return latency
     from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
+    from twinserve.sim.fit import FittedLatency
+
+    if isinstance(latency, FittedLatency) and latency.data["about"].get("speculative_config") is not None:
+        for name in ("lookup_ns", "draft_latency"):
+            if (value := getattr(config, name)) is not None:
+                problem = "expected none, as the latency was measured with drafts"
+                raise InputError(problem, field=f"speculative_config.{name}", value=value)
+        return latency
 
     if config.lookup_ns is not None:
         return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
@@ -160,6 +169,8 @@ def about_runs(records: list[RunRecord]) -> dict[str, Any]:
         "block_size": records[0].told("settings", "block_size"),
         "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
+    if (drafting := records[0].run["settings"].get("speculative_config")) is not None:
+        about["speculative_config"] = drafting
     return about | {name: facts[name] for name in _OF_ENGINE if name in facts}
 
 
@@ -258,7 +269,7 @@ def measure_steps(
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
         latency: what the workload is simulated with; None is what was measured over the design.
     """
-    from twinserve.engine.profile import StepShape, covering, design, measure, spare_tokens
+    from twinserve.engine.profile import SHORTEST, StepShape, covering, design, measure, spare_tokens
     from twinserve.sim.fit import StepSample
     from twinserve.sim.replica import simulate
 
@@ -288,6 +299,13 @@ def measure_steps(
 
     count = shapes if workload is None else shapes // 2
     sizes = {"max_seqs": max_seqs, "max_context": min(max_context, limit), "max_prompt": max_prompt}
+    if (most := settings.most_drafts) > 0:
+        if (longest := limit - 2 * most) < SHORTEST:
+            least = spare_tokens(repeats) + 2 * most + SHORTEST
+            problem = f"expected at least {least} to measure steps with {most} drafts"
+            raise InputError(problem, field="max_model_len", value=settings.max_model_len)
+        sizes |= {"max_context": min(max_context, longest), "most_drafts": most}
+        sizes |= {"max_tokens": settings.max_num_batched_tokens}
     samples = measured(design(count, **sizes, **room))
     if workload is not None:
         made: set[StepShape] = set()
@@ -319,8 +337,12 @@ def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
 
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
+    if llm.settings.speculative_config is not None:
+        about["speculative_config"] = llm.settings.speculative_config.model_dump()
     del about["seed"], about["tokens"], about["eos_token_id"]
-    return Profile(about, Kernels.load(about.pop("kernels", {})), samples)
+    kernels = Kernels.load(about.pop("kernels", {}))
+    seen = [replace(sample, features=sample.features.attended(kernels.single)) for sample in samples]
+    return Profile(about, kernels, seen)
 
 
 def fit_profile(profile: Profile) -> FittedLatency:

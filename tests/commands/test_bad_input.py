@@ -315,6 +315,7 @@ def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path
         (("serve", "--simulate", "--shutdown-timeout", "9" * 30), "shutdown_timeout is 9999"),
         (("serve", "--simulate", "--max-num-queued-reqs", "9" * 30), "max_num_queued_reqs is 9999"),
         (("run", "{trace}", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from 0 to"),
+        (("profile", "--out", "p.json", "--pipeline-depth", "1"), "pipeline_depth is 1, expected none without"),
         (("profile", "--out", "p.json", "--shapes", "1000000000"), "--shapes"),
         (("profile", "--out", "p.json", "--repeats", "1000000000"), "--repeats"),
         (("profile", "--out", "p.json", "--max-context", "9" * 12), "--max-context"),

@@ -58,6 +58,11 @@ def summary_table(summary: dict[str, Any]) -> None:
             f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
         )
         console.print(f"{found['limits']}: {share}; {rates}")
+    if found := summary.get("energy"):
+        console.print(
+            f"{_number(found['joules_per_output_token'])} J an output token, {_number(found['joules_per_request'])} J "
+            f"a request; {_number(found['watts'])} W, all devices together ({found['basis']})"
+        )
     if found := summary.get("measured"):
         console.print("; ".join(f"{name} {_number(value)} s" for name, value in found.items()))
     if found := summary.get("judged"):

@@ -28,9 +28,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run recor
 RECORD = ("run.json",)
 """By what a run record is known."""
 LATENCY_HELP = (
-    "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
-    "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
-    "llama-3-8b-h200). Must be given, unless --latency-from is."
+    "How long steps take: roofline:MODEL@DEVICE[:tp=N][:pp=N], MODEL a config.json or a shape such as llama-3-8b; a "
+    "file that twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, "
+    "qwen3-0.6b-h200, llama-3-8b-h200). Must be given, unless --latency-from is."
 )
 
 
@@ -64,6 +64,9 @@ def sim(
         float, typer.Option(min=0, help="Requests of so many first seconds are neither counted nor measured by these.")
     ] = 0.0,
     drain_s: Annotated[float, typer.Option(min=0, help="Nor are those of so many last ones.")] = 0.0,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Say the joules of a token and of a request, by the device's power model.")
+    ] = False,
     like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
@@ -77,6 +80,7 @@ def sim(
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
+    from twinserve.worlds.run import metered
     from twinserve.worlds.workload import load_workloads
 
     judge = Judge(Rules.parse(within, measured, warm_up_s, drain_s))
@@ -104,7 +108,9 @@ def sim(
                 judge.ended(seq)
 
             how: dict[str, Any] = {"out": place, "progress": ended, "step_by_step": step_by_step}
-            summary = chosen.serve(workload, replicas, intervals=limits, clients=inside.clients, **how)
+            served, drawn_by = metered(replicas) if energy else (replicas, None)
+            how["derived"] = drawn_by
+            summary = chosen.serve(workload, served, intervals=limits, clients=inside.clients, **how)
     judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:

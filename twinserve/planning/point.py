@@ -148,7 +148,7 @@ class Point(PointOptions):
         for spec in self.replicas():
             model = spec.latency
             if isinstance(model, RooflineLatency):
-                counts[kind_of(model.device.name)] += model.tensor_parallel
+                counts[kind_of(model.device.name)] += model.split.num_devices
             else:
                 device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
                 many = model.num_devices if isinstance(model, FittedLatency) else 1

@@ -16,7 +16,7 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
 from twinserve.sim.intervals import Served, uncertainty_of, with_uncertainty
 from twinserve.sim.kernels import Kernels
-from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
+from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures, step_times
 from twinserve.sim.profiles import Profile
 from twinserve.traces.runs.metrics import stayed_busy
 from twinserve.traces.runs.record import RunRecord
@@ -345,7 +345,7 @@ class Timeline:
 
     def step(self, cost: StepCost, free_ns: int, following_ns: int) -> int:
         """By how much the model has the host free too late after a step, in nanoseconds."""
-        launched, _, end = cost.times(free_ns, self.ends[1])
+        launched, _, end = step_times(cost, free_ns, self.ends[1])
         late = max(launched, self.ends[1] if self._depth else end) - following_ns
         self.ends = self.ends[1] - late, end - late
         return late

@@ -14,7 +14,7 @@ import numpy as np
 
 from twinserve.policies import Core
 from twinserve.policies.core import Span
-from twinserve.sim.latency import LatencyModel, StepFeatures, step_times
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
@@ -78,15 +78,15 @@ class Leap:
         if known is not None and not self._depth and not self._spans:
             self._add_columns(*known)
             return True
-        costs: list[Seq[int]] = [] if known is None else [(known[0], device) for device in known[1].tolist()]
+        costs = [] if known is None else [StepCost(known[0], device) for device in known[1].tolist()]
         for number in range(planned + 1, planned + 1 + (len(costs) or count)):
             decided = self._decided[-1]
             if costs:
                 cost = costs[number - planned - 1]
             else:
                 features = self.features.repeated(number, decided)
-                cost = self._latency.step_cost(features)
-            launched, start, end = step_times(cost, decided, self._ends[-1])
+                cost = StepCost(*self._latency.step_cost(features))
+            launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
             self._spans.append((decided, start, end))
             self._decided.append(max(launched, self._ends[-1 - self._depth]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
-from twinserve.sim.latency import StepCost, StepFeatures, step_times
+from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.traces.request import Request
 from twinserve.traces.runs.vllm_records import FORMAT
 
@@ -167,7 +167,7 @@ class _Loop:
             }
         )
         cost = StepCost(bookkeeping + launch, device, lead)
-        self.now, _, self._device_free = step_times(cost, decided, self._device_free)
+        self.now, _, self._device_free = cost.times(decided, self._device_free)
         self._ends.append(self._device_free)
         self.steps[-1]["launched"] = self.now
         if len(core.in_flight) > core.pipeline_depth:

@@ -68,7 +68,7 @@ class Core:
     @property
     def can_decide(self) -> bool:
         """Is there something to decide, and room for one more batch in flight?"""
-        return len(self.in_flight) <= self.pipeline_depth and bool(self.sequences)
+        return len(self.in_flight) <= self.pipeline_depth and not (self.scheduler.is_finished() and not self.aborts)
 
     @property
     def must_commit(self) -> bool:
@@ -109,7 +109,7 @@ class Core:
         batch.aborted, batch.decided_ns = aborted, now_ns
         self.num_decisions += 1
         self.in_flight.append(batch)
-        if not (batch or aborted or batch.preempted) and len(self.in_flight) == 1 and self.sequences:
+        if not (batch.num_used_blocks or aborted or batch.preempted) and len(self.in_flight) == 1 and self.sequences:
             raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
         for row in batch.admitted:
             if row.seq.first_scheduled_ns is None:
@@ -118,8 +118,7 @@ class Core:
         return batch
 
     def commit(self, token_ids: Runs | Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`, or a run); the sequences that
-        end."""
+        """Take the tokens of the oldest batch in flight, one for each of its `sampled`, or a run; those that end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
         batch = self.in_flight[0]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 import simpy
 from simpy.events import URGENT
 
+from twinserve.orders.loading import Loading
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.clients import NOBODY, Clients, Door
 from twinserve.sim.clock import alarm, now_ns
@@ -40,9 +41,12 @@ class Replica:
         index: the number of the replica among those that share `env`.
         step_by_step: make every decision by itself; the results are the same.
         acceptance: says what comes of drafts, where `core` schedules any.
+        loads: called with each sequence whose KV begins to be loaded, its tokens in the pool, and its tokens with those
+            that are loaded; where `core` loads any.
 
     Attributes:
         outstanding_requests: requests sent here that have not ended.
+        kept: requests that have ended, and whose KV is kept.
     """
 
     def __init__(
@@ -55,10 +59,17 @@ class Replica:
         index: int = 0,
         step_by_step: bool = False,
         acceptance: Acceptance | None = None,
+        loads: Callable[[Sequence, int, int], None] | None = None,
     ):
         if core.scheduler.speculation.most and acceptance is None:
             raise ValueError("acceptance is None, expected one where drafts are scheduled")
-        self._acceptance = acceptance
+        self._acceptance, self._loads = acceptance, loads
+        waiting = core.scheduler.waiting
+        self._loading = waiting if isinstance(waiting, Loading) else None
+        self._keeping: set[int] = set()
+        self.kept: set[int] = set()
+        self._loaded: list[Sequence] = []
+        self._released: list[int] = []
         self.index, self.core = index, core
         self.outstanding_requests = 0
         self._sent: dict[int, Sequence] = {}
@@ -97,11 +108,28 @@ class Replica:
         self._cut_leap()
         return sum(seq.final_length - seq.num_computed_tokens for seq in self._sent.values())
 
-    def submit(self, seq: Sequence) -> None:
-        """Let a sequence in; the next decision sees it."""
+    def submit(self, seq: Sequence, *, keeps_kv: bool = False) -> None:
+        """Let a sequence in; the next decision sees it. With `keeps_kv` its prompt's KV is kept when it has ended."""
         self.outstanding_requests += 1
         self._sent[seq.seq_id] = self._unanswered[seq.seq_id] = seq
+        if keeps_kv:
+            self._keeping.add(seq.seq_id)
         self._inbox.append(seq)
+        self._wake()
+
+    def loaded(self, seq: Sequence) -> None:
+        """All KV that a sequence loads is there; the next decision sees it."""
+        self._loaded.append(seq)
+        self._wake()
+
+    def release(self, seq_id: int) -> None:
+        """The KV that was kept of a sequence that has ended is no longer needed."""
+        self.kept.discard(seq_id)
+        self._released.append(seq_id)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something is to be decided on."""
         if self._is_idle:
             self._is_idle = False
             self._resume_at(now_ns(self._env), _DECIDES)
@@ -154,9 +182,14 @@ class Replica:
             for seq_id in self._aborts:
                 core.abort(seq_id, now)
             self._aborts.clear()
-            launched = now
+            if self._loading is not None:
+                self._move(self._loading)
+            launched, is_stuck = now, False
             if core.can_decide:
                 batch = core.decide(now)
+                if self._loading is not None:
+                    self._begin_loads(self._loading, batch)
+                    is_stuck = not (batch.preempted or any(core.in_flight))
                 for seq in batch.aborted:
                     self._ended(seq)
                 if batch:
@@ -180,15 +213,19 @@ class Replica:
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
                 for seq in core.commit(self._output(core.in_flight[0]), now):
+                    self._keep(seq)
                     self._ended(seq)
                 if self._others_come():
                     yield self._wait(now, _DECIDES)
-            elif core.is_idle:
+                is_stuck = is_stuck and not (self._inbox or self._aborts or self._loaded or self._released)
+            elif core.can_decide:
+                yield self._wait(launched, _DECIDES)
+            else:
+                is_stuck = True
+            if is_stuck:
                 self._is_idle = True
                 self._event = self._env.event()
                 yield self._event
-            else:
-                yield self._wait(launched, _DECIDES)
 
     def _output(self, batch: Batch) -> Runs | None:
         """What comes of a step: nothing but of drafts."""
@@ -196,6 +233,30 @@ class Replica:
         if not speculation.most or self._acceptance is None:
             return None
         return output_of(batch, self._acceptance, is_async=speculation.is_async)
+
+    def _move(self, loading: Loading) -> None:
+        """Take in what was released and has been loaded."""
+        for seq_id in self._released:
+            loading.release(seq_id)
+            self.core.scheduler.refusal = None
+        self._released.clear()
+        for seq in self._loaded:
+            loading.loaded(seq)
+        self._loaded.clear()
+
+    def _begin_loads(self, loading: Loading, batch: Batch) -> None:
+        """Have the KV loaded of those that a decision gave blocks for it."""
+        moves = batch.kv_moves = loading.take_moves()
+        for seq_id, num_tokens, found in moves.get("loads", ()):
+            if self._loads is not None:
+                self._loads(self.core.sequences[seq_id], num_tokens, found)
+
+    def _keep(self, seq: Sequence) -> None:
+        """Keep the KV of a sequence that has ended, if it is to be kept."""
+        if self._loading is not None and seq.seq_id in self._keeping:
+            self._keeping.remove(seq.seq_id)
+            self.kept.add(seq.seq_id)
+            self._loading.hold(seq)
 
     def _others_come(self) -> bool:
         """Does anything else happen now? Then it comes before the next decision."""

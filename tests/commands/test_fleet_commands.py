@@ -42,6 +42,63 @@ def config(tmp_path) -> Path:
     return path
 
 
+PAIR = ("--prefill-replicas", 1, "--decode-replicas", 1)
+SPLIT = """
+num_gpu_blocks = 500
+
+[fleet]
+kv_bytes_per_token = 1000.0
+
+[[fleet.group]]
+role = "prefill"
+max_num_seqs = 2
+
+[[fleet.group]]
+replicas = 2
+role = "decode"
+"""
+
+
+def test_a_split_fleet_from_options_and_from_a_file_is_replayed_compared_and_reported(
+    twinserve, trace, latency, tmp_path
+):
+    config = tmp_path / "split.toml"
+    config.write_text(SPLIT)
+    options = ("--prefill-replicas", 1, "--decode-replicas", 2, "--kv-bytes-per-token", 1000, "--kv-gb-s", 0.001)
+    for name, how in (("options", options), ("file", ("--config", config))):
+        out = tmp_path / name
+        result = twinserve("sim", trace, "--latency", latency, *how, "--out", out, "--json")
+        assert result.code == 0, result.err
+        summary = json.loads(result.out)
+        assert summary["finished"] == summary["requests"] > 0
+        assert summary["handed_over"] == summary["transfers"] > 0 and summary["transfer_bytes"] > 0
+        split = json.loads((out / "run.json").read_text())["facts"]["fleet"]["split"]
+        assert split["roles"] == ["prefill", "decode", "decode"] and split["router"] == {"name": "least-outstanding"}
+        assert json.loads(twinserve("replay", out, "--json").out)["exact"]
+        page = tmp_path / f"{name}.html"
+        assert twinserve("report", out, "--out", page).code == 0 and page.stat().st_size > 10_000
+    assert twinserve("compare", tmp_path / "file", tmp_path / "options").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prefill-replicas", 1), "decode_replicas is 0, expected replicas for decode beside those for prefill"),
+        (("--decode-replicas", 1), "prefill_replicas is 0, expected replicas for prefill beside those for decode"),
+        ((*PAIR,), "kv_bytes_per_token, is missing, expected bytes"),
+        ((*PAIR, "--kv-bytes-per-token", 9, "--kv-layerwise"), "kv_layerwise is True, expected latencies"),
+        ((*PAIR, "--kv-gb-s", 0), "kv_gb_s is 0.0, expected"),
+        ((*PAIR, "--decode-router", "x"), "decode_router is 'x'"),
+        (
+            (*PAIR, "--kv-bytes-per-token", 9, "--no-scheduler-reserve-full-isl"),
+            "scheduler_reserve_full_isl is 'False', expected True on a replica for prefill",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_split_fleet_cannot_be_is_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
 def test_a_fleet_is_replayed_compared_and_reported(twinserve, trace, latency, config, tmp_path):
     out, alone = tmp_path / "fleet", tmp_path / "alone"
     result = twinserve("sim", trace, "--latency", latency, "--config", config, "--out", out, "--json")

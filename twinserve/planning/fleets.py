@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -15,8 +16,11 @@ from twinserve.settings.limits import MOST_FLEET_BLOCKS, MOST_REPLICAS, plain
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
+from twinserve.sim.links import Link
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
 from twinserve.sim.slowness import Slowdown
+from twinserve.sim.split import BOTH, Split
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
@@ -83,12 +87,38 @@ parse_slowdown = _reader(
 )
 
 
+def check_loading(settings: Settings, role: str) -> None:
+    """Refuse what does not go with KV that comes from elsewhere, or is kept for it.
+
+    Raises:
+        InputError: there is such a setting.
+    """
+    if role == BOTH:
+        return
+    for name, wanted in (("scheduler_reserve_full_isl", True), ("speculative_config", None), ("admission", None)):
+        if (value := getattr(settings, name)) != wanted:
+            raise InputError(f"expected {wanted} on a replica for {role}", field=name, value=str(value))
+
+
+OF_SPLITS = (
+    "prefill_replicas",
+    "decode_replicas",
+    "decode_router",
+    "kv_gb_s",
+    "kv_latency_us",
+    "kv_layerwise",
+    "kv_bytes_per_token",
+)
+"""Options of prompts that are computed on replicas of their own."""
+
+
 class ReplicaGroup(BaseModel):
     """Replicas that are alike; settings of their own are beside these fields."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS)
+    role: Literal["both", "prefill", "decode"] = "both"
     latency: str | None = None
     scheduling_policy: str | None = None
     admission: str | None = None
@@ -99,7 +129,7 @@ class ReplicaGroup(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """Its own settings."""
-        return self.model_dump(exclude={"replicas", "latency"}, exclude_unset=True)
+        return self.model_dump(exclude={"replicas", "role", "latency"}, exclude_unset=True)
 
 
 class FleetOptions(BaseModel):
@@ -129,12 +159,33 @@ class FleetOptions(BaseModel):
     slow: list[Annotated[Slowdown, BeforeValidator(parse_slowdown)]] = Field(
         default=[], description="REPLICA:FROM:TO:FACTOR, in seconds: a replica takes so many times as long"
     )
+    prefill_replicas: int = Field(
+        default=0, ge=0, le=MOST_REPLICAS, description="replicas that compute prompts and first tokens alone"
+    )
+    decode_replicas: int = Field(
+        default=0, ge=0, le=MOST_REPLICAS, description="replicas that go on behind the first tokens of those"
+    )
+    decode_router: str = Field(
+        default="least-outstanding", description="which of them goes on with a request; as router"
+    )
+    kv_gb_s: float = Field(
+        default=50.0, gt=0, le=1e6, description="of KV between replicas: 10^9 bytes a second of each one's port"
+    )
+    kv_latency_us: float = Field(
+        default=20.0, ge=0, le=1e9, description="and microseconds until the last byte is there"
+    )
+    kv_layerwise: bool = Field(
+        default=False, description="each layer's KV is sent while the next ones are computed, not all of it at the end"
+    )
+    kv_bytes_per_token: float | None = Field(
+        default=None, gt=0, le=1e9, description="of all layers; none: as the latency's model has it"
+    )
     group: list[ReplicaGroup] = Field(
         default=[],
         description="in a file, a table for each kind of replica: how many, their latency, settings of their own",
     )
 
-    @field_validator("router")
+    @field_validator("router", "decode_router")
     @classmethod
     def _pinned(cls, text: str) -> str:
         return pinned(text, tuple(ROUTERS))
@@ -150,6 +201,7 @@ class FleetOptions(BaseModel):
         count = options.num_replicas
         if options.group and options.replicas not in (None, count):
             raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
+        options.check_roles()
         try:
             check_outages(options.die, count)
             check_restarts(options.restarts, options.die, count)
@@ -159,6 +211,28 @@ class FleetOptions(BaseModel):
         except ValueError as error:
             raise InputError(str(error)) from error
         return options
+
+    def check_roles(self) -> None:
+        """Refuse replicas that compute prompts alone beside none that go on with them, and the other way round.
+
+        Raises:
+            InputError: there are such.
+        """
+        for name in ("prefill_replicas", "decode_replicas"):
+            if self.group and (value := getattr(self, name)):
+                raise InputError("expected none of it beside groups, which say their role", field=name, value=value)
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if role in self.roles and other not in self.roles:
+                place = "fleet.group" if self.group else f"{other}_replicas"
+                raise InputError(f"expected replicas for {other} beside those for {role}", field=place, value=0)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What each replica does."""
+        if self.group:
+            return tuple(group.role for group in self.group for _ in range(group.replicas))
+        split = ("prefill",) * self.prefill_replicas + ("decode",) * self.decode_replicas
+        return split + (BOTH,) * (self.replicas or (0 if split else 1))
 
     @property
     def is_fleet(self) -> bool:
@@ -174,7 +248,7 @@ class FleetOptions(BaseModel):
     @property
     def num_replicas(self) -> int:
         """How many replicas there are."""
-        return sum(group.replicas for group in self.group) if self.group else self.replicas or 1
+        return len(self.roles)
 
     def build_router(self) -> Router:
         """A fresh router.
@@ -182,19 +256,53 @@ class FleetOptions(BaseModel):
         Raises:
             InputError: it is a class of one's own that cannot be used.
         """
-        if self.router in SEEDED:
-            return SEEDED[self.router](self.router_seed)
-        if self.router == "prefix-affine":
+        return self._built("router")
+
+    def _built(self, field: str) -> Router:
+        name = getattr(self, field)
+        if name in SEEDED:
+            return SEEDED[name](self.router_seed)
+        if name == "prefix-affine":
             return PrefixAffine(self.max_lead_tokens)
-        return ROUTERS[self.router]() if self.router in ROUTERS else build(self.router, "router", Router)
+        return ROUTERS[name]() if name in ROUTERS else build(name, field, Router)
 
     @property
     def router_facts(self) -> dict[str, Any]:
         """What says which router it is."""
-        if self.router in SEEDED:
-            return {"name": self.router, "seed": self.router_seed}
+        return self._facts_of(self.router)
+
+    def _facts_of(self, name: str) -> dict[str, Any]:
+        if name in SEEDED:
+            return {"name": name, "seed": self.router_seed}
         parameters = {"prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
-        return {"name": self.router, **parameters.get(self.router, {})}
+        return {"name": name, **parameters.get(name, {})}
+
+    def build_split(self, replicas: list[ReplicaSpec]) -> Split | None:
+        """Who computes prompts and who goes on with them; None where all do both.
+
+        Raises:
+            InputError: how large the KV of a token is, or how many layers there are, is not known.
+        """
+        if set(self.roles) == {BOTH}:
+            return None
+        sizes = tuple(self._kv_bytes(spec) for spec in replicas)
+        shapes = {spec.latency.shape.num_layers for spec in replicas if isinstance(spec.latency, RooflineLatency)}
+        if self.kv_layerwise and len(shapes) != 1:
+            raise InputError(
+                "expected latencies of one model's layers, as those of roofline:MODEL@DEVICE", field="kv_layerwise",
+                value=True,
+            )  # fmt: skip
+        link = Link(self.kv_gb_s * 1e9, round(self.kv_latency_us * 1000))
+        return Split(self.roles, sizes, link, self._built("decode_router"), min(shapes) if self.kv_layerwise else None)
+
+    def _kv_bytes(self, spec: ReplicaSpec) -> float:
+        if self.kv_bytes_per_token is not None:
+            return self.kv_bytes_per_token
+        if isinstance(spec.latency, RooflineLatency):
+            return spec.latency.shape.kv_bytes_per_token()
+        raise InputError(
+            f"is missing, expected bytes: of {spec.latency_facts['name']} it is not known", field="kv_bytes_per_token"
+        )
 
     def build_replicas(
         self,
@@ -221,7 +329,8 @@ class FleetOptions(BaseModel):
             )
         specs: list[ReplicaSpec] = []
         words: dict[str, None] = {}
-        for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
+        alike = [{"role": role, "replicas": len(list(of))} for role, of in groupby(self.roles)]
+        for group in self.group or map(ReplicaGroup.model_validate, alike):
             vllm = like_of(like, group.latency or latency)
             chosen = Settings.load(
                 settings | group.settings,
@@ -243,6 +352,15 @@ class FleetOptions(BaseModel):
             if pool is not None:
                 words[pool] = None
             specs += [spec] * group.replicas
+        split = self.build_split(specs)
+        if split is not None:
+            for spec, role in zip(specs, self.roles, strict=True):
+                check_loading(spec.settings, role)
+            way = "layer by layer" if self.kv_layerwise else "when a prompt is computed"
+            words[
+                f"KV goes from prefill to decode replicas {way}, {max(split.bytes_per_token):,.0f} bytes a token over "
+                f"ports of {self.kv_gb_s:g} GB/s and {self.kv_latency_us:g} us"
+            ] = None
         blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
         if blocks > MOST_FLEET_BLOCKS:
             expected = f"expected at most {MOST_FLEET_BLOCKS} KV blocks in all pools together, they have {blocks}"
@@ -271,5 +389,7 @@ class FleetOptions(BaseModel):
             failover_ns=round(self.failover_s * 1e9),
             restarts=self.restarts,
             slowdowns=self.slow,
+            split=seeded.build_split(replicas),
+            decode_router_facts=seeded._facts_of(self.decode_router),
             **options,
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
 from twinserve.engine.online import rare_collections
+from twinserve.orders.loading import Nothing
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -24,6 +25,7 @@ from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
 from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
+from twinserve.sim.split import BOTH, Split
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
 from twinserve.traces.runs.record import RunRecord, RunRecorder
@@ -436,6 +438,8 @@ def run_fleet(
     failover_ns: int = 0,
     restarts: Iterable[Restart] = (),
     slowdowns: Iterable[Slowdown] = (),
+    split: Split | None = None,
+    decode_router_facts: dict[str, Any] | None = None,
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -451,6 +455,8 @@ def run_fleet(
         failover_ns: nanoseconds from a death until the router knows of it.
         restarts: which replicas are drained and restarted, and when.
         slowdowns: when replicas are slow.
+        split: who computes prompts and who goes on with them; None: all do both.
+        decode_router_facts: says in the record which router chooses those who go on.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
@@ -462,20 +468,21 @@ def run_fleet(
     fleet |= {"outages": [asdict(outage) for outage in outages], "failover_ns": failover_ns}
     fleet |= {"restarts": [asdict(one) for one in restarts]} if restarts else {}
     fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
+    fleet |= {"split": split.facts | {"router": decode_router_facts}} if split is not None else {}
     facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,
     ):
         begun = time.perf_counter()
-        turned_away, gave_up = simulate_fleet(
+        found = simulate_fleet(
             workload.requests,
             [
                 slowed(with_drafting(spec.latency, spec.settings), index, slowdowns)
                 for index, spec in enumerate(replicas)
             ],
             router,
-            _RecordedFleet(recorder, replicas, facts, params),
+            _RecordedFleet(recorder, replicas, facts, params, split),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
@@ -483,9 +490,12 @@ def run_fleet(
             progress=progress,
             step_by_step=step_by_step,
             clients=clients,
+            split=split,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
+        counts = _counts(workload, intervals) | _client_counts(clients, found.rejected, found.timed_out)
+        if split is not None:
+            counts |= {"transfers": found.transfers, "transfer_bytes": found.transfer_bytes}
         return recorder.close(counts) | {"wall_s": wall_s}
 
 
@@ -499,9 +509,15 @@ class _RecordedFleet(FleetListener):
     """Has each replica's run recorded."""
 
     def __init__(
-        self, recorder: FleetRecorder, replicas: list[ReplicaSpec], facts: dict[str, Any], params: SamplingParams
+        self,
+        recorder: FleetRecorder,
+        replicas: list[ReplicaSpec],
+        facts: dict[str, Any],
+        params: SamplingParams,
+        split: Split | None,
     ):
         self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
+        self._roles = [BOTH] * len(replicas) if split is None else split.roles
 
     def begun(self, replica: int, life: int) -> Core:
         spec = self._replicas[replica]
@@ -512,13 +528,19 @@ class _RecordedFleet(FleetListener):
             facts=sim_facts(self._facts, spec.latency_facts),
             device=f"simulated: {spec.latency_facts['name']}",
         )
-        return spec.settings.build_core(listener=listener)
+        return spec.settings.build_core(listener=listener, source=None if self._roles[replica] == BOTH else Nothing())
 
     def acceptance(self, replica: int) -> Acceptance | None:
         return acceptance_of(self._replicas[replica].settings.speculative_config)
 
     def sent(self, request: Request, replica: int) -> None:
         self._recorder.expect(request, self._params, replica)
+
+    def prompt_sent(self, request: Request, replica: int) -> None:
+        self._recorder.expect_prompt(request, self._params, replica)
+
+    def handed_over(self, request: Request, source: int | None, target: int) -> None:
+        self._recorder.expect_rest(request, self._params, source, target)
 
     def died(self, replica: int, lost: list[Sequence]) -> None:
         self._recorder.died(replica, lost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from itertools import islice
 from typing import Final
 
@@ -11,8 +12,7 @@ from mypy_extensions import i64, mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 60
-"""More blocks than anybody asks for."""
+ENDLESS: Final = 1 << 60  # more blocks than anybody asks for
 
 
 @mypyc_attr(native_class=False)
@@ -48,6 +48,7 @@ class BlockManager:
         self._blank = list(range(num_blocks or 0))[::-1]  # free and without content; the last is used next
         self._cached: OrderedDict[int, None] = OrderedDict()  # free as well, behind those, in the order of their use
         self.prefix_cache: PrefixCache | None = None
+        self.evicts: Callable[[list[int]], None] | None = None  # is told of cached blocks before they are used again
         self._holders: dict[Sequence, None] = {}
 
     @property
@@ -214,14 +215,15 @@ class BlockManager:
         blank, blocks = self._blank, self.blocks
         taken = blank[: -count - 1 : -1]
         del blank[len(blank) - len(taken) :]
-        missing = count - len(taken)
-        if missing and self.num_blocks is None:
+        if (missing := count - len(taken)) and self.num_blocks is None:
             taken += range(len(blocks), len(blocks) + missing)  # and nothing is evicted
             blocks += [Block(block_id) for block_id in taken[-missing:]]
         elif missing:
             evicted = list(islice(self._cached, missing))
             for block_id in evicted:
                 del self._cached[block_id]
+            if self.evicts is not None:
+                self.evicts(evicted)
             if self.prefix_cache is not None:
                 self.prefix_cache.remove(evicted)
             taken += evicted
@@ -232,8 +234,7 @@ class BlockManager:
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
         """Hash the first `num_blocks` blocks of `seq` at least, each once in the sequence's life."""
         hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
-        first = len(hashes)
-        if first >= num_blocks:
+        if (first := len(hashes)) >= num_blocks:
             return
         if seq.prefix_key is not None:
             # All that it will ever have, as many keys at once cost least.

@@ -125,8 +125,7 @@ class Core:
         finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
         self.in_flight.popleft()
         self.last_committed = batch.decision
-        if batch.end_ns is None:
-            batch.end_ns = now_ns
+        batch.end_ns = now_ns if batch.end_ns is None else batch.end_ns
         for seq in batch.prompts:
             if seq.first_token_ns is None and seq.num_completion_tokens:
                 seq.first_token_ns = now_ns

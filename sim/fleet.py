@@ -21,6 +21,7 @@ from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
 from twinserve.sim.speculation import Acceptance
 from twinserve.sim.split import BOTH, Handover, Split, Transfers
+from twinserve.sim.tiers import FleetTiers, TierPlan
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 from twinserve.traces.runs.metrics import DECODE, PREFILL, SERVED
@@ -130,6 +131,7 @@ class Fleet:
         ended: called with each sequence that ends, those of requests that are turned away among them.
         clients: see `Clients`.
         split: who computes prompts and who goes on; None: all do both.
+        tiers: behind the prefix caches of those who compute prompts.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
 
@@ -149,8 +151,10 @@ class Fleet:
         step_by_step: bool = False,
         clients: Clients = NOBODY,
         split: Split | None = None,
+        tiers: TierPlan | None = None,
     ):
         self._split = split
+        self.tiers = None if tiers is None else FleetTiers(env, tiers, self._catch_up)
         self.transfers = None if split is None else Transfers(env, split, lambda replica: self._emptied(replica.index))
         self.door = Door(env, clients, params, ended)
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
@@ -270,9 +274,19 @@ class Fleet:
 
     def _begin(self, index: int) -> None:
         core = self._cores[index] = self._listener.begun(index, self._lives[index])
-        if self.transfers is not None and isinstance(core.scheduler.waiting, Loading):
-            core.scheduler.waiting.source = self.transfers
-        self._up[index] = Replica(
+        loads: Callable[[Sequence, int, int], None] | None = None
+        waiting, role = core.scheduler.waiting, self._role(index)
+        if self.transfers is not None and role == DECODE:
+            assert isinstance(waiting, Loading), f"replica {index} loads no KV"
+            waiting.source, loads = self.transfers, self.transfers.has_blocks
+        elif self.tiers is not None:
+            assert isinstance(waiting, Loading), f"replica {index} loads no KV"
+            tiers = waiting.source = self.tiers.of(index, core.scheduler.block_manager)
+
+            def loads(seq: Sequence, num_tokens: int, found: int) -> None:
+                tiers.load(seq, replica.loaded)
+
+        replica = self._up[index] = Replica(
             self._env,
             core,
             self._latencies[index],
@@ -280,7 +294,7 @@ class Fleet:
             index=index,
             step_by_step=self._step_by_step,
             acceptance=self._listener.acceptance(index),
-            loads=None if self.transfers is None else self.transfers.has_blocks,
+            loads=loads,
         )
         self._lives[index] += 1
 
@@ -341,6 +355,11 @@ class Fleet:
 
         self._draining[index] = emptied
         self._emptied(index)
+
+    def _catch_up(self) -> None:
+        """Have all replicas make what they have planned up to now."""
+        for replica in self._up.values():
+            replica.catch_up()
 
     def _send_waiting(self) -> None:
         """Try again to send what waits."""
@@ -419,12 +438,13 @@ def _chosen(router: Router, request: Request, replicas: list[Replica]) -> Replic
 
 
 class FleetCounts(NamedTuple):
-    """What a fleet's replicas do not count: requests that were turned away, and given up; KV between replicas."""
+    """What a fleet's replicas do not count: requests that were turned away, and given up; KV from elsewhere."""
 
     rejected: int
     timed_out: int
     transfers: int = 0
     transfer_bytes: float = 0.0
+    tiers: list[dict[str, Any]] | None = None
 
 
 def simulate_fleet(
@@ -441,6 +461,7 @@ def simulate_fleet(
     step_by_step: bool = False,
     clients: Clients = NOBODY,
     split: Split | None = None,
+    tiers: TierPlan | None = None,
 ) -> FleetCounts:
     """Replay a trace on a simulated fleet until every request has ended.
 
@@ -454,6 +475,7 @@ def simulate_fleet(
         step_by_step: make every decision by itself, which takes longer; the results are the same.
         clients: see `Clients`; whoever is turned away by one replica tries no other.
         split: who computes prompts and who goes on with them; None: all do both.
+        tiers: behind the prefix caches of those who compute prompts.
 
     Raises:
         ValueError: the outages are impossible; an InputError, which is one, if the router's choices are.
@@ -461,7 +483,7 @@ def simulate_fleet(
     params, outages, restarts = params or SamplingParams(ignore_eos=True), list(outages), list(restarts)
     check_restarts(restarts, outages, len(latencies))
     arrivals = Arrivals(requests)
-    is_bound = outages or restarts or split is not None
+    is_bound = outages or restarts or split is not None or tiers is not None
     is_apart = getattr(router, "is_blind", False) and not is_bound and isinstance(requests, Seq)
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
@@ -503,6 +525,7 @@ def simulate_fleet(
         step_by_step=step_by_step,
         clients=clients,
         split=split,
+        tiers=tiers,
     )
     feeder = Feeder(env, arrivals, fleet.submit)
     env.run()
@@ -512,6 +535,8 @@ def simulate_fleet(
     of_fleet = FleetCounts(fleet.door.num_rejected, fleet.door.num_timed_out)
     if fleet.transfers is not None:
         of_fleet = of_fleet._replace(transfers=fleet.transfers.num_transfers, transfer_bytes=fleet.transfers.num_bytes)
+    if fleet.tiers is not None:
+        of_fleet = of_fleet._replace(tiers=fleet.tiers.summary)
     return of_fleet
 
 

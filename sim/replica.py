@@ -141,6 +141,10 @@ class Replica:
         self._aborts.append(seq_id)
         self._cut_leap()
 
+    def catch_up(self) -> None:
+        """Make the decisions that are planned before now, so that what comes of them can be seen."""
+        self._cut_leap()
+
     def _cut_leap(self) -> None:
         """Make the decisions that were planned up to now; what came in is seen by the next."""
         if self._leap is not None:

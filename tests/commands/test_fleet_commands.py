@@ -42,6 +42,40 @@ def config(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kv-tier", "cpu:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
+        (("--kv-tier", "cpu:0:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
+        (("--kv-tier", "cpu:1:1:1:mine"), "with :shared behind it"),
+        (("--kv-tier", "cpu:1:1:1"), "kv_bytes_per_token, is missing"),
+        (("--kv-tier", "cpu:1e-9:1:1", "--kv-bytes-per-token", 9), "expected room for a block of 144 bytes"),
+        (
+            ("--kv-tier", "cpu:1:1:1", "--kv-bytes-per-token", 9, "--no-enable-prefix-caching"),
+            "enable_prefix_caching is 'False', expected True beside kv_tier",
+        ),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+def test_tiers_are_an_option_and_a_list_in_a_file_and_the_summary_counts_what_came_of_each(
+    twinserve, trace, latency, tmp_path
+):
+    config = tmp_path / "tiers.toml"
+    config.write_text("num_gpu_blocks = 8\n[fleet]\nkv_bytes_per_token = 9.0\nkv_tier = ['cpu:1:1:1', 'ssd:1:1:1']\n")
+    tiers = ("--num-gpu-blocks", 8, "--kv-bytes-per-token", 9, "--kv-tier", "cpu:1:1:1", "--kv-tier", "ssd:1:1:1")
+    found = [
+        json.loads(twinserve("sim", trace, "--latency", latency, *how, "--json").out)
+        for how in (tiers, ("--config", config))
+    ]
+    for summary in found:
+        del summary["wall_s"]
+    assert found[0] == found[1] and [tier["name"] for tier in found[0]["tiers"]] == ["cpu", "ssd"]
+    assert found[0]["tiers"][0]["stored_blocks"] > 0
+
+
 PAIR = ("--prefill-replicas", 1, "--decode-replicas", 1)
 SPLIT = """
 num_gpu_blocks = 500

@@ -21,6 +21,7 @@ from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
 from twinserve.sim.slowness import Slowdown
 from twinserve.sim.split import BOTH, Split
+from twinserve.sim.tiers import Tier, TierPlan
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
@@ -76,6 +77,20 @@ def _slowdown(parts: list[str]) -> Slowdown:
     return found
 
 
+def _tier(parts: list[str]) -> Tier:
+    name, gb, gb_s, latency_us = parts[:4]
+    values = [float(value) for value in (gb, gb_s, latency_us)]
+    is_shared = parts[4:] == ["shared"]
+    if not name or parts[4:] not in ([], ["shared"]) or not (0 < values[0] <= 1e9 and 0 < values[1] <= 1e6):
+        raise ValueError(parts)
+    if not 0 <= values[2] <= 1e9:
+        raise ValueError(parts)
+    return Tier(name, values[0] * 1e9, Link(values[1] * 1e9, round(values[2] * 1000)), is_shared)
+
+
+parse_tier = _reader(
+    Tier, "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10, or with :shared behind it for one of all replicas", _tier
+)
 parse_outage = _reader(
     Outage, "REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down", _outage
 )
@@ -87,20 +102,22 @@ parse_slowdown = _reader(
 )
 
 
-def check_loading(settings: Settings, role: str) -> None:
+def check_loading(settings: Settings, role: str, *, has_tiers: bool) -> None:
     """Refuse what does not go with KV that comes from elsewhere, or is kept for it.
 
     Raises:
         InputError: there is such a setting.
     """
-    if role == BOTH:
+    if role == BOTH and not has_tiers:
         return
-    for name, wanted in (("scheduler_reserve_full_isl", True), ("speculative_config", None), ("admission", None)):
+    place = "beside kv_tier" if has_tiers else f"on a replica for {role}"
+    wants: dict[str, Any] = {"scheduler_reserve_full_isl": True, "speculative_config": None, "admission": None}
+    for name, wanted in (wants | {"enable_prefix_caching": True} if has_tiers else wants).items():
         if (value := getattr(settings, name)) != wanted:
-            raise InputError(f"expected {wanted} on a replica for {role}", field=name, value=str(value))
+            raise InputError(f"expected {wanted} {place}", field=name, value=str(value))
 
 
-OF_SPLITS = (
+OF_KV = (
     "prefill_replicas",
     "decode_replicas",
     "decode_router",
@@ -108,8 +125,9 @@ OF_SPLITS = (
     "kv_latency_us",
     "kv_layerwise",
     "kv_bytes_per_token",
+    "kv_tier",
 )
-"""Options of prompts that are computed on replicas of their own."""
+"""Options of KV that comes from elsewhere than the pool."""
 
 
 class ReplicaGroup(BaseModel):
@@ -179,6 +197,11 @@ class FleetOptions(BaseModel):
     )
     kv_bytes_per_token: float | None = Field(
         default=None, gt=0, le=1e9, description="of all layers; none: as the latency's model has it"
+    )
+    kv_tier: list[Annotated[Tier, BeforeValidator(parse_tier)]] = Field(
+        default=[],
+        description="NAME:GB:GB_S:LATENCY_US[:shared]: where cached blocks go for which the pool has no room, and from "
+        "there to the next; per replica, or one of all",
     )
     group: list[ReplicaGroup] = Field(
         default=[],
@@ -295,6 +318,24 @@ class FleetOptions(BaseModel):
         link = Link(self.kv_gb_s * 1e9, round(self.kv_latency_us * 1000))
         return Split(self.roles, sizes, link, self._built("decode_router"), min(shapes) if self.kv_layerwise else None)
 
+    def build_tiers(self, replicas: list[ReplicaSpec]) -> TierPlan | None:
+        """The tiers behind the prefix caches; None where there are none.
+
+        Raises:
+            InputError: how large the KV of a token is, is not known; or a shared one would hold blocks of two sizes.
+        """
+        if not self.kv_tier:
+            return None
+        sizes = tuple(self._kv_bytes(spec) * spec.settings.block_size for spec in replicas)
+        kinds = {(spec.settings.block_size, size) for spec, size in zip(replicas, sizes, strict=True)}
+        for tier in self.kv_tier:
+            if tier.is_shared and len(kinds) > 1:
+                raise InputError("expected replicas whose blocks are alike", field="kv_tier", value=tier.name)
+            if tier.capacity_bytes < max(sizes):
+                problem = f"expected room for a block of {max(sizes):,.0f} bytes"
+                raise InputError(problem, field="kv_tier", value=f"{tier.name}:{tier.capacity_bytes / 1e9:g}")
+        return TierPlan(tuple(self.kv_tier), sizes)
+
     def _kv_bytes(self, spec: ReplicaSpec) -> float:
         if self.kv_bytes_per_token is not None:
             return self.kv_bytes_per_token
@@ -353,9 +394,10 @@ class FleetOptions(BaseModel):
                 words[pool] = None
             specs += [spec] * group.replicas
         split = self.build_split(specs)
+        self.build_tiers(specs)
+        for spec, role in zip(specs, self.roles, strict=True):
+            check_loading(spec.settings, role, has_tiers=bool(self.kv_tier))
         if split is not None:
-            for spec, role in zip(specs, self.roles, strict=True):
-                check_loading(spec.settings, role)
             way = "layer by layer" if self.kv_layerwise else "when a prompt is computed"
             words[
                 f"KV goes from prefill to decode replicas {way}, {max(split.bytes_per_token):,.0f} bytes a token over "
@@ -391,5 +433,6 @@ class FleetOptions(BaseModel):
             slowdowns=self.slow,
             split=seeded.build_split(replicas),
             decode_router_facts=seeded._facts_of(self.decode_router),
+            tiers=self.build_tiers(replicas),
             **options,
         )

@@ -26,6 +26,7 @@ from twinserve.sim.routers import Router
 from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
 from twinserve.sim.split import BOTH, Split
+from twinserve.sim.tiers import TierPlan
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
 from twinserve.traces.runs.record import RunRecord, RunRecorder
@@ -440,6 +441,7 @@ def run_fleet(
     slowdowns: Iterable[Slowdown] = (),
     split: Split | None = None,
     decode_router_facts: dict[str, Any] | None = None,
+    tiers: TierPlan | None = None,
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -457,6 +459,7 @@ def run_fleet(
         slowdowns: when replicas are slow.
         split: who computes prompts and who goes on with them; None: all do both.
         decode_router_facts: says in the record which router chooses those who go on.
+        tiers: behind the prefix caches of those who compute prompts.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
@@ -469,6 +472,7 @@ def run_fleet(
     fleet |= {"restarts": [asdict(one) for one in restarts]} if restarts else {}
     fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
     fleet |= {"split": split.facts | {"router": decode_router_facts}} if split is not None else {}
+    fleet |= {"tiers": tiers.facts} if tiers is not None else {}
     facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
@@ -482,7 +486,7 @@ def run_fleet(
                 for index, spec in enumerate(replicas)
             ],
             router,
-            _RecordedFleet(recorder, replicas, facts, params, split),
+            _RecordedFleet(recorder, replicas, facts, params, split, has_tiers=tiers is not None),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
@@ -491,11 +495,14 @@ def run_fleet(
             step_by_step=step_by_step,
             clients=clients,
             split=split,
+            tiers=tiers,
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, found.rejected, found.timed_out)
         if split is not None:
             counts |= {"transfers": found.transfers, "transfer_bytes": found.transfer_bytes}
+        if tiers is not None:
+            counts["tiers"] = found.tiers
         return recorder.close(counts) | {"wall_s": wall_s}
 
 
@@ -515,9 +522,12 @@ class _RecordedFleet(FleetListener):
         facts: dict[str, Any],
         params: SamplingParams,
         split: Split | None,
+        *,
+        has_tiers: bool,
     ):
         self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
         self._roles = [BOTH] * len(replicas) if split is None else split.roles
+        self._has_tiers = has_tiers
 
     def begun(self, replica: int, life: int) -> Core:
         spec = self._replicas[replica]
@@ -528,7 +538,8 @@ class _RecordedFleet(FleetListener):
             facts=sim_facts(self._facts, spec.latency_facts),
             device=f"simulated: {spec.latency_facts['name']}",
         )
-        return spec.settings.build_core(listener=listener, source=None if self._roles[replica] == BOTH else Nothing())
+        moves_kv = self._has_tiers or self._roles[replica] != BOTH
+        return spec.settings.build_core(listener=listener, source=Nothing() if moves_kv else None)
 
     def acceptance(self, replica: int) -> Acceptance | None:
         return acceptance_of(self._replicas[replica].settings.speculative_config)

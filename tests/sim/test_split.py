@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
 from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.waits import waits_of
 from twinserve.worlds.run import ReplicaSpec, run_fleet
 from twinserve.worlds.workload import Workload
 
@@ -169,6 +171,23 @@ def test_both_sides_are_decided_again_exactly_and_leaps_change_nothing(tmp_path,
         assert replay(one).is_exact and replay(other).is_exact
     moved = [step for record in leaping for step in record.steps if "loads" in step or "released" in step]
     assert moved
+
+
+def test_why_it_waited_is_told_over_both_sides_and_adds_up(tmp_path):
+    run(tmp_path / "two", [prompt(0, 0, 32, 3), prompt(1, 0, 16, 2)], "pd")
+    _, second = waits_of(load_replicas(tmp_path / "two"))
+    assert second.ttft_ns == {"another's prompt": 10 * MS * 32 // 48, "own compute": 10 * MS - 10 * MS * 32 // 48}
+    # Its KV is there at 63, and seen at 67, when the step of the other has ended.
+    assert second.e2e_ns == second.ttft_ns + Counter({"transfer": 57 * MS, "own compute": 10 * MS})
+    outages = [Outage(0, 1000 * MS, 2500 * MS), Outage(2, 1500 * MS, 3000 * MS), Outage(3, 3400 * MS, 3500 * MS)]
+    for number, (layers, downs) in enumerate(((None, []), (8, []), (None, outages), (8, outages))):
+        run(tmp_path / str(number), requests_of(5), "ppdd", latencies=[Uneven()] * 4, num_layers=layers, outages=downs)
+        waits = waits_of(load_replicas(tmp_path / str(number)))
+        assert [one.row["id"] for one in waits] == list(range(60))
+        for one in waits:
+            assert one.ttft_ns.total() == one.row["first_token_ns"] - one.row["arrival_ns"]
+            assert one.e2e_ns.total() == one.row["finish_ns"] - one.row["arrival_ns"]
+        assert sum(one.e2e_ns["transfer"] for one in waits) > 0
 
 
 def test_a_replay_finds_a_load_that_was_not_decided_on(tmp_path):

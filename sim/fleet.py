@@ -19,6 +19,7 @@ from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
+from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.speculation import Acceptance
 from twinserve.sim.split import BOTH, Handover, Split, Transfers
 from twinserve.sim.tiers import FleetTiers, TierPlan
@@ -132,6 +133,7 @@ class Fleet:
         clients: see `Clients`.
         split: who computes prompts and who goes on; None: all do both.
         tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many are up; None: all.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
 
@@ -152,8 +154,10 @@ class Fleet:
         clients: Clients = NOBODY,
         split: Split | None = None,
         tiers: TierPlan | None = None,
+        scaling: Scaling | None = None,
     ):
-        self._split = split
+        self._split, self._scaling = split, scaling
+        self.leases: list[Lease] = []
         self.tiers = None if tiers is None else FleetTiers(env, tiers, self._catch_up)
         self.transfers = None if split is None else Transfers(env, split, lambda replica: self._emptied(replica.index))
         self.door = Door(env, clients, params, ended)
@@ -169,8 +173,12 @@ class Fleet:
         """Those that nobody can go on with just now."""
         self._lost_kv: dict[int, list[Request]] = {}
         """Of those that are dead, whose KV they kept."""
-        for index in range(len(latencies)):
+        for index in range(len(latencies) if scaling is None else scaling.least):
+            self.leases.append(Lease(index, 0, 0))
             self._begin(index)
+        if scaling is not None:
+            self._enough: deque[tuple[int, int]] = deque()
+            alarm(env, scaling.period_ns, _CHANGES, self._look)
         outages = list(outages)
         check_outages(outages, len(latencies))
         self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
@@ -338,7 +346,6 @@ class Fleet:
         if self._is_done():
             return
         index = restart.replicas[place]
-        self._restarting.add(index)
 
         def back(_: simpy.Event) -> None:
             if self._is_done():
@@ -353,8 +360,42 @@ class Fleet:
             del self._up[index]
             alarm(self._env, now_ns(self._env) + restart.down_ns, _CHANGES, back)
 
+        self._restarting.add(index)
         self._draining[index] = emptied
         self._emptied(index)
+
+    def _look(self, _: simpy.Event) -> None:
+        """Begin as many replicas as are missing, or drain those that have been too many for a while."""
+        scaling, now = self._scaling, now_ns(self._env)
+        if scaling is None or self._is_done():
+            return
+        there = [lease for lease in self.leases if lease.to_ns is None and lease.replica not in self._draining]
+        wanted = scaling.wanted(self.replicas, len(there), len(self._latencies))
+        free = set(range(len(self._latencies))) - {lease.replica for lease in self.leases if lease.to_ns is None}
+        for index in sorted(free)[: max(0, wanted - len(there))]:
+            lease = Lease(index, now)
+            self.leases.append(lease)
+            alarm(self._env, now + scaling.start_ns, _CHANGES, lambda _, lease=lease: self._started(lease))  # type: ignore[misc]
+        self._enough.append((now, wanted))
+        while self._enough[0][0] < now - scaling.settle_ns:
+            self._enough.popleft()
+        most = max(count for _, count in self._enough)
+        if now - self._enough[0][0] + scaling.period_ns >= scaling.settle_ns:
+            up = sorted((lease for lease in there if lease.up_ns is not None), key=lambda lease: lease.replica)
+            for lease in reversed(up[most:]):
+                self._draining[lease.replica] = lambda lease=lease: self._gone(lease)  # type: ignore[misc]
+                self._emptied(lease.replica)
+        alarm(self._env, now + scaling.period_ns, _CHANGES, self._look)
+
+    def _started(self, lease: Lease) -> None:
+        if not self._is_done():
+            lease.up_ns = now_ns(self._env)
+            self._begin(lease.replica)
+            self._send_waiting()
+
+    def _gone(self, lease: Lease) -> None:
+        del self._up[lease.replica]
+        lease.to_ns = now_ns(self._env)
 
     def _catch_up(self) -> None:
         """Have all replicas make what they have planned up to now."""
@@ -445,6 +486,7 @@ class FleetCounts(NamedTuple):
     transfers: int = 0
     transfer_bytes: float = 0.0
     tiers: list[dict[str, Any]] | None = None
+    leases: list[Lease] | None = None
 
 
 def simulate_fleet(
@@ -462,6 +504,7 @@ def simulate_fleet(
     clients: Clients = NOBODY,
     split: Split | None = None,
     tiers: TierPlan | None = None,
+    scaling: Scaling | None = None,
 ) -> FleetCounts:
     """Replay a trace on a simulated fleet until every request has ended.
 
@@ -476,6 +519,7 @@ def simulate_fleet(
         clients: see `Clients`; whoever is turned away by one replica tries no other.
         split: who computes prompts and who goes on with them; None: all do both.
         tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many replicas are up; None: all, but for outages and restarts, beside which there can be none.
 
     Raises:
         ValueError: the outages are impossible; an InputError, which is one, if the router's choices are.
@@ -483,7 +527,7 @@ def simulate_fleet(
     params, outages, restarts = params or SamplingParams(ignore_eos=True), list(outages), list(restarts)
     check_restarts(restarts, outages, len(latencies))
     arrivals = Arrivals(requests)
-    is_bound = outages or restarts or split is not None or tiers is not None
+    is_bound = outages or restarts or split is not None or tiers is not None or scaling is not None
     is_apart = getattr(router, "is_blind", False) and not is_bound and isinstance(requests, Seq)
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
@@ -526,6 +570,7 @@ def simulate_fleet(
         clients=clients,
         split=split,
         tiers=tiers,
+        scaling=scaling,
     )
     feeder = Feeder(env, arrivals, fleet.submit)
     env.run()
@@ -535,6 +580,8 @@ def simulate_fleet(
     of_fleet = FleetCounts(fleet.door.num_rejected, fleet.door.num_timed_out)
     if fleet.transfers is not None:
         of_fleet = of_fleet._replace(transfers=fleet.transfers.num_transfers, transfer_bytes=fleet.transfers.num_bytes)
+    if scaling is not None:
+        of_fleet = of_fleet._replace(leases=fleet.leases)
     if fleet.tiers is not None:
         of_fleet = of_fleet._replace(tiers=fleet.tiers.summary)
     return of_fleet

@@ -103,6 +103,12 @@ class Replica:
         return manager.num_used_blocks / (manager.num_blocks or 1)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that do not run yet, or that were preempted."""
+        self._cut_leap()
+        return self.outstanding_requests - len(self.core.scheduler.running)
+
+    @property
     def remaining_tokens(self) -> int:
         """What is left to do, in tokens, were the lengths of all answers known, as they are to no router."""
         self._cut_leap()

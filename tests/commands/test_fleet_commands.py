@@ -45,6 +45,39 @@ def config(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--autoscale", "x"), 'JSON such as {"metric": "waiting", "target": 4}'),
+        (("--autoscale", '{"metric": "load", "target": 1}'), "autoscale.metric is 'load', expected"),
+        (("--autoscale", '{"metric": "waiting", "target": 0}'), "autoscale.target is 0"),
+        (("--autoscale", '{"metric": "waiting", "target": 1, "least": 3}'), "expected at most 2"),
+        (
+            ("--autoscale", '{"metric": "waiting", "target": 1}', "--die", "0:1:2"),
+            "expected none of it beside autoscale",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, "--replicas", 2, *options), words)
+
+
+def test_a_rule_is_json_on_the_command_line_and_a_table_in_a_file(twinserve, trace, latency, tmp_path):
+    config = tmp_path / "scale.toml"
+    config.write_text(
+        "max_num_seqs = 1\n[fleet]\nreplicas = 2\n[fleet.autoscale]\nmetric = 'waiting'\ntarget = 1.0\n"
+        "period_s = 0.01\ncold_start_s = 0.001\n"
+    )
+    rule = '{"metric": "waiting", "target": 1.0, "period_s": 0.01, "cold_start_s": 0.001}'
+    found = [
+        json.loads(twinserve("sim", trace, "--latency", latency, *how, "--json").out)
+        for how in (("--replicas", 2, "--max-num-seqs", 1, "--autoscale", rule), ("--config", config))
+    ]
+    for summary in found:
+        del summary["wall_s"]
+    assert found[0] == found[1] and len(found[0]["leases"]) == 2 and found[0]["replica_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (("--kv-tier", "cpu:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
         (("--kv-tier", "cpu:0:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
         (("--kv-tier", "cpu:1:1:1:mine"), "with :shared behind it"),

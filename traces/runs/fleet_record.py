@@ -130,6 +130,13 @@ class FleetRecorder:
         cached_tokens = None if source is None else self._up[source].cached_tokens[request.id]
         self._up[target].expect(request, sampling, stage=DECODE, cached_tokens=cached_tokens)
 
+    @property
+    def last_finish_ns(self) -> int:
+        """When the latest request ended that was served; 0 before there is one."""
+        for recorder in self._lives:
+            recorder.flush()
+        return max((recorder.metrics.last_finish_ns or 0 for recorder in self._lives), default=0)
+
     def died(self, replica: int, lost: list[Sequence]) -> None:
         """A replica is down, with what it had not answered; what it had not taken in yet is no part of its record."""
         for seq in lost:

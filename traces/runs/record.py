@@ -328,6 +328,10 @@ class RunRecorder(RowMaker):
         if len(self._waiting) >= self._most_waiting:
             self._work_off()
 
+    def flush(self) -> None:
+        """Count what has ended up to now."""
+        self._work_off()
+
     def _work_off(self) -> None:
         """Write what is left to write."""
         for event in self._waiting:

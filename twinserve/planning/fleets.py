@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
 from twinserve.sim.links import Link
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
+from twinserve.sim.scaling import Scaling
 from twinserve.sim.slowness import Slowdown
 from twinserve.sim.split import BOTH, Split
 from twinserve.sim.tiers import Tier, TierPlan
@@ -117,7 +119,7 @@ def check_loading(settings: Settings, role: str, *, has_tiers: bool) -> None:
             raise InputError(f"expected {wanted} {place}", field=name, value=str(value))
 
 
-OF_KV = (
+OF_SIMULATIONS = (
     "prefill_replicas",
     "decode_replicas",
     "decode_router",
@@ -126,8 +128,41 @@ OF_KV = (
     "kv_layerwise",
     "kv_bytes_per_token",
     "kv_tier",
+    "autoscale",
 )
-"""Options of KV that comes from elsewhere than the pool."""
+"""Options that a live server does not have."""
+
+
+class Autoscale(BaseModel):
+    """See `Scaling`; times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    metric: Literal["waiting", "outstanding", "kv-use"]
+    target: float = Field(gt=0, le=1e9)
+    least: int = Field(default=1, ge=1, le=MOST_REPLICAS)
+    period_s: float = Field(default=15.0, gt=0, le=86_400)
+    cold_start_s: float = Field(default=60.0, ge=0, le=86_400)
+    cool_down_s: float = Field(default=300.0, ge=0, le=86_400)
+    tolerance: float = Field(default=0.1, ge=0, lt=1)
+
+    @property
+    def scaling(self) -> Scaling:
+        """The rule."""
+        period, start, settle = (
+            round(seconds * 1e9) for seconds in (self.period_s, self.cold_start_s, self.cool_down_s)
+        )
+        return Scaling(self.metric, self.target, self.least, max(1, period), start, settle, self.tolerance)
+
+
+def _autoscale(value: object) -> object:
+    """A table, as JSON on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError('JSON such as {"metric": "waiting", "target": 4}') from error
 
 
 class ReplicaGroup(BaseModel):
@@ -203,6 +238,11 @@ class FleetOptions(BaseModel):
         description="NAME:GB:GB_S:LATENCY_US[:shared]: where cached blocks go for which the pool has no room, and from "
         "there to the next; per replica, or one of all",
     )
+    autoscale: Annotated[Autoscale | None, BeforeValidator(_autoscale)] = Field(
+        default=None,
+        description="JSON, metric (waiting, outstanding or kv-use) and target, or least, period_s, cold_start_s, "
+        "cool_down_s, tolerance too: so many replicas are up, and no more than the fleet's number",
+    )
     group: list[ReplicaGroup] = Field(
         default=[],
         description="in a file, a table for each kind of replica: how many, their latency, settings of their own",
@@ -225,6 +265,7 @@ class FleetOptions(BaseModel):
         if options.group and options.replicas not in (None, count):
             raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
         options.check_roles()
+        options.check_scaling()
         try:
             check_outages(options.die, count)
             check_restarts(options.restarts, options.die, count)
@@ -248,6 +289,21 @@ class FleetOptions(BaseModel):
             if role in self.roles and other not in self.roles:
                 place = "fleet.group" if self.group else f"{other}_replicas"
                 raise InputError(f"expected replicas for {other} beside those for {role}", field=place, value=0)
+
+    def check_scaling(self) -> None:
+        """Refuse what does not go with a number of replicas that changes.
+
+        Raises:
+            InputError: there is such.
+        """
+        if self.autoscale is None:
+            return
+        for name in ("die", "restart", "slow", "group", "prefill_replicas"):
+            if getattr(self, name):
+                raise InputError("expected none of it beside autoscale", field=name, value=str(getattr(self, name)))
+        if self.autoscale.least > self.num_replicas:
+            problem = f"expected at most {self.num_replicas}, as many as the fleet has"
+            raise InputError(problem, field="autoscale.least", value=self.autoscale.least)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -434,5 +490,6 @@ class FleetOptions(BaseModel):
             split=seeded.build_split(replicas),
             decode_router_facts=seeded._facts_of(self.decode_router),
             tiers=self.build_tiers(replicas),
+            scaling=None if self.autoscale is None else self.autoscale.scaling,
             **options,
         )

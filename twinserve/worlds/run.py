@@ -23,6 +23,7 @@ from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
 from twinserve.sim.split import BOTH, Split
@@ -442,6 +443,7 @@ def run_fleet(
     split: Split | None = None,
     decode_router_facts: dict[str, Any] | None = None,
     tiers: TierPlan | None = None,
+    scaling: Scaling | None = None,
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -460,6 +462,7 @@ def run_fleet(
         split: who computes prompts and who goes on with them; None: all do both.
         decode_router_facts: says in the record which router chooses those who go on.
         tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many replicas are up; None: all.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
@@ -473,6 +476,7 @@ def run_fleet(
     fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
     fleet |= {"split": split.facts | {"router": decode_router_facts}} if split is not None else {}
     fleet |= {"tiers": tiers.facts} if tiers is not None else {}
+    fleet |= {"scaling": scaling.facts} if scaling is not None else {}
     facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
@@ -496,6 +500,7 @@ def run_fleet(
             clients=clients,
             split=split,
             tiers=tiers,
+            scaling=scaling,
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, found.rejected, found.timed_out)
@@ -503,7 +508,15 @@ def run_fleet(
             counts |= {"transfers": found.transfers, "transfer_bytes": found.transfer_bytes}
         if tiers is not None:
             counts["tiers"] = found.tiers
+        if found.leases is not None:
+            counts |= _lease_counts(found.leases, recorder.last_finish_ns) | {"most_replicas": len(replicas)}
         return recorder.close(counts) | {"wall_s": wall_s}
+
+
+def _lease_counts(leases: list[Lease], end_ns: int) -> dict[str, Any]:
+    """When each replica was there, and for how many seconds all were paid for, up to the end of the last request."""
+    taken = [min(end_ns, lease.to_ns or end_ns) - lease.from_ns for lease in leases]
+    return {"leases": [asdict(lease) for lease in leases], "replica_s": sum(max(0, ns) for ns in taken) / 1e9}
 
 
 def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:

@@ -6,7 +6,8 @@ It gets blocks, its KV is loaded, and it is admitted once that is there. Until t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from mypy_extensions import mypyc_attr
@@ -104,12 +105,18 @@ class Loading:
         self._ready.insert(place, seq)
         self._moves.setdefault("loaded", []).append(seq.seq_id)
 
-    def hold(self, seq: Sequence) -> None:
-        """Keep the KV of the prompt of a sequence that has ended just now, before anybody else gets its blocks."""
-        manager = self.manager
-        hits = manager.find_hits(seq)
-        manager.admit(seq, hits, seq.num_prompt_tokens - len(hits) * manager.block_size)
-        self.held[seq.seq_id] = seq
+    @contextmanager
+    def keeping(self, seqs: Iterable[Sequence]) -> Iterator[None]:
+        """Within, these sequences end, and keep their blocks; one that was preempted has none."""
+        lifted = [(seq, seq.block_table, seq.num_block_tokens, seq.num_registered_tokens) for seq in seqs]
+        for seq, *_ in lifted:
+            seq.block_table = []
+        yield
+        for seq, block_table, num_block_tokens, num_registered_tokens in lifted:
+            seq.block_table, seq.num_block_tokens = block_table, num_block_tokens
+            seq.num_registered_tokens = num_registered_tokens
+            self.manager._holders[seq] = None
+            self.held[seq.seq_id] = seq
 
     def release(self, seq_id: int) -> None:
         """Give the blocks of a held sequence back."""

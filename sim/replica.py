@@ -222,8 +222,8 @@ class Replica:
                     if self._leap is leap and not leap.extend():
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
-                for seq in core.commit(self._output(core.in_flight[0]), now):
-                    self._keep(seq)
+                ended = self._commit(core.in_flight[0], now) if self._keeping else None
+                for seq in core.commit(self._output(core.in_flight[0]), now) if ended is None else ended:
                     self._ended(seq)
                 if self._others_come():
                     yield self._wait(now, _DECIDES)
@@ -261,12 +261,15 @@ class Replica:
             if self._loads is not None:
                 self._loads(self.core.sequences[seq_id], num_tokens, found)
 
-    def _keep(self, seq: Sequence) -> None:
-        """Keep the KV of a sequence that has ended, if it is to be kept."""
-        if self._loading is not None and seq.seq_id in self._keeping:
+    def _commit(self, batch: Batch, now_ns: int) -> list[Sequence]:
+        """End a step, with which prompts end whose KV is kept."""
+        kept = [seq for seq in batch.sampled if seq.seq_id in self._keeping and not seq.is_finished]
+        assert self._loading is not None, "KV is kept by replicas that load"
+        for seq in kept:
             self._keeping.remove(seq.seq_id)
             self.kept.add(seq.seq_id)
-            self._loading.hold(seq)
+        with self._loading.keeping(kept):
+            return self.core.commit(self._output(batch), now_ns)
 
     def _others_come(self) -> bool:
         """Does anything else happen now? Then it comes before the next decision."""

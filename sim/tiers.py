@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +47,15 @@ class Store:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def put(self, block_hash: int) -> int | None:
-        """Take a block in, as the one used last; the one that had to give way, if any."""
-        self._blocks[block_hash] = None
-        self._blocks.move_to_end(block_hash)
-        return self._blocks.popitem(last=False)[0] if len(self._blocks) > self._most else None
+    def put(self, block_hashes: Iterable[int]) -> list[int]:
+        """Take blocks in, as those used last, in this order; those that had to give way."""
+        blocks = self._blocks
+        for block_hash in block_hashes:
+            if block_hash in blocks:
+                blocks.move_to_end(block_hash)
+            else:
+                blocks[block_hash] = None
+        return [blocks.popitem(last=False)[0] for _ in range(len(blocks) - self._most)]
 
     def load_ns(self, num_blocks: int, at_ns: int) -> int:
         """When so many blocks are there that are asked for now."""
@@ -98,13 +102,13 @@ class Tiers:
     def _evict(self, block_ids: list[int]) -> None:
         cache = self._manager.prefix_cache
         assert cache is not None, "blocks without a cache have no content to keep"
-        for block_id in block_ids:
-            entry = cache.get(block_id)
-            block_hash = None if entry is None else entry.hash
-            for store, counts in zip(self._stores, self._counts, strict=True):
-                if block_hash is not None:
-                    counts.stored_blocks += block_hash not in store
-                    block_hash = store.put(block_hash)
+        known = cache._known
+        hashes = [block_hash for block_id in block_ids if (block_hash := known[block_id].hash) is not None]
+        for store, counts in zip(self._stores, self._counts, strict=True):
+            before = len(store)
+            gone = store.put(hashes)
+            counts.stored_blocks += len(store) + len(gone) - before
+            hashes = gone
 
     def _places(self, seq: Sequence, num_tokens: int) -> list[int]:
         """The tier of each block that lies in one, behind so many tokens that are in the pool."""
@@ -127,7 +131,7 @@ class Tiers:
         size = self._manager.block_size
         first = num_tokens // size
         for block_hash, place in zip(seq.block_hashes[first : first + len(places)], places, strict=True):
-            self._stores[place].put(block_hash)
+            self._stores[place].put((block_hash,))
         return num_tokens + len(places) * size
 
     def load(self, seq: Sequence, loaded: Callable[[Sequence], None]) -> None:

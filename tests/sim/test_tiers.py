@@ -105,7 +105,7 @@ def test_a_replica_that_died_has_lost_its_own_tier_and_not_the_shared_one(tmp_pa
 
 def test_a_store_forgets_what_was_used_least_recently():
     store = Store(Tier("cpu", 2.5 * BLOCK, CPU.link), BLOCK)
-    assert [store.put(block) for block in (1, 2, 1, 3)] == [None, None, None, 2]
+    assert [store.put([block]) for block in (1, 2, 1, 3)] == [[], [], [], [2]]
     assert 1 in store and 2 not in store and len(store) == 2
 
 

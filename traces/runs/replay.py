@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from twinserve.orders import Loading
 from twinserve.policies import Batch, Core, CoreListener, Runs, SamplingParams, Sequence
+from twinserve.policies.orders import Order
 from twinserve.settings.build_core import BY_HAND, Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
 from twinserve.traces.lines import LABELS
 from twinserve.traces.request import Part, Request, TokenMaker
 from twinserve.traces.runs.digest import Digest, exceptions_of
-from twinserve.traces.runs.metrics import DECODE, PREFILL, SERVED
+from twinserve.traces.runs.metrics import DECODE, PREFILL
 from twinserve.traces.runs.record import RunRecord, decision_fields
 
 
@@ -75,9 +77,8 @@ def replay(
         try:
             while core.last_committed < row["committed"]:
                 committing = core.in_flight[0] if core.in_flight else None
-                ended = core.commit(_recorded_output(core, committing, record), row["decided_ns"])
-                if isinstance(loading, Loading):
-                    source.keep(loading, ended)
+                with source.keeping(loading, committing):
+                    core.commit(_recorded_output(core, committing, record), row["decided_ns"])
                 if (unequal := _unequal_runs(committing, record)) is not None:
                     return ReplayResult(equal, len(record.steps), unequal)
             while core.num_ingested < row["seen"]:
@@ -134,11 +135,13 @@ class _Loads:
                 raise _Impossible("loaded", row["loaded"], f"{seq_id} does not load")
             loading.loaded(by_id[seq_id])
 
-    def keep(self, loading: Loading, ended: list[Sequence]) -> None:
-        """Keep the KV of those that another replica goes on with."""
-        for seq in ended:
-            if self._stages[seq.seq_id] == PREFILL and seq.finish_reason in SERVED:
-                loading.hold(seq)
+    def keeping(self, loading: Order | None, batch: Batch | None) -> AbstractContextManager[None]:
+        """Within, a step is committed; the KV of those is kept that another replica goes on with."""
+        if not isinstance(loading, Loading) or batch is None:
+            return nullcontext()
+        return loading.keeping(
+            [seq for seq in batch.sampled if self._stages[seq.seq_id] == PREFILL and not seq.is_finished]
+        )
 
 
 class Hearer(CoreListener):

@@ -171,6 +171,10 @@ class Fleet:
         self._waiting: deque[Request] = deque()
         self._handing_over: deque[Handover] = deque()
         """Those that nobody can go on with just now."""
+        self._going_on: set[int] = set()
+        """Requests that a replica goes on with."""
+        self._again: deque[Request] = deque()
+        """Those that it waits for, as their prompts have to be computed again, and that nobody can serve just now."""
         self._lost_kv: dict[int, list[Request]] = {}
         """Of those that are dead, whose KV they kept."""
         for index in range(len(latencies) if scaling is None else scaling.least):
@@ -209,11 +213,11 @@ class Fleet:
             InputError: the router chooses a replica that is not there.
         """
         seq = request.to_sequence(self._params)
-        roles = self._roles_for(seq)
+        roles = (PREFILL,) if request.id in self._outstanding else self._roles_for(seq)
         replicas = [replica for replica in self.replicas if self._role(replica.index) in roles]
         able = [replica for replica in replicas if self._could(replica.index, seq, roles)]
         if not replicas or (not able and any(self._could(index, seq, roles) for index in self._to_return())):
-            self._waiting.append(request)
+            (self._again if request.id in self._outstanding else self._waiting).append(request)
             return
         replica = _chosen(self._router, request, able or replicas)
         if not self.door.opens(request, replica):
@@ -267,6 +271,7 @@ class Fleet:
         seq.append_token(None)
         seq.first_scheduled_ns, seq.first_token_ns = computed.first_scheduled_ns, computed.first_token_ns
         handover.target = replica, seq
+        self._going_on.add(request.id)
         if replica.index not in self._dead:
             source = handover.source
             self._listener.handed_over(request, None if source is None else source.index, replica.index)
@@ -307,12 +312,15 @@ class Fleet:
         self._lives[index] += 1
 
     def _ended(self, seq: Sequence) -> None:
-        request = self._outstanding[seq.seq_id]
-        if seq.max_tokens < request.max_tokens and seq.finish_reason in SERVED:
+        request = self._outstanding.get(seq.seq_id)
+        if request is None:
+            self._release(seq)
+        elif seq.max_tokens < request.max_tokens and seq.finish_reason in SERVED:
             self._prompt_ended(request, seq)
         else:
             del self._outstanding[seq.seq_id]
             if self.transfers is not None:
+                self._going_on.discard(seq.seq_id)
                 self.transfers.forget(seq.seq_id)
             self.door.ended(seq)
             self._on_end(seq)
@@ -324,7 +332,9 @@ class Fleet:
         assert self.transfers is not None
         source = next(replica for replica in self._up.values() if seq.seq_id in replica.kept)
         handover = self.transfers.handovers.get(request.id)
-        if handover is None:
+        if handover is None and request.id in self._going_on:
+            self._release(seq)
+        elif handover is None:
             handover = self.transfers.handovers[request.id] = Handover(request, source, seq)
             self._hand_over(handover)
         else:
@@ -333,6 +343,12 @@ class Fleet:
                 self._hand_over(handover)
             else:
                 self.transfers.send(handover)
+
+    def _release(self, seq: Sequence) -> None:
+        """Keep no KV of a prompt that was computed again in vain: who goes on had it, or needs it no longer."""
+        for replica in self._up.values():
+            if seq.seq_id in replica.kept:
+                replica.release(seq.seq_id)
 
     def _emptied(self, index: int) -> None:
         """Let a replica go that is to be empty before it does, if it is."""
@@ -404,8 +420,9 @@ class Fleet:
 
     def _send_waiting(self) -> None:
         """Try again to send what waits."""
-        waiting = list(self._waiting)
+        waiting = [*self._waiting, *(request for request in self._again if request.id in self._outstanding)]
         self._waiting.clear()
+        self._again.clear()
         for request in waiting:
             self.submit(request)
         handing_over = list(self._handing_over)
@@ -430,9 +447,12 @@ class Fleet:
                     replica = self._up.pop(index)
                     self._dead.remove(index)
                     for seq in replica.unanswered:
-                        if not self._goes_on_elsewhere(seq):
-                            lost.append(self._outstanding.pop(seq.seq_id))
-                    lost += [one for one in self._lost_kv.pop(index, ()) if one.id in self._outstanding]
+                        if not self._goes_on_elsewhere(seq) and seq.seq_id in self._outstanding:
+                            is_again = seq.seq_id in self._going_on
+                            (self._again if is_again else lost).append(self._outstanding[seq.seq_id])
+                            if not is_again:
+                                del self._outstanding[seq.seq_id]
+                    self._again += self._lost_kv.pop(index, ())
                 else:
                     self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
@@ -443,13 +463,14 @@ class Fleet:
     def _goes_on_elsewhere(self, seq: Sequence) -> bool:
         """Does another replica go on with a request that one had which went on with it? With the KV of its prompt, if
         that is still kept where it was computed."""
-        if self.transfers is None or not seq.num_completion_tokens or seq.first_token_ns is None:
+        if self.transfers is None or seq.seq_id not in self._going_on or not seq.num_completion_tokens:
             return False
         handover = self.transfers.handovers.get(seq.seq_id)
         if handover is None:
             handover = Handover(self._outstanding[seq.seq_id], None, seq, is_lost=True)
         elif handover.target is None or handover.target[1] is not seq:
             return False
+        self._going_on.discard(seq.seq_id)
         handover.target = handover.needs = None
         handover.take_back()
         self._handing_over.append(handover)
@@ -463,6 +484,8 @@ class Fleet:
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"
+            used = replica.core.scheduler.block_manager.num_used_blocks
+            assert not used, f"{used} blocks of replica {replica.index} are still held"
 
 
 def _could_serve(core: Core, seq: Sequence, max_tokens: int) -> bool:

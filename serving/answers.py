@@ -140,10 +140,11 @@ class Answers:
     def prompt_of(self, index: int) -> tuple[list[int], list[TokenLogprobs | None]]:
         """The tokens of an answer's prompt, and their log-probabilities where they were asked for; the first has none.
 
-        They are known once the answer has begun.
+        They are known once the answer has begun; if it ended before, there are none.
         """
         answer = self._answers[index]
-        return answer.ask.prompt, answer.prompt_logprobs or []
+        prompt = answer.ask.prompt
+        return prompt, answer.prompt_logprobs or [None] * len(prompt)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What comes, as much as is there at a time, until every answer has ended.

@@ -142,9 +142,6 @@ class Server:
                 raise ApiError(f"{name} is {asked}, expected at most {self.options.max_logprobs}", param=name)
         if body.stops and backend.tokenizer is None:
             raise ApiError("stop strings need a tokenizer, and the model has none", param="stop")
-        most = self.options.max_num_queued_reqs
-        if most is not None and self.serving.num_waiting >= most:
-            raise ApiError(f"the queue is full: at most {most} requests wait", HTTPStatus.TOO_MANY_REQUESTS)
         number = None if session is None else self._sessions[session]
         asks = []
         for prompt in prompts:
@@ -162,7 +159,15 @@ class Server:
                 params = backend.params(body, max_tokens, choice)
                 labels = number, body.priority, body.cache_salt or ""
                 asks.append(Ask(prompt, params, max_tokens, *labels, body.num_prompt_logprobs))
+        self._check_room(len(asks))
         return asks
+
+    def _check_room(self, count: int) -> None:
+        """Refuse so many answers if they and those that have not ended are too many."""
+        most = self.options.max_num_queued_reqs
+        if most is not None and (before := len(self.serving.running)) + count > most:
+            problem = f"the queue is full: {before} answers have not ended, {count} more are asked for"
+            raise ApiError(f"{problem}, expected at most {most} at a time", HTTPStatus.TOO_MANY_REQUESTS)
 
 
 class _Keyed:

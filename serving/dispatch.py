@@ -27,7 +27,6 @@ class Stream:
         token_ids: its tokens so far.
         logprobs: those asked for of prompt and answer, by their places in the sequence.
         since_s: when the oldest of what nobody has read was told; None if there is none.
-        is_waiting: it was never scheduled yet.
         num_cached_tokens: those found in the prefix cache when it was scheduled for the first time.
         finish_reason: "stop", "length", "abort" or "refused", once it has ended.
         refusal: why it is refused, or cannot be finished.
@@ -38,7 +37,6 @@ class Stream:
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     since_s: float | None = None
-    is_waiting: bool = True
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     refusal: str | None = None
@@ -67,9 +65,9 @@ class Dispatcher:
         self._pages: deque[asyncio.Future[bytes]] = deque()
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that have come in and were never scheduled yet."""
-        return sum(stream.is_waiting for stream in self.streams.values())
+    def running(self) -> list[int]:
+        """The numbers of the requests that have come in and have not ended, whether they were scheduled yet or not."""
+        return [number for number, stream in self.streams.items() if stream.finish_reason is None]
 
     def submit(self, asks: Seq[Ask], event: asyncio.Event) -> list[Stream]:
         """Let requests in, all of them before the next decision.
@@ -106,6 +104,16 @@ class Dispatcher:
             del self.streams[number]
             self._parts.answered(number, ask.prompt, parts, stream.token_ids)
 
+    def abort(self) -> int:
+        """Have all that has not ended end at the next decision; their streams hear of it.
+
+        Returns:
+            How many these are.
+        """
+        if running := self.running:
+            self._host("abort", running)
+        return len(running)
+
     async def page(self) -> bytes:
         """The metrics page of what serves.
 
@@ -124,7 +132,7 @@ class Dispatcher:
         streams, at_s = self.streams, news.at_s
         for number, num_cached_tokens in news.admitted:
             if (stream := streams.get(number)) is not None:
-                stream.is_waiting, stream.num_cached_tokens = False, num_cached_tokens
+                stream.num_cached_tokens = num_cached_tokens
         for number, of_stream in news.logprobs:
             if (stream := streams.get(number)) is not None:
                 stream.logprobs |= of_stream
@@ -134,7 +142,7 @@ class Dispatcher:
                 self._wake(stream, at_s)
         for number, reason, refusal in news.ended:
             if (stream := streams.get(number)) is not None:
-                stream.is_waiting, stream.finish_reason, stream.refusal = False, reason, refusal
+                stream.finish_reason, stream.refusal = reason, refusal
                 self._wake(stream, at_s)
 
     def paged(self, page: bytes) -> None:

@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import anyio
 import uvicorn
@@ -26,25 +27,41 @@ Open = Callable[["Front"], Awaitable[None]]
 """Lets a front and a Core's side tell each other something, on the event loop; calls `linked` first of all."""
 
 
+_LAST_WORDS_S = 2.0
+"""In which whoever is connected when the time of a shutdown is over may take the end of its answer."""
+
+
 class _Uvicorn(uvicorn.Server):
     """A server that ends without a signal's default action.
 
+    Its tasks are never cancelled, for which uvicorn would print where each of them stood.
+
     Args:
         catches_signals: SIGINT and SIGTERM end it.
+        seconds: that whoever is connected has at shutdown; a second signal ends them.
         begun, over: awaited once it listens, and once nobody is connected any more.
+        hurry: called when those seconds are over.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
         catches_signals: bool,
+        seconds: float,
         begun: Callable[[], Awaitable[None]],
+        hurry: Callable[[], None],
         over: Callable[[], Awaitable[None]],
     ):
         super().__init__(config)
         is_main = threading.current_thread() is threading.main_thread()
         self._signals = (signal.SIGINT, signal.SIGTERM) if catches_signals and is_main else ()
-        self._begun, self._over = begun, over
+        self._seconds, self._begun, self._hurry, self._over = seconds, begun, hurry, over
+        self._told_again = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._told_again.set()
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,8 +79,20 @@ class _Uvicorn(uvicorn.Server):
         await self._begun()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_in_time())
         await super().shutdown(sockets)
+        ending.cancel()
         await self._over()
+
+    async def _end_in_time(self) -> None:
+        """Have nobody be connected any more once the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await self._told_again.wait()
+        self._hurry()
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # whoever serves it sees that the client has gone
 
 
 class Front:
@@ -90,9 +119,9 @@ class Front:
             http=protocol_within(options.client_timeout),
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=options.shutdown_timeout,
         )
-        self.uvicorn = _Uvicorn(config, catches_signals, self._begin, self._finish)
+        seconds = options.shutdown_timeout
+        self.uvicorn = _Uvicorn(config, catches_signals, seconds, self._begin, self._hurry, self._finish)
 
     def run(self, listener: socket.socket) -> None:
         """Serve until it is told to end, or nothing is served behind it any more."""
@@ -103,6 +132,11 @@ class Front:
             pass  # imports what a stream runs in, for which the first one's tokens would wait
         self._ended = asyncio.Event()
         await self._open(self)
+
+    def _hurry(self) -> None:
+        """Abort what still runs; who waits for it is told so."""
+        if self.server.dispatcher is not None and (count := self.server.dispatcher.abort()):
+            self._host("say", f"{count} requests have not ended within the time, and are aborted")
 
     async def _finish(self) -> None:
         """Have what serves behind it end too."""

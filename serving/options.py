@@ -22,7 +22,10 @@ class ServeOptions(BaseModel):
     api_key: list[str] = Field(default=[], description="what /v1 asks clients for; may be given again")
     allowed_origins: list[str] = Field(default=[], description="origins whose pages browsers let call; * is any")
     max_num_queued_reqs: int | None = Field(
-        default=None, ge=1, le=MOST, description="requests that may wait; 429 for those beyond"
+        default=None,
+        ge=0,
+        le=MOST,
+        description="requests that may be there at a time, waiting or running; 429 for those beyond (vLLM 0.33: 503)",
     )
     max_body_mib: float = Field(default=64, gt=0, le=MOST_MIB, description="MiB of a request; 413 beyond")
     client_timeout: float = Field(

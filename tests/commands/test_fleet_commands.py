@@ -45,6 +45,10 @@ def config(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            ("--latency", "roofline:llama-3-8b@h100:dp=2", "--autoscale", '{"metric": "waiting", "target": 1}'),
+            "kv_tier and autoscale with dp",
+        ),
         (("--autoscale", "x"), 'JSON such as {"metric": "waiting", "target": 4}'),
         (("--autoscale", '{"metric": "load", "target": 1}'), "autoscale.metric is 'load', expected"),
         (("--autoscale", '{"metric": "waiting", "target": 0}'), "autoscale.target is 0"),
@@ -81,7 +85,7 @@ def test_a_rule_is_json_on_the_command_line_and_a_table_in_a_file(twinserve, tra
         (("--kv-tier", "cpu:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
         (("--kv-tier", "cpu:0:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
         (("--kv-tier", "cpu:1:1:1:mine"), "with :shared behind it"),
-        (("--kv-tier", "cpu:1:1:1"), "kv_bytes_per_token, is missing"),
+        (("--kv-tier", "cpu:1:1:1"), "kv_bytes_per_token is missing"),
         (("--kv-tier", "cpu:1e-9:1:1", "--kv-bytes-per-token", 9), "expected room for a block of 144 bytes"),
         (
             ("--kv-tier", "cpu:1:1:1", "--kv-bytes-per-token", 9, "--no-enable-prefix-caching"),
@@ -152,7 +156,7 @@ def test_a_split_fleet_from_options_and_from_a_file_is_replayed_compared_and_rep
     [
         (("--prefill-replicas", 1), "decode_replicas is 0, expected replicas for decode beside those for prefill"),
         (("--decode-replicas", 1), "prefill_replicas is 0, expected replicas for prefill beside those for decode"),
-        ((*PAIR,), "kv_bytes_per_token, is missing, expected bytes"),
+        ((*PAIR,), "kv_bytes_per_token is missing, expected bytes"),
         ((*PAIR, "--kv-bytes-per-token", 9, "--kv-layerwise"), "kv_layerwise is True, expected latencies"),
         ((*PAIR, "--kv-gb-s", 0), "kv_gb_s is 0.0, expected"),
         ((*PAIR, "--decode-router", "x"), "decode_router is 'x'"),

@@ -140,8 +140,49 @@ def test_flags_that_are_not_modelled_are_named_as_they_are_written(text, unmodel
 
 
 @pytest.mark.parametrize(
+    ("text", "expected", "unmodelled"),
+    [
+        (
+            """--speculative-config '{"method": "ngram_gpu", "num-speculative-tokens": 3, "prompt_lookup_max": 4}'""",
+            {"method": "ngram_gpu", "num_speculative_tokens": 3, "prompt_lookup_min": 4, "prompt_lookup_max": 4},
+            [],
+        ),
+        (
+            """-sc='{"method": "eagle3", "model": "a/b", "num_speculative_tokens": 2, "revision": "b"}'""",
+            {"method": "eagle3", "num_speculative_tokens": 2},
+            ["--speculative-config.model", "--speculative-config.revision"],
+        ),
+        (
+            "--speculative-config.method draft_model --speculative_config.model=a/b --spec-tokens 5",
+            {"method": "draft_model", "model": "a/b", "num_speculative_tokens": 5},
+            [],
+        ),
+        ("--spec-method suffix --spec-tokens 5", None, ["--speculative-config with the method suffix"]),
+        ("""-sc '{"model": "a/b"}'""", None, ["--speculative-config without a method"]),
+    ],
+)
+def test_drafts_of_a_command_line_are_a_setting_as_far_as_they_are_modelled(text, expected, unmodelled):
+    settings, others = read_vllm_args(f"{text} --max-num-seqs 4")
+    assert settings == {"max_num_seqs": 4} | ({} if expected is None else {"speculative_config": expected})
+    assert others == unmodelled
+    Settings.load(settings)
+
+
+def test_prompt_lookup_on_the_host_turns_asynchronous_scheduling_off_unless_it_is_asked_for():
+    text = """--speculative-config '{"method": "ngram", "num_speculative_tokens": 3}'"""
+    settings, _ = read_vllm_args(text)
+    assert Like.parse("vllm-0.33@h100").settings["pipeline_depth"] == 1
+    assert Settings.load(Like.parse("vllm-0.33@h100").settings | settings).pipeline_depth == 0
+    settings, _ = read_vllm_args(f"{text} --async-scheduling")
+    with pytest.raises(InputError, match="expected 'ngram_gpu' with pipeline_depth 1"):
+        Settings.load(settings)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("--speculative-config '{method: ngram}'", "expected a JSON object for --speculative-config"),
+        ("-sc 5", "expected a JSON object for --speculative-config"),
         ("--max-num-seqs -1 --max-num-seqs=four", "expected a number for --max-num-seqs"),
         ("--max-num-seqs", "expected a number for --max-num-seqs"),
         ("--max-num-seqs many", "expected a number for --max-num-seqs"),

@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -28,6 +31,7 @@ from twinserve.settings.errors import RunError
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
 
+JSON = {"content-type": "application/json"}
 LONG = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}
 
 
@@ -42,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 @contextmanager
 def command(*arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`twinserve serve` over the engine in a group of its own, once it serves, and its URL."""
+    """`twinserve serve` in a group of its own, once it serves, and its URL."""
     line = [sys.executable, "-m", "twinserve", "serve", "--port", "0", "--num-gpu-blocks", "64", *map(str, arguments)]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
@@ -163,6 +167,53 @@ def test_a_signal_ends_all_processes_once_what_runs_has_ended(folder, tmp_path, 
         asking.join()
     assert said == f"1 requests: 1 length; recorded in {tmp_path / 'run'}\n"
     assert answers[0][-2] == "data: [DONE]"
+    assert replay(load_record(tmp_path / "run")).is_exact
+
+
+@pytest.mark.parametrize("world", ["engine", "simulation"])
+@pytest.mark.parametrize(("seconds", "signals"), [(0, 1), (60, 2)])
+def test_what_runs_when_the_time_of_a_shutdown_is_over_is_told_its_end_and_one_line_says_so(
+    folder, tmp_path, world, seconds, signals
+):
+    """Whoever streams, waits for a whole answer or in the queue, sends half a body, or reads nothing."""
+    served = ("--model", folder) if world == "engine" else ("--simulate", "--latency", "qwen3-0.6b-h100")
+    how = ("--max-num-seqs", 2, "--shutdown-timeout", seconds, "--record", tmp_path / "run", "--max-model-len", 1024)
+    body = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "n": 4}
+    last = body | {"echo": True, "n": 1} | ({"logprobs": 1, "max_tokens": 0} if world == "engine" else {})
+    with command(*served, *how) as (process, url), ThreadPoolExecutor(2) as pool:
+        path, at = f"{url}/v1/completions", urlsplit(url)
+        streamed = json.dumps(body | {"stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head += b"content-length: %d\r\n\r\n" % len(streamed)
+        with (
+            httpx.stream("POST", path, content=streamed, headers=JSON, timeout=60) as read,
+            socket.create_connection((at.hostname, at.port), timeout=60) as unread,
+            socket.create_connection((at.hostname, at.port), timeout=60) as half,
+        ):
+            unread.sendall(head + streamed)
+            half.sendall(head + streamed[:-1])
+            whole, waiting = (pool.submit(httpx.post, path, json=asked, timeout=60) for asked in (body, last))
+            page = ""
+            while sum(map(float, re.findall(r"^vllm:num_requests_(?:running|waiting){.*} (.+)$", page, re.M))) < 13:
+                page = httpx.get(f"{url}/metrics", timeout=60).text
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            lines = list(read.iter_lines())
+            assert half.recv(1) == b""
+        reasons = [choice["finish_reason"] for found in (whole, waiting) for choice in found.result().json()["choices"]]
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait() == 0
+    assert lines[-2] == "data: [DONE]"
+    choices = [json.loads(line[6:])["choices"] for line in lines if line.startswith("data: {")]
+    ends = {choice["index"]: choice["finish_reason"] for [choice] in choices}
+    assert ends == dict.fromkeys(range(4), "abort")
+    assert reasons == ["abort"] * 5
+    assert said == (
+        "13 requests have not ended within the time, and are aborted\n"
+        f"13 requests: 13 abort; recorded in {tmp_path / 'run'}\n"
+    )
     assert replay(load_record(tmp_path / "run")).is_exact
 
 

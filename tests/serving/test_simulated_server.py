@@ -187,18 +187,30 @@ def test_a_key_and_origins_are_asked_for_where_they_are_set(serving):
     assert allowed.headers["access-control-allow-origin"] == "http://page"
 
 
-def test_a_full_queue_is_429_with_the_time_to_come_again(serving):
-    running = serving(simulated(20.0, max_num_seqs=1), max_num_queued_reqs=1)
+@pytest.mark.parametrize("max_num_seqs", [1, 8])
+def test_a_full_queue_is_429_with_the_time_to_come_again(serving, max_num_seqs):
+    """Full of what runs, too, as in vLLM 0.33: each answer of a request counts until it has ended, or was left."""
+    running = serving(simulated(20.0, max_num_seqs=max_num_seqs), max_num_queued_reqs=5)
 
-    async def crowd():
-        async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
-            asks = [client.post("/v1/completions", json={"prompt": "a", "max_tokens": 8, "n": 1}) for _ in range(6)]
-            return await asyncio.gather(*asks)
+    def ask(client, n, **more):
+        return client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "n": n} | more)
 
-    responses = asyncio.run(crowd())
-    refused = [response for response in responses if response.status_code == 429]
-    assert refused and all(response.headers["retry-after"] == "1" for response in refused)
-    assert all(response.status_code == 200 for response in responses if response not in refused)
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        assert ask(client, 5).status_code == 200
+        assert ask(client, 6).status_code == 429
+        long = {"prompt": "a", "max_tokens": 900, "n": 3, "stream": True}
+        with client.stream("POST", "/v1/completions", json=long) as first:
+            lines = first.iter_lines()
+            next(lines)
+            refused = ask(client, 3)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            problem = "the queue is full: 3 answers have not ended, 3 more are asked for, expected at most 5 at a time"
+            assert refused.json()["error"]["message"] == problem
+            assert ask(client, 3, temperature="hot").status_code == 400  # what is wrong is wrong at any time
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=long | {"n": 2, "stream": False}, timeout=0.1)
+        running.settle()
+        assert ask(client, 5).status_code == 200
 
 
 @pytest.mark.parametrize("world", [TinyModel, simulated])

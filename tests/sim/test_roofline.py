@@ -13,7 +13,8 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Collectives, Device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
-from twinserve.sim.roofline import ALL_REDUCE_NS, RooflineLatency
+from twinserve.sim.quantized_configs import with_float8
+from twinserve.sim.roofline import MEMORY_SHARE, RESERVED_BYTES, RooflineLatency
 from twinserve.sim.shapes import (
     Attention,
     Experts,
@@ -24,6 +25,7 @@ from twinserve.sim.shapes import (
     Matrix,
     ModelShape,
 )
+from twinserve.sim.splits import ALL_REDUCE_NS
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
 ROUND = Device(
@@ -216,15 +218,28 @@ def test_a_device_of_ones_own_is_read_from_toml(tmp_path):
     assert RooflineLatency.parse(f"llama-3-8b@{path}").basis == "measured"
 
 
+def test_a_file_with_a_base_says_what_differs_from_a_device_that_ships(tmp_path):
+    path = tmp_path / "slow.toml"
+    path.write_text('base = "h200"\nlink = 64e9\nhop_ns = 1000\nsource = "the same without NVLink"\n')
+    device = RooflineLatency.parse(f"llama-3-8b@{path}:tp=2").device
+    known = DEVICES["h200"]
+    assert known.collectives is not None and device.collectives is None
+    assert device == changed(known, link=64e9, hop_ns=1000, source="the same without NVLink", collectives=None)
+    path.write_text('base = "h200"\nnetwork = 25e9\n')
+    assert RooflineLatency.parse(f"llama-3-8b@{path}").device == changed(known, network=25e9)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ('base = "tpu"', "base is 'tpu', expected a device: a100, h100"),
+        ('base = "h200"\nlinked = 0', "linked is 0, expected: Input should be greater than or equal to 1"),
         (OWN.replace("2e12", "-1"), "bandwidth is -1, expected: Input should be greater than or equal to 1000000"),
         (OWN + "speed = 3", "speed is 3, there is no such field"),
         (OWN.replace('source = "its vendor"', ""), "source is .*, expected: Field required"),
         ("name = ", "expected TOML: "),
     ],
-    ids=["negative", "unknown", "no source", "no TOML"],
+    ids=["no base", "linked", "negative", "unknown", "no source", "no TOML"],
 )
 def test_a_device_that_cannot_be_is_refused_by_its_field(tmp_path, text, problem):
     path = tmp_path / "own.toml"
@@ -252,7 +267,7 @@ def test_a_config_of_ones_own_is_read(tmp_path):
     ("text", "words"),
     [
         ("llama-3-8b", "expected roofline:MODEL@DEVICE"),
-        ("llama-3-8b@h100:dp=2", "expected roofline:MODEL@DEVICE"),
+        ("llama-3-8b@h100:cp=2", "expected roofline:MODEL@DEVICE"),
         ("llama-3-8b@tpu", "device is 'tpu', expected a TOML file or a device: a100, h100"),
         ("llama-9@h100", "latency is 'llama-9', expected a config.json"),
         ("llama-3-8b@h100:tp=3", "expected a divisor of the 32 query heads"),
@@ -530,3 +545,45 @@ def test_one_device_more_than_share_a_link_is_refused_and_each_reads_its_part_of
     assert RooflineLatency(TINY, device, 2).kv_token_ns == RooflineLatency(TINY, device).kv_token_ns / 2 > 0
     with pytest.raises(ValueError, match="tensor_parallel is 4, expected at most 3, as many as share a link"):
         RooflineLatency(TINY, device, 4)
+
+
+def test_as_many_blocks_fit_as_their_bytes_do_and_not_one_more():
+    latency = RooflineLatency(TINY, ROUND)
+    room, block = MEMORY_SHARE * ROUND.memory_bytes - RESERVED_BYTES - TINY.weight_bytes(), 16 * 2 * 2 * 2 * 16 * 2
+    assert latency.num_blocks(16) * block <= room < (latency.num_blocks(16) + 1) * block
+
+
+def test_the_host_pays_for_each_sequence_of_a_step_whether_it_decodes_or_not():
+    latency = RooflineLatency(TINY, ROUND)
+    steps = prefill(5), decode(3, 10), together(prefill(5), decode(3, 10))
+    assert [latency.step_cost(step)[0] for step in steps] == [510, 530, 540]
+
+
+def test_the_output_projection_is_computed_in_sixteen_bits_whatever_the_weights_of_layers_are():
+    device = changed(ROUND, bandwidth=1e18, flops=1e9, float8_flops=2e9)
+    latency, step = RooflineLatency(with_float8(TINY), device), prefill(50)
+    costs = [latency.step_cost(step._replace(sampled=count))[1] for count in (0, 50)]
+    assert costs[1] - costs[0] == 2 * 50 * 64 * 1000
+
+
+def test_fewer_devices_than_were_measured_have_fewer_hops_and_never_less_than_none():
+    shape = ModelShape.dense("tiny", 1000, 64, 128, 2, 8, 8, 16)
+
+    def sum_ns(all_reduce_ns: float) -> float:
+        measured = Collectives(ranks=4, all_reduce_ns=all_reduce_ns, link=1e30, source="made up")
+        latency = RooflineLatency(shape, ROUND.model_copy(update={"collectives": measured}), 2)
+        return latency._links.all_reduce_ns(7)
+
+    assert sum_ns(100_000) == pytest.approx(100_000 - 4 * NVLINK_HOP_NS)
+    assert sum_ns(NVLINK_HOP_NS) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("bandwidth", "flops"), [(1e9, 1e18), (1e18, 1e9)])
+def test_attention_reaches_its_own_shares_of_the_peaks_and_is_shared_by_devices(bandwidth, flops):
+    """Reading its context, or computing on it; the products beside it reach other shares."""
+    half = PEAKS.model_copy(update={"attention_bandwidth": 0.5, "attention_flops": 0.25})
+    whole, less = (changed(ROUND, bandwidth=bandwidth, flops=flops, linked=2, shares=s) for s in (PEAKS, half))
+    for step in (decode(4, 100), prefill(20, 100)):
+        alone = RooflineLatency(TINY, whole)._attention(step)
+        assert RooflineLatency(TINY, less)._attention(step) == pytest.approx(alone * (2 if bandwidth < flops else 4))
+        assert RooflineLatency(TINY, whole, 2)._attention(step) == pytest.approx(alone / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -144,7 +145,11 @@ class FleetRecorder:
                 continue
             self._retries[seq.seq_id] = self._retries.get(seq.seq_id, 0) + 1
 
-    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    def close(
+        self,
+        summary_extra: dict[str, Any] | None = None,
+        derived: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary; see `RunRecorder.close`."""
         for recorder in self._lives:
             recorder.close()
@@ -156,6 +161,8 @@ class FleetRecorder:
         if any(handed_over):
             summary["handed_over"] = sum(one.requests for one in handed_over if one is not None)
         summary |= summary_extra or {}
+        if derived is not None:
+            summary |= derived(summary)
         rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
         by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
         if self._folder is not None:

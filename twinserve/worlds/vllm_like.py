@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.speculative import METHODS, SpeculativeConfig
 from twinserve.settings.vllm_versions import NEWEST, VERSIONS, Version
 from twinserve.sim.devices import DEVICES, GIB, Device
 
@@ -130,6 +132,8 @@ _NUMBERS = {
 _UNMODELLED = {("max-model-len", "auto"), ("max-model-len", "-1")}
 """What vLLM works out from the memory that is left, which the settings do not know."""
 _POLICY = "scheduling-policy"
+_DRAFTS = "speculative-config"
+_OF_DRAFTS = {"spec-method": "method", "spec-model": "model", "spec-tokens": "num_speculative_tokens"}
 _FLAG = re.compile(r"-[^0-9.]")
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -139,12 +143,16 @@ def read_vllm_args(text: str) -> tuple[dict[str, Any], list[str]]:
 
     `vllm serve` and a model's name in front may stand there or not. Numbers may be written as vLLM takes them, `8k` for
     8,000 and `8K` for 8,192. One block less than `--num-gpu-blocks-override` can be used, as vLLM never gives out one.
+    `--speculative-config` may stand there as JSON, field by field behind a dot, or as `--spec-method` and its like; in
+    the JSON the fields of ours may stand that vLLM has not. Prompt lookup on the host ("ngram") turns asynchronous
+    scheduling off, as in vLLM.
 
     Raises:
         InputError: a flag that is modelled has no value, or one that it cannot have.
     """
     settings: dict[str, Any] = {}
     unmodelled: list[str] = []
+    drafts: dict[str, Any] = {}
     for word, flag, value in _flags(text):
         on = flag.removeprefix("no-")
         if on in _SWITCHES and value is None:
@@ -157,9 +165,51 @@ def read_vllm_args(text: str) -> tuple[dict[str, Any], list[str]]:
             if value not in ("fcfs", "priority"):
                 raise InputError(f"--{flag} is {value}, expected fcfs or priority", field="vllm_args", value=text)
             settings["scheduling_policy"] = value
+        elif flag in (_DRAFTS, "sc", *_OF_DRAFTS) or flag.startswith(f"{_DRAFTS}."):
+            drafts |= _of_drafts(flag, value)
         else:
             unmodelled.append(word)
+    if drafts:
+        modelled, others = _modelled_drafts(drafts)
+        unmodelled += others
+        if modelled is not None:
+            settings["speculative_config"] = modelled
+            if modelled["method"] == "ngram":
+                settings.setdefault("pipeline_depth", 0)
     return settings, unmodelled
+
+
+def _of_drafts(flag: str, value: str | None) -> dict[str, Any]:
+    """What one flag says of drafts, by vLLM's names."""
+    head, _, name = flag.partition(".")
+    if name := _OF_DRAFTS.get(head, name.replace("-", "_")):
+        try:
+            return {name: json.loads(value or "")}
+        except (ValueError, RecursionError):
+            return {name: value}
+    try:
+        values = json.loads(value or "")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"expected a JSON object for --{_DRAFTS} ({error})", field="vllm_args", value=value) from error
+    if not isinstance(values, dict):
+        raise InputError(f"expected a JSON object for --{_DRAFTS}", field="vllm_args", value=value)
+    return {name.replace("-", "_"): given for name, given in values.items()}
+
+
+def _modelled_drafts(values: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The setting `speculative_config` of what vLLM is told, None for a method that is not modelled; and the names of
+    what is not modelled of it."""
+    method = values.get("method")
+    if method not in METHODS:
+        said = "without a method" if method is None else f"with the method {method}"
+        return None, [f"--{_DRAFTS} {said}"]
+    modelled = {name: value for name, value in values.items() if name in SpeculativeConfig.model_fields}
+    if method != "draft_model":
+        modelled.pop("model", None)  # of a head; what it costs is `draft_latency`
+    bounds = {name for name in ("prompt_lookup_min", "prompt_lookup_max") if name in modelled}
+    if len(bounds) == 1:  # one alone is both, as in vLLM
+        modelled |= dict.fromkeys(("prompt_lookup_min", "prompt_lookup_max"), modelled[bounds.pop()])
+    return modelled, [f"--{_DRAFTS}.{name}" for name in values if name not in modelled]
 
 
 def _flags(text: str) -> Iterator[tuple[str, str, str | None]]:

@@ -140,7 +140,9 @@ class Replica:
     def submit(self, seq: Sequence, *, keeps_kv: bool = False) -> None:
         """Let a sequence in; the next decision sees it. With `keeps_kv` its prompt's KV is kept when it has ended."""
         self.outstanding_requests += 1
-        self._sent[seq.seq_id] = self._unanswered[seq.seq_id] = seq
+        self._sent[seq.seq_id] = seq
+        if not seq.num_completion_tokens:
+            self._unanswered[seq.seq_id] = seq
         if keeps_kv:
             self._keeping.add(seq.seq_id)
         self._inbox.append(seq)

@@ -46,10 +46,10 @@ class Batch:
         drafts: how many of its tokens are drafts, of each row that has any. num_drafts_asked: how many to propose then.
         runs: what came of `drafts`: sequence, tokens made, tokens kept. proposed: sequence, drafts for its next step.
         grown: block tables of running sequences that became longer, with the new blocks.
+        kv_moves: facts of KV that lies elsewhere, see `twinserve.orders.loading`; written by Core's callers.
         skipped: running sequences that got nothing in a step that decodes.
         num_tokens: of all rows; `num_prompt_tokens` are those of `prompts`, `num_decode_tokens` the others.
-        num_kv_tokens: the sum of the rows' context lengths, `start + num_tokens`.
-        num_attention_pairs: each query counted against each key that it attends.
+        num_kv_tokens, num_attention_pairs: the sum of the rows' contexts; each query counted against each of its keys.
         is_ahead, lost_prompts: the step before was in flight; a prompt's row was taken back, as it was preempted.
         num_waiting, num_running, num_used_blocks: once all of this was decided.
         decision, seen, committed, decided_ns, launched_ns, start_ns, end_ns: facts, written by Core and its callers.
@@ -68,15 +68,14 @@ class Batch:
         self.preempted: list[Sequence] = []
         self.aborted: list[Sequence] = []
         self.drafts: dict[Sequence, int] = {}
-        self.num_drafts_asked = 0
         self.runs: list[tuple[Sequence, int, int]] = []
         self.proposed: list[tuple[Sequence, int]] = []
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.skipped: list[Sequence] = []
-        self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = 0
-        self.num_waiting = self.num_running = self.num_used_blocks = self.seen = self.decided_ns = 0
-        self.is_ahead = self.lost_prompts = False
-        self.decision = self.committed = -1
+        self.kv_moves: dict[str, list[Any]] = {}
+        self.num_tokens = self.num_prompt_tokens = self.num_kv_tokens = self.num_attention_pairs = self.seen = 0
+        self.num_waiting = self.num_running = self.num_used_blocks = self.decided_ns = self.num_drafts_asked = 0
+        self.is_ahead, self.lost_prompts, self.decision, self.committed = False, False, -1, -1
         self.launched_ns: int | None = None
         self.start_ns: int | None = None
         self.end_ns: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 from mypy_extensions import i64, mypyc_attr
@@ -10,8 +11,7 @@ from mypy_extensions import i64, mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 60
-"""A limit that is none, or more blocks than anybody asks for; of few enough bits to be a machine's own integer."""
+ENDLESS: Final = 1 << 60  # a limit that is none; of few enough bits to be a machine's own integer
 
 
 def bound(name: str, value: int | None) -> i64:
@@ -63,6 +63,7 @@ class BlockManager:
         self._cached = Block(-1)  # begins the ring of the others that are free, in the order of their use
         self._num_cached = i64(0)
         self.prefix_cache: PrefixCache | None = None
+        self.evicts: Callable[[int], None] | None = None  # is told of a cached block before it is used again
         self._holders: dict[Sequence, None] = {}
 
     @property
@@ -241,6 +242,8 @@ class BlockManager:
                 block = self._cached.after
                 block.leave()
                 self._num_cached -= 1
+                if self.evicts is not None:
+                    self.evicts(block.block_id)
                 assert self.prefix_cache is not None
                 self.prefix_cache.remove(block.block_id)
             taken.append(block.block_id)
@@ -251,8 +254,7 @@ class BlockManager:
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
         """Hash the first `num_blocks` blocks of `seq` at least, each once in the sequence's life."""
         hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
-        first = len(hashes)
-        if first >= num_blocks:
+        if (first := len(hashes)) >= num_blocks:
             return
         assert cache is not None
         if seq.prefix_key is not None:

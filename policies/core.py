@@ -28,8 +28,7 @@ class CoreListener:
         """A decision was made."""
 
     def repeated(self, batch: Batch, spans: Seq[Span], grown: Growth, num_committed: int, latest: Batch) -> None:
-        """The decision heard last, `batch`, was repeated up to `latest`, which took these blocks; of the steps from
-        `batch` on, so many have ended."""
+        """The decision heard last was repeated up to `latest`, which took these blocks; so many of its steps ended."""
 
     def committed(self, batch: Batch) -> None:
         """The step of `batch` has ended and its tokens are known."""
@@ -68,7 +67,7 @@ class Core:
     @property
     def can_decide(self) -> bool:
         """Is there something to decide, and room for one more batch in flight?"""
-        return len(self.in_flight) <= self.pipeline_depth and bool(self.sequences)
+        return len(self.in_flight) <= self.pipeline_depth and not (self.scheduler.is_finished() and not self.aborts)
 
     @property
     def must_commit(self) -> bool:
@@ -109,7 +108,7 @@ class Core:
         batch.aborted, batch.decided_ns = aborted, now_ns
         self.num_decisions += 1
         self.in_flight.append(batch)
-        if not (batch or aborted or batch.preempted) and len(self.in_flight) == 1 and self.sequences:
+        if not (batch.num_used_blocks or aborted or batch.preempted) and len(self.in_flight) == 1 and self.sequences:
             raise RuntimeError(f"nothing can be scheduled: {len(self.scheduler.waiting)} waiting, none running")
         for row in batch.admitted:
             if row.seq.first_scheduled_ns is None:
@@ -118,16 +117,14 @@ class Core:
         return batch
 
     def commit(self, token_ids: Runs | Seq[int] | None, now_ns: int) -> list[Sequence]:
-        """Take the tokens of the oldest batch in flight (one for each of its `sampled`, or a run); the sequences that
-        end."""
+        """Take the tokens of the oldest batch in flight, one for each of its `sampled`, or a run; those that end."""
         if not self.in_flight:
             raise RuntimeError("commit without a batch in flight")
         batch = self.in_flight[0]
         finished = self.scheduler.postprocess(batch, token_ids, self.eos_token_id) if batch else []
         self.in_flight.popleft()
         self.last_committed = batch.decision
-        if batch.end_ns is None:
-            batch.end_ns = now_ns
+        batch.end_ns = now_ns if batch.end_ns is None else batch.end_ns
         for seq in batch.prompts:
             if seq.first_token_ns is None and seq.num_completion_tokens:
                 seq.first_token_ns = now_ns

@@ -22,7 +22,7 @@ class Victim(Protocol):
 class Order(Protocol):
     """The waiting queue. Only what `peek` shows is ever admitted; `starvation_free`: after a bounded number of others;
     `victim`: the order's own rule; `is_steady` (False where it is missing): who is next changes only when a sequence
-    comes or goes. A method `bind` is given the BlockManager before anything else is called."""
+    comes or goes. A method `bind` is given the BlockManager before anything else is called; for `loads` see Loading."""
 
     starvation_free: bool
     victim: Victim

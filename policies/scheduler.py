@@ -44,10 +44,8 @@ class Scheduler:
         max_num_partial_prefills: running sequences that may have prompt tokens left to compute; None is no limit.
         max_model_len: the most tokens (prompt and generated) of a sequence; generation ends there.
         pipeline_parallel_size: ranks of a pipeline, for vLLM's own orders; who samples rests in so many steps less one.
-        order, admission, victim: who is admitted next, whether it fits, and who is preempted for room; by default first
-            come, vLLM's rule, and the order's own rule.
-        rules: what differs between versions of vLLM; by default the newest's.
-        speculation: how drafts are scheduled, in mixed batches; by default there are none.
+        order, admission, victim: who is next, whether it fits, who is preempted; else first come, vLLM's, the order's.
+        rules, speculation: what differs between versions of vLLM, by default the newest's; how drafts are scheduled.
 
     Attributes:
         waiting: sequences not yet admitted, or preempted; the `order`.
@@ -99,6 +97,7 @@ class Scheduler:
         self._num_added = self._num_admitted = self._num_released = 0
         if prefix_cache is not None:
             block_manager.bind(prefix_cache)
+        self._loads: Any = getattr(self.waiting, "loads", None)
         if hasattr(self.waiting, "bind"):
             self.waiting.bind(block_manager)
 
@@ -131,7 +130,7 @@ class Scheduler:
 
     def is_finished(self) -> bool:
         """Has every sequence that was added ended?"""
-        return not self.waiting and not self._running
+        return not self._running and not self.waiting
 
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
@@ -276,9 +275,12 @@ class Scheduler:
                 break
             seq, hits, num_tokens = found
             self.waiting.pop_next()
-            start = len(hits) * self.block_manager.block_size
+            if self._loads is not None and self._loads(seq, hits):
+                continue
+            start = seq.num_computed_tokens or len(hits) * self.block_manager.block_size
             seq.num_drafts = num_drafts = max(0, start + num_tokens - seq.num_tokens)
-            self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
+            if not seq.block_table:
+                self.block_manager.admit(seq, hits, self._reach(start, num_tokens))
             seq.num_block_tokens -= self.speculation.num_lookahead_tokens
             seq.status, seq.num_computed_tokens = RUNNING, seq.num_cached_tokens
             seq.admission_index = self._num_admitted
@@ -311,20 +313,20 @@ class Scheduler:
         facts = seq, seq.num_tokens, budget, num_partial, limit, is_held, self._num_admitted, self._num_released
         if refusal is not None and facts == refusal.facts and not manager.is_stored(refusal.last_hash):
             return None
-        hits = manager.find_hits(seq)
-        start = len(hits) * manager.block_size
+        hits = seq.block_table or manager.find_hits(seq)
+        start = seq.num_computed_tokens or len(hits) * manager.block_size
         missing = seq.num_tokens - start
         padding = self._padding[min(1, len(hits))] if missing == 1 else 0
         if start + padding + 2 > self.max_model_len:
             padding = 0
-        most = min(limit, budget)
-        num_tokens = min(missing + padding, most)
+        num_tokens = min(missing + padding, most := min(limit, budget))
+        reach = self._reach(start, num_tokens)
         is_cut = min(missing + padding, limit) > budget and (padding > 0 or not self.enable_chunked_prefill)
         if is_held and missing > 1:
             num_hits = manager.blocks_for(seq.num_tokens - 1)
         elif is_cut or (num_tokens < missing and num_partial >= self.max_num_partial_prefills):
             num_hits = len(hits) + manager.blocks_for(missing + padding - most)
-        elif lacking := self.admission.lacks(manager, seq, hits, self._reach(start, num_tokens), not self._running):
+        elif not seq.block_table and (lacking := self.admission.lacks(manager, seq, hits, reach, not self._running)):
             num_hits = len(hits) + lacking
         else:
             return seq, hits, num_tokens
@@ -434,6 +436,7 @@ class Scheduler:
             self._left.append(seq)
         else:
             self.waiting.remove(seq)
+            self.refusal = None
             self._passed_over.pop(seq, None)
         seq.status, seq.finish_reason = FINISHED, reason
 
@@ -472,7 +475,8 @@ class Scheduler:
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
             missing = manager.num_missing(seq, 0)
-            assert -ahead <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
+            most = ahead if self._loads is None else len(seq.block_table)
+            assert -most <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {most}"
             assert 0 <= seq.num_drafts <= self.speculation.most, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:
@@ -480,7 +484,7 @@ class Scheduler:
                 right = least - behind < seq.num_registered_tokens <= min(seq.num_tokens, computed)
                 assert right, f"{seq} has {seq.num_registered_tokens} tokens registered"
         for seq in self.waiting:
-            has_nothing = not (seq.block_table or seq.num_drafts or seq.num_computed_tokens)
+            has_nothing = self._loads is not None or not (seq.block_table or seq.num_drafts or seq.num_computed_tokens)
             assert seq.status is SequenceStatus.WAITING and has_nothing, f"waiting: {seq}"
 
 

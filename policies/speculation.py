@@ -19,8 +19,7 @@ class Speculation(NamedTuple):
 
     Attributes:
         most: the most drafts of a sequence in a step; 0: there are none.
-        choose: how many to ask for behind a decision, for each sequence that samples in it; None: as many as there may
-            be.
+        choose: how many to ask for behind a decision, for each sequence that samples; None: as many as there may be.
         num_lookahead_tokens: tokens behind a row for which its sequence holds blocks too, where the proposer writes KV.
         draft_slots: tokens of the budget that a sequence costs beside those of its row.
         is_async: decisions run ahead of results. Nobody tells how many drafts there are; each sequence that samples has
@@ -41,8 +40,7 @@ class Speculation(NamedTuple):
             raise ValueError(f"max_num_batched_tokens is {budget}, expected at least {least}")
 
     def end(self, batch: Batch) -> None:
-        """Count the drafts that the rows of a decision have, and say how many to propose behind it; where results come
-        late, these wait from now on."""
+        """Count the drafts of a decision's rows, and say how many to propose behind it; when ahead, they wait."""
         for seq in batch.seqs:
             num_drafts, seq.num_drafts = seq.num_computed_tokens + 1 - seq.num_tokens - seq.num_in_flight, 0
             if num_drafts > 0:

@@ -57,7 +57,8 @@ def replica_figure(run: Run, number_of_run: int) -> Figure | None:
     notes = []
     if run.outages:
         said = [_down(*outage) for outage in run.outages]
-        notes.append(f"Crossed out, as it was down: {', '.join(said)}.")
+        why = "was down, or not there" if "leases" in run.summary else "was down"
+        notes.append(f"Crossed out, as it {why}: {', '.join(said)}.")
     caption = "Look for lanes stronger than the others: there the router sent more than it could spread."
     return Figure(f"replicas-{number_of_run}", "", caption, data, layout, notes, is_linked=True)
 

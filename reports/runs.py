@@ -224,7 +224,8 @@ class Run:
             return [Part(self.record, self.origin_ns)]
         outages: dict[int, list[float]] = {}
         for replica, begin_s, _ in self.outages:
-            outages.setdefault(replica, []).append(begin_s)
+            if begin_s > 0:
+                outages.setdefault(replica, []).append(begin_s)
         parts = []
         for record in self.replicas:
             replica, life = replica_place(record.path) or (0, 0)
@@ -246,6 +247,22 @@ class Run:
             if type(replica) is int and type(from_ns) is int and (to_ns is None or type(to_ns) is int):
                 end_s = None if to_ns is None else (to_ns - self.origin_ns) / 1e9
                 found.append((replica, (from_ns - self.origin_ns) / 1e9, end_s))
+        return found + self._unleased()
+
+    def _unleased(self) -> list[tuple[int, float, float | None]]:
+        """When replicas of a fleet that scales were not up."""
+        leases = self.summary.get("leases")
+        found: list[tuple[int, float, float | None]] = []
+        for replica in range(self.num_replicas if isinstance(leases, list) else 0):
+            gone_ns: int | None = 0
+            for lease in (lease for lease in leases or () if lease["replica"] == replica):
+                if lease["up_ns"] is not None and gone_ns is not None:
+                    if lease["up_ns"] > gone_ns:
+                        begin_s, end_s = ((ns - self.origin_ns) / 1e9 for ns in (gone_ns, lease["up_ns"]))
+                        found.append((replica, begin_s, end_s))
+                    gone_ns = lease["to_ns"]
+            if gone_ns is not None:
+                found.append((replica, (gone_ns - self.origin_ns) / 1e9, None))
         return found
 
     @cached_property

@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from twinserve.orders import CacheAware, Priority, ShortestJob
+from twinserve.orders import CacheAware, Loading, Priority, ShortestJob
+from twinserve.orders.loading import Source
 from twinserve.policies import (
     BlockManager,
     Core,
@@ -296,6 +297,7 @@ class Settings(BaseModel):
         listener: CoreListener | None = None,
         order: Order | None = None,
         victim: Victim | None = None,
+        source: Source | None = None,
     ) -> Core:
         """A Core with these policies and nothing in it; the same for every world.
 
@@ -304,6 +306,8 @@ class Settings(BaseModel):
             order: a waiting queue of one's own, in place of `scheduling_policy`. A record says that it was handed in,
                 and is not replayed without it.
             victim: a rule of one's own who is preempted, in place of `victim`; likewise.
+            source: says what of the KV of sequences lies elsewhere, and is loaded before they are admitted; the waiting
+                queue is a `Loading` then.
 
         Raises:
             InputError: the settings name a class of one's own that cannot be used.
@@ -313,6 +317,7 @@ class Settings(BaseModel):
             named = self.model_dump(include=set(RULES))
             listener.built(named | {name: f"{BY_HAND}: {type(rule).__name__}" for name, rule in handed.items()})
         config = self.speculative_config
+        waiting = self.build_order() if order is None else order
         scheduler = Scheduler(
             BlockManager(self.num_gpu_blocks, self.block_size),
             self.max_num_active_seqs or self.max_num_seqs,
@@ -332,7 +337,7 @@ class Settings(BaseModel):
                 if self.enable_prefix_caching
                 else None
             ),
-            order=self.build_order() if order is None else order,
+            order=waiting if source is None else Loading(waiting, source),
             admission=self.build_admission(),
             victim=self.build_victim() if victim is None else victim,
             rules=self.build_rules(),

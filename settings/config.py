@@ -50,7 +50,11 @@ def _anchored(value: Any, folder: Path, name: str = "") -> Any:
         return {field: _anchored(inner, folder, field) for field, inner in value.items()}
     if isinstance(value, list):
         return [_anchored(inner, folder, name) for inner in value]
-    return anchored(value, folder) if name in (*RULES, "router", "draft_length") and isinstance(value, str) else value
+    return (
+        anchored(value, folder)
+        if name in (*RULES, "router", "decode_router", "draft_length") and isinstance(value, str)
+        else value
+    )
 
 
 def read_table(path: Path | None, name: str) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import simpy
 
+from twinserve.orders import Loading
 from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
 from twinserve.sim.clients import NOBODY, Clients, Door
@@ -18,9 +19,13 @@ from twinserve.sim.clock import alarm, now_ns
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
+from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.speculation import Acceptance
+from twinserve.sim.split import BOTH, Handover, Split, Transfers
+from twinserve.sim.tiers import FleetTiers, TierPlan
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
+from twinserve.traces.runs.metrics import DECODE, PREFILL, SERVED
 
 _CHANGES = -1
 _DIES, _NOTICED, _RETURNS = range(3)
@@ -68,6 +73,14 @@ class FleetListener:
 
     def sent(self, request: Request, replica: int) -> None:
         """The router sends a request, its prompt as it really is, to a replica."""
+
+    def prompt_sent(self, request: Request, replica: int) -> None:
+        """It sends it to one that computes its prompt and its first token alone."""
+        self.sent(request, replica)
+
+    def handed_over(self, request: Request, source: int | None, target: int) -> None:
+        """Another replica goes on with it behind its first token; without a source it computes the prompt again."""
+        self.sent(request, target)
 
     def died(self, replica: int, lost: list[Sequence]) -> None:
         """A replica is down; what it had not answered will be sent to another."""
@@ -118,6 +131,9 @@ class Fleet:
         restarts: see `Restart`; the router knows of them.
         ended: called with each sequence that ends, those of requests that are turned away among them.
         clients: see `Clients`.
+        split: who computes prompts and who goes on; None: all do both.
+        tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many are up; None: all.
         is_done: has every request ended? Then nobody dies or comes back any more.
     """
 
@@ -136,7 +152,14 @@ class Fleet:
         is_done: Callable[[], bool],
         step_by_step: bool = False,
         clients: Clients = NOBODY,
+        split: Split | None = None,
+        tiers: TierPlan | None = None,
+        scaling: Scaling | None = None,
     ):
+        self._split, self._scaling = split, scaling
+        self.leases: list[Lease] = []
+        self.tiers = None if tiers is None else FleetTiers(env, tiers, self._catch_up)
+        self.transfers = None if split is None else Transfers(env, split, lambda replica: self._emptied(replica.index))
         self.door = Door(env, clients, params, ended)
         self._env, self._latencies, self._router, self._listener = env, latencies, router, listener
         self._on_end, self._params, self._is_done, self._step_by_step = ended, params, is_done, step_by_step
@@ -146,8 +169,20 @@ class Fleet:
         self._dead: set[int] = set()
         self._outstanding: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
-        for index in range(len(latencies)):
+        self._handing_over: deque[Handover] = deque()
+        """Those that nobody can go on with just now."""
+        self._going_on: set[int] = set()
+        """Requests that a replica goes on with."""
+        self._again: deque[Request] = deque()
+        """Those that it waits for, as their prompts have to be computed again, and that nobody can serve just now."""
+        self._lost_kv: dict[int, list[Request]] = {}
+        """Of those that are dead, whose KV they kept."""
+        for index in range(len(latencies) if scaling is None else scaling.least):
+            self.leases.append(Lease(index, 0, 0))
             self._begin(index)
+        if scaling is not None:
+            self._enough: deque[tuple[int, int]] = deque()
+            alarm(env, scaling.period_ns, _CHANGES, self._look)
         outages = list(outages)
         check_outages(outages, len(latencies))
         self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
@@ -177,24 +212,72 @@ class Fleet:
         Raises:
             InputError: the router chooses a replica that is not there.
         """
-        replicas = self.replicas
         seq = request.to_sequence(self._params)
-        able = [replica for replica in replicas if self._can_serve(replica.index, seq)]
-        if not replicas or (not able and any(self._can_serve(index, seq) for index in self._to_return())):
-            self._waiting.append(request)
+        roles = (PREFILL,) if request.id in self._outstanding else self._roles_for(seq)
+        replicas = [replica for replica in self.replicas if self._role(replica.index) in roles]
+        able = [replica for replica in replicas if self._could(replica.index, seq, roles)]
+        if not replicas or (not able and any(self._could(index, seq, roles) for index in self._to_return())):
+            (self._again if request.id in self._outstanding else self._waiting).append(request)
             return
         replica = _chosen(self._router, request, able or replicas)
         if not self.door.opens(request, replica):
             return
         self._outstanding[request.id] = request
+        is_handed_over = self._role(replica.index) == PREFILL and request.max_tokens > 1
+        if is_handed_over:
+            seq = replace(request, max_tokens=1).to_sequence(self._params)
         if replica.index not in self._dead:
-            self._listener.sent(request, replica.index)
-        replica.submit(seq)
+            tell = self._listener.prompt_sent if is_handed_over else self._listener.sent
+            tell(request, replica.index)
+        replica.submit(seq, keeps_kv=is_handed_over)
         self.door.submitted(request, replica)
 
-    def _can_serve(self, index: int, seq: Sequence) -> bool:
-        """Could a replica, were it up, ever serve this?"""
-        return _could_serve(self._cores[index], seq)
+    def _roles_for(self, seq: Sequence) -> tuple[str, ...]:
+        """The roles of those that a request may be sent to; if it can never be served, of those that refuse it."""
+        if self._split is None or any(self._could(index, seq, (BOTH, PREFILL)) for index in self._cores):
+            return BOTH, PREFILL
+        if BOTH in self._split.roles:
+            return (BOTH,)
+        return (PREFILL,) if self._could_go_on(seq) else (DECODE,)
+
+    def _role(self, index: int) -> str:
+        return BOTH if self._split is None else self._split.roles[index]
+
+    def _could(self, index: int, seq: Sequence, roles: tuple[str, ...]) -> bool:
+        """Could a replica with one of these roles, were it up, ever do its part of this?"""
+        role, core = self._role(index), self._cores[index]
+        if role not in roles:
+            return False
+        if role == PREFILL:
+            return _could_serve(core, seq, min(1, seq.max_tokens)) and (seq.max_tokens == 1 or self._could_go_on(seq))
+        return _could_serve(core, seq, seq.max_tokens)
+
+    def _could_go_on(self, seq: Sequence) -> bool:
+        """Is there a replica that could ever go on with this, once its prompt is computed?"""
+        return any(self._could(index, seq, (DECODE,)) for index in self._cores)
+
+    def _hand_over(self, handover: Handover) -> None:
+        """Have another replica go on with a request; if none that could is up, as soon as one is."""
+        assert self._split is not None and self.transfers is not None
+        if handover.source is None and not handover.is_lost:
+            return  # its prompt is computed again, and that ends here as well
+        request, computed = handover.request, handover.computed
+        seq = request.to_sequence(self._params)
+        able = [replica for replica in self.replicas if self._could(replica.index, seq, (DECODE,))]
+        if not able:
+            self._handing_over.append(handover)
+            return
+        replica = _chosen(self._split.router, request, able)
+        seq.append_token(None)
+        seq.first_scheduled_ns, seq.first_token_ns = computed.first_scheduled_ns, computed.first_token_ns
+        handover.target = replica, seq
+        self._going_on.add(request.id)
+        if replica.index not in self._dead:
+            source = handover.source
+            self._listener.handed_over(request, None if source is None else source.index, replica.index)
+        replica.submit(seq)
+        self.door.submitted(request, replica)
+        self.transfers.send(handover)
 
     def _to_return(self) -> Iterator[int]:
         """Replicas that are down, or will be so that they are empty, and will come back."""
@@ -204,7 +287,19 @@ class Fleet:
 
     def _begin(self, index: int) -> None:
         core = self._cores[index] = self._listener.begun(index, self._lives[index])
-        self._up[index] = Replica(
+        loads: Callable[[Sequence, int, int], None] | None = None
+        waiting, role = core.scheduler.waiting, self._role(index)
+        if self.transfers is not None and role == DECODE:
+            assert isinstance(waiting, Loading), f"replica {index} loads no KV"
+            waiting.source, loads = self.transfers, self.transfers.has_blocks
+        elif self.tiers is not None:
+            assert isinstance(waiting, Loading), f"replica {index} loads no KV"
+            tiers = waiting.source = self.tiers.of(index, core.scheduler.block_manager)
+
+            def loads(seq: Sequence, num_tokens: int, found: int) -> None:
+                tiers.load(seq, replica.loaded)
+
+        replica = self._up[index] = Replica(
             self._env,
             core,
             self._latencies[index],
@@ -212,14 +307,54 @@ class Fleet:
             index=index,
             step_by_step=self._step_by_step,
             acceptance=self._listener.acceptance(index),
+            loads=loads,
         )
         self._lives[index] += 1
 
     def _ended(self, seq: Sequence) -> None:
-        del self._outstanding[seq.seq_id]
-        self.door.ended(seq)
-        self._on_end(seq)
-        for index in [index for index in self._draining if not self._up[index].outstanding_requests]:
+        request = self._outstanding.get(seq.seq_id)
+        if request is None:
+            self._release(seq)
+        elif seq.max_tokens < request.max_tokens and seq.finish_reason in SERVED:
+            self._prompt_ended(request, seq)
+        else:
+            del self._outstanding[seq.seq_id]
+            if self.transfers is not None:
+                self._going_on.discard(seq.seq_id)
+                self.transfers.forget(seq.seq_id)
+            self.door.ended(seq)
+            self._on_end(seq)
+        for index in list(self._draining):
+            self._emptied(index)
+
+    def _prompt_ended(self, request: Request, seq: Sequence) -> None:
+        """A replica has computed a prompt: another one goes on with it, or has waited for it."""
+        assert self.transfers is not None
+        source = next(replica for replica in self._up.values() if seq.seq_id in replica.kept)
+        handover = self.transfers.handovers.get(request.id)
+        if handover is None and request.id in self._going_on:
+            self._release(seq)
+        elif handover is None:
+            handover = self.transfers.handovers[request.id] = Handover(request, source, seq)
+            self._hand_over(handover)
+        else:
+            handover.source, handover.computed = source, seq
+            if handover.target is None:
+                self._hand_over(handover)
+            else:
+                self.transfers.send(handover)
+
+    def _release(self, seq: Sequence) -> None:
+        """Keep no KV of a prompt that was computed again in vain: who goes on had it, or needs it no longer."""
+        for replica in self._up.values():
+            if seq.seq_id in replica.kept:
+                replica.release(seq.seq_id)
+
+    def _emptied(self, index: int) -> None:
+        """Let a replica go that is to be empty before it does, if it is."""
+        if index not in self._draining or self._up[index].outstanding_requests:
+            return
+        if self.transfers is None or not self.transfers.holds(self._up[index]):
             self._draining.pop(index)()
 
     def _drain(self, restart: Restart, place: int) -> None:
@@ -227,7 +362,6 @@ class Fleet:
         if self._is_done():
             return
         index = restart.replicas[place]
-        self._restarting.add(index)
 
         def back(_: simpy.Event) -> None:
             if self._is_done():
@@ -242,17 +376,59 @@ class Fleet:
             del self._up[index]
             alarm(self._env, now_ns(self._env) + restart.down_ns, _CHANGES, back)
 
-        if self._up[index].outstanding_requests:
-            self._draining[index] = emptied
-        else:
-            emptied()
+        self._restarting.add(index)
+        self._draining[index] = emptied
+        self._emptied(index)
+
+    def _look(self, _: simpy.Event) -> None:
+        """Begin as many replicas as are missing, or drain those that have been too many for a while."""
+        scaling, now = self._scaling, now_ns(self._env)
+        if scaling is None or self._is_done():
+            return
+        there = [lease for lease in self.leases if lease.to_ns is None and lease.replica not in self._draining]
+        wanted = scaling.wanted(self.replicas, len(there), len(self._latencies))
+        free = set(range(len(self._latencies))) - {lease.replica for lease in self.leases if lease.to_ns is None}
+        for index in sorted(free)[: max(0, wanted - len(there))]:
+            lease = Lease(index, now)
+            self.leases.append(lease)
+            alarm(self._env, now + scaling.start_ns, _CHANGES, lambda _, lease=lease: self._started(lease))  # type: ignore[misc]
+        self._enough.append((now, wanted))
+        while self._enough[0][0] < now - scaling.settle_ns:
+            self._enough.popleft()
+        most = max(count for _, count in self._enough)
+        if now - self._enough[0][0] + scaling.period_ns >= scaling.settle_ns:
+            up = sorted((lease for lease in there if lease.up_ns is not None), key=lambda lease: lease.replica)
+            for lease in reversed(up[most:]):
+                self._draining[lease.replica] = lambda lease=lease: self._gone(lease)  # type: ignore[misc]
+                self._emptied(lease.replica)
+        alarm(self._env, now + scaling.period_ns, _CHANGES, self._look)
+
+    def _started(self, lease: Lease) -> None:
+        if not self._is_done():
+            lease.up_ns = now_ns(self._env)
+            self._begin(lease.replica)
+            self._send_waiting()
+
+    def _gone(self, lease: Lease) -> None:
+        del self._up[lease.replica]
+        lease.to_ns = now_ns(self._env)
+
+    def _catch_up(self) -> None:
+        """Have all replicas make what they have planned up to now."""
+        for replica in self._up.values():
+            replica.catch_up()
 
     def _send_waiting(self) -> None:
         """Try again to send what waits."""
-        waiting = list(self._waiting)
+        waiting = [*self._waiting, *(request for request in self._again if request.id in self._outstanding)]
         self._waiting.clear()
+        self._again.clear()
         for request in waiting:
             self.submit(request)
+        handing_over = list(self._handing_over)
+        self._handing_over.clear()
+        for handover in handing_over:
+            self._hand_over(handover)
 
     def _change(self, changes: list[tuple[int, int]]) -> Callable[[simpy.Event], None]:
         """What happens at an instant at which replicas die, are noticed to have died, or come back."""
@@ -265,9 +441,18 @@ class Fleet:
                 if kind == _DIES:
                     self._listener.died(index, self._up[index].stop())
                     self._dead.add(index)
+                    if self.transfers is not None:
+                        self._lost_kv[index] = self.transfers.lost(self._up[index])
                 elif kind == _NOTICED:
-                    lost += [self._outstanding.pop(seq.seq_id) for seq in self._up.pop(index).unanswered]
+                    replica = self._up.pop(index)
                     self._dead.remove(index)
+                    for seq in replica.unanswered:
+                        if not self._goes_on_elsewhere(seq) and seq.seq_id in self._outstanding:
+                            is_again = seq.seq_id in self._going_on
+                            (self._again if is_again else lost).append(self._outstanding[seq.seq_id])
+                            if not is_again:
+                                del self._outstanding[seq.seq_id]
+                    self._again += self._lost_kv.pop(index, ())
                 else:
                     self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
@@ -275,18 +460,37 @@ class Fleet:
 
         return change
 
+    def _goes_on_elsewhere(self, seq: Sequence) -> bool:
+        """Does another replica go on with a request that one had which went on with it? With the KV of its prompt, if
+        that is still kept where it was computed."""
+        if self.transfers is None or seq.seq_id not in self._going_on or not seq.num_completion_tokens:
+            return False
+        handover = self.transfers.handovers.get(seq.seq_id)
+        if handover is None:
+            handover = Handover(self._outstanding[seq.seq_id], None, seq, is_lost=True)
+        elif handover.target is None or handover.target[1] is not seq:
+            return False
+        self._going_on.discard(seq.seq_id)
+        handover.target = handover.needs = None
+        handover.take_back()
+        self._handing_over.append(handover)
+        return True
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a request is still somewhere, or a replica's policies are inconsistent."""
+        assert not self._handing_over and not (self.transfers and self.transfers.handovers), "handed over to nobody"
         assert not self._outstanding and not self._waiting, f"unanswered: {[*self._outstanding, *self._waiting]}"
         for replica in self._up.values():
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"
+            used = replica.core.scheduler.block_manager.num_used_blocks
+            assert not used, f"{used} blocks of replica {replica.index} are still held"
 
 
-def _could_serve(core: Core, seq: Sequence) -> bool:
-    """Would these policies take in a sequence that has not been added anywhere yet?"""
-    seq.final_length = min(seq.num_prompt_tokens + seq.max_tokens, core.scheduler.max_model_len)
+def _could_serve(core: Core, seq: Sequence, max_tokens: int) -> bool:
+    """Would these policies take in a sequence that has not been added anywhere yet, and make so many tokens?"""
+    seq.final_length = min(seq.num_prompt_tokens + max_tokens, core.scheduler.max_model_len)
     return core.scheduler.refusal_of(seq) is None
 
 
@@ -295,6 +499,17 @@ def _chosen(router: Router, request: Request, replicas: list[Replica]) -> Replic
     if not 0 <= place < len(replicas):
         raise InputError(f"the router chose {place}, expected a place from 0 to {len(replicas) - 1}")
     return replicas[place]
+
+
+class FleetCounts(NamedTuple):
+    """What a fleet's replicas do not count: requests that were turned away, and given up; KV from elsewhere."""
+
+    rejected: int
+    timed_out: int
+    transfers: int = 0
+    transfer_bytes: float = 0.0
+    tiers: list[dict[str, Any]] | None = None
+    leases: list[Lease] | None = None
 
 
 def simulate_fleet(
@@ -310,7 +525,10 @@ def simulate_fleet(
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
     clients: Clients = NOBODY,
-) -> tuple[int, int]:
+    split: Split | None = None,
+    tiers: TierPlan | None = None,
+    scaling: Scaling | None = None,
+) -> FleetCounts:
     """Replay a trace on a simulated fleet until every request has ended.
 
     Args:
@@ -322,9 +540,9 @@ def simulate_fleet(
         progress: called with each sequence that ends; in the order of time, unless the router is blind.
         step_by_step: make every decision by itself, which takes longer; the results are the same.
         clients: see `Clients`; whoever is turned away by one replica tries no other.
-
-    Returns:
-        How many were turned away, and how many gave up.
+        split: who computes prompts and who goes on with them; None: all do both.
+        tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many replicas are up; None: all, but for outages and restarts, beside which there can be none.
 
     Raises:
         ValueError: the outages are impossible; an InputError, which is one, if the router's choices are.
@@ -332,7 +550,8 @@ def simulate_fleet(
     params, outages, restarts = params or SamplingParams(ignore_eos=True), list(outages), list(restarts)
     check_restarts(restarts, outages, len(latencies))
     arrivals = Arrivals(requests)
-    is_apart = getattr(router, "is_blind", False) and not (outages or restarts) and isinstance(requests, Seq)
+    is_bound = outages or restarts or split is not None or tiers is not None or scaling is not None
+    is_apart = getattr(router, "is_blind", False) and not is_bound and isinstance(requests, Seq)
     if is_apart and all(request.after is None for request in requests):
         # Replicas that know nothing of one another: one after the other, more of what one works with is found in the
         # processor's caches. Eight take a tenth less on the Mooncake trace.
@@ -351,7 +570,7 @@ def simulate_fleet(
                 clients=clients,
             )
             counts.append(found)
-        return sum(rejected for rejected, _ in counts), sum(late for _, late in counts)
+        return FleetCounts(sum(rejected for rejected, _ in counts), sum(late for _, late in counts))
     env = simpy.Environment()
 
     def ended(seq: Sequence) -> None:
@@ -372,13 +591,23 @@ def simulate_fleet(
         is_done=lambda: arrivals.is_empty and not fleet._outstanding and not fleet._waiting,
         step_by_step=step_by_step,
         clients=clients,
+        split=split,
+        tiers=tiers,
+        scaling=scaling,
     )
     feeder = Feeder(env, arrivals, fleet.submit)
     env.run()
     fleet.check_integrity()
     if not arrivals.is_empty:
         raise RuntimeError(f"the simulation stopped at {now_ns(env)} with requests that never arrived")
-    return fleet.door.num_rejected, fleet.door.num_timed_out
+    of_fleet = FleetCounts(fleet.door.num_rejected, fleet.door.num_timed_out)
+    if fleet.transfers is not None:
+        of_fleet = of_fleet._replace(transfers=fleet.transfers.num_transfers, transfer_bytes=fleet.transfers.num_bytes)
+    if scaling is not None:
+        of_fleet = of_fleet._replace(leases=fleet.leases)
+    if fleet.tiers is not None:
+        of_fleet = of_fleet._replace(tiers=fleet.tiers.summary)
+    return of_fleet
 
 
 def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: SamplingParams) -> list[list[Request]]:
@@ -388,7 +617,7 @@ def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: Sampl
     while not arrivals.is_empty:
         request = arrivals.pop()
         seq = request.to_sequence(params)
-        able = [replica for replica in replicas if _could_serve(cores[replica.index], seq)]
+        able = [replica for replica in replicas if _could_serve(cores[replica.index], seq, seq.max_tokens)]
         shares[_chosen(router, request, able or replicas).index].append(request)
     return shares
 

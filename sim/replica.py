@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 import simpy
 from simpy.events import URGENT
 
+from twinserve.orders.loading import Loading
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.clients import NOBODY, Clients, Door
 from twinserve.sim.clock import alarm, now_ns, skip_to
@@ -41,9 +42,12 @@ class Replica:
         index: the number of the replica among those that share `env`.
         step_by_step: make every decision by itself; the results are the same.
         acceptance: says what comes of drafts, where `core` schedules any.
+        loads: called with each sequence whose KV begins to be loaded, its tokens in the pool, and its tokens with those
+            that are loaded; where `core` loads any.
 
     Attributes:
         outstanding_requests: requests sent here that have not ended.
+        kept: requests that have ended, and whose KV is kept.
     """
 
     def __init__(
@@ -56,10 +60,17 @@ class Replica:
         index: int = 0,
         step_by_step: bool = False,
         acceptance: Acceptance | None = None,
+        loads: Callable[[Sequence, int, int], None] | None = None,
     ):
         if core.scheduler.speculation.most and acceptance is None:
             raise ValueError("acceptance is None, expected one where drafts are scheduled")
-        self._acceptance = acceptance
+        self._acceptance, self._loads = acceptance, loads
+        waiting = core.scheduler.waiting
+        self._loading = waiting if isinstance(waiting, Loading) else None
+        self._keeping: set[int] = set()
+        self.kept: set[int] = set()
+        self._loaded: list[Sequence] = []
+        self._released: list[int] = []
         self.index, self.core = index, core
         self.outstanding_requests = 0
         self._sent: dict[int, Sequence] = {}
@@ -95,6 +106,12 @@ class Replica:
         return manager.num_used_blocks / (manager.num_blocks or 1)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that do not run yet, or that were preempted."""
+        self._cut_leap()
+        return self.outstanding_requests - len(self.core.scheduler.running)
+
+    @property
     def cached_prefixes(self) -> frozenset[int]:
         """The hashes of the full blocks that its prefix cache has: what an engine tells by events."""
         self._cut_leap()
@@ -120,11 +137,30 @@ class Replica:
         self._cut_leap()
         return sum(seq.final_length - seq.num_computed_tokens for seq in self._sent.values())
 
-    def submit(self, seq: Sequence) -> None:
-        """Let a sequence in; the next decision sees it."""
+    def submit(self, seq: Sequence, *, keeps_kv: bool = False) -> None:
+        """Let a sequence in; the next decision sees it. With `keeps_kv` its prompt's KV is kept when it has ended."""
         self.outstanding_requests += 1
-        self._sent[seq.seq_id] = self._unanswered[seq.seq_id] = seq
+        self._sent[seq.seq_id] = seq
+        if not seq.num_completion_tokens:
+            self._unanswered[seq.seq_id] = seq
+        if keeps_kv:
+            self._keeping.add(seq.seq_id)
         self._inbox.append(seq)
+        self._wake()
+
+    def loaded(self, seq: Sequence) -> None:
+        """All KV that a sequence loads is there; the next decision sees it."""
+        self._loaded.append(seq)
+        self._wake()
+
+    def release(self, seq_id: int) -> None:
+        """The KV that was kept of a sequence that has ended is no longer needed."""
+        self.kept.discard(seq_id)
+        self._released.append(seq_id)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something is to be decided on."""
         if self._is_idle:
             self._is_idle = False
             self._resume_at(now_ns(self._env), _DECIDES)
@@ -134,6 +170,10 @@ class Replica:
     def abort(self, seq_id: int) -> None:
         """End a request at the next decision, unless it has ended by then."""
         self._aborts.append(seq_id)
+        self._cut_leap()
+
+    def catch_up(self) -> None:
+        """Make the decisions that are planned before now, so that what comes of them can be seen."""
         self._cut_leap()
 
     def _cut_leap(self) -> None:
@@ -177,9 +217,14 @@ class Replica:
             for seq_id in self._aborts:
                 core.abort(seq_id, now)
             self._aborts.clear()
-            launched = now
+            if self._loading is not None:
+                self._move(self._loading)
+            launched, is_stuck = now, False
             if core.can_decide:
                 batch = core.decide(now)
+                if self._loading is not None:
+                    self._begin_loads(self._loading, batch)
+                    is_stuck = not (batch.preempted or any(core.in_flight))
                 for seq in batch.aborted:
                     self._ended(seq)
                 if batch:
@@ -210,16 +255,20 @@ class Replica:
                     if self._leap is leap and not leap.extend():
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
-                for seq in core.commit(self._output(core.in_flight[0]), now):
+                ended = self._commit(core.in_flight[0], now) if self._keeping else None
+                for seq in core.commit(self._output(core.in_flight[0]), now) if ended is None else ended:
                     self._ended(seq)
                 if not self._skip_to(now, _DECIDES):
                     yield self._wait(now, _DECIDES)
-            elif core.is_idle:
+                is_stuck = is_stuck and not (self._inbox or self._aborts or self._loaded or self._released)
+            elif not core.can_decide:
+                is_stuck = True
+            elif not self._skip_to(launched, _DECIDES):
+                yield self._wait(launched, _DECIDES)
+            if is_stuck:
                 self._is_idle = True
                 self._event = self._env.event()
                 yield self._event
-            elif not self._skip_to(launched, _DECIDES):
-                yield self._wait(launched, _DECIDES)
 
     def _output(self, batch: Batch) -> Runs | None:
         """What comes of a step: nothing but of drafts."""
@@ -231,6 +280,33 @@ class Replica:
     def _skip_to(self, at_ns: int, priority: int) -> bool:
         """Go on to a time, where nothing else happens before; False if it has to be waited for."""
         return skip_to(self._env, at_ns, priority + self.index)
+
+    def _move(self, loading: Loading) -> None:
+        """Take in what was released and has been loaded."""
+        for seq_id in self._released:
+            loading.release(seq_id)
+            self.core.scheduler.refusal = None
+        self._released.clear()
+        for seq in self._loaded:
+            loading.loaded(seq)
+        self._loaded.clear()
+
+    def _begin_loads(self, loading: Loading, batch: Batch) -> None:
+        """Have the KV loaded of those that a decision gave blocks for it."""
+        moves = batch.kv_moves = loading.take_moves()
+        for seq_id, num_tokens, found in moves.get("loads", ()):
+            if self._loads is not None:
+                self._loads(self.core.sequences[seq_id], num_tokens, found)
+
+    def _commit(self, batch: Batch, now_ns: int) -> list[Sequence]:
+        """End a step, with which prompts end whose KV is kept."""
+        kept = [seq for seq in batch.sampled if seq.seq_id in self._keeping and not seq.is_finished]
+        assert self._loading is not None, "KV is kept by replicas that load"
+        for seq in kept:
+            self._keeping.remove(seq.seq_id)
+            self.kept.add(seq.seq_id)
+        with self._loading.keeping(kept):
+            return self.core.commit(self._output(batch), now_ns)
 
     def _wait(self, until_ns: int, priority: int) -> simpy.Event:
         self._event = alarm(self._env, until_ns, priority + self.index)

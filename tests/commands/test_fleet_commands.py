@@ -42,6 +42,134 @@ def config(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--latency", "roofline:llama-3-8b@h100:dp=2", "--autoscale", '{"metric": "waiting", "target": 1}'),
+            "kv_tier and autoscale with dp",
+        ),
+        (("--autoscale", "x"), 'JSON such as {"metric": "waiting", "target": 4}'),
+        (("--autoscale", '{"metric": "load", "target": 1}'), "autoscale.metric is 'load', expected"),
+        (("--autoscale", '{"metric": "waiting", "target": 0}'), "autoscale.target is 0"),
+        (("--autoscale", '{"metric": "waiting", "target": 1, "least": 3}'), "expected at most 2"),
+        (
+            ("--autoscale", '{"metric": "waiting", "target": 1}', "--die", "0:1:2"),
+            "expected none of it beside autoscale",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, "--replicas", 2, *options), words)
+
+
+def test_a_rule_is_json_on_the_command_line_and_a_table_in_a_file(twinserve, trace, latency, tmp_path):
+    config = tmp_path / "scale.toml"
+    config.write_text(
+        "max_num_seqs = 1\n[fleet]\nreplicas = 2\n[fleet.autoscale]\nmetric = 'waiting'\ntarget = 1.0\n"
+        "period_s = 0.01\ncold_start_s = 0.001\n"
+    )
+    rule = '{"metric": "waiting", "target": 1.0, "period_s": 0.01, "cold_start_s": 0.001}'
+    found = [
+        json.loads(twinserve("sim", trace, "--latency", latency, *how, "--json").out)
+        for how in (("--replicas", 2, "--max-num-seqs", 1, "--autoscale", rule), ("--config", config))
+    ]
+    for summary in found:
+        del summary["wall_s"]
+    assert found[0] == found[1] and len(found[0]["leases"]) == 2 and found[0]["replica_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kv-tier", "cpu:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
+        (("--kv-tier", "cpu:0:1:1"), "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10"),
+        (("--kv-tier", "cpu:1:1:1:mine"), "with :shared behind it"),
+        (("--kv-tier", "cpu:1:1:1"), "kv_bytes_per_token is missing"),
+        (("--kv-tier", "cpu:1e-9:1:1", "--kv-bytes-per-token", 9), "expected room for a block of 144 bytes"),
+        (
+            ("--kv-tier", "cpu:1:1:1", "--kv-bytes-per-token", 9, "--no-enable-prefix-caching"),
+            "enable_prefix_caching is 'False', expected True beside kv_tier",
+        ),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+def test_tiers_are_an_option_and_a_list_in_a_file_and_the_summary_counts_what_came_of_each(
+    twinserve, trace, latency, tmp_path
+):
+    config = tmp_path / "tiers.toml"
+    config.write_text("num_gpu_blocks = 8\n[fleet]\nkv_bytes_per_token = 9.0\nkv_tier = ['cpu:1:1:1', 'ssd:1:1:1']\n")
+    tiers = ("--num-gpu-blocks", 8, "--kv-bytes-per-token", 9, "--kv-tier", "cpu:1:1:1", "--kv-tier", "ssd:1:1:1")
+    found = [
+        json.loads(twinserve("sim", trace, "--latency", latency, *how, "--json").out)
+        for how in (tiers, ("--config", config))
+    ]
+    for summary in found:
+        del summary["wall_s"]
+    assert found[0] == found[1] and [tier["name"] for tier in found[0]["tiers"]] == ["cpu", "ssd"]
+    assert found[0]["tiers"][0]["stored_blocks"] > 0
+
+
+PAIR = ("--prefill-replicas", 1, "--decode-replicas", 1)
+SPLIT = """
+num_gpu_blocks = 500
+
+[fleet]
+kv_bytes_per_token = 1000.0
+
+[[fleet.group]]
+role = "prefill"
+max_num_seqs = 2
+
+[[fleet.group]]
+replicas = 2
+role = "decode"
+"""
+
+
+def test_a_split_fleet_from_options_and_from_a_file_is_replayed_compared_and_reported(
+    twinserve, trace, latency, tmp_path
+):
+    config = tmp_path / "split.toml"
+    config.write_text(SPLIT)
+    options = ("--prefill-replicas", 1, "--decode-replicas", 2, "--kv-bytes-per-token", 1000, "--kv-gb-s", 0.001)
+    for name, how in (("options", options), ("file", ("--config", config))):
+        out = tmp_path / name
+        result = twinserve("sim", trace, "--latency", latency, *how, "--out", out, "--json")
+        assert result.code == 0, result.err
+        summary = json.loads(result.out)
+        assert summary["finished"] == summary["requests"] > 0
+        assert summary["handed_over"] == summary["transfers"] > 0 and summary["transfer_bytes"] > 0
+        split = json.loads((out / "run.json").read_text())["facts"]["fleet"]["split"]
+        assert split["roles"] == ["prefill", "decode", "decode"] and split["router"] == {"name": "least-outstanding"}
+        assert json.loads(twinserve("replay", out, "--json").out)["exact"]
+        page = tmp_path / f"{name}.html"
+        assert twinserve("report", out, "--out", page).code == 0 and page.stat().st_size > 10_000
+    assert twinserve("compare", tmp_path / "file", tmp_path / "options").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prefill-replicas", 1), "decode_replicas is 0, expected replicas for decode beside those for prefill"),
+        (("--decode-replicas", 1), "prefill_replicas is 0, expected replicas for prefill beside those for decode"),
+        ((*PAIR,), "kv_bytes_per_token is missing, expected bytes"),
+        ((*PAIR, "--kv-bytes-per-token", 9, "--kv-layerwise"), "kv_layerwise is True, expected latencies"),
+        ((*PAIR, "--kv-gb-s", 0), "kv_gb_s is 0.0, expected"),
+        ((*PAIR, "--decode-router", "x"), "decode_router is 'x'"),
+        (
+            (*PAIR, "--kv-bytes-per-token", 9, "--no-scheduler-reserve-full-isl"),
+            "scheduler_reserve_full_isl is 'False', expected True on a replica for prefill",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_split_fleet_cannot_be_is_refused(twinserve, trace, latency, options, words):
+    assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
 def test_a_fleet_is_replayed_compared_and_reported(twinserve, trace, latency, config, tmp_path):
     out, alone = tmp_path / "fleet", tmp_path / "alone"
     result = twinserve("sim", trace, "--latency", latency, "--config", config, "--out", out, "--json")

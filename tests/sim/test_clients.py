@@ -102,7 +102,7 @@ def test_the_next_turn_of_who_was_turned_away_comes_all_the_same(tmp_path):
     ),
 )
 def test_every_request_ends_once_and_every_life_is_decided_again(tmp_path_factory, fleet, router, clients):
-    requests, core, latencies, outages, failover_ns = fleet
+    requests, core, latencies, how = fleet
     told = {}
     for step_by_step in (False, True):
         reasons: Counter = Counter()
@@ -118,8 +118,7 @@ def test_every_request_ends_once_and_every_life_is_decided_again(tmp_path_factor
             [ReplicaSpec(core, one, {"name": "made up"}) for one in latencies],
             router(),
             router_facts={},
-            outages=outages,
-            failover_ns=failover_ns,
+            **how,
             out=folder,
             progress=progress,
             step_by_step=step_by_step,

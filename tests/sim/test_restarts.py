@@ -93,7 +93,7 @@ def test_a_slow_replica_takes_longer_in_its_time_and_routers_that_look_at_queues
 def test_every_request_ends_once_as_replicas_are_restarted_and_slow(
     tmp_path_factory, drawn, from_ms, down_ms, factor, step_by_step
 ):
-    requests, core, latencies, _, _ = drawn
+    requests, core, latencies, _ = drawn
     told = []
     for singly in (step_by_step, not step_by_step):
         summary, ends, _ = fleet(

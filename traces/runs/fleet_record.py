@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.files import WholeFolder
 from twinserve.traces.formats.recorded import REPLICAS, replica_place, replicas_of
 from twinserve.traces.request import Request
-from twinserve.traces.runs.metrics import metrics_of, summary_of
+from twinserve.traces.runs.metrics import DECODE, PREFILL, is_handed_over, metrics_of, summary_of
 from twinserve.traces.runs.record import (
     RunRecord,
     RunRecorder,
@@ -43,7 +44,9 @@ def load_replicas(path: Path) -> list[RunRecord]:
     if summary is None:
         return records
     expected = {name: summary[name] for name in ("requests", "finished", "refused", "aborted", "steps")}
-    expected["requests"] += summary.get("retries", 0)
+    handed_over = summary.get("handed_over", 0)
+    expected["requests"] += summary.get("retries", 0) + handed_over
+    expected["finished"] += handed_over
     for name, number in expected.items():
         found = sum(record.run["summary"][name] for record in records)
         if found != number:
@@ -69,7 +72,9 @@ def load_fleet(path: Path) -> RunRecord:
     records, rows = load_replicas(path), []
     for record in records:
         (replica, _) = replica_place(record.path) or (0, 0)
-        rows += [row | {"replica": replica} for row in record.requests if row["finish_reason"] is not None]
+        for row in record.requests:
+            if row["finish_reason"] is not None and not is_handed_over(row):
+                rows.append(row | {"replica": replica})
     rows.sort(key=lambda row: (row["ingested_ns"], row["replica"], row["ingest"]))
     if run["summary"] is None:
         run["facts"]["trace"] = own_trace(path)
@@ -117,6 +122,22 @@ class FleetRecorder:
         """Say which request a replica will serve, before it is ingested."""
         self._up[replica].expect(request, sampling)
 
+    def expect_prompt(self, request: Request, sampling: SamplingParams, replica: int) -> None:
+        """Say whose prompt a replica will compute, for another to go on with."""
+        self._up[replica].expect(replace(request, max_tokens=1), sampling, stage=PREFILL)
+
+    def expect_rest(self, request: Request, sampling: SamplingParams, source: int | None, target: int) -> None:
+        """Say with which request a replica will go on, and which one has computed its prompt."""
+        cached_tokens = None if source is None else self._up[source].cached_tokens[request.id]
+        self._up[target].expect(request, sampling, stage=DECODE, cached_tokens=cached_tokens)
+
+    @property
+    def last_finish_ns(self) -> int:
+        """When the latest request ended that was served; 0 before there is one."""
+        for recorder in self._lives:
+            recorder.flush()
+        return max((recorder.metrics.last_finish_ns or 0 for recorder in self._lives), default=0)
+
     def died(self, replica: int, lost: list[Sequence]) -> None:
         """A replica is down, with what it had not answered; what it had not taken in yet is no part of its record."""
         for seq in lost:
@@ -136,6 +157,9 @@ class FleetRecorder:
         lost = sum(self._retries.values())
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
+        handed_over = [recorder.metrics.handed_over for recorder in self._lives]
+        if any(handed_over):
+            summary["handed_over"] = sum(one.requests for one in handed_over if one is not None)
         summary |= summary_extra or {}
         if derived is not None:
             summary |= derived(summary)

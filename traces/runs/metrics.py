@@ -27,11 +27,19 @@ SERVED = ("stop", "length")
 PERCENTILES = (50, 90, 95, 99)
 """Those of every distribution."""
 
+PREFILL, DECODE = "prefill", "decode"
+"""Stages of a request whose prompt is computed on one replica, and whose answer behind the first token on another."""
+
 _DELTAS = ("preempted", "admitted", "rows", "usual")
 _LOADS = ("left", "tokens", "waiting", "running")
 _BINS, _IN_A_BIN = 1 << 16, 1 << 6
 _CHUNK = 1 << 17
 _PIECE = 1 << 14
+
+
+def is_handed_over(row: Row) -> bool:
+    """Was the prompt of a request computed here, and does another replica go on with it?"""
+    return row.get("stage") == PREFILL and row["finish_reason"] in SERVED
 
 
 def summarize(
@@ -45,7 +53,7 @@ def summarize(
         world: "sim" or "real", handed through.
         wall_s: seconds that the run took on a wall clock, handed through.
     """
-    return summary_of([metrics_of(requests, steps)], world=world, wall_s=wall_s)
+    return summary_of(metrics_of(requests, steps).whole, world=world, wall_s=wall_s)
 
 
 def metrics_of(requests: Iterable[Row], steps: list[Row]) -> RunMetrics:
@@ -54,7 +62,9 @@ def metrics_of(requests: Iterable[Row], steps: list[Row]) -> RunMetrics:
     for row in requests:
         metrics.request(row)
         if row["finish_reason"] in SERVED:
-            metrics.gaps.begin(row["id"], row["output_tokens"])
+            is_begun = row.get("stage") == DECODE
+            begun_ns = row["first_token_ns"] if is_begun else None
+            metrics.gaps.begin(row["id"], row["output_tokens"] - is_begun, begun_ns)
     metrics.steps = sum(row["count"] for row in steps)
     metrics.events = len(steps)
     if _have(steps, _DELTAS):
@@ -166,6 +176,7 @@ class RunMetrics:
         gaps: between tokens; told of requests by itself.
         waits: of the device for the host.
         drafts: what came of them.
+        handed_over: of requests whose prompts were computed here, and that another replica has answered.
     """
 
     requests: int = 0
@@ -182,11 +193,24 @@ class RunMetrics:
     ttft: array[int] = field(default_factory=lambda: array("q"))
     tpot: array[float] = field(default_factory=lambda: array("d"))
     e2e: array[int] = field(default_factory=lambda: array("q"))
+    handed_over: RunMetrics | None = None
 
     def __post_init__(self) -> None:
         self.gaps = TokenGaps()
         self.waits = DeviceWaits()
         self.drafts = DraftCounts()
+
+    @property
+    def whole(self) -> list[RunMetrics]:
+        """What to sum up for all that this replica did, for itself; a fleet's requests are counted where they end."""
+        return [self] if self.handed_over is None else [self, self.handed_over]
+
+    def _span(self, arrival_ns: int, finish_ns: int | None) -> None:
+        """Widen the duration, so that it holds these."""
+        if self.first_arrival_ns is None or arrival_ns < self.first_arrival_ns:
+            self.first_arrival_ns = arrival_ns
+        if finish_ns is not None and (self.last_finish_ns is None or finish_ns > self.last_finish_ns):
+            self.last_finish_ns = finish_ns
 
     @property
     def duration_ns(self) -> int | None:
@@ -205,21 +229,23 @@ class RunMetrics:
 
     def request(self, row: Row) -> None:
         """Take in a request that has ended, or that was left unanswered."""
+        is_served, arrival_ns = row["finish_reason"] in SERVED, row["arrival_ns"]
+        self.preemptions += row["preemptions"]
+        self._span(arrival_ns, row["finish_ns"] if is_served else None)
+        if is_handed_over(row):
+            if self.handed_over is None:
+                self.handed_over = RunMetrics()
+            self.handed_over.request(row | {"stage": None, "preemptions": 0})
+            return
         self.requests += 1
         self.reasons[row["finish_reason"]] += 1
-        self.preemptions += row["preemptions"]
-        arrival_ns = row["arrival_ns"]
-        if self.first_arrival_ns is None or arrival_ns < self.first_arrival_ns:
-            self.first_arrival_ns = arrival_ns
-        if row["finish_reason"] not in SERVED:
+        if not is_served:
             return
         first_ns, finish_ns, output_tokens = row["first_token_ns"], row["finish_ns"], row["output_tokens"]
         self.prompt_tokens += row["prompt_tokens"]
         self.output_tokens += output_tokens
         self.cached_tokens += row["cached_tokens"]
         self.shortened += row["finish_reason"] == "length" and output_tokens < row["max_tokens"]
-        if self.last_finish_ns is None or finish_ns > self.last_finish_ns:
-            self.last_finish_ns = finish_ns
         self.ttft.append(first_ns - arrival_ns)
         self.e2e.append(finish_ns - arrival_ns)
         if output_tokens > 1:
@@ -486,10 +512,11 @@ class TokenGaps:
                 counts[gap] += occurs
         return +counts
 
-    def begin(self, seq_id: int, most_tokens: int) -> None:
-        """A request comes that gets at most so many tokens; the gaps of others are not counted."""
+    def begin(self, seq_id: int, most_tokens: int, last_ns: int | None = None) -> None:
+        """A request comes that gets at most so many tokens; the gaps of others are not counted. One that has got tokens
+        elsewhere got its last one at `last_ns`."""
         if most_tokens:
-            self._answers[seq_id] = _Answer(most_tokens)
+            self._answers[seq_id] = _Answer(most_tokens, last_ns)
 
     def end(self, seq_id: int, *, counts: bool) -> None:
         """A request has its last token; unless it `counts`, its gaps are taken back."""

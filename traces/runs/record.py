@@ -35,7 +35,7 @@ from twinserve.traces.lines import Line, json_file, json_lines_file
 from twinserve.traces.readers import sha256_of
 from twinserve.traces.request import Request, plain
 from twinserve.traces.runs.digest import Digest, Exceptions
-from twinserve.traces.runs.metrics import SERVED, RunMetrics, summarize, summary_of
+from twinserve.traces.runs.metrics import DECODE, PREFILL, SERVED, RunMetrics, summarize, summary_of
 from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
@@ -63,6 +63,9 @@ _SAID_BY_REQUESTS = (
 """Of a summary, what the requests' rows alone say."""
 
 
+_SINGLE = ("aborted", "admitted", "left", "preempted", "loads", "loaded", "released")
+"""What a repeated decision has none of."""
+
 _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
 
@@ -80,6 +83,7 @@ class Served:
     request: Request
     sampling: SamplingParams
     seq: Sequence
+    stage: str | None = None
     cached_tokens: int | None = None
     draft_tokens: int = 0
     accepted_tokens: int = 0
@@ -108,17 +112,29 @@ class RowMaker(CoreListener):
 
     def __init__(self) -> None:
         self.rules: dict[str, str | None] = {"scheduling_policy": BY_HAND}
-        self._expected: dict[int, tuple[Request, SamplingParams]] = {}
+        self._expected: dict[int, tuple[Request, SamplingParams, str | None, int | None]] = {}
         self._served: dict[int, Served] = {}
         self._digest = Digest()
         self._decided: deque[Decided] = deque()
 
-    def expect(self, request: Request, sampling: SamplingParams) -> None:
+    def expect(
+        self,
+        request: Request,
+        sampling: SamplingParams,
+        *,
+        stage: str | None = None,
+        cached_tokens: int | None = None,
+    ) -> None:
         """Say which request the sequence with id `request.id` will come from, before it is ingested.
 
         A sequence that was not expected is not recorded as a request. Any thread may call this.
+
+        Args:
+            stage: "prefill" where another replica answers behind the first token, which is then the only one here;
+                "decode" on that other one.
+            cached_tokens: of a "decode", tokens that were found in the prefix cache where its prompt was computed.
         """
-        self._expected[request.id] = (request, sampling)
+        self._expected[request.id] = (request, sampling, stage, cached_tokens)
 
     # --- what a CoreListener hears ---
 
@@ -132,7 +148,10 @@ class RowMaker(CoreListener):
     def ingested(self, seq: Sequence, number: int) -> None:
         """A sequence came in."""
         expected = self._expected.pop(seq.seq_id, None)
-        served = None if expected is None else Served(number, expected[0], expected[1], seq)
+        served = None
+        if expected is not None:
+            request, sampling, stage, cached_tokens = expected
+            served = Served(number, request, sampling, seq, stage, cached_tokens)
         if served is not None:
             self._served[seq.seq_id] = served
         self._come(number, served)
@@ -204,6 +223,7 @@ class RunRecorder(RowMaker):
 
     Attributes:
         metrics: of the run, once it is closed.
+        cached_tokens: of requests whose prompts were computed here and that another replica goes on with.
 
     Raises:
         InputError: `out` exists, another run is writing it, or it cannot be written.
@@ -220,6 +240,7 @@ class RunRecorder(RowMaker):
     ):
         super().__init__()
         self.metrics = RunMetrics()
+        self.cached_tokens: dict[int, int] = {}
         self._world, self._settings, self._facts, self._device = world, settings, facts, device
         self._outputs: dict[int, dict[str, Any]] = {}
         self._folder = None if out is None else WholeFolder(Path(out))
@@ -245,6 +266,8 @@ class RunRecorder(RowMaker):
         self._later(decided)
 
     def _ended(self, served: Served) -> None:
+        if served.stage == PREFILL:
+            self.cached_tokens[served.request.id] = served.cached_tokens or 0
         self._later(served)
 
     # --- the end ---
@@ -269,7 +292,7 @@ class RunRecorder(RowMaker):
         for decided in self._decided:
             if decided.batch.end_ns is not None:
                 self._write_step(decided)
-        summary = summary_of([self.metrics], world=self._world) | (summary_extra or {})
+        summary = summary_of(self.metrics.whole, world=self._world) | (summary_extra or {})
         if derived is not None:
             summary |= derived(summary)
         if self._folder is not None:
@@ -312,6 +335,10 @@ class RunRecorder(RowMaker):
         if len(self._waiting) >= self._most_waiting:
             self._work_off()
 
+    def flush(self) -> None:
+        """Count what has ended up to now."""
+        self._work_off()
+
     def _work_off(self) -> None:
         """Write what is left to write."""
         for event in self._waiting:
@@ -321,7 +348,9 @@ class RunRecorder(RowMaker):
                 self._keep(event)
             else:
                 event.has_begun = True
-                self.metrics.gaps.begin(event.seq.seq_id, event.seq.max_tokens)
+                is_begun = event.stage == DECODE
+                begun_ns = event.seq.first_token_ns if is_begun else None
+                self.metrics.gaps.begin(event.seq.seq_id, event.seq.max_tokens - is_begun, begun_ns)
         self._waiting.clear()
 
     def _keep(self, served: Served) -> None:
@@ -363,6 +392,7 @@ def step_row(decided: Decided) -> dict[str, Any]:
     row.update(decision_fields(batch, decided.digest, decided.exceptions))
     if batch.launched_ns is not None:
         row["launched_ns"] = batch.launched_ns
+    row.update(batch.kv_moves)
     if batch.runs:
         row["runs"] = [[seq.seq_id, made, kept] for seq, made, kept in batch.runs]
     if batch.proposed:
@@ -492,7 +522,7 @@ def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     first = {name: value for name, value in row.items() if name != "repeats"} | {"count": 1}
     digest = first.pop("digest")
     yield first
-    repeated: dict[str, Any] = {name: [] for name in ("aborted", "admitted", "left", "preempted") if name in row}
+    repeated: dict[str, Any] = {name: [] for name in _SINGLE if name in row}
     pairs = row.get("decode_tokens", 0) + sum(num_tokens**2 for _, num_tokens, _ in row.get("rows", ()))
     used_blocks = row.get("used_blocks", 0)
     grown: dict[int, list[Any]] = defaultdict(list)
@@ -542,6 +572,7 @@ def request_row(served: Served) -> dict[str, Any]:
         "cached_tokens": served.cached_tokens or 0,
         "preemptions": seq.num_preemptions,
         **(drafts if served.draft_tokens else {}),
+        **({"stage": served.stage} if served.stage else {}),
         "finish_reason": seq.finish_reason,
         "refusal": seq.refusal,
         "prompt": plain(request.parts),
@@ -736,7 +767,7 @@ def _check_summary(path: Path, summary: dict[str, Any], requests: list[dict[str,
     metrics = RunMetrics()
     for row in requests:
         metrics.request(row)
-    found = summary_of([metrics])
+    found = summary_of(metrics.whole)
     for name in _SAID_BY_REQUESTS:
         values, expected = (of[name] if isinstance(of[name], dict) else {"": of[name]} for of in (summary, found))
         for statistic, value in values.items():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from twinserve.orders import Loading
 from twinserve.policies import Batch, Core, CoreListener, Runs, SamplingParams, Sequence
+from twinserve.policies.orders import Order
 from twinserve.settings.build_core import BY_HAND, Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.own_class import RULES
 from twinserve.traces.lines import LABELS
 from twinserve.traces.request import Part, Request, TokenMaker
 from twinserve.traces.runs.digest import Digest, exceptions_of
+from twinserve.traces.runs.metrics import DECODE, PREFILL
 from twinserve.traces.runs.record import RunRecord, decision_fields
 
 
@@ -61,8 +65,11 @@ def replay(
             one that it was, or they do not name what decided.
     """
     build = build_core or settings_of(record).build_core
+    source = _Loads(record)
+    handed: dict[str, Any] = {"source": source} if source.are_any else {}
     digest = Digest() if any(row.get("digest") for row in record.steps) else None
-    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener)
+    core = build(eos_token_id=record.run["facts"].get("eos_token_id"), listener=listener, **handed)
+    loading = core.scheduler.waiting if handed else None
     arriving = iter(sorted(record.requests, key=lambda row: row["ingest"]))
     to_sequence = _converter(record)
     equal = 0
@@ -70,14 +77,19 @@ def replay(
         try:
             while core.last_committed < row["committed"]:
                 committing = core.in_flight[0] if core.in_flight else None
-                core.commit(_recorded_output(core, committing, record), row["decided_ns"])
+                with source.keeping(loading, committing):
+                    core.commit(_recorded_output(core, committing, record), row["decided_ns"])
                 if (unequal := _unequal_runs(committing, record)) is not None:
                     return ReplayResult(equal, len(record.steps), unequal)
             while core.num_ingested < row["seen"]:
                 core.ingest(to_sequence(next(arriving)), row["decided_ns"])
             for seq_id in row["aborted"]:
                 core.abort(seq_id, row["decided_ns"])
+            if isinstance(loading, Loading):
+                source.move(loading, core, row)
             batch = core.decide(row["decided_ns"])
+            if isinstance(loading, Loading):
+                batch.kv_moves = loading.take_moves()
         except _Impossible as impossible:
             return ReplayResult(equal, len(record.steps), Difference(row["decision"], *impossible.args))
         except (RuntimeError, StopIteration) as error:
@@ -90,6 +102,46 @@ def replay(
             return ReplayResult(equal, len(record.steps), unequal)
         equal += 1
     return ReplayResult(equal, len(record.steps), _unequal_end(core, record), record.num_unanswered)
+
+
+class _Loads:
+    """What the facts of a record say of KV that lay elsewhere, decision by decision.
+
+    Attributes:
+        are_any: do they say anything?
+    """
+
+    def __init__(self, record: RunRecord):
+        self._stages = {row["id"]: row.get("stage") for row in record.requests}
+        self._found: dict[int, int] = {}
+        is_split = any(stage is not None for stage in self._stages.values())
+        self.are_any = is_split or any("loads" in row for row in record.steps)
+
+    def find(self, seq: Sequence, num_tokens: int) -> int:
+        """See `twinserve.orders.loading.Source`."""
+        return self._found.get(seq.seq_id, 0)
+
+    def move(self, loading: Loading, core: Core, row: dict) -> None:
+        """What had been loaded, and was released, before a decision; what it will find."""
+        self._found = {seq_id: found for seq_id, _, found in row.get("loads", ())}
+        for seq_id in row.get("released", ()):
+            if seq_id not in loading.held:
+                raise _Impossible("released", row["released"], f"{seq_id} is not held")
+            loading.release(seq_id)
+            core.scheduler.refusal = None
+        by_id = {seq.seq_id: seq for seq in loading.loading}
+        for seq_id in row.get("loaded", ()):
+            if seq_id not in by_id:
+                raise _Impossible("loaded", row["loaded"], f"{seq_id} does not load")
+            loading.loaded(by_id[seq_id])
+
+    def keeping(self, loading: Order | None, batch: Batch | None) -> AbstractContextManager[None]:
+        """Within, a step is committed; the KV of those is kept that another replica goes on with."""
+        if not isinstance(loading, Loading) or batch is None:
+            return nullcontext()
+        return loading.keeping(
+            [seq for seq in batch.sampled if self._stages[seq.seq_id] == PREFILL and not seq.is_finished]
+        )
 
 
 class Hearer(CoreListener):
@@ -170,7 +222,11 @@ def _converter(record: RunRecord) -> Callable[[dict], Sequence]:
         stops = () if row["ignore_eos"] and row["finish_reason"] != "stop" else tuple(row["stop_token_ids"])
         params = SamplingParams(ignore_eos=row["ignore_eos"], stop_token_ids=stops)
         if maker is None:
-            return request.to_sequence(params)
+            seq = request.to_sequence(params)
+            if row.get("stage") == DECODE:
+                seq.append_token(None)  # the first token, as it was generated with the prompt
+                seq.first_token_ns = row["first_token_ns"]
+            return seq
         try:
             token_ids = record.prompts.get(request.id) or maker.token_ids(request, record.outputs)
             return request.to_sequence(params, token_ids)
@@ -239,9 +295,11 @@ def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None
 def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
     """The first fact of a decision that could not be followed, such as fewer requests seen than before."""
     followed = {"seen": batch.seen, "aborted": [seq.seq_id for seq in batch.aborted], "committed": batch.committed}
+    followed |= {name: batch.kv_moves.get(name, []) for name in ("loads", "loaded", "released")}
     for field, value in followed.items():
-        if row[field] != value:
-            return Difference(batch.decision, field, row[field], value)
+        recorded = row.get(field, [])
+        if recorded != value:
+            return Difference(batch.decision, field, recorded, value)
     return None
 
 

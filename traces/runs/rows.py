@@ -21,6 +21,7 @@ Admitted = Annotated[tuple[Natural, Natural, Natural, Natural], Listed]
 Exceptional = Annotated[tuple[Natural, Natural, Natural], Listed]
 Drafts = Annotated[tuple[Natural, Positive], Listed]
 VerifiedRun = Annotated[tuple[Natural, Positive, Natural], Listed]
+Load = Annotated[tuple[Natural, Natural, Positive], Listed]
 Grown = Annotated[tuple[Natural, list[Natural]], Listed]
 RepeatedGrown = Annotated[tuple[Positive, Natural, list[Natural]], Listed]
 
@@ -47,6 +48,7 @@ class RequestRow(TypedDict):
     preemptions: Natural
     draft_tokens: NotRequired[Natural]
     accepted_tokens: NotRequired[Natural]
+    stage: NotRequired[Literal["prefill", "decode"]]
     finish_reason: Literal["stop", "length", "abort", "refused"] | None
     refusal: str | None
     prompt: list[Part]
@@ -82,6 +84,9 @@ class StepRow(TypedDict):
     launched_ns: NotRequired[Natural | None]
     schedule_end_ns: NotRequired[Natural]
     output_ready_ns: NotRequired[Natural]
+    loads: NotRequired[list[Load]]
+    loaded: NotRequired[list[Natural]]
+    released: NotRequired[list[Natural]]
     repeats: NotRequired[Repeats]
     admitted: NotRequired[list[Admitted]]
     left: NotRequired[list[Natural]]
@@ -163,6 +168,7 @@ class Summary(TypedDict):
     capped: NotRequired[Natural]
     dropped: NotRequired[Natural]
     retries: NotRequired[Natural]
+    handed_over: NotRequired[Natural]
     rejected: NotRequired[Natural]
     timed_out: NotRequired[Natural]
     speculation: NotRequired[SpeculationSummary]

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from twinserve.orders import Loading
 from twinserve.policies import Batch, Scheduler, Sequence
 from twinserve.policies.vllm_rules import VllmAdmission
+from twinserve.traces.runs.metrics import DECODE, is_handed_over
 from twinserve.traces.runs.record import RunRecord
 from twinserve.traces.runs.replay import Hearer
 
@@ -20,6 +22,7 @@ CAUSES = {
     "token budget": "the step had no tokens left (max_num_batched_tokens)",
     "blocks": "too few KV blocks were free for its next tokens",
     "reserve": "there were blocks for its next tokens, but not for all that is kept for it or kept free",
+    "transfer": "its KV was loaded, from the replica that had computed its prompt, or from a tier",
     "interval": "the step was one for decodes alone (prefill_schedule_interval)",
     "pipeline": "its token was still on its way through the ranks of a pipeline",
     "rule": "an admission rule of one's own would not have it",
@@ -50,6 +53,15 @@ class Waited:
     e2e_ns: Counter[str] = field(default_factory=Counter)
     culprits: Counter[int] = field(default_factory=Counter)
 
+    def go_on(self, prompt: Waited | None) -> None:
+        """Add what it waited for where its prompt was computed; what lies elsewhere, where that is not known."""
+        if prompt is None:
+            self.charge("router", self.row["arrival_ns"], self.row["first_token_ns"], {})
+            return
+        for own, others in ((self.ttft_ns, prompt.ttft_ns), (self.e2e_ns, prompt.e2e_ns)):
+            own.update(others)
+        self.culprits.update(prompt.culprits)
+
     def charge(self, cause: str, begin_ns: int, end_ns: int, prompts: Mapping[int, int]) -> None:
         """Charge a time to a cause, as far as it lies before the first token, and before the end; what others' prompts
         are charged with is shared by their tokens."""
@@ -73,14 +85,19 @@ class Waited:
 def waits_of(records: list[RunRecord]) -> list[Waited]:
     """What the time of each request went into that has ended, by the run's decisions, which are made again for it.
 
-    A fleet's records are those of its replicas; a request is told of where it ended.
+    A fleet's records are those of its replicas; a request is told of where it ended, with what it waited for where its
+    prompt was computed, if that was elsewhere.
 
     Raises:
         InputError: a run cannot be decided again exactly, so what its decisions could see is not known.
     """
-    return sorted(
-        (waited for record in records for waited in _Explainer(record).waits()), key=lambda one: one.row["id"]
-    )
+    every = [waited for record in records for waited in _Explainer(record).waits()]
+    prompts = {(one.row["id"], one.row["first_token_ns"]): one for one in every if is_handed_over(one.row)}
+    waits = [one for one in every if not is_handed_over(one.row)] if len(records) > 1 else every
+    for one in waits:
+        if one.row.get("stage") == DECODE:
+            one.go_on(prompts.get((one.row["id"], one.row["first_token_ns"])))
+    return sorted(waits, key=lambda one: one.row["id"])
 
 
 @dataclass
@@ -132,13 +149,17 @@ class _Explainer(Hearer):
     def waits(self) -> list[Waited]:
         """See `waits_of`."""
         self.hear(self._record)
+        for life in self._lives.values():  # of a replica that died behind the step in which they ended
+            life.settle(life.waited.row["finish_ns"])
+            self._ended.append(life.waited)
         return self._ended
 
     def ingested(self, seq: Sequence, number: int) -> None:
         row = self._rows[seq.seq_id]
         if row["finish_ns"] is None:
             return
-        life = self._lives[seq.seq_id] = _Life(Waited(row), row["arrival_ns"])
+        is_begun = row.get("stage") == DECODE
+        life = self._lives[seq.seq_id] = _Life(Waited(row), row["first_token_ns" if is_begun else "arrival_ns"])
         ingested_ns = row["ingested_ns"]
         life.until(min(self._decided_ns, ingested_ns), "router")
         self._before(life, ingested_ns)
@@ -152,6 +173,8 @@ class _Explainer(Hearer):
             if (life := self._lives.get(seq.seq_id)) is not None:
                 life.settle(decided_ns)
                 life.is_recomputing = True
+        waiting = self.core.scheduler.waiting
+        loading = waiting.loading if isinstance(waiting, Loading) else {}
         prompts = _prompts_of(batch)
         kept_out = ""
         for seq_id, seq in self.core.sequences.items():
@@ -161,6 +184,8 @@ class _Explainer(Hearer):
             life.settle(decided_ns)
             if life.is_recomputing:
                 life.pending = "preemption"
+            elif seq in loading:
+                life.pending = "transfer"
             elif seq in running:
                 life.pending = _left_out(self.core.scheduler, batch, seq)
             else:
@@ -254,8 +279,8 @@ def _not_admitted(scheduler: Scheduler, batch: Batch) -> str:
     seq, manager = scheduler.waiting.peek(), scheduler.block_manager
     if seq.num_in_flight:
         return "preemption"
-    hits = manager.find_hits(seq)
-    start = len(hits) * manager.block_size
+    hits = seq.block_table or manager.find_hits(seq)
+    start = seq.num_computed_tokens or len(hits) * manager.block_size
     missing = seq.num_tokens - start
     if scheduler.rules.interval.is_held and missing > 1:
         return "interval"

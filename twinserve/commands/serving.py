@@ -11,7 +11,7 @@ from twinserve.commands.options import Config, options_of
 from twinserve.commands.progress import say
 from twinserve.commands.worlds import LATENCY_HELP
 from twinserve.engine.options import EngineOptions
-from twinserve.planning.fleets import FleetOptions
+from twinserve.planning.fleets import OF_SIMULATIONS, FleetOptions
 from twinserve.serving.options import ServeOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -20,7 +20,7 @@ from twinserve.settings.limits import MOST_MIB, MOST_SETTINGS_BYTES, MOST_TIME_S
 
 
 @options_of(ServeOptions, "server")
-@options_of(FleetOptions, "fleet", but=("group", "die", "restart", "slow"))
+@options_of(FleetOptions, "fleet", but=("group", "die", "restart", "slow", *OF_SIMULATIONS))
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def serve(
@@ -76,6 +76,11 @@ def serve(
         of_fleet = FleetOptions.load(fleet, config)
         if of_fleet.die:
             raise InputError("expected none: a live replica does not die", field="die", value=str(of_fleet.die[0]))
+        for name in OF_SIMULATIONS:
+            if name in of_fleet.model_fields_set:
+                raise InputError("expected none of it: live replicas have none", path=config, field=f"fleet.{name}")
+        if set(of_fleet.roles) != {"both"}:
+            raise InputError("expected 'both': a live replica answers what it computes", field="fleet.group.role")
         replicas, words = of_fleet.build_replicas(settings, config, latency)
         for line in words:
             say(line)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -16,9 +18,13 @@ from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
 from twinserve.sim.latency import LatencyModel
+from twinserve.sim.links import Link
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
+from twinserve.sim.scaling import Scaling
 from twinserve.sim.slowness import Slowdown
+from twinserve.sim.split import BOTH, Split
+from twinserve.sim.tiers import Tier, TierPlan
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool, with_stages
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
@@ -74,6 +80,20 @@ def _slowdown(parts: list[str]) -> Slowdown:
     return found
 
 
+def _tier(parts: list[str]) -> Tier:
+    name, gb, gb_s, latency_us = parts[:4]
+    values = [float(value) for value in (gb, gb_s, latency_us)]
+    is_shared = parts[4:] == ["shared"]
+    if not name or parts[4:] not in ([], ["shared"]) or not (0 < values[0] <= 1e9 and 0 < values[1] <= 1e6):
+        raise ValueError(parts)
+    if not 0 <= values[2] <= 1e9:
+        raise ValueError(parts)
+    return Tier(name, values[0] * 1e9, Link(values[1] * 1e9, round(values[2] * 1000)), is_shared)
+
+
+parse_tier = _reader(
+    Tier, "NAME:GB:GB_S:LATENCY_US, such as cpu:200:50:10, or with :shared behind it for one of all replicas", _tier
+)
 parse_outage = _reader(
     Outage, "REPLICA:FROM:TO in seconds, such as 3:60:120, or 3:60: for one that stays down", _outage
 )
@@ -85,12 +105,74 @@ parse_slowdown = _reader(
 )
 
 
+def check_loading(settings: Settings, role: str, *, has_tiers: bool) -> None:
+    """Refuse what does not go with KV that comes from elsewhere, or is kept for it.
+
+    Raises:
+        InputError: there is such a setting.
+    """
+    if role == BOTH and not has_tiers:
+        return
+    place = "beside kv_tier" if has_tiers else f"on a replica for {role}"
+    wants: dict[str, Any] = {"scheduler_reserve_full_isl": True, "speculative_config": None, "admission": None}
+    for name, wanted in (wants | {"enable_prefix_caching": True} if has_tiers else wants).items():
+        if (value := getattr(settings, name)) != wanted:
+            raise InputError(f"expected {wanted} {place}", field=name, value=str(value))
+
+
+OF_SIMULATIONS = (
+    "prefill_replicas",
+    "decode_replicas",
+    "decode_router",
+    "kv_gb_s",
+    "kv_latency_us",
+    "kv_layerwise",
+    "kv_bytes_per_token",
+    "kv_tier",
+    "autoscale",
+)
+"""Options that a live server does not have."""
+
+
+class Autoscale(BaseModel):
+    """See `Scaling`; times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    metric: Literal["waiting", "outstanding", "kv-use"]
+    target: float = Field(gt=0, le=1e9)
+    least: int = Field(default=1, ge=1, le=MOST_REPLICAS)
+    period_s: float = Field(default=15.0, gt=0, le=86_400)
+    cold_start_s: float = Field(default=60.0, ge=0, le=86_400)
+    cool_down_s: float = Field(default=300.0, ge=0, le=86_400)
+    tolerance: float = Field(default=0.1, ge=0, lt=1)
+
+    @property
+    def scaling(self) -> Scaling:
+        """The rule."""
+        period, start, settle = (
+            round(seconds * 1e9) for seconds in (self.period_s, self.cold_start_s, self.cool_down_s)
+        )
+        return Scaling(self.metric, self.target, self.least, max(1, period), start, settle, self.tolerance)
+
+
+def _autoscale(value: object) -> object:
+    """A table, as JSON on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError('JSON such as {"metric": "waiting", "target": 4}') from error
+
+
 class ReplicaGroup(BaseModel):
     """Replicas that are alike; settings of their own are beside these fields."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS)
+    role: Literal["both", "prefill", "decode"] = "both"
     latency: str | None = None
     scheduling_policy: str | None = None
     admission: str | None = None
@@ -101,7 +183,7 @@ class ReplicaGroup(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """Its own settings."""
-        return self.model_dump(exclude={"replicas", "latency"}, exclude_unset=True)
+        return self.model_dump(exclude={"replicas", "role", "latency"}, exclude_unset=True)
 
 
 class FleetOptions(BaseModel):
@@ -131,12 +213,43 @@ class FleetOptions(BaseModel):
     slow: list[Annotated[Slowdown, BeforeValidator(parse_slowdown)]] = Field(
         default=[], description="REPLICA:FROM:TO:FACTOR, in seconds: a replica takes so many times as long"
     )
+    prefill_replicas: int = Field(
+        default=0, ge=0, le=MOST_REPLICAS, description="replicas that compute prompts and first tokens alone"
+    )
+    decode_replicas: int = Field(
+        default=0, ge=0, le=MOST_REPLICAS, description="replicas that go on behind the first tokens of those"
+    )
+    decode_router: str = Field(
+        default="least-outstanding", description="which of them goes on with a request; as router"
+    )
+    kv_gb_s: float = Field(
+        default=50.0, gt=0, le=1e6, description="of KV between replicas: 10^9 bytes a second of each one's port"
+    )
+    kv_latency_us: float = Field(
+        default=20.0, ge=0, le=1e9, description="and microseconds until the last byte is there"
+    )
+    kv_layerwise: bool = Field(
+        default=False, description="each layer's KV is sent while the next ones are computed, not all of it at the end"
+    )
+    kv_bytes_per_token: float | None = Field(
+        default=None, gt=0, le=1e9, description="of all layers; none: as the latency's model has it"
+    )
+    kv_tier: list[Annotated[Tier, BeforeValidator(parse_tier)]] = Field(
+        default=[],
+        description="NAME:GB:GB_S:LATENCY_US[:shared]: where cached blocks go for which the pool has no room, and from "
+        "there to the next; per replica, or one of all",
+    )
+    autoscale: Annotated[Autoscale | None, BeforeValidator(_autoscale)] = Field(
+        default=None,
+        description="JSON, metric (waiting, outstanding or kv-use) and target, or least, period_s, cold_start_s, "
+        "cool_down_s, tolerance too: so many replicas are up, and no more than the fleet's number",
+    )
     group: list[ReplicaGroup] = Field(
         default=[],
         description="in a file, a table for each kind of replica: how many, their latency, settings of their own",
     )
 
-    @field_validator("router")
+    @field_validator("router", "decode_router")
     @classmethod
     def _pinned(cls, text: str) -> str:
         return pinned(text, tuple(ROUTERS))
@@ -152,6 +265,8 @@ class FleetOptions(BaseModel):
         count = options.num_replicas
         if options.group and options.replicas not in (None, count):
             raise InputError(f"expected {count}, as many as the groups have", field="replicas", value=options.replicas)
+        options.check_roles()
+        options.check_scaling()
         try:
             check_outages(options.die, count)
             check_restarts(options.restarts, options.die, count)
@@ -161,6 +276,43 @@ class FleetOptions(BaseModel):
         except ValueError as error:
             raise InputError(str(error)) from error
         return options
+
+    def check_roles(self) -> None:
+        """Refuse replicas that compute prompts alone beside none that go on with them, and the other way round.
+
+        Raises:
+            InputError: there are such.
+        """
+        for name in ("prefill_replicas", "decode_replicas"):
+            if self.group and (value := getattr(self, name)):
+                raise InputError("expected none of it beside groups, which say their role", field=name, value=value)
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if role in self.roles and other not in self.roles:
+                place = "fleet.group" if self.group else f"{other}_replicas"
+                raise InputError(f"expected replicas for {other} beside those for {role}", field=place, value=0)
+
+    def check_scaling(self) -> None:
+        """Refuse what does not go with a number of replicas that changes.
+
+        Raises:
+            InputError: there is such.
+        """
+        if self.autoscale is None:
+            return
+        for name in ("die", "restart", "slow", "group", "prefill_replicas"):
+            if getattr(self, name):
+                raise InputError("expected none of it beside autoscale", field=name, value=str(getattr(self, name)))
+        if self.autoscale.least > self.num_replicas:
+            problem = f"expected at most {self.num_replicas}, as many as the fleet has"
+            raise InputError(problem, field="autoscale.least", value=self.autoscale.least)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What each replica does."""
+        if self.group:
+            return tuple(group.role for group in self.group for _ in range(group.replicas))
+        split = ("prefill",) * self.prefill_replicas + ("decode",) * self.decode_replicas
+        return split + (BOTH,) * (self.replicas or (0 if split else 1))
 
     @property
     def is_fleet(self) -> bool:
@@ -176,7 +328,7 @@ class FleetOptions(BaseModel):
     @property
     def num_replicas(self) -> int:
         """How many replicas there are."""
-        return sum(group.replicas for group in self.group) if self.group else self.replicas or 1
+        return len(self.roles)
 
     def build_router(self) -> Router:
         """A fresh router.
@@ -184,19 +336,71 @@ class FleetOptions(BaseModel):
         Raises:
             InputError: it is a class of one's own that cannot be used.
         """
-        if self.router in SEEDED:
-            return SEEDED[self.router](self.router_seed)
-        if self.router == "prefix-affine":
+        return self._built("router")
+
+    def _built(self, field: str) -> Router:
+        name = getattr(self, field)
+        if name in SEEDED:
+            return SEEDED[name](self.router_seed)
+        if name == "prefix-affine":
             return PrefixAffine(self.max_lead_tokens)
-        return ROUTERS[self.router]() if self.router in ROUTERS else build(self.router, "router", Router)
+        return ROUTERS[name]() if name in ROUTERS else build(name, field, Router)
 
     @property
     def router_facts(self) -> dict[str, Any]:
         """What says which router it is."""
-        if self.router in SEEDED:
-            return {"name": self.router, "seed": self.router_seed}
+        return self._facts_of(self.router)
+
+    def _facts_of(self, name: str) -> dict[str, Any]:
+        if name in SEEDED:
+            return {"name": name, "seed": self.router_seed}
         parameters = {"prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
-        return {"name": self.router, **parameters.get(self.router, {})}
+        return {"name": name, **parameters.get(name, {})}
+
+    def build_split(self, replicas: list[ReplicaSpec]) -> Split | None:
+        """Who computes prompts and who goes on with them; None where all do both.
+
+        Raises:
+            InputError: how large the KV of a token is, or how many layers there are, is not known.
+        """
+        if set(self.roles) == {BOTH}:
+            return None
+        sizes = tuple(self._kv_bytes(spec) for spec in replicas)
+        shapes = {spec.latency.shape.num_layers for spec in replicas if isinstance(spec.latency, RooflineLatency)}
+        if self.kv_layerwise and len(shapes) != 1:
+            raise InputError(
+                "expected latencies of one model's layers, as those of roofline:MODEL@DEVICE", field="kv_layerwise",
+                value=True,
+            )  # fmt: skip
+        link = Link(self.kv_gb_s * 1e9, round(self.kv_latency_us * 1000))
+        return Split(self.roles, sizes, link, self._built("decode_router"), min(shapes) if self.kv_layerwise else None)
+
+    def build_tiers(self, replicas: list[ReplicaSpec]) -> TierPlan | None:
+        """The tiers behind the prefix caches; None where there are none.
+
+        Raises:
+            InputError: how large the KV of a token is, is not known; or a shared one would hold blocks of two sizes.
+        """
+        if not self.kv_tier:
+            return None
+        sizes = tuple(self._kv_bytes(spec) * spec.settings.block_size for spec in replicas)
+        kinds = {(spec.settings.block_size, size) for spec, size in zip(replicas, sizes, strict=True)}
+        for tier in self.kv_tier:
+            if tier.is_shared and len(kinds) > 1:
+                raise InputError("expected replicas whose blocks are alike", field="kv_tier", value=tier.name)
+            if tier.capacity_bytes < max(sizes):
+                problem = f"expected room for a block of {max(sizes):,.0f} bytes"
+                raise InputError(problem, field="kv_tier", value=f"{tier.name}:{tier.capacity_bytes / 1e9:g}")
+        return TierPlan(tuple(self.kv_tier), sizes)
+
+    def _kv_bytes(self, spec: ReplicaSpec) -> float:
+        if self.kv_bytes_per_token is not None:
+            return self.kv_bytes_per_token
+        if isinstance(spec.latency, RooflineLatency):
+            return spec.latency.shape.kv_bytes_per_token()
+        raise InputError(
+            f"is missing, expected bytes: of {spec.latency_facts['name']} it is not known", field="kv_bytes_per_token"
+        )
 
     def build_replicas(
         self,
@@ -225,7 +429,8 @@ class FleetOptions(BaseModel):
             )
         specs: list[ReplicaSpec] = []
         words: dict[str, None] = {}
-        for group in self.group or [ReplicaGroup(replicas=self.num_replicas)]:
+        alike = [{"role": role, "replicas": len(list(of))} for role, of in groupby(self.roles)]
+        for group in self.group or map(ReplicaGroup.model_validate, alike):
             vllm = like_of(like, group.latency or latency)
             chosen = Settings.load(
                 settings | group.settings,
@@ -247,6 +452,16 @@ class FleetOptions(BaseModel):
             if pool is not None:
                 words[pool] = None
             specs += [spec] * group.replicas * self._ranks_of(model)
+        split = self.build_split(specs)
+        self.build_tiers(specs)
+        for spec, role in zip(specs, self.roles, strict=False):
+            check_loading(spec.settings, role, has_tiers=bool(self.kv_tier))
+        if split is not None:
+            way = "layer by layer" if self.kv_layerwise else "when a prompt is computed"
+            words[
+                f"KV goes from prefill to decode replicas {way}, {max(split.bytes_per_token):,.0f} bytes a token over "
+                f"ports of {self.kv_gb_s:g} GB/s and {self.kv_latency_us:g} us"
+            ] = None
         blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
         if blocks > MOST_FLEET_BLOCKS:
             expected = f"expected at most {MOST_FLEET_BLOCKS} KV blocks in all pools together, they have {blocks}"
@@ -263,6 +478,9 @@ class FleetOptions(BaseModel):
             return 1
         if self.die or self.restart or self.slow:
             raise InputError("expected none of die, restart and slow with dp", field="latency", value=latency.name)
+        if set(self.roles) != {BOTH} or self.kv_tier or self.autoscale:
+            problem = "expected none of prefill and decode replicas, kv_tier and autoscale with dp"
+            raise InputError(problem, field="latency", value=latency.name)
         return latency.split.data
 
     def serve(
@@ -287,5 +505,9 @@ class FleetOptions(BaseModel):
             failover_ns=round(self.failover_s * 1e9),
             restarts=self.restarts,
             slowdowns=self.slow,
+            split=seeded.build_split(replicas),
+            decode_router_facts=seeded._facts_of(self.decode_router),
+            tiers=self.build_tiers(replicas),
+            scaling=None if self.autoscale is None else self.autoscale.scaling,
             **options,
         )

@@ -101,7 +101,7 @@ class Point(PointOptions):
         """The point with another rate or with other replicas."""
         if sought == "rate":
             return self.model_copy(update={"rate": value})
-        fleet = self.fleet.model_dump(exclude_unset=True) | {"replicas": value}
+        fleet = {name: getattr(self.fleet, name) for name in self.fleet.model_fields_set} | {"replicas": value}
         return self.model_copy(update={"fleet": FleetOptions.load(fleet)})
 
     def flat(self) -> dict[str, Any]:

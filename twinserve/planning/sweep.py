@@ -300,13 +300,24 @@ def rows_of(plan: Plan, results: list[Result]) -> list[Result]:
 
 
 def cost_of(results: list[Result], price_per_hour: float) -> dict[str, float | None]:
-    """What a million tokens cost in the mean over runs, all GPUs at so much an hour: of output, and in all."""
+    """What a million tokens cost in the mean over runs, all GPUs at so much an hour: of output, and in all.
+
+    Of a fleet that scales, those replicas are paid for that were there, from when they were asked for.
+    """
     costs = {}
+    price_per_hour *= statistics.fmean(_share_paid(result["summary"]) for result in results)
     for name, metric in (("output", "output_tok_s"), ("total", "total_tok_s")):
         rates = [result["summary"][metric] for result in results]
         mean = None if None in rates else statistics.fmean(rates)
         costs[name] = cost_per_million_tokens(mean, price_per_hour)
     return costs
+
+
+def _share_paid(summary: dict[str, Any]) -> float:
+    """The share of a fleet's replicas that is paid for, over the duration of a run."""
+    if not summary.get("leases") or not summary["duration_s"]:
+        return 1.0
+    return summary["replica_s"] / (summary["duration_s"] * summary["most_replicas"])
 
 
 def lines_of(rows: list[Result]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
 from twinserve.engine.online import rare_collections
+from twinserve.orders.loading import Nothing
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -23,8 +24,11 @@ from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
+from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
+from twinserve.sim.split import BOTH, Split
+from twinserve.sim.tiers import TierPlan
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
 from twinserve.traces.runs.record import RunRecord, RunRecorder
@@ -506,6 +510,10 @@ def run_fleet(
     failover_ns: int = 0,
     restarts: Iterable[Restart] = (),
     slowdowns: Iterable[Slowdown] = (),
+    split: Split | None = None,
+    decode_router_facts: dict[str, Any] | None = None,
+    tiers: TierPlan | None = None,
+    scaling: Scaling | None = None,
     out: Path | None = None,
     params: SamplingParams | None = None,
     progress: Progress | None = None,
@@ -522,6 +530,10 @@ def run_fleet(
         failover_ns: nanoseconds from a death until the router knows of it.
         restarts: which replicas are drained and restarted, and when.
         slowdowns: when replicas are slow.
+        split: who computes prompts and who goes on with them; None: all do both.
+        decode_router_facts: says in the record which router chooses those who go on.
+        tiers: behind the prefix caches of those who compute prompts.
+        scaling: how many replicas are up; None: all.
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
@@ -533,20 +545,23 @@ def run_fleet(
     fleet |= {"outages": [asdict(outage) for outage in outages], "failover_ns": failover_ns}
     fleet |= {"restarts": [asdict(one) for one in restarts]} if restarts else {}
     fleet |= {"slowdowns": [asdict(one) for one in slowdowns]} if slowdowns else {}
+    fleet |= {"split": split.facts | {"router": decode_router_facts}} if split is not None else {}
+    fleet |= {"tiers": tiers.facts} if tiers is not None else {}
+    fleet |= {"scaling": scaling.facts} if scaling is not None else {}
     facts |= _client_facts(clients)
     with (
         FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
         rare_collections,
     ):
         begun = time.perf_counter()
-        turned_away, gave_up = simulate_fleet(
+        found = simulate_fleet(
             workload.requests,
             [
                 slowed(with_drafting(spec.latency, spec.settings), index, slowdowns)
                 for index, spec in enumerate(replicas)
             ],
             router,
-            _RecordedFleet(recorder, replicas, facts, params),
+            _RecordedFleet(recorder, replicas, facts, params, split, has_tiers=tiers is not None),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
@@ -554,10 +569,25 @@ def run_fleet(
             progress=progress,
             step_by_step=step_by_step,
             clients=clients,
+            split=split,
+            tiers=tiers,
+            scaling=scaling,
         )
         wall_s = round(time.perf_counter() - begun, 3)
-        counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
+        counts = _counts(workload, intervals) | _client_counts(clients, found.rejected, found.timed_out)
+        if split is not None:
+            counts |= {"transfers": found.transfers, "transfer_bytes": found.transfer_bytes}
+        if tiers is not None:
+            counts["tiers"] = found.tiers
+        if found.leases is not None:
+            counts |= _lease_counts(found.leases, recorder.last_finish_ns) | {"most_replicas": len(replicas)}
         return recorder.close(counts, derived) | {"wall_s": wall_s}
+
+
+def _lease_counts(leases: list[Lease], end_ns: int) -> dict[str, Any]:
+    """When each replica was there, and for how many seconds all were paid for, up to the end of the last request."""
+    taken = [min(end_ns, lease.to_ns or end_ns) - lease.from_ns for lease in leases]
+    return {"leases": [asdict(lease) for lease in leases], "replica_s": sum(max(0, ns) for ns in taken) / 1e9}
 
 
 def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:
@@ -570,9 +600,18 @@ class _RecordedFleet(FleetListener):
     """Has each replica's run recorded."""
 
     def __init__(
-        self, recorder: FleetRecorder, replicas: list[ReplicaSpec], facts: dict[str, Any], params: SamplingParams
+        self,
+        recorder: FleetRecorder,
+        replicas: list[ReplicaSpec],
+        facts: dict[str, Any],
+        params: SamplingParams,
+        split: Split | None,
+        *,
+        has_tiers: bool,
     ):
         self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
+        self._roles = [BOTH] * len(replicas) if split is None else split.roles
+        self._has_tiers = has_tiers
 
     def begun(self, replica: int, life: int) -> Core:
         spec = self._replicas[replica]
@@ -583,13 +622,20 @@ class _RecordedFleet(FleetListener):
             facts=sim_facts(self._facts, spec.latency_facts),
             device=f"simulated: {spec.latency_facts['name']}",
         )
-        return spec.settings.build_core(listener=listener)
+        moves_kv = self._has_tiers or self._roles[replica] != BOTH
+        return spec.settings.build_core(listener=listener, source=Nothing() if moves_kv else None)
 
     def acceptance(self, replica: int) -> Acceptance | None:
         return acceptance_of(self._replicas[replica].settings.speculative_config)
 
     def sent(self, request: Request, replica: int) -> None:
         self._recorder.expect(request, self._params, replica)
+
+    def prompt_sent(self, request: Request, replica: int) -> None:
+        self._recorder.expect_prompt(request, self._params, replica)
+
+    def handed_over(self, request: Request, source: int | None, target: int) -> None:
+        self._recorder.expect_rest(request, self._params, source, target)
 
     def died(self, replica: int, lost: list[Sequence]) -> None:
         self._recorder.died(replica, lost)

@@ -111,7 +111,10 @@ class Settings(BaseModel):
     )
     block_size: int = Field(default=16, ge=1, le=MOST, description="tokens in a KV block; with flash 256 unless given")
     num_gpu_blocks: int | None = Field(
-        default=None, ge=1, le=MOST_BLOCKS, description="usable KV blocks; none: a pool without end"
+        default=None,
+        ge=1,
+        le=MOST_BLOCKS,
+        description="usable KV blocks; none: what the device's memory holds, or without end where that is not known",
     )
     enable_prefix_caching: bool = Field(
         default=True, description="prompts that begin alike share the KV blocks of what is alike"

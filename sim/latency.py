@@ -162,9 +162,9 @@ class StepCost(NamedTuple):
     lead_ns: int = 0
 
     def times(self, decided_ns: int, device_free_ns: int) -> tuple[int, int, int]:
-        """When a step is launched, starts and ends; it ends no sooner than it is launched."""
+        """When a step is launched, starts and ends; not before it is decided, and it ends not before it is launched."""
         launched = decided_ns + self.host_ns
-        start = max(launched - self.lead_ns, device_free_ns)
+        start = max(launched - min(self.lead_ns, self.host_ns), device_free_ns)
         return launched, start, max(start + self.device_ns, launched)
 
 

@@ -5,7 +5,7 @@ import pytest
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import FittedLatency, StepSample, fit
-from twinserve.sim.latency import StepFeatures
+from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
 
@@ -120,3 +120,10 @@ def test_steps_beyond_what_was_measured_are_counted_when_they_are_made():
         counts.append((latency.num_outside, latency.worst_excess))
         assert 0 < latency.num_outside < core.num_decisions
     assert counts[0] == counts[1]
+
+
+def test_no_step_begins_before_it_is_decided_however_long_its_lead_is():
+    assert StepCost(1_000, 10_000, 5_000).times(100_000, 0) == (101_000, 100_000, 110_000)
+    assert StepCost(1_000, 10_000, 400).times(100_000, 0) == (101_000, 100_600, 110_600)
+    assert StepCost(1_000, 10_000, 5_000).times(100_000, 100_200) == (101_000, 100_200, 110_200)
+    assert StepCost(1_000, 10, 400).times(100_000, 0) == (101_000, 100_600, 101_000), "nor ends before it is launched"

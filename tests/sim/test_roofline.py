@@ -13,7 +13,8 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Collectives, Device
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
-from twinserve.sim.roofline import ALL_REDUCE_NS, RooflineLatency
+from twinserve.sim.quantized_configs import with_float8
+from twinserve.sim.roofline import ALL_REDUCE_NS, MEMORY_SHARE, RESERVED_BYTES, RooflineLatency
 from twinserve.sim.shapes import (
     Attention,
     Experts,
@@ -530,3 +531,45 @@ def test_one_device_more_than_share_a_link_is_refused_and_each_reads_its_part_of
     assert RooflineLatency(TINY, device, 2).kv_token_ns == RooflineLatency(TINY, device).kv_token_ns / 2 > 0
     with pytest.raises(ValueError, match="tensor_parallel is 4, expected at most 3, as many as share a link"):
         RooflineLatency(TINY, device, 4)
+
+
+def test_as_many_blocks_fit_as_their_bytes_do_and_not_one_more():
+    latency = RooflineLatency(TINY, ROUND)
+    room, block = MEMORY_SHARE * ROUND.memory_bytes - RESERVED_BYTES - TINY.weight_bytes(), 16 * 2 * 2 * 2 * 16 * 2
+    assert latency.num_blocks(16) * block <= room < (latency.num_blocks(16) + 1) * block
+
+
+def test_the_host_pays_for_each_sequence_of_a_step_whether_it_decodes_or_not():
+    latency = RooflineLatency(TINY, ROUND)
+    steps = prefill(5), decode(3, 10), together(prefill(5), decode(3, 10))
+    assert [latency.step_cost(step)[0] for step in steps] == [510, 530, 540]
+
+
+def test_the_output_projection_is_computed_in_sixteen_bits_whatever_the_weights_of_layers_are():
+    device = changed(ROUND, bandwidth=1e18, flops=1e9, float8_flops=2e9)
+    latency, step = RooflineLatency(with_float8(TINY), device), prefill(50)
+    costs = [latency.step_cost(step._replace(sampled=count))[1] for count in (0, 50)]
+    assert costs[1] - costs[0] == 2 * 50 * 64 * 1000
+
+
+def test_fewer_devices_than_were_measured_have_fewer_hops_and_never_less_than_none():
+    shape = ModelShape.dense("tiny", 1000, 64, 128, 2, 8, 8, 16)
+
+    def sum_ns(all_reduce_ns: float) -> float:
+        measured = Collectives(ranks=4, all_reduce_ns=all_reduce_ns, link=1e30, source="made up")
+        latency = RooflineLatency(shape, ROUND.model_copy(update={"collectives": measured}), 2)
+        return latency._all_reduce(7)
+
+    assert sum_ns(100_000) == pytest.approx(100_000 - 4 * NVLINK_HOP_NS)
+    assert sum_ns(NVLINK_HOP_NS) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("bandwidth", "flops"), [(1e9, 1e18), (1e18, 1e9)])
+def test_attention_reaches_its_own_shares_of_the_peaks_and_is_shared_by_devices(bandwidth, flops):
+    """Reading its context, or computing on it; the products beside it reach other shares."""
+    half = PEAKS.model_copy(update={"attention_bandwidth": 0.5, "attention_flops": 0.25})
+    whole, less = (changed(ROUND, bandwidth=bandwidth, flops=flops, linked=2, shares=s) for s in (PEAKS, half))
+    for step in (decode(4, 100), prefill(20, 100)):
+        alone = RooflineLatency(TINY, whole)._attention(step)
+        assert RooflineLatency(TINY, less)._attention(step) == pytest.approx(alone * (2 if bandwidth < flops else 4))
+        assert RooflineLatency(TINY, whole, 2)._attention(step) == pytest.approx(alone / 2)

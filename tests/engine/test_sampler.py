@@ -189,7 +189,7 @@ def test_biases_are_added_and_stop_tokens_wait_for_the_least_length():
     assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 3]).tolist() == [3, 1]
 
 
-@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3)])
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3), (-1.0, 0.0), (0.0, -0.7)])
 def test_presence_and_frequency_penalties_are_by_their_definition(frequency, presence):
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
     counts = torch.randint(0, 4, (4, 50), generator=torch.Generator().manual_seed(3)).float()
@@ -214,7 +214,13 @@ def test_top_k_of_minus_1_is_the_whole_vocabulary():
     rows = [SamplingParams(seed=seed, top_k=top_k) for top_k in (-1, 0) for seed in range(50)]
     tokens = sample(LOGITS.expand(100, -1), rows, [0] * 100).tolist()
     assert tokens[:50] == tokens[50:] and len(set(tokens)) > 2
-    assert is_plain(rows[0])
+    assert is_plain(rows[0]) and not is_plain(replace(rows[0], logprobs=0))
+
+
+def test_top_k_of_all_tokens_or_more_keeps_them_all_beside_rows_that_keep_few():
+    flat = [SamplingParams(temperature=1000.0, seed=seed, top_k=top_k) for top_k in (6, 7) for seed in range(60)]
+    tokens = sample(LOGITS.expand(121, -1), [*flat, SamplingParams(top_k=1)], [0] * 121).tolist()
+    assert set(tokens[:60]) == set(tokens[60:120]) == set(range(6)) and tokens[120] == 1
 
 
 def test_top_p_is_a_share_of_what_top_k_left():

@@ -223,6 +223,14 @@ def test_top_k_of_all_tokens_or_more_keeps_them_all_beside_rows_that_keep_few():
     assert set(tokens[:60]) == set(tokens[60:120]) == set(range(6)) and tokens[120] == 1
 
 
+def test_a_row_whose_top_p_is_1_keeps_its_tail_beside_one_that_has_none():
+    """Three thirds add up to 1 in float32, and the tokens behind them are there all the same."""
+    logits = torch.tensor([0.0, 0.0, 0.0, -20.0]).expand(2, -1)
+    params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.5)]
+    plan = SamplingPlan.of(params, [1 - 2.0**-40] * 2, logits.device)
+    assert plan.sample(logits).tolist() == [3, 1]
+
+
 def test_top_p_is_a_share_of_what_top_k_left():
     logits = torch.tensor([3.0, 2.0, 2.0 - 1e-3, 1.9, 1.8, 1.7])
     params = SamplingParams(top_k=2, top_p=0.7)

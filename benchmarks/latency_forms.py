@@ -95,8 +95,8 @@ class _Latency:
         self._predict, self._model = predict, model
 
     def step_cost(self, features: StepFeatures) -> StepCost:
-        host, _, lead = self._model.step_cost(features)
-        return StepCost(host, round(self._predict([features])[0]), lead)
+        cost = self._model.step_cost(features)
+        return cost._replace(device_ns=round(self._predict([features])[0]))
 
 
 def judge(record: RunRecord, steps: Steps, predict: Predict, model: FittedLatency) -> dict[str, float]:

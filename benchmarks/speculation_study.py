@@ -3,24 +3,32 @@
     python benchmarks/speculation_study.py [--results FOLDER] [--page FILE] [--check]
 
 Reads FOLDER/CARD/speculation.tar.xz, which benchmarks/speculation_runs.py wrote, and writes the page, and
-FOLDER/CARD/draft-study.json; with --check it writes neither, and exits with 1 if one would change.
+FOLDER/CARD/draft-study.json; with --check it writes neither, and exits with 1 if one would change. Where the archive
+has profiles of the engine, each run is simulated by what is fitted to them, and the page says what the twin would have
+said; and where FOLDER/cpu/speculation-texts.json is there, which benchmarks/speculation_texts.py writes, its table too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tarfile
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pages import prose, table
+from pages import percent, prose, table
 from result_files import RESULTS, load_json, write_json
+from speculation_twin import METRICS, errors, predicted_tok_s, simulated, summed
 
+from twinserve.sim.fit import FittedLatency
+from twinserve.sim.profiles import Profile
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
+from twinserve.worlds.run import fit_profile
 
 PAGE = RESULTS.parents[1] / "docs" / "studies" / "speculation.md"
 
@@ -33,7 +41,8 @@ def main() -> int:
     arguments = parsing.parse_args()
     (archive,) = sorted(arguments.results.glob("*/speculation.tar.xz"))
     found, path = measured(archive), archive.parent / "draft-study.json"
-    text = page_of(found)
+    beside = arguments.results / "cpu" / "speculation-texts.json"
+    text = page_of(found, load_json(beside) if beside.exists() else None)
     if arguments.check:
         is_same = path.exists() and load_json(path) == json.loads(json.dumps(found))
         return 0 if is_same and arguments.page.read_text(encoding="utf-8") == text else 1
@@ -42,8 +51,11 @@ def main() -> int:
     return 0
 
 
-def measured(path: Path) -> dict[str, Any]:
+def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
     """What each run of an archive took, and what came of its drafts.
+
+    Args:
+        only: names of runs; none are all.
 
     Raises:
         RuntimeError: a run was not decided again as it was.
@@ -53,20 +65,37 @@ def measured(path: Path) -> dict[str, Any]:
             archive.extractall(scratch, filter="data")
         folder = Path(scratch) / "speculation"
         about = load_json(folder / "about.json")
-        runs, decisions = [], 0
-        options = about["options"]
+        runs: list[dict[str, Any]] = []
+        traffic: list[dict[str, Any]] = []
+        decisions, options = 0, about["options"]
+        twins = twins_of(folder)
         for k, rate in [(0, 0.0), *((k, rate) for k in options["drafts"] for rate in options["acceptance"])]:
-            for batch in options["batches"]:
-                name = f"k{k}-a{rate}-n{batch}"
+            for batch in (*options["batches"], None):
+                name = f"k{k}-a{rate}-{'traffic' if batch is None else f'n{batch}'}"
+                if (only and name not in only) or (batch is None and not (folder / name).exists()):
+                    continue
                 record = load_record(folder / name)
                 again = replay(record)
                 if not again.is_exact:
                     raise RuntimeError(f"{name}: {again.equal} of {again.recorded} decisions were made again")
                 decisions += again.recorded
                 summary = record.run["summary"]
-                made = {"drafts": k, "acceptance": rate, "requests": batch, "steps": summary["steps"]}
-                runs.append(made | {"output_tok_s": round(summary["output_tok_s"], 1)})
-    return {"about": about, "decisions": decisions, "runs": runs}
+                made = {"drafts": k, "acceptance": rate, "requests": summary["requests"], "steps": summary["steps"]}
+                made["output_tok_s"] = round(summary["output_tok_s"], 1)
+                if (latency := twins.get(k > 0)) is not None:
+                    made["errors"] = errors(record, simulated(record, latency, record.path if k else None))
+                    if batch is not None:
+                        made["twin_tok_s"] = predicted_tok_s(record, latency, rate)
+                (traffic if batch is None else runs).append(made)
+    return {"about": about, "decisions": decisions, "runs": runs} | ({"traffic": traffic} if traffic else {})
+
+
+def twins_of(folder: Path) -> dict[bool, FittedLatency]:
+    """What is fitted to the profiles of the engine, with drafts (True) and without; nothing where none were made."""
+    found = {}
+    for path in folder.glob("profile-k*.jsonl.gz"):
+        found[not path.name.startswith("profile-k0.")] = fit_profile(Profile.load(path))
+    return found
 
 
 def break_even(points: list[tuple[int, float]]) -> str:
@@ -79,27 +108,62 @@ def break_even(points: list[tuple[int, float]]) -> str:
     return f"beyond {points[-1][0]}"
 
 
-def page_of(found: dict[str, Any]) -> str:
-    """The page."""
+class Rates:
+    """Tokens a second of each case, and what follows from them.
+
+    Args:
+        runs: of a study.
+        name: of the field that holds the rate: what was measured, or what the twin says.
+    """
+
+    def __init__(self, found: dict[str, Any], name: str) -> None:
+        options = found["about"]["options"]
+        self._drafts, self._batches = options["drafts"], options["batches"]
+        self._rates = {(run["drafts"], run["acceptance"], run["requests"]): run[name] for run in found["runs"]}
+
+    def times(self, k: int, rate: float) -> list[float]:
+        """By requests at once, how many times as fast as without drafts."""
+        return [self._rates[k, rate, batch] / self._rates[0, 0.0, batch] for batch in self._batches]
+
+    def crossings(self, rate: float) -> list[str]:
+        """By drafts, up to how many requests they pay."""
+        return [break_even(list(zip(self._batches, self.times(k, rate), strict=True))) for k in self._drafts]
+
+    def winners(self, rate: float) -> list[int]:
+        """By requests at once, how many drafts are fastest."""
+        choices = [0, *self._drafts]
+        return [max(choices, key=lambda k: self._rates[k, rate if k else 0.0, batch]) for batch in self._batches]
+
+    def loss(self, rate: float, choices: list[int]) -> float:
+        """What is lost at most, as a share of the fastest, where so many drafts are taken, by requests at once."""
+        lost = []
+        for batch, best, k in zip(self._batches, self.winners(rate), choices, strict=True):
+            fastest, taken = (self._rates[one, rate if one else 0.0, batch] for one in (best, k))
+            lost.append(1 - taken / fastest)
+        return max(lost)
+
+
+def both(measured: list[Any], twin: list[Any] | None) -> list[str]:
+    """Cells with what was measured and, behind it in brackets, what the twin says."""
+    if twin is None:
+        return [str(value) for value in measured]
+    return [f"{value} ({said})" for value, said in zip(measured, twin, strict=True)]
+
+
+def page_of(found: dict[str, Any], texts: dict[str, Any] | None = None) -> str:
+    """The page; `texts` are the results of runs with prompt lookup."""
     about, runs = found["about"], found["runs"]
-    options = about["options"]
-    rate_of = {(run["drafts"], run["acceptance"], run["requests"]): run["output_tok_s"] for run in runs}
-    batches = options["batches"]
-    draft = about["draft"]
-
-    def times(k: int, rate: float, batch: int) -> float:
-        return rate_of[k, rate, batch] / rate_of[0, 0.0, batch]
-
+    options, draft = about["options"], about["draft"]
+    real = Rates(found, "output_tok_s")
+    twin = Rates(found, "twin_tok_s") if all("twin_tok_s" in run for run in runs) else None
     rows, crossings, best = [], [], []
     for rate in options["acceptance"]:
         for k in options["drafts"]:
-            rows.append([f"{rate:g}", str(k), *(f"{times(k, rate, batch):.2f}" for batch in batches)])
-        own = [break_even([(batch, times(k, rate, batch)) for batch in batches]) for k in options["drafts"]]
-        crossings.append([f"{rate:g}", *own])
-        choices = [0, *options["drafts"]]
-        winners = [max(choices, key=lambda k: rate_of[k, rate if k else 0.0, batch]) for batch in batches]
-        best.append([f"{rate:g}", *map(str, winners)])
-    heads = [f"{batch} at once" for batch in batches]
+            said = None if twin is None else [f"{times:.2f}" for times in twin.times(k, rate)]
+            rows.append([f"{rate:g}", str(k), *both([f"{times:.2f}" for times in real.times(k, rate)], said)])
+        crossings.append([f"{rate:g}", *both(real.crossings(rate), None if twin is None else twin.crossings(rate))])
+        best.append([f"{rate:g}", *both(real.winners(rate), None if twin is None else twin.winners(rate))])
+    heads = [f"{batch} at once" for batch in options["batches"]]
     lines = [
         "# When speculation pays",
         "",
@@ -115,7 +179,7 @@ def page_of(found: dict[str, Any]) -> str:
         ),
         *prose(
             "Tokens a second, as times those without drafts, by the probability that a draft is accepted and the "
-            "drafts in a step:"
+            "drafts in a step" + (":" if twin is None else "; in brackets what the twin says, see below:")
         ),
         *table(["acceptance", "drafts", *heads], rows, numbers=True),
         *prose(
@@ -127,14 +191,79 @@ def page_of(found: dict[str, Any]) -> str:
         *table(["acceptance", *(f"{k} drafts" for k in options["drafts"])], crossings, numbers=True),
         *prose("The number of drafts that was fastest; 0 is none:"),
         *table(["acceptance", *heads], best, numbers=True),
+        *(twin_lines(found, real, twin) if twin is not None else []),
         *prose(
             "Prompt lookup has no passes of a model to pay for; "
-            "[the page beside the cycles](../cycles/speculation.md) has its figures. A simulation of such runs counts "
-            "rows with drafts as prompts are counted, which is what steps kernel by kernel do; these graphs attend to "
-            "them as to decodes, so these runs are not held against the simulator yet."
+            "[the page beside the cycles](../cycles/speculation.md) has its figures."
         ),
+        *(text_lines(texts) if texts is not None else []),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def twin_lines(found: dict[str, Any], real: Rates, twin: Rates) -> list[str]:
+    """What the twin says, and how far it is off."""
+    options, traffic = found["about"]["options"], found.get("traffic", [])
+    alike, cases, lost = 0, 0, 0.0
+    for rate in options["acceptance"]:
+        chosen = twin.winners(rate)
+        alike += sum(one == other for one, other in zip(chosen, real.winners(rate), strict=True))
+        lost, cases = max(lost, real.loss(rate, chosen)), cases + len(chosen)
+    lines = [
+        "## By the twin",
+        "",
+        *prose(
+            "The twin has seen none of these runs: a latency model is fitted to steps that were measured before, "
+            "without drafts and with them ([latency.md](../latency.md)), and the acceptance is the given probability, "
+            f"drawn anew in simulations of which the mean is taken. It names the fastest number of drafts in "
+            f"{alike} of {cases} cases" + (f"; where it names another, {lost:.1%} is lost at most." if lost else ".")
+        ),
+        *prose("Given what was accepted, by how much the simulated run is off, the mean of its size and the most:"),
+    ]
+    groups = {f"{k} drafts": [run for run in found["runs"] if run["drafts"] == k] for k in (0, *options["drafts"])}
+    rows = []
+    for name, runs in groups.items():
+        sizes = [[abs(run["errors"][metric]) for run in runs] for metric in METRICS]
+        rows.append([name, *(f"{sum(own) / len(own):.1%}, {max(own):.1%}" for own in sizes)])
+    lines += table(["runs at once", *METRICS.values()], rows, numbers=True)
+    if traffic:
+        lines += prose(
+            f"{traffic[0]['requests']} requests of many lengths, {options['rate']:g} a second, by what was accepted:"
+        )
+        rows = [
+            [f"{run['drafts']} drafts, {run['acceptance']:g}", *(percent(run["errors"][metric]) for metric in METRICS)]
+            for run in traffic
+        ]
+        lines += table(["traffic", *METRICS.values()], rows, numbers=True)
+    return lines
+
+
+def text_lines(texts: dict[str, Any]) -> list[str]:
+    """How far the twin is off on runs with prompt lookup."""
+    cases, options = texts["cases"], texts["options"]
+    decisions = sum(run["decisions"]["equal"] for runs in cases.values() for run in runs)
+    paces = sorted(run["pace"] for runs in cases.values() for run in runs)
+    rows = [
+        [f"{name}, {way}", f"{statistics.fmean(run['tokens_per_step'] for run in runs):.2f}"]
+        + [summed(runs, way, metric) for metric in METRICS]
+        for name, runs in cases.items()
+        for way in runs[0]["errors"]
+    ]
+    return [
+        "## Prompt lookup by the twin",
+        "",
+        *prose(
+            f"{texts['model']} on a {texts['device']} looks drafts up and serves lists whose lines repeat, and prose, "
+            f"{options['requests']} requests of each in {options['rounds']} rounds (`{texts['command']}`, commit "
+            f"{texts['commit']}); {decisions:,} decisions are made again, which is all of them. The latency model is "
+            "fitted to steps measured in each round; what is accepted is as recorded, request by request, or by a "
+            "law that was fitted to it. Other work ran on the machine (load "
+            f"{min(texts['load'])} to {max(texts['load'])}): a run's steps took {paces[0]:.2f} to {paces[-1]:.2f} "
+            "times what the model says of all rounds together, and where that is taken out (machine as fast), what is "
+            "left is the twin's own. Medians of the rounds, and the range:"
+        ),
+        *table(["text, what is accepted", "tokens a step", *METRICS.values()], rows, numbers=True),
+    ]
 
 
 if __name__ == "__main__":

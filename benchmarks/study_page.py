@@ -9,6 +9,8 @@ from pages import prose, table
 from study_charts import bars, curves
 from study_plan import OBJECTIVES, PRICE, STUDIES, SYSTEM_PROMPT, TOLERANCE, Result
 
+from twinserve.sim.devices import DEVICES
+
 
 def written(results: Result) -> dict[Path, str]:
     """The page and its pictures, by where they lie."""
@@ -115,8 +117,7 @@ def best(rows: list[Result]) -> Result:
 
 def _opening(results: Result) -> list[str]:
     interactive, strict, fleet = best(results["azure-interactive"]), best(results["azure-strict"]), results["mooncake"]
-    fewest = min(row["value"] for row in fleet if row["value"] is not None)
-    most = max(row["value"] for row in fleet if row["value"] is not None)
+    kept = [row["value"] for row in fleet if row["value"] is not None]
     prompts = results["mooncake-prompts"]["window"]
     return [
         "# How many H100s for which traffic",
@@ -131,16 +132,17 @@ def _opening(results: Result) -> list[str]:
         f"  at {interactive['cost']['total']:.3f} $ per million tokens; `{OBJECTIVES['strict']}` up to "
         f"{strict['value']:.3g} requests/s ({named(strict)}), at {strict['cost']['total']:.3f} $.",
         f"- **Mooncake's conversations** (prompts of {prompts['mean_prompt']:,.0f} tokens, the longest "
-        f"{prompts['longest_prompt']:,}), at the rate that was recorded: {fewest} to {most} H100s keep",
-        f"  `{OBJECTIVES['long']}`. The router decides which, before the token budget does.",
+        f"{prompts['longest_prompt']:,}), at the rate that was recorded: {min(kept)} to {max(kept)} H100s keep",
+        f"  `{OBJECTIVES['long']}`, by router and token budget{floors(fleet)}. {_what_decides(fleet)}",
         "",
         "## What was simulated",
         "",
         *prose(
-            f"""**Latency**: {results["azure-strict"][0]["latency"]}. No Llama-3-8B was timed. A roofline takes the
-            model's shape, the peaks of NVIDIA's data sheet, the shares of them that were measured on an H100, and the
-            host time of vLLM's records; what engines lose between operations is not in it. So take orders and ratios
-            from this page rather than last digits. `docs/fidelity-vllm.md` says how far fitted models are off.""",
+            f"""**Latency**: {results["azure-strict"][0]["latency"]}. A roofline takes the model's shape, the peaks of
+            NVIDIA's data sheet, the shares of them that are reached ({DEVICES["h100"].shares.source}), and the host
+            time of vLLM's records; what engines lose between operations is in it as far as those shares have it. So
+            take orders and ratios from this page rather than last digits. `docs/fidelity-vllm.md` says how far fitted
+            models are off.""",
             """**Azure** (conversations of 2023): the first 2,000 arrivals of the trace (4,000 for the fleet) as
             bursty as
             they are, made denser to the rate in question; the lengths of the requests are drawn from the whole trace
@@ -181,21 +183,20 @@ def _azure(results: Result) -> list[str]:
     strict = results["azure-strict"]
     mixed, small = (case(strict, composition="mixed", max_num_batched_tokens=budget) for budget in (2048, 512))
     first = case(strict, composition="prefill-first", max_num_batched_tokens=2048)
+    quick, other = (row["metrics"]["ttft_s.p99"]["mean"] for row in (first, mixed))
+    more = "more" if mixed["value"] > first["value"] else "no more"
+    is_alike = small["missed"] == mixed["missed"]
+    moved = "leaves the limit where it is" if is_alike else "moves the limit from one metric to the other"
     return lines + prose(
-        f"""**Mixed batches serve more than prefill first**: {mixed["value"]:.3g} against
-        {first["value"]:.3g} requests/s
-        under the strict limits with 2,048 tokens ({better_in_every_seed(mixed, first)}). Prefill first
-        is the quicker to a
-        first token ({seconds(first["metrics"]["ttft_s.p99"]["mean"])} against
-        {seconds(mixed["metrics"]["ttft_s.p99"]["mean"])} at p99, though at less load), as every decode
-        waits while prompts are
-        computed; that is what its p99 TPOT is made of, and its limit.""",
-        f"""**The budget moves the limit from one metric to the other.** With 512 tokens a step, what stops it is
-        {" and ".join(small["missed"]).replace("<=", "≤")}: a step that reads all weights anyway
-        computes 512 prompt tokens at
-        most, and prompts queue, while p99 TPOT is {seconds(small["metrics"]["tpot_s.p99"]["mean"])}. With more it is
-        {" and ".join(mixed["missed"]).replace("<=", "≤")}: a decode shares its step with
-        up to 2,048 prompt tokens or more.""",
+        f"""**Mixed batches serve {more} than prefill first**: {mixed["value"]:.3g} against {first["value"]:.3g}
+        requests/s under the strict limits with 2,048 tokens (more {better_in_every_seed(mixed, first)}). To a first
+        token prefill first takes {seconds(quick)}, mixed batches {seconds(other)}, at p99 and each at its own capacity:
+        in prefill first every decode waits while prompts are computed, and what stops it is
+        {limits_of(first)}.""",
+        f"""**The budget {moved}.** With 512 tokens a step, what stops it is {limits_of(small)}: a step that
+        reads all weights anyway computes 512 prompt tokens at most, while p99 TPOT is
+        {seconds(small["metrics"]["tpot_s.p99"]["mean"])}. With 2,048 it is {limits_of(mixed)}: a decode shares its step
+        with up to 2,048 prompt tokens.""",
     )
 
 
@@ -220,11 +221,9 @@ def _azure_rates(results: Result) -> list[str]:
         "",
         *table(heads, cells),
         *prose(
-            """Both latencies are flat far below capacity and leave together. Beyond the knee a number depends on
-            how long
-            the trace goes on, as the queue grows until the arrivals end: it says that the rate cannot
-            be served, not how
-            long somebody would wait."""
+            f"""The first of these rates that misses a limit: {"; ".join(_knee(rows, budget) for budget in budgets)}.
+            Beyond the knee a number depends on how long the trace goes on, as the queue grows until the arrivals end:
+            it says that the rate cannot be served, not how long somebody would wait."""
         ),
     ]
 
@@ -249,8 +248,13 @@ def _mooncake(results: Result) -> list[str]:
     rows = results["mooncake"]
     labels = [[row["varied"]["router"], f"{row['varied']['max_num_batched_tokens']:,}"] for row in rows]
     window, trace = results["mooncake-prompts"]["window"], results["mooncake-prompts"]["trace"]
-    least, tripled = (case(rows, router="least-outstanding", max_num_batched_tokens=budget) for budget in (2048, 8192))
-    affine = case(rows, router="prefix-affine", max_num_batched_tokens=8192)
+    routers = list(dict.fromkeys(row["varied"]["router"] for row in rows))
+    hits = [row["hit_ratio"] for row in rows if row["value"] is not None]
+    by_limit: dict[str, list[str]] = {}
+    for row in rows:
+        varied = row["varied"]
+        by_limit.setdefault(limits_of(row), []).append(f"{varied['router']} {varied['max_num_batched_tokens']:,}")
+    stops = "; ".join(f"{limit} ({', '.join(of)})" for limit, of in by_limit.items())
     return [
         "## Mooncake on a fleet",
         "",
@@ -260,22 +264,80 @@ def _mooncake(results: Result) -> list[str]:
         "",
         *capacity_table(["router", "tokens a step", "H100s"], labels, rows),
         *prose(
-            """**Count tokens, not requests.** Prompts differ by a factor of a hundred. A router that
-            counts requests, or
-            nothing, piles long prompts onto one replica while another idles: round robin and random need more H100s
-            than the replica with the least outstanding tokens, for the same traffic and the same objective.""",
-            f"""**p99 TPOT is what stops every case**, never TTFT: while a long prompt is computed, every decode
-            beside it gets one token a step, and a step of 8,192 prompt tokens takes long. At four H100s and the
-            least outstanding tokens, p99 TPOT is {seconds(least["metrics"]["tpot_s.p99"]["mean"])} with 2,048 tokens a
-            step, and {seconds(tripled["metrics"]["tpot_s.p99"]["mean"])} with 8,192.""",
-            f"""**The prefix cache has little to give in this window.** With a cache without end
-            {window["reusable"]:.0%} of
-            its prompt tokens could be reused; over the whole hour it is {trace["reusable"]:.0%}, as
-            conversations come back
-            after more than five minutes. What was hit is {least["hit_ratio"]:.1%} (least outstanding, 2,048) to
-            {affine["hit_ratio"]:.1%} (prefix-affine, 8,192) of prompt tokens.""",
+            f"""**By router**: {"; ".join(f"{router} {_needs(rows, router)}" for router in routers)}. Prompts differ by
+            a factor of a hundred. A router that counts requests, or nothing, piles long prompts onto one replica while
+            another idles; the one with the fewest outstanding tokens is the one that is soonest free.""",
+            f"""**What stops one H100 fewer**, or any number: {stops}.
+            While a long prompt is computed, every decode beside it gets one token a step, and a step of 8,192 prompt
+            tokens takes long; a first token waits for the prompts before it.""",
+            f"""**The prefix cache could give** {window["reusable"]:.0%} of this window's prompt tokens, were it without
+            end; over the whole hour it is {trace["reusable"]:.0%}, as conversations come back after more than five
+            minutes. What was hit, where the objective is kept, is {min(hits):.1%} to {max(hits):.1%} of prompt
+            tokens.""",
         ),
     ]
+
+
+def limits_of(row: Result) -> str:
+    """The limits that stop a case."""
+    return " and ".join(row["missed"]).replace("<=", "≤") or "nothing that was tried"
+
+
+def without(rows: list[Result]) -> list[str]:
+    """The routers that keep the objective with no number of replicas, whatever the budget."""
+    routers = dict.fromkeys(row["varied"]["router"] for row in rows)
+    return [
+        router for router in routers if all(row["value"] is None for row in rows if row["varied"]["router"] == router)
+    ]
+
+
+def floors(rows: list[Result]) -> str:
+    """In words, which routers keep it with no number of replicas."""
+    names = without(rows)
+    return f"; {' and '.join(names)} keep{'s' * (len(names) == 1)} it with no number of them" if names else ""
+
+
+def _needs(rows: list[Result], router: str) -> str:
+    """How many replicas a router needs, by budget."""
+    words = []
+    for row in rows:
+        if row["varied"]["router"] == router:
+            count = "no number" if row["value"] is None else str(row["value"])
+            words.append(f"{count} with {row['varied']['max_num_batched_tokens']:,} tokens")
+    return " and ".join(words)
+
+
+def _what_decides(rows: list[Result]) -> str:
+    """Whether another router or another budget moves the number of replicas more."""
+    kept = {(row["varied"]["router"], row["varied"]["max_num_batched_tokens"]): row["value"] for row in rows}
+    counts = {place: count for place, count in kept.items() if count is not None}
+
+    def widest(index: int) -> int:
+        spans = []
+        for common in {place[1 - index] for place in counts}:
+            alike = [count for place, count in counts.items() if place[1 - index] == common]
+            spans.append(max(alike) - min(alike))
+        return max(spans)
+
+    by_router, by_budget = widest(0), widest(1)
+    if by_router == by_budget:
+        return f"Router and token budget move the number by up to {by_router} alike."
+    names = ("The router", "the token budget") if by_router > by_budget else ("The token budget", "the router")
+    most, least = max(by_router, by_budget), min(by_router, by_budget)
+    return f"{names[0]} moves the number by up to {most}, {names[1]} by {least}."
+
+
+def _knee(rows: list[Result], budget: int) -> str:
+    """The first rates at which one H100 misses each limit, with a budget."""
+    words = []
+    for metric in ("p99 TTFT", "p99 TPOT"):
+        missed = [
+            row["varied"]["rate"]
+            for row in rows
+            if row["varied"]["max_num_batched_tokens"] == budget and any(metric in limit for limit in row["missed"])
+        ]
+        words.append(f"{metric} {f'at {min(missed):g}' if missed else 'at none'}")
+    return f"with {budget:,} tokens a step {', '.join(words)}"
 
 
 def _mooncake_affine(results: Result) -> list[str]:
@@ -292,8 +354,19 @@ def _mooncake_affine(results: Result) -> list[str]:
         ]
         for row in rows
     ]
+    named_none = "prefix-affine" in without(results["mooncake"])
+    widest = max(row["varied"]["max_lead_tokens"] for row in rows)
+    by_lead = {lead: case(rows, max_num_batched_tokens=2048, max_lead_tokens=lead) for lead in (0, widest)}
+    tpot = {lead: row["metrics"]["tpot_s.p99"]["mean"] for lead, row in by_lead.items()}
+    hits = {lead: row["hit_ratio"] for lead, row in by_lead.items()}
+    floor = (
+        f"""More replicas do not change whom they follow, so it keeps the objective with no number of them (the search
+        went to {max(row["failed"] or 0 for row in results["mooncake"] if row["value"] is None)})."""
+        if named_none
+        else ""
+    )
     return [
-        "### Why does the router that knows prefixes need more?",
+        "### What the router that knows prefixes does here",
         "",
         *prose(
             f"""It sends a request to the replica that has its longest known prefix, unless that replica is more than
@@ -304,10 +377,14 @@ def _mooncake_affine(results: Result) -> list[str]:
             more with an earlier one: they know a prefix all the same, that of the system prompt, on the
             replica to which the
             request before them was sent. To save {SYSTEM_PROMPT} tokens they follow it, and queue
-            behind up to 32,768. Four H100s
-            with smaller leads:"""
+            behind up to 32,768. {floor} Four H100s with smaller leads:"""
         ),
         *table(["tokens a step", "max_lead_tokens", "hit", "p99 TTFT", "p99 TPOT", "misses"], cells),
+        *prose(
+            f"""With 2,048 tokens a step, from a lead of {widest:,} to none p99 TPOT goes from
+            {seconds(tpot[widest])} to {seconds(tpot[0])}, and hits from {hits[widest]:.1%} to {hits[0]:.1%} of prompt
+            tokens."""
+        ),
     ]
 
 
@@ -330,6 +407,13 @@ def _mooncake_split(results: Result) -> list[str]:
     alone, halves, quarters = (
         case(rows, replicas=count, enable_prefix_caching=True)["metrics"]["ttft_s.p99"]["mean"] for count in (8, 4, 2)
     )
+    median = case(rows, replicas=8, enable_prefix_caching=True)["metrics"]["ttft_s.p50"]["mean"]
+    lesson = (
+        """So an objective below the floor is a matter of tensor parallelism, not of fleet size; a search for replicas
+        alone would add GPUs until it gave up."""
+        if quarters < halves < alone
+        else "Splitting replicas further does not lower it everywhere."
+    )
     heads = [
         "replicas of H100s",
         "prefix cache",
@@ -344,18 +428,15 @@ def _mooncake_split(results: Result) -> list[str]:
         "## A floor that no number of replicas lowers",
         "",
         *prose(
-            f"""Eight H100s hardly queue, and yet p99 TTFT stays at {seconds(alone)}. It is the time
-            that a prompt of some
-            hundred thousand tokens takes by itself ({window["over_64k"]} of the {window["requests"]:,}
-            have more than 65,536):
-            more replicas do not help one request. Splitting each replica over more GPUs does:"""
+            f"""On eight H100s p99 TTFT is {seconds(alone)}, and p50 {seconds(median)}: what is left is the time
+            that a prompt of some hundred thousand tokens takes by itself ({window["over_64k"]} of the
+            {window["requests"]:,} have more than 65,536). More replicas do not help one request. The same eight as
+            replicas of one, two and four GPUs:"""
         ),
         *table(heads, cells),
         *prose(
             f"""With the same eight H100s, p99 TTFT goes from {seconds(alone)} to {seconds(halves)} with pairs and
-            {seconds(quarters)} with fours. So an objective below the floor is a matter of tensor
-            parallelism, not of fleet
-            size; a search for replicas alone would add GPUs until it gave up."""
+            {seconds(quarters)} with fours. {lesson}"""
         ),
     ]
 

@@ -52,6 +52,9 @@ class RunnerConfig:
         Raises:
             InputError: they cannot, or the device is not there.
         """
+        if settings.pipeline_parallel_size > 1:
+            value = settings.pipeline_parallel_size
+            raise InputError("expected 1 on the engine", field="pipeline_parallel_size", value=value)
         device, model = usable_device(options.device), source.config
         kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
         if device.type == "cuda":

@@ -42,9 +42,12 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """`values`, which nobody changes any more, on `device`.
 
     The copy takes its place in the device's queue: the host waits neither for it nor for what was queued before. From
-    memory that is not pinned it would wait for all of that, and no step could be launched while another runs.
+    memory that is not pinned it would wait for all of that, and no step could be launched while another runs. Of
+    nothing there is nothing to copy.
     """
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    if not tensor.numel():
+        return torch.empty_like(tensor, device=device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -194,7 +194,7 @@ class LLM:
                 "eos_token_id": self.eos_token_id,
                 "tokens": asdict(self.token_maker),
             }
-            | ({} if isinstance(self.runner, ModelRunner) else {"kernels": self.runner.kernel_facts()})
+            | ({"kernels": kernels} if (kernels := self.runner.kernel_facts()) else {})
         )
 
     def close(self) -> None:
@@ -223,8 +223,7 @@ class LLM:
 
     def fill_cache(self, seed: int) -> None:
         """Fill the KV pool with noise where steps are graphs: on a CPU it makes no difference what is read."""
-        if not isinstance(self.runner, ModelRunner):
-            self.runner.fill_cache(seed)
+        self.runner.fill_cache(seed)
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling_params: SamplingParams | Seq[SamplingParams]

@@ -142,8 +142,15 @@ class ModelRunner:
         self._previous: tuple[Step, dict[Sequence, int]] | None = None
         self._forward: Forward = EagerForward(self.model, self.attention.make(), self._cache)
 
+    def kernel_facts(self) -> dict[str, Any]:
+        """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`): not at all."""
+        return {}
+
     def capture(self) -> None:
         """There is nothing to capture: steps are launched kernel by kernel."""
+
+    def fill_cache(self, seed: int) -> None:
+        """Nothing is filled: of a step that is launched kernel by kernel it makes no difference what is read."""
 
     def close(self) -> None:
         """Wait for what was launched."""

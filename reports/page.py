@@ -293,9 +293,22 @@ def _summary(runs: list[Run], errors: Errors, asked: Asked | None) -> str:
     caption = "Look at the distance from p50 to p99: it is what the unluckiest requests pay."
     if errors:
         caption = f"Look at the error rows, (simulated − real) / real: {_largest(errors)}."
+    drawn_by = "".join(map(_energy, runs))
     return (
-        f'{latency_table(runs, errors)}\n{totals_table(runs, errors)}\n<p class="caption">{caption}</p>\n'
+        f'{latency_table(runs, errors)}\n{totals_table(runs, errors)}\n{drawn_by}<p class="caption">{caption}</p>\n'
         f"{definitions()}"
+    )
+
+
+def _energy(run: Run) -> str:
+    """What a run's devices draw, in a line; nothing where its summary does not say it."""
+    found = run.summary.get("energy")
+    if not found:
+        return ""
+    return (
+        f'<p class="energy">{key(run)}<b>{run.text}</b>: {number(found["joules_per_output_token"])} J an output token, '
+        f"{number(found['joules_per_request'])} J a request; {number(found['watts'])} W, all devices together "
+        f"({escape(found['basis'])}).</p>\n"
     )
 
 

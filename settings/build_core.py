@@ -30,7 +30,7 @@ from twinserve.policies import (
 from twinserve.policies.orders import Admission, Order, Victim
 from twinserve.policies.vllm_rules import VllmRules
 from twinserve.settings.config import read_toml, validated
-from twinserve.settings.limits import MOST, MOST_BLOCKS
+from twinserve.settings.limits import MOST, MOST_BLOCKS, MOST_REPLICAS
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.settings.speculative import SpeculativeConfig, parsed
 from twinserve.settings.vllm_versions import CHANGED, NEWEST, UNSAID, Version, build_rules
@@ -132,6 +132,13 @@ class Settings(BaseModel):
     pipeline_depth: int = Field(
         default=0, ge=0, le=1, description="1: a step is decided while the one before it runs (vLLM's async scheduling)"
     )
+    pipeline_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_REPLICAS,
+        description="stages of a pipeline, each on devices of its own; as the latency has it",
+        json_schema_extra={"is_option": False},
+    )
     speculative_config: SpeculativeConfig | None = Field(
         default=None, description="drafts of speculative decoding, as JSON with vLLM's names; none: no drafts"
     )
@@ -166,6 +173,12 @@ class Settings(BaseModel):
         if self.admission is not None and self.watermark:
             raise ValueError(f"watermark is {self.watermark}, expected 0 beside admission")
         self._check_speculation()
+        is_vllms = self.composition == "mixed" and self.scheduling_policy in ("fcfs", "priority")
+        if self.pipeline_parallel_size > 1 and not (self.pipeline_depth and is_vllms):
+            raise ValueError(
+                f"pipeline_parallel_size is {self.pipeline_parallel_size}, expected pipeline_depth 1, composition "
+                "'mixed' and scheduling_policy fcfs or priority beside it, as vLLM schedules a pipeline"
+            )
         if self.admission is not None and not self.scheduler_reserve_full_isl:
             raise ValueError("scheduler_reserve_full_isl is False, expected True beside admission")
         return self
@@ -271,6 +284,11 @@ class Settings(BaseModel):
         for build_rule in (self.build_order, self.build_admission, self.build_victim):
             build_rule()
 
+    @property
+    def most_drafts(self) -> int:
+        """Drafts of a sequence in a step, at most."""
+        return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
+
     def build_core(
         self,
         *,
@@ -304,6 +322,7 @@ class Settings(BaseModel):
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             max_num_partial_prefills=self.max_num_partial_prefills,
             max_model_len=self.max_model_len,
+            pipeline_parallel_size=self.pipeline_parallel_size,
             prefix_cache=(
                 PrefixCache(
                     hash=self.prefix_caching_hash_algo,
@@ -319,4 +338,5 @@ class Settings(BaseModel):
             rules=self.build_rules(),
             speculation=None if config is None else config.build_speculation(is_async=self.pipeline_depth > 0),
         )
-        return Core(scheduler, pipeline_depth=self.pipeline_depth, eos_token_id=eos_token_id, listener=listener)
+        depth = self.pipeline_depth if self.pipeline_parallel_size == 1 else self.pipeline_parallel_size
+        return Core(scheduler, pipeline_depth=depth, eos_token_id=eos_token_id, listener=listener)

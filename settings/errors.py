@@ -36,7 +36,9 @@ class InputError(ValueError):
             shown = _shown(value)
             what += f" is {shown}" if what else shown
         joined = ": ".join(part for part in (where, what) if part)
-        super().__init__(printable(joined + (", " if what else ": " if where else "") + problem))
+        goes_on = what and value is ... and problem.startswith("is ")
+        between = " " if goes_on else ", " if what else ": " if where else ""
+        super().__init__(printable(joined + between + problem))
 
 
 class RunError(RuntimeError):

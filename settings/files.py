@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -169,8 +169,12 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
     Raises:
         InputError: something has the name that is not to be replaced, or it cannot be.
     """
-    if out is None or not os.path.lexists(out):
-        yield out
+    if out is None:
+        yield None
+        return
+    if not os.path.lexists(out):
+        with ending_with(lambda: "" if os.path.lexists(out) else f"{out} was not written"):
+            yield out
         return
     if not is_forced:
         raise InputError("exists already, expected a new name, or --force", path=out)
@@ -182,7 +186,8 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
     for left in (beside, before):
         refuse_existing(left)
     try:
-        yield beside
+        with ending_with(lambda: f"{out} is as it was"):
+            yield beside
         with writing(out):
             if is_folder and beside.exists():
                 _exchange(beside, out, before)
@@ -191,6 +196,19 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
     finally:
         with suppress(OSError):
             shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def ending_with(words: Callable[[], str]) -> Iterator[None]:
+    """Has who is stopped by a signal read what became of the work: a note of the exception, unless it is empty."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as end:
+        if text := words():
+            end.add_note(text)
+        raise
 
 
 def _exchange(beside: Path, out: Path, before: Path) -> None:

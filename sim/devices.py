@@ -18,6 +18,8 @@ DEVICES_FILE = DATA / "devices.toml"
 NVLINK_HOP_NS = 600
 """What a hop of a ring takes over NVLink; over PCIe it is 1,000: hwLat, ring and LL, of NCCL's own model of its speed
 (src/graph/tuning.cc)."""
+NETWORK_HOP_NS = 2_700
+"""The same over the network between nodes."""
 _LEAST, _LARGEST, _MOST_NS = 1e6, 1e21, 10**12
 """Of what a device can do a second, and of a time that one step, layer or hop takes."""
 
@@ -71,6 +73,30 @@ class Collectives(BaseModel):
     source: str = Field(min_length=1)
 
 
+class Power(BaseModel):
+    """What a device draws: the energy roofline (Choi, Bedard, Fowler and Vuduc, IPDPS 2013), a constant power and an
+    energy for each byte and each operation, with another constant while nothing is computed.
+
+    Attributes:
+        idle_w: always.
+        active_w: beside it, while a step is computed.
+        joules_per_byte, joules_per_operation: of its memory, and of its arithmetic.
+        source: what they were fitted on, or what was assumed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    idle_w: float = Field(ge=0)
+    active_w: float = Field(ge=0)
+    joules_per_byte: float = Field(default=0.0, ge=0)
+    joules_per_operation: float = Field(default=0.0, ge=0)
+    source: str = Field(min_length=1)
+
+
+IDLE_SHARE = 0.1
+"""Of its limit, what a device is taken to draw while it is idle, where nobody has measured it."""
+
+
 class Device(BaseModel):
     """What a device can do.
 
@@ -82,13 +108,17 @@ class Device(BaseModel):
         link: bytes a second to its peers and from them, each way; all-reduce goes through it.
         linked: so many share the link.
         hop_ns: what a hop over it takes.
+        network: bytes a second to a device of another node and from it, each way; None: no network joins nodes.
+        network_hop_ns: what a hop over that takes.
         multiprocessors: of them, each runs thread blocks of its own; None: not known.
         host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences: vLLM 0.24's step
             logs on an H100.
+        limit_w: the power that its data sheet lets it draw; None: not known.
         source: where these are from.
         shares: what is reached of the peaks.
         collectives: what an all-reduce was measured to take; None: nobody has measured it, and it takes what NCCL's own
             model of its speed says, over `link` and `hop_ns`.
+        measured_power: fitted on measured windows; None: nobody has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -101,12 +131,16 @@ class Device(BaseModel):
     link: float = Field(ge=_LEAST, le=_LARGEST)
     linked: int = Field(default=8, ge=1, le=MOST_REPLICAS)
     hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0, le=_MOST_NS)
+    network: float | None = Field(default=None, ge=_LEAST, le=_LARGEST)
+    network_hop_ns: int = Field(default=NETWORK_HOP_NS, ge=0, le=_MOST_NS)
     multiprocessors: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
     host_ns: int = Field(default=1_900_000, ge=0, le=_MOST_NS)
     host_seq_ns: int = Field(default=25_000, ge=0, le=_MOST_NS)
+    limit_w: float | None = Field(default=None, gt=0, le=1e6)
     source: str = Field(min_length=1)
     shares: Shares
     collectives: Collectives | None = None
+    measured_power: Power | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -117,6 +151,17 @@ class Device(BaseModel):
     def has_own_shares(self) -> bool:
         """Were its shares fitted on steps of such a device, and not on another's?"""
         return self.shares.device == self.name
+
+    @property
+    def power(self) -> Power | None:
+        """What it draws: as was measured, or, as a bound from above, its limit while it computes; None: not known."""
+        if self.measured_power is not None or self.limit_w is None:
+            return self.measured_power
+        idle_w = IDLE_SHARE * self.limit_w
+        words = (
+            f"data sheet: {self.limit_w:g} W while a step is computed, and {IDLE_SHARE:.0%} of it, assumed, otherwise"
+        )
+        return Power(idle_w=idle_w, active_w=self.limit_w - idle_w, source=words)
 
     @property
     def at_peak(self) -> Device:
@@ -130,9 +175,14 @@ def _shipped() -> tuple[dict[str, Device], Shares]:
     tables = tomllib.loads(DEVICES_FILE.read_text(encoding="utf-8"))
     shares = {name: Shares(**table) for name, table in tables["shares"].items()}
     others = shares["h200"]
-    collectives = tables.get("collectives", {})
+    collectives, powers = tables.get("collectives", {}), tables.get("power", {})
     devices = {
-        name: Device(**table, shares=shares.get(name, others), collectives=collectives.get(name))
+        name: Device(
+            **table,
+            shares=shares.get(name, others),
+            collectives=collectives.get(name),
+            measured_power=powers.get(name),
+        )
         for name, table in tables["device"].items()
     }
     return devices, others
@@ -144,7 +194,8 @@ DEVICES, OTHERS_SHARES = _shipped()
 def named_device(text: str) -> Device:
     """The device that ships under a name, or that of a TOML file, which has the fields of `Device`.
 
-    A file without a table `shares` takes those that were fitted on the H200.
+    A file with `base`, the name of one that ships, says what differs from it; where it has another `link`, measured
+    all-reduces are no longer its own. Else, without a table `shares` it takes those that were fitted on the H200.
 
     Raises:
         InputError: there is none, or the file cannot be read or has a field that cannot be used.
@@ -156,7 +207,17 @@ def named_device(text: str) -> Device:
         raise InputError(f"expected a TOML file or a device: {', '.join(DEVICES)}", field="device", value=text)
     path = Path(text)
     table: dict[str, Any] = {"shares": OTHERS_SHARES} | read_toml(path)
-    return validated(Device, table, {}, path)
+    base = table.pop("base", None)
+    if base is None:
+        return validated(Device, table, {}, path)
+    if not isinstance(base, str) or base.lower() not in DEVICES:
+        raise InputError(f"expected a device: {', '.join(DEVICES)}", path=path, field="base", value=base)
+    known = dict(DEVICES[base.lower()])
+    if "link" in table:
+        known["collectives"] = None
+    if table["shares"] is OTHERS_SHARES:
+        del table["shares"]
+    return validated(Device, known | table, {}, path)
 
 
 def device_of(name: str) -> Device | None:

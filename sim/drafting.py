@@ -73,7 +73,7 @@ class DraftedLatency:
         cost = StepCost(*self._latency.step_cost(features))
         if not (features.asked and features.drafting):
             return cost
-        return cost._replace(device_ns=cost.device_ns + self._drafting.drafting_ns(features))
+        return cost.followed(self._drafting.drafting_ns(features))
 
     def watch(self, features: StepFeatures, count: int = 1) -> None:
         """Tell the other model, if it wants to know, which steps were made."""

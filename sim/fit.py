@@ -48,6 +48,9 @@ GROWING = ("kv_tokens", "attention_pairs", "longest_decode", "longest_prompt")
 WATCHED = ("seqs", "prompt_tokens", "decode_tokens", "sampled", "num_prompts", "arrived", "left", *GROWING)
 """Features that cost something, whose range is kept."""
 
+WATCHED_DRAFTS = ("verifying", "drafts", "asked", "drafting", "drafting_tokens")
+"""Those of steps with drafts, whose range is kept where there are any."""
+
 
 @dataclass(frozen=True)
 class StepSample:
@@ -119,6 +122,9 @@ STEADY = ("constant", "seq", "sampled", "decoding", "prompt", "prompt_tile")
 FITTED = ("constant", *STEADY[2:], *GROWN[2:])
 """Coefficients of the device that a fit gives; files of the first schema have the others."""
 
+DRAFTED = ("verifying", "asking", "asked", "drafting", "drafting_token", "draft", "draft_token")
+"""Coefficients of the device on what comes of drafts; see `drafted`."""
+
 HOST = ("constant", "seq", "prompt", "token", "arrived", "left")
 """Coefficients of the host."""
 
@@ -155,6 +161,20 @@ def steady(features: StepFeatures, kernels: Kernels) -> tuple[float, ...]:
     return 1.0, features.seqs, sampled, decoding, num_prompts, kernels.tiles(features.prompts)[0], tokens
 
 
+def drafted(features: StepFeatures) -> tuple[float, ...]:
+    """What DRAFTED are coefficients on: rows that are verified; what proposing drafts costs by itself, by each draft of
+    a sequence, by each sequence and by each token of its context, and for each draft by these two."""
+    asked, drafting, tokens = features.asked, features.drafting, features.drafting_tokens
+    if not (asked and drafting):
+        return features.verifying, 0, 0, 0, 0, 0, 0
+    return features.verifying, 1, asked, drafting, tokens, asked * drafting, asked * tokens
+
+
+def has_drafts(features: StepFeatures) -> bool:
+    """Does a step verify drafts, or have any proposed?"""
+    return bool(features.verifying or features.asked)
+
+
 def host_row(features: StepFeatures) -> list[float]:
     """What HOST are coefficients on."""
     return [1.0, features.seqs, len(features.prompts), features.tokens, features.arrived, features.left]
@@ -187,6 +207,7 @@ class FittedLatency:
     worst_excess: float = 1.0
     _terms: dict[tuple[str, str], tuple[list[int], list[float]]] = field(default_factory=dict)
     _prices: dict[str, list[float]] = field(default_factory=dict)
+    _draft_prices: dict[str, list[float]] = field(default_factory=dict)
     _latest: tuple[tuple, tuple[int, float, int]] = ((), (0, 0.0, 0))
 
     def __post_init__(self) -> None:
@@ -205,6 +226,7 @@ class FittedLatency:
                     self._terms[regime, part] = knots, [ns.get(name, 0.0) for name in coefficient_names(part, knots)]
                     if part == "device":
                         self._prices[regime] = [ns.get(name, 0.0) for name in GROWN]
+                        self._draft_prices[regime] = [ns.get(name, 0.0) for name in DRAFTED]
 
     @property
     def identity(self) -> str:
@@ -247,13 +269,14 @@ class FittedLatency:
             raise ValueError("this latency knows no steps beyond captured graphs, so it cannot have fewer of them")
         return FittedLatency(self.data | {"captured_tokens": captured_tokens})
 
-    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None) -> FittedLatency:
+    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None, most_drafts: int = 0) -> FittedLatency:
         """The model of the same engine under these limits, which say to what sizes its steps are padded."""
-        sizes = self.kernels.at(max_num_seqs, max_num_batched_tokens)
+        sizes = self.kernels.at(max_num_seqs, max_num_batched_tokens, most_drafts)
         return self if sizes == self.kernels else FittedLatency(self.data | {"kernels": sizes.as_dict()})
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """What a step with these features costs; on the device no less than it must (see `floor_of`)."""
+        features = features.attended(self.kernels.single)
         regime = regime_of(features, self._captured_tokens)
         host, _, lead = self._steady(regime, features)
         if self._drift:
@@ -262,12 +285,15 @@ class FittedLatency:
         device_ns = round(self._device(regime, features))
         if self._floor is not None:
             device_ns = max(device_ns, self._floor.step_cost(features)[1])
-        return StepCost(host, device_ns, lead)
+        return StepCost.of_waiting(host, device_ns) if self.kernels.waits else StepCost(host, device_ns, lead)
 
     def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
-        """See RepeatedCosts; None where the host drifts, or a step begins before it is launched."""
+        """See RepeatedCosts; None where the host drifts, a step begins before it is launched, or it is one of an engine
+        that drafts."""
         import numpy as np
 
+        if self.kernels.single or self.kernels.waits:
+            return None
         first = features.repeated(1, 0)
         regime = regime_of(first, self._captured_tokens)
         host, _, lead = self._steady(regime, first)
@@ -275,8 +301,9 @@ class FittedLatency:
             return None
         columns = features.repeated(np.arange(1, count + 1), 0)
         devices_ns = np.full(count, np.rint(self._device(regime, columns))).astype(np.int64)
-        if self._floor is not None:
-            np.maximum(devices_ns, self._floor.repeated_costs(features, count)[1], out=devices_ns)
+        floor = None if self._floor is None else self._floor.repeated_costs(features, count)
+        if floor is not None:
+            np.maximum(devices_ns, floor[1], out=devices_ns)
         return host, devices_ns
 
     def _device(self, regime: str, features: StepFeatures) -> Any:
@@ -284,7 +311,10 @@ class FittedLatency:
         _, device, _ = self._steady(regime, features)
         prices = self._prices[regime]
         values = grown(features, self.kernels, self._wave)
-        return device + sum(ns * x for ns, x in zip(prices, values, strict=True) if ns)
+        device = device + sum(ns * x for ns, x in zip(prices, values, strict=True) if ns)
+        if has_drafts(features):
+            device += sum(ns * x for ns, x in zip(self._draft_prices[regime], drafted(features), strict=True))
+        return device
 
     def _steady(self, regime: str, features: StepFeatures) -> tuple[int, float, int]:
         """Nanoseconds, whatever the contexts: of the host, of the device, and of the lead."""
@@ -303,6 +333,7 @@ class FittedLatency:
     def watch(self, features: StepFeatures, count: int = 1) -> None:
         """Note that steps were made, as far as they lie beyond what was measured: one with these features, and those
         that repeat it, whose contexts have each row's tokens more from step to step."""
+        features = features.attended(self.kernels.single)
         tops = self.data["range"][regime_of(features, self._captured_tokens)]
         first = watched(features)
         last = first if count == 1 else first | watched(features.repeated(count - 1, 0))
@@ -355,8 +386,9 @@ class FittedLatency:
 
 
 def watched(features: StepFeatures) -> dict[str, int]:
-    """The features that cost something, by name."""
-    return {name: len(features.prompts) if name == "num_prompts" else getattr(features, name) for name in WATCHED}
+    """The features that cost something, by name; those of drafts where there are any."""
+    names = (*WATCHED, *WATCHED_DRAFTS) if has_drafts(features) else WATCHED
+    return {name: len(features.prompts) if name == "num_prompts" else getattr(features, name) for name in names}
 
 
 def floor_of(about: dict[str, Any]) -> RooflineLatency | None:
@@ -409,7 +441,9 @@ def fit(
 
     On the device decodes and prompts share their coefficients, as they share their kernels, but for the constant: so
     prompts say what decodes of as many rows cost, and the other way round. Where some steps are captured and others
-    are not, as with `captured_tokens`, each regime has its own, as the host's are in any case.
+    are not, as with `captured_tokens`, each regime has its own, as the host's are in any case. An engine whose rows all
+    have drafts may have no steps of decodes alone: where there are drafts, a regime that nobody saw costs what another
+    one does.
 
     Args:
         samples: measured steps; None where a part was not seen.
@@ -435,9 +469,14 @@ def fit(
         regime: [sample for sample in samples if regime_of(sample.features, captured_tokens) == regime]
         for regime in regimes
     }
+    unseen: list[str] = []
     for regime, mine in by_regime.items():
         if (count := len(_by_shape(mine, "device"))) < 2:
-            raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
+            unseen.append(regime)
+            if len(unseen) == len(regimes) or not any(has_drafts(sample.features) for sample in samples):
+                raise ValueError(f"{count} shapes were measured for {regime} steps, expected at least 2")
+    for regime in unseen:
+        del by_regime[regime]
     devices, errors = _fit_devices(by_regime, kernels, wave, least_price(about), holds_out)
     bookkeeping = _by_shape(samples, "bookkeeping")
     for regime, mine in by_regime.items():
@@ -448,8 +487,13 @@ def fit(
         data["residuals"][regime] = residuals | {"shapes": len(features), "samples": len(mine)}
         columns = [watched(shape) for shape in features]
         data["range"][regime] = {
-            name: [min(values), max(values)] for name in WATCHED if (values := [column[name] for column in columns])
+            name: [min(values), max(values)]
+            for name in (*WATCHED, *WATCHED_DRAFTS)
+            if (values := [column[name] for column in columns if name in column])
         }
+    for regime, other in zip(unseen, by_regime, strict=False):
+        data["regimes"][regime], data["range"][regime] = data["regimes"][other], data["range"][other]
+        data["residuals"][regime] = {"shapes": 0, "samples": 0}
     return FittedLatency(data)
 
 
@@ -483,9 +527,8 @@ def _fit_devices(
     regimes = list(by_regime)
     for alike in [regimes] if "eager" not in regimes else [[regime] for regime in regimes]:
         devices = _Devices({regime: _by_shape(by_regime[regime], "device") for regime in alike}, kernels, wave, least)
-        names = coefficient_names("device", devices.knots)
         for regime, prices in devices.solve().items():
-            ns = {name: price for name, price in zip(names, prices, strict=True) if price or name in FITTED}
+            ns = {name: price for name, price in zip(devices.names, prices, strict=True) if price or name in FITTED}
             fitted[regime] = {"knots": devices.knots, "ns": ns}
         errors |= devices.held_out_errors() if holds_out else {}
     return fitted, errors
@@ -501,7 +544,7 @@ def _by_shape(samples: list[StepSample], part: str) -> Shapes:
         elif cost is not None:
             prompts = ((0, 0),) * len(features.prompts)
             unseen = {"kv_tokens": 0, "attention_pairs": 0, "longest_decode": 0, "shared_tokens": 0}
-            shapes[features._replace(prompts=prompts, **unseen)].append(cost)
+            shapes[features._replace(prompts=prompts, drafting_tokens=0, **unseen)].append(cost)
     return dict(shapes)
 
 
@@ -519,6 +562,7 @@ class _Devices:
 
     Attributes:
         knots: of the ramps over the padded tokens.
+        names: of the coefficients.
     """
 
     def __init__(self, shapes: dict[str, Shapes], kernels: Kernels, wave: float, least: float):
@@ -539,8 +583,12 @@ class _Devices:
             [*row[:width], *row[width + 1 :], *ramps(row[width], self.knots)] for row in values
         ])  # fmt: skip
         # A constant for each regime, of which the first stands for all, stands where the common one did.
-        self._names = coefficient_names("device", self.knots)
-        unused = [name not in FITTED and not name.startswith("tokens_to_") for name in self._names]
+        self.names = coefficient_names("device", self.knots)
+        if any(has_drafts(features) for _, features, _ in ordered):
+            self.names += DRAFTED
+            own = np.array([drafted(features) for _, features, _ in ordered])
+            self._rows = np.concatenate((self._rows, own), axis=1)
+        unused = [name not in (*FITTED, *DRAFTED) and not name.startswith("tokens_to_") for name in self.names]
         self._rows[:, unused] = 0.0
         apart = self._of[:, None] == np.arange(1, len(self._regimes))
         self._rows = np.concatenate((self._rows, apart.astype(float)), axis=1)
@@ -551,14 +599,14 @@ class _Devices:
     def solve(self) -> dict[str, list[float]]:
         """The coefficients of each regime."""
         common = self._coefficients(self._rows, self._means, self._counts)
-        width = len(self._names)
+        width = len(self.names)
         extra = [0.0, *common[width:]]
         return {regime: [common[0] + extra[number], *common[1:width]] for number, regime in enumerate(self._regimes)}
 
     def _coefficients(self, rows: np.ndarray, means: np.ndarray, counts: np.ndarray) -> list[float]:
         """Of some shapes, the common coefficients and what the constants of the other regimes are above the first's."""
         prices = least_squares(rows, means, counts)
-        kv, pool = self._names.index("decode_kv_token"), self._names.index("decode_pool_token")
+        kv, pool = self.names.index("decode_kv_token"), self.names.index("decode_pool_token")
         if prices[kv] + prices[pool] >= self._least:
             return prices
         # With their sum fixed, a token from the pool costs it, and one that was read just now anything up to it.

@@ -26,6 +26,8 @@ class Kernels:
         decode_cuts: (rows, spans, shortest, block), by rising rows: from so many padded rows on, decode attention cuts
             each context in up to `spans` spans, whole blocks of tokens and at least `shortest` long.
         prompt_tile: tokens of a prompt that attend together; each tile reads the whole context before it.
+        single: where steps have drafts, tokens of a row that attend as so many decodes: of the longest with drafts.
+        waits: the host waits for a step before it goes on, as for one whose drafts it has to know.
     """
 
     decodes: tuple[int, ...] = ()
@@ -35,6 +37,8 @@ class Kernels:
     prompts: int = 0
     decode_cuts: tuple[tuple[int, int, int, int], ...] = ()
     prompt_tile: int = 64
+    single: int = 0
+    waits: bool = False
 
     @classmethod
     def load(cls, data: dict[str, Any]) -> Kernels:
@@ -49,18 +53,22 @@ class Kernels:
         return cls(decode_cuts=cuts, **tuples)  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:
-        """The sizes by name, as plain values."""
-        return asdict(self)
+        """The sizes by name, as plain values; what hangs on drafts alone is there where it is something."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if value or name not in ("single", "waits")}
 
-    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None) -> Kernels:
-        """The sizes that the same engine captures under these limits.
+    def at(self, max_num_seqs: int, max_num_batched_tokens: int | None, most_drafts: int = 0) -> Kernels:
+        """The sizes that the same engine captures under these limits, rows having so many drafts at most.
 
         Those between its own limits and larger ones are not known: steps there are not padded.
         """
         budget = max_num_batched_tokens or 1 << 62
+        single = 1 + most_drafts if self.single else 0
+        most_decodes = min(max_num_seqs * single, budget) if single else max_num_seqs
         return replace(
             self,
-            decodes=_up_to(self.decodes, max_num_seqs),
+            single=single,
+            decodes=_up_to(self.decodes, most_decodes),
             decodes_beside=_up_to(self.decodes_beside, max_num_seqs),
             tokens=self.tokens[: bisect_left(self.tokens, budget) + 1],
             prompt_tokens=self.prompt_tokens[: bisect_left(self.prompt_tokens, budget) + 1],

@@ -36,6 +36,7 @@ class StepFeatures(NamedTuple):
             but for the first of these; as far as all that run are rows of the step.
         asked: drafts that are proposed behind the step for each sequence that samples in it.
         drafting, drafting_tokens: where any are asked for, these sequences, and the sum of their contexts.
+        verifying, drafts: rows that have drafts, and these, all together.
     """
 
     decision: Count
@@ -54,6 +55,8 @@ class StepFeatures(NamedTuple):
     asked: int = 0
     drafting: int = 0
     drafting_tokens: Count = 0
+    verifying: int = 0
+    drafts: int = 0
 
     @classmethod
     def of(cls, batch: Batch, arrived: int = 0) -> StepFeatures:
@@ -85,8 +88,9 @@ class StepFeatures(NamedTuple):
             for place, seq in enumerate(batch.seqs):
                 if seq not in chunks:
                     ends.append(batch.starts[place] + batch.lengths[place])
-        # A row with drafts is computed as a prompt's is, by the kernels of rows of several tokens.
+        # A row with drafts counts as a prompt's, as one of several tokens; `attended` says what an engine makes of it.
         num_prompt_tokens = sum([length for _, length in prompts]) if drafts else batch.num_prompt_tokens
+        num_drafts = sum(drafts.values())
         return cls(
             batch.decision,
             len(batch),
@@ -94,7 +98,7 @@ class StepFeatures(NamedTuple):
             batch.num_tokens - num_prompt_tokens,
             batch.num_kv_tokens,
             batch.num_attention_pairs,
-            batch.num_sampled + sum(drafts.values()),
+            batch.num_sampled + num_drafts,
             arrived,
             len(batch.left),
             batch.decided_ns,
@@ -104,6 +108,25 @@ class StepFeatures(NamedTuple):
             batch.num_drafts_asked,
             len(ends),
             sum(ends),
+            len(drafts),
+            num_drafts,
+        )
+
+    def attended(self, single: int) -> StepFeatures:
+        """The features where each token of a row of up to `single` attends as a decode does, over the context up to
+        itself: such rows are no prompts. What one of their tokens has read just now, the next one reads as well."""
+        short = [(start, length) for start, length in self.prompts if length <= single]
+        if not short:
+            return self
+        tokens = sum([length for _, length in short])
+        again = sum([length * start + length * (length + 1) // 2 - (start + length) for start, length in short])
+        return self._replace(
+            prompt_tokens=self.prompt_tokens - tokens,
+            decode_tokens=self.decode_tokens + tokens,
+            kv_tokens=self.kv_tokens + again,
+            longest_decode=max(self.longest_decode, *(start + length for start, length in short)),
+            prompts=tuple(prompt for prompt in self.prompts if prompt[1] > single),
+            shared_tokens=self.shared_tokens + again,
         )
 
     def repeated(self, number: Count, decided_ns: int) -> StepFeatures:
@@ -155,11 +178,28 @@ class StepCost(NamedTuple):
         device_ns: on the device.
         lead_ns: how long before the end of the launch the device can begin: a step launched kernel by kernel is
             computed while it is being launched; a captured one is launched at once.
+        stages: of a pipeline, nanoseconds that each stage takes, `device_ns` together; none: there is one device.
     """
 
     host_ns: int
     device_ns: int
     lead_ns: int = 0
+    stages: tuple[int, ...] = ()
+
+    def slower(self, factor: float) -> StepCost:
+        """The same with the device's time times a factor."""
+        stages = tuple([round(ns * factor) for ns in self.stages])
+        return self._replace(device_ns=sum(stages) if stages else round(self.device_ns * factor), stages=stages)
+
+    def followed(self, more_ns: int) -> StepCost:
+        """The same with so much more time of the device behind it; of a pipeline, of its last stage."""
+        stages = (*self.stages[:-1], self.stages[-1] + more_ns) if self.stages else ()
+        return self._replace(device_ns=self.device_ns + more_ns, stages=stages)
+
+    @classmethod
+    def of_waiting(cls, host_ns: int, device_ns: int) -> StepCost:
+        """Of a step for which the host waits before it goes on, so that its launch ends when the step does."""
+        return cls(host_ns + device_ns, device_ns, device_ns)
 
     def times(self, decided_ns: int, device_free_ns: int) -> tuple[int, int, int]:
         """When a step is launched, starts and ends; not before it is decided, and it ends not before it is launched."""
@@ -171,8 +211,8 @@ class StepCost(NamedTuple):
 class LatencyModel(Protocol):
     """Says what a step costs; the same features always cost the same.
 
-    A model may also have the method of RepeatedCosts, for speed, and that of Watching. It may be asked about steps that
-    are never made, as a request that comes in changes what is decided.
+    All steps of a model have as many `stages`. A model may also have the method of RepeatedCosts, for speed, and that
+    of Watching. It may be asked about steps that are never made, as a request that comes in changes what is decided.
     """
 
     def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
@@ -185,7 +225,7 @@ class RepeatedCosts(Protocol):
     def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
         """host_ns, the same for all, and device_ns, as int64, of the `count` steps that repeat one with these features.
 
-        They are those of `step_cost`, with no lead; None where they have one, or not the same host_ns.
+        They are those of `step_cost`, with no lead and no stages; None where they have any, or not the same host_ns.
         """
 
 
@@ -205,7 +245,8 @@ class ScaledLatency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The scaled cost."""
-        return StepCost(*(round(ns * self._factor) for ns in self._latency.step_cost(features)))
+        cost = StepCost(*self._latency.step_cost(features)).slower(self._factor)
+        return cost._replace(host_ns=round(cost.host_ns * self._factor), lead_ns=round(cost.lead_ns * self._factor))
 
 
 @mypyc_attr(native_class=False)  # it may be subclassed, and pickled
@@ -213,22 +254,32 @@ class RecordedLatency:
     """A recorded run's own times, by the number of the step.
 
     The host's part of a step is the time from its decision to its start, or to the next decision where that came
-    first (one step ahead), and what lay between its end and the next decision while the engine was busy.
+    first (one step ahead), and what lay between its end and the next decision while the engine was busy. A step with
+    drafts that was launched nearer to its end than to its start was waited for before anything else was done: then the
+    host's part is what lay between it and the steps beside it.
 
     Args:
         steps: the rows of a record's steps, in order.
     """
 
     def __init__(self, steps: list[dict]):
-        self._costs: list[tuple[int, int]] = []
+        self._costs: list[tuple[int, int] | StepCost] = []
+        ended = 0
         for row, following in zip(steps, [*steps[1:], None], strict=True):
-            host = row["start_ns"] - row["decided_ns"]
+            launched = row.get("launched_ns") or 0
+            waited = "asked" in row and launched - row["start_ns"] > row["end_ns"] - launched
+            host = row["start_ns"] - (max(row["decided_ns"], ended) if waited else row["decided_ns"])
+            ended = row["end_ns"]
             if following is not None and stayed_busy(row, following):
                 gap = following["decided_ns"] - row["end_ns"]
-                host = host + gap if gap >= 0 else min(host, following["decided_ns"] - row["decided_ns"])
-            self._costs.append((max(0, host), row["end_ns"] - row["start_ns"]))
+                if gap >= 0:
+                    host += gap
+                elif not waited:
+                    host = min(host, following["decided_ns"] - row["decided_ns"])
+            host, device = max(0, host), row["end_ns"] - row["start_ns"]
+            self._costs.append(StepCost.of_waiting(host, device) if waited else (host, device))
 
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+    def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
         """The recorded cost of the step with this number.
 
         Raises:

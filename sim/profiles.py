@@ -24,6 +24,9 @@ COUNTS = (
 )  # fmt: skip
 """Features of a step that are a number; `prompts` is the other."""
 
+DRAFT_COUNTS = ("asked", "drafting", "drafting_tokens", "verifying", "drafts")
+"""Those of an engine that drafts, which the rows of others lack."""
+
 TIMES = ("device_ns", "launch_ns", "bookkeeping_ns")
 
 
@@ -85,11 +88,14 @@ def profile_beside(latency: Path) -> Path:
 
 def _row(sample: StepSample) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(sample.features, name) for name in COUNTS}
+    drafts = {name: getattr(sample.features, name) for name in DRAFT_COUNTS}
+    row |= drafts if any(drafts.values()) else {}
     return row | {"prompts": sample.features.prompts} | {name: getattr(sample, name) for name in TIMES}
 
 
 def _sample(line: Line) -> StepSample:
-    counts = {name: line.integer(name) for name in COUNTS}
+    drafts = DRAFT_COUNTS if any(name in line.values for name in DRAFT_COUNTS) else ()
+    counts = {name: line.integer(name) for name in (*COUNTS, *drafts)}
     prompts = tuple((start, length) for start, length in line.integer_lists("prompts", 2))
     device, launch, bookkeeping = (line.integer(name) for name in TIMES)
     features = StepFeatures(decision=0, prompts=prompts, **counts)

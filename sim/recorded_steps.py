@@ -75,18 +75,25 @@ def kernels_of(record: RunRecord) -> Kernels:
         return Kernels.load(facts["kernels"])
     if facts.get("execution") != "graphs" or facts["attention"] != "triton":
         return Kernels()
-    # Records of the first schema do not say it; this is what the engine did that wrote them.
+    # Older records do not say it; this is what the engine did that wrote them.
     shape, most = facts["shape"], settings["max_num_seqs"]
+    heads, group = shape["num_kv_heads"], shape["num_heads"] // shape["num_kv_heads"]
+    cuts = ((1, 16, 64, 64), (-(-128 // heads), 8, 256, 128), (-(-1024 // heads), 1, 256, 128))
+    tile = max(1, 128 // (1 << (group - 1).bit_length()))
+    if (speculative := settings.get("speculative_config")) is not None:
+        single = 1 + speculative["num_speculative_tokens"]
+        most = min(most * single, settings["max_num_batched_tokens"])
+        decodes = (*(size for size in (1, 2, 4, *range(8, 256, 8), *range(256, most, 32)) if size < most), most)
+        return Kernels(decodes, decode_cuts=cuts, prompt_tile=max(1, tile // 2), single=single, waits=True)
     sizes = (16, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
     largest = bisect_left(sizes, settings["max_num_batched_tokens"])
-    heads, group = shape["num_kv_heads"], shape["num_heads"] // shape["num_kv_heads"]
     return Kernels(
         decodes=tuple(sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})),
         prompt_tokens=sizes[: largest + 1],
         decodes_beside=(0, *(size for size in (16, 64) if size < most), most),
         prompts=32,
-        decode_cuts=((1, 16, 64, 64), (-(-128 // heads), 8, 256, 128), (-(-1024 // heads), 1, 256, 128)),
-        prompt_tile=max(1, 128 // (1 << (group - 1).bit_length())),
+        decode_cuts=cuts,
+        prompt_tile=tile,
     )
 
 
@@ -156,7 +163,8 @@ class _Run:
     A record of our own engine has a step's start and end on the device, so host and device are known. One step ahead,
     its bookkeeping goes from when the step before was launched, or the result that was then waited for, to the
     decision. Its launch is known from `launched_ns`; a record of the first schema lacks it, and shows it only where the
-    device stood idle until then.
+    device stood idle until then. Where the host waits for each step (`Kernels.waits`), its part is what lies between
+    two steps, before the decision and behind it; what it does while drafts are being made holds nobody up.
 
     In the log of an engine that decides one step ahead, the host's work lies between a launch, or the result that it
     then waited for, and the next launch. A result is seen when it is waited for: where it was ready well after the next
@@ -187,7 +195,8 @@ class _Run:
             )
         if self.is_log and not self.is_ahead:
             raise InputError("its launches are not recorded, so host and device cannot be told apart", path=record.path)
-        self.features, self.kernels = features_of(record), kernels_of(record)
+        self.kernels = kernels_of(record)
+        self.features = [found.attended(self.kernels.single) for found in features_of(record)]
 
     def samples(self, model: FittedLatency | None, captured_lead_ns: int) -> Iterable[StepSample]:
         """What is known of each step; `model`, if there is one, tells how long steps ran whose end was not seen."""
@@ -202,13 +211,15 @@ class _Run:
         before: dict[str, Any] | None = None
         for row, f in zip(self._steps, self.features, strict=True):
             decided, start, end = row["decided_ns"], row["start_ns"], row["end_ns"]
-            device: int | None = device_ns(start, end, None if before is None else ends[-1])
+            waits = self.kernels.waits
+            device: int | None = device_ns(start, end, None if before is None or waits else ends[-1])
             if model is not None and f.seqs and end - start > LATE * model.step_cost(f).device_ns:
                 device = None
             if f.seqs and not self._depth:
-                yield StepSample(f, recorded.step_cost(f)[0], device)
+                cost = StepCost(*recorded.step_cost(f))
+                yield StepSample(f, cost.host_ns - cost.lead_ns, device)
             elif f.seqs:
-                launched = row.get("launched_ns")
+                launched = start if waits else row.get("launched_ns")
                 if launched is None and ends[-1] < decided:
                     launched = start
                 launch = None if launched is None else launched - decided
@@ -217,6 +228,8 @@ class _Run:
                     # Without the launch before: its step began when it was launched, or the one before that had ended.
                     seen = before.get("launched_ns")
                     free = before["start_ns"] if seen is None else max(seen, ends[-2])
+                    if waits:
+                        free, launch = ends[-1], start - max(decided, ends[-1])
                     bookkeeping = max(0, decided - free)
                 host = None if launch is None else launch + (bookkeeping or 0)
                 yield StepSample(f, host, device, None, launch, bookkeeping)

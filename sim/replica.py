@@ -19,6 +19,7 @@ from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
 from twinserve.sim.speculation import Acceptance, output_of
+from twinserve.sim.stages import Stages
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
 
@@ -32,8 +33,8 @@ class Replica:
     A step of cost (host, device) that is decided at t is launched at t + host, starts then or when the device is free,
     and ends after device; one that the device can begin while it is being launched starts up to lead earlier. The next
     decision is made when the step is launched, or, where the pipeline is full, when the oldest step in flight has
-    ended, whichever is later. Decisions that repeat one another are planned (see `Leap`), and made together when the
-    last of them is due or a request comes in.
+    ended, whichever is later. Of a pipeline, each stage computes one step at a time, see `Stages`. Decisions that
+    repeat one another are planned (see `Leap`), and made together when the last of them is due or a request comes in.
 
     Args:
         ended: called with each sequence that ends.
@@ -70,6 +71,8 @@ class Replica:
         self._aborts: list[int] = []
         self._is_idle = False
         self._device_free = 0
+        ranks = core.scheduler.pipeline_parallel_size
+        self._stages = Stages(ranks) if ranks > 1 else None
         self._leap: Leap | None = None
         self._event = env.event()
         self._process = env.process(self._run())
@@ -90,6 +93,26 @@ class Replica:
         self._cut_leap()
         manager = self.core.scheduler.block_manager
         return manager.num_used_blocks / (manager.num_blocks or 1)
+
+    @property
+    def cached_prefixes(self) -> frozenset[int]:
+        """The hashes of the full blocks that its prefix cache has: what an engine tells by events."""
+        self._cut_leap()
+        cache = self.core.scheduler.block_manager.prefix_cache
+        return frozenset() if cache is None else frozenset(cache.hash_to_block_id)
+
+    def num_hit_tokens(self, request: Request, held: frozenset[int]) -> int:
+        """Tokens of a request's prompt that would be hit if its cache had the blocks with these hashes."""
+        manager = self.core.scheduler.block_manager
+        if manager.prefix_cache is None or not held:
+            return 0
+        seq, size = request.to_sequence(SamplingParams()), manager.block_size
+        count = 0
+        for key in manager.prefix_keys(seq, range(size, seq.num_prompt_tokens, size)):
+            if key not in held:
+                break
+            count += size
+        return count
 
     @property
     def remaining_tokens(self) -> int:
@@ -164,9 +187,15 @@ class Replica:
                     cost = StepCost(*self._latency.step_cost(features))
                     if self._watch is not None:
                         self._watch(features)
-                    launched, batch.start_ns, self._device_free = cost.times(now, self._device_free)
+                    if self._stages is None:
+                        launched, batch.start_ns, self._device_free = cost.times(now, self._device_free)
+                    else:
+                        samples = batch.num_sampled > 0
+                        launched, batch.start_ns, self._device_free = self._stages.times(cost, now, samples)
                     arrived = 0
                 else:
+                    if self._stages is not None:
+                        self._stages.pass_by()
                     batch.start_ns = self._device_free = max(now, self._device_free)
                 batch.end_ns = self._device_free
                 if (steps := horizon(core, batch, self._most_steps)) > 1:

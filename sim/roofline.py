@@ -14,18 +14,17 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import plain
 from twinserve.sim.devices import Device, named_device
-from twinserve.sim.latency import StepFeatures
+from twinserve.sim.latency import StepCost, StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
 from twinserve.sim.quantized_configs import with_float8
-from twinserve.sim.shapes import STORED_BITS, Layers, Matrix, ModelShape
+from twinserve.sim.shapes import STORED_BITS, Experts, Layers, Matrix, ModelShape
+from twinserve.sim.splits import Links, Split, Stage, stages_of
 
 MEMORY_SHARE = 0.9
 RESERVED_BYTES = 2 * 10**9
-ALL_REDUCE_NS = 6_600
-"""What an all-reduce of few bytes takes beside its hops: the base latency of a ring with the LL protocol in NCCL's own
-model of its speed (src/graph/tuning.cc, baseLat)."""
+_NOT_COUNTED = {"limit_w", "measured_power"}
+"""Of a device, what no step's time depends on."""
 
 
 @mypyc_attr(serializable=True)
@@ -60,7 +59,7 @@ class RooflineLatency:
     """The roofline of each operation of a step, summed (Williams, Waterman and Patterson, CACM 52(4), 2009).
 
     An operation takes the longer of its arithmetic, operations / flops, and its reading, bytes / bandwidth, at the
-    shares of the peaks that are reached. For a step of T tokens on a share 1/tp of the model:
+    shares of the peaks that are reached. For a step of T tokens on a share 1/tp of each layer:
 
     - a projection of n inputs to m outputs: 2 T n m operations; its weights and T (n + m) activations are moved;
     - experts, a layer: those of top_k of them a token; read are as many as T tokens are expected to choose together;
@@ -70,25 +69,36 @@ class RooflineLatency:
     - the output projection: as a projection, for the sampled rows alone;
     - a time for what lies between them, a layer;
     - with tp > 1, two all-reduces a layer of T hidden states: 2 (tp - 1) / tp of their bytes over the link, and for
-      each a fixed time and one a hop of the ring, as measured, or where nobody has, by NCCL's own model of its speed.
+      each a fixed time and one a hop of the ring, as measured, or where nobody has, by NCCL's own model of its speed;
+    - with ep > 1, experts are whole, and a device has 1 / ep of them: it computes T top_k / tp rows, and reads its
+      share of those that the tokens of all dp ranks choose together;
+    - with dp > 1, a layer of experts has an all-to-all before and behind them, see `Links.exchange_ns`, and its two
+      sums are a reduce-scatter and an all-gather, which take one all-reduce together;
+    - with pp > 1, a stage takes its share of the layers' time, the last one the output projection, and all but the
+      first what the one before sends, see `Links.send_ns`.
 
+    A rank of dp is priced as if all had steps like its own, and waited for none; each expert is chosen alike often.
     The host's time is a constant and a cost a sequence.
 
     Args:
         shape: the model.
         device: where it runs.
         tensor_parallel: devices that share each layer.
+        split: how many devices share what, in place of `tensor_parallel`.
 
     Attributes:
         kv_token_ns: nanoseconds in which the keys and values of a token are read, where no layer has a window.
 
     Raises:
-        ValueError: the heads cannot be shared by so many devices, or no link joins so many.
+        ValueError: the model cannot be shared so, or no link joins so many.
     """
 
-    def __init__(self, shape: ModelShape, device: Device, tensor_parallel: int = 1):
-        _check_degree(shape, device, tensor_parallel)
-        self.shape, self.device, self.tensor_parallel = shape, device, tensor_parallel
+    def __init__(self, shape: ModelShape, device: Device, tensor_parallel: int = 1, split: Split | None = None):
+        self.split = Split(tensor_parallel) if split is None else split
+        self.split.check(shape, device)
+        self.shape, self.device, self.tensor_parallel = shape, device, self.split.tensor
+        self.stages = stages_of(shape, self.split)
+        self._links = Links(shape, device, self.split)
         shares = device.shares
         self._bandwidth = device.bandwidth * shares.bandwidth / 1e9
         self._flops = device.flops * shares.flops / 1e9
@@ -115,12 +125,11 @@ class RooflineLatency:
     @property
     def about(self) -> dict[str, Any]:
         """The model, the device with its source, and the degree of parallelism."""
+        unmeasured = {"collectives"} if self.device.collectives is None else set()
         return {
             "model": self.shape.as_dict(),
-            "device": self.device.model_dump(
-                mode="json", exclude={"collectives"} if self.device.collectives is None else None
-            ),
-            "tensor_parallel": self.tensor_parallel,
+            "device": self.device.model_dump(mode="json", exclude=_NOT_COUNTED | unmeasured),
+            **self.split.facts,
             "basis": self.basis,
         }
 
@@ -134,14 +143,16 @@ class RooflineLatency:
         if not self.device.has_own_shares:
             return "datasheet"
         shape = self.shape
-        is_plain = shape.weight_bits == shape.kv_bits == STORED_BITS and self.tensor_parallel == 1
+        is_plain = shape.weight_bits == shape.kv_bits == STORED_BITS and self.split.is_whole
         return "measured" if is_plain and shape.name in self.device.shares.shapes else "shares measured"
 
     @property
     def name(self) -> str:
         """In words."""
-        devices = self.device.name if self.tensor_parallel == 1 else f"{self.tensor_parallel} x {self.device.name}"
-        return f"roofline of {self.shape.name} on {devices}, {self.basis}"
+        count, split = self.split.num_devices * self.split.data, self.split
+        devices = self.device.name if count == 1 else f"{count} x {self.device.name}"
+        shared = "" if count == split.tensor and split.expert == 1 else f" ({split})"
+        return f"roofline of {self.shape.name} on {devices}{shared}, {self.basis}"
 
     @property
     def identity(self) -> str:
@@ -149,16 +160,14 @@ class RooflineLatency:
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
 
     def num_blocks(self, block_size: int, num_states: int = 0) -> int:
-        """KV blocks that fit beside weights, the states of so many sequences and a reserve in a share of the memory.
+        """KV blocks that fit beside weights, the states of so many sequences and a reserve in a share of the memory: of
+        the stage that has room for the fewest.
 
         Raises:
             ValueError: not even one fits.
         """
-        weights = self.shape.weight_bytes(self.tensor_parallel)
-        states = num_states * self.shape.state_bytes / self.tensor_parallel
-        left = MEMORY_SHARE * self.device.memory_bytes - RESERVED_BYTES - weights - states
-        kv_bytes = self.shape.kv_bytes_per_token(self.tensor_parallel)
-        count = int(left // (kv_bytes * block_size))
+        counts = [self._blocks_of(stage, block_size, num_states) for stage in self.stages]
+        count, weights, states = min(counts)
         if count < 1:
             beside = f" and {states / 1e9:.1f} GB of states" if states else ""
             held, room = self.device.memory_bytes / 1e9, RESERVED_BYTES / 1e9
@@ -169,14 +178,35 @@ class RooflineLatency:
             )
         return count
 
-    def step_cost(self, features: StepFeatures) -> tuple[int, int]:
-        """(host_ns, device_ns) of a step with these features."""
-        return self._host(features), round(
-            self._matrices(features.tokens, features.sampled) + self._attention(features)
-        )
+    def _blocks_of(self, stage: Stage, block_size: int, num_states: int) -> tuple[int, float, float]:
+        """The KV blocks of a device of a stage; bytes of its weights, and of its states."""
+        weights = stage.weight_bytes(self.shape, self.split)
+        states = stage.share * num_states * self.shape.state_bytes / self.tensor_parallel
+        left = MEMORY_SHARE * self.device.memory_bytes - RESERVED_BYTES - weights - states
+        kv_bytes = stage.share * self.shape.kv_bytes_per_token(self.tensor_parallel)
+        return int(left // (kv_bytes * block_size)), weights, states
 
-    def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray]:
+    def step_cost(self, features: StepFeatures) -> tuple[int, int] | StepCost:
+        """(host_ns, device_ns) of a step with these features; of a pipeline, with what each of its stages takes."""
+        layers_ns = self._matrices(features.tokens, features.sampled) + self._attention(features)
+        if len(self.stages) == 1:
+            return self._host(features), round(layers_ns)
+        stages = self._stages_ns(features, layers_ns)
+        return StepCost(self._host(features), sum(stages), stages=stages)
+
+    def _stages_ns(self, features: StepFeatures, total_ns: float) -> tuple[int, ...]:
+        """What each stage takes of a step that takes so long without sends, in nanoseconds."""
+        head_ns = self._head(features.sampled)
+        stages = []
+        for place, stage in enumerate(self.stages):
+            own_ns = stage.share * (total_ns - head_ns) + (head_ns if stage.is_last else 0.0)
+            stages.append(round(own_ns + (self._links.send_ns(place - 1, features.tokens) if place else 0.0)))
+        return tuple(stages)
+
+    def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray] | None:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
+        if len(self.stages) > 1:
+            return None
         costs_ns = np.full(count, self._matrices(features.tokens, features.sampled))
         costs_ns += self._attention(features.repeated(np.arange(1, count + 1), 0))
         return self._host(features), np.rint(costs_ns, out=costs_ns).astype(np.int64)
@@ -205,49 +235,51 @@ class RooflineLatency:
         """Nanoseconds of all projections of a step, of what lies between them, and of all-reduces."""
         known = self._matrices_ns.get((tokens, sampled))
         if known is None:
-            known = self._projection(sampled, self.shape.head, 1.0, STORED_BITS, self._flops)
+            known = self._head(sampled)
+            num_sums = self.shape.num_sums
             for layers in self.shape.layers:
                 known += layers.count * (self._layer(layers, tokens) + self.device.shares.layer_ns)
-            known += self.shape.num_sums * self._all_reduce(tokens)
+                if self.split.data > 1 and isinstance(layers.network, Experts):
+                    known += layers.count * 2 * self._links.exchange_ns(layers, tokens)
+                    num_sums -= layers.count
+            known += num_sums * self._links.all_reduce_ns(tokens)
             self._matrices_ns[tokens, sampled] = known
         return known
 
+    def _head(self, sampled: int) -> float:
+        """Nanoseconds of the output projection of so many rows."""
+        return self._projection(sampled, self.shape.head, 1.0, STORED_BITS, self._flops)
+
     def _layer(self, layers: Layers, tokens: int) -> float:
         """Nanoseconds of the projections of a layer, experts included."""
-        shape, network = self.shape, layers.network
+        shape, network, split = self.shape, layers.network, self.split
         total = 0.0
         for matrix in layers.matrices(shape.hidden_size):
             flops = self._quantised_flops if matrix.is_quantised else self._flops
             total += self._projection(tokens, matrix, 1.0, shape.bits_of(matrix), flops)
-        chosen, read = tokens * network.top_k, network.distinct(tokens)
+        chosen, read, is_whole = float(tokens * network.top_k), network.distinct(tokens), split.expert > 1
+        if is_whole:
+            chosen, read = chosen / split.tensor, network.distinct(tokens * split.data) / split.expert
         for matrix in network.of_each(shape.hidden_size):
-            total += self._projection(chosen, matrix, read, shape.bits_of_experts, self._quantised_flops)
+            total += self._projection(chosen, matrix, read, shape.bits_of_experts, self._quantised_flops, is_whole)
         return total
 
-    def _all_reduce(self, tokens: int) -> float:
-        """Nanoseconds of an all-reduce of the hidden states of so many tokens."""
-        share = self.tensor_parallel
-        if share == 1:
-            return 0.0
-        moved = 2 * (share - 1) / share * tokens * self.shape.hidden_size * STORED_BITS / 8
-        measured = self.device.collectives
-        if measured is None:
-            return ALL_REDUCE_NS + 2 * (share - 1) * self.device.hop_ns + moved / (self.device.link / 1e9)
-        more_hops = 2 * (share - measured.ranks)
-        return max(0.0, measured.all_reduce_ns + more_hops * self.device.hop_ns) + moved / (measured.link / 1e9)
-
-    def _projection(self, rows: int, matrix: Matrix, copies: float, bits: float, flops: float) -> float:
-        """Nanoseconds of a matrix product of so many rows, of which so many different matrices are read."""
+    def _projection(
+        self, rows: float, matrix: Matrix, copies: float, bits: float, flops: float, is_whole: bool = False
+    ) -> float:
+        """Nanoseconds of a matrix product of so many rows, of which so many different matrices are read; `is_whole`:
+        however it may be split, a device has all of it."""
         if not rows:
             return 0.0
-        share = self.tensor_parallel if matrix.is_split else 1
+        share = self.split.tensor if matrix.is_split and not is_whole else 1
         activations = rows * (matrix.inputs + matrix.outputs / share) * STORED_BITS / 8
         moved = copies * matrix.size / share * bits / 8 + activations
         return max(2.0 * rows * matrix.size / share / flops, moved / self._bandwidth)
 
     @classmethod
     def parse(cls, text: str) -> RooflineLatency:
-        """From "MODEL@DEVICE", with options behind it: ":tp=N", ":quantization=fp8", ":kv_cache_dtype=fp8".
+        """From "MODEL@DEVICE", with options behind it: ":tp=N", ":pp=N", ":dp=N", ":ep=N", ":quantization=fp8",
+        ":kv_cache_dtype=fp8".
 
         MODEL is a shape that ships, a config.json or its folder.
 
@@ -257,20 +289,21 @@ class RooflineLatency:
         model, at, rest = text.rpartition("@")
         device_name, *given = rest.split(":")
         options = dict(option.partition("=")[::2] for option in given)
-        if not at or not set(options) <= {"tp", *_FLOAT8} or len(options) < len(given):
+        if not at or not set(options) <= {"tp", "pp", "dp", "ep", *_FLOAT8} or len(options) < len(given):
             raise InputError(
-                "expected roofline:MODEL@DEVICE, and behind it :tp=N, :quantization=fp8 or :kv_cache_dtype=fp8",
+                "expected roofline:MODEL@DEVICE, and behind it :tp=N, :pp=N, :dp=N, :ep=N, :quantization=fp8 or "
+                ":kv_cache_dtype=fp8",
                 field="latency",
                 value=text,
             )
         device, shape = named_device(device_name), named_shape(model)
         try:
-            for name, value in options.items():
-                if name in _FLOAT8:
-                    if value != "fp8":
-                        raise ValueError(f"{name} is {value}, expected fp8")
-                    shape = _FLOAT8[name](shape)
-            return cls(shape, device, int(plain(options.get("tp", "1"))))
+            for name in filter(options.__contains__, _FLOAT8):
+                if options[name] != "fp8":
+                    raise ValueError(f"{name} is {options[name]}, expected fp8")
+                shape = _FLOAT8[name](shape)
+            degrees = [option for option in given if option.partition("=")[0] not in _FLOAT8]
+            return cls(shape, device, split=Split.parse(":".join(degrees)) if degrees else None)
         except ValueError as error:
             raise InputError(str(error), field="latency", value=text) from error
 
@@ -302,18 +335,6 @@ _FLOAT8: dict[str, Callable[[ModelShape], ModelShape]] = {
     "kv_cache_dtype": _with_float8_kv,
 }
 """What options by vLLM's names make of a shape."""
-
-
-def _check_degree(shape: ModelShape, device: Device, tensor_parallel: int) -> None:
-    """Raise ValueError if so many devices cannot share the model."""
-    if tensor_parallel < 1:
-        raise ValueError(f"tensor_parallel is {tensor_parallel}, expected >= 1")
-    reasons = [layers.mixer.why_not(tensor_parallel) for layers in shape.layers]
-    if tensor_parallel > device.linked:
-        reasons.append(f"expected at most {device.linked}, as many as share a link of the {device.name}")
-    for reason in reasons:
-        if reason is not None:
-            raise ValueError(f"tensor_parallel is {tensor_parallel}, {reason}")
 
 
 def _in_window(start: Any, length: int, window: int | None) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
@@ -15,10 +15,11 @@ from twinserve.traces.request import PrefixKeys, Request, answer_text
 class Router(Protocol):
     """Chooses a replica for each request, once, when it arrives; and again if that replica dies.
 
-    What it may read of a replica is what a router can know: `index`, `outstanding_requests`, `kv_use`, and
-    `outstanding_tokens`; the last two are worked out when they are read. `remaining_tokens` is for oracles, as it knows
-    how long answers will be. A class that reads no more than `index` may say so by `is_blind = True`, False where it is
-    missing; one that derives from such a class and reads more says `is_blind = False`. Replicas of a blind router can
+    What it may read of a replica is what a router can know: `index`, `outstanding_requests`, `kv_use`,
+    `outstanding_tokens`, and `cached_prefixes`, which engines tell by events; the last three are worked out when they
+    are read. `remaining_tokens` is for oracles, as it knows how long answers will be. A class that reads no more than
+    `index` may say so by `is_blind = True`, False where it is missing; one that derives from such a class and reads
+    more says `is_blind = False`. Replicas of a blind router can
     be simulated one after the other, which takes less time.
     """
 
@@ -127,6 +128,40 @@ class LeastRemaining:
         return min(range(len(replicas)), key=lambda place: replicas[place].remaining_tokens)
 
 
+class KvEvents:
+    """The one with the fewest tokens to compute before the request's first: outstanding ones, and those of the prompt
+    that its cache is not known to hold; of equal ones the first. So does Dynamo's router, which weighs both alike.
+
+    What caches hold, engines tell by events, block by block as they are stored and evicted; what was so `delay_s` ago
+    is known. It is looked at when requests arrive: known is what was so at the latest arrival that is as long ago.
+
+    Args:
+        delay_s: from an event until the router has heard of it.
+
+    Raises:
+        ValueError: the delay is below 0.
+    """
+
+    def __init__(self, delay_s: float = 0.1):
+        if not delay_s >= 0:
+            raise ValueError(f"delay_s is {delay_s}, expected seconds >= 0")
+        self._delay_ns = delay_s * 1e9
+        self._seen: deque[tuple[int, dict[int, frozenset[int]]]] = deque()
+
+    def choose(self, request: Request, replicas: Seq[Replica]) -> int:
+        now_ns, seen = request.arrival_ns, self._seen
+        seen.append((now_ns, {replica.index: replica.cached_prefixes for replica in replicas}))
+        while len(seen) > 1 and seen[1][0] <= now_ns - self._delay_ns:
+            seen.popleft()
+        known = seen[0][1] if seen[0][0] <= now_ns - self._delay_ns else {}
+        none: frozenset[int] = frozenset()
+        loads = [
+            replica.outstanding_tokens - replica.num_hit_tokens(request, known.get(replica.index, none))
+            for replica in replicas
+        ]
+        return loads.index(min(loads))
+
+
 class PrefixAffine:
     """The replica that was sent the longest prefix of the prompt before, unless it has too much to do.
 
@@ -197,6 +232,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": PrefixAffine,
+    "kv-events": KvEvents,
 }
 SEEDED: dict[str, Callable[[int], Router]] = {"random": RandomChoice, "power-of-two": PowerOfTwo}
 """Those that draw at random."""

@@ -417,14 +417,18 @@ class ModelShape:
 
     def weight_bytes(self, tensor_parallel: int = 1) -> float:
         """Bytes of the weights on one of so many devices."""
-        bits = float(self._embeddings * STORED_BITS / tensor_parallel)
+        return self._embeddings * STORED_BITS / 8 / tensor_parallel + self.layer_bytes(tensor_parallel)
+
+    def layer_bytes(self, tensor_parallel: int = 1, expert_parallel: int = 1) -> float:
+        """Bytes of the layers' weights on one of so many devices; experts lie whole on `expert_parallel` of them."""
+        bits = 0.0
         for layers in self.layers:
             shared = layers.network.num * self._expert(layers) * self.bits_of_experts
             own = sum(
                 matrix.size * self.bits_of(matrix) / (tensor_parallel if matrix.is_split else 1)
                 for matrix in layers.matrices(self.hidden_size)
             )
-            bits += layers.count * (own + shared / tensor_parallel)
+            bits += layers.count * (own + shared / max(tensor_parallel, expert_parallel))
         return bits / 8
 
     def kv_bytes_per_token(self, tensor_parallel: int = 1) -> float:

@@ -32,5 +32,5 @@ class SlowLatency:
         cost = StepCost(*self._latency.step_cost(features))
         for one in self._slowdowns:
             if one.from_ns <= features.decided_ns and (one.to_ns is None or features.decided_ns < one.to_ns):
-                cost = cost._replace(device_ns=round(cost.device_ns * one.factor))
+                cost = cost.slower(one.factor)
         return cost

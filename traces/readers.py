@@ -63,7 +63,7 @@ _JSON_LINES: tuple[tuple[frozenset[str], Any], ...] = (
 _DOCUMENTS = (weka, vllm_bench, sglang_bench, guidellm)
 _ARRAYS = (sharegpt_v3, inference_perf)
 _TABLES = (azure, vidur, burstgpt, splitwise, servegen)
-_STREAMED = {form.NAME for form in (mooncake, bailian, sharegpt, *_TABLES)}
+_STREAMED = {form.NAME for form in (own, mooncake, bailian, sharegpt, *_TABLES)}
 """Formats that are read a line at a time."""
 _NEIGHBOURS = {
     "an AIBrix workload": {"timestamp", "requests"},
@@ -234,7 +234,7 @@ def _recognise(content: Content, path: Path, reading: Reading) -> tuple[str, Row
     for table in _TABLES:
         if set(table.FIELDS) <= set(columns):
             return table.NAME, table.rows(chain((first,), lines), path, reading)
-    hint = "; or `columns`, which say what those of your own table are"
+    hint = "; or a table of your own by columns, such as --columns time=COLUMN,prompt=COLUMN,output=COLUMN"
     raise _unknown(columns, [(set(table.FIELDS), table) for table in _TABLES], first, path, hint)
 
 

@@ -2,7 +2,8 @@
 
 Each takes requests with the ids 0, 1, 2... in the order of their arrival, as readers and generator give them, returns
 such requests, and appends to a log `{"transform": name, "parameters": {...}, "changed": {what: how many, ...}}`. The
-log says all that a stranger needs to make the same requests from the same trace.
+log says all that a stranger needs to make the same requests from the same trace. Errors name the option of
+`TraceOptions` that asks for a transform.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def window(requests: Seq[Request], start_s: float, end_s: float, log: TransformL
     Raises:
         InputError: the window is empty.
     """
-    require(0 <= start_s < math.inf, "start_s", start_s, "seconds >= 0")
-    require(start_s < end_s, "end_s", end_s, f"seconds > start_s ({start_s})")
+    asked = f"{start_s:g}:{end_s:g}"
+    require(0 <= start_s < math.inf, "window_s", asked, "a START in seconds >= 0")
+    require(start_s < end_s, "window_s", asked, "an END behind its START")
     origin_ns = requests[0].arrival_ns + round(start_s * 1e9)
     length_ns = math.inf if end_s == math.inf else round(end_s * 1e9) - round(start_s * 1e9)
     moved = (replace(request, arrival_ns=request.arrival_ns - origin_ns) for request in requests)
     kept = Requests(request for request in moved if 0 <= request.arrival_ns < length_ns)
-    require(bool(kept), "window", [start_s, end_s], "at least one request in it")
+    require(bool(kept), "window_s", asked, "at least one request in it")
     orphaned = sum(request.after is not None and request.after < kept[0].id for request in kept.others.values())
     changed = {"requests_dropped": len(requests) - len(kept), "requests_cut_from_their_past": orphaned}
     _write(log, "window", {"start_s": start_s, "end_s": None if end_s == math.inf else end_s}, changed)
@@ -53,7 +55,7 @@ def limit(requests: Seq[Request], num_requests: int, log: TransformLog) -> Seq[R
     Raises:
         InputError: `num_requests` is less than 1.
     """
-    require(num_requests >= 1, "num_requests", num_requests, "an integer >= 1")
+    require(num_requests >= 1, "limit", num_requests, "an integer >= 1")
     kept = requests[:num_requests]
     _write(log, "limit", {"num_requests": num_requests}, {"requests_dropped": len(requests) - len(kept)})
     return kept
@@ -69,15 +71,15 @@ def scale_rate(requests: Seq[Request], factor: float, log: TransformLog) -> Seq[
         InputError: `factor` is not a number above 0, or so small that times are beyond 63 bits; or there are sessions,
             and all begin at one instant.
     """
-    require(0 < factor < math.inf, "factor", factor, "a number > 0")
+    require(0 < factor < math.inf, "rate_scale", factor, "a number > 0")
     least = requests[-1].arrival_ns / LARGEST
-    require(factor > least, "factor", factor, f"a number > {least:.3g}, so that times have at most 63 bits")
+    require(factor > least, "rate_scale", factor, f"a number > {least:.3g}, so that times have at most 63 bits")
     if all(request.after is None for request in as_requests(requests).others.values()):
         return _at(requests, (round(r.arrival_ns / factor) for r in requests), "scale_rate", {"factor": factor}, log)
     begins = session_begins(requests)
     at_once = len(begins) > 1 and len(set(begins.values())) == 1
     words = "1, as all sessions begin at one instant: session_rate has them begin at random"
-    require(not at_once or factor == 1, "factor", factor, words)
+    require(not at_once or factor == 1, "rate_scale", factor, words)
     moved = [
         replace(request, arrival_ns=request.arrival_ns - begin + round(begin / factor))
         for request, begin in zip(requests, map(begins.__getitem__, session_keys(requests)), strict=True)
@@ -170,7 +172,7 @@ def start_sessions(requests: Seq[Request], rate: float, seed: int, log: Transfor
     Raises:
         InputError: `rate` is not a number above 0.
     """
-    require(0 < rate < math.inf, "rate", rate, "sessions per second > 0")
+    require(0 < rate < math.inf, "session_rate", rate, "sessions per second > 0")
     rng = random.Random(seed)
     shifts_ns: dict[int, int] = {}
     next_s = 0.0
@@ -178,7 +180,7 @@ def start_sessions(requests: Seq[Request], rate: float, seed: int, log: Transfor
     for request, key in zip(requests, session_keys(requests), strict=True):
         if key not in shifts_ns:
             least = next_s * 1e9 / LARGEST
-            require(least < 1, "rate", rate, "so many sessions per second that times have at most 63 bits")
+            require(least < 1, "session_rate", rate, "so many sessions per second that times have at most 63 bits")
             shifts_ns[key] = round(next_s * 1e9) - request.arrival_ns
             next_s += rng.expovariate(rate)
         moved.append(replace(request, arrival_ns=request.arrival_ns + shifts_ns[key]))
@@ -193,7 +195,7 @@ def cap_prompt_tokens(requests: Seq[Request], most: int, log: TransformLog) -> S
     Raises:
         InputError: `most` is less than 1.
     """
-    require(most >= 1, "most", most, "an integer >= 1")
+    require(most >= 1, "max_prompt_tokens", most, "an integer >= 1")
     capped = Requests(replace(request, parts=_head(request.parts, most)) for request in requests)
     _write(log, "cap_prompt_tokens", {"most": most}, {"prompts_shortened": _count_changed(requests, capped)})
     return capped
@@ -205,7 +207,7 @@ def cap_output_tokens(requests: Seq[Request], most: int, log: TransformLog) -> S
     Raises:
         InputError: `most` is less than 1.
     """
-    require(most >= 1, "most", most, "an integer >= 1")
+    require(most >= 1, "max_output_tokens", most, "an integer >= 1")
     capped = Requests(replace(request, max_tokens=min(request.max_tokens, most)) for request in requests)
     lengths = {request.id: request.max_tokens for request in capped} if capped.others else {}
     resolved = Requests(request.resolved(lengths) for request in capped)

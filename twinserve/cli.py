@@ -115,9 +115,10 @@ def _run(signals: _Signals) -> int:
     except InputError as error:
         return _say(error, 2)
     except usage_error as error:
-        return _say(error.format_message(), 2)
+        return _say(error.format_message() + _where_help_is(error), 2)
     except _Stopped as stopped:
-        return _say(_WORDS[stopped.number], 128 + stopped.number)
+        words = [_WORDS[stopped.number], *getattr(stopped, "__notes__", [])]
+        return _say("; ".join(words), 128 + stopped.number)
     except (KeyboardInterrupt, typer.Abort):
         return _say(_WORDS[signal.SIGINT], 128 + signal.SIGINT)
     except BrokenPipeError:
@@ -133,6 +134,11 @@ def _run(signals: _Signals) -> int:
         return _say(f"{where}{error.strerror or error}", 2 if error.errno == errno.ENAMETOOLONG else 1)
     except MemoryError as error:
         return _say(f"out of memory: {error}", 1)
+
+
+def _where_help_is(error: Any) -> str:
+    """How to read what the misused command takes."""
+    return f" (see {error.ctx.command_path} -h)" if error.ctx is not None else ""
 
 
 def _say(what: object, code: int) -> int:

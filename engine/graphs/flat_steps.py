@@ -20,7 +20,7 @@ from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.graph_runner import capture_each, captured
 from twinserve.engine.graphs.step_sizes import GraphOptions, StepSize, StepSizes
-from twinserve.engine.kernels.cuts import longest_first, prompt_tiles, tile_tokens
+from twinserve.engine.kernels.cuts import decode_cuts, longest_first, prompt_tiles, tile_tokens
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
@@ -60,13 +60,14 @@ class FlatSteps:
 
     Attributes:
         most_single: as given; such rows have to lie first in a flat batch.
+        cache: as given.
     """
 
     def __init__(
         self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int, *, follows: bool = False
     ) -> None:
         settings, shape, device = config.settings, model.config, model.device
-        self.most_single, self._device = most_single, device
+        self.most_single, self.cache, self._device = most_single, cache, device
         # What a model drafts behind is a token longer, in each row, than what was computed.
         budget = settings.max_num_batched_tokens + settings.max_num_seqs * follows
         most = min(settings.max_num_seqs * most_single, budget)
@@ -88,11 +89,18 @@ class FlatSteps:
             max_tokens=max(most, budget),
             max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
+            few_rows=self._options.few_rows,
         )
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
+        self._cuts = decode_cuts(most, shape.num_kv_heads, model.dtype) if config.attention.name == "triton" else []
         self._out = torch.zeros(settings.max_num_seqs, dtype=torch.int32, device=device)
         self._graphs: dict[StepSize, tuple[Tensor, Callable[[], None]]] = {}
         self._followers: dict[StepSize, tuple[Tensor, Callable[[], Any]]] = {}
+
+    def kernel_facts(self) -> dict[str, Any]:
+        """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`)."""
+        facts = self._sizes.as_facts("none" if self._options.captured == "none" else "decodes")
+        return facts | {"prompt_tile": self._tile, "single": self.most_single, "decode_cuts": self._cuts}
 
     def capture(self) -> None:
         """Capture the graphs, unless that was done.

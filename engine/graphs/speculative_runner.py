@@ -45,7 +45,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             is_async=settings.pipeline_depth > 0,
             acceptance_rate=speculative.synthetic_acceptance_rate,
         )
-        self._forward = self._steps_of(self.model, self._cache, 1 + self._most_drafts)
+        self._forward = self._steps = self._steps_of(self.model, self._cache, 1 + self._most_drafts)
 
     def forward_of(self, model: Decoder) -> Forward:
         shape, name = model.config, self._config.attention.name
@@ -60,6 +60,14 @@ class GraphSpeculativeRunner(SpeculativeRunner):
     def _steps_of(self, model: Decoder, cache: KVCache, most_single: int, *, follows: bool = False) -> FlatSteps:
         self._all_steps.append(FlatSteps(model, cache, self._config, most_single, follows=follows))
         return self._all_steps[-1]
+
+    def kernel_facts(self) -> dict[str, Any]:
+        return self._steps.kernel_facts() | super().kernel_facts()
+
+    def fill_cache(self, seed: int) -> None:
+        """Fill the pools with noise, see `KVCache.fill`."""
+        for steps in self._all_steps:
+            steps.cache.fill(seed)
 
     def capture(self) -> None:
         """Capture the graphs, unless that was done.

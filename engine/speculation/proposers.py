@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from twinserve.engine.device_queue import to_device
+from twinserve.engine.device_queue import to_device, to_host
 from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
@@ -37,10 +37,34 @@ class VerifiedRow:
     table: np.ndarray
 
 
+class LateDrafts(Seq[list[int]]):
+    """Drafts whose numbers are known while the device is still at them; whoever reads one of them waits for all.
+
+    Args:
+        counts: of each row, how many of its tokens are drafts: the first.
+        tokens: [rows, at least the largest count], on the device.
+    """
+
+    def __init__(self, counts: Seq[int], tokens: torch.Tensor) -> None:
+        self.counts, self._host = counts, to_host(tokens)
+        self._ready: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, place: Any) -> Any:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._host[place, : self.counts[place]].tolist()
+
+
 class Proposer(Protocol):
     """Proposes drafts behind each step, in the thread and on the device that compute it."""
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
+    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
         """Drafts behind the text of each row that sampled, in their order: at most `asked` of each.
 
         All rows of the step are there, so that a proposer with KV of its own keeps up.
@@ -113,7 +137,7 @@ class DraftModel:
     def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
         self._model, self._forward, self._max_model_len = model, forward, max_model_len
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
+    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
         device = torch.device(self._model.device)
         spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
         layout = Layout.of(spans, tables, self._forward.most_single)
@@ -130,5 +154,4 @@ class DraftModel:
         if not any(row.count for row in drafted):
             return [[] for _ in drafted]
         first = self._model.logits(hidden[told[len(token_ids) :]]).argmax(dim=-1)
-        drafts: list[list[int]] = torch.stack(self._forward.followed(drafted, first), dim=1).tolist()
-        return [own[: row.count] for own, row in zip(drafts, drafted, strict=True)]
+        return LateDrafts([row.count for row in drafted], torch.stack(self._forward.followed(drafted, first), dim=1))

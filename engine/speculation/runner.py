@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
-from twinserve.engine.model_runner import ModelRunner, drawn
+from twinserve.engine.model_runner import ModelRunner, StepInput, drawn
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
-from twinserve.engine.speculation.proposers import Proposer, VerifiedRow
+from twinserve.engine.speculation.proposers import LateDrafts, Proposer, VerifiedRow
 from twinserve.policies import Batch, Row, Runs, Sequence
 
 
@@ -72,13 +72,17 @@ class SpeculativeRunner(ModelRunner):
     else the token comes from what is left of p. And a request with a seed gets the tokens it gets without drafts.
 
     Where decisions run ahead (`is_async`), a step is laid out when the one before has run: a row then begins behind
-    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are.
+    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are. The
+    device may be at these while the host goes on: they are read when all else of the step is laid out.
 
     Args:
         proposer: guesses.
         is_async: nobody is told how many were proposed.
         acceptance_rate: drafts are accepted with this probability, whatever they are; None compares them.
         others: as of ModelRunner.
+
+    Attributes:
+        acceptance_rate: as given; it may be changed between two runs.
     """
 
     def __init__(
@@ -91,10 +95,11 @@ class SpeculativeRunner(ModelRunner):
         **named: Any,
     ):
         super().__init__(*others, seed=seed, **named)
-        self._proposer, self._is_async, self._acceptance_rate = make_proposer(self), is_async, acceptance_rate
+        self._proposer, self._is_async, self.acceptance_rate = make_proposer(self), is_async, acceptance_rate
         self._seed = seed
         self._texts: dict[Sequence, list[int]] = {}  # these are of the thread that computes
         self._drafts: dict[Sequence, list[int]] = {}
+        self._coming: tuple[list[Sequence], Seq[list[int]]] = ([], [])  # drafts that nobody has read yet
         self._tables: dict[Sequence, np.ndarray] = {}
 
     def forward_of(self, model: Decoder) -> Forward:
@@ -105,6 +110,26 @@ class SpeculativeRunner(ModelRunner):
     def _cache_for(self, model: Decoder) -> KVCache:
         """A pool for a model that drafts."""
         return KVCache(model.config, self.num_blocks, self.block_size, model.dtype, self.device)
+
+    def kernel_facts(self) -> dict[str, Any]:
+        """See ModelRunner. On CUDA the host waits for what a step gives, as it verifies and proposes."""
+        return {"waits": True} if self.device.type == "cuda" else {}
+
+    def adopt(self, sequences: Iterable[Sequence]) -> None:
+        """Go on from these sequences as they are, whoever computed them; nothing may be in flight."""
+        self._texts = {seq: seq.token_ids[:] for seq in sequences}
+        self._forget_drafts()
+
+    def _forget_drafts(self) -> None:
+        self._drafts.clear()
+        self._coming = [], []
+
+    def _read_drafts(self) -> None:
+        """Wait for the drafts that were proposed last, and know them."""
+        for seq, drafts in zip(*self._coming, strict=True):
+            if seq in self._texts:
+                self._drafts[seq] = drafts
+        self._coming = [], []
 
     def launch(self, batch: Batch) -> VerifiedStep:
         """Start a step."""
@@ -127,7 +152,7 @@ class SpeculativeRunner(ModelRunner):
         """Compute a step, verify its drafts and have new ones proposed; the tokens of its runs, one behind another."""
         if launched.is_first:
             self._texts.clear()
-            self._drafts.clear()
+            self._forget_drafts()
         for seq in launched.gone:
             self._texts.pop(seq, None)
             self._drafts.pop(seq, None)
@@ -136,28 +161,38 @@ class SpeculativeRunner(ModelRunner):
             return torch.empty(0, dtype=torch.int64)
         self._tables = launched.tables
         rows, tokens = self._placed(launched)
-        step = self._snapshot(rows, tokens)
+        step = self._with_drafts(self._snapshot(rows, tokens), rows, tokens)
         draws = [one for row in rows if row.samples for one, _ in drawn(row, 0)]
         asked = AskedLogprobs(draws)
         chosen: list[int] = self._compute(step, None, asked).tolist()
         launched.heard = [one for one in (asked, step.prompts) if one]
         verified, made = self._verified(rows, tokens, chosen, launched)
         drafts = self._proposer.propose(verified, launched.asked)
-        for row, own in zip([row for row in verified if row.text], drafts, strict=True):
-            self._drafts[row.seq] = own
-            launched.proposed.append(len(own))
+        self._coming = [row.seq for row in verified if row.text], drafts
+        launched.proposed += drafts.counts if isinstance(drafts, LateDrafts) else map(len, drafts)
         return torch.tensor(made)
 
     def _placed(self, launched: _Launched) -> tuple[list[Row], list[list[int]]]:
-        """The rows where they really begin, and their tokens, drafts among them; a placeholder where there is none."""
+        """The rows where they really begin, and their tokens; a placeholder for each draft."""
         rows, tokens = [], []
         for row, known in zip(launched.rows, launched.known, strict=True):
             if not row.is_prompt:
                 text = self._texts[row.seq]
-                row, known = row._replace(start=len(text) - 1), [text[-1], *self._found(row)]
+                row, known = row._replace(start=len(text) - 1), text[-1:]
             rows.append(row)
             tokens.append(known + [0] * (row.num_tokens - len(known)))
         return rows, tokens
+
+    def _with_drafts(self, step: StepInput, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
+        """A step with the drafts in their places, as far as there are any; so have `tokens` then."""
+        self._read_drafts()
+        drafted = [(own, found) for row, own in zip(rows, tokens, strict=True) if (found := self._found(row))]
+        if not drafted:
+            return step
+        for own, found in drafted:
+            own[1 : 1 + len(found)] = found
+        token_ids = [token for number in step.arranged.layout.order for token in tokens[number]]
+        return replace(step, flat=replace(step.flat, token_ids=self._to_device(token_ids)))
 
     def _found(self, row: Row) -> list[int]:
         """The drafts of a row that were proposed; those of a padded admission are none."""
@@ -183,7 +218,7 @@ class SpeculativeRunner(ModelRunner):
 
     def _accepted(self, row: Row, chosen: list[int]) -> list[int]:
         """The run of a row for which the model has `chosen` these tokens: before its first draft, and behind each."""
-        found, rate = self._found(row), self._acceptance_rate
+        found, rate = self._found(row), self.acceptance_rate
         run: list[int] = []
         place = row.start + row.num_tokens - row.num_drafts
         for number, draft in enumerate(found):
@@ -202,5 +237,6 @@ class SpeculativeRunner(ModelRunner):
         return [self._tables[row.seq] for row in rows]
 
     def _known(self, row: Row) -> list[int]:
+        self._read_drafts()
         text = self._texts[row.seq]
         return (text + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]

@@ -173,12 +173,31 @@ def test_an_unknown_option_or_metric_is_refused(twinserve, tmp_path):
         (("--num-gpu-blocks", 9_192_992), "num_gpu_blocks is 9192992, expected"),
         (("--replicas", 10**8), "replicas is 100000000, expected"),
         (("--replicas", 2000, "--num-gpu-blocks", 40_000), "they have 80000000 (TWINSERVE_MOST_FLEET_BLOCKS)"),
-        (("--rate-scale", 1e-300), "factor is 1e-300, expected a number >"),
-        (("--session-rate", 1e-300), "rate is 1e-300, expected"),
+        (("--rate-scale", 1e-300), "rate_scale is 1e-300, expected a number >"),
+        (("--session-rate", 1e-300), "session_rate is 1e-300, expected"),
     ],
 )
 def test_numbers_that_no_machine_can_serve_are_refused_at_once(twinserve, trace, latency, options, words):
     assert_refused(twinserve("sim", trace, "--latency", latency, *options), words)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("limit", 0), ("rate_scale", -1), ("session_rate", 0), ("window_s", "-1:2"), ("window_s", "2:1"),
+        ("window_s", "900:901"), ("max_prompt_tokens", 0), ("max_output_tokens", -1), ("rate", 0), ("rate", "nan"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_option_of_a_trace_is_said_by_its_name(twinserve, trace, latency, option, value):
+    result = twinserve("sim", trace, "--latency", latency, f"--{option.replace('_', '-')}", value)
+    assert_refused(result, f"{option} is ")
+
+
+def test_a_rate_excludes_what_says_how_dense_arrivals_are_too(twinserve, trace, latency):
+    sim = ("sim", trace, "--latency", latency)
+    denser = twinserve(*sim, "--rate", 3, "--rate-scale", 2)
+    assert_refused(denser, "rate_scale is 2.0, expected none of it beside rate")
+    assert_refused(twinserve(*sim, "--arrivals", "poisson"), "arrivals is 'poisson', expected a rate beside it")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +315,7 @@ def test_settings_may_have_a_byte_order_mark(twinserve, trace, latency, tmp_path
         (("serve", "--simulate", "--shutdown-timeout", "9" * 30), "shutdown_timeout is 9999"),
         (("serve", "--simulate", "--max-num-queued-reqs", "9" * 30), "max_num_queued_reqs is 9999"),
         (("run", "{trace}", "--time-scale", "1e300"), "time_scale is 1e+300, expected a number from 0 to"),
+        (("profile", "--out", "p.json", "--pipeline-depth", "1"), "pipeline_depth is 1, expected none without"),
         (("profile", "--out", "p.json", "--shapes", "1000000000"), "--shapes"),
         (("profile", "--out", "p.json", "--repeats", "1000000000"), "--repeats"),
         (("profile", "--out", "p.json", "--max-context", "9" * 12), "--max-context"),

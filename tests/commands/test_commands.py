@@ -41,7 +41,7 @@ def test_sim_says_what_it_assumes(twinserve, trace, latency):
 
 def test_sim_wants_a_latency_names_those_that_ship_and_says_which_it_uses(twinserve, trace):
     result = twinserve("sim", trace)
-    assert result.code == 2 and "latency, is missing, expected --latency roofline:MODEL@DEVICE" in result.err
+    assert result.code == 2 and "latency is missing, expected --latency roofline:MODEL@DEVICE" in result.err
     shipped = "smollm2-135m-cpu-2-threads"
     assert shipped in result.err
     result = twinserve("sim", trace, "--latency", shipped)

@@ -48,7 +48,13 @@ def tiny_model(monkeypatch):
     model = LlamaForCausalLM(config).eval()
     monkeypatch.setattr(demo, "load_llm", lambda options, settings, *, progress: LLM(model, settings=settings))
     # The tiny model is some twenty times as fast as the real one, so its arrivals may be as well.
-    monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, {"rate_scale": 20.0}))
+    serves(monkeypatch, rate_scale=20.0)
+    monkeypatch.setattr(demo, "SHAPES", 8)
+
+
+def serves(monkeypatch, **changes):
+    """Let the demo serve its trace with these changes."""
+    monkeypatch.setattr(demo, "load_workload", lambda path, _: load_workload(path, changes))
 
 
 def test_the_demo_runs_both_worlds_replays_exactly_and_writes_its_page(tiny_model, monkeypatch, tmp_path, capsys):
@@ -69,6 +75,7 @@ def test_the_demo_fails_beyond_its_limit_and_replaces_an_earlier_ones_results(
     out = tmp_path / "demo"
     (out / "real").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
+    serves(monkeypatch, limit=4)
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
     for name in ("MOST_SPREAD", "MOST_CHANGE", "MOST_CORES"):
         monkeypatch.setattr(demo, name, 1e9)  # however busy this machine is
@@ -100,6 +107,7 @@ def test_a_disturbed_profile_is_measured_again_so_often_and_told(
     tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, measured, words
 ):
     left = list(profiles)
+    serves(monkeypatch, limit=4)
     monkeypatch.setattr(demo, "measure_steps", lambda llm, **_: steps_that_take(*left.pop(0)))
     taken = []
     monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))

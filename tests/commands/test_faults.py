@@ -79,12 +79,23 @@ def test_a_signal_in_a_run_leaves_nothing(folder, tmp_path, trace, latency, flee
         assert {name.split("/")[0] for name in left(folder)} <= {"run.partial"}
     else:
         status, word = ENDS[number]
-        assert (result.returncode, said(result)) == (status, f"twinserve: {word}")
+        told = f"; {folder / 'run'} was not written" if has_out else ""
+        assert (result.returncode, said(result)) == (status, f"twinserve: {word}{told}")
         assert left(folder) == []
     assert list((folder / "tmp").iterdir()) == []
     again = command(*arguments, *out, folder=folder)
     assert again.returncode == 0, again.stderr
     assert {name.split("/")[0] for name in left(folder)} == ({"run"} if has_out else set())
+
+
+def test_what_a_stopped_command_was_to_replace_is_as_it_was(folder, tmp_path, trace, latency):
+    arguments = ("sim", trace, "--latency", latency, "--out", folder / "run", "--force")
+    assert command(*arguments, folder=folder).returncode == 0
+    before = (folder / "run" / "run.json").read_bytes()
+    (tmp_path / "order.py").write_text(ORDER.format(number=int(signal.SIGINT)))
+    result = command(*arguments, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends", folder=folder)
+    assert (result.returncode, said(result)) == (130, f"twinserve: interrupted; {folder / 'run'} is as it was")
+    assert (folder / "run" / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
@@ -169,7 +180,8 @@ def test_a_signal_in_a_search_is_one_line_and_the_next_one_goes_on(folder, tmp_p
         assert result.returncode == -9
     else:
         status, word = ENDS[number]
-        assert (result.returncode, said(result)) == (status, f"twinserve: {word}")
+        told = f"; the same command goes on with what is in {folder / 'out'}" if "--out" in arguments else ""
+        assert (result.returncode, said(result)) == (status, f"twinserve: {word}{told}")
         assert not [entry for entry in left(folder) if entry.endswith(".partial")]
     assert not {"out/results.jsonl", "out/page.html"} & {*left(folder)}
     assert list((folder / "tmp").iterdir()) == []

@@ -59,6 +59,17 @@ def test_the_list_of_commands_has_whole_sentences(twinserve):
     assert all(f"\n  {name} " in shown for name in NAMES if " " not in name)
 
 
+@pytest.mark.parametrize("words", [[], ["trace"], ["config"]])
+def test_without_a_word_behind_it_a_group_shows_its_help_and_has_done_nothing(twinserve, words):
+    shown = twinserve(*words)
+    assert (shown.code, shown.out, shown.err) == (2, "", twinserve(*words, "-h").out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_misused_command_says_where_its_help_is(twinserve, name):
+    assert twinserve(*name.split(), "--no-such-option").err.endswith(f" (see twinserve {name} -h)\n")
+
+
 @pytest.mark.parametrize(
     ("words", "meant"),
     [

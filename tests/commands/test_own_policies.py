@@ -248,7 +248,7 @@ def test_a_router_and_the_rules_of_a_group_are_looked_for_beside_the_settings(
         (
             "{mine}",
             "expected: round-robin, random, least-outstanding, power-of-two, least-kv-use, session-sticky, "
-            "oracle-least-remaining, prefix-affine, FILE.py:CLASS or FILE.py:CLASS(",
+            "oracle-least-remaining, prefix-affine, kv-events, FILE.py:CLASS or FILE.py:CLASS(",
         ),
         ("{mine}:Modulo(count=-3)", "the router chose "),
     ],

@@ -69,6 +69,13 @@ def test_states_come_twice_a_second_and_count_the_tokens_between(monkeypatch, cl
     assert told == ["2 running, 0 waiting, KV 10%, 256 tokens/s"] * 4
 
 
+def test_where_nobody_knows_how_much_there_is_what_is_done_is_counted(monkeypatch):
+    terminal = put_terminal(monkeypatch)
+    with progress.Bar("capacity", None) as bar:
+        bar.advance(1234)
+    assert "1,234 done" in terminal.getvalue() and "/?" not in terminal.getvalue()
+
+
 def test_where_there_is_no_terminal_steps_say_nothing(monkeypatch, capsys, clock):
     with progress.Bar("run", 9, num_blocks=200) as bar:
         clock.now += 5

@@ -49,10 +49,25 @@ def test_stat_prints_the_same_as_tables(twinserve, tmp_path):
         "peak to mean, 1s 57",
         "16 0 0.00%",
         "dropped failed 1",
-        "noted private_prompt 2",
+        "noted have prompts of which the length alone is known 2",
         "cap_output_tokens {'most': 20} outputs_shortened 1",
     ):
         assert row in rows, result.out
+
+
+def test_stat_says_nothing_of_what_did_not_happen(twinserve, tmp_path):
+    rows = [{"arrival_ns": n * 10**9, "prompt": [[n, 0, 40]], "max_tokens": 5} for n in range(3)]
+    lines = [{"format": "twinserve-trace/1"}, *rows]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = twinserve("trace", "stat", tmp_path / "trace.jsonl")
+    assert shown.code == 0 and "of these" not in shown.out
+
+
+def test_every_note_of_a_reader_has_words(twinserve, tmp_path):
+    from twinserve.commands.tables import _NOTES
+
+    (tmp_path / "burst.csv").write_text(BURSTGPT)
+    assert {*stat(twinserve, tmp_path / "burst.csv")["trace"]["notes"], "arrival_not_said"} == set(_NOTES)
 
 
 def test_what_a_reader_dropped_counts_in_a_runs_summary_and_record(twinserve, latency, tmp_path):

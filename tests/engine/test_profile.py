@@ -6,7 +6,10 @@ import math
 
 import pytest
 
+from twinserve.engine.llm import LLM
 from twinserve.engine.profile import StepShape, covering, design, measure
+from twinserve.policies import SamplingParams
+from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.latency import StepFeatures
 
@@ -131,3 +134,91 @@ def test_a_decided_step_has_a_shape_that_can_be_measured(llama, serving):
     assert shape == StepShape((91, 41), ((32, 9), (0, 5)))
     assert StepShape.of(batch, 64).prompts == ((0, 9), (0, 5))
     assert StepFeatures.of(measure(llm, [shape], repeats=1)[0].batch).prompts == shape.prompts
+
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+DRAFTED = [
+    StepShape((40, 90), drafts=(3, 3), asked=3),
+    StepShape((90, 70, 60), common=48, drafts=(2, 0, 2), asked=2),
+    StepShape((30, 41), ((32, 9), (48, 5)), drafts=(1, 0), asked=1),
+    StepShape((30,), ((32, 9), (64, 5)), shares=True, asked=3),
+    StepShape((), ((0, 20), (0, 7)), asked=2),
+    StepShape((40, 90)),
+]
+
+
+def check_drafted(llm: LLM) -> None:
+    """Each of DRAFTED is run as it is, however often, whatever comes of its drafts."""
+    steps = measure(llm, DRAFTED, repeats=3)
+    assert len(steps) == 3 * len(DRAFTED)
+    shapes = {(len(shape.contexts), len(shape.prompts), shape.asked): shape for shape in DRAFTED}
+    assert len(shapes) == len(DRAFTED)
+    for step in steps:
+        batch, found = step.batch, StepFeatures.of(step.batch)
+        shape = shapes.pop((len(batch) - len(batch.prompts), len(batch.prompts), found.asked), None)
+        if shape is None:
+            continue  # a repetition, which `measure` has held against its shape
+        assert sorted(batch.drafts.values()) == sorted(number for number in shape.drafts if number)
+        assert (found.verifying, found.drafts) == (sum(number > 0 for number in shape.drafts), sum(shape.drafts))
+        assert found.drafting == (len(batch) if shape.asked else 0)
+        assert step.device_ns > 0 and step.launch_ns > 0 and step.bookkeeping_ns >= 0
+    assert not shapes
+
+
+def test_rows_with_drafts_are_measured_as_they_are_asked_for(llama, serving):
+    check_drafted(serving(llama, max_model_len=256, speculative_config=DRAFTS))
+
+
+@pytest.mark.parametrize("rate", [None, 1.0])
+def test_a_model_drafts_in_what_is_measured_and_nothing_is_accepted(llama, rate):
+    """Though it guesses all of it, or all is taken for right."""
+    config = {"method": "draft_model", "num_speculative_tokens": 3, "model": "given", "synthetic_acceptance_rate": rate}
+    settings = {"num_gpu_blocks": 256, "max_model_len": 256, "pipeline_depth": 1, "speculative_config": config}
+    llm = LLM(llama.model, settings=Settings.load(settings), draft=llama.model)
+    check_drafted(llm)
+    prompt = [5, 9, 300] * 4
+    if rate is None:
+        (answer,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=12))
+        llama.check(prompt, answer.token_ids)
+    llm.close()
+
+
+def test_where_the_host_waits_for_each_step_they_are_measured_one_ahead_and_all_rows_have_drafts(llama, monkeypatch):
+    config = {"method": "draft_model", "num_speculative_tokens": 3, "model": "given"}
+    settings = {"num_gpu_blocks": 256, "max_model_len": 256, "pipeline_depth": 1, "speculative_config": config}
+    llm = LLM(llama.model, settings=Settings.load(settings), draft=llama.model)
+    monkeypatch.setattr(llm.runner, "kernel_facts", lambda: {"waits": True})
+    steps = measure(llm, DRAFTED, repeats=3)
+    assert len(steps) == 3 * len(DRAFTED)
+    found = [StepFeatures.of(step.batch) for step in steps]
+    assert all(
+        one.drafts == one.asked * (len(step.batch) - len(step.batch.prompts))
+        for one, step in zip(found, steps, strict=True)
+    )
+    assert {one.asked for one in found} == {0, 1, 2, 3}
+    assert all(step.launch_ns >= 0 <= step.bookkeeping_ns and step.device_ns > 0 for step in steps)
+    llm.close()
+
+
+@pytest.mark.parametrize("limits", [LIMITS, SMALL | {"max_prompt": 64}])
+def test_a_design_with_drafts_has_none_some_and_all_of_them_and_fits_a_step(limits):
+    shapes = design(128, **limits, most_drafts=4, max_tokens=2048)
+    assert {shape.asked for shape in shapes} == {0, 1, 2, 3, 4}
+    for shape in shapes:
+        assert set(shape.drafts) <= {0, shape.asked} and len(shape.drafted) == len(shape.contexts)
+        assert shape.prompt_tokens + len(shape.contexts) + sum(shape.drafts) <= 2048
+        assert all(context >= 3 for context in shape.contexts) and all(length >= 2 for _, length in shape.prompts)
+        assert len(shape.contexts) <= limits["max_seqs"]
+    asking = [shape for shape in shapes if shape.asked and len(shape.contexts) > 1]
+    whole = [shape for shape in asking if all(shape.drafts)]
+    assert len(asking) > 30 < 3 * len(whole) and len(whole) < len(asking)
+
+
+def test_a_decided_step_with_drafts_has_a_shape_that_can_be_measured(llama, serving):
+    llm = serving(llama, max_model_len=256, speculative_config=DRAFTS)
+    batch = measure(llm, DRAFTED[1:2], repeats=1)[0].batch
+    shape = StepShape.of(batch, 16)
+    assert shape == StepShape((91, 71, 61), drafts=(2, 0, 2), asked=2)
+    kept = covering([shape], 1, **(ROOM | {"max_rows": 2}))
+    assert kept == [StepShape((91, 71), drafts=(2, 0), asked=2)], "a sequence and its drafts are left out together"
+    assert StepFeatures.of(measure(llm, kept, repeats=1)[0].batch).drafts == 2

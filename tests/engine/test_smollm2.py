@@ -118,9 +118,9 @@ def test_it_knows_the_capital_of_france(serving):
 
 def test_eight_questions_at_once_get_the_tokens_of_transformers(serving, tokenizer, reference):
     prompts = [chat_prompt(tokenizer, question) for question in QUESTIONS]
-    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     for prompt, completion in zip(prompts, serving().generate(prompts, params), strict=True):
-        assert len(completion.token_ids) == 48
+        assert len(completion.token_ids) == 24
         check_greedy(reference, prompt, completion.token_ids)
 
 

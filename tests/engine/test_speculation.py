@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 
 import engine_faults
 import pytest
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepError
-from twinserve.engine.speculation.proposers import ForcedProposer, NgramProposer
+from twinserve.engine.speculation.proposers import ForcedProposer, LateDrafts, NgramProposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
@@ -212,6 +213,18 @@ def test_faults_end_what_they_must_and_nothing_else(llama, speculating, monkeypa
 def test_logits_that_are_no_numbers_end_their_request_alone(llama, speculating, depth):
     llm = speculating(llama, "ngram", depth, max_model_len=128)
     engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
+
+
+@every_depth
+def test_drafts_of_a_model_are_read_when_all_else_of_the_next_step_is_laid_out(llama, speculating, monkeypatch, depth):
+    llm, order = speculating(llama, "draft_model", depth), list[str]()
+    snapshot, read = llm.runner._snapshot, LateDrafts.__getitem__
+    monkeypatch.setattr(llm.runner, "_snapshot", lambda *row: (order.append("laid"), snapshot(*row))[1])
+    monkeypatch.setattr(LateDrafts, "__getitem__", lambda own, place: (order.append("read"), read(own, place))[1])
+    llm.run_trace(prompts_of([9], 30), params=GREEDY)
+    assert order[:3] == ["laid", "laid", "read"], "the first step finds none"
+    groups = ["".join(own) for _, own in groupby(order)]
+    assert len(groups) > 16 and set(groups[2::2]) == {"laid"}, "those of a step before the next but one is laid out"
 
 
 def test_what_ended_is_forgotten(llama, speculating):

@@ -1,6 +1,7 @@
 """Ranks that are processes: the tokens of transformers, the record of one device, and one end for all.
 
-The processes of a number of ranks are started once for the module: what a test changes is the policies' alone.
+The processes of a number of ranks are started once for the module: what a test changes is the policies' alone. Where
+what is served matters, and not how ranks begin and end, they are forked from a process that has imported torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import pytest
 import torch
 from engine_judge import GREEDY, Judge, Watcher, judge_of, tiny
+from forked_processes import forked
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, StepError, serve
+from twinserve.engine.parallel import ranks
 from twinserve.engine.parallel.ranks import RankError
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
@@ -46,6 +49,25 @@ JUDGES: dict[int, Callable[[], Judge]] = {
 }
 
 
+@contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Ranks that are started here are forked from a process that has imported what they need, and end when it does."""
+    context, parent = forked()
+
+    def started(work, places, config, load):
+        processes = [
+            context.Process(target=work, args=(replace(place, parent=parent), config, load), daemon=True)
+            for place in places
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_started", started)
+        yield
+
+
 class Shared:
     """A model over some ranks, of which each test sets the policies."""
 
@@ -53,7 +75,8 @@ class Shared:
         self.judge = JUDGES[size]()
         self.judge.model.save_pretrained(folder)
         self.folder = folder
-        self.llm = LLM(folder, settings=SETTINGS, tensor_parallel_size=size, **options)
+        with forked_ranks():
+            self.llm = LLM(folder, settings=SETTINGS, tensor_parallel_size=size, **options)
 
     def under(self, **settings: Any) -> LLM:
         """The model under policies of these settings."""
@@ -162,9 +185,8 @@ def test_int8_gives_the_tokens_of_one_device_in_int8(tmp_path):
     prompts = [[5 + i, 9, 300 - i] * 7 for i in range(6)]
     found = []
     for size in (1, 2):
-        with closing(
-            LLM(tmp_path, settings=SETTINGS, quantization="int8", tensor_parallel_size=size, threads=1)
-        ) as llm:
+        options = {"quantization": "int8", "tensor_parallel_size": size, "threads": 1}
+        with forked_ranks(), closing(LLM(tmp_path, settings=SETTINGS, **options)) as llm:
             assert llm.facts()["quantization"] == "int8"
             found.append([one.token_ids for one in llm.generate(prompts, replace(GREEDY, max_tokens=12))])
     assert found[0] == found[1]
@@ -179,7 +201,8 @@ def test_smollm2_over_three_ranks_gives_transformers_tokens():
     common = Part(100, 0, 33)
     requests = [Request(i, 0, (common, Part(i, 0, length)), 12) for i, length in enumerate([30, 5, 16, 9])]
     settings = {"num_gpu_blocks": 9, "max_model_len": 128, "max_num_batched_tokens": 40, "max_num_seqs": 8}
-    with closing(LLM(folder, settings=Settings.load(settings), dtype="float32", tensor_parallel_size=3)) as llm:
+    options = {"dtype": "float32", "tensor_parallel_size": 3}
+    with forked_ranks(), closing(LLM(folder, settings=Settings.load(settings), **options)) as llm:
         for depth in (0, 1):
             llm.settings, watcher = Settings.load(settings | {"pipeline_depth": depth}), Watcher()
             sequences = llm.run_trace(requests, params=GREEDY, recorder=watcher)

@@ -25,7 +25,7 @@ def tiny_model() -> LlamaForCausalLM:
         vocab_size=64,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,

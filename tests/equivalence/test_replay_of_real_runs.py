@@ -57,7 +57,7 @@ def test_bursts_are_decided_again(serve, assert_replayed):
     size = 6
     requests = [
         private(i, 10 + 5 * (i % size), 4 + 3 * (i % size), after=(i // size - 1) * size if i >= size else None)
-        for i in range(40 * size)
+        for i in range(16 * size)
     ]
     run = serve(requests, max_num_seqs=16, num_gpu_blocks=200)
     assert run.counts["bursts"] >= 5
@@ -65,7 +65,7 @@ def test_bursts_are_decided_again(serve, assert_replayed):
 
 
 def test_shared_prefixes_and_sessions_are_decided_again(serve, assert_replayed):
-    run = serve(conversations(120), max_num_seqs=16, num_gpu_blocks=1000)
+    run = serve(conversations(60), max_num_seqs=16, num_gpu_blocks=1000)
     hit = run.summary["cached_tokens"] / sum(row["prompt_tokens"] for row in run.record.requests)
     assert hit >= 0.3
     assert run.counts["hits_on_running"] >= 10
@@ -74,7 +74,7 @@ def test_shared_prefixes_and_sessions_are_decided_again(serve, assert_replayed):
 
 
 def test_preemptions_in_a_tiny_pool_are_decided_again(serve, assert_replayed):
-    requests = [private(i, 40, 300 if i in (3, 9) else 60) for i in range(34)]
+    requests = [private(i, 40, 300 if i in (3, 9) else 60) for i in range(26)]
     run = serve(requests, max_num_seqs=8, block_size=8, num_gpu_blocks=24)
     resumed = run.counts["resumed_with_own"]
     assert run.counts["preemptions"] == run.summary["preemptions"] >= 20
@@ -85,7 +85,7 @@ def test_preemptions_in_a_tiny_pool_are_decided_again(serve, assert_replayed):
 
 
 def test_stops_are_decided_again(serve, assert_replayed, depth):
-    run = serve([private(i, 20, 250) for i in range(80)], ignore_eos=False, max_num_seqs=16, num_gpu_blocks=400)
+    run = serve([private(i, 20, 250) for i in range(48)], ignore_eos=False, max_num_seqs=16, num_gpu_blocks=400)
     stops, late = run.counts["stops"], run.counts["late_decisions"]
     assert stops == run.ends["stop"] >= 20
     assert late >= 20 if depth else late == 0

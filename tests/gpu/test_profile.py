@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 import twinserve.engine.profile as profile
+from twinserve.engine.llm import LLM
 from twinserve.engine.profile import MOST_WARMING, StepShape, measure
+from twinserve.settings.build_core import Settings
 from twinserve.sim.kernels import Kernels
+from twinserve.sim.latency import StepFeatures
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +51,20 @@ def test_the_facts_of_a_run_say_how_its_steps_are_padded_and_cut(qwen3, serving)
     kernels = Kernels.load(llm.facts()["kernels"])
     assert kernels.tokens[-1] == 256 and kernels.decodes[-1] == llm.settings.max_num_seqs
     assert kernels.decode_cuts[0][0] == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_steps_with_drafts_are_graphs_and_the_facts_say_how_they_attend(qwen3, monkeypatch, depth):
+    config = {"method": "draft_model", "num_speculative_tokens": 3, "model": "given"}
+    settings = {"num_gpu_blocks": 256, "max_model_len": 512, "max_num_batched_tokens": 256, "block_size": 16}
+    settings |= {"pipeline_depth": depth, "speculative_config": config, "max_num_seqs": 8}
+    options = {"device": "cuda", "attention": "triton", "dtype": "float32"}
+    llm = LLM(qwen3.model, settings=Settings.load(settings), draft=qwen3.model, **options)
+    kernels = Kernels.load(llm.facts()["kernels"])
+    assert (kernels.single, kernels.waits, kernels.decodes[-1]) == (4, True, 32) and not kernels.tokens
+    monkeypatch.setattr(profile, "WARMING_NS", 0)
+    shapes = [StepShape((64, 90), drafts=(3, 3), asked=3), StepShape((64,), ((0, 20),), drafts=(2,), asked=2)]
+    steps = measure(llm, shapes, repeats=2)
+    assert sorted(StepFeatures.of(step.batch).drafts for step in steps) == [2, 2, 6, 6]
+    assert all(step.launch_ns >= 0 <= step.bookkeeping_ns and step.device_ns > 0 for step in steps)
+    llm.close()

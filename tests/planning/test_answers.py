@@ -17,7 +17,7 @@ OBJECTIVE = "p99 TTFT <= 90 ms and p99 E2E <= 700 ms"
 def asked(twinserve, tmp_path, latency):
     trace = tmp_path / "trace.jsonl"
     prompts, answers = LengthSpec.parse("fixed:64"), LengthSpec.parse("lognormal:40:1")
-    requests = generate(seed=1, num_requests=200, rate=8.0, prompt_tokens=prompts, output_tokens=answers)
+    requests = generate(seed=1, num_requests=80, rate=8.0, prompt_tokens=prompts, output_tokens=answers)
     write_trace(trace, requests, {})
 
     def ask(*more, objective=OBJECTIVE):

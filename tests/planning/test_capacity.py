@@ -206,7 +206,7 @@ def test_a_page_is_written_though_nothing_keeps_the_objective(twinserve, trace, 
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"objective": None}, "objective, is missing"), ({}, "tolerance is 0.0, expected a share")],
+    [({"objective": None}, "objective is missing"), ({}, "tolerance is 0.0, expected a share")],
 )
 def test_bad_requests_are_refused(trace, latency, values, words):
     plan = load_plan(None, {"trace": str(trace), "latency": str(latency), "objective": OBJECTIVE} | values)

@@ -37,6 +37,39 @@ def test_what_does_not_fit_or_cannot_be_shared_is_left_out_with_the_reason():
         candidates("llama-3.1-405b", ["l4"])
 
 
+def test_devices_share_the_model_as_was_asked():
+    latencies, left_out = candidates("llama-3-70b", ["h100", "l40s"], splits=("tp=4", "tp=4:pp=2", "tp=8:pp=4"))
+    assert latencies == [
+        "roofline:llama-3-70b@h100:tp=4", "roofline:llama-3-70b@h100:tp=4:pp=2", "roofline:llama-3-70b@h100:tp=8:pp=4",
+        "roofline:llama-3-70b@l40s:tp=4", "roofline:llama-3-70b@l40s:tp=4:pp=2",
+    ]  # fmt: skip
+    assert len(left_out) == 1 and "l40s, tp=8:pp=4: 32 devices are more than the 8 that share a link" in left_out[0]
+    for texts in (("tp=2:tp=4",), ("cp=2",), ("",), ("tp=x",)):
+        with pytest.raises(InputError, match="splits is '") as refused:
+            candidates("llama-3-70b", ["h100"], splits=texts)
+        assert "\n" not in str(refused.value)
+
+
+def test_no_more_gpus_are_looked_for_than_may_be(values):
+    latencies, left_out = candidates("qwen3-0.6b", ["l4"], splits=("tp=1", "tp=8"), most_gpus=4)
+    assert latencies == ["roofline:qwen3-0.6b@l4:tp=1"]
+    assert left_out == ["l4, tp=8: 8 GPUs a replica, expected at most 4"]
+    plan = plan_of(latencies, values | {"objective": "p99 TTFT <= 10 ms"})
+    (deployment,) = find_deployments(plan, Store(), Workers(1), most_gpus=64)
+    needed = deployment.capacity.value
+    assert needed > 1
+    assert find_deployments(plan, Store(), Workers(1), most_gpus=needed - 1) == []
+    (again,) = find_deployments(plan, Store(), Workers(1), most_gpus=needed)
+    assert again.capacity.value == needed
+
+
+def test_a_deployment_of_stages_is_named_and_paid_for_as_a_whole(twinserve, trace):
+    common = (trace, "--model", "qwen3-0.6b", "--devices", "h100", "--price", "2", "--jobs", 1, "--all-at-zero")
+    result = twinserve("plan", *common, "--objective", "p99 TTFT <= 60 ms", "--splits", "tp=1,tp=2:pp=2")
+    assert result.code == 0, result.err
+    assert "4 x h100 (tp=2, pp=2)" in " ".join(result.out.split())
+
+
 def test_the_cheapest_is_first_and_one_replica_fewer_misses_the_objective(values):
     latencies, _ = candidates("qwen3-0.6b", ["h100", "l4"])
     plan = plan_of(latencies, values)

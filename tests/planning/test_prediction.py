@@ -46,7 +46,7 @@ def test_less_is_known_the_wider_the_limits_and_who_simulates_is_the_same(trace,
 
 
 def test_a_random_workload_is_drawn_anew_each_time(trace, model):
-    drawn = load_workloads(trace, {"shuffle_seed": 4}, NUM_DRAWS)
+    drawn = load_workloads(trace, {"shuffle_seed": 4}, {}, NUM_DRAWS)
     arrivals = [tuple(request.parts for request in workload.requests) for workload in drawn]
     assert len(set(arrivals)) == NUM_DRAWS
     assert drawn[3].requests == load_workload(trace, {"shuffle_seed": 7}).requests

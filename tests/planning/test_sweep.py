@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from twinserve.planning import point
 from twinserve.planning.parallel import Workers
 from twinserve.planning.point import Job, Point, compute
 from twinserve.planning.sweep import Store, load_plan, opened, run_points
 from twinserve.settings.errors import InputError
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import write_trace
+from twinserve.worlds import workload
 from twinserve.worlds.workload import make_workload
 
 PLAN = """
@@ -86,7 +86,7 @@ def test_a_rate_is_that_of_the_requests_that_are_left_and_the_trace_is_changed_o
     alone = Point.of(fields)
     scale = 3.0 / alone.own_rate()
     made = []
-    monkeypatch.setattr(point, "make_workload", lambda *whole: made.append(whole) or make_workload(*whole))
+    monkeypatch.setattr(workload, "make_workload", lambda *whole: made.append(whole) or make_workload(*whole))
     found = Point.of(fields | {"rate": 3.0}).workload()
     assert len(made) == 1
     wanted = Point.of(fields | {"rate_scale": scale}).workload()
@@ -103,7 +103,7 @@ def test_a_rate_is_that_of_the_requests_that_are_left_and_the_trace_is_changed_o
         ("rate = 20.0", 'rate = "fast"', "rate is 'fast', expected: "),
         ("rate = 20.0", "rate = 20.0\nlike = 0.33", "like is 0.33, expected: Input should be a valid string"),
         ("[1, 2, 8]", "[1]\nlatency = [1e308]", "latency is 1e+308, expected: Input should be a valid string"),
-        ("rate = 20.0", "speed = 3", "speed is 3, expected trace, latency, rate"),
+        ("rate = 20.0", "speed = 3", "speed is 3, expected trace, rate, arrivals"),
         ("rate = 20.0", "", "arrivals is 'poisson', expected a rate"),
         ("rate = 20.0", "rate = 20.0\nrate_scale = 2.0", "rate_scale is 2.0, expected none of it beside rate"),
         ("seeds = 2", "seeds = 0", "seeds is 0, expected an integer >= 1"),
@@ -189,6 +189,26 @@ def test_the_bytes_do_not_depend_on_who_computes(twinserve, plan, tmp_path):
         assert twinserve("sweep", plan, "--out", out, "--jobs", jobs).code == 0
         outs.append({path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()})
     assert outs[0] == outs[1] and len(outs[0]) == 12 + 3
+
+
+def test_a_plan_without_a_trace_takes_the_one_that_is_given(twinserve, plan, tmp_path, trace):
+    whole = twinserve("sweep", plan, "--out", tmp_path / "whole", "--jobs", 1, "--json")
+    plan.write_text("\n".join(line for line in plan.read_text().splitlines() if not line.startswith("trace")))
+    refused = twinserve("sweep", plan, "--out", tmp_path / "none")
+    assert_refused(refused, f"{plan}: trace is missing, expected a file or folder, in a plan or on the command line")
+    given = twinserve("sweep", plan, trace, "--out", tmp_path / "given", "--jobs", 1, "--json")
+    assert (given.code, given.out) == (0, whole.out)
+
+
+@pytest.mark.parametrize("arrivals", ["trace", "poisson"])
+def test_a_simulation_at_a_rate_is_the_point_of_a_sweep_at_it(twinserve, trace, latency, arrivals):
+    how = {"rate": 7.0, "arrivals": arrivals, "limit": 6, "session_seed": 3}
+    options = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = twinserve("sim", trace, "--latency", latency, *options, "--json")
+    assert result.code == 0, result.err
+    found = compute(Job.of(Point.of({"trace": str(trace), "latency": str(latency)} | how)))["summary"]
+    summary = json.loads(result.out)
+    assert {name: summary[name] for name in found} == found and summary["requests"] == 6
 
 
 def test_a_folder_that_is_no_sweeps_is_refused_and_kept(twinserve, plan, tmp_path):

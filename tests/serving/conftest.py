@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_processes import forked
 from live_servers import Running
 from shell import latency, twinserve
 
+from twinserve.serving import run
 from twinserve.serving.hosts import Model
 
 __all__ = ["latency", "twinserve"]
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[..., Running]]:
-    """Makes services, and stops them; their policies hold together at the end, with no block in use."""
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    """Makes services, and stops them; their policies hold together at the end, with no block in use.
+
+    What serves HTTP in a process of its own is forked.
+    """
+    monkeypatch.setattr(run, "get_context", lambda method: forked()[0])
     made: list[Running] = []
 
     def make(model: Model, record: Path | None = None, **options: Any) -> Running:

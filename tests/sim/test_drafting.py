@@ -8,6 +8,7 @@ from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
+from twinserve.sim.fit import StepSample, fit
 from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.sim.speculation import AcceptanceLaw
@@ -121,3 +122,20 @@ def test_the_longest_of_the_texts_that_are_drafted_is_no_shorter_than_their_mean
     draft = Watched()
     ModelDrafting(draft).drafting_ns(STEP._replace(asked=2, drafting_tokens=501))
     assert draft.asked[1].longest_decode == 251 + 1, "as 250 would be a token too few of one of the two"
+
+
+def test_what_was_measured_with_drafts_does_not_cost_them_again():
+    """Nor is it longer by them; and a latency of an engine without them is."""
+    shapes = [StepFeatures(0, n, 0, n, 100 * n, 100 * n, n, longest_decode=100) for n in (1, 2, 4)]
+    shapes += [StepFeatures(0, 1, n, 0, n, n * (n + 1) // 2, 1, prompts=((0, n),)) for n in (8, 16)]
+    samples = [StepSample(shape, 1_000, 1_000_000) for shape in shapes]
+    own, plain = (fit(samples, about) for about in ({"speculative_config": NGRAM}, {}))
+
+    def chosen(latency, **values):
+        return with_drafting(latency, Settings.load({"speculative_config": NGRAM | values}))
+
+    assert chosen(own) is own
+    assert isinstance(chosen(plain, lookup_ns=[50, 2]), DraftedLatency)
+    for values in ({"lookup_ns": [50, 2]}, {"method": "draft_model", "model": "x", "draft_latency": "nowhere"}):
+        with pytest.raises(InputError, match="expected none, as the latency was measured with drafts"):
+            chosen(own, **values)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,7 +298,7 @@ def test_a_changed_coefficient_is_another_model():
         ),
         ("[1]", "schema is None"),
         ("{", "expected JSON"),
-        ('{"schema": "twinserve-latency/1"}', "about, is missing"),
+        ('{"schema": "twinserve-latency/1"}', "about is missing"),
     ],
 )
 def test_a_file_that_is_no_latency_file_is_refused_in_one_line(tmp_path, content, words):
@@ -508,3 +509,74 @@ def test_what_another_row_has_just_read_is_not_read_from_the_pool_again():
     values = [fits.grown(step, Kernels(), 0.0) for step in (alone, shared)]
     assert [value[place] for value in values] == [4000, 2500]
     assert values[0][:place] == values[1][:place] and values[0][place + 1 :] == values[1][place + 1 :]
+
+
+def drafting(rows: int, drafts: int, asked: int, context: int = 200, prompt: int = 0) -> StepFeatures:
+    """A step of so many rows with so many drafts each, and a prompt of so many tokens, behind which drafts are asked
+    for."""
+    prompts = ((context - 1, 1 + drafts),) * rows + (((0, prompt),) if prompt else ())
+    tokens = rows * (1 + drafts) + prompt
+    ends = rows * (context + drafts) + prompt
+    pairs = sum(length * start + length * (length + 1) // 2 for start, length in prompts)
+    count = rows + bool(prompt)
+    verified = {"verifying": rows if drafts else 0, "drafts": rows * drafts}
+    proposed = {"asked": asked, "drafting": count if asked else 0, "drafting_tokens": ends if asked else 0}
+    return StepFeatures(
+        0, count, tokens, 0, ends, pairs, rows * (1 + drafts) + bool(prompt), prompts=prompts, **verified, **proposed
+    )
+
+
+def drafted_cost(step: StepFeatures) -> tuple[float, float]:
+    passes = 3e5 * step.asked + 2e4 * step.drafting + 1e4 * step.asked * step.drafting if step.drafting else 0.0
+    return 1e5, 9e6 + 1e5 * step.tokens + 5e4 * step.verifying + passes
+
+
+DRAFTED = [
+    StepSample(step, *(round(ns) for ns in drafted_cost(step)))
+    for rows in (1, 2, 4, 9, 16)
+    for drafts in (0, 2, 5)
+    for asked in (0, 2, 5)
+    for prompt in (0, 40)
+    for step in [drafting(rows, drafts, asked, prompt=prompt)]
+]
+
+
+@pytest.mark.parametrize("kernels", [Kernels(), Kernels(single=6), Kernels(single=6, waits=True)])
+def test_what_verifying_and_drafting_cost_is_found_again_with_other_numbers_of_them(kernels):
+    seen = [replace(one, features=one.features.attended(kernels.single)) for one in DRAFTED]
+    model = fit(seen, {}, kernels=kernels)
+    for step in (drafting(3, 4, 3), drafting(12, 1, 4), drafting(6, 5, 5, prompt=40), drafting(8, 0, 3)):
+        host, device, lead = model.step_cost(step)
+        assert device == pytest.approx(drafted_cost(step)[1], rel=0.01)
+        assert host == pytest.approx(1e5 + kernels.waits * device, rel=0.01) and lead == kernels.waits * device
+
+
+def test_rows_with_drafts_alone_stand_for_steps_that_nobody_saw(tmp_path):
+    """On an engine that attends to them as to prompts; and where there are no drafts, that is refused as ever."""
+    seen = [one for one in DRAFTED if one.features.verifying]
+    model = fit(seen, {"model": "made up", "device": "none"})
+    regimes = model.data["regimes"]
+    assert regimes["decode"] == regimes["prompt"]
+    assert model.data["residuals"]["decode"] == {"shapes": 0, "samples": 0}
+    model.save(tmp_path / "latency.json")
+    assert FittedLatency.load(tmp_path / "latency.json").identity == model.identity
+    none = {"verifying": 0, "asked": 0}
+    with pytest.raises(ValueError, match="0 shapes were measured for decode steps"):
+        fit([replace(one, features=one.features._replace(**none)) for one in seen], {})
+
+
+def test_more_drafts_than_were_measured_are_beyond_the_range():
+    model = fit(DRAFTED, {})
+    model.watch(drafting(16, 5, 5))
+    assert model.num_outside == 0
+    model.watch(drafting(16, 5, 10))
+    assert (model.num_outside, model.worst_excess) == (1, 2.0)
+
+
+def test_an_engine_of_other_limits_has_rows_with_as_many_drafts_as_they_say():
+    kernels = Kernels(decodes=(1, 2, 4, 8, 16, 24, 32, 40), single=5, waits=True)
+    assert kernels.at(4, None, 2) == Kernels(decodes=(1, 2, 4, 8, 12), single=3, waits=True)
+    assert kernels.at(4, 10, 2).decodes == (1, 2, 4, 8, 10), "a step has no more tokens than its budget"
+    assert Kernels(decodes=(1, 2, 4, 8)).at(4, None, 2) == Kernels(decodes=(1, 2, 4)), "this one has no drafts"
+    assert Kernels.load(kernels.as_dict()) == kernels
+    assert not {"single", "waits"} & Kernels(decodes=(1, 2)).as_dict().keys(), "files of others stay what they are"

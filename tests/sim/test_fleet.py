@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from latencies import Constant, Uneven
 
+from twinserve.planning.fleets import FleetOptions
 from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
 from twinserve.sim.routers import (
+    KvEvents,
     LeastKvUse,
     LeastOutstanding,
     LeastRemaining,
@@ -39,6 +41,7 @@ ROUTERS = {
     "least-outstanding": LeastOutstanding,
     "power-of-two": PowerOfTwo,
     "least-kv-use": LeastKvUse,
+    "kv-events": KvEvents,
     "session-sticky": SessionSticky,
     "oracle-least-remaining": LeastRemaining,
     "prefix-affine": lambda: PrefixAffine(max_lead_tokens=300, block_tokens=16),
@@ -434,3 +437,17 @@ def test_a_replica_that_came_back_takes_as_long_as_it_did(tmp_path):
     durations = {name: {step["end_ns"] - step["start_ns"] for step in record.steps} for name, record in records.items()}
     assert durations["1.1"] and durations["1.1"].isdisjoint(durations["0"])
     assert durations["1.1"] == {replicas[1].latency.step_cost(None)[1]}
+
+
+def test_a_router_that_hears_events_sends_prompts_to_the_cache_that_holds_them():
+    """Two conversations of long prompts: each stays where its blocks are, and where nothing is told, it need not."""
+    requests = [
+        Request(number, number * 300_000_000, (Part(number % 2, 0, 2000 + 50 * number),), 4) for number in range(12)
+    ]
+    specs, _ = FleetOptions(replicas=2).build_replicas({}, latency="roofline:llama-3-8b@l4")
+    hits = {}
+    for router in ("kv-events", "random"):
+        options = FleetOptions(replicas=2, router=router)
+        hits[router] = options.serve(Workload(requests), specs)["cached_tokens"]
+    whole_blocks = sum((2000 + 50 * (number - 2)) // 16 * 16 for number in range(2, 12))
+    assert hits["kv-events"] == whole_blocks > hits["random"]

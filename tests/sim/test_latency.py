@@ -5,7 +5,7 @@ import pytest
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import FittedLatency, StepSample, fit
-from twinserve.sim.latency import StepCost, StepFeatures
+from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.traces.request import Part, Request
 
@@ -120,6 +120,33 @@ def test_steps_beyond_what_was_measured_are_counted_when_they_are_made():
         counts.append((latency.num_outside, latency.worst_excess))
         assert 0 < latency.num_outside < core.num_decisions
     assert counts[0] == counts[1]
+
+
+def test_each_token_of_a_short_row_attends_as_a_decode_over_what_the_one_before_it_has_read():
+    prompts = ((20, 4), (0, 9), (7, 1))
+    step = StepFeatures(3, 4, 14, 1, 24 + 9 + 8 + 30, 90 + 45 + 8 + 30, 6, longest_decode=30, prompts=prompts, drafts=3)
+    assert step.attended(0) is step
+    found = step.attended(4)
+    assert (found.prompts, found.prompt_tokens, found.decode_tokens, found.tokens) == (((0, 9),), 9, 6, step.tokens)
+    assert found.decode_kv_tokens == 30 + 8 + (21 + 22 + 23 + 24)
+    assert found.decode_kv_tokens - found.shared_tokens == 30 + 8 + 24, "what is read from the pool"
+    assert (found.longest_decode, found.seqs, found.sampled, found.drafts) == (30, 4, 6, 3)
+    assert found.attended(4) == found
+    assert step._replace(longest_decode=0).attended(4).longest_decode == 24
+
+
+def test_a_step_that_the_host_waits_for_is_launched_when_it_ends():
+    cost = StepCost.of_waiting(10, 100)
+    assert cost.times(1_000, 0) == (1_110, 1_010, 1_110)
+    assert cost.times(1_000, 1_050) == (1_110, 1_050, 1_150), "or later, where the device was not free"
+
+
+def test_a_recorded_step_with_drafts_that_was_waited_for_costs_its_time_in_its_launch():
+    row = {"decided_ns": 0, "start_ns": 10, "end_ns": 100, "launched_ns": 100, "asked": 2}
+    assert RecordedLatency([row])._costs == [StepCost.of_waiting(10, 90)]
+    for other in ({"launched_ns": 5}, {"launched_ns": None}):
+        assert RecordedLatency([row | other])._costs == [(10, 90)]
+    assert RecordedLatency([{name: row[name] for name in row if name != "asked"}])._costs == [(10, 90)]
 
 
 def test_no_step_begins_before_it_is_decided_however_long_its_lead_is():

@@ -58,3 +58,18 @@ def test_an_empty_profile_is_refused(tmp_path):
     (tmp_path / "empty").write_text("")
     with pytest.raises(InputError, match="is empty, expected a profile"):
         Profile.load(tmp_path / "empty")
+
+
+def test_steps_with_drafts_are_kept_with_what_they_verify_and_propose_and_others_as_ever(tmp_path):
+    drafted = STEPS[0]._replace(asked=3, drafting=2, drafting_tokens=140, verifying=1, drafts=3)
+    kernels = Kernels(decodes=(1, 2), single=4, waits=True)
+    profile = Profile({}, kernels, [StepSample(drafted, 70, 1000, None, 50, 20), PROFILE.samples[1]])
+    profile.save(tmp_path / "profile")
+    assert Profile.load(tmp_path / "profile") == profile
+    _, first, second = (json.loads(row) for row in gzip.decompress((tmp_path / "profile").read_bytes()).splitlines())
+    assert first["drafts"] == 3 and "drafts" not in second
+    first["verifying"] = -1
+    head = {"schema": "twinserve-profile/1", "about": {}, "kernels": {}}
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, (head, first))))
+    with pytest.raises(InputError, match="bad.jsonl:2: verifying is -1, expected an integer >= 0"):
+        Profile.load(tmp_path / "bad.jsonl")

@@ -14,7 +14,7 @@ from twinserve.sim.devices import DEVICES, GIB, MIB, NVLINK_HOP_NS, PEAKS, Colle
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.model_configs import SHAPES, load_shape
 from twinserve.sim.quantized_configs import with_float8
-from twinserve.sim.roofline import ALL_REDUCE_NS, MEMORY_SHARE, RESERVED_BYTES, RooflineLatency
+from twinserve.sim.roofline import MEMORY_SHARE, RESERVED_BYTES, RooflineLatency
 from twinserve.sim.shapes import (
     Attention,
     Experts,
@@ -25,6 +25,7 @@ from twinserve.sim.shapes import (
     Matrix,
     ModelShape,
 )
+from twinserve.sim.splits import ALL_REDUCE_NS
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
 ROUND = Device(
@@ -217,15 +218,28 @@ def test_a_device_of_ones_own_is_read_from_toml(tmp_path):
     assert RooflineLatency.parse(f"llama-3-8b@{path}").basis == "measured"
 
 
+def test_a_file_with_a_base_says_what_differs_from_a_device_that_ships(tmp_path):
+    path = tmp_path / "slow.toml"
+    path.write_text('base = "h200"\nlink = 64e9\nhop_ns = 1000\nsource = "the same without NVLink"\n')
+    device = RooflineLatency.parse(f"llama-3-8b@{path}:tp=2").device
+    known = DEVICES["h200"]
+    assert known.collectives is not None and device.collectives is None
+    assert device == changed(known, link=64e9, hop_ns=1000, source="the same without NVLink", collectives=None)
+    path.write_text('base = "h200"\nnetwork = 25e9\n')
+    assert RooflineLatency.parse(f"llama-3-8b@{path}").device == changed(known, network=25e9)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ('base = "tpu"', "base is 'tpu', expected a device: a100, h100"),
+        ('base = "h200"\nlinked = 0', "linked is 0, expected: Input should be greater than or equal to 1"),
         (OWN.replace("2e12", "-1"), "bandwidth is -1, expected: Input should be greater than or equal to 1000000"),
         (OWN + "speed = 3", "speed is 3, there is no such field"),
         (OWN.replace('source = "its vendor"', ""), "source is .*, expected: Field required"),
         ("name = ", "expected TOML: "),
     ],
-    ids=["negative", "unknown", "no source", "no TOML"],
+    ids=["no base", "linked", "negative", "unknown", "no source", "no TOML"],
 )
 def test_a_device_that_cannot_be_is_refused_by_its_field(tmp_path, text, problem):
     path = tmp_path / "own.toml"
@@ -253,7 +267,7 @@ def test_a_config_of_ones_own_is_read(tmp_path):
     ("text", "words"),
     [
         ("llama-3-8b", "expected roofline:MODEL@DEVICE"),
-        ("llama-3-8b@h100:dp=2", "expected roofline:MODEL@DEVICE"),
+        ("llama-3-8b@h100:cp=2", "expected roofline:MODEL@DEVICE"),
         ("llama-3-8b@tpu", "device is 'tpu', expected a TOML file or a device: a100, h100"),
         ("llama-9@h100", "latency is 'llama-9', expected a config.json"),
         ("llama-3-8b@h100:tp=3", "expected a divisor of the 32 query heads"),
@@ -559,7 +573,7 @@ def test_fewer_devices_than_were_measured_have_fewer_hops_and_never_less_than_no
     def sum_ns(all_reduce_ns: float) -> float:
         measured = Collectives(ranks=4, all_reduce_ns=all_reduce_ns, link=1e30, source="made up")
         latency = RooflineLatency(shape, ROUND.model_copy(update={"collectives": measured}), 2)
-        return latency._all_reduce(7)
+        return latency._links.all_reduce_ns(7)
 
     assert sum_ns(100_000) == pytest.approx(100_000 - 4 * NVLINK_HOP_NS)
     assert sum_ns(NVLINK_HOP_NS) == pytest.approx(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from twinserve.sim.routers import (
+    KvEvents,
     LeastKvUse,
     LeastOutstanding,
     LeastRemaining,
@@ -29,6 +30,10 @@ class Counts:
     outstanding_requests: int = 0
     remaining_tokens: int = 0
     kv_use: float = 0.0
+    cached_prefixes: frozenset[int] = frozenset()
+
+    def num_hit_tokens(self, request: Request, held: frozenset[int]) -> int:
+        return sum(held)
 
 
 def up(*tokens: int) -> list[Counts]:
@@ -214,3 +219,27 @@ def request_key(*texts: int) -> tuple[str, int]:
     """What the router remembers a prefix of whole texts by."""
     prompt = request(0, *texts)
     return "", PrefixKeys(prompt.parts, -1)(512 * len(texts))
+
+
+def test_kv_events_weigh_what_a_cache_holds_against_what_is_outstanding():
+    at = [replace(request(number), arrival_ns=number * 10**8) for number in range(3)]
+    router, replicas = KvEvents(delay_s=0.1), [Counts(0, 900, cached_prefixes=frozenset({512})), Counts(1, 500)]
+    assert router.choose(at[0], replicas) == 1, "nothing is known yet"
+    assert router.choose(at[1], replicas) == 0, "900 - 512 are fewer than 500"
+    assert router.choose(at[2], [replicas[0], Counts(1, 300)]) == 1
+    assert router.choose(at[2], [Counts(1, 300)]) == 0, "the other is down"
+
+
+def test_what_a_cache_stored_or_gave_up_is_known_after_the_delay():
+    def choices(delay_s: float) -> list[int]:
+        router, chosen = KvEvents(delay_s), []
+        for number, held in enumerate((frozenset({512}), frozenset({512}), frozenset(), frozenset(), frozenset())):
+            replicas = [Counts(0, 100, cached_prefixes=held), Counts(1, 0)]
+            chosen.append(router.choose(replace(request(number), arrival_ns=number * 10**8), replicas))
+        return chosen
+
+    assert choices(0) == [0, 0, 1, 1, 1]
+    assert choices(0.1) == [1, 0, 0, 1, 1]
+    assert choices(0.15) == [1, 1, 0, 0, 1], "what was so at the latest arrival that is as long ago"
+    with pytest.raises(ValueError, match="delay_s is -1, expected seconds >= 0"):
+        KvEvents(-1)

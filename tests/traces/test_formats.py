@@ -177,7 +177,7 @@ def test_vidurs_times_are_seconds_and_float_noise_is_rounded_and_counted(read):
         (
             ",num_decode_tokens",
             "",
-            ":1: num_decode_tokens, is missing: by arrived_at, num_prefill_tokens it is of the format vidur",
+            ":1: num_decode_tokens is missing: by arrived_at, num_prefill_tokens it is of the format vidur",
         ),
         ("0.0,374", "-1.0,374", ":2: arrived_at is '-1.0', expected seconds >= 0"),
         ("0.0,374", "nan,374", ":2: arrived_at is 'nan', expected seconds >= 0"),
@@ -310,7 +310,7 @@ def test_a_folder_without_conversations_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": ...}, ":1: block_size, is missing"),
+        ({"block_size": ...}, ":1: block_size is missing"),
         (
             {"requests": [turn(0.0, 10, [1])]},
             ":1: requests[0].hash_ids is '1 ids', expected 2 ids, one for each whole 4",
@@ -349,7 +349,7 @@ def test_a_vllm_log_is_replayed_as_it_was_sent(read):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"errors": ...}, ":1: errors, is missing, expected a result of"),
+        ({"errors": ...}, ":1: errors is missing, expected a result of"),
         ({"input_lens": [1, 2, 3]}, ":1: input_lens is '3 elements', expected 4 elements, one for each of start_times"),
         ({"input_lens": 4}, ":1: input_lens is 4, expected a list"),
         ({"input_lens": [1, 2, 0, 4]}, ":1: request 2 of input_lens is 0, expected an integer >= 1"),
@@ -378,15 +378,15 @@ def test_guidellms_older_start_time_is_read(read):
     ("report", "message"),
     [
         ({"benchmarks": []}, ": has no requests"),
-        ({"benchmarks": [{}]}, ":1: benchmarks[0].requests, is missing"),
-        ({"benchmarks": [{"requests": {}}]}, ":1: benchmarks[0].requests.successful, is missing"),
+        ({"benchmarks": [{}]}, ":1: benchmarks[0].requests is missing"),
+        ({"benchmarks": [{"requests": {}}]}, ":1: benchmarks[0].requests.successful is missing"),
         (
             {"benchmarks": [{"requests": {"successful": [guidellm_request(1.0, "9", 2)]}}]},
             ":1: benchmarks[0].requests.successful[0].prompt_tokens is '9', expected an integer >= 1",
         ),
         (
             {"benchmarks": [{"requests": {"successful": [{"prompt_tokens": 9, "output_tokens": 2}]}}]},
-            ":1: benchmarks[0].requests.successful[0].start_time, is missing",
+            ":1: benchmarks[0].requests.successful[0].start_time is missing",
         ),
     ],
 )

@@ -62,7 +62,7 @@ def test_a_name_may_have_commas_in_it(tmp_path):
         ("time=a,time=b,prompt=c", LOG, "expected time=COLUMN"),
         ("x,time=a,prompt=b,output=c", LOG, "expected time=COLUMN"),
         ("time=,prompt=b,output=c", LOG, "expected time=COLUMN"),
-        ("time=started_at,prompt=in,output=tokens", LOG, "log.csv:1: tokens, is missing"),
+        ("time=started_at,prompt=in,output=tokens", LOG, "log.csv:1: tokens is missing"),
         (COLUMNS, LOG.replace("30", "many"), "log.csv:2: in is 'many', expected an integer >= 0"),
         (COLUMNS, LOG.replace("2026-11-29T10:00:02Z", "2026-13-29T10:00:02Z"), "log.csv:2: started_at is '2026-13"),
         (COLUMNS, "in,out,started_at\n1,1,soon\n", "log.csv:2: started_at is 'soon', expected seconds >= 0"),
@@ -84,7 +84,7 @@ def test_a_folder_has_no_columns(tmp_path):
 def test_an_unknown_table_says_that_columns_may_be_named(tmp_path, twinserve):
     (tmp_path / "log.csv").write_text(LOG)
     refused = twinserve("trace", "stat", tmp_path / "log.csv")
-    assert refused.code == 2 and "or `columns`, which say what those of your own table are" in refused.err
+    assert refused.code == 2 and "or a table of your own by columns, such as --columns time=COLUMN," in refused.err
 
 
 def test_commands_take_it_and_a_record_says_its_columns(tmp_path, twinserve):

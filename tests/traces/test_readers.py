@@ -9,7 +9,7 @@ import json
 import pytest
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.readers import read_trace
+from twinserve.traces.readers import read_trace, write_trace
 from twinserve.traces.request import Blocks, Part, Request, answer_text
 
 AZURE = (
@@ -78,7 +78,7 @@ def test_azure_columns_are_found_by_name(read):
         (
             b",GeneratedTokens",
             b"",
-            ":1: GeneratedTokens, is missing: by ContextTokens, TIMESTAMP it is of the format azure",
+            ":1: GeneratedTokens is missing: by ContextTokens, TIMESTAMP it is of the format azure",
         ),
         (b",396,109", b",396", ":3: '2023-11-16 18:15:50.9951690,396', expected 3 columns"),
         (b",396,", b",-396,", ":3: ContextTokens is '-396', expected an integer >= 1"),
@@ -127,7 +127,7 @@ def test_equal_rows_stay_requests_of_their_own(read):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"input_length": ...}, ":2: input_length, is missing"),
+        ({"input_length": ...}, ":2: input_length is missing"),
         ({"timestamp": -1}, ":2: timestamp is -1, expected an integer >= 0"),
         ({"timestamp": 1.5}, ":2: timestamp is 1.5, expected an integer >= 0"),
         ({"timestamp": True}, ":2: timestamp is True, expected an integer >= 0"),
@@ -180,7 +180,7 @@ def test_a_row_that_names_the_text_of_a_bare_prompt_length_is_refused_before_or_
     ("index", "values", "message"),
     [
         (0, {"format": "twinserve-trace/2"}, """:1: format is 'twinserve-trace/2', expected "twinserve-trace/1\""""),
-        (2, {"arrival_ns": ...}, ":3: arrival_ns, is missing"),
+        (2, {"arrival_ns": ...}, ":3: arrival_ns is missing"),
         (2, {"arrival_ns": 9}, ":4: arrival_ns is 3, expected no earlier time than in the line before"),
         (2, {"max_tokens": 0}, ":3: max_tokens is 0, expected an integer >= 1"),
         (2, {"prompt_tokens": 0}, ":3: prompt_tokens is 0, expected an integer >= 1"),
@@ -264,3 +264,18 @@ def test_the_mooncake_conversation_trace_is_read_whole(public_traces):
     assert sum(request.prompt_tokens for request in trace.requests) == 144_793_823
     assert trace.notes == {"same_instant": 10_851, "repeated_prompt": 118, "private_prompt": 0, "one_token_output": 72}
     assert trace.sha256 == "b8cbb061a85206d729d91cdc2981f43c9e0d99209dce588d3af5f7934408b9df"
+
+
+@pytest.mark.parametrize("format", ["twinserve", "mooncake", "azure"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_rows_behind_a_limit_may_wait_for_answers_of_others_behind_it(tmp_path, format, limit):
+    """They are counted, and not understood."""
+    turns = [Request(0, 0, (Part(7, 0, 8),), 4)]
+    for number in range(1, 5):
+        answer = Part(answer_text(number - 1), 0, 4)
+        parts = (*turns[-1].parts, answer, Part(7 + number, 0, 3))
+        turns.append(Request(number, number * 10**9, parts, 4, after=number - 1))
+    write_trace(tmp_path / "trace", turns, {}, format=format)
+    trace = read_trace(tmp_path / "trace", limit=limit)
+    assert list(trace.requests) == turns[:limit] and trace.num_unread == 5 - limit
+    assert trace.sha256 == read_trace(tmp_path / "trace").sha256

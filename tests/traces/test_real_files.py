@@ -262,7 +262,7 @@ def test_what_begins_late_is_written_so_that_it_is_read_so(tmp_path, format):
         ('{"timestamp": 1, "timestamp": 2, "input_length": 9}\n', "'timestamp' stands twice in an object"),
         (json_lines([{"timestamp": 2, "requests": [{"prompt": "w"}]}]), "is an AIBrix workload, by requests,"),
         (json_lines([{"custom_id": "1", "body": {}}]), "is a batch of OpenAI's interface, by body, custom_id"),
-        (json_lines([{"timestamp": 0, "output_length": 3, "hash_ids": [1]}]), "input_length, is missing: by hash_ids"),
+        (json_lines([{"timestamp": 0, "output_length": 3, "hash_ids": [1]}]), "input_length is missing: by hash_ids"),
         ("TIMESTAMP,ContextTokens\n", "TIMESTAMP it is of the format azure"),
         ("\0" * 100_000, ":1: expected text, it holds NUL"),
     ],

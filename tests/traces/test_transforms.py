@@ -217,15 +217,15 @@ def test_a_capped_output_is_that_long_in_later_prompts_too(conversation):
 @pytest.mark.parametrize(
     ("name", "arguments", "field"),
     [
-        ("window", (-1.0, 5.0), "start_s"),
-        ("window", (2.0, 2.0), "end_s"),
-        ("window", (float("nan"), 2.0), "start_s"),
-        ("limit", (0,), "num_requests"),
-        ("scale_rate", (0.0,), "factor"),
-        ("scale_rate", (float("inf"),), "factor"),
-        ("start_sessions", (0.0, 0), "rate"),
-        ("cap_prompt_tokens", (0,), "most"),
-        ("cap_output_tokens", (0,), "most"),
+        ("window", (-1.0, 5.0), "window_s"),
+        ("window", (2.0, 2.0), "window_s"),
+        ("window", (float("nan"), 2.0), "window_s"),
+        ("limit", (0,), "limit"),
+        ("scale_rate", (0.0,), "rate_scale"),
+        ("scale_rate", (float("inf"),), "rate_scale"),
+        ("start_sessions", (0.0, 0), "session_rate"),
+        ("cap_prompt_tokens", (0,), "max_prompt_tokens"),
+        ("cap_output_tokens", (0,), "max_output_tokens"),
     ],
 )
 def test_a_parameter_out_of_range_is_named(conversation, name, arguments, field):
@@ -282,7 +282,7 @@ def test_denser_sessions_begin_sooner_and_last_as_long(thinking):
 def test_sessions_that_all_begin_at_once_cannot_be_denser(thinking):
     at_once = [replace(request, arrival_ns=request.arrival_ns % (10 * SECOND)) for request in thinking]
     with pytest.raises(
-        InputError, match="factor is 2.0, expected 1, as all sessions begin at one instant: session_rate"
+        InputError, match="rate_scale is 2.0, expected 1, as all sessions begin at one instant: session_rate"
     ):
         transforms.scale_rate(transforms.renumbered(sorted(at_once, key=lambda r: r.arrival_ns)), 2.0, [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -123,7 +124,11 @@ class FleetRecorder:
                 continue
             self._retries[seq.seq_id] = self._retries.get(seq.seq_id, 0) + 1
 
-    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    def close(
+        self,
+        summary_extra: dict[str, Any] | None = None,
+        derived: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary; see `RunRecorder.close`."""
         for recorder in self._lives:
             recorder.close()
@@ -132,6 +137,8 @@ class FleetRecorder:
         summary["requests"] -= lost
         summary |= {"retried": len(self._retries), "retries": lost}
         summary |= summary_extra or {}
+        if derived is not None:
+            summary |= derived(summary)
         rules = [rule for recorder in self._lives for rule in recorder.rules.items()]
         by_hand = {name: rule for name, rule in rules if str(rule).startswith(BY_HAND)}
         if self._folder is not None:

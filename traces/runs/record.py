@@ -9,7 +9,7 @@ import math
 import platform
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -249,13 +249,18 @@ class RunRecorder(RowMaker):
 
     # --- the end ---
 
-    def close(self, summary_extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    def close(
+        self,
+        summary_extra: dict[str, Any] | None = None,
+        derived: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Write what is left, give the folder its name, and return the summary.
 
         Steps that have not ended, as their replica died, are written if it is known when they would have.
 
         Args:
             summary_extra: joins the summary.
+            derived: makes of the summary what joins it, too.
         """
         self._work_off()
         for served in self._served.values():
@@ -265,6 +270,8 @@ class RunRecorder(RowMaker):
             if decided.batch.end_ns is not None:
                 self._write_step(decided)
         summary = summary_of([self.metrics], world=self._world) | (summary_extra or {})
+        if derived is not None:
+            summary |= derived(summary)
         if self._folder is not None:
             self._finish(self._folder, summary)
         return summary

@@ -19,7 +19,7 @@ from twinserve.commands.traces import trace_convert, trace_fetch, trace_make, tr
 from twinserve.commands.upgrades import tune, upgrade
 from twinserve.commands.worlds import demo, run, sim
 
-SHAPE: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "cls": Group}
+SHAPE: dict[str, Any] = {"rich_markup_mode": None, "cls": Group}
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}, **SHAPE)
 GROUPS = {
     "trace": typer.Typer(help="Look at a trace, make a synthetic one, change its format, bring a public one.", **SHAPE),

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from twinserve.sim.fit import FittedLatency
 
 
+DRAFTING = ("speculative_config", "pipeline_depth")
+"""The settings of an engine that drafts: its steps are measured as it decides them."""
+
+
 @options_of(EngineOptions, "engine")
-@options_of(Settings, "settings", but=Settings.model_fields.keys() - RUNNER_SETTINGS)
+@options_of(Settings, "settings", but=Settings.model_fields.keys() - {*RUNNER_SETTINGS, *DRAFTING})
 @options_of(TraceOptions, "trace_options")
 def profile(
     out: Annotated[
@@ -54,6 +58,9 @@ def profile(
 
     options = EngineOptions.load(engine, config)
     chosen = Settings.load(settings, config, beside=("engine",))
+    if "pipeline_depth" in settings and chosen.speculative_config is None:
+        problem = "expected none without speculative_config, as it is the engine's own then"
+        raise InputError(problem, field="pipeline_depth", value=chosen.pipeline_depth)
     if trace is None and (trace_options or latency):
         raise InputError("is missing, expected one beside its options", field="trace")
     with in_place_of(out, force) as place, in_place_of(profile_beside(out), force) as beside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -79,6 +80,13 @@ class Group(TyperGroup):
     def get_short_help_str(self, limit: int = 0) -> str:
         return super().get_short_help_str(_WHOLE)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without a word, help; and the status of bad input, as nothing was done."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help(), file=sys.stderr)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word = args[0]
         alike = [name for name in self.commands if word and (name.startswith(word) or word.startswith(name))]
@@ -95,17 +103,25 @@ class KeepsDashes(Command):
         return super().parse_args(ctx, [*args[:at], *args[at : at + 1], *args[at:]])
 
 
+NO_OPTION = {"is_option": False}
+"""What a field says that no option sets, as something else decides it."""
+
+
 def options_of(model: type[BaseModel], panel: str, *, but: Collection[str] = ()) -> Callable[[Callable], Callable]:
     """Give a command one option a field of `model`; those given reach the command as the dict `panel`.
 
     An option that is not given is absent from the dict, so that a configuration file can set it. Pydantic itself
-    checks the values; the command line only parses them.
+    checks the values; the command line only parses them. A field that says NO_OPTION has none.
 
     Args:
         panel: the keyword argument of the command that takes the dict, and, in words, the heading in the help.
         but: fields that are no options.
     """
-    fields = {name: info for name, info in model.model_fields.items() if name not in but}
+    fields = {
+        name: info
+        for name, info in model.model_fields.items()
+        if name not in but and info.json_schema_extra != NO_OPTION
+    }
 
     def decorate(command: Callable) -> Callable:
         own = inspect.signature(command, eval_str=True)

@@ -37,14 +37,15 @@ class Bar:
         self._num_blocks, self._tokens, self._shown = num_blocks, 0, self._last
         self._bar = None
         if sys.stderr is not None and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-                TextColumn("{task.fields[state]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+            text, bar = progress.TextColumn, progress.BarColumn()
+            known: tuple[progress.ProgressColumn, ...] = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+            if total is None:
+                known = text("{task.completed:,} done"), progress.TimeElapsedColumn()
+            columns = text("{task.description}"), bar, *known, text("{task.fields[state]}")
+            self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
             self._task = self._bar.add_task(label, total=total, state="")
 
     def ended(self, _: Sequence) -> None:

@@ -14,6 +14,7 @@ from twinserve.planning.sweep import Plan, cost_of
 from twinserve.reports.sweep import Axis, Estimate, PageCase, Tried, sweep_page
 from twinserve.reports.text import number
 from twinserve.sim.intervals import COVERAGE
+from twinserve.sim.roofline import RooflineLatency
 
 _USUAL = (Term("ttft_s.p99", 0.0), Term("tpot_s.p99", 0.0))
 """What is shown where no objective says which metrics count; its limits are not."""
@@ -67,16 +68,19 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
     cases = []
     for deployment in deployments:
         capacity = deployment.capacity
-        together = {kind: count // len(capacity.point.replicas()) for kind, count in deployment.gpus.items()}
-        varied = {"a replica": " and ".join(f"{count} x {kind}" for kind, count in together.items())}
+        together = {kind: count // (capacity.value or 1) for kind, count in deployment.gpus.items()}
+        latency = capacity.point.replicas()[0].latency
+        shared = str(latency.split) if isinstance(latency, RooflineLatency) else ""
+        words = " and ".join(f"{count} x {kind}" for kind, count in together.items())
+        varied = {"a replica": f"{words} ({shared})" if shared else words}
         varied |= {name: value for name, value in capacity.case.varied.items() if name != "latency"}
         values: dict[str, Estimate] = {
             "replicas": Estimate(capacity.value, capacity.interval),
             "price an hour": Estimate(deployment.price_per_hour),
         }
         values.update(_values(plan, capacity.results, deployment.gpus))
-        words = {"one fewer misses": "; ".join(capacity.missed) or "there are none fewer"}
-        cases.append(PageCase(varied, values, True, words))
+        missed = {"one fewer misses": "; ".join(capacity.missed) or "there are none fewer"}
+        cases.append(PageCase(varied, values, True, missed))
     return cases
 
 

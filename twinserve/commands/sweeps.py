@@ -26,6 +26,7 @@ Ray = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster that c
 def sweep(
     plan: Annotated[Path, typer.Argument(help="A TOML file, see docs/capacity.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of results; that of an earlier sweep is gone on with.")],
+    trace: Annotated[str | None, typer.Argument(help="A trace, unless the plan has one.")] = None,
     jobs: Jobs = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def sweep(
     from twinserve.planning.parallel import Workers
     from twinserve.planning.sweep import lines_of, load_plan, num_missing, opened, rows_of, run_points
 
-    chosen = load_plan(plan)
+    chosen = load_plan(plan, {} if trace is None else {"trace": trace})
     say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers:
         missing = num_missing(chosen.points, store)
@@ -121,6 +122,13 @@ def plan(
         str | None, typer.Option(help="Of the weights: fp8; as the model has it unless given.")
     ] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Of the KV cache: fp8; 16 bits unless given.")] = None,
+    splits: Annotated[
+        str | None,
+        typer.Option(help="How GPUs may share the model, such as tp=1,tp=8:pp=2; unless given, tp of 1, 2, 4 and 8."),
+    ] = None,
+    most_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Of a deployment: what needs more is not looked for; 128 unless given.")
+    ] = None,
     choices: Annotated[
         list[str] | None,
         typer.Option("--try", help="A setting to choose: max_num_batched_tokens=2048,8192; may be given again."),
@@ -133,10 +141,12 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the cheapest GPUs, tensor-parallel degree and number of replicas that keep an objective for a trace."""
+    """Find the cheapest GPUs, how many share the model, and how many replicas keep an objective for a trace."""
     from twinserve.commands.sweep_views import deployment_cases, page_of, remarks_of
     from twinserve.planning.answers import deployment_of
     from twinserve.planning.deployments import (
+        MOST_GPUS,
+        SPLITS,
         best_of_each,
         candidates,
         find_deployments,
@@ -149,7 +159,9 @@ def plan(
 
     options = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
     text = "".join(f":{name}={value}" for name, value in options.items() if value is not None)
-    latencies, left_out = candidates(model, [device.strip() for device in devices.split(",")], text)
+    shared = SPLITS if splits is None else _listed(splits)
+    most = most_gpus or MOST_GPUS
+    latencies, left_out = candidates(model, _listed(devices), text, shared, most)
     given = {"trace": trace, "objective": objective, "seeds": seeds, "price_per_gpu_hour": price}
     given |= point | settings | trace_options | fleet
     named = {name: value for name, value in given.items() if value is not None}
@@ -158,17 +170,21 @@ def plan(
         say(f"left out: {reason}")
     say_likes(chosen.points)
     with opened(out) as store, Workers(jobs, ray) as workers, Bar("plan", None) as bar:
-        found = find_deployments(chosen, store, workers, advance=bar.advance)
+        found = find_deployments(chosen, store, workers, most_gpus=most, advance=bar.advance)
         lines, cases = lines_of(rows_of(chosen, found)), deployment_cases(chosen, found)
         remarks = remarks_of(chosen, [result for one in found for result in one.capacity.results])
         best = best_of_each(found)
-        remarks.append(f"{len(best)} of {len(latencies)} kinds of replica keep the objective with some number of them.")
+        remarks.append(f"{len(best)} of {len(latencies)} kinds of replica keep the objective with at most {most} GPUs.")
         for place, deployment in enumerate(best[:3], 1):
             remarks.append(f"{place}. {deployment_of(chosen, deployment.capacity)}")
         if out is not None:
             write_whole(out / "results.jsonl", lines, replaces=True)
             write_whole(out / "page.html", page_of("Plan", remarks, chosen, cases), replaces=True)
     _show(lines, deployment_cases(chosen, best[:3]), remarks, out, as_json)
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def say_likes(points: list[Point]) -> None:

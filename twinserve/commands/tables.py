@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 _LENGTHS = (*STATISTICS, "max", "total")
 """Statistics of the lengths of a trace."""
+_NOTES = {
+    "same_instant": "arrive at the instant of the one before",
+    "repeated_prompt": "have the prompt of an earlier one",
+    "private_prompt": "have prompts of which the length alone is known",
+    "one_token_output": "have answers of one token",
+    "arrival_not_said": "have no time in the file",
+}
+"""What readers note of requests, in words."""
 
 
 def summary_table(summary: dict[str, Any]) -> None:
@@ -50,6 +58,11 @@ def summary_table(summary: dict[str, Any]) -> None:
             f"goodput {_number(found['goodput_req_s'])} requests/s, {_number(found['goodput_tok_s'])} output tokens/s"
         )
         console.print(f"{found['limits']}: {share}; {rates}")
+    if found := summary.get("energy"):
+        console.print(
+            f"{_number(found['joules_per_output_token'])} J an output token, {_number(found['joules_per_request'])} J "
+            f"a request; {_number(found['watts'])} W, all devices together ({found['basis']})"
+        )
     if found := summary.get("measured"):
         console.print("; ".join(f"{name} {_number(value)} s" for name, value in found.items()))
     if found := summary.get("judged"):
@@ -199,16 +212,18 @@ def trace_table(statistics: dict[str, Any]) -> None:
     for size, hits in statistics["reuse"].items():
         reuse.add_row(size, str(hits["hit_tokens"]), f"{hits['hit_ratio']:.2%}")
     console.print(reuse)
-    handled = Table("what was handled", "", "requests")
+    handled = Table("of these", "", "requests")
     for what in ("dropped", "clipped", "repaired"):
         for reason, count in facts["handled"][what].items():
             handled.add_row(what, reason, str(count))
     for reason, count in facts["notes"].items():
-        handled.add_row("noted", reason, str(count))
+        if count:
+            handled.add_row("noted", _NOTES[reason], str(count))
     for entry in facts["transforms"]:
         for reason, count in entry["changed"].items():
             handled.add_row(f"{entry['transform']} {entry['parameters']}", reason, str(count))
-    console.print(handled)
+    if handled.rows:
+        console.print(handled)
 
 
 def verify_table(report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.files import in_place_of
 from twinserve.settings.limits import MOST_TIME_SCALE
 from twinserve.worlds.verdict import DOUBTFUL, Verdict, load_of
-from twinserve.worlds.workload import LIKE_HELP, ClientOptions, TraceOptions
+from twinserve.worlds.workload import LIKE_HELP, ClientOptions, RateOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.policies import Sequence
@@ -28,18 +28,20 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run recor
 RECORD = ("run.json",)
 """By what a run record is known."""
 LATENCY_HELP = (
-    "How long steps take: roofline:MODEL@DEVICE[:tp=N], MODEL a config.json or a shape such as llama-3-8b; a file that "
-    "twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, qwen3-0.6b-h200, "
-    "llama-3-8b-h200). Must be given, unless --latency-from is."
+    "How long steps take: roofline:MODEL@DEVICE[:tp=N][:pp=N], MODEL a config.json or a shape such as llama-3-8b; a "
+    "file that twinserve profile or fit wrote; or one that ships (smollm2-135m-cpu-2-threads, qwen3-0.6b-h100, "
+    "qwen3-0.6b-h200, llama-3-8b-h200). Must be given, unless --latency-from is."
 )
 
 
+@options_of(RateOptions, "rates")
 @options_of(TraceOptions, "trace_options")
 @options_of(ClientOptions, "clients")
 @options_of(FleetOptions, "fleet", but=("group",))
 @options_of(Settings, "settings")
 def sim(
     trace: TraceFile,
+    rates: dict,
     trace_options: dict,
     clients: dict,
     fleet: dict,
@@ -62,6 +64,9 @@ def sim(
         float, typer.Option(min=0, help="Requests of so many first seconds are neither counted nor measured by these.")
     ] = 0.0,
     drain_s: Annotated[float, typer.Option(min=0, help="Nor are those of so many last ones.")] = 0.0,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Say the joules of a token and of a request, by the device's power model.")
+    ] = False,
     like: Annotated[str | None, typer.Option(help=f"{LIKE_HELP}.")] = None,
     vllm_args: Annotated[str | None, typer.Option(help=VLLM_ARGS_HELP)] = None,
     config: Config = None,
@@ -75,6 +80,7 @@ def sim(
     from twinserve.planning.prediction import replica_intervals
     from twinserve.sim.fit import FittedLatency
     from twinserve.sim.intervals import NUM_DRAWS
+    from twinserve.worlds.run import metered
     from twinserve.worlds.workload import load_workloads
 
     judge = Judge(Rules.parse(within, measured, warm_up_s, drain_s))
@@ -85,7 +91,7 @@ def sim(
     inside = validated(ClientOptions, {}, clients, None)
     settings = settings_of_vllm(vllm_args) | settings
     replicas, words = chosen.build_replicas(settings, config, latency, latency_from, like)
-    workload, *others = load_workloads(trace, trace_options, NUM_DRAWS if intervals else 1)
+    workload, *others = load_workloads(trace, trace_options, rates, NUM_DRAWS if intervals else 1)
     with in_place_of(out, force, RECORD) as place:
         for line in (*words, load_of(workload)):
             say(line)
@@ -102,7 +108,9 @@ def sim(
                 judge.ended(seq)
 
             how: dict[str, Any] = {"out": place, "progress": ended, "step_by_step": step_by_step}
-            summary = chosen.serve(workload, replicas, intervals=limits, clients=inside.clients, **how)
+            served, drawn_by = metered(replicas) if energy else (replicas, None)
+            how["derived"] = drawn_by
+            summary = chosen.serve(workload, served, intervals=limits, clients=inside.clients, **how)
     judge.add_to(summary)
     for model in {id(replica.latency): replica.latency for replica in replicas}.values():
         if isinstance(model, FittedLatency) and model.num_outside:
@@ -113,11 +121,13 @@ def sim(
     _conclude(summary, verdict, as_json)
 
 
+@options_of(RateOptions, "rates")
 @options_of(TraceOptions, "trace_options")
 @options_of(EngineOptions, "engine")
 @options_of(Settings, "settings")
 def run(
     trace: TraceFile,
+    rates: dict,
     trace_options: dict,
     engine: dict,
     settings: dict,
@@ -132,7 +142,7 @@ def run(
     """Replay a trace on the real engine, in real time."""
     from twinserve.policies import SamplingParams
     from twinserve.worlds.run import load_llm, run_real
-    from twinserve.worlds.workload import load_workload
+    from twinserve.worlds.workload import load_workloads
 
     options = EngineOptions.load(engine, config)
     chosen = Settings.load(settings, config, beside=("engine",))
@@ -142,7 +152,7 @@ def run(
         params = SamplingParams(temperature=temperature, ignore_eos=not stop_at_eos)
     except ValueError as error:
         raise InputError(str(error)) from error
-    workload = load_workload(trace, trace_options)
+    (workload,) = load_workloads(trace, trace_options, rates)
     verdict = Verdict()
     with in_place_of(out, force, RECORD) as place, closing(load_llm(options, chosen, progress=say)) as llm:
         say(load_of(workload))

@@ -71,10 +71,13 @@ class Scale:
 
     Rates stand on a grid, each `1 + tolerance` times the one before, the same for every search: so a search ends at two
     neighbours, and two searches share what they have computed. Replicas are numbered downwards.
+
+    Args:
+        most_gpus: no more replicas are tried than have so many GPUs together, but one; None: no bound.
     """
 
-    def __init__(self, sought: Sought, tolerance: float):
-        self.sought, self._ratio = sought, 1 + tolerance
+    def __init__(self, sought: Sought, tolerance: float, most_gpus: int | None = None):
+        self.sought, self._ratio, self._most_gpus = sought, 1 + tolerance, most_gpus
 
     def value(self, number: int) -> float | int:
         """What stands at a number."""
@@ -83,7 +86,10 @@ class Scale:
     def search(self, point: Point) -> Generator[int, bool, Found]:
         """A search that begins at the point's own value; at a trace's own rate where it has none."""
         if self.sought == "replicas":
-            return largest(-point.fleet.num_replicas, -_MOST_REPLICAS, -1)
+            most = _MOST_REPLICAS
+            if self._most_gpus is not None:
+                most = max(1, self._most_gpus // sum(point.with_sought("replicas", 1).gpus().values()))
+            return largest(-min(point.fleet.num_replicas, most), -most, -1)
         rate = point.rate or point.own_rate() or 1.0
         start, reach = (round(math.log(x) / math.log(self._ratio)) for x in (rate, _WIDEST))
         return largest(start, start - reach, start + reach, max(1, round(math.log(1.5) / math.log(self._ratio))))
@@ -155,6 +161,7 @@ def find_capacities(
     workers: Workers,
     *,
     tolerance: float = 0.02,
+    most_gpus: int | None = None,
     advance: Callable[[], None] | None = None,
     compute: Callable[[Job], Result] = compute,
 ) -> list[Capacity]:
@@ -166,6 +173,7 @@ def find_capacities(
 
     Args:
         tolerance: rates are found to such a share of themselves.
+        most_gpus: no more replicas are tried than have so many GPUs together.
         advance: called as each point is finished.
 
     Raises:
@@ -176,7 +184,7 @@ def find_capacities(
         raise InputError("is missing, expected text such as 'p99 TTFT <= 1 s'", field="objective")
     if not LEAST_TOLERANCE <= tolerance < 1:
         raise InputError(f"expected a share from {LEAST_TOLERANCE} to below 1", field="tolerance", value=tolerance)
-    scale = Scale(sought, tolerance)
+    scale = Scale(sought, tolerance, most_gpus)
     finders = [_finder(case, scale, objective) for case in plan.cases]
     wanted = {number: next(finder) for number, finder in enumerate(finders)}
     found: dict[int, Capacity] = {}

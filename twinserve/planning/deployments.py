@@ -15,9 +15,12 @@ from twinserve.planning.sweep import Plan, Store, load_plan
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.roofline import RooflineLatency
+from twinserve.sim.splits import Split
 
-DEGREES = (1, 2, 4, 8)
-"""Tensor-parallel degrees that are tried."""
+MOST_GPUS = 128
+"""Of a deployment, unless another number is given."""
+SPLITS = ("tp=1", "tp=2", "tp=4", "tp=8")
+"""How devices share the model, in what is tried."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,39 @@ class Deployment:
     price_per_hour: float
 
 
-def candidates(model: str, devices: Sequence[str], options: str = "") -> tuple[list[str], list[str]]:
-    """The latencies of a model on devices, alone and tensor-parallel, and in words why others are left out.
+def candidates(
+    model: str,
+    devices: Sequence[str],
+    options: str = "",
+    splits: Sequence[str] = SPLITS,
+    most_gpus: int = MOST_GPUS,
+) -> tuple[list[str], list[str]]:
+    """The latencies of a model on devices, alone and together, and in words why others are left out.
 
     Args:
         options: of each latency, behind the device, such as ":quantization=fp8".
+        splits: how devices share the model, each as it stands behind the device: "tp=8:pp=2".
+        most_gpus: of a replica.
 
     Raises:
-        InputError: the model, a device or an option is not known, or nothing is left.
+        InputError: the model, a device, an option or a split is not known, or nothing is left.
     """
     latencies, left_out = [], []
+    try:
+        shared = {text: Split.parse(text) for text in splits}
+    except ValueError as error:
+        raise InputError(str(error), field="splits", value=",".join(splits)) from error
     for device in devices:
-        for degree in DEGREES:
-            text = f"{model}@{device}{options}:tp={degree}"
-            plain = RooflineLatency.parse(f"{model}@{device}{options}")
+        alone = RooflineLatency.parse(f"{model}@{device}{options}")
+        for text, split in shared.items():
             try:
-                RooflineLatency(plain.shape, plain.device, degree).num_blocks(16)
+                if (count := split.num_devices * split.data) > most_gpus:
+                    raise ValueError(f"{count} GPUs a replica, expected at most {most_gpus}")
+                RooflineLatency(alone.shape, alone.device, split=split).num_blocks(16)
             except ValueError as error:
-                left_out.append(f"{device}, tp={degree}: {error}")
+                left_out.append(f"{device}, {text}: {error}")
             else:
-                latencies.append(f"roofline:{text}")
+                latencies.append(f"roofline:{model}@{device}{options}:{text}")
     if not latencies:
         raise InputError(f"fits nowhere: {'; '.join(left_out)}", field="model", value=model)
     return latencies, left_out
@@ -106,17 +122,26 @@ def plan_of(
 
 
 def find_deployments(
-    plan: Plan, store: Store, workers: Workers, *, advance: Callable[[], None] | None = None
+    plan: Plan,
+    store: Store,
+    workers: Workers,
+    *,
+    most_gpus: int = MOST_GPUS,
+    advance: Callable[[], None] | None = None,
 ) -> list[Deployment]:
     """The deployment of every case that has one, the cheapest an hour first, of equal ones that of fewer GPUs, and of
     those the one that uses less of what binds.
+
+    Args:
+        most_gpus: of a deployment; what needs more is not found.
+        advance: called as each point is finished.
 
     Raises:
         InputError: the plan has no objective or no price, or a point cannot be computed.
     """
     prices = _prices(plan)
     found = []
-    for capacity in find_capacities(plan, "replicas", store, workers, advance=advance):
+    for capacity in find_capacities(plan, "replicas", store, workers, most_gpus=most_gpus, advance=advance):
         if capacity.value is not None:
             gpus = capacity.point.gpus()
             found.append(Deployment(capacity, gpus, prices.per_hour(gpus)))

@@ -23,14 +23,16 @@ def described(text: str) -> dict[str, Any]:
     if "@" not in text:
         return _of_shape(named_shape(text))
     latency = RooflineLatency.parse(text)
-    degree = latency.tensor_parallel
+    split = latency.split
+    weights = [stage.weight_bytes(latency.shape, split) for stage in latency.stages]
+    count = split.num_devices * split.data
     try:
         blocks = latency.num_blocks(BLOCK_SIZE)
     except ValueError as error:
         raise InputError(str(error), field="model", value=text) from error
     rows = _of_shape(latency.shape) | {
-        "device": f"{degree} x {latency.device.name}, {latency.basis}",
-        "weights a device, GB": round(latency.shape.weight_bytes(degree) / 1e9, 2),
+        "device": ", ".join(filter(None, (f"{count} x {latency.device.name}", str(split), latency.basis))),
+        "weights a device, GB": _gigabytes(weights),
         f"blocks of {BLOCK_SIZE} tokens": blocks,
         "tokens in the pool": blocks * BLOCK_SIZE,
     }
@@ -70,6 +72,12 @@ def _words_of(layers: Layers) -> str:
     if not network.inner:
         return f"{layers.count} with {words}; no network"
     return f"{layers.count} with {words}; {'gated ' if network.is_gated else ''}network of {network.inner}"
+
+
+def _gigabytes(weights: list[float]) -> float | str:
+    """Of the stages of a pipeline, those of each."""
+    sizes = [round(size / 1e9, 2) for size in weights]
+    return sizes[0] if len(sizes) == 1 else ", ".join(map(str, sizes))
 
 
 def _milliseconds(latency: RooflineLatency, features: StepFeatures) -> float:

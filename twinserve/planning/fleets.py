@@ -15,9 +15,11 @@ from twinserve.settings.limits import MOST_FLEET_BLOCKS, MOST_REPLICAS, plain
 from twinserve.settings.own_class import RULES, build, pinned
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
+from twinserve.sim.latency import LatencyModel
+from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
 from twinserve.sim.slowness import Slowdown
-from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool
+from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool, with_stages
 from twinserve.worlds.vllm_like import like_of
 from twinserve.worlds.workload import Workload
 
@@ -206,6 +208,8 @@ class FleetOptions(BaseModel):
     ) -> tuple[list[ReplicaSpec], list[str]]:
         """The replicas, those of each group with its own settings over the common ones, and what was assumed, in words.
 
+        Data-parallel ranks are replicas here.
+
         Args:
             settings: of all replicas, over those of the TOML file `config`.
             latency: of the groups that name none.
@@ -231,23 +235,35 @@ class FleetOptions(BaseModel):
             )
             chosen.check_rules()
             model, facts = choose_latency(group.latency or latency, latency_from)
-            chosen, pool = with_pool(chosen, model)
+            chosen, pool = with_pool(with_stages(chosen, model), model)
             if vllm is not None:
                 words[str(vllm)] = None
             if isinstance(model, FittedLatency):
-                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens)
+                model = model.at(chosen.max_num_seqs, chosen.max_num_batched_tokens, chosen.most_drafts)
             spec = ReplicaSpec(chosen, model, facts)
             words[f"latency: {spec.latency_words} ({facts['identity']})"] = None
             if chosen.max_model_len is None:
                 words["no context limit: max_model_len is not given"] = None
             if pool is not None:
                 words[pool] = None
-            specs += [spec] * group.replicas
+            specs += [spec] * group.replicas * self._ranks_of(model)
         blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
         if blocks > MOST_FLEET_BLOCKS:
             expected = f"expected at most {MOST_FLEET_BLOCKS} KV blocks in all pools together, they have {blocks}"
             raise InputError(f"{expected} (TWINSERVE_MOST_FLEET_BLOCKS)", field="replicas", value=len(specs))
         return specs, list(words)
+
+    def _ranks_of(self, latency: LatencyModel) -> int:
+        """How many ranks a replica has, each with a scheduler of its own: the router chooses among them.
+
+        Raises:
+            InputError: some would be down or slow without the others.
+        """
+        if not isinstance(latency, RooflineLatency) or latency.split.data == 1:
+            return 1
+        if self.die or self.restart or self.slow:
+            raise InputError("expected none of die, restart and slow with dp", field="latency", value=latency.name)
+        return latency.split.data
 
     def serve(
         self, workload: Workload, replicas: list[ReplicaSpec], *, seed: int = 0, **options: Any
@@ -257,7 +273,7 @@ class FleetOptions(BaseModel):
         Args:
             seed: is added to that of a random router.
         """
-        if not self.is_fleet:
+        if not self.is_fleet and len(replicas) == 1:
             (alone,) = replicas
             return run_sim(workload, alone.settings, alone.latency, latency_facts=alone.latency_facts, **options)
         seeded = self.model_copy(update={"router_seed": self.router_seed + seed})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence as Seq
 from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import groupby
@@ -28,23 +27,26 @@ from twinserve.sim.intervals import NUM_DRAWS, draws
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import SEEDED
 from twinserve.traces.readers import Trace
-from twinserve.traces.request import Request
-from twinserve.traces.transforms import session_begins, session_keys
 from twinserve.worlds.run import ReplicaSpec
 from twinserve.worlds.vllm_like import OWN, like_of
-from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions, Workload, make_workload, read_requests
+from twinserve.worlds.workload import (
+    ClientOptions,
+    PointOptions,
+    RateOptions,
+    TraceOptions,
+    Workload,
+    arrival_rate,
+    arrivals_span_s,
+    read_requests,
+    workload_at,
+)
 
 Result = dict[str, Any]
 Sought = Literal["rate", "replicas"]
 
 
 class Point(PointOptions):
-    """One simulation.
-
-    With `rate`, the trace's own arrivals are scaled to so many requests a second (requests - 1 over the time from the
-    first to the last), or, with `arrivals` "poisson", sessions begin at random so often that requests come at that
-    rate in the long run. With `draw`, what is not known of the latency is as that draw has it.
-    """
+    """One simulation; with `draw`, what is not known of the latency is as that draw has it."""
 
     trace: str
     draw: int | None = None
@@ -55,12 +57,7 @@ class Point(PointOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> Point:
-        if self.arrivals == "poisson" and self.rate is None:
-            raise ValueError("arrivals is 'poisson', expected a rate beside it")
-        if self.rate is not None:
-            for name in ("rate_scale", "session_rate", "all_at_zero"):
-                if (value := getattr(self.trace_options, name)) is not None:
-                    raise ValueError(f"{name} is {value!r}, expected none of it beside rate")
+        self.check(self.trace_options)
         self.rules()
         return self
 
@@ -83,7 +80,7 @@ class Point(PointOptions):
                     value=values[name],
                 )
         if "trace" not in values:
-            raise InputError("is missing, expected a trace file or folder", field="trace")
+            raise InputError("is missing, expected a file or folder, in a plan or on the command line", field="trace")
         of_part = {
             part: {name: values[name] for name in model.model_fields if name in values} for part, model in parts.items()
         }
@@ -151,7 +148,7 @@ class Point(PointOptions):
         for spec in self.replicas():
             model = spec.latency
             if isinstance(model, RooflineLatency):
-                counts[kind_of(model.device.name)] += model.tensor_parallel
+                counts[kind_of(model.device.name)] += model.split.num_devices
             else:
                 device = device_of(str(model.data["about"].get("device"))) if isinstance(model, FittedLatency) else None
                 many = model.num_devices if isinstance(model, FittedLatency) else 1
@@ -160,7 +157,7 @@ class Point(PointOptions):
 
     def own_rate(self) -> float | None:
         """Requests a second as they arrive in the trace; None where all arrive at once."""
-        return arrival_rate(self._changed({}).requests)
+        return arrival_rate(self._workload_at(RateOptions()).requests)
 
     def workload(self) -> Workload:
         """The requests to replay.
@@ -168,53 +165,11 @@ class Point(PointOptions):
         Raises:
             InputError: the trace or a trace option cannot be used, or `rate` is given and all requests arrive at once.
         """
-        if self.rate is None:
-            return self._changed({})
-        if self.arrivals == "poisson":
-            return self._sessions_at(self.rate)
-        unscaled = self._changed({})
-        if any(request.after is not None for request in unscaled.requests):
-            problem = "expected 'poisson', which has sessions begin denser: when a turn comes, its answers decide"
-            raise InputError(problem, field="arrivals", value=self.arrivals)
-        own = arrival_rate(unscaled.requests)
-        if own is None:
-            raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=self.rate)
-        return unscaled.at_rate_scale(self.rate / own)
+        return self._workload_at(self)
 
-    def _sessions_at(self, rate: float) -> Workload:
-        """Sessions that begin so often that requests come at a rate in the long run.
-
-        Raises:
-            InputError: there are too few of them: they would all have begun before the longest has had its turns, even
-                if every answer came at once.
-        """
-        requests = trace_at(self.trace, self.trace_options.columns).requests
-        begins = session_begins(requests)
-        longest_ns = max(r.arrival_ns - begins[key] for r, key in zip(requests, session_keys(requests), strict=True))
-        begin_s = len(requests) / rate
-        if begin_s < longest_ns / 1e9:
-            raise InputError(
-                f"expected at most {len(requests) / (longest_ns / 1e9):.4g}: the {len(begins)} sessions would begin "
-                f"within {begin_s:.4g} s, and the longest lasts {longest_ns / 1e9:.4g} s without its answers",
-                field="rate",
-                value=rate,
-            )
-        return self._changed({"session_rate": rate * len(begins) / len(requests)})
-
-    def _changed(self, changes: dict[str, float]) -> Workload:
-        options = TraceOptions(**self.trace_options.model_dump() | changes).with_seed(self.seed)
-        return make_workload(trace_at(self.trace, self.trace_options.columns), Path(self.trace), options)
-
-
-def arrivals_span_s(requests: Seq[Request]) -> float:
-    """Seconds from the first arrival to the last."""
-    return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
-
-
-def arrival_rate(requests: Seq[Request]) -> float | None:
-    """Requests a second, from the first arrival to the last; None where all arrive at once."""
-    span_s = arrivals_span_s(requests)
-    return (len(requests) - 1) / span_s if span_s else None
+    def _workload_at(self, rates: RateOptions) -> Workload:
+        trace, options = trace_at(self.trace, self.trace_options.columns), self.trace_options.with_seed(self.seed)
+        return workload_at(trace, Path(self.trace), options, rates)
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ from twinserve.planning.point import Job, Point, Result, compute
 from twinserve.planning.prices import Prices
 from twinserve.settings.config import read_toml
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import lock_file, write_whole
+from twinserve.settings.files import ending_with, lock_file, write_whole
 from twinserve.settings.limits import MOST_POINTS
 from twinserve.traces.kinds import checker
 from twinserve.traces.lines import Line
@@ -233,10 +233,11 @@ class Store:
 
 @contextmanager
 def opened(folder: Path | None) -> Iterator[Store]:
-    """A store that is closed in the end."""
+    """A store that is closed in the end; who is stopped before it reads how to go on."""
     store = Store(folder)
     try:
-        yield store
+        with ending_with(lambda: f"the same command goes on with what is in {folder}" if folder else ""):
+            yield store
     finally:
         store.close()
 

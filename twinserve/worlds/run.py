@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from twinserve.sim.profiles import Profile
 
 Progress = Callable[[Sequence], None]
+Derived = Callable[[dict[str, Any]], dict[str, Any]]
 
 ROOFLINE = "roofline:"
 _OF_ENGINE = ("shape", "dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size")
@@ -93,15 +95,24 @@ def choose_latency(source: str | None, record: Path | None = None) -> tuple[Late
 
 
 def with_drafting(latency: LatencyModel, settings: Settings) -> LatencyModel:
-    """A latency model with what drafts cost, as the settings say it; recorded times have it in them.
+    """A latency model with what drafts cost, as the settings say it; recorded times have it in them, and so has what
+    was fitted to steps of an engine that drafts.
 
     Raises:
-        InputError: `draft_latency` names none.
+        InputError: `draft_latency` names none, or what was measured with drafts is to cost them again.
     """
     config = settings.speculative_config
     if config is None or isinstance(latency, RecordedLatency):
         return latency
     from twinserve.sim.drafting import DraftedLatency, LookupDrafting, ModelDrafting
+    from twinserve.sim.fit import FittedLatency
+
+    if isinstance(latency, FittedLatency) and latency.data["about"].get("speculative_config") is not None:
+        for name in ("lookup_ns", "draft_latency"):
+            if (value := getattr(config, name)) is not None:
+                problem = "expected none, as the latency was measured with drafts"
+                raise InputError(problem, field=f"speculative_config.{name}", value=value)
+        return latency
 
     if config.lookup_ns is not None:
         return DraftedLatency(latency, LookupDrafting(*config.lookup_ns))
@@ -133,6 +144,22 @@ def with_pool(settings: Settings, latency: LatencyModel) -> tuple[Settings, str 
     return Settings.load(settings.model_dump() | {"num_gpu_blocks": count}), words
 
 
+def with_stages(settings: Settings, latency: LatencyModel) -> Settings:
+    """The settings with the stages of the pipeline that a latency model is of.
+
+    Raises:
+        InputError: the settings say another number, or do not go with a pipeline.
+    """
+    stages = latency.split.pipeline if isinstance(latency, RooflineLatency) else 1
+    if settings.pipeline_parallel_size not in (1, stages):
+        raise InputError(
+            f"expected {stages}, as the latency has",
+            field="pipeline_parallel_size",
+            value=settings.pipeline_parallel_size,
+        )
+    return settings if stages == 1 else Settings.load(settings.model_dump() | {"pipeline_parallel_size": stages})
+
+
 def about_runs(records: list[RunRecord]) -> dict[str, Any]:
     """What a latency model says of the runs that it is fitted on, and of the engine and the device that made them."""
     facts = records[0].run["facts"]
@@ -142,6 +169,8 @@ def about_runs(records: list[RunRecord]) -> dict[str, Any]:
         "block_size": records[0].told("settings", "block_size"),
         "runs": [{"name": record.path.name, "trace": record.told("facts", "trace", "sha256")} for record in records],
     }
+    if (drafting := records[0].run["settings"].get("speculative_config")) is not None:
+        about["speculative_config"] = drafting
     return about | {name: facts[name] for name in _OF_ENGINE if name in facts}
 
 
@@ -240,7 +269,7 @@ def measure_steps(
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
         latency: what the workload is simulated with; None is what was measured over the design.
     """
-    from twinserve.engine.profile import StepShape, covering, design, measure, spare_tokens
+    from twinserve.engine.profile import SHORTEST, StepShape, covering, design, measure, spare_tokens
     from twinserve.sim.fit import StepSample
     from twinserve.sim.replica import simulate
 
@@ -270,6 +299,13 @@ def measure_steps(
 
     count = shapes if workload is None else shapes // 2
     sizes = {"max_seqs": max_seqs, "max_context": min(max_context, limit), "max_prompt": max_prompt}
+    if (most := settings.most_drafts) > 0:
+        if (longest := limit - 2 * most) < SHORTEST:
+            least = spare_tokens(repeats) + 2 * most + SHORTEST
+            problem = f"expected at least {least} to measure steps with {most} drafts"
+            raise InputError(problem, field="max_model_len", value=settings.max_model_len)
+        sizes |= {"max_context": min(max_context, longest), "most_drafts": most}
+        sizes |= {"max_tokens": settings.max_num_batched_tokens}
     samples = measured(design(count, **sizes, **room))
     if workload is not None:
         made: set[StepShape] = set()
@@ -301,8 +337,12 @@ def profile_of(llm: LLM, samples: list[StepSample]) -> Profile:
 
     settings = llm.settings.model_dump(include=set(RUNNER_SETTINGS))
     about = llm.facts() | settings | {"device": llm.device_name}
+    if llm.settings.speculative_config is not None:
+        about["speculative_config"] = llm.settings.speculative_config.model_dump()
     del about["seed"], about["tokens"], about["eos_token_id"]
-    return Profile(about, Kernels.load(about.pop("kernels", {})), samples)
+    kernels = Kernels.load(about.pop("kernels", {}))
+    seen = [replace(sample, features=sample.features.attended(kernels.single)) for sample in samples]
+    return Profile(about, kernels, seen)
 
 
 def fit_profile(profile: Profile) -> FittedLatency:
@@ -366,6 +406,7 @@ def run_sim(
     step_by_step: bool = False,
     intervals: Intervals | None = None,
     clients: Clients = NOBODY,
+    derived: Derived | None = None,
 ) -> dict[str, Any]:
     """Replay a workload in the simulator; its summary.
 
@@ -376,6 +417,7 @@ def run_sim(
         out: the run record to write; None keeps none.
         intervals: the limits of its metrics, for the summary.
         clients: who is turned away, and who gives up; the summary counts them apart, as `rejected` and `timed_out`.
+        derived: makes of the summary what joins it.
     """
     from twinserve.sim.replica import simulate
 
@@ -397,7 +439,7 @@ def run_sim(
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
-        return recorder.close(counts) | {"wall_s": wall_s}
+        return recorder.close(counts, derived) | {"wall_s": wall_s}
 
 
 @dataclass(frozen=True)
@@ -414,6 +456,34 @@ class ReplicaSpec:
         if isinstance(self.latency, RecordedLatency):
             return str(self.latency_facts["name"])
         return f"{self.latency_facts['name']}, {'not ' * isinstance(self.latency, RooflineLatency)}fitted"
+
+
+def metered(replicas: Seq[ReplicaSpec]) -> tuple[list[ReplicaSpec], Derived]:
+    """The replicas with meters of their energy, and what says of a summary what they drew.
+
+    Raises:
+        InputError: it is not known what a step computes, or what the device draws.
+    """
+    from twinserve.sim.fit import FittedLatency, floor_of
+    from twinserve.sim.power import Metered, MeteredLatency, Work, energy_of
+
+    meters: dict[int, Metered] = {}
+    counts = Counter(id(spec.latency) for spec in replicas)
+    for spec in replicas:
+        model = spec.latency
+        known = floor_of(model.data["about"]) if isinstance(model, FittedLatency) else model
+        power = known.device.power if isinstance(known, RooflineLatency) else None
+        if not isinstance(known, RooflineLatency) or power is None:
+            raise InputError(
+                "expected a latency of a model whose shape is known, on a device with limit_w or measured_power",
+                field="energy",
+                value=spec.latency_facts["name"],
+            )
+        if id(model) not in meters:
+            count = counts[id(model)] * known.split.num_devices
+            meters[id(model)] = Metered(MeteredLatency(model, Work(known)), count, known.device.name, power)
+    told = [replace(spec, latency=meters[id(spec.latency)].latency) for spec in replicas]
+    return told, lambda summary: {"energy": energy_of(meters.values(), summary)}
 
 
 def fleet_facts(replicas: Seq[ReplicaSpec], router_facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -442,6 +512,7 @@ def run_fleet(
     step_by_step: bool = False,
     intervals: Intervals | None = None,
     clients: Clients = NOBODY,
+    derived: Derived | None = None,
 ) -> dict[str, Any]:
     """Replay a workload on a simulated fleet; its summary. See `run_sim`.
 
@@ -486,7 +557,7 @@ def run_fleet(
         )
         wall_s = round(time.perf_counter() - begun, 3)
         counts = _counts(workload, intervals) | _client_counts(clients, turned_away, gave_up)
-        return recorder.close(counts) | {"wall_s": wall_s}
+        return recorder.close(counts, derived) | {"wall_s": wall_s}
 
 
 def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:

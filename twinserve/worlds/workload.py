@@ -90,16 +90,38 @@ class ClientOptions(BaseModel):
         return Clients(self.max_num_queued_reqs, self.max_num_queued_tokens, timeout_ns)
 
 
-class PointOptions(BaseModel):
-    """What a point of a sweep has beside its trace, settings and trace options."""
+class RateOptions(BaseModel):
+    """At which rate a trace is replayed, whatever its own is.
+
+    With `rate`, the trace's own arrivals are scaled to so many requests a second (requests - 1 over the time from the
+    first to the last), or, with `arrivals` "poisson", sessions begin at random so often that requests come at that
+    rate in the long run.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    latency: str | None = Field(default=None, description="a latency, as twinserve sim takes it")
     rate: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="requests a second")
     arrivals: Literal["trace", "poisson"] = Field(
         default="trace", description="what rate makes denser or thinner: the trace's arrivals, or random ones"
     )
+
+    def check(self, options: TraceOptions) -> None:
+        """Refuse what contradicts the rate.
+
+        Raises:
+            InputError: an option says how dense arrivals are, too; or they are random, and no rate is given.
+        """
+        if self.arrivals == "poisson" and self.rate is None:
+            raise InputError("expected a rate beside it", field="arrivals", value=self.arrivals)
+        for name in ("rate_scale", "session_rate", "all_at_zero") if self.rate is not None else ():
+            if (value := getattr(options, name)) is not None:
+                raise InputError("expected none of it beside rate", field=name, value=value)
+
+
+class PointOptions(RateOptions):
+    """What a point of a sweep has beside its trace, settings and trace options."""
+
+    latency: str | None = Field(default=None, description="a latency, as twinserve sim takes it")
     seed: int = Field(default=0, ge=0, description="added to every seed of the trace options")
     like: str | None = Field(default=None, description=LIKE_HELP)
     limits: str | None = Field(
@@ -163,6 +185,60 @@ def load_workload(path: Path, options: dict[str, Any], *, is_replayed: bool = Tr
     return make_workload(read_requests(path, **wanted.read), path, wanted, is_replayed=is_replayed)
 
 
+def workload_at(trace: Trace, path: Path, options: TraceOptions, wanted: RateOptions) -> Workload:
+    """A trace that was read from `path`, with `options` applied to it, at the rate that is wanted.
+
+    Raises:
+        InputError: an option cannot be used, or there is a rate, and all requests arrive at once or wait for answers.
+    """
+    wanted.check(options)
+    if wanted.rate is None:
+        return make_workload(trace, path, options)
+    if wanted.arrivals == "poisson":
+        rate = wanted.rate * _share_of_sessions(trace.requests, wanted.rate)
+        return make_workload(trace, path, TraceOptions(**options.model_dump() | {"session_rate": rate}))
+    unscaled = make_workload(trace, path, options)
+    if any(request.after is not None for request in unscaled.requests):
+        problem = "expected 'poisson', which has sessions begin denser: when a turn comes, its answers decide"
+        raise InputError(problem, field="arrivals", value=wanted.arrivals)
+    own = arrival_rate(unscaled.requests)
+    if own is None:
+        raise InputError("expected a trace whose requests do not all arrive at once", field="rate", value=wanted.rate)
+    return unscaled.at_rate_scale(wanted.rate / own)
+
+
+def _share_of_sessions(requests: Seq[Request], rate: float) -> float:
+    """Sessions a request.
+
+    Raises:
+        InputError: there are too few of them: at that rate they would all have begun before the longest has had its
+            turns, even if every answer came at once.
+    """
+    begins = transforms.session_begins(requests)
+    keys = transforms.session_keys(requests)
+    longest_ns = max(r.arrival_ns - begins[key] for r, key in zip(requests, keys, strict=True))
+    begin_s = len(requests) / rate
+    if begin_s < longest_ns / 1e9:
+        raise InputError(
+            f"expected at most {len(requests) / (longest_ns / 1e9):.4g}: the {len(begins)} sessions would begin "
+            f"within {begin_s:.4g} s, and the longest lasts {longest_ns / 1e9:.4g} s without its answers",
+            field="rate",
+            value=rate,
+        )
+    return len(begins) / len(requests)
+
+
+def arrivals_span_s(requests: Seq[Request]) -> float:
+    """Seconds from the first arrival to the last."""
+    return (requests[-1].arrival_ns - requests[0].arrival_ns) / 1e9
+
+
+def arrival_rate(requests: Seq[Request]) -> float | None:
+    """Requests a second, from the first arrival to the last; None where all arrive at once."""
+    span_s = arrivals_span_s(requests)
+    return (len(requests) - 1) / span_s if span_s else None
+
+
 def read_requests(path: Path, **read: Any) -> Trace:
     """A trace, see `read_trace`, or the traffic of a vLLM from the step log or the journal in a folder.
 
@@ -181,19 +257,27 @@ def read_requests(path: Path, **read: Any) -> Trace:
     return made_trace(requests_of(record), trace["format"], trace["sha256"])
 
 
-def load_workloads(path: Path, options: dict[str, Any], count: int) -> list[Workload]:
+def load_workloads(path: Path, options: dict[str, Any], rates: dict[str, Any], count: int = 1) -> list[Workload]:
     """So many workloads of one kind: with the seeds of the options, and with those after them.
 
     They are alike where nothing is random.
 
+    Args:
+        options: `TraceOptions`.
+        rates: `RateOptions`.
+
     Raises:
         InputError: the trace or an option cannot be used, or no request is left.
     """
-    wanted = validated(TraceOptions, {}, options, None)
-    trace = read_requests(path, **wanted.read)
-    if not wanted.is_random:
-        return [make_workload(trace, path, wanted)] * count
-    return [make_workload(trace, path, wanted.with_seed(number)) for number in range(count)]
+    wanted, at = validated(TraceOptions, {}, options, None), validated(RateOptions, {}, rates, None)
+    at.check(wanted)
+    is_random = wanted.is_random or at.arrivals == "poisson"
+    # How dense sessions of random arrivals are, all of them say.
+    as_far = {"columns": wanted.columns} if at.arrivals == "poisson" else wanted.read
+    trace = read_requests(path, **as_far)
+    if not is_random:
+        return [workload_at(trace, path, wanted, at)] * count
+    return [workload_at(trace, path, wanted.with_seed(number), at) for number in range(count)]
 
 
 def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replayed: bool = True) -> Workload:

@@ -221,14 +221,14 @@ def test_a_broken_line_is_named(run):
 @pytest.mark.parametrize("field", sorted(SCHEMA["$defs"]["step"]["required"]))
 def test_a_missing_fact_of_a_step_is_named(run, field):
     edit(run.path / "steps.jsonl", 2, **{field: ...})
-    with pytest.raises(InputError, match=f"steps.jsonl:2: {field}, is missing"):
+    with pytest.raises(InputError, match=f"steps.jsonl:2: {field} is missing"):
         load_record(run.path)
 
 
 @pytest.mark.parametrize("field", sorted(SCHEMA["$defs"]["request"]["required"]))
 def test_a_missing_field_of_a_request_is_named(run, field):
     edit(run.path / "requests.jsonl", 2, **{field: ...})
-    with pytest.raises(InputError, match=f"requests.jsonl:2: {field}, is missing"):
+    with pytest.raises(InputError, match=f"requests.jsonl:2: {field} is missing"):
         load_record(run.path)
 
 

@@ -130,8 +130,8 @@ def test_a_summary_whose_times_contradict_the_rows_is_refused(real, metric):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"summary": ...}, "run.json: summary, is missing"),
-        ({"summary__duration_s": ...}, "run.json: summary.duration_s, is missing"),
+        ({"summary": ...}, "run.json: summary is missing"),
+        ({"summary__duration_s": ...}, "run.json: summary.duration_s is missing"),
         ({"summary__itl_s": "1"}, "summary.itl_s is '1', expected"),
         ({"summary__ttft_s__p99": ""}, "summary.ttft_s.p99 is '', expected"),
         ({"summary__ttft_s__p50": []}, "summary.ttft_s.p50 is [], expected"),
@@ -153,7 +153,7 @@ def test_what_is_wrong_in_run_json_is_named(real, changes, words):
 
 def test_runs_that_do_not_say_what_they_replayed_are_not_compared(real):
     record = load_record(real)
-    with pytest.raises(InputError, match=r"run.json: facts.trace, is missing"):
+    with pytest.raises(InputError, match=r"run.json: facts.trace is missing"):
         compare(record, record)
 
 

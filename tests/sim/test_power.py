@@ -1,0 +1,124 @@
+"""Power: what steps move and compute, worked out by hand, and the joules of whole runs."""
+
+import json
+
+import pytest
+from shell import twinserve
+
+from twinserve.planning.fleets import FleetOptions
+from twinserve.settings.errors import InputError
+from twinserve.sim.devices import DEVICES, IDLE_SHARE, PEAKS, Device, Power
+from twinserve.sim.latency import StepFeatures
+from twinserve.sim.power import MeteredLatency, Use, Work
+from twinserve.sim.roofline import RooflineLatency
+from twinserve.sim.shapes import ModelShape
+from twinserve.sim.splits import Split
+from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.record import load_record
+from twinserve.worlds.run import metered
+from twinserve.worlds.workload import Workload
+
+__all__ = ["twinserve"]
+TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 4, 16)
+POWER = Power(idle_w=100, active_w=50, joules_per_byte=1e-9, joules_per_operation=1e-12, source="made up")
+OWN = Device(
+    name="own", bandwidth=1e12, flops=1e14, memory_mib=9_537, link=1e9, source="made up", shares=PEAKS,
+    measured_power=POWER,
+)  # fmt: skip
+VALUES = 64 * 192 + 64 * 64 + 64 * 256 + 128 * 64
+"""Weights of a layer."""
+
+
+def decode(rows: int, context: int) -> StepFeatures:
+    return StepFeatures(0, rows, 0, rows, rows * context, rows * context, rows, longest_decode=context)
+
+
+def work_by_hand(rows: int, context: int) -> tuple[int, int]:
+    """Bytes and operations of a step of decodes."""
+    activations = rows * (64 + 192 + 64 + 64 + 64 + 256 + 128 + 64)
+    moved = 2 * (2 * (VALUES + activations) + rows * context * 2 * 64 * 2) + 2 * (64_000 + rows * (64 + 1000))
+    computed = 2 * (2 * rows * VALUES + 4 * rows * context * 64) + 2 * rows * 64_000
+    return moved, computed
+
+
+def test_a_step_moves_and_computes_what_its_shape_says_whatever_the_device():
+    for device in (OWN, DEVICES["h200"], DEVICES["l4"]):
+        use = Work(RooflineLatency(TINY, device)).of(decode(3, 100), busy_ns=5_000)
+        assert (round(use.bytes), round(use.operations)) == work_by_hand(3, 100)
+        assert use.busy_s == 5e-6
+
+
+def test_all_devices_of_a_step_are_counted():
+    alone = Work(RooflineLatency(TINY, OWN)).of(decode(3, 100), busy_ns=5_000)
+    pair = Work(RooflineLatency(TINY, OWN, 2)).of(decode(3, 100), busy_ns=5_000)
+    assert pair.busy_s == 2 * alone.busy_s and pair.operations == pytest.approx(alone.operations)
+    assert alone.bytes < pair.bytes < 1.2 * alone.bytes  # the inputs of shared products are read by both
+    own = OWN.model_copy(update={"network": 1e9})
+    stages = Work(RooflineLatency(TINY, own, split=Split(pipeline=2))).of(decode(3, 100), busy_ns=5_000)
+    assert stages.busy_s == alone.busy_s and stages.operations == pytest.approx(alone.operations, rel=0.01)
+
+
+def test_steps_that_repeat_one_another_are_metered_as_one_by_one():
+    latency = RooflineLatency(TINY, OWN)
+    at_once, singly = (MeteredLatency(latency, Work(latency)) for _ in range(2))
+    at_once.watch(decode(3, 100), 20)
+    for number in range(20):
+        singly.watch(decode(3, 100 + number))
+    assert at_once.use.bytes == singly.use.bytes == sum(work_by_hand(3, 100 + number)[0] for number in range(20))
+    assert at_once.use.operations == singly.use.operations
+    assert at_once.use.busy_s == pytest.approx(singly.use.busy_s) and singly.use.busy_s > 0
+
+
+def test_joules_are_those_of_time_of_busy_time_of_bytes_and_of_operations():
+    assert Use(2.0, 3e9, 4e12).joules(POWER, 10.0) == pytest.approx(100 * 10 + 50 * 2 + 3 + 4)
+
+
+def test_a_device_that_nobody_measured_draws_its_limit_while_it_computes_and_says_so():
+    power = DEVICES["h100"].power
+    assert power is not None and power.idle_w == IDLE_SHARE * 700 and power.idle_w + power.active_w == 700
+    assert power.source.startswith("data sheet: 700 W") and "assumed" in power.source
+    assert DEVICES["b300"].power is None, "no limit is known"
+    assert OWN.power is POWER
+
+
+def requests(count: int) -> Workload:
+    return Workload([Request(number, number * 20_000_000, (Part(number, 0, 300),), 20) for number in range(count)])
+
+
+def test_a_runs_joules_lie_between_those_of_idle_and_of_busy_devices_and_are_on_its_record(tmp_path):
+    for options, devices in ((FleetOptions(), 2), (FleetOptions(replicas=3), 6)):
+        specs, _ = options.build_replicas({}, latency="roofline:llama-3-8b@h100:tp=2")
+        told, derived = metered(specs)
+        out = tmp_path / str(devices)
+        summary = options.serve(requests(30), told, out=out, derived=derived)
+        energy = summary["energy"]
+        assert 70 * devices < energy["watts"] < 700 * devices
+        assert energy["joules"] == pytest.approx(energy["watts"] * summary["duration_s"])
+        assert energy["joules_per_request"] == pytest.approx(energy["joules"] / 30)
+        assert energy["joules_per_output_token"] == pytest.approx(energy["joules"] / (30 * 20))
+        plain = options.serve(requests(30), specs)
+        assert {name: plain[name] for name in ("ttft_s", "steps", "duration_s")} == {
+            name: summary[name] for name in ("ttft_s", "steps", "duration_s")
+        }
+    assert json.loads((tmp_path / "2" / "run.json").read_text())["summary"]["energy"]["joules"] > 0
+    assert load_record(tmp_path / "2").run["summary"]["energy"]["basis"].startswith("H100: data sheet")
+
+
+def test_energy_of_what_is_not_known_is_refused():
+    for latency in ("roofline:llama-3-8b@b300", "smollm2-135m-cpu-2-threads"):
+        specs, _ = FleetOptions().build_replicas({"num_gpu_blocks": 1000}, latency=latency)
+        with pytest.raises(InputError, match="energy is .*expected a latency of a model whose shape is known"):
+            metered(specs)
+
+
+def test_the_command_says_joules_and_the_page_of_the_run_too(twinserve, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    made = twinserve("trace", "make", "--out", trace, "--requests", 20, "--rate", 5)
+    assert made.code == 0, made.err
+    asked = ("sim", trace, "--latency", "roofline:llama-3-8b@h200", "--energy", "--out", tmp_path / "run")
+    result = twinserve(*asked)
+    assert result.code == 0, result.err
+    assert "J an output token" in result.out and "H200: data sheet: 700 W" in " ".join(result.out.split())
+    page = tmp_path / "page.html"
+    assert twinserve("report", tmp_path / "run", "--out", page).code == 0
+    assert "J an output token" in page.read_text() and "H200: data sheet" in page.read_text()

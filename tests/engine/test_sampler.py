@@ -187,6 +187,8 @@ def test_biases_are_added_and_stop_tokens_wait_for_the_least_length():
     params = [replace(GREEDY, logit_bias=((3, 5.0), (1, -1.5))), replace(GREEDY, stop_token_ids=(1,), min_tokens=3)]
     assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 2]).tolist() == [3, 2]
     assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 3]).tolist() == [3, 1]
+    near = [replace(GREEDY, logit_bias=((2, bias),)) for bias in (1.5, 0.5)]
+    assert sample(LOGITS.expand(2, -1), near, [0, 0]).tolist() == [2, 1], "to what the logit is"
 
 
 @pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3), (-1.0, 0.0), (0.0, -0.7)])

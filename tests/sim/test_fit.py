@@ -119,6 +119,21 @@ def test_a_step_beyond_what_was_measured_is_counted_with_its_excess():
     assert (model.num_outside, model.worst_excess) == (1, 3.0)
     model.step_cost(features(480, 64))
     assert (model.num_outside, model.worst_excess) == (1, 3.0), "asking is not making"
+    model.watch(features(32, 64))
+    assert (model.num_outside, model.worst_excess) == (2, 3.0), "the worst of all, not the latest"
+
+
+def test_errors_are_relative_to_the_whole_of_a_cost_what_is_fixed_of_it_included():
+    rows, means, fixed = np.ones((2, 1)), np.array([110.0, 10_000.0]), np.array([0.0, 9_900.0])
+    (found,) = fits.least_squares(rows, means, np.ones(2), fixed)
+    assert found == pytest.approx(110, abs=0.1), "a hundredth of the second cost is less than an eleventh of the first"
+
+
+def test_a_context_is_cut_as_the_padded_rows_say_and_not_those_that_there_are():
+    kernels = Kernels(decodes=(2, 8), decode_cuts=((1, 4, 64, 16), (8, 1, 64, 16)))
+    step = StepFeatures(0, 3, 0, 3, 3 * 640, 3 * 640, 3, longest_decode=640)
+    found = dict(zip(fits.GROWN, fits.grown(step, kernels, 0.0), strict=True))
+    assert found["decode_span_block"] == kernels.blocks(8, 640) == 4 * kernels.blocks(3, 640)
 
 
 @pytest.mark.parametrize(

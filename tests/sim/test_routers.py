@@ -85,7 +85,7 @@ def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_kno
 def test_kv_use_is_known_as_it_was_when_metrics_were_read_last():
     router = LeastKvUse(period_s=0.05)
     full, free = Counts(0, 5, kv_use=0.9), Counts(1, 50, kv_use=0.1)
-    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((0, 49, 50, 99))]
+    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((10, 59, 60, 109))]
     assert router.choose(at[0], [full, free]) == 1
     full.kv_use, free.kv_use = 0.0, 0.8
     assert router.choose(at[1], [full, free]) == 1, "it does not know yet"

@@ -20,6 +20,7 @@ from twinserve.engine.sampler import (
     SamplingPlan,
     greedy_sample,
     is_plain,
+    mixed,
     sample,
     sample_with_temperature,
     uniform,
@@ -217,6 +218,18 @@ def test_top_k_of_minus_1_is_the_whole_vocabulary():
     tokens = sample(LOGITS.expand(100, -1), rows, [0] * 100).tolist()
     assert tokens[:50] == tokens[50:] and len(set(tokens)) > 2
     assert is_plain(rows[0]) and not is_plain(replace(rows[0], logprobs=0))
+
+
+def test_a_temperature_that_is_next_to_none_is_none_where_tokens_tie():
+    params = [SamplingParams(temperature=5e-6, seed=seed) for seed in range(30)]
+    assert set(sample(torch.tensor([1.0, 3.0, 3.0]).expand(30, -1), params, [0] * 30).tolist()) == {1}
+
+
+def test_draws_are_those_of_splitmix64_whatever_the_seed():
+    """The first two numbers of the generator's published sequence from 1234567."""
+    assert mixed(1234567) == 6457827717110365317
+    assert mixed(1234567 + 0x9E3779B97F4A7C15) == 3203168211198807973
+    assert mixed(-1) == mixed((1 << 64) - 1) and mixed((1 << 64) + 5) == mixed(5)
 
 
 def test_top_k_of_all_tokens_or_more_keeps_them_all_beside_rows_that_keep_few():

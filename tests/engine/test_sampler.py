@@ -20,6 +20,7 @@ from twinserve.engine.sampler import (
     SamplingPlan,
     greedy_sample,
     is_plain,
+    mixed,
     sample,
     sample_with_temperature,
     uniform,
@@ -187,9 +188,11 @@ def test_biases_are_added_and_stop_tokens_wait_for_the_least_length():
     params = [replace(GREEDY, logit_bias=((3, 5.0), (1, -1.5))), replace(GREEDY, stop_token_ids=(1,), min_tokens=3)]
     assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 2]).tolist() == [3, 2]
     assert sample(LOGITS.expand(2, -1), params, [0, 0], generated=[0, 3]).tolist() == [3, 1]
+    near = [replace(GREEDY, logit_bias=((2, bias),)) for bias in (1.5, 0.5)]
+    assert sample(LOGITS.expand(2, -1), near, [0, 0]).tolist() == [2, 1], "to what the logit is"
 
 
-@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3)])
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 0.7), (-1.0, 0.3), (-1.0, 0.0), (0.0, -0.7)])
 def test_presence_and_frequency_penalties_are_by_their_definition(frequency, presence):
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
     counts = torch.randint(0, 4, (4, 50), generator=torch.Generator().manual_seed(3)).float()
@@ -214,7 +217,33 @@ def test_top_k_of_minus_1_is_the_whole_vocabulary():
     rows = [SamplingParams(seed=seed, top_k=top_k) for top_k in (-1, 0) for seed in range(50)]
     tokens = sample(LOGITS.expand(100, -1), rows, [0] * 100).tolist()
     assert tokens[:50] == tokens[50:] and len(set(tokens)) > 2
-    assert is_plain(rows[0])
+    assert is_plain(rows[0]) and not is_plain(replace(rows[0], logprobs=0))
+
+
+def test_a_temperature_that_is_next_to_none_is_none_however_near_the_next_token_is():
+    params = [SamplingParams(temperature=5e-6, seed=seed) for seed in range(30)]
+    assert set(sample(torch.tensor([1.0, 3.0, 3.000001]).expand(30, -1), params, [0] * 30).tolist()) == {2}
+
+
+def test_draws_are_those_of_splitmix64_whatever_the_seed():
+    """The first two numbers of the generator's published sequence from 1234567."""
+    assert mixed(1234567) == 6457827717110365317
+    assert mixed(1234567 + 0x9E3779B97F4A7C15) == 3203168211198807973
+    assert mixed(-1) == mixed((1 << 64) - 1) and mixed((1 << 64) + 5) == mixed(5)
+
+
+def test_top_k_of_all_tokens_or_more_keeps_them_all_beside_rows_that_keep_few():
+    flat = [SamplingParams(temperature=1000.0, seed=seed, top_k=top_k) for top_k in (6, 7) for seed in range(60)]
+    tokens = sample(LOGITS.expand(121, -1), [*flat, SamplingParams(top_k=1)], [0] * 121).tolist()
+    assert set(tokens[:60]) == set(tokens[60:120]) == set(range(6)) and tokens[120] == 1
+
+
+def test_a_row_whose_top_p_is_1_keeps_its_tail_beside_one_that_has_none():
+    """Three thirds add up to 1 in float32, and the tokens behind them are there all the same."""
+    logits = torch.tensor([0.0, 0.0, 0.0, -20.0]).expand(2, -1)
+    params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.5)]
+    plan = SamplingPlan.of(params, [1 - 2.0**-40] * 2, logits.device)
+    assert plan.sample(logits).tolist() == [3, 1]
 
 
 def test_top_p_is_a_share_of_what_top_k_left():

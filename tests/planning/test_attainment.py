@@ -32,6 +32,8 @@ def test_a_request_keeps_all_limits_or_does_not_count():
     for ttft_ms, tpot_ms in ((100, 20), (101, 20), (100, 21), (5, 5), (1, 1)):
         attainment.ended(answer(ttft_ms, tpot_ms))
     found = attainment.of({"requests": 5, "duration_s": 2.0})
+    turned_away = attainment.of({"requests": 5, "rejected": 3, "duration_s": 2.0})
+    assert turned_away["share"] == pytest.approx(found["share"] * 5 / 8), "who is turned away came, too"
     assert found == {
         "limits": "TTFT <= 100 ms and TPOT <= 20 ms", "share": 0.6, "goodput_req_s": 1.5, "goodput_tok_s": 16.5,
     }  # fmt: skip

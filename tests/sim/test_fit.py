@@ -119,6 +119,21 @@ def test_a_step_beyond_what_was_measured_is_counted_with_its_excess():
     assert (model.num_outside, model.worst_excess) == (1, 3.0)
     model.step_cost(features(480, 64))
     assert (model.num_outside, model.worst_excess) == (1, 3.0), "asking is not making"
+    model.watch(features(32, 64))
+    assert (model.num_outside, model.worst_excess) == (2, 3.0), "the worst of all, not the latest"
+
+
+def test_errors_are_relative_to_the_whole_of_a_cost_what_is_fixed_of_it_included():
+    rows, means, fixed = np.ones((2, 1)), np.array([110.0, 10_000.0]), np.array([0.0, 9_900.0])
+    (found,) = fits.least_squares(rows, means, np.ones(2), fixed)
+    assert found == pytest.approx(110, abs=0.1), "a hundredth of the second cost is less than an eleventh of the first"
+
+
+def test_a_context_is_cut_as_the_padded_rows_say_and_not_those_that_there_are():
+    kernels = Kernels(decodes=(2, 8), decode_cuts=((1, 4, 64, 16), (8, 1, 64, 16)))
+    step = StepFeatures(0, 3, 0, 3, 3 * 640, 3 * 640, 3, longest_decode=640)
+    found = dict(zip(fits.GROWN, fits.grown(step, kernels, 0.0), strict=True))
+    assert found["decode_span_block"] == kernels.blocks(8, 640) == 4 * kernels.blocks(3, 640)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +215,29 @@ def test_the_least_of_a_step_is_that_of_as_many_devices_as_it_was_measured_on():
     deep = features(16, 40_000)
     assert floor_of(ABOUT).step_cost(deep)[1] / 2 < two.step_cost(deep)[1] < floor_of(ABOUT).step_cost(deep)[1]
     assert prompt_wave(ABOUT | {"tensor_parallel_size": 2}) == 2 * prompt_wave(ABOUT)
+    counts = [fit(samples(0.0), about).num_devices for about in ({}, {"tensor_parallel_size": 2})]
+    assert counts == [1, 2]
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"kv_cache_dtype": "fp8"}, {"quantization": "int8"}])
+def test_nothing_is_known_of_the_least_where_numbers_have_other_sizes(other):
+    assert floor_of(ABOUT | other) is None
+
+
+def test_what_is_read_again_and_what_comes_from_the_pool_cost_together_no_less_than_the_memory():
+    """Where a token seems to cost half of its reading, and from the pool too little more, the pool's is the rest."""
+    least = SHAPES["qwen3-8b"].kv_bytes_per_token() / (DEVICES["h100"].bandwidth / 1e9)
+    few = [
+        StepSample(
+            step._replace(shared_tokens=shared), 1000, 10**5 + round(least * (0.9 * n * context - 0.4 * shared))
+        )
+        for n in (2, 4, 8) for context in (512, 4096) for p in (0, 16) for shared in (0, context, n * context * 3 // 4)
+        for step in [features(n, context, p)]
+    ]  # fmt: skip
+    for data in fit(few, ABOUT).data["regimes"].values():
+        ns = data["device"]["ns"]
+        assert ns["decode_kv_token"] > 0.1 * least
+        assert ns["decode_kv_token"] + ns["decode_pool_token"] == pytest.approx(least, rel=1e-5)
 
 
 def test_what_is_read_from_the_pool_is_never_cheaper_than_the_devices_memory():

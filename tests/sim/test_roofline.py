@@ -408,6 +408,7 @@ def test_decodes_in_a_window_read_no_more_than_it():
     free, narrow = windowed(None), windowed(64)
     assert attention_ns(narrow, decode(3, 1000)) == attention_ns(free, decode(3, 64))
     assert attention_ns(narrow, decode(3, 50)) == attention_ns(free, decode(3, 50))
+    assert narrow.kv_token_ns == 0 < free.kv_token_ns, "of a token however far back"
 
 
 def test_latent_attention_reads_the_latent_and_computes_by_heads():

@@ -85,11 +85,13 @@ def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_kno
 def test_kv_use_is_known_as_it_was_when_metrics_were_read_last():
     router = LeastKvUse(period_s=0.05)
     full, free = Counts(0, 5, kv_use=0.9), Counts(1, 50, kv_use=0.1)
-    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((0, 49, 50))]
+    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((10, 59, 60, 109))]
     assert router.choose(at[0], [full, free]) == 1
     full.kv_use, free.kv_use = 0.0, 0.8
     assert router.choose(at[1], [full, free]) == 1, "it does not know yet"
     assert router.choose(at[2], [full, free]) == 0
+    full.kv_use = 0.9
+    assert router.choose(at[3], [full, free]) == 0, "the period begins anew when they are read"
     assert LeastKvUse().choose(at[0], [Counts(0, 9), Counts(1, 3)]) == 1, "of equal ones who has less to do"
     with pytest.raises(ValueError, match="period_s is -1, expected seconds >= 0"):
         LeastKvUse(-1)
@@ -130,6 +132,9 @@ def test_of_a_long_prompt_every_32nd_block_is_remembered():
     assert len(router._sent) == 32 + 2, "16, 32, ..., 512, and 1,024 and 1,536"
     replicas[0].outstanding_tokens = 100
     assert router.choose(Request(2, 0, (Part(7, 0, 1540), Part(2, 0, 500)), 10), replicas) == 0
+    before = len(router._sent)
+    assert router.choose(Request(3, 0, (Part(8, 0, 1024),), 10), replicas) == 1
+    assert len(router._sent) == before + 32 + 1, "where it ends with a 32nd block, that one too"
 
 
 def test_equal_prefixes_go_to_one_replica():

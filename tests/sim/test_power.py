@@ -1,6 +1,7 @@
 """Power: what steps move and compute, worked out by hand, and the joules of whole runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 from shell import twinserve
@@ -19,6 +20,7 @@ from twinserve.worlds.run import metered
 from twinserve.worlds.workload import Workload
 
 __all__ = ["twinserve"]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 4, 16)
 POWER = Power(idle_w=100, active_w=50, joules_per_byte=1e-9, joules_per_operation=1e-12, source="made up")
 OWN = Device(
@@ -115,10 +117,16 @@ def test_the_command_says_joules_and_the_page_of_the_run_too(twinserve, tmp_path
     trace = tmp_path / "trace.jsonl"
     made = twinserve("trace", "make", "--out", trace, "--requests", 20, "--rate", 5)
     assert made.code == 0, made.err
-    asked = ("sim", trace, "--latency", "roofline:llama-3-8b@h200", "--energy", "--out", tmp_path / "run")
-    result = twinserve(*asked)
-    assert result.code == 0, result.err
-    assert "J an output token" in result.out and "H200: data sheet: 700 W" in " ".join(result.out.split())
-    page = tmp_path / "page.html"
-    assert twinserve("report", tmp_path / "run", "--out", page).code == 0
-    assert "J an output token" in page.read_text() and "H200: data sheet" in page.read_text()
+    for device, basis in (("h100", "H100: data sheet: 700 W"), ("h200", "H200: benchmarks/results/h200/energy.json")):
+        out, page = tmp_path / device, tmp_path / f"{device}.html"
+        result = twinserve("sim", trace, "--latency", f"roofline:llama-3-8b@{device}", "--energy", "--out", out)
+        assert result.code == 0, result.err
+        assert "J an output token" in result.out and basis in " ".join(result.out.split())
+        assert twinserve("report", out, "--out", page).code == 0
+        assert "J an output token" in page.read_text() and basis in page.read_text()
+
+
+def test_the_table_of_a_measured_card_is_what_its_file_says():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "h200" / "energy.json").read_text())
+    assert DEVICES["h200"].measured_power == Power(**measured["power"])
+    assert max(map(abs, measured["errors_of_held_out"].values())) < 0.1

@@ -181,10 +181,9 @@ def use_of(record: RunRecord) -> Use:
 
 
 def served(llm: LLM, window: Window, seconds: float, seed: int, readings: Readings, folder: Path) -> dict[str, Any]:
-    """What a window drew, and what it did."""
+    """What a window drew; what it did is in the record that it leaves."""
     time.sleep(PAUSE_S)
     begin_s = time.perf_counter()
-    used = Use()
     if window.rate:
         count = max(1, round(window.rate * seconds))
         prompts, answers = (LengthSpec.parse(f"fixed:{tokens}") for tokens in (window.prompt, window.answer))
@@ -197,14 +196,12 @@ def served(llm: LLM, window: Window, seconds: float, seed: int, readings: Readin
             llm.run_trace(requests, params=params, recorder=recorder)
             end_s = time.perf_counter()
             recorder.close({})
-        used = use_of(load_record(folder))
     else:
         time.sleep(seconds)
         end_s = time.perf_counter()
     joules, count = readings.joules(begin_s, end_s)
-    found = asdict(window) | {"seconds": end_s - begin_s, "joules": joules, "readings": count} | asdict(used)
-    say(f"{window.name}: {joules / found['seconds']:.0f} W, busy {used.busy_s / found['seconds']:.0%} of the time")
-    return found
+    say(f"{window.name}: {joules / (end_s - begin_s):.0f} W for {end_s - begin_s:.1f} s")
+    return asdict(window) | {"seconds": end_s - begin_s, "joules": joules, "readings": count}
 
 
 def fitted(rows: list[dict[str, Any]], source: str) -> Power:
@@ -261,6 +258,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
                     window.is_held_out,
                 )
                 rows.append(served(llm, scaled, arguments.window_s, number, readings, Path(scratch) / str(number)))
+            for number, row in enumerate(rows):
+                row |= asdict(use_of(load_record(Path(scratch) / str(number))) if row["rate"] else Use())
     device = device_folder(arguments.device)
     source = f"benchmarks/results/{device}/energy.json: {how} of {name}"
     kept, held_out = ([row for row in rows if row["is_held_out"] == held] for held in (False, True))

@@ -80,20 +80,19 @@ class Batch:
         self.start_ns: int | None = None
         self.end_ns: int | None = None
 
-    def remove(self, seq: Sequence) -> Row | None:
-        """Take back what was decided for a sequence; the row that it had, if any."""
+    def remove(self, seq: Sequence) -> bool:
+        """Take back what was decided for a sequence; had it a row?"""
         self.grown = [(other, block_ids) for other, block_ids in self.grown if other is not seq]
         if seq not in self.seqs:
-            return None
-        row = self.rows[place := self.seqs.index(seq)]
+            return False
+        place = self.seqs.index(seq)
         del self.seqs[place], self.starts[place], self.lengths[place]
-        if not row.samples:
+        if seq in self.chunks:
             self.chunks.remove(seq)
-        if row.is_prompt:
+        if seq in self.prompts:
             self.prompts.remove(seq)
-            self.num_prompt_tokens -= row.num_tokens
             self.lost_prompts = True
-        return row
+        return True
 
     def count(self) -> None:
         """Work out who samples and the totals, once every row is there."""
@@ -101,11 +100,11 @@ class Batch:
         for chunk in self.chunks:
             self.sampled.remove(chunk)
         self.num_tokens = sum(self.lengths)
+        self.num_prompt_tokens = sum([seq.num_scheduled_tokens for seq in self.prompts]) if self.prompts else 0
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
-        if self.num_tokens > len(self.seqs):
-            for place, n in enumerate(self.lengths):
-                if n > 1:  # all but its last token attend to keys beside those that are counted
-                    self.num_attention_pairs += (n - 1) * (2 * self.starts[place] + n) // 2
+        if self.num_tokens > len(self.seqs):  # all but a row's last token attend to keys beside those that are counted
+            pairs = [(n - 1) * (2 * self.starts[place] + n) // 2 for place, n in enumerate(self.lengths) if n > 1]
+            self.num_attention_pairs += sum(pairs)
 
     @property
     def num_decode_tokens(self) -> int:
@@ -113,7 +112,6 @@ class Batch:
 
     @property
     def num_sampled(self) -> int:
-        """Sequences that sample a token."""
         return len(self.seqs) - len(self.chunks)
 
     @property

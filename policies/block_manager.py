@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from typing import Final
 
 from mypy_extensions import i64, mypyc_attr
@@ -12,7 +11,14 @@ from mypy_extensions import i64, mypyc_attr
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, token_bytes
 
-ENDLESS: Final = 1 << 60  # more blocks than anybody asks for
+ENDLESS: Final = 1 << 60  # a limit that is none, or more blocks than anybody asks for; it fits a machine's integer
+
+
+def bound(name: str, value: int | None) -> i64:
+    """A limit; None is none. ValueError, with its name, if it is below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}, expected an integer >= 1")
+    return ENDLESS if value is None else value
 
 
 @mypyc_attr(native_class=False)
@@ -21,12 +27,22 @@ class NoFreeBlocksError(RuntimeError):
 
 
 class Block:
-    """One block of the KV pool, and the number of block tables that hold it."""
+    """One block of the KV pool, the number of block tables that hold it, and its neighbours in a ring."""
 
-    __slots__ = ("block_id", "ref_count")
+    __slots__ = ("after", "before", "block_id", "ref_count")
 
     def __init__(self, block_id: int):
         self.block_id, self.ref_count = block_id, 0
+        self.before = self.after = self
+
+    def enter(self, ring: Block) -> None:
+        """Become the last block of the ring that begins behind `ring`."""
+        self.before, self.after = ring.before, ring
+        self.before.after = ring.before = self
+
+    def leave(self) -> None:
+        """Leave its ring; the neighbours there are each other's from now on."""
+        self.before.after, self.after.before = self.after, self.before
 
     def reset(self) -> None:
         """Make the block blank for its next use."""
@@ -40,21 +56,20 @@ class BlockManager:
     no blank one is left, the least recently used first, so a chain's tail goes before its head."""
 
     def __init__(self, num_blocks: int | None, block_size: int):
-        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected an integer >= 1")
-        self.num_blocks, self.block_size = num_blocks, i64(block_size)
+        bound("num_blocks", num_blocks)
+        self.num_blocks, self.block_size = num_blocks, bound("block_size", block_size)
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(range(num_blocks or 0))[::-1]  # free and without content; the last is used next
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free as well, behind those, in the order of their use
+        self._cached = Block(-1)  # begins the ring of the others that are free, in the order of their use
+        self._num_cached = i64(0)
         self.prefix_cache: PrefixCache | None = None
-        self.evicts: Callable[[list[int]], None] | None = None  # is told of cached blocks before they are used again
+        self.evicts: Callable[[int], None] | None = None  # is told of each cached block before it is used again
         self._holders: dict[Sequence, None] = {}
 
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + len(self._cached)
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self._num_cached
 
     @property
     def cacheable_tokens(self) -> i64:
@@ -64,7 +79,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - len(self._cached)
+        return len(self.blocks) - len(self._blank) - self._num_cached
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -74,7 +89,11 @@ class BlockManager:
     @property
     def free_block_ids(self) -> list[int]:
         """The free blocks, in the order in which they are used next; a new list, so it costs the pool's size."""
-        return [*reversed(self._blank), *self._cached]
+        block_ids, block = self._blank[::-1], self._cached.after
+        while block is not self._cached:
+            block_ids.append(block.block_id)
+            block = block.after
+        return block_ids
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -109,16 +128,16 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         num_cached = seq.num_registered_tokens // self.block_size
-        blank = seq.block_table[num_cached:]
-        for block_id in blank:
+        for block_id in seq.block_table[num_cached:]:
             self.blocks[block_id].reset()
-        self._blank += blank
+            self._blank.append(block_id)
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(seq.block_table[:num_cached]):
             block = self.blocks[block_id]
             block.ref_count -= 1
             if not block.ref_count:
-                self._cached[block_id] = None
+                block.enter(self._cached)
+                self._num_cached += 1
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
@@ -167,7 +186,8 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                del self._cached[block_id]
+                block.leave()
+                self._num_cached -= 1
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
@@ -181,8 +201,7 @@ class BlockManager:
     def register(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache know the full blocks within the first `num_tokens` tokens of `seq`."""
         cache, size = self.prefix_cache, self.block_size
-        if cache is None:
-            return
+        assert cache is not None, f"there is no cache to know {seq}"
         num_tokens = min(num_tokens, seq.num_tokens - cache.hash_lookahead_tokens)
         first, end = seq.num_registered_tokens // size, num_tokens // size
         if first >= end:
@@ -195,7 +214,8 @@ class BlockManager:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
         num_full, num_known = num_tokens // self.block_size, seq.num_registered_tokens // self.block_size
         if self.prefix_cache is not None and num_full < num_known:
-            self.prefix_cache.remove(seq.block_table[num_full:num_known])
+            for block_id in seq.block_table[num_full:num_known]:
+                self.prefix_cache.remove(block_id)
             seq.num_registered_tokens = num_full * self.block_size
 
     def reset_prefix_cache(self) -> bool:
@@ -204,31 +224,31 @@ class BlockManager:
             return False
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
-            self._blank[:0] = reversed(self._cached)
-            self._cached.clear()
+            self._blank = self.free_block_ids[::-1]
+            self._cached, self._num_cached = Block(-1), 0
         return True
 
     def take(self, count: int) -> list[int]:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        blank, blocks = self._blank, self.blocks
-        taken = blank[: -count - 1 : -1]
-        del blank[len(blank) - len(taken) :]
-        if (missing := count - len(taken)) and self.num_blocks is None:
-            taken += range(len(blocks), len(blocks) + missing)  # and nothing is evicted
-            blocks += [Block(block_id) for block_id in taken[-missing:]]
-        elif missing:
-            evicted = list(islice(self._cached, missing))
-            for block_id in evicted:
-                del self._cached[block_id]
-            if self.evicts is not None:
-                self.evicts(evicted)
-            if self.prefix_cache is not None:
-                self.prefix_cache.remove(evicted)
-            taken += evicted
+        taken = self._blank[: -count - 1 : -1]
+        del self._blank[len(self._blank) - len(taken) :]
+        while len(taken) < count:
+            if self.num_blocks is None:
+                block = Block(len(self.blocks))  # and nothing is evicted
+                self.blocks.append(block)
+            else:
+                block = self._cached.after
+                block.leave()
+                self._num_cached -= 1
+                assert self.prefix_cache is not None
+                if self.evicts is not None:
+                    self.evicts(block.block_id)
+                self.prefix_cache.remove(block.block_id)
+            taken.append(block.block_id)
         for block_id in taken:
-            blocks[block_id].ref_count = 1
+            self.blocks[block_id].ref_count = 1
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
@@ -236,14 +256,13 @@ class BlockManager:
         hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
         if (first := len(hashes)) >= num_blocks:
             return
+        assert cache is not None
         if seq.prefix_key is not None:
             # All that it will ever have, as many keys at once cost least.
-            ahead = 0 if cache is None else cache.hash_lookahead_tokens
-            num_blocks = max(num_blocks, (seq.final_length - ahead) // size)
+            num_blocks = max(num_blocks, (seq.final_length - cache.hash_lookahead_tokens) // size)
             hashes += self.prefix_keys(seq, range((first + 1) * size, num_blocks * size + 1, size))
             contents += [None] * (num_blocks - first)
             return
-        assert cache is not None
         packed = token_bytes(seq.token_ids[first * size : num_blocks * size + cache.hash_lookahead_tokens])
         cache.extend_chain(hashes, contents, packed, 4 * size, cache.root(seq.salt)[0])
 

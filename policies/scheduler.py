@@ -8,12 +8,12 @@ from collections.abc import Sequence as Seq
 from typing import Any, Final, NamedTuple
 
 from twinserve.policies.batch import Batch, Row, Runs
-from twinserve.policies.block_manager import BlockManager
+from twinserve.policies.block_manager import ENDLESS, BlockManager, bound
 from twinserve.policies.orders import Admission, FirstCome, Order, Victim
 from twinserve.policies.prefix_cache import PrefixCache
 from twinserve.policies.sequence import Sequence, SequenceStatus
 from twinserve.policies.speculation import Speculation
-from twinserve.policies.vllm_rules import UNLIMITED, PrefillInterval, VllmAdmission, VllmRules, bound
+from twinserve.policies.vllm_rules import PrefillInterval, VllmAdmission, VllmRules
 
 COMPOSITIONS = ("prefill-first", "mixed")
 
@@ -135,8 +135,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Decide the next step. The decision counts as launched: computed tokens include it from now on."""
         is_mixed, interval = self.composition == "mixed", self.rules.interval
-        batch = Batch(1 if is_mixed else 0)
-        running = self._begin()
+        batch, running = Batch(int(is_mixed)), self._begin()
         self._serve(running if is_mixed else [seq for seq in running if not seq.has_sampled], batch)
         is_prompt_work = bool(batch.prompts) or batch.lost_prompts
         self._admit(batch)
@@ -167,8 +166,7 @@ class Scheduler:
         seqs, interval, limit = self.running, self.rules.interval, self.long_prefill_token_threshold
         many = len(seqs) + len(self.waiting)
         self._threshold = self.rules.threshold.in_force(limit, many, self.max_num_batched_tokens)
-        if interval.steps > 1:
-            interval.is_held = interval.holds(seqs)
+        interval.is_held = interval.holds(seqs)
         if interval.is_held:
             seqs = [seq for seq in seqs if seq.has_sampled]
         if self._latest:
@@ -219,7 +217,6 @@ class Scheduler:
                 self.block_manager.register(seq, min(end, seq.num_tokens))
             if not seq.has_sampled:
                 batch.prompts.append(seq)
-                batch.num_prompt_tokens += num_tokens
                 seq.has_sampled = end >= known
         self._left_tokens = left
 
@@ -310,7 +307,7 @@ class Scheduler:
         seq, manager, refusal = self.waiting.peek(), self.block_manager, self.refusal
         if seq.num_in_flight:
             return None
-        no_limit = self.max_num_partial_prefills == UNLIMITED
+        no_limit = self.max_num_partial_prefills == ENDLESS
         num_partial = 0 if no_limit else sum([not other.has_sampled for other in self._running])
         limit, is_held = self._threshold, self.rules.interval.is_held
         facts = seq, seq.num_tokens, budget, num_partial, limit, is_held, self._num_admitted, self._num_released
@@ -342,18 +339,19 @@ class Scheduler:
     def _preempt(self, seq: Sequence, batch: Batch) -> bool:
         """Take a running sequence's blocks away; it will compute them again when it is admitted again. What it got in
         this very step is taken back, so nobody can hit a block that no step computes; had it got any?"""
-        row = batch.remove(seq)
-        self.block_manager.unregister(seq, seq.num_computed_tokens if row is None else row.start)
+        samples, had_row = seq not in batch.chunks, batch.remove(seq)
+        if had_row:
+            seq.num_computed_tokens -= seq.num_scheduled_tokens
+            self._left_tokens += seq.num_scheduled_tokens + self.speculation.draft_slots
+            seq.num_in_flight -= int(samples)
+        self.block_manager.unregister(seq, seq.num_computed_tokens)
         self._release(seq)
-        if row is not None:
-            self._left_tokens += row.num_tokens + self.speculation.draft_slots
-            seq.num_in_flight -= int(row.samples)
         seq.status, seq.has_sampled = SequenceStatus.WAITING, False
         seq.num_computed_tokens = seq.num_scheduled_tokens = seq.num_drafts = 0
         seq.num_preemptions += 1
         self.waiting.push_preempted(seq)
         batch.preempted.append(seq)
-        return row is not None
+        return had_row
 
     def postprocess(
         self, seqs: Batch | list[Sequence], token_ids: Runs | Seq[Any] | None, eos_token_id: int | None = None
@@ -476,8 +474,8 @@ class Scheduler:
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
             missing = manager.num_missing(seq, 0)
-            most = ahead if self._loads is None else len(seq.block_table)
-            assert -most <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {most}"
+            fits = missing <= 0 and (self._loads is not None or -ahead <= missing)
+            assert fits, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
             assert 0 <= seq.num_drafts <= self.speculation.most, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:

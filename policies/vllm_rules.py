@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from mypy_extensions import i64, mypyc_attr
+from mypy_extensions import mypyc_attr
 
-from twinserve.policies.block_manager import BlockManager
+from twinserve.policies.block_manager import ENDLESS, BlockManager, bound
 from twinserve.policies.sequence import Sequence
-
-UNLIMITED: Final = 1 << 60
-"""A limit that is none; an integer, as all limits are, and of few enough bits to be a machine's own when compiled."""
-
-
-def bound(name: str, value: int | None) -> i64:
-    """A limit; None is none. ValueError, with its name, if it is below 1."""
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}, expected an integer >= 1")
-    return UNLIMITED if value is None else value
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -31,9 +21,8 @@ class VllmAdmission:
         self.reserve_full_prompt, self.watermark_blocks = reserve_full_prompt, watermark_blocks
 
     def lacks(self, manager: BlockManager, seq: Sequence, hits: list[int], num_tokens: int, is_alone: bool) -> int:
-        covered = len(hits) * manager.block_size + num_tokens
-        if self.reserve_full_prompt:
-            covered = max(covered, seq.num_tokens)
+        least = seq.num_tokens if self.reserve_full_prompt else 0
+        covered = max(len(hits) * manager.block_size + num_tokens, least)
         margin = 0 if is_alone else self.watermark_blocks
         return max(0, manager.blocks_to_take(hits, covered) + margin - manager.num_free_blocks)
 
@@ -48,7 +37,7 @@ class LongPrefillThreshold(NamedTuple):
     def in_force(self, threshold: int, num_requests: int, budget: int) -> int:
         """The most tokens of a sequence, with so many that run or wait before the decision."""
         if num_requests <= 1 and not self.binds_alone:
-            return UNLIMITED
+            return ENDLESS
         return max(threshold, budget // max(1, num_requests)) if self.adaptive else threshold
 
 
@@ -60,9 +49,7 @@ class PrefillInterval:
     (`is_saturated`). `num_since` counts the steps since the last with prompt work. `is_held`: is the latest one?"""
 
     def __init__(self, steps: int = 1):
-        if steps < 1:
-            raise ValueError(f"prefill_schedule_interval is {steps}, expected an integer >= 1")
-        self.steps = self.num_since = steps
+        self.steps = self.num_since = bound("prefill_schedule_interval", steps)
         self.is_saturated = self.is_held = False
 
     def holds(self, running: list[Sequence]) -> bool:

@@ -12,6 +12,16 @@ def now_ns(env: simpy.Environment) -> int:
     return int(env.now)
 
 
+def skip_to(env: simpy.Environment, at_ns: int, priority: int) -> bool:
+    """Go on to a time at once, where an alarm at that time would be the next event; False if another comes before."""
+    if env._queue:
+        next_ns, next_priority, *_ = env._queue[0]
+        if next_ns < at_ns or (next_ns == at_ns and next_priority <= priority):
+            return False
+    env._now = at_ns
+    return True
+
+
 def alarm(env: simpy.Environment, at_ns: int, priority: int, *callbacks: Callable[[simpy.Event], None]) -> simpy.Event:
     """An event at a given time; of those at the same time, smaller priorities come first."""
     event = simpy.Event(env)

@@ -15,7 +15,7 @@ from simpy.events import URGENT
 from twinserve.orders.loading import Loading
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.clients import NOBODY, Clients, Door
-from twinserve.sim.clock import alarm, now_ns
+from twinserve.sim.clock import alarm, now_ns, skip_to
 from twinserve.sim.horizon import advance, horizon
 from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
 from twinserve.sim.leap import Leap
@@ -212,7 +212,7 @@ class Replica:
                 seq = self._inbox.popleft()
                 if not core.ingest(seq, now):
                     self._ended(seq)
-                    if self._others_come():
+                    if not self._skip_to(now, _DECIDES):
                         yield self._wait(now, _DECIDES)
             for seq_id in self._aborts:
                 core.abort(seq_id, now)
@@ -246,21 +246,24 @@ class Replica:
                 if (steps := horizon(core, batch, self._most_steps)) > 1:
                     self._leap = Leap(core, self._latency, features, steps - 1, launched)
             if core.must_commit:
-                if self._leap is None:
-                    yield self._wait(max(launched, core.in_flight[0].end_ns or 0), _ENDS)
+                until = max(launched, core.in_flight[0].end_ns or 0)
+                if self._leap is None and not self._skip_to(until, _ENDS):
+                    yield self._wait(until, _ENDS)
                 while (leap := self._leap) is not None:
-                    yield self._wait(leap.until_ns, _ENDS)
+                    if not self._skip_to(leap.until_ns, _ENDS):
+                        yield self._wait(leap.until_ns, _ENDS)
                     if self._leap is leap and not leap.extend():
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
                 ended = self._commit(core.in_flight[0], now) if self._keeping else None
                 for seq in core.commit(self._output(core.in_flight[0]), now) if ended is None else ended:
                     self._ended(seq)
-                if self._others_come():
+                if not self._skip_to(now, _DECIDES):
                     yield self._wait(now, _DECIDES)
                 is_stuck = is_stuck and not (self._inbox or self._aborts or self._loaded or self._released)
             elif core.can_decide:
-                yield self._wait(launched, _DECIDES)
+                if not self._skip_to(launched, _DECIDES):
+                    yield self._wait(launched, _DECIDES)
             else:
                 is_stuck = True
             if is_stuck:
@@ -302,9 +305,9 @@ class Replica:
         with self._loading.keeping(kept):
             return self.core.commit(self._output(batch), now_ns)
 
-    def _others_come(self) -> bool:
-        """Does anything else happen now? Then it comes before the next decision."""
-        return self._env.peek() == self._env.now
+    def _skip_to(self, at_ns: int, priority: int) -> bool:
+        """Go on to a time, where nothing else happens before; False if it has to be waited for."""
+        return skip_to(self._env, at_ns, priority + self.index)
 
     def _wait(self, until_ns: int, priority: int) -> simpy.Event:
         self._event = alarm(self._env, until_ns, priority + self.index)

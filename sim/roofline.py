@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,17 +208,24 @@ class RooflineLatency:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
         if len(self.stages) > 1:
             return None
+        numbers = np.arange(1, count + 1)
+        context = features.decode_kv_tokens + numbers * features.decode_tokens
+        prompts = tuple([(start + numbers * length, length) for start, length in features.prompts])
         costs_ns = np.full(count, self._matrices(features.tokens, features.sampled))
-        costs_ns += self._attention(features.repeated(np.arange(1, count + 1), 0))
+        costs_ns += self._attention_of(features, context, prompts)
         return self._host(features), np.rint(costs_ns, out=costs_ns).astype(np.int64)
 
     def _host(self, features: StepFeatures) -> int:
         return self.device.host_ns + self.device.host_seq_ns * features.seqs
 
     def _attention(self, features: StepFeatures) -> Any:
-        """Nanoseconds of all attention of a step, or a column of them; decodes are one operation, a prompt another."""
-        decodes, prompts = features.decode_tokens, features.prompts
-        tokens = features.decode_kv_tokens if decodes else 0
+        """Nanoseconds of all attention of a step; decodes are one operation, a prompt another."""
+        return self._attention_of(features, features.decode_kv_tokens, features.prompts)
+
+    def _attention_of(self, features: StepFeatures, tokens: Any, prompts: Seq[tuple[Any, int]]) -> Any:
+        """That of a step like this whose decodes have so many tokens in their contexts, and with such prompts; of
+        several, where these are columns, a column."""
+        decodes = features.decode_tokens
         total: Any = 0.0
         for mixing in self._mixing:
             if decodes:

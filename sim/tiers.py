@@ -99,11 +99,11 @@ class Tiers:
         self._found: dict[Sequence, list[int]] = {}
         manager.evicts = self._evict
 
-    def _evict(self, block_ids: list[int]) -> None:
+    def _evict(self, block_id: int) -> None:
         cache = self._manager.prefix_cache
         assert cache is not None, "blocks without a cache have no content to keep"
-        known = cache._known
-        hashes = [block_hash for block_id in block_ids if (block_hash := known[block_id].hash) is not None]
+        block_hash = cache._known[block_id].hash
+        hashes = [] if block_hash is None else [block_hash]
         for store, counts in zip(self._stores, self._counts, strict=True):
             before = len(store)
             gone = store.put(hashes)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +36,7 @@ import simulator
 import timing
 import tune
 from environment import ROOT, commit, device_folder
+from forked_scripts import help_of
 from sizes import SIZES
 from subject import EndlessTokenizer, Subject
 from work import yardstick
@@ -148,19 +147,13 @@ def test_every_cycle_is_measured_with_the_guides_conditions():
 
 
 def test_every_script_starts():
-    """Beside one another, as importing torch takes each some seconds."""
     modules = sorted((ROOT / "benchmarks").glob("*.py"))
     scripts = [path for path in modules if '__name__ == "__main__"' in path.read_text()]
     assert len(scripts) >= 20
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        helps = list(threads.map(help_of, scripts))
-    for script, shown in zip(scripts, helps, strict=True):
+    for script in scripts:
+        shown = help_of(script)
         assert shown.returncode == 0, f"{script.name} --help: {shown.stderr}"
         assert shown.stdout.startswith(f"usage: {script.name} [-h]"), script.name
-
-
-def help_of(script: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
 
 
 def test_as_many_tokens_are_generated_as_were_asked_for(subject):

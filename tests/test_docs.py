@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from forked_scripts import help_of
 
 from twinserve.commands.app import app
 
@@ -81,8 +82,8 @@ def check_python(words: list[str], where: str) -> None:
     assert script.is_file(), where
     options = [word for word in words[1:] if word.startswith("--")]
     if options:
-        shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-        assert all(option in shown for option in options), where
+        shown = help_of(script)
+        assert shown.returncode == 0 and all(option in shown.stdout for option in options), where
 
 
 def check_make(words: list[str], where: str) -> None:

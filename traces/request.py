@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, repeat
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from twinserve.policies import SamplingParams, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-_PACKED_BYTES = 24
+_PACKED = Struct("=3q").pack
 """Of what tells a part from others: the length of the part before it, its text and its start."""
 
 
@@ -54,6 +55,11 @@ class Blocks(Seq[Part]):
     def __len__(self) -> int:
         return len(self._texts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self._length
+
     def plain(self) -> Iterator[tuple[int, int, int]]:
         """The parts as plain tuples."""
         num_whole = len(self._texts) - 1
@@ -71,7 +77,7 @@ class Blocks(Seq[Part]):
         return tuple(self) == (tuple(other) if isinstance(other, Blocks) else other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self))
+        return hash(tuple(self.plain()))  # as that of equal parts
 
 
 class PrefixKeys:
@@ -120,14 +126,10 @@ class PrefixKeys:
         if known > last:
             return
         base, length_before = (bases[-1], parts[known - 1][2]) if known else (0, 0)
-        values: list[int] = []
         for text, start, length in [*parts, (self._answer, 0, 0)][known : last + 1]:
-            values += (length_before, text, start)
-            length_before = length
-        packed = array("q", values).tobytes()
-        for place in range(0, len(packed), _PACKED_BYTES):
-            base = xxhash.xxh64_intdigest(packed[place : place + _PACKED_BYTES], base)
+            base = xxhash.xxh64_intdigest(_PACKED(length_before, text, start), base)
             bases.append(base)
+            length_before = length
 
 
 def plain(parts: Seq[Part]) -> list[tuple[int, int, int]]:
@@ -187,7 +189,8 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
-        return sum(part.length for part in self.parts)
+        parts = self.parts
+        return parts.num_tokens if isinstance(parts, Blocks) else sum([part.length for part in parts])
 
     def resolved(self, answer_lengths: Mapping[int, int]) -> Request:
         """The request with parts of answers cut to what was really generated.

@@ -66,6 +66,7 @@ def capture_each(
             except torch.OutOfMemoryError as error:
                 problem = f"expected less: {len(graphs)} of {len(sizes)} steps are captured, and memory is full"
                 raise InputError(problem, field="gpu_memory_utilization", value=memory_share) from error
+        torch.cuda.empty_cache()
     return graphs
 
 
@@ -85,8 +86,13 @@ def captured(
     run()  # loads what is not loaded yet, which cannot be captured
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=error_mode):
-        made = run()
+    # Not by torch.cuda.graph, which would give back what torch has cached before each of them.
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode=error_mode)
+        try:
+            made = run()
+        finally:
+            graph.capture_end()
     graph.replay()
     return made, graph.replay
 

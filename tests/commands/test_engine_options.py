@@ -92,7 +92,9 @@ def test_a_typo_of_a_choice_is_refused_before_a_model_is_looked_for(twinserve, t
     value, choices = CHOICES[name]
     flag = f"--{name.replace('_', '-')}"
     result = twinserve(*command_line(command, trace, tmp_path), flag, value)
-    assert_refused(result, f"Invalid value for '{flag}': ", f"'{value}' is not one of {choices}.")
+    assert_refused(
+        result, f"Invalid value for '{flag}': ", f"'{value}' is not one of {choices}. (see twinserve {command} -h)"
+    )
 
 
 @every_command
@@ -273,8 +275,12 @@ def test_what_cannot_be_profiled_is_refused(twinserve, shape, tmp_path, option, 
 
 def test_verify_takes_the_options_of_what_serves(twinserve, tmp_path):
     for flag, value, expected in (
-        ("--dtype", "float64", "'float64' is not one of 'auto', 'float32', 'bfloat16', 'float16'."),
-        ("--kv-cache-dtype", "fp16", "'fp16' is not one of 'auto', 'fp8'."),
+        (
+            "--dtype",
+            "float64",
+            "'float64' is not one of 'auto', 'float32', 'bfloat16', 'float16'. (see twinserve model verify -h)",
+        ),
+        ("--kv-cache-dtype", "fp16", "'fp16' is not one of 'auto', 'fp8'. (see twinserve model verify -h)"),
         ("--device", "gpu", "device is 'gpu', expected: cpu, cuda or cuda:N"),
     ):
         result = twinserve("model", "verify", tmp_path / "nowhere", flag, value)

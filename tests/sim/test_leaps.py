@@ -125,7 +125,7 @@ def both(
 TRACES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 1 << 20),
-        "num_requests": st.integers(5, 80),
+        "num_requests": st.integers(5, 40),
         "rate": st.sampled_from([1, 8, 50]),
         "prompt_tokens": st.sampled_from(["lognormal:60:1.0:1:200", "lognormal:15:1.0:1:100"]).map(LengthSpec.parse),
         "output_tokens": st.sampled_from(["lognormal:60:1.0:1:300", "lognormal:150:0.5:1:350"]).map(LengthSpec.parse),

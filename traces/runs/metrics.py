@@ -32,7 +32,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 _DELTAS = ("preempted", "admitted", "rows", "usual")
 _LOADS = ("left", "tokens", "waiting", "running")
-_BINS = 1 << 16
+_BINS, _IN_A_BIN = 1 << 16, 1 << 6
 _CHUNK = 1 << 17
 _PIECE = 1 << 14
 
@@ -394,6 +394,7 @@ def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dic
     values take no more memory than they lie in.
     """
     columns = []
+    num_bins = max(1, min(_BINS, sum([len(values) for values, _ in pairs]) // _IN_A_BIN))
     for values, counts in pairs:
         held = np.frombuffer(values, np.int64 if values.typecode == "q" else np.float64)
         weights = None if counts is None else np.frombuffer(counts, np.int32)
@@ -401,10 +402,10 @@ def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dic
             columns.append((held[begin : begin + _CHUNK], None if weights is None else weights[begin : begin + _CHUNK]))
     least = min(column.min() for column, _ in columns)
     width = float(max(column.max() for column, _ in columns) - least)
-    scale = (_BINS - 1) / width if width else 0.0
-    totals = np.zeros(_BINS)
+    scale = (num_bins - 1) / width if width else 0.0
+    totals = np.zeros(num_bins)
     for column, weights in columns:
-        totals += np.bincount(((column - least) * scale).astype(np.int64), weights, _BINS)
+        totals += np.bincount(((column - least) * scale).astype(np.int64), weights, num_bins)
     ends = np.cumsum(totals)
     found: dict[int, float] = {}
     for bin_number in sorted({int(np.searchsorted(ends, rank, "right")) for rank in ranks}):

@@ -100,7 +100,8 @@ class Loading:
         seq.num_computed_tokens = seq.num_cached_tokens = num_tokens
         # What has nothing left but its latest token goes on as a decode.
         seq.has_sampled = seq.num_completion_tokens > 0 and num_tokens == seq.num_tokens - 1
-        self.manager.register(seq, num_tokens)
+        if self.manager.prefix_cache is not None:
+            self.manager.register(seq, num_tokens)
         place = sum(other.arrival_index < seq.arrival_index for other in self._ready)
         self._ready.insert(place, seq)
         self._moves.setdefault("loaded", []).append(seq.seq_id)

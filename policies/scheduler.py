@@ -475,8 +475,8 @@ class Scheduler:
             assert seq.status is RUNNING and computed > 0 and least <= seq.num_tokens, f"running: {seq}"
             assert not seq.has_token_ids or len(seq.token_ids) == seq.num_tokens, f"{len(seq.token_ids)} ids: {seq}"
             missing = manager.num_missing(seq, 0)
-            most = ahead if self._loads is None else len(seq.block_table)
-            assert -most <= missing <= 0, f"{seq} holds {-missing} blocks ahead, expected 0 to {most}"
+            fits = missing <= 0 and (self._loads is not None or -ahead <= missing)
+            assert fits, f"{seq} holds {-missing} blocks ahead, expected 0 to {ahead}"
             assert 0 <= seq.num_drafts <= self.speculation.most, f"{seq.num_drafts} drafts wait: {seq}"
             assert seq.num_cached_tokens < seq.num_tokens, f"nothing left to compute: {seq}"
             if manager.prefix_cache is not None:

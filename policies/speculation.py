@@ -22,8 +22,7 @@ class Speculation(NamedTuple):
         choose: how many to ask for behind a decision, for each sequence that samples; None: as many as there may be.
         num_lookahead_tokens: tokens behind a row for which its sequence holds blocks too, where the proposer writes KV.
         draft_slots: tokens of the budget that a sequence costs beside those of its row.
-        is_async: decisions run ahead of results. Nobody tells how many drafts there are; each sequence that samples has
-            as many as were asked for, and what was not found counts as rejected.
+        is_async: decisions run ahead of results: who samples has as many drafts as were asked for, right or not found.
     """
 
     most: int = 0

@@ -1,4 +1,4 @@
-"""docs/engine.md and its picture, from the results of throughput.py, latency.py and step_kernels.py.
+"""docs/engine.md and a page for each card, from the results of throughput.py, latency.py and step_kernels.py.
 
 python benchmarks/engine_page.py [--check]
 """
@@ -18,13 +18,17 @@ from result_files import RESULTS
 from svg import INK, Drawing
 
 PAGE = ROOT / "docs" / "engine.md"
-PICTURE = ROOT / "docs" / "engine" / "timeline.svg"
+CARDS = ("h200", "h100")
+"""Folders of results, by whose cards the pages are called; the newest first."""
 
 PRODUCTS = "matrix products (cuBLAS)"
+FEW_PRODUCTS = "product"
 COLOURS = {
     "decode": "#4c78a8",
     "merge": "#9ecae9",
     PRODUCTS: "#f58518",
+    FEW_PRODUCTS: "#ffbf79",
+    "attend": "#2f5f8f",
     "rms_norm": "#54a24b",
     "rotate_and_store": "#b279a2",
     "silu_and_mul": "#eeca3b",
@@ -33,11 +37,22 @@ OTHER, HOST = "#888888", {"decide": "#e45756", "launch": "#72b7b2", "wait": "#d8
 STEPS_SHOWN = 3
 
 
+LATENCIES = (
+    ("one request, ms a token", "batch1_ms_per_token", 2),
+    ("first token of 1,024, ms", "ttft_1024_ms", 2),
+    ("process start to first token, s", "ready_s", 1),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parser.parse_args()
-    texts = {PAGE: page(), PICTURE: picture(read("h100/timeline.json")["events"])}
+    texts = {PAGE: page()}
+    for card in CARDS:
+        folder = PAGE.with_suffix("")
+        texts[folder / f"{card}.md"] = card_page(card)
+        texts[folder / f"timeline-{card}.svg"] = picture(read(f"{card}/timeline.json")["events"])
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in changed:
         print(path.relative_to(ROOT))
@@ -51,21 +66,59 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def read_if_there(name: str) -> Any:
+    return read(name) if (RESULTS / name).exists() else None
+
+
 def page() -> str:
-    kernels = read("h100/kernels.json")
+    return "\n".join([*_opening(), *_at_a_glance(), *_ending()])
+
+
+def card_page(card: str) -> str:
+    """What was measured on a card."""
+    kernels, measured = read(f"{card}/kernels.json"), read(f"{card}.json")
     return "\n".join(
         [
-            "# The CUDA engine",
+            f"# The CUDA engine on one {measured['card']}",
             "",
-            *_opening(),
-            *_figures(read("h100.json"), step_of(kernels)),
-            *_simulated(read("h100/windows-qwen3-0.6b.json")),
-            *_larger(RESULTS / "h100" / "decode-llama-3-8b.json"),
-            *_ablation(read("h100/throughput.json")["ablation"]),
+            *prose(
+                """Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here, unless it says
+                otherwise: random weights of the Qwen3-0.6B shape in bfloat16; the files name versions, commit and
+                command. [What a step is](../engine.md)."""
+            ),
+            *_figures(card, measured, step_of(kernels)),
+            *_simulated(card),
+            *_larger(RESULTS / card / "decode-llama-3-8b.json"),
+            *_ablation(card, measured.get("batch1_without")),
             *_kernels(kernels),
-            *_ending(),
+            *_timeline(card),
         ]
     )
+
+
+def _at_a_glance() -> list[str]:
+    """The figures of all cards beside each other."""
+    measured = {card: read(f"{card}.json") for card in CARDS}
+    steps = {card: step_of(read(f"{card}/kernels.json")) for card in CARDS}
+    rows = [
+        ["W256, output tokens/s", *(f"{one['w256_output_tok_s']:,.0f}" for one in measured.values())],
+        *(
+            [name, *(f"{one[key]:.{digits}f}" for one in measured.values())]
+            for name, key, digits in LATENCIES
+        ),
+        ["decode step, 131 rows at 920, ms", *(f"{step['us'] / 1e3:.2f}" for step in steps.values())],
+    ]  # fmt: skip
+    links = [f"[{one['card']}](engine/{card}.md)" for card, one in measured.items()]
+    return [
+        "## Figures",
+        "",
+        *table(["", *links], rows),
+        *prose(
+            """Random weights of the Qwen3-0.6B shape in bfloat16. W256 is 256 requests at once of 100 to 1,024 tokens
+            in and out, sampled at temperature 0.6. The pages of the cards have the repeats, the kernels, what each
+            thing buys, and a larger model."""
+        ),
+    ]
 
 
 def step_of(kernels: Any, decodes: int = 131) -> dict[str, Any]:
@@ -75,11 +128,8 @@ def step_of(kernels: Any, decodes: int = 131) -> dict[str, Any]:
 
 def _opening() -> list[str]:
     return [
-        *prose(
-            f"""Made by `python benchmarks/engine_page.py` from `benchmarks/results`. Everything here, unless it says
-            otherwise: random weights of the Qwen3-0.6B shape in bfloat16 on one {read("h100.json")["card"]}; the files
-            name versions, commit and command."""
-        ),
+        "# The CUDA engine",
+        "",
         "## A step",
         "",
         *prose(
@@ -100,13 +150,26 @@ def _opening() -> list[str]:
             attention has all query heads of a KV head in one program and splits long contexts where few rows
             would leave the device idle; prompts have a kernel of their own. Any block size that is a multiple
             of 16 is served; flash-attn can be chosen for blocks of 256 (`--attention flash`).""",
+            """A step of a few rows waits for kernels to start and end more than for its weights. From Hopper on it has
+            kernels of its own (`engine/kernels/few_rows.py`): a layer is six, as norm, activation and residual belong
+            to the products beside them, and rotation and KV store to attention. Each starts while the one before it
+            runs, asks for its weights, or for keys and values of earlier steps, and only then waits for its input
+            (programmatic dependent launch). Products of one row are made so for every model, of 2 and 4 where a layer
+            is small; attention up to 8 rows.""",
             """The graph samples the best token of a row, or one by temperature, `top_k`, `top_p` and `min_p`, without
             a sort: it searches for the least logit that is kept. Rows that ask for more (penalties, `logit_bias`,
             `min_tokens`, `logprobs`) are sampled again behind it, by the kernels of the eager path. For one with a
             repetition penalty the device keeps which tokens came before, a byte for each of the vocabulary.
             Log-probabilities come to the host with the tokens of their step, into `Completion.logprobs`.""",
         ),
-        "![Host and device over three steps](engine/timeline.svg)",
+    ]
+
+
+def _timeline(card: str) -> list[str]:
+    return [
+        "## Host and device",
+        "",
+        f"![Host and device over three steps](timeline-{card}.svg)",
         "",
         *prose(
             """Three decode steps of 64 sequences, one step ahead, from a profiler's trace. The profiler itself makes
@@ -115,45 +178,63 @@ def _opening() -> list[str]:
     ]
 
 
-def _figures(measured: dict[str, Any], step: dict[str, Any]) -> list[str]:
+def _figures(card: str, measured: dict[str, Any], step: dict[str, Any]) -> list[str]:
     spreads = measured["repeats"]
     w256 = ", ".join(f"{one['output_tok_s']:,.0f}" for one in spreads["w256"])
     rows = [["W256, output tokens/s", f"{measured['w256_output_tok_s']:,.0f}", w256]]
-    for name, key, digits in (
-        ("one request, ms a token", "batch1_ms_per_token", 2),
-        ("first token of 1,024, ms", "ttft_1024_ms", 2),
-        ("process start to first token, s", "ready_s", 1),
-    ):
+    throughput = read(f"{card}/throughput.json")
+    if kept := throughput.get("w256_kept"):
+        rates = [one["output_tok_s"] for one in kept["repeats"]]
+        how = f"top_k {kept['top_k']}, top_p {kept['top_p']}"
+        rows.append([f"W256 with {how}", f"{median(rates):,.0f}", ", ".join(f"{rate:,.0f}" for rate in rates)])
+    for name, key, digits in LATENCIES:
         rows.append([name, f"{measured[key]:.{digits}f}", spread(spreads[key])])
     alone = f"its bytes alone: {step['limit_us'] / 1e3:.2f}"
     rows.append(["decode step, 131 rows at 920, ms", f"{step['us'] / 1e3:.2f}", alone])
-    window = read("h100/azure-window.json")
-    beside = "; ".join(
-        f"{max(one['output_tok_s'] for one in served['repeats']):,.0f} tokens/s with `{served['attention']}` (the "
-        f"better of {len(served['repeats'])}), and this engine "
-        f"{median(one['output_tok_s'] for one in run['w256']):,.0f} (the median of {len(run['w256'])})"
-        for run in (read("h100/throughput.json"), read("h100/throughput-peer.json"))
-        for served in run["transformers"]
-    )
-    summary, replay = window["summary"], window["replay"]
     return [
         "## Figures",
         "",
         *table(["", "measured", "repeats"], rows),
-        *prose(
-            f"""W256 is 256 requests at once of 100 to 1,024 tokens in and out, sampled at temperature 0.6; the first
-            repeat of a process is slower than the others, and why is not known yet. Of the same requests
-            transformers' continuous batching served, on the same card in the same run: {beside}.""",
-            f"""A 60-second window of the Azure conversation trace, served in real time one step ahead:
-            {summary["finished"]} requests, first token after {summary["ttft_s"]["p50"] * 1e3:.1f} ms (median; p99
-            {summary["ttft_s"]["p99"] * 1e3:.1f}). `twinserve replay` makes {replay["equal"]:,} of
-            {replay["recorded"]:,} decisions again from the record's facts.""",
-        ),
+        *_peer([throughput, read_if_there(f"{card}/throughput-peer.json")]),
+        *_served(read_if_there(f"{card}/azure-window.json")),
     ]
 
 
-def _simulated(windows: dict[str, Any]) -> list[str]:
+def _peer(runs: list[dict[str, Any] | None]) -> list[str]:
+    """Of transformers' continuous batching, where it was measured."""
+    beside = "; ".join(
+        f"{max(one['output_tok_s'] for one in served['repeats']):,.0f} tokens/s with `{served['attention']}` (the "
+        f"better of {len(served['repeats'])}), and this engine "
+        f"{median(one['output_tok_s'] for one in run['w256']):,.0f} (the median of {len(run['w256'])})"
+        for run in runs
+        if run is not None
+        for served in run.get("transformers", ())
+    )
+    said = f"Of W256 transformers' continuous batching served, on the same card in the same run: {beside}."
+    return [*prose(said)] if beside else []
+
+
+def _served(window: dict[str, Any] | None) -> list[str]:
+    """Of a window that was served in real time, where it was."""
+    if window is None:
+        return []
+    summary, replay = window["summary"], window["replay"]
+    return [
+        *prose(
+            f"""A 60-second window of the Azure conversation trace, served in real time one step ahead:
+            {summary["finished"]} requests, first token after {summary["ttft_s"]["p50"] * 1e3:.1f} ms (median; p99
+            {summary["ttft_s"]["p99"] * 1e3:.1f}). `twinserve replay` makes {replay["equal"]:,} of
+            {replay["recorded"]:,} decisions again from the record's facts."""
+        )
+    ]
+
+
+def _simulated(card: str) -> list[str]:
     """What the simulator says of windows that this engine served."""
+    if (RESULTS / card / "fidelity.json").exists():
+        said = "What the simulator says of windows that this engine served is on [a page of its own](../fidelity.md)."
+        return ["## As simulated", "", *prose(said)]
+    windows = read(f"{card}/windows-qwen3-0.6b.json")
     metrics = ("ttft_s.p50", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "output_tok_s")
     served = {name: window for name, window in windows.items() if isinstance(window, dict) and "replay" in window}
     assert all(window["replay"]["exact"] for window in served.values()), "a window was not decided again"
@@ -168,7 +249,7 @@ def _simulated(windows: dict[str, Any]) -> list[str]:
         "",
         *prose(
             f"""`twinserve profile` measures steps as this path runs them; the model that ships as `--latency
-            qwen3-0.6b-h100` comes of it, and held-out steps take on average {device["decode"]:.1%} (decodes) and
+            qwen3-0.6b-{card}` comes of it, and held-out steps take on average {device["decode"]:.1%} (decodes) and
             {device["prompt"]:.1%} (with prompts) more or less than it says. Windows of public traces, served in real
             time just after, against what the simulator says with that model: its errors.""",
         ),
@@ -198,34 +279,48 @@ def _larger(path: Path) -> list[str]:
         ]
         for step in steps
     ]
+    tokens = measured.get("batch1_ms_per_token")
+    alone = f" One request has a token in {median(tokens):.2f} ms ({spread(tokens)})." if tokens else ""
     return [
         "## A larger model",
         "",
         *prose(
             f"""Decode steps of the {measured["shape"]} shape with random weights in bfloat16, by
             `{measured["command"]}`. A step reads {steps[0]["weight_bytes"] / 1e9:.1f} GB of weights; the limit is its
-            weights and KV read once at {measured["read_gb_s"]:,.0f} GB/s."""
+            weights and KV read once at {measured["read_gb_s"]:,.0f} GB/s.{alone}"""
         ),
         *table(["rows x context", "step, ms", "bytes alone, ms", "step / bytes", "tokens/s"], rows, numbers=True),
     ]
 
 
-def _ablation(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
+    """W256, and one request where that was measured, with one thing switched off."""
+    measured = read_if_there(f"{card}/ablation.json") or read(f"{card}/throughput.json")
+    runs = measured["ablation"]
     rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
     rows = [[name, f"{rate:,.0f}", f"{rate / rates['as it is'] - 1:+.1%}"] for name, rate in rates.items()]
     return [
         "## What each thing buys",
         "",
         *prose(
-            f"""W256 with one thing switched off, repeats: {min(map(len, runs.values()))}; a difference of some percent
-            may be chance (see the repeats above; [cycle 8](cycles/cycle8.md) has the spread, by card)."""
+            f"""W256 with one thing switched off, at commit {measured["commit"]}, repeats:
+            {min(map(len, runs.values()))}; a difference of some percent may be chance (see the repeats above; [cycle
+            8](../cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
         *prose(
             """Keys and values in float8 halve what attention reads and yet gain nothing here: the kernel was written
             for bfloat16, and its loads are now a byte a number."""
         ),
+        *_one_request(without),
     ]
+
+
+def _one_request(without: dict[str, Any] | None) -> list[str]:
+    if without is None:
+        return []
+    rows = [[name, f"{median(repeats):.2f}", spread(repeats)] for name, repeats in without.items()]
+    return ["One request, milliseconds a token:", "", *table(["", "measured", "repeats"], rows)]
 
 
 def _kernels(kernels: dict[str, Any]) -> list[str]:
@@ -233,7 +328,6 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
     us = kernel_us(step)
     attention = us["decode"] / (step["kv_bytes"] / bytes_per_us)
     products = us[PRODUCTS] / (step["weight_bytes"] / bytes_per_us)
-    single = step_of(kernels, 1)
     attending = ["limit_us", "ours, blocks of 16", "ours, blocks of 256", "flash-attn, blocks of 256"]
     of_prompts = ["prompts", "ours_us", "ours_tflop_s", "flash-attn_us", "flash-attn_tflop_s"]
     return [
@@ -260,8 +354,9 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         ),
         *prose(
             f"""At 131 rows attention takes {attention:.2f} times what its bytes would, and the matrix products
-            {products:.1f} times what their weights would; each product is too short to fill the card. At one row they
-            are {kernel_us(single)[PRODUCTS] / single["us"]:.0%} of the step."""
+            {products:.1f} times what their weights would; each product is too short to fill the card. Kernels
+            that start while the one before them runs are counted from their start, so they may add up to more than the
+            step."""
         ),
     ]  # fmt: skip
 
@@ -310,11 +405,16 @@ def kernel_us(step: dict[str, Any]) -> dict[str, float]:
     return {kernel["kernel"]: kernel["us"] for kernel in step["kernels"]}
 
 
+def products_us(us: dict[str, float]) -> float:
+    return us.get(PRODUCTS, 0.0) + us.get(FEW_PRODUCTS, 0.0)
+
+
 def step_cells(step: dict[str, Any]) -> list[str]:
     us = kernel_us(step)
-    attention = round(us["decode"] + us.get("merge", 0.0), 1)
-    others = (us[name] for name in (PRODUCTS, "rms_norm", "rotate_and_store", "silu_and_mul"))
-    return [f"{step['decodes']} x {step['context']}", *map(str, (step["us"], step["limit_us"], attention, *others))]
+    attention = sum(us.get(name, 0.0) for name in ("decode", "attend", "merge"))
+    others = (us.get(name, 0.0) for name in ("rms_norm", "rotate_and_store", "silu_and_mul"))
+    cells = (step["us"], step["limit_us"], round(attention, 1), round(products_us(us), 1), *others)
+    return [f"{step['decodes']} x {step['context']}", *map(str, cells)]
 
 
 def picture(events: list[dict[str, Any]]) -> str:

@@ -7,7 +7,8 @@ One request at a time through the whole engine, warm; times are the host's, from
 reading. `ready_s` is a new process, from its start to its first token, its kernels compiled by an earlier one.
 Results: FOLDER/h100.json, called after the card.
 
-With --shape, only steps of decodes of another shape with random weights are timed, beside what their bytes alone take.
+With --shape, only a token of one request and steps of decodes of another shape with random weights are timed, these
+beside what their bytes alone take.
 Results: FOLDER/h100/decode-SHAPE.json.
 """
 
@@ -28,6 +29,7 @@ from environment import cuda_facts, device_folder
 from result_files import RESULTS, merge
 from step_kernels import bandwidth, step_row
 
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, serve
 from twinserve.policies import CoreListener, SamplingParams, Sequence
@@ -71,9 +73,13 @@ def main() -> int:
     parser.add_argument("--shape", help="time decode steps of this shape instead, such as llama-3-8b")
     arguments = parser.parse_args()
     if arguments.shape is not None:
-        values = decode_steps(arguments.shape, arguments.attention) | cuda_facts(arguments.commit)
+        values = decode_steps(arguments.shape, arguments.attention, arguments.repeats) | cuda_facts(arguments.commit)
         merge(arguments.out / device_folder("cuda") / f"decode-{arguments.shape}.json", values)
         return 0
+    plain = make_llm(attention=arguments.attention, graph_options=GraphOptions(few_rows=False))
+    plain.warm_up()
+    without = [per_token_ms(plain) for _ in range(arguments.repeats)]
+    close(plain)
     llm = make_llm(attention=arguments.attention)
     llm.warm_up()
     tokens = [per_token_ms(llm) for _ in range(arguments.repeats)]
@@ -84,6 +90,7 @@ def main() -> int:
         "batch1_ms_per_token": statistics.median(tokens),
         "ttft_1024_ms": statistics.median(firsts),
         "ready_s": statistics.median(ready),
+        "batch1_without": {"as it is": tokens, "without kernels for steps of few rows": without},
         "repeats": {"batch1_ms_per_token": tokens, "ttft_1024_ms": firsts, "ready_s": ready},
     }
     print(values)
@@ -116,8 +123,9 @@ def first_token_ms(llm: LLM, count: int) -> list[float]:
     return [round(((seq.first_token_ns or 0) - (seq.ingested_ns or 0)) / 1e6, 4) for seq in sequences]
 
 
-def decode_steps(shape: str, attention: str) -> dict[str, Any]:
-    """Steps of decodes of a shape: their time, and what reading their weights and KV once would take."""
+def decode_steps(shape: str, attention: str, repeats: int) -> dict[str, Any]:
+    """Steps of decodes of a shape: their time, and what reading their weights and KV once would take; then a token of
+    one request, milliseconds."""
     with torch.inference_mode():
         read_gb_s = bandwidth()
     torch.cuda.empty_cache()
@@ -125,8 +133,9 @@ def decode_steps(shape: str, attention: str) -> dict[str, Any]:
     llm.warm_up()
     with torch.inference_mode():
         steps = [step_row(llm, decodes, CONTEXT, read_gb_s) for decodes in DECODES]
+    tokens = [per_token_ms(llm) for _ in range(repeats)]
     close(llm)
-    return {"shape": shape, "read_gb_s": read_gb_s, "steps": steps}
+    return {"shape": shape, "read_gb_s": read_gb_s, "steps": steps, "batch1_ms_per_token": tokens}
 
 
 def ready_s() -> float:

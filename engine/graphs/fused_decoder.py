@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
+from twinserve.engine.kernels.few_rows import MOST_ROWS, attend, fits, has_product, product
 from twinserve.engine.kernels.filtered_sampling import ROOM, sample_filtered_rows
 from twinserve.engine.kernels.fused import rms_norm, rotate_and_store, silu_and_mul
 from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention
@@ -52,6 +53,7 @@ class FusedDecoder:
         max_tokens: of the largest step, padding included.
         max_sampled: rows that a step samples at most.
         max_positions: tokens of the longest context.
+        few_rows: steps of a few rows have kernels of their own, where the device and the weights have them.
 
     Attributes:
         hidden: [max_tokens, hidden_size], what the last layer gives for each token of the latest step, normalised.
@@ -69,6 +71,7 @@ class FusedDecoder:
         max_tokens: int,
         max_sampled: int,
         max_positions: int,
+        few_rows: bool,
     ):
         self.model, self.cache, self.rows = model, cache, rows
         config, device = model.config, model.device
@@ -84,6 +87,9 @@ class FusedDecoder:
         self._logits = torch.empty(max_sampled, config.vocab_size, dtype=model.dtype, device=device)
         near = torch.empty(max_sampled, ROOM, dtype=model.dtype, device=device)
         self._near = near, torch.empty_like(near, dtype=torch.int32)
+        can_wait = few_rows and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._attends_few = can_wait and attention == "triton"
+        self._multiplies_few = can_wait and all(fits(cast(DecoderLayer, layer)) for layer in model.layers)
         self._flash: Any = None
         if attention == "flash":
             from flash_attn import flash_attn_with_kvcache
@@ -127,21 +133,34 @@ class FusedDecoder:
         model, eps = self.model, self.model.config.rms_norm_eps
         residual = model.embedding(token_ids)
         layers = [cast(DecoderLayer, layer) for layer in model.layers]
+        if self._multiplies_few and has_product(len(token_ids), self.model.config):
+            for number, layer in enumerate(layers):
+                x = product(residual, layer.attention.qkv, layer.attention_norm.weight, eps)
+                product(self._attended(step, x, number, positions, slots), layer.attention.output, residual=residual)
+                x = product(residual, layer.mlp.gate_up, layer.mlp_norm.weight, eps, gated=True)
+                product(x, layer.mlp.down, residual=residual)
+            return rms_norm(residual, model.norm.weight, eps, out=self.hidden[: len(residual)])
         x = rms_norm(residual, layers[0].attention_norm.weight, eps)
         for number, layer in enumerate(layers):
-            keys, values = self.cache.keys[number], self.cache.values[number]
-            norm = layer.attention.qk_norm
-            query = rotate_and_store(
-                layer.attention.qkv(x), positions, slots, self._rotation, None if norm is None else norm.weight, eps,
-                keys, values,
-            )  # fmt: skip
-            attended = self._attend(step, query, keys, values, positions, self._windows[number])
-            x = rms_norm(layer.attention.output(attended.flatten(1)), layer.mlp_norm.weight, eps, residual)
+            attended = self._attended(step, layer.attention.qkv(x), number, positions, slots)
+            x = rms_norm(layer.attention.output(attended), layer.mlp_norm.weight, eps, residual)
             x = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(x)))
             after = layers[number + 1].attention_norm if number + 1 < len(layers) else model.norm
             out = self.hidden[: len(x)] if after is model.norm else None
             x = rms_norm(x, after.weight, eps, residual, out)
         return x
+
+    def _attended(self, step: StepRows, qkv: Tensor, number: int, positions: Tensor, slots: Tensor) -> Tensor:
+        """Attention in a layer [tokens, heads * head_dim], whose keys and values go into the pool."""
+        model, keys, values = self.model, self.cache.keys[number], self.cache.values[number]
+        norm, eps = cast(DecoderLayer, model.layers[number]).attention.qk_norm, model.config.rms_norm_eps
+        weights, window = None if norm is None else norm.weight, self._windows[number]
+        # Of one sequence several tokens may be told, which have to lie in the pool before any of them attends.
+        if self._attends_few and len(qkv) <= MOST_ROWS and not len(step.prompt_tokens):
+            rows, tables = step.decode_rows, self.rows.tables
+            return attend(qkv, self._rotation, weights, eps, keys, values, rows, tables, positions, window)
+        query = rotate_and_store(qkv, positions, slots, self._rotation, weights, eps, keys, values)
+        return self._attend(step, query, keys, values, positions, window).flatten(1)
 
     def _attend(
         self, step: StepRows, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None

@@ -150,6 +150,7 @@ class GraphRunner:
         self._attention = cast(Literal["triton", "flash"], config.attention.name)
         self._max_num_batched_tokens = config.settings.max_num_batched_tokens
         self._sizes = StepSizes(max_num_seqs, self._max_num_batched_tokens, 2.0 * model.config.num_layer_parameters)
+        self._options = config.graph_options or GraphOptions()
         self._decoder = self._DECODER(
             model,
             self._cache,
@@ -159,11 +160,11 @@ class GraphRunner:
             max_tokens=self._sizes.most_tokens,
             max_sampled=max_num_seqs + CAPTURED_PROMPTS,
             max_positions=max_model_len,
+            few_rows=self._options.few_rows,
         )
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)
         self._queue = CudaQueue(self.device)
-        self._options = config.graph_options or GraphOptions()
         self._memory_share = config.options.gpu_memory_utilization
         self._graphs: dict[StepSize, _Graph] = {}
         self._decision = -1

@@ -33,6 +33,7 @@ class GraphOptions:
             kernels of the others are launched one by one.
         longest_first: the decodes of a step lie by falling context, so that the last programs of attention to start are
             short ones; else in running order.
+        few_rows: steps of a few rows have kernels of their own (`engine/kernels/few_rows.py`).
 
     Raises:
         InputError: `captured` is none of these.
@@ -40,6 +41,7 @@ class GraphOptions:
 
     captured: Captured = "all"
     longest_first: bool = True
+    few_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.captured not in get_args(Captured):

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from twinserve.engine.kernels.cuts import PromptCut, block_heads, decode_cut, power_of_2, tile_tokens
 
@@ -20,18 +21,19 @@ LOG2_E = log2(2.718281828459045)
 
 
 @triton.jit
-def _attend_block(
-    q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Some tokens of a context more: the running maximum, the sum of weights, and the weighted sum of values.
+def span_of(length, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of each of the spans that a context is cut into, but for the last."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, SHORTEST)
 
-    All queries attend to all of the tokens, if WHOLE; else to those that are `known`, or, if CAUSAL, each to those up
-    to position `last`; to WINDOW of these, the last ones, unless it is 0.
-    """
+
+@triton.jit
+def read_block(
+    keys, values, table, tokens, known, kv_head, columns, in_head,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Keys [head_dim, tokens] and values [tokens, head_dim] of some tokens of a context; all of them are known, if
+    WHOLE."""
     if WHOLE:
-        known = tokens >= 0
         block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
     else:
         block = tl.load(table + tokens // BLOCK_SIZE, known, other=0).to(tl.int64)
@@ -42,6 +44,19 @@ def _attend_block(
     else:
         k = tl.load(keys + place[None, :] + columns[:, None], known[None, :] & in_head[:, None], other=0.0)
         v = tl.load(values + place[:, None] + columns[None, :], known[:, None] & in_head[None, :], other=0.0)
+    return k, v
+
+
+@triton.jit
+def attend_to(
+    q, k, v, tokens, known, last, scale, top, total, summed,
+    WHOLE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a context more: the running maximum, the sum of weights, and the weighted sum of values.
+
+    All queries attend to all of the tokens, if WHOLE; else to those that are `known`, or, if CAUSAL, each to those up
+    to position `last`; to WINDOW of these, the last ones, unless it is 0.
+    """
     score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
     if not WHOLE:
         seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
@@ -59,6 +74,19 @@ def _attend_block(
 
 
 @triton.jit
+def _attend_block(
+    q, keys, values, table, tokens, known, last, kv_head, columns, in_head, scale, top, total, summed,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`read_block`, then `attend_to`."""
+    if WHOLE:
+        known = tokens >= 0
+    k, v = read_block(keys, values, table, tokens, known, kv_head, columns, in_head, KV_HEADS, SIZE, BLOCK_SIZE, WHOLE)
+    return attend_to(q, k, v, tokens, known, last, scale, top, total, summed, WHOLE, CAUSAL, WINDOW, PRECISION)
+
+
+@triton.jit
 def _decode_kernel(
     query, keys, values, rows, tables, positions, out, parts, sums, scale, scratch, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -71,8 +99,7 @@ def _decode_kernel(
         return
     length = tl.load(positions + row) + 1
     hidden = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-    span = tl.cdiv(tl.cdiv(length - hidden, SPLITS), BLOCK_N) * BLOCK_N
-    span = tl.maximum(span, SHORTEST)
+    span = span_of(length - hidden, SPLITS, SHORTEST, BLOCK_N)
     begin = hidden + split * span
     if begin >= length:
         return
@@ -108,19 +135,22 @@ def _decode_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def merge_kernel(
     parts, sums, rows, positions, out, scratch, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, WINDOW: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """What the spans of a context give, put together; started AHEAD of their end or behind it."""
+    if AHEAD:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(rows + row) == scratch:
-        return
+    table_row = tl.load(rows + row)
     length = tl.load(positions + row) + 1
     if WINDOW:
         length = tl.minimum(length, WINDOW)
-    span = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    span = tl.maximum(span, SHORTEST)
-    if length <= span:
+    span = span_of(length, SPLITS, SHORTEST, BLOCK_N)
+    if AHEAD:
+        gdc_wait()
+    if (table_row == scratch) | (length <= span):
         return
     head = row * HEADS + tl.program_id(1)
     splits, columns = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
@@ -209,13 +239,13 @@ def decode_attention(
     _decode_kernel[tokens, kv_heads, cut.splits](
         query, keys, values, rows, tables, positions, out, parts, sums, scale, len(tables) - 1, tables.shape[1],
         heads, kv_heads, size, block_size, block_heads(heads // kv_heads), block_d,
-        cut.block, cut.splits, cut.shortest, window or 0, _precision(query.dtype), num_warps=cut.warps,
+        cut.block, cut.splits, cut.shortest, window or 0, dot_precision(query.dtype), num_warps=cut.warps,
         num_stages=cut.stages,
     )  # fmt: skip
     if cut.splits > 1:
-        _merge_kernel[tokens, heads](
+        merge_kernel[tokens, heads](
             parts, sums, rows, positions, out, len(tables) - 1, heads, size, block_d, cut.block, cut.splits,
-            cut.shortest, window or 0, num_warps=1,
+            cut.shortest, window or 0, False, num_warps=1,
         )  # fmt: skip
 
 
@@ -244,10 +274,10 @@ def prefill_attention(
     _prefill_kernel[len(tiles), kv_heads](
         query, keys, values, tiles, tables, out, LOG2_E / sqrt(size), tables.shape[1],
         heads, kv_heads, size, block_size, tile_tokens(group, query.dtype), power_of_2(group), power_of_2(size),
-        cut.block, window or 0, _precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
+        cut.block, window or 0, dot_precision(query.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
-def _precision(dtype: torch.dtype) -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """float32 is multiplied as float32, not as TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"

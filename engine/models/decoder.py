@@ -66,6 +66,14 @@ class Rotation:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A projection whose weights are given to it. None are drawn for it where it is made, which on torch's device
+    "meta" imports modules for seconds."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention with one projection for queries, keys and values."""
 
@@ -76,8 +84,8 @@ class SelfAttention(nn.Module):
         self.head_dim = head_dim
         self.splits = [heads, kv_heads, kv_heads]
         qkv_size, bias = (heads + 2 * kv_heads) * head_dim, config.attention_bias
-        self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=bias or config.qkv_bias, dtype=dtype)
-        self.output = nn.Linear(heads * head_dim, config.hidden_size, bias=bias, dtype=dtype)
+        self.qkv = Linear(config.hidden_size, qkv_size, bias=bias or config.qkv_bias, dtype=dtype)
+        self.output = Linear(heads * head_dim, config.hidden_size, bias=bias, dtype=dtype)
         # A weight for each head, so that queries and keys are normalised at once.
         self.qk_norm = RMSNorm((heads + kv_heads, head_dim), config.rms_norm_eps, dtype) if config.qk_norm else None
 
@@ -96,8 +104,8 @@ class GatedMlp(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = nn.Linear(hidden, 2 * inner, bias=bias, dtype=dtype)
-        self.down = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.gate_up = Linear(hidden, 2 * inner, bias=bias, dtype=dtype)
+        self.down = Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -121,6 +129,9 @@ class DecoderLayer(nn.Module):
 
 class Embedding(nn.Embedding):
     """A table of token vectors that a tied output projection multiplies by as well."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing, as in `Linear`."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [rows, hidden] times every token's vector, [rows, vocabulary]."""
@@ -147,7 +158,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer, dtype) for layer in range(config.num_layers))
         self.norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
     @property
     def device(self) -> torch.device:

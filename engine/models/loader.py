@@ -108,9 +108,8 @@ def random_model(
         quantization: "int8" draws all of them, and has the Decoder run from int8 then.
         group: the ranks that share the model; each draws all of it, one weight at a time, and keeps its own part.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         model = _decoder(config, dtype, group)
-    model.to_empty(device=device)
     parts, generator = _parts(config, _shard_of(group)), torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

@@ -249,6 +249,7 @@ def test_an_engine_that_is_garbage_does_not_end_the_capture_of_another(qwen3, se
         (GraphOptions(captured="decodes"), {False}),
         (GraphOptions(captured="none"), set()),
         (GraphOptions(longest_first=False), {True, False}),
+        (GraphOptions(few_rows=False), {True, False}),
     ],
 )
 def test_whatever_is_switched_off_the_tokens_are_right(qwen3, options, captured):

@@ -26,7 +26,7 @@ from speculation_twin import METRICS, errors, predicted_tok_s, simulated, summed
 
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.profiles import Profile
-from twinserve.traces.runs.record import load_record
+from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.replay import replay
 from twinserve.worlds.run import fit_profile
 
@@ -82,12 +82,20 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
                 summary = record.run["summary"]
                 made = {"drafts": k, "acceptance": rate, "requests": summary["requests"], "steps": summary["steps"]}
                 made["output_tok_s"] = round(summary["output_tok_s"], 1)
+                if k and batch is not None:
+                    made["step_ms"] = step_ms(record, batch)
                 if (latency := twins.get(k > 0)) is not None:
                     made["errors"] = errors(record, simulated(record, latency, record.path if k else None))
                     if batch is not None:
                         made["twin_tok_s"] = predicted_tok_s(record, latency, rate)
                 (traffic if batch is None else runs).append(made)
     return {"about": about, "decisions": decisions, "runs": runs} | ({"traffic": traffic} if traffic else {})
+
+
+def step_ms(record: RunRecord, batch: int) -> float:
+    """The median time of a run's steps of decodes in which all its requests take part."""
+    whole = [step for step in record.steps if not step["prompt_tokens"] and step["sampled"] == batch]
+    return round(statistics.median((step["end_ns"] - step["start_ns"]) / 1e6 for step in whole), 3)
 
 
 def twins_of(folder: Path) -> dict[bool, FittedLatency]:
@@ -218,7 +226,11 @@ def twin_lines(found: dict[str, Any], real: Rates, twin: Rates) -> list[str]:
             f"drawn anew in simulations of which the mean is taken. It names the fastest number of drafts in "
             f"{alike} of {cases} cases" + (f"; where it names another, {lost:.1%} is lost at most." if lost else ".")
         ),
-        *prose("Given what was accepted, by how much the simulated run is off, the mean of its size and the most:"),
+        *prose(
+            "Given what was accepted, by how much the simulated run is off, the mean of its size and the most. Steps "
+            "of as many requests and drafts compute the same whatever is accepted, and yet their median took up to "
+            f"{paces(found):.0%} longer in one run than in another, a few seconds apart: that much no model can know."
+        ),
     ]
     groups = {f"{k} drafts": [run for run in found["runs"] if run["drafts"] == k] for k in (0, *options["drafts"])}
     rows = []
@@ -236,6 +248,15 @@ def twin_lines(found: dict[str, Any], real: Rates, twin: Rates) -> list[str]:
         ]
         lines += table(["traffic", *METRICS.values()], rows, numbers=True)
     return lines
+
+
+def paces(found: dict[str, Any]) -> float:
+    """By how much the slowest of the runs that differ only in what is accepted is slower than the fastest, at most."""
+    times: dict[tuple[int, int], list[float]] = {}
+    for run in found["runs"]:
+        if run["drafts"]:
+            times.setdefault((run["drafts"], run["requests"]), []).append(run["step_ms"])
+    return max(max(same) / min(same) for same in times.values()) - 1
 
 
 def text_lines(texts: dict[str, Any]) -> list[str]:
@@ -259,8 +280,8 @@ def text_lines(texts: dict[str, Any]) -> list[str]:
             "fitted to steps measured in each round; what is accepted is as recorded, request by request, or by a "
             "law that was fitted to it. Other work ran on the machine (load "
             f"{min(texts['load'])} to {max(texts['load'])}): a run's steps took {paces[0]:.2f} to {paces[-1]:.2f} "
-            "times what the model says of all rounds together, and where that is taken out (machine as fast), what is "
-            "left is the twin's own. Medians of the rounds, and the range:"
+            "times what the model says of all rounds together, and that taken out, by the run's own steps, is beside "
+            "it (machine as fast). Medians of the rounds, and the range:"
         ),
         *table(["text, what is accepted", "tokens a step", *METRICS.values()], rows, numbers=True),
     ]

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import speculation_study  # noqa: E402
 from result_files import load_json  # noqa: E402
-from speculation_study import break_even, page_of  # noqa: E402
+from speculation_study import break_even, paces, page_of  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_page_says_what_the_twin_says_where_there_is_one():
     said = {(0, 0.0): (100, 800), (2, 0.5): (190, 840), (4, 0.5): (171, 500)}
     runs = [
         {"drafts": k, "acceptance": rate, "requests": batch, "steps": 3, "output_tok_s": real, "twin_tok_s": twin}
-        | {"errors": TWIN}
+        | {"errors": TWIN, "step_ms": 4.0 + real / 1000}
         for (k, rate), both in rates.items()
         for batch, real, twin in zip((1, 8), both, said[k, rate], strict=True)
     ]
@@ -69,11 +69,20 @@ def test_the_page_says_what_the_twin_says_where_there_is_one():
     assert "| 0.5 | 4 (2) | 0 (2) |" in text
     assert "in 0 of 2 cases; where it names another, 16.7% is" in " ".join(text.split()), "150 for 180, 760 for 800"
     assert "| 2 drafts | 1.1%, 1.1% | 2.0%, 2.0% | 50.0%, 50.0% | 1.2%, 1.2% |" in text
-    assert "9 requests of many lengths, 8 a second" in text
+    assert "9 requests of many lengths, 8 a second" in text and "took up to 0% longer" in " ".join(text.split())
     assert "| 4 drafts, 0.5 | +1.1% | -2.0% | +50.0% | -1.2% |" in text
     for run in runs:
         del run["twin_tok_s"], run["errors"]
     assert "in brackets" not in page_of(found) and "| 0.5 | 4 | 0 |" in page_of(found)
+
+
+def test_a_pace_is_that_of_runs_alike_but_for_what_is_accepted():
+    cases = ((0, 8, None), (2, 1, 5.0), (2, 1, 4.0), (2, 8, 9.0), (4, 8, 30.0), (4, 8, 27.0))
+    runs = [
+        {"drafts": k, "requests": batch} | ({} if step_ms is None else {"step_ms": step_ms})
+        for k, batch, step_ms in cases
+    ]
+    assert paces({"runs": runs}) == pytest.approx(0.25)
 
 
 def test_the_page_has_the_runs_with_prompt_lookup_where_they_were_made():

@@ -51,7 +51,7 @@ def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path,
         (("--simulate", "--port", "65536"), "port is 65536, expected: Input should be less than or equal to 65535"),
         ((*SIMULATED, "--host", "no such host"), "host and port is 'no such host:8000', cannot be listened at"),
         (("--model", "./nowhere", "--port", "0"), "model is './nowhere', expected"),
-        (("--max-num-queued-reqs", "0"), "max_num_queued_reqs is 0, expected: Input should be greater than"),
+        ((*SIMULATED, "--max-num-queued-reqs=-1"), "max_num_queued_reqs is -1, expected: Input should be greater than"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(twinserve, arguments, message):

@@ -182,7 +182,7 @@ def _figures(card: str, measured: dict[str, Any], step: dict[str, Any]) -> list[
     spreads = measured["repeats"]
     w256 = ", ".join(f"{one['output_tok_s']:,.0f}" for one in spreads["w256"])
     rows = [["W256, output tokens/s", f"{measured['w256_output_tok_s']:,.0f}", w256]]
-    throughput = read(f"{card}/throughput.json")
+    throughput = read_if_there(f"{card}/w256.json") or read(f"{card}/throughput.json")
     if kept := throughput.get("w256_kept"):
         rates = [one["output_tok_s"] for one in kept["repeats"]]
         how = f"top_k {kept['top_k']}, top_p {kept['top_p']}"
@@ -295,7 +295,7 @@ def _larger(path: Path) -> list[str]:
 
 def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
     """W256, and one request where that was measured, with one thing switched off."""
-    measured = read_if_there(f"{card}/ablation.json") or read(f"{card}/throughput.json")
+    measured = read(f"{card}/throughput.json")
     runs = measured["ablation"]
     rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
     rows = [[name, f"{rate:,.0f}", f"{rate / rates['as it is'] - 1:+.1%}"] for name, rate in rates.items()]

@@ -5,7 +5,7 @@
 Reads FOLDER/CARD/speculation.tar.xz, which benchmarks/speculation_runs.py wrote, and writes the page, and
 FOLDER/CARD/draft-study.json; with --check it writes neither, and exits with 1 if one would change. Where the archive
 has profiles of the engine, each run is simulated by what is fitted to them, and the page says what the twin would have
-said; and where FOLDER/cpu/speculation-texts.json is there, which benchmarks/speculation_texts.py writes, its table too.
+said; and where FOLDER/cpu/lookup-texts.json is there, which benchmarks/speculation_texts.py writes, its table too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     arguments = parsing.parse_args()
     (archive,) = sorted(arguments.results.glob("*/speculation.tar.xz"))
     found, path = measured(archive), archive.parent / "draft-study.json"
-    beside = arguments.results / "cpu" / "speculation-texts.json"
+    beside = arguments.results / "cpu" / "lookup-texts.json"
     text = page_of(found, load_json(beside) if beside.exists() else None)
     if arguments.check:
         is_same = path.exists() and load_json(path) == json.loads(json.dumps(found))

@@ -7,7 +7,7 @@ and prose of this project's pages. In rounds: some of its steps are measured, th
 that others use is not as fast all the time. Each run is decided again from its record, all of it or the exit status is
 1, and simulated with the latency fitted to the steps of all rounds: with the acceptance recorded request by request,
 and with the law that is fitted to it; and once more as if the machine had been as fast while it was measured as it was
-in that run. Prints a table; results: OUT/<device>/speculation-texts.json, of which benchmarks/speculation_study.py
+in that run. Prints a table; results: OUT/<device>/lookup-texts.json, of which benchmarks/speculation_study.py
 makes a part of its page.
 """
 
@@ -196,7 +196,7 @@ def main() -> int:
         "commit": commit(),
         "command": command(),
     }
-    write_json(arguments.out / device / "speculation-texts.json", found)
+    write_json(arguments.out / device / "lookup-texts.json", found)
     for name, case in cases.items():
         for way in case[0]["errors"]:
             words = [f"{METRICS[metric]} {summed(case, way, metric)}" for metric in METRICS]

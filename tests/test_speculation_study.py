@@ -104,7 +104,7 @@ def test_the_page_has_the_runs_with_prompt_lookup_where_they_were_made():
 
 def test_the_page_is_what_the_records_say():
     (archive,) = speculation_study.RESULTS.glob("*/speculation.tar.xz")
-    beside = speculation_study.RESULTS / "cpu" / "speculation-texts.json"
+    beside = speculation_study.RESULTS / "cpu" / "lookup-texts.json"
     written, texts = load_json(archive.parent / "draft-study.json"), load_json(beside) if beside.exists() else None
     assert speculation_study.PAGE.read_text(encoding="utf-8") == page_of(written, texts)
     found = speculation_study.measured(archive, only=("k0-a0.0-n4", "k4-a0.8-n1", "k8-a0.9-n16"))

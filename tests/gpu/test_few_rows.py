@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytest.importorskip("triton")
+
 from twinserve.engine.graphs import fused_decoder
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kernels.few_rows import attend, product

@@ -16,6 +16,8 @@ from twinserve.worlds.workload import load_workload
 ARCHIVE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h200" / "speculation.tar.xz"
 SEEN = [f"k4-a{rate}-n{batch}" for rate in (0.5, 0.9) for batch in (1, 16, 64)]
 OTHERS = ["k4-a0.7-n16", "k4-a0.8-n64"]
+BOUND = 0.1
+"""Less than the runs of the archive differ among themselves, see docs/studies/speculation.md."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_runs_with_drafts_are_fitted_and_others_predicted(records):
         twin = simulated(records[name], latency)
         assert twin["speculation"] == served["speculation"], "what was accepted is what was recorded"
         for metric, statistic in (("tpot_s", "mean"), ("tpot_s", "p99"), ("e2e_s", "mean")):
-            assert twin[metric][statistic] == pytest.approx(served[metric][statistic], rel=0.06), (name, metric)
+            assert twin[metric][statistic] == pytest.approx(served[metric][statistic], rel=BOUND), (name, metric)
 
 
 def test_a_runs_own_steps_take_as_long_as_they_took(records):

@@ -40,6 +40,7 @@ class Loading:
 
     Attributes:
         loading: the sequences that load, with how many of their tokens will be there.
+        without: those whose KV was lost as they loaded it, until it has been computed again.
         held: ended ones whose blocks are kept, as somebody else loads them.
     """
 
@@ -48,6 +49,7 @@ class Loading:
         self.starvation_free = order.starvation_free
         self.victim: Victim = order.victim
         self.loading: dict[Sequence, int] = {}
+        self.without: dict[Sequence, None] = {}
         self.held: dict[int, Sequence] = {}
         self._ready: list[Sequence] = []
         self._moves: dict[str, list[Any]] = {}
@@ -72,7 +74,7 @@ class Loading:
 
     def take_moves(self) -> dict[str, list[Any]]:
         """What was moved since this was asked last: `loads` [request, tokens in the pool, tokens with those elsewhere]
-        that begin, requests that have `loaded`, and that were `released`."""
+        that begin, requests that have `loaded`, whose KV was `lost`, or `found` again, and that were `released`."""
         moves, self._moves = self._moves, {}
         return moves
 
@@ -105,6 +107,20 @@ class Loading:
         place = sum(other.arrival_index < seq.arrival_index for other in self._ready)
         self._ready.insert(place, seq)
         self._moves.setdefault("loaded", []).append(seq.seq_id)
+
+    def lost(self, seq: Sequence) -> None:
+        """The KV that a sequence loads is lost: it gives its blocks back; one that was aborted does not mind."""
+        if self.loading.pop(seq, 0):
+            self.manager.deallocate(seq)
+            self.without[seq] = None
+            self._moves.setdefault("lost", []).append(seq.seq_id)
+
+    def found(self, seq: Sequence) -> None:
+        """KV that was lost has been computed again: who loads it waits before the others."""
+        if seq in self.without:
+            del self.without[seq]
+            self.order.push_preempted(seq)
+            self._moves.setdefault("found", []).append(seq.seq_id)
 
     @contextmanager
     def keeping(self, seqs: Iterable[Sequence]) -> Iterator[None]:
@@ -139,6 +155,9 @@ class Loading:
         return self._ready.pop(0) if self._ready else self.order.pop_next()
 
     def remove(self, seq: Sequence) -> None:
+        if seq in self.without:
+            del self.without[seq]
+            return
         if not seq.block_table:
             self.order.remove(seq)
             return

@@ -452,7 +452,10 @@ class Fleet:
                             (self._again if is_again else lost).append(self._outstanding[seq.seq_id])
                             if not is_again:
                                 del self._outstanding[seq.seq_id]
-                    self._again += self._lost_kv.pop(index, ())
+                    for request in self._lost_kv.pop(index, ()):
+                        assert self.transfers is not None
+                        self.transfers.give_up(request.id)
+                        self._again.append(request)
                 else:
                     self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
@@ -472,6 +475,7 @@ class Fleet:
             return False
         self._going_on.discard(seq.seq_id)
         handover.target = handover.needs = None
+        handover.is_given_up = False
         handover.take_back()
         self._handing_over.append(handover)
         return True

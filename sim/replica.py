@@ -70,6 +70,8 @@ class Replica:
         self._keeping: set[int] = set()
         self.kept: set[int] = set()
         self._loaded: list[Sequence] = []
+        self._lost: list[Sequence] = []
+        self._found: list[Sequence] = []
         self._released: list[int] = []
         self.index, self.core = index, core
         self.outstanding_requests = 0
@@ -151,6 +153,16 @@ class Replica:
     def loaded(self, seq: Sequence) -> None:
         """All KV that a sequence loads is there; the next decision sees it."""
         self._loaded.append(seq)
+        self._wake()
+
+    def lost(self, seq: Sequence) -> None:
+        """The KV that a sequence loads is lost; the next decision sees it."""
+        self._lost.append(seq)
+        self._wake()
+
+    def found(self, seq: Sequence) -> None:
+        """KV that was lost has been computed again; the next decision sees it."""
+        self._found.append(seq)
         self._wake()
 
     def release(self, seq_id: int) -> None:
@@ -260,7 +272,8 @@ class Replica:
                     self._ended(seq)
                 if not self._skip_to(now, _DECIDES):
                     yield self._wait(now, _DECIDES)
-                is_stuck = is_stuck and not (self._inbox or self._aborts or self._loaded or self._released)
+                came = self._inbox or self._aborts or self._loaded or self._lost or self._found or self._released
+                is_stuck = is_stuck and not came
             elif not core.can_decide:
                 is_stuck = True
             elif not self._skip_to(launched, _DECIDES):
@@ -287,6 +300,11 @@ class Replica:
             loading.release(seq_id)
             self.core.scheduler.refusal = None
         self._released.clear()
+        for news, happened in ((self._lost, loading.lost), (self._found, loading.found)):
+            for seq in news:
+                happened(seq)
+                self.core.scheduler.refusal = None
+            news.clear()
         for seq in self._loaded:
             loading.loaded(seq)
         self._loaded.clear()

@@ -59,6 +59,7 @@ class Handover:
         number: of the latest transfer; an older one arrives in vain.
         is_sent, is_there: has that been asked for, has it ended?
         is_lost: nobody has the KV: who goes on computes it again.
+        is_given_up: who goes on has given its blocks back, until the KV is computed again.
     """
 
     request: Request
@@ -70,6 +71,7 @@ class Handover:
     is_sent: bool = False
     is_there: bool = False
     is_lost: bool = False
+    is_given_up: bool = False
 
     def take_back(self) -> None:
         """What was sent is lost."""
@@ -120,6 +122,9 @@ class Transfers:
     def send(self, handover: Handover) -> None:
         """Begin a transfer as soon as it can be, or end one that had to wait for blocks."""
         source, target, needs, layers = handover.source, handover.target, handover.needs, self._split.num_layers
+        if handover.is_given_up and source is not None and target is not None:
+            handover.is_given_up = False
+            target[0].found(target[1])
         if handover.is_there:
             self._at(now_ns(self._env), handover)
         if handover.is_sent or source is None or target is None or (needs is None and layers is None):
@@ -161,6 +166,14 @@ class Transfers:
         if handover.source is not None:
             handover.source.release(request_id)
             self._released(handover.source)
+
+    def give_up(self, request_id: int) -> None:
+        """A request's KV is known to be lost: who has blocks for it gives them back until it is computed again, as the
+        replica that computes it may have to wait for others that need them."""
+        handover = self.handovers.get(request_id)
+        if handover is not None and handover.target is not None and handover.needs is not None:
+            handover.needs, handover.is_given_up = None, True
+            handover.target[0].lost(handover.target[1])
 
     def lost(self, replica: Replica) -> list[Request]:
         """A replica has died: the requests whose KV it kept, which has to be computed again."""

@@ -121,6 +121,19 @@ def test_blocks_that_a_transfer_still_reads_are_not_given_to_another_prompt(tmp_
     assert times_ms(tmp_path / "run") == {0: (10, 57), 1: (57, 104)}
 
 
+def test_blocks_that_wait_for_kv_that_is_lost_are_given_back_as_who_computes_it_again_may_wait_for_them(tmp_path):
+    """The prefill dies while it sends the first prompt's KV; back again, it has room for one prompt, and computes the
+    second one first, whose KV goes to the blocks that the first had on the decode side."""
+    requests, own = [prompt(0, 0, 48, 3), prompt(1, 25, 48, 3)], {0: {"num_gpu_blocks": 4}, 1: {"num_gpu_blocks": 4}}
+    summary = run(tmp_path / "run", requests, "pd", own=own, outages=[Outage(0, 20 * MS, 40 * MS)])
+    assert summary["finished"] == 2 and summary["transfers"] == 3
+    records = load_replicas(tmp_path / "run")
+    assert [step["lost"] for record in records for step in record.steps if "lost" in step] == [[0]]
+    assert all(replay(record).is_exact for record in records)
+    ends = times_ms(tmp_path / "run")
+    assert ends[1][1] < ends[0][1]
+
+
 def test_what_the_decode_side_has_cached_is_not_sent(tmp_path):
     """The second turn begins with the first's 48 tokens, of which the decode side has two blocks full."""
     first = Request(0, 0, (Part(0, 0, 32),), 16)

@@ -63,7 +63,7 @@ _SAID_BY_REQUESTS = (
 """Of a summary, what the requests' rows alone say."""
 
 
-_SINGLE = ("aborted", "admitted", "left", "preempted", "loads", "loaded", "released")
+_SINGLE = ("aborted", "admitted", "left", "preempted", "loads", "loaded", "lost", "found", "released")
 """What a repeated decision has none of."""
 
 _AT_ONCE = 256

@@ -129,11 +129,13 @@ class _Loads:
                 raise _Impossible("released", row["released"], f"{seq_id} is not held")
             loading.release(seq_id)
             core.scheduler.refusal = None
-        by_id = {seq.seq_id: seq for seq in loading.loading}
-        for seq_id in row.get("loaded", ()):
-            if seq_id not in by_id:
-                raise _Impossible("loaded", row["loaded"], f"{seq_id} does not load")
-            loading.loaded(by_id[seq_id])
+        by_id = {seq.seq_id: seq for seq in (*loading.loading, *loading.without)}
+        for name, happened in (("lost", loading.lost), ("found", loading.found), ("loaded", loading.loaded)):
+            for seq_id in row.get(name, ()):
+                if seq_id not in by_id:
+                    raise _Impossible(name, row[name], f"{seq_id} does not load")
+                happened(by_id[seq_id])
+                core.scheduler.refusal = None
 
     def keeping(self, loading: Order | None, batch: Batch | None) -> AbstractContextManager[None]:
         """Within, a step is committed; the KV of those is kept that another replica goes on with."""
@@ -295,7 +297,7 @@ def _recorded_tokens(batch: Batch | None, record: RunRecord) -> list[int] | None
 def _unfollowed_fact(batch: Batch, row: dict) -> Difference | None:
     """The first fact of a decision that could not be followed, such as fewer requests seen than before."""
     followed = {"seen": batch.seen, "aborted": [seq.seq_id for seq in batch.aborted], "committed": batch.committed}
-    followed |= {name: batch.kv_moves.get(name, []) for name in ("loads", "loaded", "released")}
+    followed |= {name: batch.kv_moves.get(name, []) for name in ("loads", "loaded", "lost", "found", "released")}
     for field, value in followed.items():
         recorded = row.get(field, [])
         if recorded != value:

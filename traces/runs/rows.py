@@ -86,6 +86,8 @@ class StepRow(TypedDict):
     output_ready_ns: NotRequired[Natural]
     loads: NotRequired[list[Load]]
     loaded: NotRequired[list[Natural]]
+    lost: NotRequired[list[Natural]]
+    found: NotRequired[list[Natural]]
     released: NotRequired[list[Natural]]
     repeats: NotRequired[Repeats]
     admitted: NotRequired[list[Admitted]]

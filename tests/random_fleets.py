@@ -84,6 +84,8 @@ def fleets(draw):
     split = draw(splits(num_replicas))
     how = {"split": split, "tiers": draw(tiers(num_replicas)) if core.enable_prefix_caching else None}
     how["scaling"] = draw(rules(num_replicas)) if split is None else None
-    if how["scaling"] is None:
+    # Deaths beside splits are in tests/sim/test_split.py: where pools are full they can end in waiting for one another,
+    # see "Not there yet" in docs/fleets.md.
+    if how["scaling"] is None and split is None:
         how |= {"outages": draw(outages_of(num_replicas)), "failover_ns": draw(st.integers(0, 2000)) * MS}
     return requests, core, latencies, how

@@ -6,7 +6,7 @@ It gets blocks, its KV is loaded, and it is admitted once that is there. Until t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -121,6 +121,12 @@ class Loading:
             del self.without[seq]
             self.order.push_preempted(seq)
             self._moves.setdefault("found", []).append(seq.seq_id)
+
+    @property
+    def news(self) -> tuple[tuple[str, Callable[[Sequence], None]], ...]:
+        """What may be said of a sequence whose KV lies elsewhere, in the order in which it is heard before a decision,
+        and who hears it."""
+        return ("lost", self.lost), ("found", self.found), ("loaded", self.loaded)
 
     @contextmanager
     def keeping(self, seqs: Iterable[Sequence]) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -297,7 +298,7 @@ class Fleet:
             tiers = waiting.source = self.tiers.of(index, core.scheduler.block_manager)
 
             def loads(seq: Sequence, num_tokens: int, found: int) -> None:
-                tiers.load(seq, replica.loaded)
+                tiers.load(seq, partial(replica.tell, "loaded"))
 
         replica = self._up[index] = Replica(
             self._env,

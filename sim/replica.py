@@ -6,7 +6,7 @@ of what was answered arrive; replicas decide, by number.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 
 import simpy
@@ -69,9 +69,7 @@ class Replica:
         self._loading = waiting if isinstance(waiting, Loading) else None
         self._keeping: set[int] = set()
         self.kept: set[int] = set()
-        self._loaded: list[Sequence] = []
-        self._lost: list[Sequence] = []
-        self._found: list[Sequence] = []
+        self._news: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._released: list[int] = []
         self.index, self.core = index, core
         self.outstanding_requests = 0
@@ -150,19 +148,9 @@ class Replica:
         self._inbox.append(seq)
         self._wake()
 
-    def loaded(self, seq: Sequence) -> None:
-        """All KV that a sequence loads is there; the next decision sees it."""
-        self._loaded.append(seq)
-        self._wake()
-
-    def lost(self, seq: Sequence) -> None:
-        """The KV that a sequence loads is lost; the next decision sees it."""
-        self._lost.append(seq)
-        self._wake()
-
-    def found(self, seq: Sequence) -> None:
-        """KV that was lost has been computed again; the next decision sees it."""
-        self._found.append(seq)
+    def tell(self, news: str, seq: Sequence) -> None:
+        """What has become of the KV that a sequence loads, see `Loading.news`; the next decision sees it."""
+        self._news[news].append(seq)
         self._wake()
 
     def release(self, seq_id: int) -> None:
@@ -267,13 +255,11 @@ class Replica:
                     if self._leap is leap and not leap.extend():
                         self._make(leap.num_planned)
                 now = now_ns(self._env)
-                ended = self._commit(core.in_flight[0], now) if self._keeping else None
-                for seq in core.commit(self._output(core.in_flight[0]), now) if ended is None else ended:
+                for seq in self._commit(core.in_flight[0], now):
                     self._ended(seq)
                 if not self._skip_to(now, _DECIDES):
                     yield self._wait(now, _DECIDES)
-                came = self._inbox or self._aborts or self._loaded or self._lost or self._found or self._released
-                is_stuck = is_stuck and not came
+                is_stuck = is_stuck and not (self._inbox or self._aborts or self._news or self._released)
             elif not core.can_decide:
                 is_stuck = True
             elif not self._skip_to(launched, _DECIDES):
@@ -295,19 +281,15 @@ class Replica:
         return skip_to(self._env, at_ns, priority + self.index)
 
     def _move(self, loading: Loading) -> None:
-        """Take in what was released and has been loaded."""
+        """Take in what was released, and what has become of KV that is loaded."""
         for seq_id in self._released:
             loading.release(seq_id)
             self.core.scheduler.refusal = None
         self._released.clear()
-        for news, happened in ((self._lost, loading.lost), (self._found, loading.found)):
-            for seq in news:
-                happened(seq)
+        for name, hear in loading.news if self._news else ():
+            for seq in self._news.pop(name, ()):
+                hear(seq)
                 self.core.scheduler.refusal = None
-            news.clear()
-        for seq in self._loaded:
-            loading.loaded(seq)
-        self._loaded.clear()
 
     def _begin_loads(self, loading: Loading, batch: Batch) -> None:
         """Have the KV loaded of those that a decision gave blocks for it."""
@@ -317,7 +299,9 @@ class Replica:
                 self._loads(self.core.sequences[seq_id], num_tokens, found)
 
     def _commit(self, batch: Batch, now_ns: int) -> list[Sequence]:
-        """End a step, with which prompts end whose KV is kept."""
+        """End a step; the KV of prompts that end with it may be kept."""
+        if not self._keeping:
+            return self.core.commit(self._output(batch), now_ns)
         kept = [seq for seq in batch.sampled if seq.seq_id in self._keeping and not seq.is_finished]
         assert self._loading is not None, "KV is kept by replicas that load"
         for seq in kept:

@@ -87,9 +87,7 @@ class LeastKvUse:
     """
 
     def __init__(self, period_s: float = 0.05):
-        if not period_s >= 0:
-            raise ValueError(f"period_s is {period_s}, expected seconds >= 0")
-        self._period_ns = period_s * 1e9
+        self._period_ns = _nanoseconds("period_s", period_s)
         self._read_ns: int | None = None
         self._known: dict[int, float] = {}
 
@@ -143,9 +141,7 @@ class KvEvents:
     """
 
     def __init__(self, delay_s: float = 0.1):
-        if not delay_s >= 0:
-            raise ValueError(f"delay_s is {delay_s}, expected seconds >= 0")
-        self._delay_ns = delay_s * 1e9
+        self._delay_ns = _nanoseconds("delay_s", delay_s)
         self._seen: deque[tuple[int, dict[int, frozenset[int]]]] = deque()
 
     def choose(self, request: Request, replicas: Seq[Replica]) -> int:
@@ -216,6 +212,13 @@ class PrefixAffine:
             if (index := self._sent.get(key)) is not None:
                 return next((place for place, replica in enumerate(replicas) if replica.index == index), None)
         return None
+
+
+def _nanoseconds(name: str, seconds: float) -> float:
+    """A router's parameter; ValueError, with its name, if it is below 0."""
+    if not seconds >= 0:
+        raise ValueError(f"{name} is {seconds}, expected seconds >= 0")
+    return seconds * 1e9
 
 
 def _least_loaded(replicas: Seq[Replica], places: Iterable[int]) -> int:

@@ -124,7 +124,7 @@ class Transfers:
         source, target, needs, layers = handover.source, handover.target, handover.needs, self._split.num_layers
         if handover.is_given_up and source is not None and target is not None:
             handover.is_given_up = False
-            target[0].found(target[1])
+            target[0].tell("found", target[1])
         if handover.is_there:
             self._at(now_ns(self._env), handover)
         if handover.is_sent or source is None or target is None or (needs is None and layers is None):
@@ -154,7 +154,7 @@ class Transfers:
         handover.is_there = True
         if handover.needs is not None:
             replica, seq = handover.target
-            replica.loaded(seq)
+            replica.tell("loaded", seq)
             self.forget(handover.request.id)
 
     def forget(self, request_id: int) -> None:
@@ -173,7 +173,7 @@ class Transfers:
         handover = self.handovers.get(request_id)
         if handover is not None and handover.target is not None and handover.needs is not None:
             handover.needs, handover.is_given_up = None, True
-            handover.target[0].lost(handover.target[1])
+            handover.target[0].tell("lost", handover.target[1])
 
     def lost(self, replica: Replica) -> list[Request]:
         """A replica has died: the requests whose KV it kept, which has to be computed again."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from busy_traces import conversations
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
@@ -15,7 +16,6 @@ from twinserve.sim.fleet import Outage
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
 from twinserve.sim.split import Split
-from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
 from twinserve.traces.runs.replay import replay
@@ -161,18 +161,10 @@ def test_replicas_that_do_both_stand_beside_split_ones(tmp_path):
     assert rows[1]["finish_ns"] == 20 * MS
 
 
-def requests_of(seed: int) -> list[Request]:
-    return generate(
-        seed=seed, num_requests=60, rate=12, prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:200"),
-        output_tokens=LengthSpec.parse("lognormal:40:1.0:1:200"), num_system_prompts=2, system_prompt_tokens=40,
-        turns=2, think_time_s=0.5,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("num_layers", [None, 8])
 def test_both_sides_are_decided_again_exactly_and_leaps_change_nothing(tmp_path, depth, num_layers):
-    requests = requests_of(2)
+    requests = conversations(2)
     how: dict[str, Any] = {"latencies": [Uneven(), Uneven(), Uneven(2), Uneven()], "num_layers": num_layers}
     how["values"] = {"pipeline_depth": depth, "num_gpu_blocks": 40}
     for single in (True, False):
@@ -194,7 +186,9 @@ def test_why_it_waited_is_told_over_both_sides_and_adds_up(tmp_path):
     assert second.e2e_ns == second.ttft_ns + Counter({"transfer": 57 * MS, "own compute": 10 * MS})
     outages = [Outage(0, 1000 * MS, 2500 * MS), Outage(2, 1500 * MS, 3000 * MS), Outage(3, 3400 * MS, 3500 * MS)]
     for number, (layers, downs) in enumerate(((None, []), (8, []), (None, outages), (8, outages))):
-        run(tmp_path / str(number), requests_of(5), "ppdd", latencies=[Uneven()] * 4, num_layers=layers, outages=downs)
+        run(
+            tmp_path / str(number), conversations(5), "ppdd", latencies=[Uneven()] * 4, num_layers=layers, outages=downs
+        )
         waits = waits_of(load_replicas(tmp_path / str(number)))
         assert [one.row["id"] for one in waits] == list(range(60))
         for one in waits:
@@ -204,7 +198,7 @@ def test_why_it_waited_is_told_over_both_sides_and_adds_up(tmp_path):
 
 
 def test_a_replay_finds_a_load_that_was_not_decided_on(tmp_path):
-    run(tmp_path / "run", requests_of(3), "pd")
+    run(tmp_path / "run", conversations(3), "pd")
     decode = load_replicas(tmp_path / "run")[1]
     place = next(number for number, step in enumerate(decode.steps) if step.get("loaded"))
     steps = [dict(step) for step in decode.steps]
@@ -217,7 +211,7 @@ def test_a_replay_finds_a_load_that_was_not_decided_on(tmp_path):
 @pytest.mark.parametrize("failover_ms", [0, 400])
 @pytest.mark.parametrize("seed", [5, 6])
 def test_deaths_on_either_side_lose_nothing(tmp_path, failover_ms, num_layers, seed):
-    requests = requests_of(seed)
+    requests = conversations(seed)
     outages = [Outage(0, 1000 * MS, 2500 * MS), Outage(2, 1500 * MS, 3000 * MS), Outage(1, 3100 * MS, 3300 * MS),
                Outage(3, 1400 * MS, 2000 * MS)]  # fmt: skip
     summary = run(

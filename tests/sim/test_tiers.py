@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from busy_traces import conversations
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
@@ -14,7 +15,6 @@ from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
 from twinserve.sim.split import Split
 from twinserve.sim.tiers import Store, Tier, TierPlan
-from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
 from twinserve.traces.runs.replay import replay
@@ -111,20 +111,12 @@ def test_a_store_forgets_what_was_used_least_recently():
 
 def test_a_preempted_block_that_no_step_has_computed_does_not_go_down(tmp_path):
     """Whatever is preempted: the next replay of the same prompts finds only what its own cache would have found."""
-    requests = requests_of(4)
+    requests = conversations(4)
     summary = run(tmp_path / "tiers", requests, CPU, values={"num_gpu_blocks": 40}, latency=Uneven())
     endless = run(tmp_path / "endless", requests, values={"num_gpu_blocks": 4000}, latency=Uneven())
     assert summary["preemptions"] > 0 and summary["tiers"][0]["loads"] > 0
     assert summary["finished"] == endless["finished"] == len(requests)
     assert summary["cached_tokens"] <= endless["cached_tokens"] * 1.05
-
-
-def requests_of(seed: int) -> list[Request]:
-    return generate(
-        seed=seed, num_requests=60, rate=12, prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:200"),
-        output_tokens=LengthSpec.parse("lognormal:40:1.0:1:200"), num_system_prompts=2, system_prompt_tokens=40,
-        turns=2, think_time_s=0.5,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -135,7 +127,7 @@ def test_records_are_decided_again_exactly_and_leaps_change_nothing(tmp_path, de
     how |= {"values": {"num_gpu_blocks": 40, "pipeline_depth": depth}}
     split = Split(("prefill", "both", "decode"), (1000.0,) * 3, Link(1e7, MS), LeastOutstanding())
     found = [
-        run(tmp_path / str(single), requests_of(2), near, shared, step_by_step=single, split=split, **how)
+        run(tmp_path / str(single), conversations(2), near, shared, step_by_step=single, split=split, **how)
         for single in (True, False)
     ]
     assert found[0]["tiers"] == found[1]["tiers"] and all(one["loads"] > 0 for one in found[0]["tiers"])

@@ -130,11 +130,11 @@ class _Loads:
             loading.release(seq_id)
             core.scheduler.refusal = None
         by_id = {seq.seq_id: seq for seq in (*loading.loading, *loading.without)}
-        for name, happened in (("lost", loading.lost), ("found", loading.found), ("loaded", loading.loaded)):
+        for name, hear in loading.news:
             for seq_id in row.get(name, ()):
                 if seq_id not in by_id:
                     raise _Impossible(name, row[name], f"{seq_id} does not load")
-                happened(by_id[seq_id])
+                hear(by_id[seq_id])
                 core.scheduler.refusal = None
 
     def keeping(self, loading: Order | None, batch: Batch | None) -> AbstractContextManager[None]:

@@ -1,0 +1,15 @@
+"""Traces of tests that keep a few replicas busy."""
+
+from __future__ import annotations
+
+from twinserve.traces.generator import LengthSpec, generate
+from twinserve.traces.request import Request
+
+
+def conversations(seed: int) -> list[Request]:
+    """Sixty requests, in conversations of two turns, each behind one of two system prompts."""
+    return generate(
+        seed=seed, num_requests=60, rate=12, prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:200"),
+        output_tokens=LengthSpec.parse("lognormal:40:1.0:1:200"), num_system_prompts=2, system_prompt_tokens=40,
+        turns=2, think_time_s=0.5,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -57,6 +58,18 @@ def commit() -> str:
 def command() -> str:
     """What started this script."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def take_traces(parser: argparse.ArgumentParser) -> None:
+    """The option that names the folder of the public traces."""
+    parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
+
+
+def traces_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Path:
+    """The folder of the public traces; without one the process ends with status 2."""
+    if arguments.traces is None:
+        parser.exit(2, f"{parser.prog}: --traces is not given and TWINSERVE_TRACES is not set\n")
+    return Path(arguments.traces)
 
 
 def machine() -> dict[str, Any]:

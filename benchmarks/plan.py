@@ -9,9 +9,7 @@ docs/studies/plan.md from the JSON alone; with --check nothing is written, and t
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from environment import ROOT
 from pages import prose, table
 from result_files import RESULTS, write_json
-from study_plan import AZURE, MOONCAKE
+from study_plan import AZURE, MOONCAKE, study_arguments
 
 from twinserve.commands.progress import say
 from twinserve.commands.sweep_views import deployment_cases, page_of
@@ -176,22 +174,13 @@ def _of_trace(name: str, found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """As the command line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--jobs", type=int)
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    if not (arguments.page or arguments.check):
-        if arguments.traces is None:
-            print("plan.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
-            return 2
+    arguments, traces = study_arguments(__doc__)
+    if traces is not None:
         results: dict[str, Any] = {"command": "python benchmarks/plan.py"}
         with tempfile.TemporaryDirectory() as scratch:
             for name in TRACES:
                 folder = (arguments.work or Path(scratch)) / name.lower()
-                results[name] = found(name, arguments.traces, folder, arguments.jobs)
+                results[name] = found(name, traces, folder, arguments.jobs)
                 say(f"{name}: {len(results[name]['deployments'])} kinds of replica keep the objective")
         write_json(MEASURED, results)
     text = page(json.loads(MEASURED.read_text(encoding="utf-8")))

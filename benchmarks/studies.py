@@ -10,10 +10,8 @@ written, and the exit status is 1 where one of them is another.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from typing import Any
 from environment import ROOT
 from result_files import RESULTS, write_json
 from study_page import written
-from study_plan import AZURE, MOONCAKE, OBJECTIVES, STUDIES, SYSTEM_PROMPT, TOLERANCE, Result
+from study_plan import AZURE, MOONCAKE, OBJECTIVES, STUDIES, SYSTEM_PROMPT, TOLERANCE, Result, study_arguments
 
 from twinserve.commands.progress import say
 from twinserve.planning.capacity import find_capacities
@@ -41,21 +39,12 @@ METRICS = ("ttft_s.p50", "ttft_s.p99", "tpot_s.p50", "tpot_s.p99", "e2e_s.p99", 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--jobs", type=int)
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    if not (arguments.page or arguments.check):
-        if arguments.traces is None:
-            print("studies.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
-            return 2
+    arguments, traces = study_arguments(__doc__)
+    if traces is not None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = arguments.work or Path(scratch) / "points"
             with opened(folder) as store, Workers(arguments.jobs) as workers:
-                results = computed(arguments.traces, store, workers)
+                results = computed(traces, store, workers)
         write_json(MEASURED, results)
     files = written(json.loads(MEASURED.read_text(encoding="utf-8")))
     if arguments.check:

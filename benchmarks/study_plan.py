@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
-from environment import ROOT
+from environment import ROOT, take_traces, traces_of
 
 STUDIES = ROOT / "docs" / "studies"
 AZURE, MOONCAKE = "azure/AzureLLMInferenceTrace_conv.csv", "mooncake/conversation_trace.jsonl.gz"
@@ -21,3 +23,15 @@ SYSTEM_PROMPT = 512
 """Tokens that all prompts of the Mooncake trace begin with."""
 
 Result = dict[str, Any]
+
+
+def study_arguments(doc: str | None) -> tuple[argparse.Namespace, Path | None]:
+    """The command line of a study whose script says `doc`, and the folder of the traces; None where none are served."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    take_traces(parser)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    return arguments, None if arguments.page or arguments.check else traces_of(parser, arguments)

@@ -10,12 +10,11 @@ just before. FOLDER defaults to $TWINSERVE_TRACES.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-from environment import commit, versions
+from environment import commit, take_traces, traces_of, versions
 from result_files import RESULTS, write_json
 
 from twinserve.commands.progress import Bar, say
@@ -40,12 +39,10 @@ CAPS = {"max_prompt_tokens": 256, "max_output_tokens": 32}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--traces", type=Path, default=os.environ.get("TWINSERVE_TRACES"))
+    take_traces(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "windows.json")
     arguments = parser.parse_args()
-    if arguments.traces is None:
-        print("windows.py: --traces is not given and TWINSERVE_TRACES is not set", file=sys.stderr)
-        return 2
+    traces = traces_of(parser, arguments)
     profiled = load_llm(EngineOptions(), Settings(), progress=say)
     samples = measure_steps(
         profiled,
@@ -68,7 +65,7 @@ def main() -> int:
     }
     exact = True
     for name, (path, options) in WINDOWS.items():
-        workload = load_workload(arguments.traces / path, options | CAPS | {"limit": arguments.requests})
+        workload = load_workload(traces / path, options | CAPS | {"limit": arguments.requests})
         llm = LLM(model, tokenizer=profiled.tokenizer, name=profiled.name, settings=SETTINGS)
         with tempfile.TemporaryDirectory() as folder:
             real, sim = Path(folder) / "real", Path(folder) / "sim"

@@ -17,12 +17,12 @@ from twinserve.policies import Core, SamplingParams, Sequence
 from twinserve.settings.errors import InputError
 from twinserve.sim.clients import NOBODY, Clients, Door
 from twinserve.sim.clock import alarm, now_ns
+from twinserve.sim.disaggregation import BOTH, Disaggregation, Handover, Transfers
 from twinserve.sim.latency import LatencyModel
 from twinserve.sim.replica import Feeder, Replica, simulate
 from twinserve.sim.routers import Router
 from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.speculation import Acceptance
-from twinserve.sim.split import BOTH, Handover, Split, Transfers
 from twinserve.sim.tiers import FleetTiers, TierPlan
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request
@@ -153,7 +153,7 @@ class Fleet:
         is_done: Callable[[], bool],
         step_by_step: bool = False,
         clients: Clients = NOBODY,
-        split: Split | None = None,
+        split: Disaggregation | None = None,
         tiers: TierPlan | None = None,
         scaling: Scaling | None = None,
     ):
@@ -530,7 +530,7 @@ def simulate_fleet(
     progress: Callable[[Sequence], None] | None = None,
     step_by_step: bool = False,
     clients: Clients = NOBODY,
-    split: Split | None = None,
+    split: Disaggregation | None = None,
     tiers: TierPlan | None = None,
     scaling: Scaling | None = None,
 ) -> FleetCounts:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
+from twinserve.sim.disaggregation import BOTH, DECODE, PREFILL, Disaggregation
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding
 from twinserve.sim.scaling import METRICS, Scaling
-from twinserve.sim.split import BOTH, DECODE, PREFILL, Split
 from twinserve.sim.tiers import Tier, TierPlan
 from twinserve.traces.request import Part, Request
 
@@ -34,13 +34,13 @@ LINKS = st.builds(Link, st.sampled_from([1e5, 1e6, 1e9]), st.integers(0, 30).map
 
 
 @st.composite
-def splits(draw, num_replicas: int) -> Split | None:
+def splits(draw, num_replicas: int) -> Disaggregation | None:
     """Any that has replicas for both, or none."""
     roles = draw(st.lists(st.sampled_from([BOTH, PREFILL, DECODE]), min_size=num_replicas, max_size=num_replicas))
     if (PREFILL in roles) != (DECODE in roles) or PREFILL not in roles:
         return None
     layers = draw(st.none() | st.integers(1, 8))
-    return Split(tuple(roles), (1000.0,) * num_replicas, draw(LINKS), LeastOutstanding(), layers)
+    return Disaggregation(tuple(roles), (1000.0,) * num_replicas, draw(LINKS), LeastOutstanding(), layers)
 
 
 @st.composite
@@ -84,8 +84,8 @@ def fleets(draw):
     split = draw(splits(num_replicas))
     how = {"split": split, "tiers": draw(tiers(num_replicas)) if core.enable_prefix_caching else None}
     how["scaling"] = draw(rules(num_replicas)) if split is None else None
-    # Deaths beside splits are in tests/sim/test_split.py: where pools are full they can end in waiting for one another,
-    # see "Not there yet" in docs/fleets.md.
+    # Deaths beside splits are in tests/sim/test_disaggregation.py: where pools are full they can end in waiting for one
+    # another, see "Not there yet" in docs/fleets.md.
     if how["scaling"] is None and split is None:
         how |= {"outages": draw(outages_of(num_replicas)), "failover_ns": draw(st.integers(0, 2000)) * MS}
     return requests, core, latencies, how

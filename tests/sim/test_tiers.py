@@ -10,10 +10,10 @@ from busy_traces import conversations
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
+from twinserve.sim.disaggregation import Disaggregation
 from twinserve.sim.fleet import Outage
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
-from twinserve.sim.split import Split
 from twinserve.sim.tiers import Store, Tier, TierPlan
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
@@ -125,7 +125,7 @@ def test_records_are_decided_again_exactly_and_leaps_change_nothing(tmp_path, de
     near = Tier("cpu", 20 * BLOCK, Link(1e8, MS))
     how: dict[str, Any] = {"replicas": 3, "latency": Uneven()}
     how |= {"values": {"num_gpu_blocks": 40, "pipeline_depth": depth}}
-    split = Split(("prefill", "both", "decode"), (1000.0,) * 3, Link(1e7, MS), LeastOutstanding())
+    split = Disaggregation(("prefill", "both", "decode"), (1000.0,) * 3, Link(1e7, MS), LeastOutstanding())
     found = [
         run(tmp_path / str(single), conversations(2), near, shared, step_by_step=single, split=split, **how)
         for single in (True, False)

@@ -15,6 +15,7 @@ from twinserve.settings.config import read_table, validated
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import MOST_FLEET_BLOCKS, MOST_REPLICAS, plain
 from twinserve.settings.own_class import RULES, build, pinned
+from twinserve.sim.disaggregation import BOTH, Disaggregation
 from twinserve.sim.fit import FittedLatency
 from twinserve.sim.fleet import Outage, Restart, check_outages, check_restarts
 from twinserve.sim.latency import LatencyModel
@@ -23,7 +24,6 @@ from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.routers import ROUTERS, SEEDED, PrefixAffine, Router
 from twinserve.sim.scaling import Scaling
 from twinserve.sim.slowness import Slowdown
-from twinserve.sim.split import BOTH, Split
 from twinserve.sim.tiers import Tier, TierPlan
 from twinserve.worlds.run import ReplicaSpec, choose_latency, run_fleet, run_sim, with_pool, with_stages
 from twinserve.worlds.vllm_like import like_of
@@ -357,7 +357,7 @@ class FleetOptions(BaseModel):
         parameters = {"prefix-affine": {"max_lead_tokens": self.max_lead_tokens}}
         return {"name": name, **parameters.get(name, {})}
 
-    def build_split(self, replicas: list[ReplicaSpec]) -> Split | None:
+    def build_split(self, replicas: list[ReplicaSpec]) -> Disaggregation | None:
         """Who computes prompts and who goes on with them; None where all do both.
 
         Raises:
@@ -373,7 +373,9 @@ class FleetOptions(BaseModel):
                 value=True,
             )  # fmt: skip
         link = Link(self.kv_gb_s * 1e9, round(self.kv_latency_us * 1000))
-        return Split(self.roles, sizes, link, self._built("decode_router"), min(shapes) if self.kv_layerwise else None)
+        return Disaggregation(
+            self.roles, sizes, link, self._built("decode_router"), min(shapes) if self.kv_layerwise else None
+        )
 
     def build_tiers(self, replicas: list[ReplicaSpec]) -> TierPlan | None:
         """The tiers behind the prefix caches; None where there are none.

@@ -20,6 +20,7 @@ from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequen
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.clients import NOBODY, Clients
+from twinserve.sim.disaggregation import BOTH, Disaggregation
 from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
@@ -27,7 +28,6 @@ from twinserve.sim.routers import Router
 from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.sim.speculation import Acceptance, acceptance_of
-from twinserve.sim.split import BOTH, Split
 from twinserve.sim.tiers import TierPlan
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
@@ -510,7 +510,7 @@ def run_fleet(
     failover_ns: int = 0,
     restarts: Iterable[Restart] = (),
     slowdowns: Iterable[Slowdown] = (),
-    split: Split | None = None,
+    split: Disaggregation | None = None,
     decode_router_facts: dict[str, Any] | None = None,
     tiers: TierPlan | None = None,
     scaling: Scaling | None = None,
@@ -605,7 +605,7 @@ class _RecordedFleet(FleetListener):
         replicas: list[ReplicaSpec],
         facts: dict[str, Any],
         params: SamplingParams,
-        split: Split | None,
+        split: Disaggregation | None,
         *,
         has_tiers: bool,
     ):

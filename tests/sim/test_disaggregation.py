@@ -12,10 +12,10 @@ from busy_traces import conversations
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
+from twinserve.sim.disaggregation import Disaggregation
 from twinserve.sim.fleet import Outage
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
-from twinserve.sim.split import Split
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
 from twinserve.traces.runs.replay import replay
@@ -42,7 +42,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs requests on replicas of these roles: p, d, or b for both; `own` are settings of single ones."""
     names = tuple({"p": "prefill", "d": "decode", "b": "both"}[role] for role in roles)
-    split = Split(names, (1000.0,) * len(names), link, LeastOutstanding(), num_layers)
+    split = Disaggregation(names, (1000.0,) * len(names), link, LeastOutstanding(), num_layers)
     common = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "num_gpu_blocks": 60} | (values or {})
     specs = [
         ReplicaSpec(Settings.load(common | (own or {}).get(index, {})), latency, {"name": "test"})

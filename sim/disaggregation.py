@@ -21,7 +21,7 @@ _ARRIVED = 1_500_000  # once steps have ended at that instant, and before anythi
 
 
 @dataclass(frozen=True)
-class Split:
+class Disaggregation:
     """Which replicas compute prompts, and which ones what follows their first tokens.
 
     Attributes:
@@ -92,7 +92,7 @@ class Transfers:
         num_bytes, num_transfers: that were sent.
     """
 
-    def __init__(self, env: simpy.Environment, split: Split, released: Callable[[Replica], None]):
+    def __init__(self, env: simpy.Environment, split: Disaggregation, released: Callable[[Replica], None]):
         self._env, self._split, self._released = env, split, released
         self._ports = Ports(split.link)
         self.handovers: dict[int, Handover] = {}

@@ -81,14 +81,12 @@ def _slowdown(parts: list[str]) -> Slowdown:
 
 
 def _tier(parts: list[str]) -> Tier:
-    name, gb, gb_s, latency_us = parts[:4]
-    values = [float(value) for value in (gb, gb_s, latency_us)]
-    is_shared = parts[4:] == ["shared"]
-    if not name or parts[4:] not in ([], ["shared"]) or not (0 < values[0] <= 1e9 and 0 < values[1] <= 1e6):
+    name, *numbers = parts[:4]
+    gb, gb_s, latency_us = map(float, numbers)
+    is_possible = name and 0 < gb <= 1e9 and 0 < gb_s <= 1e6 and 0 <= latency_us <= 1e9
+    if not is_possible or parts[4:] not in ([], ["shared"]):
         raise ValueError(parts)
-    if not 0 <= values[2] <= 1e9:
-        raise ValueError(parts)
-    return Tier(name, values[0] * 1e9, Link(values[1] * 1e9, round(values[2] * 1000)), is_shared)
+    return Tier(name, gb * 1e9, Link(gb_s * 1e9, round(latency_us * 1000)), is_shared=len(parts) > 4)
 
 
 parse_tier = _reader(

@@ -335,10 +335,11 @@ def test_what_only_the_larger_half_can_serve_is_sent_there(tmp_path, router):
 
 
 def test_an_answer_that_a_replica_would_shorten_is_not_kept_from_it(tmp_path):
-    small, large = specs(Constant(), max_model_len=64, num_gpu_blocks=4), specs(Constant())
+    """Its pool holds all but the last of the tokens that it would make, which needs no KV."""
+    small, large = specs(Constant(), max_model_len=65, num_gpu_blocks=4), specs(Constant())
     summary = fleet_run(tmp_path / "fleet", [Request(0, 0, (Part(0, 0, 32),), 100)], [*small, *large], "round-robin")
     [row] = load_fleet(tmp_path / "fleet").requests
-    assert (row["replica"], row["output_tokens"], summary["shortened"]) == (0, 32, 1)
+    assert (row["replica"], row["output_tokens"], summary["shortened"]) == (0, 33, 1)
 
 
 def test_what_only_a_replica_that_is_down_can_serve_waits_for_it(tmp_path):

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from environment import device_facts, device_folder
 from fidelity_windows import at_rate
@@ -53,6 +53,8 @@ from twinserve.worlds.workload import TraceOptions, Workload, make_workload
 
 if TYPE_CHECKING:
     from endpoints import Endpoint
+
+    from twinserve.engine.llm import LLM
 
 TOKENS = TokenMaker(10_000, 1_000)
 """Ids that the vocabulary of any language model has, behind those at its begin that mean something else."""
@@ -122,11 +124,11 @@ def measure(arguments: argparse.Namespace) -> int:
     about = device_facts(arguments.device, arguments.commit)
     path = arguments.out / device_folder(arguments.device) / f"serving-{shape}.json"
     served: list[Entry] = []
-    for entry in recorded:
-        keep(path, shape, entry)
     for entry in chain(by_engine(arguments, workloads, limits), by_endpoint(endpoint, workloads, limits)):
         served.append(about | entry)
         keep(path, shape, served[-1])
+    for entry in recorded:
+        keep(path, shape, entry)
     everything = load_json(path)["repeats"].values() if path.exists() else ()
     print("\n".join(table(list(HEADS), cells(everything), numbers=True)) + str(path))
     return 0 if all(map(is_whole, served)) else 1
@@ -186,29 +188,29 @@ def by_engine(arguments: argparse.Namespace, workloads: dict[float, Workload], l
     engine = {"load_format": arguments.load_format, "device": arguments.device, "dtype": dtype}
     llm = make_llm(arguments.model, settings=settings, token_maker=TOKENS, **engine)
     name = f"twinserve, {llm.settings.max_num_seqs:,} sequences, {llm.settings.max_num_batched_tokens:,} tokens a step"
+    about = {"server": name, "model": arguments.model, "engine": engine, "settings": llm.settings.model_dump()}
     for rate, workload in workloads.items():
-        outcomes: list[Outcome] = []
-        with tempfile.TemporaryDirectory() as folder, Bar(f"{rate:g} requests/s", len(workload.requests)) as bar:
-
-            def ended(seq: Sequence, bar: Bar = bar, outcomes: list[Outcome] = outcomes) -> None:
-                outcomes.append(Outcome.of(seq))
-                bar.ended(seq)
-
-            summary = run_real(workload, llm, out=Path(folder) / "run", progress=ended)
-            again = replay(load_record(Path(folder) / "run"))
-        yield {
-            "server": name,
-            "rate": rate,
-            "trace": workload.facts,
-            "model": arguments.model,
-            "settings": llm.settings.model_dump(),
-            "engine": engine,
-            "summary": summary,
-            "queue_s": queued(outcomes),
-            "attainment": attained(outcomes, limits, summary),
-            "replay": {"exact": again.is_exact, "equal": again.equal, "recorded": again.recorded},
-        }
+        yield about | {"rate": rate, "trace": workload.facts} | run_at(rate, workload, llm, limits)
     close(llm)
+
+
+def run_at(rate: float, workload: Workload, llm: LLM, limits: Limits) -> dict[str, Any]:
+    """The figures of a workload that the engine serves, and whether its decisions were made again."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder, Bar(f"{rate:g} requests/s", len(workload.requests)) as bar:
+
+        def ended(seq: Sequence) -> None:
+            outcomes.append(Outcome.of(seq))
+            bar.ended(seq)
+
+        summary = run_real(workload, llm, out=Path(folder) / "run", progress=ended)
+        again = replay(load_record(Path(folder) / "run"))
+    return {
+        "summary": summary,
+        "queue_s": queued(outcomes),
+        "attainment": attained(outcomes, limits, summary),
+        "replay": {"exact": again.is_exact, "equal": again.equal, "recorded": again.recorded},
+    }
 
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint | None:

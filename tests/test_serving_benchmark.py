@@ -70,6 +70,7 @@ class StandIn(ThreadingHTTPServer):
 
     Attributes:
         bodies: what it was asked, in the order of arrival.
+        heads: where, and by whom.
     """
 
     pause_s, has_usage, is_whole, longest = 0.0, True, False, 1 << 20
@@ -77,6 +78,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answering)
         self.bodies: list[dict[str, Any]] = []
+        self.heads: set[tuple[str, str | None]] = set()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -96,12 +98,13 @@ class Answering(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self) -> None:
-        is_known = self.path == "/v1/models"
+        is_known = self.path.endswith("/v1/models")
         self.say(200 if is_known else 404, json.dumps({"data": [{"id": "org/tiny"}]}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
+        self.server.heads.add((self.path, self.headers["authorization"]))
         if len(body["prompt"]) > self.server.longest:
             return self.say(400, b"too long")
         self.say(200)
@@ -174,6 +177,16 @@ def test_a_server_is_timed_from_when_a_request_is_sent(script, stand_in):
     assert entry["events_per_token"] == pytest.approx(7 / 5), "five tokens, usage and the end"
 
 
+def test_a_key_is_shown_behind_any_path_and_rates_lie_beside_each_other(script, stand_in, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    for rate in (20, 30):
+        how = ("--url", f"{stand_in.url}/api/v1/", "--rate", rate, "--duration-s", 0.1, "--label", "keyed")
+        code, said, entries = script("--device", "cpu", *how, "--output-tokens", "fixed:4")
+        assert code == 0, said
+    assert stand_in.heads == {("/api/v1/completions", "Bearer secret")}
+    assert list(entries) == ["keyed at 20 requests/s", "keyed at 30 requests/s"]
+
+
 def test_a_simulated_server_is_asked_as_vllm_is(script):
     running = Running(simulated()).wait()
     try:
@@ -233,6 +246,7 @@ def test_a_server_that_cannot_be_measured_is_one_line(fault, said, script, stand
         ("--model tiny --rate 0.01 --trace TRACE --first -1", "TRACE: expected 2 requests from row -1 on"),
         ("--url http://127.0.0.1:9 --rate 5", "url is 'http://127.0.0.1:9', expected a server that names its model"),
         ("--model tiny --rate 5 --peer TRACE", "TRACE:"),
+        ("--model nothing --rate 5 --peer PEER", "model is 'nothing', expected"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_nothing_is_written(options, said, script, trace):

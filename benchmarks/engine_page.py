@@ -1,4 +1,4 @@
-"""docs/engine.md and a page for each card, from the results of throughput.py, latency.py and step_kernels.py.
+"""docs/engine.md and a page for each card, from the results of throughput.py, latency.py, step_kernels.py, serving.py.
 
 python benchmarks/engine_page.py [--check]
 """
@@ -15,6 +15,7 @@ from typing import Any
 from environment import ROOT
 from pages import prose, table
 from result_files import RESULTS
+from served import HEADS, cells
 from svg import INK, Drawing
 
 PAGE = ROOT / "docs" / "engine.md"
@@ -87,6 +88,7 @@ def card_page(card: str) -> str:
                 command. [What a step is](../engine.md)."""
             ),
             *_figures(card, measured, step_of(kernels)),
+            *_traffic(RESULTS / card),
             *_simulated(card),
             *_larger(RESULTS / card / "decode-llama-3-8b.json"),
             *_ablation(card, measured.get("batch1_without")),
@@ -226,6 +228,35 @@ def _served(window: dict[str, Any] | None) -> list[str]:
             {summary["ttft_s"]["p99"] * 1e3:.1f}). `twinserve replay` makes {replay["equal"]:,} of
             {replay["recorded"]:,} decisions again from the record's facts."""
         )
+    ]
+
+
+def _traffic(folder: Path) -> list[str]:
+    """Of requests that were served in real time, by this engine and by others, where they were."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("serving-*.json"))]
+    lines = [line for file in files for line in _at_rates(file["shape"], list(file["repeats"].values()))]
+    opening = """The same requests at the same times, so many a second. Queue is the mean time until a request was first
+        scheduled, where that is known."""
+    return ["## Served traffic", "", *prose(opening), *lines] if lines else []
+
+
+def _at_rates(shape: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Of requests to one shape; what was recorded elsewhere stands beside what was served here."""
+    here = [entry for entry in entries if "recorded" not in entry]
+    if not here:
+        return []
+    replays = [entry["replay"] for entry in here if "replay" in entry]
+    assert all(replay["exact"] for replay in replays), "a run was not decided again"
+    commands = dict.fromkeys(f"`{entry['command']}` (commit {entry['commit']})" for entry in here)
+    limits = dict.fromkeys(entry["attainment"]["limits"] for entry in here)
+    again = f"{sum(replay['equal'] for replay in replays):,} decisions of the engine are made again from its records."
+    return [
+        *prose(
+            f"""The {shape} shape, by {"; ".join(commands)}. Within limits: {"; ".join(limits)}.
+            {again if replays else ""}"""
+        ),
+        *table(list(HEADS), cells(entries), numbers=True),
+        *prose(*dict.fromkeys(entry["about"] for entry in entries if "about" in entry)),
     ]
 
 

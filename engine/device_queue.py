@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -51,6 +53,12 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def all_to_device(lists: Seq[Seq[int] | np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Lists of numbers on `device` as int64, by one copy: each takes as long as some thousands of them."""
+    arrays = [np.asarray(numbers, np.int64).reshape(-1) for numbers in lists]
+    return to_device(np.concatenate(arrays), device).split(list(map(len, arrays)))
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """`tensor` in the host's memory, to be read once what is queued on its device has run; nothing waits for it."""
     if tensor.device.type != "cuda":
@@ -66,20 +74,45 @@ def device_name(device: torch.device | str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-class Step(Protocol):
+class HasTokens(Protocol):
+    """What was computed on a device; to be read by later steps of the same queue alone."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+
+class Step(HasTokens, Protocol):
     """A step handed to a queue; a `twinserve.engine.online.StepHandle`.
 
     Attributes:
         start_ns, end_ns: readings of time.perf_counter_ns, valid after `result`.
-        tokens: what the step computed, on the device; to be read by later steps of the same queue alone.
     """
 
     start_ns: int
     end_ns: int
-    tokens: Tensor
 
     def result(self) -> list[int]:
         """Wait for the step; its tokens."""
+
+
+class Parts(Protocol):
+    """A step that the host has a part in while it runs; its parts are gone through in this order."""
+
+    @property
+    def waits(self) -> bool:
+        """Can it not be laid out before the step before it is concluded?"""
+
+    def lay_out(self) -> None:
+        """What the host does before anything is computed."""
+
+    def compute(self) -> Tensor:
+        """Enqueue on the device what gives numbers that the host has to know."""
+
+    def go_on(self) -> None:
+        """Enqueue what follows on the device, before the host knows them."""
+
+    def conclude(self, numbers: list[int]) -> list[int]:
+        """What the host makes of the numbers: the step's tokens."""
 
 
 @cache
@@ -122,6 +155,17 @@ class CpuQueue:
         self._last = step.future = _submit(lambda: step.run(compute))
         return step
 
+    def submit_parts(self, parts: Parts) -> CpuStep:
+        """The same of a step in parts."""
+
+        def compute() -> Tensor:
+            parts.lay_out()
+            numbers = parts.compute()
+            parts.go_on()
+            return torch.tensor(parts.conclude(numbers.tolist()), dtype=torch.int64)
+
+        return self.submit(compute)
+
     def close(self) -> None:
         if self._last is not None:
             wait([self._last])
@@ -162,6 +206,7 @@ class CudaQueue:
         self._ended = self._event()
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
+        self._open: deque[CudaStep] = deque()  # steps in parts that are not concluded
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
@@ -171,6 +216,25 @@ class CudaQueue:
             start = self._event()
             tokens = compute()
             return CudaStep(self, tokens, to_host(tokens), launched_ns, start, self._event())
+
+    @torch.inference_mode()
+    def submit_parts(self, parts: Parts) -> CudaStep:
+        """Enqueue a step in parts. It is concluded when it is waited for, or before a later step that needs it: until
+        then the host is free, as the step runs."""
+        while len(self._open) > (0 if parts.waits else 1):
+            self._open.popleft().conclude()
+        parts.lay_out()
+        step = self.submit(parts.compute)
+        with on_device(self._device):
+            parts.go_on()
+            step.goes_on(parts, self._event())
+        self._open.append(step)
+        return step
+
+    def conclude(self, step: CudaStep) -> None:
+        """Conclude a step in parts and those before it."""
+        while step in self._open:
+            self._open.popleft().conclude()
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.
@@ -195,6 +259,7 @@ class CudaQueue:
         return event
 
     def close(self) -> None:
+        self._open.clear()
         torch.cuda.synchronize(self._device)
 
 
@@ -206,11 +271,26 @@ class CudaStep:
         self.start_ns = 0
         self.end_ns = 0
         self._queue, self._host, self._events = queue, host, (launched_ns, start, end)
+        self._parts: tuple[Parts, Any] | None = None
+        self._concluded: list[int] | None = None
+
+    def goes_on(self, parts: Parts, end: Any) -> None:
+        """Say that this was not all of it, and the event of its end."""
+        launched_ns, start, computed = self._events
+        self._parts, self._events = (parts, computed), (launched_ns, start, end)
+
+    def conclude(self) -> None:
+        """Wait for the numbers of a step in parts, and have it concluded."""
+        assert self._parts is not None
+        parts, computed = self._parts
+        computed.synchronize()
+        self._concluded = parts.conclude(self._host.tolist())
 
     def result(self) -> list[int]:
         if not self.end_ns:
+            self._queue.conclude(self)
             self.start_ns, self.end_ns = self._queue.wait(*self._events)
-        return self._host.tolist()
+        return self._host.tolist() if self._concluded is None else self._concluded
 
 
 def _between_ns(first: Any, second: Any) -> int:

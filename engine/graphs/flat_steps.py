@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -63,6 +62,8 @@ class FlatSteps:
         cache: as given.
     """
 
+    is_free = True
+
     def __init__(
         self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int, *, follows: bool = False
     ) -> None:
@@ -116,7 +117,7 @@ class FlatSteps:
             sizes = self._following.captured("decodes")
             self._followers = capture_each(sizes, self._capture_follower, self._device, self._memory_share)
 
-    def lay(self, layout: Layout) -> Laid:
+    def lay(self, layout: Layout, moved: Tensor | None = None) -> Laid:
         lengths = [length for _, length in layout.spans]
         cut, offset, num_single = list[tuple[int, int, int, int]](), 0, 0
         for number, (start, length) in enumerate(layout.spans):
@@ -141,6 +142,9 @@ class FlatSteps:
             flat[begin : begin + len(table)] = table
         flat[ends[1] :] = np.ravel(cut)
         told = to_device(flat, self._device)
+        if moved is not None:
+            rows, positions = told[:offset].long(), told[tokens : tokens + offset]
+            positions += moved[rows].int()
         tables = told[ends[0] : ends[0] + len(lengths) * width]
         return Laid(size, num_single, told[: ends[0]].view(2, -1), tables.view(-1, width), told[ends[1] :].view(-1, 4))
 
@@ -158,25 +162,22 @@ class FlatSteps:
             replay()
         return self._decoder.hidden[:count]
 
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
+    def followed(self, drafted: Drafted, first: Tensor) -> list[Tensor]:
         """As a `Forward` has it; each step leaves on the device what the next begins with, and the host waits for none.
 
         Theirs are plain steps of decodes, whose rows' tables the flat batch has left.
         """
-        places, lengths = to_device(np.array([(row.place, row.length) for row in rows]).T, self._device)
-        self._rows.tokens.index_copy_(0, places, first.int())
-        self._rows.computed.index_copy_(0, places, lengths.int())
-        size = self._following.padded(StepSize(len(rows), len(rows)))
+        self._rows.tokens.index_copy_(0, drafted.places, first.int())
+        self._rows.computed.index_copy_(0, drafted.places, drafted.lengths.int())
+        size = self._following.padded(StepSize(len(first), len(first)))
         inputs, step = self._followers.get(size) or self._follower(size)
-        tokens, told = [first], list[int]()
-        for number in range(1, max(row.count for row in rows)):
-            going = [row.place if row.count > number else self._rows.scratch for row in rows]
-            if going != told:
-                told = going
-                inputs.fill_(self._rows.scratch)
-                inputs[: len(rows)].copy_(to_device(np.array(going, dtype=np.int32), self._device))
+        inputs.fill_(self._rows.scratch)
+        tokens = [first]
+        for number in range(1, drafted.count):
+            going = drafted.lengths + number < drafted.max_model_len
+            inputs[: len(first)].copy_(drafted.places.where(going, self._rows.scratch))
             step()
-            tokens.append(self._out[: len(rows)].long())
+            tokens.append(self._out[: len(first)].long())
         return tokens
 
     @torch.inference_mode()

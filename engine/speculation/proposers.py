@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,43 +10,53 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from twinserve.engine.device_queue import to_device, to_host
+from twinserve.engine.device_queue import all_to_device, to_host
 from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
-from twinserve.policies import Sequence
+from twinserve.policies import Row, Sequence
 
 
 @dataclass(frozen=True)
-class VerifiedRow:
-    """A row of a step that has run, with what came of it.
+class Verified:
+    """A step whose drafts are verified, as it lies on the device before the host knows what came of it.
 
     Attributes:
-        start: the position of its first token.
-        tokens: those that are known from there on: what the row computed, without rejected drafts, and the last token
-            that it sampled, if it did.
-        text: all tokens known, of a row that sampled; else empty.
-        table: the ids of its sequence's blocks, which hold as many tokens as the policies look ahead.
+        rows: where they begin as far as the host knows.
+        moved: [rows], int64: by how many tokens each begins later; None is by none.
+        tables: by row, the ids of its sequence's blocks, which hold as many tokens as the policies look ahead.
+        token_ids: [tokens], int64, of the flat batch.
+        begins: by row, the place of its first token there.
+        accepted: [sampled rows], int64: how many of each one's drafts are.
+        runs: [sampled rows, at least 1 + drafts], int64: what each one samples, its accepted drafts and the model's own
+            token behind them, then whatever.
     """
 
-    seq: Sequence
-    start: int
-    tokens: list[int]
-    text: list[int]
-    table: np.ndarray
+    rows: Seq[Row]
+    moved: torch.Tensor | None
+    tables: Seq[np.ndarray]
+    token_ids: torch.Tensor
+    begins: Seq[int]
+    accepted: torch.Tensor
+    runs: torch.Tensor
 
 
 class LateDrafts(Seq[list[int]]):
-    """Drafts whose numbers are known while the device is still at them; whoever reads one of them waits for all.
+    """Drafts that the device may be at still; whoever reads one of them waits for all.
 
     Args:
-        counts: of each row, how many of its tokens are drafts: the first.
-        tokens: [rows, at least the largest count], on the device.
+        tokens: [rows, most drafts], on the device.
+
+    Attributes:
+        counts: of each row, how many of its tokens are drafts, the first ones; to be said before they are read.
+        tokens: as given.
     """
 
-    def __init__(self, counts: Seq[int], tokens: torch.Tensor) -> None:
-        self.counts, self._host = counts, to_host(tokens)
+    counts: Seq[int]
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens, self._host = tokens, to_host(tokens)
         self._ready: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             self._ready = torch.cuda.Event()
@@ -62,13 +72,10 @@ class LateDrafts(Seq[list[int]]):
 
 
 class Proposer(Protocol):
-    """Proposes drafts behind each step, in the thread and on the device that compute it."""
+    """Proposes drafts behind each step from the texts, in the thread that computes."""
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
-        """Drafts behind the text of each row that sampled, in their order: at most `asked` of each.
-
-        All rows of the step are there, so that a proposer with KV of its own keeps up.
-        """
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
+        """At most `asked` drafts behind all tokens of each sequence that sampled."""
 
 
 class NgramProposer:
@@ -81,8 +88,8 @@ class NgramProposer:
     def __init__(self, least: int, most: int, max_model_len: int):
         self._least, self._most, self._max_model_len = least, most, max_model_len
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
-        return [self.of(row.text, min(asked, self._max_model_len - len(row.text))) for row in rows if row.text]
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
+        return [self.of(text, min(asked, self._max_model_len - len(text))) for text in texts.values()]
 
     def of(self, text: Seq[int], asked: int) -> list[int]:
         """At most `asked` drafts behind a text."""
@@ -109,13 +116,11 @@ class ForcedProposer:
     ) -> None:
         self._text_of, self._probability, self._vocab_size, self._seed = text_of, probability, vocab_size, seed
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
         drafts = []
-        for row in rows:
-            if row.text:
-                place = len(row.text)
-                coming = self._text_of(row.seq)[place : place + asked]
-                drafts.append([self._said(row.seq, place + k, token) for k, token in enumerate(coming)])
+        for seq, text in texts.items():
+            coming = self._text_of(seq)[len(text) : len(text) + asked]
+            drafts.append([self._said(seq, len(text) + number, token) for number, token in enumerate(coming)])
         return drafts
 
     def _said(self, seq: Sequence, place: int, token: int) -> int:
@@ -127,7 +132,9 @@ class DraftModel:
     """A smaller model with the same tokens, and KV of its own in blocks of the same numbers.
 
     It computes what the model has just computed and the token that came last, which gives the first draft, and then a
-    token at a time. Its drafts are the most probable tokens.
+    token at a time. Its drafts are the most probable tokens. It begins before the host knows what was accepted, so it
+    computes as many tokens of each row as could be; what lies behind the accepted ones is computed again when it has
+    come, before anything attends to it.
 
     Args:
         model: on the device of the model it drafts for.
@@ -137,21 +144,41 @@ class DraftModel:
     def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
         self._model, self._forward, self._max_model_len = model, forward, max_model_len
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
-        device = torch.device(self._model.device)
-        spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
-        layout = Layout.of(spans, tables, self._forward.most_single)
+    def propose_behind(self, verified: Verified, asked: int) -> LateDrafts:
+        """`asked` drafts behind each row that sampled, as far as the context goes."""
+        rows, width = verified.rows, verified.runs.shape[1]
+        known = [row.num_tokens - row.num_drafts for row in rows]
+        spans = [(row.start, own + (1 + row.num_drafts) * row.samples) for row, own in zip(rows, known, strict=True)]
+        layout = Layout.of(spans, verified.tables, self._forward.most_single)
+        sampled = [number for number, row in enumerate(rows) if row.samples]
+        runs = {number: len(verified.token_ids) + width * place for place, number in enumerate(sampled)}
+        sources = list[int]()
+        for number in layout.order:
+            sources += range(verified.begins[number], verified.begins[number] + known[number])
+            if rows[number].samples:
+                sources += range(runs[number], runs[number] + 1 + rows[number].num_drafts)
         place_of = {number: place for place, number in enumerate(layout.order)}
-        drafted, last = list[Drafted](), list[int]()
-        for number, row in enumerate(rows):
-            if row.text:
-                count = max(0, min(asked, self._max_model_len - len(row.text)))
-                drafted.append(Drafted(place_of[number], len(row.text), count, row.table))
-                last.append(layout.last[number])
-        token_ids = [token for number in layout.order for token in rows[number].tokens]
-        told = to_device(np.array(token_ids + last), device)
-        hidden = self._forward.computed(self._forward.lay(layout), told[: len(token_ids)])
-        if not any(row.count for row in drafted):
-            return [[] for _ in drafted]
-        first = self._model.logits(hidden[told[len(token_ids) :]]).argmax(dim=-1)
-        return LateDrafts([row.count for row in drafted], torch.stack(self._forward.followed(drafted, first), dim=1))
+        told = all_to_device(
+            [
+                sources,
+                layout.order,
+                sampled,
+                [layout.last[number] - rows[number].num_drafts for number in sampled],  # the first token of its run
+                [place_of[number] for number in sampled],
+                [rows[number].start + known[number] + 1 for number in sampled],
+            ],
+            verified.runs.device,
+        )
+        source, order, own, first, place, length = told
+        length = length + verified.accepted
+        moved = None if verified.moved is None else verified.moved[order]
+        token_ids = torch.cat((verified.token_ids, verified.runs.flatten().clamp(min=0)))[source]  # of none it goes on
+        hidden = self._forward.computed(self._forward.lay(layout, moved), token_ids)
+        if not asked or not sampled:
+            return LateDrafts(first.new_empty(len(sampled), 0))
+        if verified.moved is not None:
+            length = length + verified.moved[own]
+        tables = [verified.tables[number] for number in sampled]
+        drafted = Drafted(place, length, tables, asked, self._max_model_len)
+        most_probable = self._model.logits(hidden[first + verified.accepted]).argmax(dim=-1)
+        return LateDrafts(torch.stack(self._forward.followed(drafted, most_probable), dim=1))

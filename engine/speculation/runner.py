@@ -4,47 +4,128 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from twinserve.engine.device_queue import Step
+from twinserve.engine.device_queue import Step, all_to_device
 from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
 from twinserve.engine.model_runner import ModelRunner, StepInput, drawn
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.sampler import uniform
-from twinserve.engine.speculation.proposers import LateDrafts, Proposer, VerifiedRow
-from twinserve.policies import Batch, Row, Runs, Sequence
+from twinserve.engine.sampler import GREEDY_BELOW, is_plain, uniform
+from twinserve.engine.speculation.proposers import DraftModel, LateDrafts, Proposer, Verified
+from twinserve.policies import Batch, Row, Runs, SamplingParams, Sequence
 
 
-@dataclass
 class _Launched:
     """A step as it was decided: what its computing needs of the sequences, copied at launch, and what came of it.
 
+    It is a `twinserve.engine.device_queue.Parts`.
+
     Attributes:
-        known: by row, its tokens as far as they were known.
+        rows: as decided, and where they begin, as far as the host knows, once the step is laid out.
+        known: by row, its tokens before its first draft, as far as they are known.
+        tables: by row.
         texts: by sequence, all tokens known, of rows of prompts that sample.
         gone: sequences that no longer run.
-        asked: how many drafts to propose.
+        num_asked: how many drafts to propose.
         is_first: of its Core, so that nothing is known of what runs.
+        moved: see `Verified.moved`.
+        places: of each sequence that samples, its number among them.
+        verified: as it is on the device; None before, and where there are no rows.
+        drafts: what was proposed behind it, by the numbers of `places`.
+        is_concluded: the host knows what came of it.
+        heard: the log-probabilities that are asked for.
+        lengths, proposed: of the tokens of each run, and how many drafts were proposed behind it.
     """
 
-    rows: list[Row]
-    known: list[list[int]]
-    tables: dict[Sequence, np.ndarray]
-    texts: dict[Sequence, list[int]]
-    gone: list[Sequence]
-    asked: int
-    is_first: bool
-    heard: list[AskedLogprobs | PromptLogprobs] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    proposed: list[int] = field(default_factory=list)
+    def __init__(self, runner: SpeculativeRunner, batch: Batch, tables: list[np.ndarray]) -> None:
+        self._runner, self.rows, self.tables = runner, list(batch.rows), tables
+        self.known = [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in self.rows]
+        self.texts = {row.seq: row.seq.token_ids[:] for row in self.rows if row.is_prompt and row.samples}
+        self.gone = [*batch.left, *batch.preempted]
+        self.num_asked, self.is_first = batch.num_drafts_asked, batch.decision <= 0
+        self.places = {row.seq: place for place, row in enumerate(row for row in self.rows if row.samples)}
+        self.moved: Tensor | None = None
+        self.verified: Verified | None = None
+        self.drafts: Seq[list[int]] = []
+        self.is_concluded = False
+        self.heard: list[AskedLogprobs | PromptLogprobs] = []
+        self.lengths: list[int] = []
+        self.proposed: list[int] = []
+        self._laid: _Laid | None = None
+        self._tokens: Tensor | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self._runner.must_know(self)
+
+    def lay_out(self) -> None:
+        self._runner.forget(self)
+        self._laid = self._runner.laid_out(self) if self.rows else None
+
+    def compute(self) -> Tensor:
+        """How many drafts of each row are accepted, then the run of each and what lies behind it."""
+        laid, self._laid = self._laid, None  # which knows the step before, and that would know the one before it
+        if laid is None:
+            return torch.empty(0, dtype=torch.int64)
+        self.verified = self._runner.verify(self, laid)
+        return torch.cat((self.verified.accepted[:, None], self.verified.runs), dim=1).flatten()
+
+    def go_on(self) -> None:
+        if self.verified is not None:
+            self._runner.propose_ahead(self, self.verified)
+
+    def conclude(self, numbers: list[int]) -> list[int]:
+        self.is_concluded = True
+        if self.verified is None:
+            return []
+        width = 1 + self.verified.runs.shape[1]
+        lines = [numbers[first : first + width] for first in range(0, len(numbers), width)]
+        return self._runner.conclude(self, [line[1 : 2 + line[0]] for line in lines])
+
+    @property
+    def tokens(self) -> Tensor:
+        """The last token of each run, then the drafts of each row, on the device."""
+        assert self.verified is not None
+        if self._tokens is None:
+            last = self.verified.runs.gather(1, self.verified.accepted[:, None])[:, 0]
+            drafts = [self.drafts.tokens.flatten()] if isinstance(self.drafts, LateDrafts) else []
+            self._tokens = torch.cat((last, *drafts))
+        return self._tokens
+
+    def sources(self, seq: Sequence, count: int) -> list[int]:
+        """Where the last token of a sequence's run and so many drafts behind it lie in `tokens`; whatever in place of
+        drafts that there are none of."""
+        place, width = self.places[seq], self.drafts.tokens.shape[1] if isinstance(self.drafts, LateDrafts) else 0
+        first = len(self.places) + place * width
+        return [place, *(first + min(number, width - 1) if width else place for number in range(count))]
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A step that is laid out.
+
+    Attributes:
+        before: the step that has what of its tokens the device alone knows.
+        asked: the log-probabilities that are asked for.
+        places: [sampled rows, 1 + most drafts], int64: the places, among the tokens that the model chooses, of those
+            before each row's first draft and behind each; its last one again where it has fewer.
+        may: [sampled rows, most drafts], bool: there is such a draft, and chance does not refuse it.
+    """
+
+    step: StepInput
+    before: _Launched | None
+    asked: AskedLogprobs
+    places: Tensor
+    may: Tensor
 
 
 class VerifiedStep:
@@ -72,11 +153,13 @@ class SpeculativeRunner(ModelRunner):
     else the token comes from what is left of p. And a request with a seed gets the tokens it gets without drafts.
 
     Where decisions run ahead (`is_async`), a step is laid out when the one before has run: a row then begins behind
-    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are. The
-    device may be at these while the host goes on: they are read when all else of the step is laid out.
+    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are.
+    Where a model drafts, the device alone need know either: plain rows are laid out and launched while it is at the
+    step before, and the host learns what was accepted when it commits that.
 
     Args:
-        proposer: guesses.
+        make_proposer: gives what guesses.
+        max_model_len: tokens of the longest text.
         is_async: nobody is told how many were proposed.
         acceptance_rate: drafts are accepted with this probability, whatever they are; None compares them.
         others: as of ModelRunner.
@@ -88,7 +171,8 @@ class SpeculativeRunner(ModelRunner):
     def __init__(
         self,
         *others: Any,
-        make_proposer: Callable[[SpeculativeRunner], Proposer],
+        make_proposer: Callable[[SpeculativeRunner], Proposer | DraftModel],
+        max_model_len: int,
         is_async: bool,
         acceptance_rate: float | None = None,
         seed: int = 0,
@@ -96,10 +180,16 @@ class SpeculativeRunner(ModelRunner):
     ):
         super().__init__(*others, seed=seed, **named)
         self._proposer, self._is_async, self.acceptance_rate = make_proposer(self), is_async, acceptance_rate
-        self._seed = seed
-        self._texts: dict[Sequence, list[int]] = {}  # these are of the thread that computes
-        self._drafts: dict[Sequence, list[int]] = {}
-        self._coming: tuple[list[Sequence], Seq[list[int]]] = ([], [])  # drafts that nobody has read yet
+        self._seed, self._max_model_len = seed, max_model_len
+        # These are of the thread that computes: the texts, drafts of sequences that were not in the step behind them,
+        # how often each had drafts; the step laid out last; while one is laid out, that step if nobody knows what came
+        # of it, and the rows' numbers there, -1 of others.
+        self._texts: dict[Sequence, list[int]] = {}
+        self._drafts: dict[Sequence, tuple[Seq[list[int]], int]] = {}
+        self._turns: dict[Sequence, int] = {}
+        self._before: _Launched | None = None
+        self._unknown: _Launched | None = None
+        self._movers: list[int] = []
         self._tables: dict[Sequence, np.ndarray] = {}
 
     def forward_of(self, model: Decoder) -> Forward:
@@ -112,131 +202,171 @@ class SpeculativeRunner(ModelRunner):
         return KVCache(model.config, self.num_blocks, self.block_size, model.dtype, self.device)
 
     def kernel_facts(self) -> dict[str, Any]:
-        """See ModelRunner. On CUDA the host waits for what a step gives, as it verifies and proposes."""
-        return {"waits": True} if self.device.type == "cuda" else {}
+        """See ModelRunner. On CUDA the host waits for what a step gives, unless drafts and places are the device's."""
+        is_free = self._is_async and self._forward.is_free and isinstance(self._proposer, DraftModel)
+        return {} if is_free or self.device.type != "cuda" else {"waits": True}
 
     def adopt(self, sequences: Iterable[Sequence]) -> None:
         """Go on from these sequences as they are, whoever computed them; nothing may be in flight."""
         self._texts = {seq: seq.token_ids[:] for seq in sequences}
-        self._forget_drafts()
-
-    def _forget_drafts(self) -> None:
         self._drafts.clear()
-        self._coming = [], []
-
-    def _read_drafts(self) -> None:
-        """Wait for the drafts that were proposed last, and know them."""
-        for seq, drafts in zip(*self._coming, strict=True):
-            if seq in self._texts:
-                self._drafts[seq] = drafts
-        self._coming = [], []
+        self._turns.clear()
+        self._before = None
 
     def launch(self, batch: Batch) -> VerifiedStep:
         """Start a step."""
         self.num_launched += 1
-        rows = batch.rows
-        tables = dict(zip([row.seq for row in rows], super()._block_tables(rows), strict=True))
-        launched = _Launched(
-            rows,
-            [row.seq.token_ids[row.start : row.start + row.num_tokens] for row in rows],
-            tables,
-            {row.seq: row.seq.token_ids[:] for row in rows if row.is_prompt and row.samples},
-            [*batch.left, *batch.preempted],
-            batch.num_drafts_asked,
-            batch.decision <= 0,
+        launched = _Launched(self, batch, super()._block_tables(batch.rows))
+        return VerifiedStep(self._queue.submit_parts(launched), launched, self.logprobs, tells=not self._is_async)
+
+    # --- the parts of a step, in the thread that computes ---
+
+    def must_know(self, launched: _Launched) -> bool:
+        """Does the host have to know what came of the step before, to lay a step out? Not of plain rows that go on from
+        it, for which a model drafts: the device has their tokens and places."""
+        before, drafting = self._before, isinstance(self._proposer, DraftModel)
+        if before is None or launched.is_first or launched.gone or self.prompt_asks or not drafting:
+            return True
+        drafted = before.num_asked + launched.num_asked
+        return not self._forward.is_free or not all(
+            (row.is_prompt or row.seq in before.places)
+            and row.start + row.num_tokens + drafted < self._max_model_len
+            and _is_free(row.seq.sampling_params)
+            for row in launched.rows
         )
-        step = self._queue.submit(lambda: self._run(launched))
-        return VerifiedStep(step, launched, self.logprobs, tells=not self._is_async)
 
-    def _run(self, launched: _Launched) -> Tensor:
-        """Compute a step, verify its drafts and have new ones proposed; the tokens of its runs, one behind another."""
+    def forget(self, launched: _Launched) -> None:
+        """Forget the sequences that no longer run when a step begins."""
         if launched.is_first:
-            self._texts.clear()
-            self._forget_drafts()
+            self.adopt(())
         for seq in launched.gone:
-            self._texts.pop(seq, None)
-            self._drafts.pop(seq, None)
-        self._texts.update(launched.texts)
-        if not launched.rows:
-            return torch.empty(0, dtype=torch.int64)
-        self._tables = launched.tables
-        rows, tokens = self._placed(launched)
-        step = self._with_drafts(self._snapshot(rows, tokens), rows, tokens)
-        draws = [one for row in rows if row.samples for one, _ in drawn(row, 0)]
-        asked = AskedLogprobs(draws)
-        chosen: list[int] = self._compute(step, None, asked).tolist()
-        launched.heard = [one for one in (asked, step.prompts) if one]
-        verified, made = self._verified(rows, tokens, chosen, launched)
-        drafts = self._proposer.propose(verified, launched.asked)
-        self._coming = [row.seq for row in verified if row.text], drafts
-        launched.proposed += drafts.counts if isinstance(drafts, LateDrafts) else map(len, drafts)
-        return torch.tensor(made)
+            for kept in (self._texts, self._drafts, self._turns):
+                kept.pop(seq, None)
 
-    def _placed(self, launched: _Launched) -> tuple[list[Row], list[list[int]]]:
-        """The rows where they really begin, and their tokens; a placeholder for each draft."""
-        rows, tokens = [], []
-        for row, known in zip(launched.rows, launched.known, strict=True):
+    def laid_out(self, launched: _Launched) -> _Laid:
+        """A step as it is computed."""
+        self._texts.update(launched.texts)
+        self._tables = dict(zip([row.seq for row in launched.rows], launched.tables, strict=True))
+        before, tokens = self._before, list[list[int]]()
+        self._unknown = None if before is None or before.is_concluded else before
+        self._movers = []
+        for number, (row, known) in enumerate(zip(launched.rows, launched.known, strict=True)):
             if not row.is_prompt:
                 text = self._texts[row.seq]
-                row, known = row._replace(start=len(text) - 1), text[-1:]
-            rows.append(row)
-            tokens.append(known + [0] * (row.num_tokens - len(known)))
-        return rows, tokens
+                known = [] if self._unknown else text[-1:]
+                launched.rows[number] = row = row._replace(start=len(text) - len(known))
+            own = known + ([] if self._drafts_lie_there(row) else self._found(row))
+            missing = 0 if self._drafts_lie_there(row) else row.num_tokens - len(own)
+            tokens.append(own + [0] * missing)
+            self._movers.append(-1 if row.is_prompt or self._unknown is None else self._unknown.places[row.seq])
+        sampled = [row for row in launched.rows if row.samples]
+        places, may = self._acceptable(sampled)
+        step = self._snapshot(launched.rows, tokens)
+        launched.moved = self._moved(range(len(launched.rows)))
+        asked = AskedLogprobs([one for row in sampled for one, _ in drawn(row, 0)])
+        launched.heard = [one for one in (asked, step.prompts) if one]
+        if before is not None:
+            skipped = before.places.keys() & self._texts.keys() - self._tables.keys()
+            self._drafts.update((seq, (before.drafts, before.places[seq])) for seq in skipped)
+        self._before = launched
+        return _Laid(step, before, asked, places, may)
 
-    def _with_drafts(self, step: StepInput, rows: Seq[Row], tokens: Seq[list[int]]) -> StepInput:
-        """A step with the drafts in their places, as far as there are any; so have `tokens` then."""
-        self._read_drafts()
-        drafted = [(own, found) for row, own in zip(rows, tokens, strict=True) if (found := self._found(row))]
-        if not drafted:
-            return step
-        for own, found in drafted:
-            own[1 : 1 + len(found)] = found
-        token_ids = [token for number in step.arranged.layout.order for token in tokens[number]]
-        return replace(step, flat=replace(step.flat, token_ids=self._to_device(token_ids)))
+    def verify(self, launched: _Launched, laid: _Laid) -> Verified:
+        """Compute a step: how many drafts of each row are accepted, those up to the first that the model itself did not
+        choose; where acceptance is forced, up to the first that chance refuses."""
+        step, places = laid.step, laid.places
+        token_ids = self._token_ids(step.flat, laid.before)
+        chosen = self._chosen(step, token_ids, laid.asked)[places]
+        drafts = token_ids[step.flat.last[places[:, 1:]]]
+        agree = laid.may if self.acceptance_rate is not None else laid.may & (drafts == chosen[:, :-1])
+        accepted = agree.long().cumprod(dim=1).sum(dim=1)
+        is_draft = torch.arange(places.shape[1], device=self.device) < accepted[:, None]
+        runs = pad(drafts, (0, 1)).where(is_draft, chosen)
+        last, rows = step.arranged.layout.last, launched.rows
+        begins = [place + 1 - row.num_tokens for place, row in zip(last, rows, strict=True)]
+        return Verified(rows, launched.moved, launched.tables, token_ids, begins, accepted, runs)
+
+    def propose_ahead(self, launched: _Launched, verified: Verified) -> None:
+        """Have drafts proposed behind a step, where that takes no texts."""
+        if isinstance(self._proposer, DraftModel):
+            launched.drafts = self._proposer.propose_behind(verified, launched.num_asked)
+
+    def conclude(self, launched: _Launched, runs: list[list[int]]) -> list[int]:
+        """The tokens of a step's runs, one behind another; the texts go on with them, and drafts are proposed."""
+        for seq, run in zip(launched.places, runs, strict=True):
+            launched.lengths.append(len(run))
+            self._texts[seq] += [max(0, token) for token in run]  # one of which none was sampled goes on
+        texts = {seq: self._texts[seq] for seq in launched.places}
+        if isinstance(self._proposer, DraftModel):
+            assert isinstance(launched.drafts, LateDrafts)
+            most = [self._max_model_len - len(text) for text in texts.values()]
+            launched.proposed = launched.drafts.counts = [max(0, min(launched.num_asked, left)) for left in most]
+        else:
+            launched.drafts = self._proposer.propose(texts, launched.num_asked)
+            launched.proposed = list(map(len, launched.drafts))
+        return [token for run in runs for token in run]
+
+    def _acceptable(self, sampled: Seq[Row]) -> tuple[Tensor, Tensor]:
+        """`_Laid.places` and `_Laid.may` of rows that sample."""
+        most = max((row.num_drafts for row in sampled), default=0)
+        places, may = np.zeros((len(sampled), 1 + most), np.int64), np.zeros((len(sampled), most), np.bool_)
+        first = 0
+        for number, row in enumerate(sampled):
+            places[number] = np.minimum(np.arange(1 + most), row.num_drafts) + first
+            first += 1 + row.num_drafts
+            may[number, : self._num_found(row)] = True
+            if (rate := self.acceptance_rate) is not None and row.num_drafts:
+                turn = self._turns[row.seq] = self._turns.get(row.seq, -1) + 1
+                seed = self._seed + row.seq.seq_id * 0x9E3779B9
+                may[number] &= [uniform(seed, turn << 16 | draft) < rate for draft in range(most)]
+        told = all_to_device([places, may], self.device)
+        return told[0].view(places.shape), told[1].view(may.shape).bool()
+
+    def _drafts_lie_there(self, row: Row) -> bool:
+        """Has the device the drafts of a row?"""
+        before = self._before
+        goes_on = before is not None and not row.is_prompt and row.seq in before.places
+        return goes_on and isinstance(self._proposer, DraftModel)
+
+    def _num_found(self, row: Row) -> int:
+        """How many drafts of a row were proposed, so far as it has places for them."""
+        if self._unknown is not None and not row.is_prompt:
+            return min(self._unknown.num_asked, row.num_drafts)
+        if self._drafts_lie_there(row):
+            assert self._before is not None and isinstance(self._before.drafts, LateDrafts)
+            return min(self._before.drafts.counts[self._before.places[row.seq]], row.num_drafts)
+        return len(self._found(row))
 
     def _found(self, row: Row) -> list[int]:
-        """The drafts of a row that were proposed; those of a padded admission are none."""
-        return [] if row.is_prompt else self._drafts.get(row.seq, [])[: row.num_drafts]
-
-    def _verified(
-        self, rows: Seq[Row], tokens: Seq[list[int]], chosen: list[int], launched: _Launched
-    ) -> tuple[list[VerifiedRow], list[int]]:
-        """The rows with what came of them, and the tokens of all runs."""
-        verified, made, first = [], [], 0
-        for row, own in zip(rows, tokens, strict=True):
-            table, text = self._tables[row.seq], []
-            if row.samples:
-                run = self._accepted(row, chosen[first : first + 1 + row.num_drafts])
-                first += 1 + row.num_drafts
-                made += run
-                launched.lengths.append(len(run))
-                self._texts[row.seq] += [max(0, token) for token in run]  # one of which none was sampled goes on
-                text = self._texts[row.seq]
-                own = text[row.start :]
-            verified.append(VerifiedRow(row.seq, row.start, own, text, table))
-        return verified, made
-
-    def _accepted(self, row: Row, chosen: list[int]) -> list[int]:
-        """The run of a row for which the model has `chosen` these tokens: before its first draft, and behind each."""
-        found, rate = self._found(row), self.acceptance_rate
-        run: list[int] = []
-        place = row.start + row.num_tokens - row.num_drafts
-        for number, draft in enumerate(found):
-            if rate is None:
-                is_right = draft == chosen[number]
-            else:
-                is_right = uniform(self._seed + row.seq.seq_id * 0x9E3779B9, place + number) < rate
-            if not is_right:
-                break
-            run.append(draft)
-        return [*run, chosen[len(run)]]
+        """The drafts of a row that were proposed, as the host knows them; those of a padded admission are none."""
+        if row.is_prompt:
+            return []
+        before = self._before
+        if before is not None and row.seq in before.places:
+            return before.drafts[before.places[row.seq]][: row.num_drafts]
+        drafts, place = self._drafts.get(row.seq, ([[]], 0))
+        return drafts[place][: row.num_drafts]
 
     # --- what ModelRunner asks of sequences: here it is of the thread that computes ---
+
+    def _late(self, row: Row, missing: int) -> list[int]:
+        assert self._before is not None
+        return self._before.sources(row.seq, row.num_drafts)[-missing:]
+
+    def _moved(self, order: Seq[int]) -> Tensor | None:
+        """By how many tokens rows begin later: by the drafts that were accepted in the step that nobody knows yet."""
+        if self._unknown is None or self._unknown.verified is None:
+            return None
+        accepted = pad(self._unknown.verified.accepted, (0, 1))
+        return accepted[all_to_device([[self._movers[number] for number in order]], self.device)[0]]
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         return [self._tables[row.seq] for row in rows]
 
     def _known(self, row: Row) -> list[int]:
-        self._read_drafts()
-        text = self._texts[row.seq]
-        return (text + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]
+        return (self._texts[row.seq] + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]
+
+
+def _is_free(params: SamplingParams) -> bool:
+    """Does it make no difference to how a row is sampled at which place it is?"""
+    return is_plain(params) and (params.seed is None or params.temperature < GREEDY_BELOW)

@@ -229,7 +229,8 @@ def cost_of(latency: LatencyModel, features: StepFeatures) -> StepCost:
     given = latency.step_cost(features)
     try:
         cost = StepCost(*given)
-        if type(cost.host_ns) is type(cost.device_ns) is int and min(cost[:3]) >= 0:
+        is_whole = type(cost.host_ns) is type(cost.device_ns) is int
+        if is_whole and cost.host_ns >= 0 <= cost.device_ns and cost.lead_ns >= 0:
             return cost
     except TypeError:
         pass

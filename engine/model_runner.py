@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinserve.engine.device_queue import CpuQueue, CudaQueue, HasTokens, Step, compute_on, to_device
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, HasTokens, Step, all_to_device, compute_on, to_device
 from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
@@ -266,13 +266,9 @@ class ModelRunner:
 
     def _flat(self, arranged: Arranged) -> FlatStep:
         """What was arranged, on the device."""
-        places, sources = arranged.late
-        return FlatStep(
-            token_ids=self._to_device(arranged.token_ids),
-            laid=self._forward.lay(arranged.layout),
-            last=self._to_device(arranged.last),
-            late=(self._to_device(places), self._to_device(sources)) if places else None,
-        )
+        told = all_to_device([arranged.token_ids, arranged.last, *arranged.late], self.device)
+        late = (told[2], told[3]) if len(told[2]) else None
+        return FlatStep(token_ids=told[0], laid=self._forward.lay(arranged.layout), last=told[1], late=late)
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from twinserve.engine.device_queue import to_device, to_host
+from twinserve.engine.device_queue import all_to_device, to_host
 from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
@@ -156,8 +156,7 @@ class DraftModel:
         sources = [place * width + n for place, number in enumerate(sampled) for n in _run(rows[number])]
         lengths = [spans[number][0] + spans[number][1] - rows[number].num_drafts for number in sampled]
         told = [token_ids, places, sources, behind, [place_of[number] for number in sampled], lengths]
-        flat = to_device(np.concatenate([np.asarray(numbers, np.int64) for numbers in told]), verified.runs.device)
-        ids, late, source, first, place, length = flat.split(list(map(len, told)))
+        ids, late, source, first, place, length = all_to_device(told, verified.runs.device)
         ids = ids.index_copy(0, late, verified.runs.flatten()[source].clamp(min=0))  # of none sampled it goes on
         hidden = self._forward.computed(self._forward.lay(layout), ids)
         if not asked or not sampled:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from twinserve.engine.device_queue import Step, to_device
+from twinserve.engine.device_queue import Step, all_to_device
 from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
@@ -221,7 +221,8 @@ class SpeculativeRunner(ModelRunner):
             places[number] = np.minimum(np.arange(1 + most), row.num_drafts) + first
             first += 1 + row.num_drafts
             may[number, :count] = [self._may(row, draft) for draft in range(count)]
-        return _Laid(step, late, asked, to_device(places, self.device), to_device(may, self.device))
+        told = all_to_device([places, may], self.device)
+        return _Laid(step, late, asked, told[0].view(places.shape), told[1].view(may.shape).bool())
 
     def verified(self, launched: _Launched, laid: _Laid) -> Verified:
         """A step computed, and how many of each row's drafts are accepted: those up to the first that the model itself

@@ -384,9 +384,8 @@ def _eight_bits() -> list[str]:
             layers of multiples of 16; a CPU computes the same numbers in float32.""",
             """A checkpoint that is in float8 already is loaded as it is, whatever `--quantization` says but int8:
             compressed-tensors' `float-quantized` with a scale a channel or a tensor, and `quant_method` `fp8` with a
-            scale a tensor. Scales of activations in it (`input_scale`) are not used: a token's own largest number
-            leaves less error. Scales a block, of 128 by 128 say, scales of keys and values, and layers that were left
-            out are refused by name.""",
+            scale a tensor. Scales of activations in it (`input_scale`) are not used: each token has its own. Scales a
+            block, of 128 by 128 say, scales of keys and values, and layers that were left out are refused by name.""",
             f"""Perplexity of [a text](../tests/data/held_out.txt) of {measured[0]["tokens"]} tokens and the
             model's megabytes, by `{measured[0]["command"]}`:""",
         ),

@@ -92,7 +92,7 @@ def card_page(card: str) -> str:
             *_simulated(card),
             *_larger(RESULTS / card / "decode-llama-3-8b.json"),
             *_formats(RESULTS / card),
-            *_ablation(card, measured.get("batch1_without")),
+            *_ablation(card, measured.get("batch1_without"), formats=any((RESULTS / card).glob("w256-*.json"))),
             *_kernels(kernels),
             *_timeline(card),
         ]
@@ -347,8 +347,12 @@ def _formats(folder: Path) -> list[str]:
     ]
 
 
-def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
-    """W256, and one request where that was measured, with one thing switched off."""
+def _ablation(card: str, without: dict[str, Any] | None, *, formats: bool) -> list[str]:
+    """W256, and one request where that was measured, with one thing switched off.
+
+    Args:
+        formats: W256 was measured with numbers in float8 as well, later.
+    """
     measured = read(f"{card}/throughput.json")
     runs = measured["ablation"]
     rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
@@ -362,6 +366,7 @@ def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
             8](../cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
+        *(prose("Numbers in float8 have kernels of their own since; how they do is above.") if formats else []),
         *_one_request(without),
     ]
 

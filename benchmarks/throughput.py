@@ -53,8 +53,12 @@ def main() -> int:
     folder = device_folder("cuda")
     about = cuda_facts(arguments.commit)
     if arguments.shape is not None:
-        path = arguments.out / folder / f"w256-{arguments.shape}.json"
-        merge(path, about | {"shape": arguments.shape, "formats": formats(arguments.shape, arguments.repeats)})
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name, options in FORMATS.items():
+            found[name] = w256(arguments.shape, options, arguments.repeats)
+            show(f"{arguments.shape}, {name}", found[name])
+            path = arguments.out / folder / f"w256-{arguments.shape}.json"
+            merge(path, about | {"shape": arguments.shape, "formats": found})
         return 0
 
     work = Work.w256()
@@ -92,15 +96,12 @@ def main() -> int:
     return 0
 
 
-def formats(shape: str, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """W256 by a shape, its numbers in each of FORMATS."""
-    found = {}
-    for name, options in FORMATS.items():
-        llm = make_llm(shape, **options)
-        llm.warm_up()
-        found[name] = [throughput(llm, Work.w256()) for _ in range(repeats)]
-        show(f"{shape}, {name}", found[name])
-        close(llm)
+def w256(shape: str, options: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+    """W256 by a shape."""
+    llm = make_llm(shape, **options)
+    llm.warm_up()
+    found = [throughput(llm, Work.w256()) for _ in range(repeats)]
+    close(llm)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +141,7 @@ class Group:
             chosen = transforms.spread(chosen, 0, log)
         begin = chosen[0].arrival_ns
         scale = count / rate * 1e9 / (chosen[-1].arrival_ns - begin)
-        moved = [replace(request, arrival_ns=round((request.arrival_ns - begin) * scale)) for request in chosen[:count]]
+        moved = [request._replace(arrival_ns=round((request.arrival_ns - begin) * scale)) for request in chosen[:count]]
         return list(transforms.renumbered(moved))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from twinserve.policies import Core
 from twinserve.policies.core import Span
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, cost_of
 from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
@@ -85,7 +85,7 @@ class Leap:
                 cost = costs[number - planned - 1]
             else:
                 features = self.features.repeated(number, decided)
-                cost = StepCost(*self._latency.step_cost(features))
+                cost = cost_of(self._latency, features)
             launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
             self._spans.append((decided, start, end))

@@ -157,7 +157,7 @@ class StepFeatures(NamedTuple):
     @property
     def decode_kv_tokens(self) -> Count:
         """The sum of the contexts of the rows of `decode_tokens`."""
-        return self.kv_tokens - sum(start + length for start, length in self.prompts)
+        return self.kv_tokens - sum([start + length for start, length in self.prompts])
 
     @property
     def longest_prompt(self) -> Count:

@@ -70,7 +70,12 @@ _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
 
 
-_BESIDE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+_FACTS = b'{"decision":%d,"seen":%d,"aborted":%b,"committed":%d,"decided_ns":%d,"start_ns":%d,"end_ns":%d,"count":%d,'
+_DECISIONS = (
+    b'"admitted":%b,"left":%b,"preempted":%b,"usual":%d,"rows":%b,"grown":%b,"tokens":%d,"prompt_tokens":%d,'
+    b'"decode_tokens":%d,"kv_tokens":%d,"attention_pairs":%d,"sampled":%d,"used_blocks":%d,"waiting":%d,"running":%d,'
+)
+"""How a step's row begins, and its decisions; what few rows have is behind them."""
 
 
 def line_of(row: dict[str, Any]) -> bytes:
@@ -396,8 +401,17 @@ def step_line(decided: Decided, repeats: dict[str, Any] | None) -> bytes:
         repeats: see `Decided`.
     """
     batch = decided.batch
-    start_ns, end_ns = batch.start_ns, batch.end_ns
-    assert start_ns is not None and end_ns is not None, f"step {batch.decision} has not ended"
+    assert batch.start_ns is not None and batch.end_ns is not None, f"step {batch.decision} has not ended"
+    facts = _FACTS % (
+        batch.decision,
+        batch.seen,
+        _ids(batch.aborted),
+        batch.committed,
+        batch.decided_ns,
+        batch.start_ns,
+        batch.end_ns,
+        1 + len(decided.spans),
+    )
     beside: dict[str, Any] = {}
     if batch.launched_ns is not None:
         beside["launched_ns"] = batch.launched_ns
@@ -409,14 +423,10 @@ def step_line(decided: Decided, repeats: dict[str, Any] | None) -> bytes:
         beside["proposed"] = [[seq.seq_id, number] for seq, number in batch.proposed]
     if repeats is not None:
         beside["repeats"] = repeats
-    text = (
-        f'{{"decision":{batch.decision},"seen":{batch.seen},"aborted":{_ids(batch.aborted)},'
-        f'"committed":{batch.committed},"decided_ns":{batch.decided_ns},"start_ns":{start_ns},"end_ns":{end_ns},'
-        f'"count":{1 + len(decided.spans)},{decisions_text(batch, decided.digest, decided.exceptions)}'
-    )
+    decisions = decisions_text(batch, decided.digest, decided.exceptions)
     if not beside:
-        return text.encode() + b"}\n"
-    return text.encode() + b"," + orjson.dumps(beside, option=_BESIDE)[1:]
+        return b"%b%b}\n" % (facts, decisions)
+    return b"%b%b,%b\n" % (facts, decisions, orjson.dumps(beside, option=orjson.OPT_SERIALIZE_NUMPY)[1:])
 
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, Any]:
@@ -491,42 +501,44 @@ def write_record(record: RunRecord, out: Path) -> None:
         finish_record(folder, record.run)
 
 
-def decisions_text(batch: Batch, digest: int, exceptions: Exceptions) -> str:
-    """The decisions of a step's row, as JSON without the braces; the digest comes last."""
-    admitted = rows = grown = drafts = asked = ""
-    if batch.admitted:
-        admitted = _lists([[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted])
-    if exceptions:
-        rows = _lists([[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions])
-    if batch.grown:
-        grown = _lists([[seq.seq_id, block_ids] for seq, block_ids in batch.grown])
-    if batch.num_drafts_asked:
-        asked = f'"asked":{batch.num_drafts_asked},'
-    if batch.drafts:
-        drafts = f'"drafts":[{_lists([[seq.seq_id, number] for seq, number in batch.drafts.items()])}],'
-    return (
-        f'"admitted":[{admitted}],"left":{_ids(batch.left)},"preempted":{_ids(batch.preempted)},'
-        f'"usual":{batch.usual_tokens},"rows":[{rows}],"grown":[{grown}],"tokens":{batch.num_tokens},'
-        f'"prompt_tokens":{batch.num_prompt_tokens},"decode_tokens":{batch.num_decode_tokens},'
-        f'"kv_tokens":{batch.num_kv_tokens},"attention_pairs":{batch.num_attention_pairs},'
-        f'"sampled":{batch.num_sampled},"used_blocks":{batch.num_used_blocks},"waiting":{batch.num_waiting},'
-        f'"running":{batch.num_running},{asked}{drafts}"digest":"{digest:016x}"'
+def decisions_text(batch: Batch, digest: int, exceptions: Exceptions) -> bytes:
+    """The decisions of a step's row, as JSON's text without the braces; the digest comes last."""
+    text = _DECISIONS % (
+        _lists([[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted]),
+        _ids(batch.left),
+        _ids(batch.preempted),
+        batch.usual_tokens,
+        _lists([[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions]),
+        _lists([[seq.seq_id, block_ids] for seq, block_ids in batch.grown]),
+        batch.num_tokens,
+        batch.num_prompt_tokens,
+        batch.num_decode_tokens,
+        batch.num_kv_tokens,
+        batch.num_attention_pairs,
+        batch.num_sampled,
+        batch.num_used_blocks,
+        batch.num_waiting,
+        batch.num_running,
     )
+    if batch.num_drafts_asked:
+        text += b'"asked":%d,' % batch.num_drafts_asked
+    if batch.drafts:
+        text += b'"drafts":%b,' % _lists([[seq.seq_id, number] for seq, number in batch.drafts.items()])
+    return text + b'"digest":"%016x"' % digest
 
 
 def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
     """The decisions of a step's row, as plain values that later steps do not change."""
-    fields: dict[str, Any] = orjson.loads(f"{{{decisions_text(batch, digest, exceptions)}}}")
+    fields: dict[str, Any] = orjson.loads(b"{%b}" % decisions_text(batch, digest, exceptions))
     return fields
 
 
-def _ids(seqs: list[Sequence]) -> str:
-    return f"[{','.join([str(seq.seq_id) for seq in seqs])}]" if seqs else "[]"
+def _ids(seqs: list[Sequence]) -> bytes:
+    return orjson.dumps([seq.seq_id for seq in seqs]) if seqs else b"[]"
 
 
-def _lists(lists: list[list[Any]]) -> str:
-    """Lists as JSON, without the brackets around all."""
-    return orjson.dumps(lists)[1:-1].decode()
+def _lists(lists: list[list[Any]]) -> bytes:
+    return orjson.dumps(lists) if lists else b"[]"
 
 
 def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,7 @@ def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
         "flash-attn for decodes, over blocks of 256 tokens": {"attention": "flash"},
         "blocks of 256 tokens": {"settings": {"block_size": 256}},
         "keys and values in float8": {"kv_cache_dtype": "fp8"},
+        "weights in float8": {"quantization": "fp8"},
         "no fused kernels: torch's own, launched one by one": {"execution": "eager"},
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

@@ -91,7 +91,8 @@ def card_page(card: str) -> str:
             *_traffic(RESULTS / card),
             *_simulated(card),
             *_larger(RESULTS / card / "decode-llama-3-8b.json"),
-            *_ablation(card, measured.get("batch1_without")),
+            *_formats(RESULTS / card),
+            *_ablation(card, measured.get("batch1_without"), formats=any((RESULTS / card).glob("w256-*.json"))),
             *_kernels(kernels),
             *_timeline(card),
         ]
@@ -324,8 +325,34 @@ def _larger(path: Path) -> list[str]:
     ]
 
 
-def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
-    """W256, and one request where that was measured, with one thing switched off."""
+def _formats(folder: Path) -> list[str]:
+    """W256 with numbers in float8, by the shapes with which it was measured."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("w256-*.json"))]
+    if not files:
+        return []
+    rates = [{name: [one["output_tok_s"] for one in runs] for name, runs in file["formats"].items()} for file in files]
+    medians = [{name: median(repeats) for name, repeats in own.items()} for own in rates]
+    rows = [
+        [name, *(f"{own[name]:,.0f} ({own[name] / own['bfloat16']:.2f})" for own in medians)] for name in medians[0]
+    ]
+    commands = "; ".join(f"`{file['command']}` (commit {file['commit']})" for file in files)
+    return [
+        "## Numbers in float8",
+        "",
+        *prose(
+            f"""W256, output tokens/s, the median of {len(rates[0]["bfloat16"])}, the first among them; in brackets
+            against bfloat16. By {commands}."""
+        ),
+        *table(["", *(file["shape"] for file in files)], rows, numbers=True),
+    ]
+
+
+def _ablation(card: str, without: dict[str, Any] | None, *, formats: bool) -> list[str]:
+    """W256, and one request where that was measured, with one thing switched off.
+
+    Args:
+        formats: W256 was measured with numbers in float8 as well, later.
+    """
     measured = read(f"{card}/throughput.json")
     runs = measured["ablation"]
     rates = {name: median(one["output_tok_s"] for one in repeats) for name, repeats in runs.items()}
@@ -339,10 +366,7 @@ def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
             8](../cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
-        *prose(
-            """Keys and values in float8 halve what attention reads and yet gain nothing here: the kernel was written
-            for bfloat16, and its loads are now a byte a number."""
-        ),
+        *(prose("Numbers in float8 have kernels of their own since; how they do is above.") if formats else []),
         *_one_request(without),
     ]
 

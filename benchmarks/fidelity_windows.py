@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -147,7 +147,7 @@ def at_rate(requests: Seq[Request], rate: float) -> list[Request]:
     """All requests but the last, the first of them at 0, so many a second up to where the last would come."""
     begin, count = requests[0].arrival_ns, len(requests) - 1
     scale = count / rate * 1e9 / (requests[-1].arrival_ns - begin)
-    moved = [replace(request, arrival_ns=round((request.arrival_ns - begin) * scale)) for request in requests[:count]]
+    moved = [request._replace(arrival_ns=round((request.arrival_ns - begin) * scale)) for request in requests[:count]]
     return list(transforms.renumbered(moved))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Protocol
 
 from twinserve.engine.logprobs import Heard
@@ -44,7 +43,7 @@ def serve_trace(
         core: decides; the recorder is its listener.
         token_maker: makes the prompts.
     """
-    scaled = [replace(request, arrival_ns=round(request.arrival_ns * time_scale)) for request in requests]
+    scaled = [request._replace(arrival_ns=round(request.arrival_ns * time_scale)) for request in requests]
     inbox, clock = Inbox(), Clock()
 
     def announce(request: Request) -> None:

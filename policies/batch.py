@@ -96,9 +96,9 @@ class Batch:
 
     def count(self) -> None:
         """Work out who samples and the totals, once every row is there."""
-        self.sampled = list(self.seqs) if self.chunks else self.seqs
-        for chunk in self.chunks:
-            self.sampled.remove(chunk)
+        self.sampled = self.seqs[: -len(self.chunks)] if self.chunks else self.seqs
+        if self.seqs[len(self.sampled) :] != self.chunks:  # mostly they are the last
+            self.sampled = [seq for seq in self.seqs if seq not in self.chunks]
         self.num_tokens = sum(self.lengths)
         self.num_prompt_tokens = sum([seq.num_scheduled_tokens for seq in self.prompts]) if self.prompts else 0
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens

@@ -128,9 +128,10 @@ class BlockManager:
     def deallocate(self, seq: Sequence) -> None:
         """Take back every block of `seq`, its last one first."""
         num_cached = seq.num_registered_tokens // self.block_size
-        for block_id in seq.block_table[num_cached:]:
+        blank = seq.block_table[num_cached:]
+        for block_id in blank:
             self.blocks[block_id].reset()
-            self._blank.append(block_id)
+        self._blank += blank
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(seq.block_table[:num_cached]):
             block = self.blocks[block_id]

@@ -9,14 +9,14 @@ import simpy
 
 def now_ns(env: simpy.Environment) -> int:
     """The simulated time in nanoseconds; all delays are integers, so it is one."""
-    return int(env.now)
+    return int(env._now)
 
 
 def skip_to(env: simpy.Environment, at_ns: int, priority: int) -> bool:
     """Go on to a time at once, where an alarm at that time would be the next event; False if another comes before."""
     if env._queue:
-        next_ns, next_priority, *_ = env._queue[0]
-        if next_ns < at_ns or (next_ns == at_ns and next_priority <= priority):
+        following = env._queue[0]
+        if following[0] < at_ns or (following[0] == at_ns and following[1] <= priority):
             return False
     env._now = at_ns
     return True

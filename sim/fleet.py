@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -226,7 +226,7 @@ class Fleet:
         self._outstanding[request.id] = request
         is_handed_over = self._role(replica.index) == PREFILL and request.max_tokens > 1
         if is_handed_over:
-            seq = replace(request, max_tokens=1).to_sequence(self._params)
+            seq = request._replace(max_tokens=1).to_sequence(self._params)
         if replica.index not in self._dead:
             tell = self._listener.prompt_sent if is_handed_over else self._listener.sent
             tell(request, replica.index)

@@ -157,7 +157,7 @@ class StepFeatures(NamedTuple):
     @property
     def decode_kv_tokens(self) -> Count:
         """The sum of the contexts of the rows of `decode_tokens`."""
-        return self.kv_tokens - sum(start + length for start, length in self.prompts)
+        return self.kv_tokens - sum([start + length for start, length in self.prompts])
 
     @property
     def longest_prompt(self) -> Count:
@@ -228,7 +228,7 @@ def cost_of(latency: LatencyModel, features: StepFeatures) -> StepCost:
     """
     given = latency.step_cost(features)
     try:
-        cost = StepCost(*given)
+        cost = given if isinstance(given, StepCost) else StepCost(*given)
         is_whole = type(cost.host_ns) is type(cost.device_ns) is int
         if is_whole and cost.host_ns >= 0 <= cost.device_ns and cost.lead_ns >= 0:
             return cost

@@ -16,7 +16,7 @@ from twinserve.settings.errors import InputError
 from twinserve.sim.fit import DRIFT_NS, FittedLatency, StepSample, fit, regime_of
 from twinserve.sim.intervals import Served, uncertainty_of, with_uncertainty
 from twinserve.sim.kernels import Kernels
-from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
+from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures, cost_of
 from twinserve.sim.profiles import Profile
 from twinserve.traces.runs.metrics import stayed_busy
 from twinserve.traces.runs.record import RunRecord
@@ -216,7 +216,7 @@ class _Run:
             if model is not None and f.seqs and end - start > LATE * model.step_cost(f).device_ns:
                 device = None
             if f.seqs and not self._depth:
-                cost = StepCost(*recorded.step_cost(f))
+                cost = cost_of(recorded, f)
                 yield StepSample(f, cost.host_ns - cost.lead_ns, device)
             elif f.seqs:
                 launched = start if waits else row.get("launched_ns")

@@ -6,7 +6,6 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from twinserve.traces.request import Request
 
@@ -74,7 +73,7 @@ class Arrivals:
         self._answer_lengths[request_id] = answer_length
         for request in self._held.pop(request_id, ()):
             arrival_ns = max(request.arrival_ns, now_ns + request.think_ns)
-            request = replace(request.resolved(self._answer_lengths), arrival_ns=arrival_ns)
+            request = request.resolved(self._answer_lengths)._replace(arrival_ns=arrival_ns)
             heapq.heappush(self._answered, (*_place(request), request))
 
 

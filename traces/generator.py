@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -258,8 +258,8 @@ def _are_of_one_trace(prompt_tokens: Lengths, output_tokens: Lengths) -> bool:
 def _following(opening: Request, before: Request | None, think_ns: int) -> Request:
     """The opening of a user's conversation, so long after the end of the one before; the first after so long."""
     if before is None:
-        return replace(opening, arrival_ns=think_ns)
-    return replace(opening, arrival_ns=before.arrival_ns + think_ns, after=before.id, think_ns=think_ns)
+        return opening._replace(arrival_ns=think_ns)
+    return opening._replace(arrival_ns=before.arrival_ns + think_ns, after=before.id, think_ns=think_ns)
 
 
 def _conversation(opening: Request, turns: int, draws: _Draws) -> Iterator[Request]:

@@ -43,7 +43,7 @@ from twinserve.traces.formats import (
     vllm_bench,
     weka,
 )
-from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, Reading, Rows, columns_of
+from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, PlainRows, Reading, Rows, columns_of
 from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
 from twinserve.traces.request import Request
 from twinserve.traces.requests import Requests, as_requests
@@ -116,7 +116,8 @@ def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.in
         InputError: the file cannot be read, its format is unknown, a value is missing or wrong, or times go backwards.
     """
     path = Path(path)
-    reading = Reading()
+    is_all_wanted = limit is None and until_s == math.inf
+    reading = Reading() if is_all_wanted else Reading(rows_at_once=1)  # no row behind the last is looked at
     if os.path.isdir(path):  # which is no error for any name
         if columns is not None:
             raise InputError("expected a CSV file", path=path, field="columns", value=columns)
@@ -145,15 +146,25 @@ def _read(rows: Rows, reading: Reading, limit: int | None, until_s: float) -> bo
     """Read the requests that are wanted; whether they are all."""
     requests = reading.requests
     first_ns = latest_ns = 0
-    for line, time_field, request in rows:
-        if request.arrival_ns < latest_ns:
-            raise line.error("expected no earlier time than in the line before", time_field)
-        latest_ns = request.arrival_ns
-        first_ns = first_ns if requests else latest_ns
-        requests.append(request)
-        if len(requests) == limit or latest_ns - first_ns >= until_s * 1e9:
-            return False
+    for row in rows:
+        if isinstance(row, PlainRows) and requests.counts_by_place and _is_sorted([latest_ns, *row.arrivals_ns]):
+            requests.extend(row.arrivals_ns, row.prompt_tokens, row.max_tokens)
+            latest_ns = row.arrivals_ns[-1]
+            continue
+        for line, time_field, request in row if isinstance(row, PlainRows) else (row,):
+            if request.arrival_ns < latest_ns:
+                raise line.error("expected no earlier time than in the line before", time_field)
+            latest_ns = request.arrival_ns
+            first_ns = first_ns if requests else latest_ns
+            requests.append(request)
+            if len(requests) == limit or latest_ns - first_ns >= until_s * 1e9:
+                return False
     return True
+
+
+def _is_sorted(values: list[int]) -> bool:
+    """Is no value less than the one before?"""
+    return values == sorted(values)
 
 
 def _trace(name: str, sha256: str, reading: Reading, path: Path, num_unread: int) -> Trace:

@@ -84,26 +84,31 @@ class PrefixKeys:
     """Tells prefixes of prompts apart without tokens: `keys(n)` is equal exactly when the first n tokens are.
 
     Beyond the prompt, the tokens are the answer's. A key mixes a 64-bit hash of everything before the part that
-    token n lies in with the offset in that part, so it costs nothing per token.
+    token n lies in with the offset in that part, so it costs nothing per token; nor does a prompt of which no key is
+    ever asked for, as where nothing is cached.
     """
 
-    __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_parts", "_shifted")
+    __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_parts", "_shifted", "_unread")
 
     def __init__(self, parts: Seq[Part], answer: int):
-        self._parts: Seq[tuple[int, int, int]] = plain(parts) if isinstance(parts, Blocks) else merged(parts)
+        self._unread: Seq[Part] | None = parts
+        self._parts: Seq[tuple[int, int, int]] = ()
         self._answer = answer
-        self._ends = list(accumulate([length for _, _, length in self._parts]))
+        self._ends: list[int] = []
         self._bases: list[int] = []
         # Of the part that was asked about last: it lies behind token _begin, up to _end.
         self._begin = self._end = self._shifted = 0
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self._ends[-1] if self._ends else 0
+    def _read(self) -> None:
+        """Read the parts, if they have not been."""
+        if self._unread is not None:
+            parts, self._unread = self._unread, None
+            self._parts = plain(parts) if isinstance(parts, Blocks) else merged(parts)
+            self._ends = list(accumulate([length for _, _, length in self._parts]))
 
     def __call__(self, num_tokens: int) -> int:
         if not self._begin < num_tokens <= self._end:
+            self._read()
             index = bisect_left(self._ends, num_tokens)
             self._find_bases(index)
             self._begin = self._ends[index - 1] if index else 0
@@ -113,6 +118,7 @@ class PrefixKeys:
 
     def each(self, ends: range) -> list[int]:
         """The keys of the prefixes that end there, as single calls give them, but all at once."""
+        self._read()
         self._find_bases(len(self._parts))
         golden = np.uint64(_GOLDEN)
         begins = np.array([0, *self._ends], np.uint64)
@@ -151,9 +157,7 @@ def merged(parts: Seq[Part]) -> list[Part]:
     return merged
 
 
-@mypyc_attr(native_class=False)  # it is pickled, which a frozen native class cannot be
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One request of a trace.
 
     Attributes:
@@ -206,7 +210,7 @@ class Request:
                 available = answer_lengths[-1 - part.text] - part.start
                 part = part._replace(length=max(0, min(part.length, available)))
             parts.append(part)
-        return replace(self, parts=tuple(part for part in parts if part.length))
+        return self._replace(parts=tuple(part for part in parts if part.length))
 
     def to_sequence(self, params: SamplingParams, token_ids: list[int] | None = None) -> Sequence:
         """The Sequence that the policies see.
@@ -222,7 +226,7 @@ class Request:
             token_ids,
             _with_max_tokens(params, self.max_tokens),
             seq_id=self.id,
-            num_prompt_tokens=None if keys is None else keys.prompt_tokens,
+            num_prompt_tokens=self.prompt_tokens,
             prefix_key=keys,
             arrival_ns=self.arrival_ns,
             priority=self.priority,

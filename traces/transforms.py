@@ -14,7 +14,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from itertools import groupby, pairwise, repeat
 from typing import Any
 
@@ -40,7 +39,7 @@ def window(requests: Seq[Request], start_s: float, end_s: float, log: TransformL
     require(start_s < end_s, "window_s", asked, "an END behind its START")
     origin_ns = requests[0].arrival_ns + round(start_s * 1e9)
     length_ns = math.inf if end_s == math.inf else round(end_s * 1e9) - round(start_s * 1e9)
-    moved = (replace(request, arrival_ns=request.arrival_ns - origin_ns) for request in requests)
+    moved = (request._replace(arrival_ns=request.arrival_ns - origin_ns) for request in requests)
     kept = Requests(request for request in moved if 0 <= request.arrival_ns < length_ns)
     require(bool(kept), "window_s", asked, "at least one request in it")
     orphaned = sum(request.after is not None and request.after < kept[0].id for request in kept.others.values())
@@ -81,7 +80,7 @@ def scale_rate(requests: Seq[Request], factor: float, log: TransformLog) -> Seq[
     words = "1, as all sessions begin at one instant: session_rate has them begin at random"
     require(not at_once or factor == 1, "rate_scale", factor, words)
     moved = [
-        replace(request, arrival_ns=request.arrival_ns - begin + round(begin / factor))
+        request._replace(arrival_ns=request.arrival_ns - begin + round(begin / factor))
         for request, begin in zip(requests, map(begins.__getitem__, session_keys(requests)), strict=True)
     ]
     num_moved = sum(map(bool, begins.values()))
@@ -152,7 +151,7 @@ def shuffle(requests: Seq[Request], seed: int, log: TransformLog) -> Seq[Request
     require(not waiting, "shuffle_seed", seed, f"a trace without turns; {waiting} requests wait for an answer")
     order = random.Random(seed).sample(range(len(requests)), len(requests))
     moved = [
-        replace(requests[number], arrival_ns=request.arrival_ns)
+        requests[number]._replace(arrival_ns=request.arrival_ns)
         for number, request in zip(order, requests, strict=True)
     ]
     changed = {"arrivals_moved": sum(number != place for place, number in enumerate(order))}
@@ -183,7 +182,7 @@ def start_sessions(requests: Seq[Request], rate: float, seed: int, log: Transfor
             require(least < 1, "session_rate", rate, "so many sessions per second that times have at most 63 bits")
             shifts_ns[key] = round(next_s * 1e9) - request.arrival_ns
             next_s += rng.expovariate(rate)
-        moved.append(replace(request, arrival_ns=request.arrival_ns + shifts_ns[key]))
+        moved.append(request._replace(arrival_ns=request.arrival_ns + shifts_ns[key]))
     changed = {"arrivals_moved": _count_changed(requests, moved)}
     _write(log, "start_sessions", {"rate": rate, "seed": seed}, changed)
     return renumbered(sorted(moved, key=lambda request: request.arrival_ns))
@@ -196,7 +195,7 @@ def cap_prompt_tokens(requests: Seq[Request], most: int, log: TransformLog) -> S
         InputError: `most` is less than 1.
     """
     require(most >= 1, "max_prompt_tokens", most, "an integer >= 1")
-    capped = Requests(replace(request, parts=_head(request.parts, most)) for request in requests)
+    capped = Requests(request._replace(parts=_head(request.parts, most)) for request in requests)
     _write(log, "cap_prompt_tokens", {"most": most}, {"prompts_shortened": _count_changed(requests, capped)})
     return capped
 
@@ -208,7 +207,7 @@ def cap_output_tokens(requests: Seq[Request], most: int, log: TransformLog) -> S
         InputError: `most` is less than 1.
     """
     require(most >= 1, "max_output_tokens", most, "an integer >= 1")
-    capped = Requests(replace(request, max_tokens=min(request.max_tokens, most)) for request in requests)
+    capped = Requests(request._replace(max_tokens=min(request.max_tokens, most)) for request in requests)
     lengths = {request.id: request.max_tokens for request in capped} if capped.others else {}
     resolved = Requests(request.resolved(lengths) for request in capped)
     changed = {
@@ -227,7 +226,7 @@ def renumbered(requests: Seq[Request]) -> Seq[Request]:
     """
     said = as_requests(requests).others.values()
     if all(request.after is None and all(part.text >= 0 for part in request.parts) for request in said):
-        return Requests(replace(request, id=index) for index, request in enumerate(requests))
+        return Requests(request._replace(id=index) for index, request in enumerate(requests))
     new_ids = {request.id: index for index, request in enumerate(requests)}
     texts = {answer_text(old): answer_text(new) for old, new in new_ids.items()}
     next_text = 1 + max((part.text for request in requests for part in request.parts), default=0)
@@ -237,8 +236,7 @@ def renumbered(requests: Seq[Request]) -> Seq[Request]:
                 texts[part.text] = next_text
                 next_text += 1
     return [
-        replace(
-            request,
+        request._replace(
             id=new_ids[request.id],
             parts=tuple(part._replace(text=texts.get(part.text, part.text)) for part in request.parts),
             after=None if request.after is None else new_ids.get(request.after),
@@ -258,7 +256,7 @@ def _at(
     requests: Seq[Request], times_ns: Iterable[int], name: str, parameters: dict[str, Any], log: TransformLog
 ) -> Seq[Request]:
     """The requests at other times, which keep their order."""
-    moved = Requests(replace(request, arrival_ns=time) for request, time in zip(requests, times_ns, strict=True))
+    moved = Requests(request._replace(arrival_ns=time) for request, time in zip(requests, times_ns, strict=True))
     _write(log, name, parameters, {"arrivals_moved": _count_changed(requests, moved)})
     return moved
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_hits_one_request_at_a_time_equal_the_oracles(requests, capacity):
     params = SamplingParams(ignore_eos=True)
     column = hashlib.sha256()
     for request in requests:
-        seq = replace(request, max_tokens=1).to_sequence(params)
+        seq = request._replace(max_tokens=1).to_sequence(params)
         assert scheduler.add(seq)
         batch = scheduler.schedule()
         assert scheduler.postprocess(batch, None) == [seq]

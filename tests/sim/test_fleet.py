@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +376,7 @@ class LikeRandomChoice(RandomChoice):
 @pytest.mark.parametrize(("blind", "seeing"), [(RoundRobin, LikeRoundRobin), (RandomChoice, LikeRandomChoice)])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_replicas_one_after_the_other_leave_the_records_of_replicas_side_by_side(tmp_path, blind, seeing, depth):
-    requests = [replace(request, after=None, arrival_ns=request.arrival_ns // S * S) for request in requests_of(8)]
+    requests = [request._replace(after=None, arrival_ns=request.arrival_ns // S * S) for request in requests_of(8)]
     workload = Workload(sorted(requests, key=lambda r: r.arrival_ns), {"sha256": "0", "transforms": []}, 0, 0)
     apart: list[Sequence] = []
     together: list[Sequence] = []
@@ -434,7 +433,7 @@ def test_every_event_of_a_replica_is_heard_by_its_own_listener():
 
             return settings().build_core(listener=Log())
 
-    requests = [replace(request, after=None) for request in requests_of(9, 20)]
+    requests = [request._replace(after=None) for request in requests_of(9, 20)]
     requests = [Request(r.id, r.arrival_ns, (Part(r.id, 0, 9),), 30) for r in requests]
     simulate_fleet(
         requests,

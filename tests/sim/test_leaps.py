@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def requests_of(seed: int, **values: Any) -> list[Request]:
         "think_time_s": 0.5,
     }
     requests = generate(seed=seed, **usual | values)
-    return [replace(request, priority=request.id % 3, salt="other" * (request.id % 5 == 4)) for request in requests]
+    return [request._replace(priority=request.id % 3, salt="other" * (request.id % 5 == 4)) for request in requests]
 
 
 UNEVEN = Uneven()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_an_oracle_takes_the_one_with_the_least_left_whatever_a_router_would_kno
 def test_kv_use_is_known_as_it_was_when_metrics_were_read_last():
     router = LeastKvUse(period_s=0.05)
     full, free = Counts(0, 5, kv_use=0.9), Counts(1, 50, kv_use=0.1)
-    at = [replace(request(number), arrival_ns=ms * 10**6) for number, ms in enumerate((10, 59, 60, 109))]
+    at = [request(number)._replace(arrival_ns=ms * 10**6) for number, ms in enumerate((10, 59, 60, 109))]
     assert router.choose(at[0], [full, free]) == 1
     full.kv_use, free.kv_use = 0.0, 0.8
     assert router.choose(at[1], [full, free]) == 1, "it does not know yet"
@@ -111,7 +111,7 @@ def test_of_two_that_are_drawn_the_one_with_less_to_do_is_taken():
 
 def test_a_session_stays_where_it_is_until_that_is_down():
     router, replicas = SessionSticky(), up(5, 1, 3)
-    first, alone = replace(request(0), session=7), request(1)
+    first, alone = request(0)._replace(session=7), request(1)
     assert router.choose(first, replicas) == 1
     replicas[1].outstanding_tokens = 100
     assert router.choose(first, replicas) == 1 and router.choose(alone, replicas) == 2
@@ -225,7 +225,7 @@ def request_key(*texts: int) -> tuple[str, int]:
 
 
 def test_kv_events_weigh_what_a_cache_holds_against_what_is_outstanding():
-    at = [replace(request(number), arrival_ns=number * 10**8) for number in range(3)]
+    at = [request(number)._replace(arrival_ns=number * 10**8) for number in range(3)]
     router, replicas = KvEvents(delay_s=0.1), [Counts(0, 900, cached_prefixes=frozenset({512})), Counts(1, 500)]
     assert router.choose(at[0], replicas) == 1, "nothing is known yet"
     assert router.choose(at[1], replicas) == 0, "900 - 512 are fewer than 500"
@@ -238,7 +238,7 @@ def test_what_a_cache_stored_or_gave_up_is_known_after_the_delay():
         router, chosen = KvEvents(delay_s), []
         for number, held in enumerate((frozenset({512}), frozenset({512}), frozenset(), frozenset(), frozenset())):
             replicas = [Counts(0, 100, cached_prefixes=held), Counts(1, 0)]
-            chosen.append(router.choose(replace(request(number), arrival_ns=number * 10**8), replicas))
+            chosen.append(router.choose(request(number)._replace(arrival_ns=number * 10**8), replicas))
         return chosen
 
     assert choices(0) == [0, 0, 1, 1, 1]

@@ -180,19 +180,19 @@ def record_live(tmp_path: Path, some_requests: list[Request]) -> Callable[..., S
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[[str | bytes], Trace]:
-    """Reads a file with this content."""
+def read(tmp_path: Path) -> Callable[..., Trace]:
+    """Reads a file with this content, as `read_trace` does."""
 
-    def read(content: str | bytes) -> Trace:
+    def read(content: str | bytes, **wanted: Any) -> Trace:
         path = tmp_path / "trace"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return read_trace(path)
+        return read_trace(path, **wanted)
 
     return read
 
 
 @pytest.fixture
-def refused(read: Callable[[str | bytes], Trace]) -> Callable[[str | bytes, str], None]:
+def refused(read: Callable[..., Trace]) -> Callable[[str | bytes, str], None]:
     """Asserts that a file with this content is refused with a message of one line that goes on like `message`."""
 
     def refused(content: str | bytes, message: str) -> None:

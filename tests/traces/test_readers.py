@@ -9,6 +9,8 @@ import json
 import pytest
 
 from twinserve.settings.errors import InputError
+from twinserve.traces.formats import azure
+from twinserve.traces.formats.reading import Reading
 from twinserve.traces.readers import read_trace, write_trace
 from twinserve.traces.request import Blocks, Part, Request, answer_text
 
@@ -279,3 +281,63 @@ def test_rows_behind_a_limit_may_wait_for_answers_of_others_behind_it(tmp_path, 
     trace = read_trace(tmp_path / "trace", limit=limit)
     assert list(trace.requests) == turns[:limit] and trace.num_unread == 5 - limit
     assert trace.sha256 == read_trace(tmp_path / "trace").sha256
+
+
+# --- many rows at once ---
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+ROWS = [
+    f"2023-11-16 18:{15 + number // 600:02}:{number // 10 % 60:02}.{number % 10},{1 + number % 7},{1 + number % 5}"
+    for number in range(2_500)
+]
+SECONDS = "arrived_at,num_prefill_tokens,num_decode_tokens"
+
+
+def table(header: str, rows) -> bytes:
+    return "\n".join((header, *rows)).encode()
+
+
+def with_column(name: str, values) -> bytes:
+    return table(f"{HEADER},{name}", map(",".join, zip(ROWS, values, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(table(HEADER, ROWS), id="plain"),
+        pytest.param(table(HEADER, [*ROWS[:1500], f"{ROWS[1500]}0000000000", *ROWS[1501:]]), id="a long answer"),
+        pytest.param(table(HEADER, [row.replace(" ", "T") for row in ROWS]), id="with T"),
+        pytest.param(table(HEADER, [row.replace(",", "+02:00,", 1) for row in ROWS]), id="with offsets"),
+        pytest.param(with_column("NumImages", ["0"] * 1500 + ["2"] + ["0"] * 999), id="with an image"),
+        pytest.param(with_column("twinserve", [""] * 1500 + ['"{""tenant"":""a""}"'] + [""] * 999), id="with a tenant"),
+        pytest.param(table(SECONDS, (f"{n / 8},{1 + n % 9},2" for n in range(2_500))), id="seconds"),
+        pytest.param(table(SECONDS, (f"{n}.{'1' * (n % 12)}1,3,2" for n in range(2_500))), id="rounded seconds"),
+    ],
+)
+def test_rows_read_together_are_those_read_one_by_one(read, content):
+    together, one_by_one = read(content), read(content, until_s=1e9)
+    assert len(together.requests) == 2_500
+    assert together == one_by_one
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "message"),
+    [
+        (1_500, "2023-11-16 18:17:30.0,0,1", ":1502: ContextTokens is '0', expected an integer >= 1"),
+        (1_500, "2023-11-16 18:17:30.0,5", ":1502: '2023-11-16 18:17:30.0,5', expected 3 columns"),
+        (1_500, "2023-11-16 18:17:30,\xff,5", ":1502: ContextTokens is 'ÿ', expected an integer >= 1"),
+        (1_500, "2023-11-16 18:17:29.8,5,5", ":1502: TIMESTAMP is '2023-11-16 18:17:29.8', expected no earlier time"),
+        (1_024, "2023-11-16 18:15:00.0,5,5", ":1026: TIMESTAMP is '2023-11-16 18:15:00.0', expected no earlier time"),
+        (2_499, "2323-11-16 18:17:29.8,5,5", ":2501: TIMESTAMP is '2323-11-16 18:17:29.8', expected a time between"),
+    ],
+)
+def test_a_wrong_row_among_many_is_named(refused, read, number, line, message):
+    lines = [*ROWS]
+    lines[number] = line
+    refused(table(HEADER, lines), message)
+    assert len(read(table(HEADER, lines), limit=number).requests) == number
+
+
+def test_tables_come_as_columns(tmp_path):
+    pieces = list(azure.rows([HEADER, *ROWS], tmp_path, Reading()))
+    assert [len(piece.arrivals_ns) for piece in pieces] == [1_024, 1_024, 452]

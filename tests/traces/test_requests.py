@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def mixed(draw) -> list[Request]:
     for number in range(draw(st.integers(1, 12))):
         arrival_ns += draw(st.sampled_from([0, 1, SECOND, 90 * SECOND]))
         plain = Request(first_id + number, arrival_ns, private_prompt(offset + number, draw(lengths)), draw(lengths))
-        requests.append(replace(plain, **draw(changes)))
+        requests.append(plain._replace(**draw(changes)))
     return requests
 
 
@@ -48,7 +47,7 @@ def test_what_comes_out_is_what_went_in(listed, begin, end):
     assert [requests[number] for number in range(-len(listed), len(listed))] == listed * 2
     assert requests[begin:end] == listed[begin:end] and requests[::-1] == listed[::-1]
     assert pickle.loads(pickle.dumps(requests)) == listed
-    assert requests != [*listed, listed[0]] and requests != [replace(listed[0], max_tokens=17_000), *listed[1:]]
+    assert requests != [*listed, listed[0]] and requests != [listed[0]._replace(max_tokens=17_000), *listed[1:]]
     for name in ("arrival_ns", "prompt_tokens", "max_tokens"):
         assert requests.column(name).tolist() == [getattr(request, name) for request in listed]
     for most in (1, 3000, 1 << 32):
@@ -63,7 +62,7 @@ def test_what_comes_out_is_what_went_in(listed, begin, end):
 @settings(deadline=None, max_examples=100)
 @given(mixed())
 def test_statistics_know_no_difference(listed):
-    listed = [replace(request, id=number, after=None, think_ns=0) for number, request in enumerate(listed)]
+    listed = [request._replace(id=number, after=None, think_ns=0) for number, request in enumerate(listed)]
     arrivals = np.array([request.arrival_ns for request in listed])
     found = trace_statistics(listed)
     gaps = np.diff(arrivals)
@@ -78,13 +77,13 @@ def test_statistics_know_no_difference(listed):
     assert found["prompt_tokens"]["total"] == sum(request.prompt_tokens for request in listed)
     # None of these is plain: a text below those that are private, all of them moved alike.
     moved = [
-        replace(r, parts=tuple(part._replace(text=part.text % FIRST_PRIVATE_TEXT + 50) for part in r.parts))
+        r._replace(parts=tuple(part._replace(text=part.text % FIRST_PRIVATE_TEXT + 50) for part in r.parts))
         for r in listed
         if all(part.text >= 0 for part in r.parts)
     ]
-    moved = [replace(request, id=number) for number, request in enumerate(moved)]
+    moved = [request._replace(id=number) for number, request in enumerate(moved)]
     private = [
-        replace(r, parts=tuple(part._replace(text=part.text + FIRST_PRIVATE_TEXT) for part in r.parts)) for r in moved
+        r._replace(parts=tuple(part._replace(text=part.text + FIRST_PRIVATE_TEXT) for part in r.parts)) for r in moved
     ]
     assert shared_tokens(moved) == shared_tokens(private)
 

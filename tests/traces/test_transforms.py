@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from twinserve.settings.errors import InputError
@@ -280,7 +278,7 @@ def test_denser_sessions_begin_sooner_and_last_as_long(thinking):
 
 
 def test_sessions_that_all_begin_at_once_cannot_be_denser(thinking):
-    at_once = [replace(request, arrival_ns=request.arrival_ns % (10 * SECOND)) for request in thinking]
+    at_once = [request._replace(arrival_ns=request.arrival_ns % (10 * SECOND)) for request in thinking]
     with pytest.raises(
         InputError, match="rate_scale is 2.0, expected 1, as all sessions begin at one instant: session_rate"
     ):
@@ -288,7 +286,7 @@ def test_sessions_that_all_begin_at_once_cannot_be_denser(thinking):
 
 
 def test_turns_that_no_session_names_stay_with_what_they_wait_for(thinking):
-    nameless = [replace(request, session=None) for request in thinking]
+    nameless = [request._replace(session=None) for request in thinking]
     moved = transforms.start_sessions(nameless, 0.001, 0, [])
     times = {request.id: request.arrival_ns for request in moved}
     waits = [request.arrival_ns - times[request.after] for request in moved if request.after is not None]

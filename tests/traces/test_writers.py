@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +46,7 @@ def traces(draw) -> list[Request]:
         if after is not None and draw(st.booleans()):
             before = requests[after]
             answer = Part(answer_text(after), 0, draw(st.integers(1, before.max_tokens)))
-            request = replace(request, parts=(*before.parts, answer, *request.parts))
+            request = request._replace(parts=(*before.parts, answer, *request.parts))
         requests.append(request)
     return requests
 

@@ -8,7 +8,6 @@ turn adds to what was said before it. Without `hash_ids` a prompt shares nothing
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from twinserve.traces.formats.mooncake import blocks
@@ -52,7 +51,7 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     ordered = renumbered([request for _, request in found])
     for (line, _), request in zip(found, ordered, strict=True):
         arrival_ns = reading.since_first(request.arrival_ns, first_ns)
-        yield line, "timestamp", replace(request, arrival_ns=arrival_ns)
+        yield line, "timestamp", request._replace(arrival_ns=arrival_ns)
 
 
 def _parts(line: Line, number: int) -> tuple[Part, ...]:

@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from twinserve.traces.formats import own
-from twinserve.traces.formats.reading import FIRST_INSTANT, Reading, Rows, count, instant_ns, private_prompt, table_rows
+from twinserve.traces.formats.reading import (
+    FIRST_INSTANT,
+    PlainRows,
+    Reading,
+    Rows,
+    Table,
+    count,
+    instant,
+    instant_ns,
+    plain_rows,
+    private_prompt,
+    tables,
+)
 from twinserve.traces.lines import Line, json_value
 from twinserve.traces.request import Request
 from twinserve.traces.requests import Requests
@@ -29,24 +41,47 @@ _TICK_NS = 100
 
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
-    epoch_ns = 0
-    for number, line in enumerate(table_rows(lines, path, FIELDS)):
-        tick_ns = instant_ns(line, "TIMESTAMP")
-        beside = _beside(line)
-        if not number:
-            given_ns = None if beside is None else beside.optional_integer("epoch_ns")
-            epoch_ns = tick_ns if given_ns is None else given_ns
-            if epoch_ns > 0:
-                reading.epoch_ns = epoch_ns
-        parts = private_prompt(number, count(line, "ContextTokens"))
-        request = Request(number, tick_ns - epoch_ns, parts, count(line, "GeneratedTokens"))
-        if beside is not None:
-            request = own.completed(beside, request, reading.requests)
-            if (epoch_ns + request.arrival_ns) // _TICK_NS != tick_ns // _TICK_NS:
-                raise beside.error(f"expected the time of the row, {tick_ns - epoch_ns} from the first", "arrival_ns")
-        if line.values.get("NumImages", "0") != "0":
-            reading.clipped["images_left_out"] += 1
-        yield line, "TIMESTAMP", request
+    epoch_ns: int | None = None
+    number = 0
+    for table in tables(lines, path, FIELDS, reading.rows_at_once):
+        plain = _plain(table, number, epoch_ns)
+        if plain is not None:
+            if epoch_ns is None:
+                epoch_ns = _begin(reading, instant(table.column("TIMESTAMP")[0]))
+            yield plain
+            number += len(table)
+            continue
+        for line in table:
+            tick_ns = instant_ns(line, "TIMESTAMP")
+            beside = _beside(line)
+            if epoch_ns is None:
+                given_ns = None if beside is None else beside.optional_integer("epoch_ns")
+                epoch_ns = _begin(reading, tick_ns if given_ns is None else given_ns)
+            parts = private_prompt(number, count(line, "ContextTokens"))
+            request = Request(number, tick_ns - epoch_ns, parts, count(line, "GeneratedTokens"))
+            if beside is not None:
+                request = own.completed(beside, request, reading.requests)
+                if (epoch_ns + request.arrival_ns) // _TICK_NS != tick_ns // _TICK_NS:
+                    problem = f"expected the time of the row, {tick_ns - epoch_ns} from the first"
+                    raise beside.error(problem, "arrival_ns")
+            if line.values.get("NumImages", "0") != "0":
+                reading.clipped["images_left_out"] += 1
+            yield line, "TIMESTAMP", request
+            number += 1
+
+
+def _begin(reading: Reading, epoch_ns: int) -> int:
+    """When time 0 was; noted, where it is behind 1970."""
+    if epoch_ns > 0:
+        reading.epoch_ns = epoch_ns
+    return epoch_ns
+
+
+def _plain(table: Table, first: int, epoch_ns: int | None) -> PlainRows | None:
+    """The rows as columns, if that is all they say."""
+    if any(table.column(own.BESIDE)) or not set(table.column("NumImages")) <= {"0"}:
+        return None
+    return plain_rows(table, FIELDS, first, epoch_ns, instant)
 
 
 def texts(requests: Requests, epoch_ns: int | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     number, first_ns = 0, None
     sessions: dict[str, int] = {}
-    for line in table_rows(lines, path, FIELDS):
+    for line in table_rows(lines, path, FIELDS, reading.rows_at_once):
         time_ns = reading.time_ns(line, "Timestamp", in_table=True)
         prompt_tokens, output_tokens = count(line, "Request tokens", 0), count(line, "Response tokens", 0)
         if not output_tokens or not prompt_tokens:

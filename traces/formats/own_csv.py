@@ -55,7 +55,8 @@ def rows(lines: Iterable[str], path: Path, reading: Reading, columns: Columns) -
     """The requests of a file."""
     found: list[tuple[Line, Request]] = []
     is_instant = None
-    for line in table_rows(lines, path, (columns.time, columns.prompt, columns.output)):
+    required = (columns.time, columns.prompt, columns.output)
+    for line in table_rows(lines, path, required, reading.rows_at_once):
         if is_instant is None:
             is_instant = "-" in line.get(columns.time)
         prompt_tokens, output_tokens = count(line, columns.prompt, 0), count(line, columns.output, 0)

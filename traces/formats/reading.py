@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +17,74 @@ from twinserve.traces.lines import LARGEST, LARGEST_VALUE, Line, nanoseconds
 from twinserve.traces.request import Part, Request
 from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests, as_requests
 
-_INSTANT = re.compile(
-    "([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}:[0-9]{2})(?:[.,]([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?"
-)
+_SECOND = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}")
+_BEHIND_SECOND = re.compile("(?:[.,]([0-9]{1,9}))?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 FIRST_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 """From which instants are counted."""
 
 _2000_NS = 946_684_800 * 1_000_000_000
 """The year 2000: what counts from 1970 is later, and what counts from the start of a trace is not so long."""
 
-Rows = Iterator[tuple[Line, str, Request]]
-"""Of each request its line, the field that says its time, and the request."""
+Row = tuple[Line, str, Request]
+"""Of a request its line, the field that says its time, and the request."""
+
+_AT_ONCE = 1024
+"""Rows of a table that are read together."""
+
+
+@dataclass(slots=True)
+class Table:
+    """Rows of a CSV file that lie together.
+
+    Attributes:
+        columns: their names.
+        numbers, rows: of each row its line, and its values.
+    """
+
+    path: Path
+    columns: list[str]
+    numbers: list[int] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Line]:
+        for number, values in zip(self.numbers, self.rows, strict=True):
+            yield Line(self.path, number, dict(zip(self.columns, values, strict=True)))
+
+    def column(self, name: str) -> list[str]:
+        """The values in a column; none where there is no such column."""
+        if name not in self.columns:
+            return []
+        place = self.columns.index(name)
+        return [values[place] for values in self.rows]
+
+
+@dataclass(slots=True)
+class PlainRows:
+    """Rows of a table that say no more of their requests than times and lengths, as columns; each prompt is private.
+
+    Attributes:
+        time_field: the name of the column of times.
+        first: the number of the first request.
+    """
+
+    table: Table
+    time_field: str
+    first: int
+    arrivals_ns: list[int]
+    prompt_tokens: list[int]
+    max_tokens: list[int]
+
+    def __iter__(self) -> Iterator[Row]:
+        columns = zip(self.table, self.arrivals_ns, self.prompt_tokens, self.max_tokens, strict=True)
+        for number, (line, arrival_ns, length, max_tokens) in enumerate(columns, self.first):
+            yield line, self.time_field, Request(number, arrival_ns, private_prompt(number, length), max_tokens)
+
+
+Rows = Iterator[Row | PlainRows]
+"""The requests of a trace, one by one or many at once."""
 
 
 @dataclass
@@ -35,6 +92,7 @@ class Reading:
     """What a reader finds out about a trace.
 
     Attributes:
+        rows_at_once: the most rows of a table that are read together.
         requests: those of the rows so far.
         dropped: rows that are no requests to replay, by reason.
         clipped: lengths that were changed, by reason.
@@ -43,6 +101,7 @@ class Reading:
         is_timed: whether the file says when requests come; where it does not, all are at 0.
     """
 
+    rows_at_once: int = _AT_ONCE
     requests: Requests = field(default_factory=Requests)
     dropped: Counter[str] = field(default_factory=Counter)
     clipped: Counter[str] = field(default_factory=Counter)
@@ -112,7 +171,7 @@ def with_own_private_prompts(requests: Seq[Request]) -> Requests:
     # A plain request's text is that of no other plain one.
     uses = Counter(part.text for request in requests.others.values() for part in request.parts)
     return Requests(
-        replace(request, parts=private_prompt(request.id, request.prompt_tokens))
+        request._replace(parts=private_prompt(request.id, request.prompt_tokens))
         if _is_private(request.parts) and uses[request.parts[0].text] == (number in requests.others)
         else request
         for number, request in enumerate(requests)
@@ -136,8 +195,14 @@ def columns_of(line: str) -> list[str]:
     return columns
 
 
-def table_rows(lines: Iterable[str], path: Path, required: tuple[str, ...]) -> Iterator[Line]:
-    """The rows of a CSV file, by the names in its first line.
+def table_rows(lines: Iterable[str], path: Path, required: tuple[str, ...], most_rows: int) -> Iterator[Line]:
+    """The rows of a CSV file one by one, see `tables`."""
+    for table in tables(lines, path, required, most_rows):
+        yield from table
+
+
+def tables(lines: Iterable[str], path: Path, required: tuple[str, ...], most_rows: int) -> Iterator[Table]:
+    """The rows of a CSV file, by the names in its first line, in pieces; those before a wrong one come first.
 
     Raises:
         InputError: a required column is missing or stands twice, or a row has more or fewer columns than the first.
@@ -149,25 +214,95 @@ def table_rows(lines: Iterable[str], path: Path, required: tuple[str, ...]) -> I
             raise InputError("is missing, expected a column of that name", path=path, line=1, field=column)
     csv.field_size_limit(LARGEST_VALUE)
     reader = csv.reader(lines, strict=True)
+    table = Table(path, columns)
     try:
         for values in reader:
             if len(values) != len(columns):
                 number, text = reader.line_num + 1, ",".join(values)
                 raise InputError(f"expected {len(columns)} columns", path=path, line=number, value=text)
-            yield Line(path, reader.line_num + 1, dict(zip(columns, values, strict=True)))
-    except csv.Error as error:
+            table.numbers.append(reader.line_num + 1)
+            table.rows.append(values)
+            if len(table.rows) == most_rows:
+                yield table
+                table = Table(path, columns)
+    except (csv.Error, InputError) as error:
+        if table.rows:
+            yield table
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"expected CSV: {error}", path=path, line=reader.line_num + 1) from error
+    if table.rows:
+        yield table
+
+
+def plain_rows(
+    table: Table, fields: tuple[str, str, str], first: int, first_ns: int | None, nanoseconds_of: Callable[[str], int]
+) -> PlainRows | None:
+    """Rows as columns; None where one is wrong, or there is but one: who takes them one by one says what is wrong.
+
+    Args:
+        fields: the columns of times, of prompts' lengths and of outputs'.
+        first: the number of the first request.
+        first_ns: what the column of times says of time 0; None: it is the first row.
+        nanoseconds_of: of a time; raises a ValueError or an OverflowError where it is none.
+    """
+    if len(table) == 1:
+        return None
+    try:
+        times_ns = list(map(nanoseconds_of, table.column(fields[0])))
+        prompt_tokens, max_tokens = (_counts(table.column(name)) for name in fields[1:])
+    except (ValueError, OverflowError):
+        return None
+    if min(times_ns) < -LARGEST or max(times_ns) > LARGEST:
+        return None
+    first_ns = times_ns[0] if first_ns is None else first_ns
+    return PlainRows(table, fields[0], first, [time_ns - first_ns for time_ns in times_ns], prompt_tokens, max_tokens)
+
+
+def _counts(texts: list[str]) -> list[int]:
+    """Texts as integers >= 1.
+
+    Raises:
+        ValueError: one is none, or is larger than most: it has ten digits or more.
+    """
+    digits, counts = "".join(texts), list(map(int, texts))
+    if not (digits.isascii() and digits.isdigit() and max(map(len, texts)) < 10 and min(counts) >= 1):
+        raise ValueError(texts)
+    return counts
 
 
 def lengths_by_seconds(lines: Iterable[str], path: Path, fields: tuple[str, str, str], reading: Reading) -> Rows:
     """The requests of a CSV file with a column of seconds, one of prompts' lengths and one of outputs'."""
     time, prompt, output = fields
     first_ns: int | None = None
-    for number, line in enumerate(table_rows(lines, path, fields)):
-        parts = private_prompt(number, count(line, prompt))
-        time_ns = reading.time_ns(line, time, in_table=True)
-        first_ns = time_ns if first_ns is None else first_ns
-        yield line, time, Request(number, reading.since_first(time_ns, first_ns), parts, count(line, output))
+    number = 0
+    for table in tables(lines, path, fields, reading.rows_at_once):
+        plain = plain_rows(table, fields, number, first_ns, _exact_nanoseconds)
+        if plain is not None:
+            time_ns = _exact_nanoseconds(table.column(time)[0])
+            first_ns = time_ns if first_ns is None else first_ns
+            reading.since_first(time_ns, first_ns)
+            yield plain
+            number += len(table)
+            continue
+        for line in table:
+            parts = private_prompt(number, count(line, prompt))
+            time_ns = reading.time_ns(line, time, in_table=True)
+            first_ns = time_ns if first_ns is None else first_ns
+            yield line, time, Request(number, reading.since_first(time_ns, first_ns), parts, count(line, output))
+            number += 1
+
+
+def _exact_nanoseconds(seconds: str) -> int:
+    """Seconds in nanoseconds.
+
+    Raises:
+        ValueError: they are none, or have to be rounded, which is counted.
+    """
+    time_ns, rounded = nanoseconds(seconds)
+    if rounded:
+        raise ValueError(seconds)
+    return time_ns
 
 
 def count(line: Line, name: str, at_least: int = 1) -> int:
@@ -188,10 +323,8 @@ def instant_ns(line: Line, name: str) -> int:
     Raises:
         InputError: it is none, or is before 1678 or after 2262.
     """
-    match = _INSTANT.fullmatch(line.get(name))
-    date, time, fraction, offset = match.groups(default="") if match else ("", "", "", "")
     try:
-        since_ns = _seconds(date, time, offset) * 1_000_000_000 + int(fraction.ljust(9, "0"))
+        since_ns = instant(line.get(name))
     except (ValueError, OverflowError) as error:
         raise line.error("expected a time like 2023-11-16 18:15:46.6805900 or another of ISO 8601", name) from error
     if not -LARGEST <= since_ns <= LARGEST:
@@ -199,8 +332,25 @@ def instant_ns(line: Line, name: str) -> int:
     return since_ns
 
 
+def instant(text: str) -> int:
+    """The same of a text, whenever it is.
+
+    Raises:
+        ValueError, OverflowError: it is none.
+    """
+    fraction, offset = text[20:], ""
+    if not (text[19:20] == "." and len(fraction) <= 9 and fraction.isascii() and fraction.isdigit()):
+        match = _BEHIND_SECOND.fullmatch(text[19:])
+        if match is None:
+            raise ValueError(text)
+        fraction, offset = match.groups(default="")
+    return _seconds(text[:19], offset) * 1_000_000_000 + int(fraction.ljust(9, "0"))
+
+
 @lru_cache(maxsize=16)
-def _seconds(date: str, time: str, offset: str) -> int:
-    """Seconds since 1970."""
-    since = datetime.fromisoformat(f"{date} {time}{offset or '+00:00'}") - FIRST_INSTANT
+def _seconds(second: str, offset: str) -> int:
+    """Seconds from 1970 to the begin of one."""
+    if _SECOND.fullmatch(second) is None:
+        raise ValueError(second)
+    since = datetime.fromisoformat(second + (offset or "+00:00")) - FIRST_INSTANT
     return since.days * 86_400 + since.seconds

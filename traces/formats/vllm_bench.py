@@ -9,8 +9,6 @@ ended. Nothing is known of the prompts, so each is a text of its own. Time 0 is 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from twinserve.settings.errors import InputError
 from twinserve.traces.formats.reading import Reading, Rows, private_prompt
 from twinserve.traces.lines import Line
@@ -38,7 +36,7 @@ def rows(results: list[Line], reading: Reading) -> Rows:
             raise result.error(f"expected {len(answered)}, the requests that have an answer", "completed")
         first_ns = min((request.arrival_ns for _, request in answered), default=0)
         moved_ns = begun_ns - first_ns if reading.is_timed and len(results) > 1 else 0
-        found += [(line, replace(request, arrival_ns=request.arrival_ns + moved_ns)) for line, request in answered]
+        found += [(line, request._replace(arrival_ns=request.arrival_ns + moved_ns)) for line, request in answered]
         if reading.is_timed and len(results) > 1:
             begun_ns += reading.time_ns(result, "duration")
             reading.repaired["results_one_after_the_other"] += 1

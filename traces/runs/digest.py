@@ -78,8 +78,10 @@ class Digest:
         steady = (batch.usual_tokens, asked, *[(seq.seq_id, n, samples) for seq, n, samples in exceptions])
         if steady != self._steady or batch.admitted or batch.left or batch.preempted:
             values = [batch.decision, batch.usual_tokens, len(batch.admitted)]
-            for seq, start, num_tokens, samples, *_ in batch.admitted:
-                values += (seq.seq_id, start, num_tokens, samples, len(seq.block_table), *seq.block_table)
+            for row in batch.admitted:
+                block_table = row.seq.block_table
+                values += (row.seq.seq_id, row.start, row.num_tokens, row.samples, len(block_table))
+                values += block_table
             for seqs in (batch.preempted, batch.left):
                 values.append(len(seqs))
                 values += [seq.seq_id for seq in seqs]
@@ -106,7 +108,13 @@ class Digest:
                 product = block * 0x1CE4E5B9
                 lower += own_lower ^ (product & _HALF)
                 upper += own_upper ^ (block * 0xBF58476D + (product >> 32) & _HALF)
-        upper += lower >> 32
-        halves = self._grown_lower, self._grown_upper = lower & _HALF, upper & _HALF
-        counts = batch.decision, batch.num_used_blocks, batch.num_waiting, batch.num_running
-        return xxhash.xxh64_intdigest(_PACKED(*halves, *counts), self._chain)
+        self._grown_lower, self._grown_upper = lower & _HALF, (upper + (lower >> 32)) & _HALF
+        packed = _PACKED(
+            self._grown_lower,
+            self._grown_upper,
+            batch.decision,
+            batch.num_used_blocks,
+            batch.num_waiting,
+            batch.num_running,
+        )
+        return xxhash.xxh64_intdigest(packed, self._chain)

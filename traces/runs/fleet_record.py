@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -124,7 +123,7 @@ class FleetRecorder:
 
     def expect_prompt(self, request: Request, sampling: SamplingParams, replica: int) -> None:
         """Say whose prompt a replica will compute, for another to go on with."""
-        self._up[replica].expect(replace(request, max_tokens=1), sampling, stage=PREFILL)
+        self._up[replica].expect(request._replace(max_tokens=1), sampling, stage=PREFILL)
 
     def expect_rest(self, request: Request, sampling: SamplingParams, source: int | None, target: int) -> None:
         """Say with which request a replica will go on, and which one has computed its prompt."""

@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from twinserve.policies import Batch
+from twinserve.policies.core import Span
+from twinserve.traces.runs.digest import Exceptions
+
 Row = dict[str, Any]
 Column = Any
 """A list of integers, or an int64 array."""
@@ -219,13 +223,26 @@ class RunMetrics:
             return None
         return self.last_finish_ns - self.first_arrival_ns
 
-    def step(self, row: Row) -> None:
-        """Take in the next step, or those that share its row."""
-        self.steps += row["count"]
+    def step(self, batch: Batch, exceptions: Exceptions, repeats: Row | None) -> None:
+        """Take in the next step, or those that share its row: `repeats` is what the row says of those behind it."""
+        self.steps += 1
         self.events += 1
-        self.gaps.row(row)
-        self.waits.row(row)
-        self.drafts.row(row)
+        end_ns = batch.end_ns or 0
+        sampled = [(row.seq.seq_id, int(row.samples)) for row in batch.admitted]
+        sampled += [(seq.seq_id, int(samples)) for seq, _, samples in exceptions]
+        if batch.runs:
+            kept = {seq.seq_id: number for seq, _, number in batch.runs}
+            sampled = [(seq_id, kept.get(seq_id, samples)) for seq_id, samples in sampled]
+            for number, (_, made, _) in zip(batch.drafts.values(), batch.runs, strict=False):
+                self.drafts.add(number, made)
+        self.gaps.step(end_ns, batch.usual_tokens > 0, [seq.seq_id for seq in batch.preempted], sampled)
+        span = batch.decided_ns, batch.start_ns or 0, end_ns
+        self.waits.step(batch.num_tokens, span, len(batch.left), batch.num_waiting, batch.num_running)
+        if repeats is not None:
+            periods_ns = repeats["end_ns"]
+            self.steps += len(periods_ns)
+            self.gaps.repeat(periods_ns, end_ns + total_of(periods_ns), batch.usual_tokens > 0)
+            self.waits.repeat(repeats, span)
 
     def request(self, row: Row) -> None:
         """Take in a request that has ended, or that was left unanswered."""
@@ -458,7 +475,6 @@ class _Gaps:
                 counts[number] -= 1
 
 
-@dataclass(slots=True)
 class _Answer:
     """A request whose gaps are being counted.
 
@@ -471,12 +487,12 @@ class _Answer:
         own: the numbers of the gaps that it had by itself.
     """
 
-    missing: int
-    last_ns: int | None = None
-    last_tick: int | None = None
-    joined: tuple[int, int] = (0, 0)
-    shared: list[tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
+    def __init__(self, missing: int, last_ns: int | None):
+        self.missing, self.last_ns = missing, last_ns
+        self.last_tick: int | None = None
+        self.joined = (0, 0)
+        self.shared: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        self.own: list[int] = []
 
 
 class TokenGaps:
@@ -652,40 +668,52 @@ class DeviceWaits:
         self.total_ns: int | None = None
         self._ended_ns: int | None = None
         self._had_work = False
-        self._before: Row = {}
+        self._num_waiting = self._num_running = 0
 
     def row(self, row: Row) -> None:
         """Take in the next step, or several that share a row, told as their row in steps.jsonl."""
-        total_ns, ended_ns = self.total_ns or 0, self._ended_ns
-        self._had_work = self._had_work and stayed_busy(self._before, row)
-        if row["tokens"]:
-            start_ns: int = row["start_ns"]
-            end_ns: int = row["end_ns"]
-            if ended_ns is not None and start_ns > ended_ns:
-                decided_ns: int = row["decided_ns"]
-                if self._had_work or decided_ns <= ended_ns:
-                    total_ns += start_ns - ended_ns
-            if "repeats" in row:
-                waits_ns, end_ns = _repeated_waits(row)
-                total_ns += waits_ns
+        span: Span = row["decided_ns"], row["start_ns"], row["end_ns"]
+        self.step(row["tokens"], span, len(row["left"]), row["waiting"], row["running"])
+        if "repeats" in row and row["tokens"]:
+            self.repeat(row["repeats"], span)
+
+    def step(self, num_tokens: int, span: Span, num_left: int, num_waiting: int, num_running: int) -> None:
+        """Take in the next step.
+
+        Args:
+            num_left: sequences that left since the decision before it.
+            num_waiting, num_running: behind its own decision.
+        """
+        ended_ns, total_ns = self._ended_ns, self.total_ns or 0
+        self._had_work = self._had_work and is_work_left(self._num_waiting, self._num_running, num_left)
+        if num_tokens:
+            decided_ns, start_ns, end_ns = span
+            if ended_ns is not None and start_ns > ended_ns and (self._had_work or decided_ns <= ended_ns):
+                total_ns += start_ns - ended_ns
             self._ended_ns, self._had_work = end_ns, True
-        self.total_ns, self._before = total_ns, row
+        self.total_ns, self._num_waiting, self._num_running = total_ns, num_waiting, num_running
+
+    def repeat(self, repeats: Row, span: Span) -> None:
+        """Take in steps that repeat the one before, of this span, as a row says them."""
+        _, start_ns, end_ns = span
+        waits_ns = 0
+        if "decided_ns" in repeats:
+            for later_ns, period_ns in zip(repeats["start_ns"], repeats["end_ns"], strict=True):
+                start_ns += later_ns
+                waits_ns += max(0, start_ns - end_ns)
+                end_ns += period_ns
+        else:
+            (lag_ns,) = repeats["start_ns"]
+            waits_ns = max(0, lag_ns) * len(repeats["end_ns"])
+            end_ns += total_of(repeats["end_ns"])
+        self.total_ns, self._ended_ns = (self.total_ns or 0) + waits_ns, end_ns
 
 
 def stayed_busy(row: Row, following: Row) -> bool:
     """Was something left to do between these two decisions, so that the second did not wait for an arrival?"""
-    return row["waiting"] > 0 or row["running"] > len(following["left"])
+    return is_work_left(row["waiting"], row["running"], len(following["left"]))
 
 
-def _repeated_waits(row: Row) -> tuple[int, int]:
-    """How long the device stood idle before the steps that repeat the first of their row, and when the last ended."""
-    times, start_ns, end_ns = row["repeats"], row["start_ns"], row["end_ns"]
-    if "decided_ns" not in times:
-        (lag_ns,) = times["start_ns"]
-        return max(0, lag_ns) * len(times["end_ns"]), end_ns + total_of(times["end_ns"])
-    waits_ns = 0
-    for later_ns, period_ns in zip(times["start_ns"], times["end_ns"], strict=True):
-        start_ns += later_ns
-        waits_ns += max(0, start_ns - end_ns)
-        end_ns += period_ns
-    return waits_ns, end_ns
+def is_work_left(num_waiting: int, num_running: int, num_left: int) -> bool:
+    """Is something left to do, if so many waited and ran behind a decision, and so many of them left?"""
+    return num_waiting > 0 or num_running > num_left

@@ -9,7 +9,7 @@ import math
 import platform
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,36 +70,54 @@ _AT_ONCE = 256
 """Rows that a simulation makes together: code that has just run runs faster. One by one, a run takes a tenth longer."""
 
 
+_FACTS = b'{"decision":%d,"seen":%d,"aborted":%b,"committed":%d,"decided_ns":%d,"start_ns":%d,"end_ns":%d,"count":%d,'
+_DECISIONS = (
+    b'"admitted":%b,"left":%b,"preempted":%b,"usual":%d,"rows":%b,"grown":%b,"tokens":%d,"prompt_tokens":%d,'
+    b'"decode_tokens":%d,"kv_tokens":%d,"attention_pairs":%d,"sampled":%d,"used_blocks":%d,"waiting":%d,"running":%d,'
+)
+"""How a step's row begins, and its decisions; what few rows have is behind them."""
+
+
 def line_of(row: dict[str, Any]) -> bytes:
     """A row as its line. With json's own encoder, rows took an eighth of a simulation's time."""
-    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
-@dataclass(slots=True)
 class Served:
     """A request that came in, while the run goes on."""
 
-    number: int
-    request: Request
-    sampling: SamplingParams
-    seq: Sequence
-    stage: str | None = None
-    cached_tokens: int | None = None
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    has_begun: bool = False
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        sampling: SamplingParams,
+        seq: Sequence,
+        stage: str | None,
+        cached_tokens: int | None,
+    ):
+        self.number, self.request, self.sampling, self.seq = number, request, sampling, seq
+        self.stage, self.cached_tokens = stage, cached_tokens
+        self.draft_tokens = self.accepted_tokens = 0
+        self.has_begun = False
 
 
-@dataclass(slots=True)
 class Decided:
     """A decision whose row is not written yet, and those that repeat it."""
 
-    batch: Batch
-    digest: int
-    exceptions: Exceptions
-    spans: Seq[Span] = ()
-    grown: Seq[tuple[int, Sequence, list[int]]] = ()
-    num_ended: int = 0
+    def __init__(self, batch: Batch, digest: int, exceptions: Exceptions):
+        self.batch, self.digest, self.exceptions = batch, digest, exceptions
+        self.spans: Seq[Span] = ()
+        self.grown: Growth = []
+        self.num_ended = 0
+
+    @property
+    def repeats(self) -> dict[str, Any] | None:
+        """The times of the steps that repeat the first, as `single_steps` reads them, and the blocks that these took;
+        None where there are none."""
+        if not self.spans:
+            return None
+        blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in self.grown]
+        return _times_after(self.batch, self.spans) | {"grown": blocks}
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -371,36 +389,44 @@ class RunRecorder(RowMaker):
 
     def _write_step(self, decided: Decided) -> None:
         """Write a step's row, and count it."""
-        row = step_row(decided)
-        self.metrics.step(row)
-        self._steps_file.write(line_of(row))
+        repeats = decided.repeats
+        self.metrics.step(decided.batch, decided.exceptions, repeats)
+        self._steps_file.write(step_line(decided, repeats))
 
 
-def step_row(decided: Decided) -> dict[str, Any]:
-    """The row of a step, or of several that repeat one another."""
+def step_line(decided: Decided, repeats: dict[str, Any] | None) -> bytes:
+    """The row of a step, or of several that repeat one another, as its line.
+
+    Args:
+        repeats: see `Decided`.
+    """
     batch = decided.batch
-    row: dict[str, Any] = {
-        "decision": batch.decision,
-        "seen": batch.seen,
-        "aborted": _ids(batch.aborted),
-        "committed": batch.committed,
-        "decided_ns": batch.decided_ns,
-        "start_ns": batch.start_ns,
-        "end_ns": batch.end_ns,
-        "count": 1 + len(decided.spans),
-    }
-    row.update(decision_fields(batch, decided.digest, decided.exceptions))
+    assert batch.start_ns is not None and batch.end_ns is not None, f"step {batch.decision} has not ended"
+    facts = _FACTS % (
+        batch.decision,
+        batch.seen,
+        _ids(batch.aborted),
+        batch.committed,
+        batch.decided_ns,
+        batch.start_ns,
+        batch.end_ns,
+        1 + len(decided.spans),
+    )
+    beside: dict[str, Any] = {}
     if batch.launched_ns is not None:
-        row["launched_ns"] = batch.launched_ns
-    row.update(batch.kv_moves)
+        beside["launched_ns"] = batch.launched_ns
+    if batch.kv_moves:
+        beside.update(batch.kv_moves)
     if batch.runs:
-        row["runs"] = [[seq.seq_id, made, kept] for seq, made, kept in batch.runs]
+        beside["runs"] = [[seq.seq_id, made, kept] for seq, made, kept in batch.runs]
     if batch.proposed:
-        row["proposed"] = [[seq.seq_id, number] for seq, number in batch.proposed]
-    if decided.spans:
-        blocks = [[number, seq.seq_id, block_ids] for number, seq, block_ids in decided.grown]
-        row["repeats"] = _times_after(batch, decided.spans) | {"grown": blocks}
-    return row
+        beside["proposed"] = [[seq.seq_id, number] for seq, number in batch.proposed]
+    if repeats is not None:
+        beside["repeats"] = repeats
+    decisions = decisions_text(batch, decided.digest, decided.exceptions)
+    if not beside:
+        return b"%b%b}\n" % (facts, decisions)
+    return b"%b%b,%b\n" % (facts, decisions, orjson.dumps(beside, option=orjson.OPT_SERIALIZE_NUMPY)[1:])
 
 
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, Any]:
@@ -475,35 +501,44 @@ def write_record(record: RunRecord, out: Path) -> None:
         finish_record(folder, record.run)
 
 
-def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
-    """The decisions of a step's row, as plain values that later steps do not change; the digest comes last."""
-    fields: dict[str, Any] = {
-        "admitted": [[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted],
-        "left": _ids(batch.left),
-        "preempted": _ids(batch.preempted),
-        "usual": batch.usual_tokens,
-        "rows": [[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions],
-        "grown": [[seq.seq_id, block_ids] for seq, block_ids in batch.grown],
-        "tokens": batch.num_tokens,
-        "prompt_tokens": batch.num_prompt_tokens,
-        "decode_tokens": batch.num_decode_tokens,
-        "kv_tokens": batch.num_kv_tokens,
-        "attention_pairs": batch.num_attention_pairs,
-        "sampled": batch.num_sampled,
-        "used_blocks": batch.num_used_blocks,
-        "waiting": batch.num_waiting,
-        "running": batch.num_running,
-    }
+def decisions_text(batch: Batch, digest: int, exceptions: Exceptions) -> bytes:
+    """The decisions of a step's row, as JSON's text without the braces; the digest comes last."""
+    text = _DECISIONS % (
+        _lists([[row.seq.seq_id, row.start, row.num_tokens, int(row.samples)] for row in batch.admitted]),
+        _ids(batch.left),
+        _ids(batch.preempted),
+        batch.usual_tokens,
+        _lists([[seq.seq_id, num_tokens, int(samples)] for seq, num_tokens, samples in exceptions]),
+        _lists([[seq.seq_id, block_ids] for seq, block_ids in batch.grown]),
+        batch.num_tokens,
+        batch.num_prompt_tokens,
+        batch.num_decode_tokens,
+        batch.num_kv_tokens,
+        batch.num_attention_pairs,
+        batch.num_sampled,
+        batch.num_used_blocks,
+        batch.num_waiting,
+        batch.num_running,
+    )
     if batch.num_drafts_asked:
-        fields["asked"] = batch.num_drafts_asked
+        text += b'"asked":%d,' % batch.num_drafts_asked
     if batch.drafts:
-        fields["drafts"] = [[seq.seq_id, number] for seq, number in batch.drafts.items()]
-    fields["digest"] = digest.to_bytes(8, "big").hex()
+        text += b'"drafts":%b,' % _lists([[seq.seq_id, number] for seq, number in batch.drafts.items()])
+    return text + b'"digest":"%016x"' % digest
+
+
+def decision_fields(batch: Batch, digest: int, exceptions: Exceptions) -> dict[str, Any]:
+    """The decisions of a step's row, as plain values that later steps do not change."""
+    fields: dict[str, Any] = orjson.loads(b"{%b}" % decisions_text(batch, digest, exceptions))
     return fields
 
 
-def _ids(seqs: Iterable[Sequence]) -> list[int]:
-    return [seq.seq_id for seq in seqs]
+def _ids(seqs: list[Sequence]) -> bytes:
+    return orjson.dumps([seq.seq_id for seq in seqs]) if seqs else b"[]"
+
+
+def _lists(lists: list[list[Any]]) -> bytes:
+    return orjson.dumps(lists) if lists else b"[]"
 
 
 def single_steps(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -555,8 +590,7 @@ def _repeated_times(row: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
 def request_row(served: Served) -> dict[str, Any]:
     """The row of a request, as far as it is known."""
     request, seq = served.request, served.seq
-    drafts = {"draft_tokens": served.draft_tokens, "accepted_tokens": served.accepted_tokens}
-    return {
+    row: dict[str, Any] = {
         "id": request.id,
         "ingest": served.number,
         "session": request.session,
@@ -571,15 +605,15 @@ def request_row(served: Served) -> dict[str, Any]:
         "output_tokens": seq.num_completion_tokens,
         "cached_tokens": served.cached_tokens or 0,
         "preemptions": seq.num_preemptions,
-        **(drafts if served.draft_tokens else {}),
-        **({"stage": served.stage} if served.stage else {}),
-        "finish_reason": seq.finish_reason,
-        "refusal": seq.refusal,
-        "prompt": plain(request.parts),
-        "ignore_eos": served.sampling.ignore_eos,
-        "stop_token_ids": served.sampling.stop_token_ids,
-        **request.labels,
     }
+    if served.draft_tokens:
+        row["draft_tokens"], row["accepted_tokens"] = served.draft_tokens, served.accepted_tokens
+    if served.stage:
+        row["stage"] = served.stage
+    row["finish_reason"], row["refusal"], row["prompt"] = seq.finish_reason, seq.refusal, plain(request.parts)
+    row["ignore_eos"], row["stop_token_ids"] = served.sampling.ignore_eos, served.sampling.stop_token_ids
+    row.update(request.labels)
+    return row
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

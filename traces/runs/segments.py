@@ -24,7 +24,7 @@ from twinserve.traces.runs.record import (
     line_of,
     request_row,
     run_of,
-    step_row,
+    step_line,
     write_run,
 )
 
@@ -187,7 +187,7 @@ class SegmentedRecorder(RowMaker):
         self.counts["requests"] += served is not None
 
     def _stepped(self, decided: Decided) -> None:
-        self._write("steps.jsonl", step_row(decided))
+        self._write("steps.jsonl", step_line(decided, decided.repeats))
 
     def _ended(self, served: Served) -> None:
         self.counts[str(served.seq.finish_reason)] += 1
@@ -195,16 +195,16 @@ class SegmentedRecorder(RowMaker):
 
     def _write_request(self, served: Served, prefix: str = "") -> None:
         seq = served.seq
-        self._write(f"{prefix}requests.jsonl", request_row(served))
+        self._write(f"{prefix}requests.jsonl", line_of(request_row(served)))
         if self._world == "real":
             kept = self._tokens(seq.token_ids, ends_by_token=seq.finish_reason == "stop")
             prompt, tokens = kept[: seq.num_prompt_tokens], kept[seq.num_prompt_tokens :]
-            self._write(f"{prefix}outputs.jsonl", {"id": seq.seq_id, "prompt": prompt, "tokens": tokens})
+            outputs = {"id": seq.seq_id, "prompt": prompt, "tokens": tokens}
+            self._write(f"{prefix}outputs.jsonl", line_of(outputs))
 
-    def _write(self, name: str, row: dict[str, Any]) -> None:
+    def _write(self, name: str, line: bytes) -> None:
         if self._begun_s is None:
             self._begun_s = self._clock()
-        line = line_of(row)
         self._num_bytes += len(line)
         try:
             self._files[name].write(line)

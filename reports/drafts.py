@@ -62,7 +62,7 @@ def acceptance_figure(runs: list[Run]) -> Figure:
     layout = base_layout(
         300,
         xaxis=base_axis("position of the draft in its row", dtick=1),
-        yaxis=base_axis("rows in which it and all before it were right (%)", range=[0, 101]),
+        yaxis=base_axis("rows in which it was accepted (%)", range=[0, 101]),
         hovermode="closest",
     )
     caption = "Look at how fast it falls: a draft that is seldom right is mostly computed in vain."

@@ -278,7 +278,7 @@ def speculation() -> Drawing:
     entries = [
         (OF_SEQUENCE["B"], "accepted"),
         (OF_SEQUENCE["C"], "rejected"),
-        (PAPER, "behind it, not looked at"),
+        (PAPER, "behind it, of no use"),
         (NOW, "the model's own token"),
     ]
     _legend(drawing, 300, entries)

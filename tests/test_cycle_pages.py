@@ -104,7 +104,7 @@ def test_a_page_in_korean_has_the_parts_of_the_english_one(page):
     korean, english = KOREAN[page], PAGES[page]
     for each in (r"^#+ ", r"^<details>$", r"^</details>$", r"^\| "):
         own, theirs = (len(re.findall(each, text, re.MULTILINE)) for text in (korean, english))
-        assert own == theirs > 0, each
+        assert own == theirs and (own or "Not measured yet." in english), each
 
     def linked(text: str, folder: Path) -> set[str]:
         links = (link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -51,6 +52,12 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def all_to_device(lists: Seq[Seq[int] | np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Lists of numbers on `device` as int64, by one copy: each takes as long as some thousands of them."""
+    arrays = [np.asarray(numbers, np.int64).reshape(-1) for numbers in lists]
+    return to_device(np.concatenate(arrays), device).split(list(map(len, arrays)))
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """`tensor` in the host's memory, to be read once what is queued on its device has run; nothing waits for it."""
     if tensor.device.type != "cuda":
@@ -66,20 +73,40 @@ def device_name(device: torch.device | str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-class Step(Protocol):
+class HasTokens(Protocol):
+    """What was computed on a device; to be read by later steps of the same queue alone."""
+
+    tokens: Tensor
+
+
+class Step(HasTokens, Protocol):
     """A step handed to a queue; a `twinserve.engine.online.StepHandle`.
 
     Attributes:
         start_ns, end_ns: readings of time.perf_counter_ns, valid after `result`.
-        tokens: what the step computed, on the device; to be read by later steps of the same queue alone.
     """
 
     start_ns: int
     end_ns: int
-    tokens: Tensor
 
     def result(self) -> list[int]:
         """Wait for the step; its tokens."""
+
+
+class Parts(Protocol):
+    """A step that the host has a part in while it runs; its parts are gone through in this order."""
+
+    def lay_out(self) -> None:
+        """What the host does before anything is computed, and not before the step before is concluded."""
+
+    def compute(self) -> Tensor:
+        """Enqueue on the device what gives numbers that the host has to know."""
+
+    def go_on(self) -> None:
+        """Enqueue what follows on the device, before the host knows them."""
+
+    def conclude(self, numbers: list[int]) -> list[int]:
+        """What the host makes of the numbers: the step's tokens."""
 
 
 @cache
@@ -122,6 +149,17 @@ class CpuQueue:
         self._last = step.future = _submit(lambda: step.run(compute))
         return step
 
+    def submit_parts(self, parts: Parts) -> CpuStep:
+        """The same of a step in parts."""
+
+        def compute() -> Tensor:
+            parts.lay_out()
+            numbers = parts.compute()
+            parts.go_on()
+            return torch.tensor(parts.conclude(numbers.tolist()), dtype=torch.int64)
+
+        return self.submit(compute)
+
     def close(self) -> None:
         if self._last is not None:
             wait([self._last])
@@ -162,6 +200,7 @@ class CudaQueue:
         self._ended = self._event()
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
+        self._open: tuple[CudaStep, Any, Parts] | None = None
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
@@ -171,6 +210,27 @@ class CudaQueue:
             start = self._event()
             tokens = compute()
             return CudaStep(self, tokens, to_host(tokens), launched_ns, start, self._event())
+
+    @torch.inference_mode()
+    def submit_parts(self, parts: Parts) -> CudaStep:
+        """Enqueue a step in parts. It is concluded when the next one is submitted or when it is waited for, whichever
+        comes first: until then the host is free, as the step runs."""
+        self.conclude()
+        parts.lay_out()
+        step = self.submit(parts.compute)
+        self._open = step, step.end, parts
+        with on_device(self._device):
+            parts.go_on()
+            step.end = self._event()
+        return step
+
+    def conclude(self, step: CudaStep | None = None) -> None:
+        """Conclude the step that was submitted last, unless that was done; with `step`, only if it is that one."""
+        if self._open is None or step not in (None, self._open[0]):
+            return
+        (last, computed, parts), self._open = self._open, None
+        computed.synchronize()
+        last.conclude(parts)
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.
@@ -195,22 +255,33 @@ class CudaQueue:
         return event
 
     def close(self) -> None:
+        self._open = None
         torch.cuda.synchronize(self._device)
 
 
 class CudaStep:
-    """A step of a CudaQueue."""
+    """A step of a CudaQueue.
+
+    Attributes:
+        end: the event of its end.
+    """
 
     def __init__(self, queue: CudaQueue, tokens: Tensor, host: Tensor, launched_ns: int, start: Any, end: Any) -> None:
-        self.tokens = tokens
+        self.tokens, self.end = tokens, end
         self.start_ns = 0
         self.end_ns = 0
-        self._queue, self._host, self._events = queue, host, (launched_ns, start, end)
+        self._queue, self._host, self._begun = queue, host, (launched_ns, start)
+        self._concluded: list[int] | None = None
+
+    def conclude(self, parts: Parts) -> None:
+        """Have what the device has computed by now concluded."""
+        self._concluded = parts.conclude(self._host.tolist())
 
     def result(self) -> list[int]:
         if not self.end_ns:
-            self.start_ns, self.end_ns = self._queue.wait(*self._events)
-        return self._host.tolist()
+            self._queue.conclude(self)
+            self.start_ns, self.end_ns = self._queue.wait(*self._begun, self.end)
+        return self._host.tolist() if self._concluded is None else self._concluded
 
 
 def _between_ns(first: Any, second: Any) -> int:

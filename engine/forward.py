@@ -19,19 +19,20 @@ from twinserve.engine.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Drafted:
-    """A row behind which drafts are wanted.
+    """Rows behind which drafts are wanted.
 
     Attributes:
-        place: its number in the layout.
-        length: tokens of its text, so the position of the first draft.
-        count: how many drafts.
-        table: the ids of its blocks.
+        places: [rows], int64: their numbers in the layout.
+        lengths: [rows], int64: of each one's text in tokens, so the position of its first draft.
+        tables: the ids of each one's blocks.
+        count: how many drafts are wanted of each, as far as its text stays within `max_model_len`.
     """
 
-    place: int
-    length: int
+    places: Tensor
+    lengths: Tensor
+    tables: Seq[np.ndarray]
     count: int
-    table: np.ndarray
+    max_model_len: int
 
 
 class Forward(Protocol):
@@ -50,9 +51,9 @@ class Forward(Protocol):
         """What the last layer gives for each token of a flat batch, [tokens, hidden_size], normalised; until the next
         one is computed."""
 
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
-        """Tokens behind rows of the latest flat batch, each time [rows], int64: `first`, and then as long as any row
-        wants more the most probable one behind each; whatever behind a row that wants none."""
+    def followed(self, drafted: Drafted, first: Tensor) -> list[Tensor]:
+        """Tokens behind rows of the latest flat batch, `count` times [rows], int64: `first`, and then the most probable
+        one behind each; whatever behind a row that wants no more."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,15 @@ class EagerForward:
         hidden: Tensor = self._model(token_ids, laid.positions, attention)
         return hidden
 
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
-        tokens = [first]
-        for number in range(1, max(row.count for row in rows)):
-            going = [place for place, row in enumerate(rows) if row.count > number]
-            spans = [(rows[place].length + number - 1, 1) for place in going]
-            layout = Layout.of(spans, [rows[place].table for place in going])
+    def followed(self, drafted: Drafted, first: Tensor) -> list[Tensor]:
+        tokens, lengths = [first], drafted.lengths.tolist()
+        for number in range(1, drafted.count):
+            going = [row for row, length in enumerate(lengths) if length + number < drafted.max_model_len]
+            if not going:
+                tokens.append(first)
+                continue
+            spans = [(lengths[row] + number - 1, 1) for row in going]
+            layout = Layout.of(spans, [drafted.tables[row] for row in going])
             places = to_device(np.array([going[place] for place in layout.order]), self._device)
             hidden = self.computed(self.lay(layout), tokens[-1][places])
             tokens.append(first.index_copy(0, places, self._model.logits(hidden).argmax(dim=-1)))

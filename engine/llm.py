@@ -439,6 +439,7 @@ def _make_runner(
         tokenizer,
         decoder.device,
         make_proposer=proposer_maker(config, drafting),
+        max_model_len=config.max_model_len,
         is_async=config.settings.pipeline_depth > 0,
         acceptance_rate=config.settings.speculative_config.synthetic_acceptance_rate,
         **named,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinserve.engine.device_queue import CpuQueue, CudaQueue, Step, compute_on, to_device
+from twinserve.engine.device_queue import CpuQueue, CudaQueue, HasTokens, Step, all_to_device, compute_on, to_device
 from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.kv_sizing import default_num_blocks
@@ -34,7 +34,8 @@ class Arranged:
         token_ids: of the flat batch, 0 in place of a token that is not known yet.
         last: places in the flat batch of the last token of each row that samples; of one with drafts, of the token
             before the first of them and of each of them.
-        late: places in the flat batch of the tokens that the step before samples, and their places among its sampled.
+        late: places in the flat batch of tokens that the device alone knows, as those that the step before samples, and
+            their places among what has them.
     """
 
     layout: Layout
@@ -253,10 +254,10 @@ class ModelRunner:
         token_ids, places, sources = list[int](), list[int](), list[int]()
         for i in layout.order:
             token_ids += tokens[i]
-            if len(tokens[i]) < rows[i].num_tokens:
-                token_ids.append(0)
-                places.append(layout.last[i])
-                sources.append(self._sampled_before(rows[i]))
+            if missing := rows[i].num_tokens - len(tokens[i]):
+                token_ids += [0] * missing
+                places += range(layout.last[i] + 1 - missing, layout.last[i] + 1)
+                sources += self._late(rows[i], missing)
         last = [place for i, row in enumerate(rows) if row.samples for _, place in drawn(row, layout.last[i])]
         return Arranged(layout, token_ids, last, (places, sources))
 
@@ -265,13 +266,9 @@ class ModelRunner:
 
     def _flat(self, arranged: Arranged) -> FlatStep:
         """What was arranged, on the device."""
-        places, sources = arranged.late
-        return FlatStep(
-            token_ids=self._to_device(arranged.token_ids),
-            laid=self._forward.lay(arranged.layout),
-            last=self._to_device(arranged.last),
-            late=(self._to_device(places), self._to_device(sources)) if places else None,
-        )
+        told = all_to_device([arranged.token_ids, arranged.last, *arranged.late], self.device)
+        late = (told[2], told[3]) if len(told[2]) else None
+        return FlatStep(token_ids=told[0], laid=self._forward.lay(arranged.layout), last=told[1], late=late)
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""
@@ -295,28 +292,32 @@ class ModelRunner:
         """The tokens up to the end of a row, as far as they are known."""
         return row.seq.token_ids[: row.start + row.num_tokens]
 
-    def _sampled_before(self, row: Row) -> int:
-        """The place of the row's sequence among those that the step launched before samples."""
+    def _late(self, row: Row, missing: int) -> list[int]:
+        """Where the last tokens of a row lie, which are not known, `missing` of them: one, as the step launched before
+        samples it; its place among those sampled."""
         place = self._previous[1].get(row.seq) if self._previous else None
         if place is None or row.start + row.num_tokens != row.seq.num_tokens + 1:
             raise RuntimeError(f"the last token of {row} is neither known nor sampled by the step launched before")
-        return place
+        return [place]
 
     def _to_device(self, values: Any) -> Tensor:
         return to_device(np.asarray(values, dtype=np.int64), self.device)
 
-    def _compute(self, step: StepInput | None, before: Step | None, asked: AskedLogprobs) -> Tensor:
-        """The tokens that a step samples; `before` is the step launched before it."""
+    def _compute(self, step: StepInput | None, before: HasTokens | None, asked: AskedLogprobs) -> Tensor:
+        """The tokens that a step samples; `before` has those that it goes on from and the host does not know."""
         if step is None:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        token_ids = self._token_ids(step.flat, before)
+        return self._chosen(step, self._token_ids(step.flat, before), asked)
+
+    def _chosen(self, step: StepInput, token_ids: Tensor, asked: AskedLogprobs) -> Tensor:
+        """The same, from the tokens of the flat batch."""
         hidden = self._forward.computed(step.flat.laid, token_ids)
         if step.prompts:
             step.prompts.take(hidden, self.model.logits)
         return self._sample(step, hidden[step.flat.last], token_ids, asked)
 
-    def _token_ids(self, flat: FlatStep, before: Step | None) -> Tensor:
-        """The tokens of the flat batch, those among them that the step before has sampled."""
+    def _token_ids(self, flat: FlatStep, before: HasTokens | None) -> Tensor:
+        """The tokens of the flat batch, those among them that `before` has."""
         if flat.late is None or before is None:
             return flat.token_ids
         places, sources = flat.late

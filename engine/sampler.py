@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -210,6 +211,8 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """The plan for rows with `params`, each with its uniform number, and its answer's tokens so far: None is 0."""
         rows = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
+        if not rows and all(map(is_plain, params)):
+            return _most_probable(device)
         drawn = [params[row] for row in rows]
 
         def column(values: list, dtype: torch.dtype) -> Tensor:
@@ -286,6 +289,26 @@ class SamplingPlan:
             before = probabilities.cumsum(dim=-1) - probabilities
             kept = kept & ((before < self.top_p) | (self.top_p >= 1.0))
         return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+@cache
+def _most_probable(device: torch.device) -> SamplingPlan:
+    """The plan for rows that take their most probable tokens, however many."""
+    none = torch.empty(0, 1, device=device)
+    return SamplingPlan(
+        rows=none[:, 0].long(),
+        temperatures=none,
+        uniforms=none.double(),
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        penalised=None,
+        penalties=none,
+        added=None,
+        counted=None,
+        frequencies=none,
+        presences=none,
+    )
 
 
 def _added(

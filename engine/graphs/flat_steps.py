@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -158,25 +157,22 @@ class FlatSteps:
             replay()
         return self._decoder.hidden[:count]
 
-    def followed(self, rows: Seq[Drafted], first: Tensor) -> list[Tensor]:
+    def followed(self, drafted: Drafted, first: Tensor) -> list[Tensor]:
         """As a `Forward` has it; each step leaves on the device what the next begins with, and the host waits for none.
 
         Theirs are plain steps of decodes, whose rows' tables the flat batch has left.
         """
-        places, lengths = to_device(np.array([(row.place, row.length) for row in rows]).T, self._device)
-        self._rows.tokens.index_copy_(0, places, first.int())
-        self._rows.computed.index_copy_(0, places, lengths.int())
-        size = self._following.padded(StepSize(len(rows), len(rows)))
+        self._rows.tokens.index_copy_(0, drafted.places, first.int())
+        self._rows.computed.index_copy_(0, drafted.places, drafted.lengths.int())
+        size = self._following.padded(StepSize(len(first), len(first)))
         inputs, step = self._followers.get(size) or self._follower(size)
-        tokens, told = [first], list[int]()
-        for number in range(1, max(row.count for row in rows)):
-            going = [row.place if row.count > number else self._rows.scratch for row in rows]
-            if going != told:
-                told = going
-                inputs.fill_(self._rows.scratch)
-                inputs[: len(rows)].copy_(to_device(np.array(going, dtype=np.int32), self._device))
+        inputs.fill_(self._rows.scratch)
+        tokens = [first]
+        for number in range(1, drafted.count):
+            going = drafted.lengths + number < drafted.max_model_len
+            inputs[: len(first)].copy_(drafted.places.where(going, self._rows.scratch))
             step()
-            tokens.append(self._out[: len(rows)].long())
+            tokens.append(self._out[: len(first)].long())
         return tokens
 
     @torch.inference_mode()

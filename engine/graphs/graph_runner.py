@@ -233,6 +233,15 @@ class GraphRunner:
         if self._graphs or not sizes:
             return
         self._graphs.update(capture_each(sizes, self._capture, self.device, self._memory_share))
+        with on_device(self.device):
+            self._load_kernels()
+
+    @torch.inference_mode()
+    def _load_kernels(self) -> None:
+        """Run steps of padding kernel by kernel, one for each way in which decodes attend beside prompts: most of them
+        no graph has, and no step that is served should wait until they are compiled."""
+        for rows, *_ in self.kernel_facts().get("decode_cuts", []):
+            self._decoder.run(self._padding(StepSize(rows, rows + 1, 1))[1], self._out)
 
     @torch.inference_mode()
     def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Graph:

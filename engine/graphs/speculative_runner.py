@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.forward import Forward
 from twinserve.engine.graphs.flat_steps import FlatSteps
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.speculation.proposers import Forward, Proposer
+from twinserve.engine.speculation.proposers import DraftModel, Proposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
 from twinserve.settings.errors import InputError
 
@@ -28,7 +29,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
         model: Decoder,
         tokenizer: Any,
         config: RunnerConfig,
-        make_proposer: Callable[[SpeculativeRunner], Proposer],
+        make_proposer: Callable[[SpeculativeRunner], Proposer | DraftModel],
     ):
         settings, speculative = config.settings, config.settings.speculative_config
         assert speculative is not None
@@ -42,6 +43,7 @@ class GraphSpeculativeRunner(SpeculativeRunner):
             block_size=settings.block_size,
             seed=config.options.seed,
             make_proposer=make_proposer,
+            max_model_len=config.max_model_len,
             is_async=settings.pipeline_depth > 0,
             acceptance_rate=speculative.synthetic_acceptance_rate,
         )

@@ -48,6 +48,23 @@ def read_block(
 
 
 @triton.jit
+def _as_wide(x, like):
+    """Numbers of a pool as those they are multiplied with.
+
+    Of float8 (e4m3), four at a time become float16, which holds each of them. Said to have effects, so that it stays
+    where it is: moved behind the shared memory, it would have values read from there byte by byte.
+    """
+    if x.dtype == tl.float8e4nv and like.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low;"
+            " cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        return x.to(like.dtype)
+
+
+@triton.jit
 def attend_to(
     q, k, v, tokens, known, last, scale, top, total, summed,
     WHOLE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,6 +74,8 @@ def attend_to(
     All queries attend to all of the tokens, if WHOLE; else to those that are `known`, or, if CAUSAL, each to those up
     to position `last`; to WINDOW of these, the last ones, unless it is 0.
     """
+    if v.dtype == tl.float8e4nv and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)
     score = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
     if not WHOLE:
         seen = tokens[None, :] <= last[:, None] if CAUSAL else known[None, :]
@@ -69,7 +88,7 @@ def attend_to(
     weight = tl.exp2(score - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weight, axis=1)
-    summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
+    summed = summed * fade[:, None] + tl.dot(weight.to(q.dtype), _as_wide(v, q), input_precision=PRECISION)
     return higher, total, summed
 
 

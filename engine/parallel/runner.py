@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinserve.engine.device_queue import CudaQueue, Step, to_device
+from twinserve.engine.device_queue import CudaQueue, HasTokens, Step, to_device
 from twinserve.engine.logprobs import AskedLogprobs, PromptLogprobs
 from twinserve.engine.model_runner import Arranged, FlatStep, ModelRunner, StepInput
 from twinserve.engine.models.sharded_decoder import ShardedDecoder
@@ -63,7 +63,7 @@ class ShardedRunner(ModelRunner):
         assert self._ranks is not None
         self._ranks.tell("follow", step.arranged, Drawing.of(step.params, step.uniforms), step.prompts.places)
 
-    def _compute(self, step: StepInput | None, before: Step | None, asked: AskedLogprobs) -> Tensor:
+    def _compute(self, step: StepInput | None, before: HasTokens | None, asked: AskedLogprobs) -> Tensor:
         assert self._ranks is not None
         with self._ranks.failing_together():
             return super()._compute(step, before, asked)

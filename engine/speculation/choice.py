@@ -61,12 +61,14 @@ def draft_of(
     return found
 
 
-def proposer_maker(config: RunnerConfig, drafting: Decoder | None) -> Callable[[SpeculativeRunner], Proposer]:
+def proposer_maker(
+    config: RunnerConfig, drafting: Decoder | None
+) -> Callable[[SpeculativeRunner], Proposer | DraftModel]:
     """Makes the proposer of a runner, whose pool it shares the numbers of."""
     speculative = config.settings.speculative_config
     assert speculative is not None
 
-    def make(runner: SpeculativeRunner) -> Proposer:
+    def make(runner: SpeculativeRunner) -> Proposer | DraftModel:
         if drafting is None:
             return NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max, config.max_model_len)
         return DraftModel(drafting, runner.forward_of(drafting), config.max_model_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,43 +10,50 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from twinserve.engine.device_queue import to_device, to_host
+from twinserve.engine.device_queue import all_to_device, to_host
 from twinserve.engine.forward import Drafted, Forward
 from twinserve.engine.layout import Layout
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import uniform
-from twinserve.policies import Sequence
+from twinserve.policies import Row, Sequence
 
 
 @dataclass(frozen=True)
-class VerifiedRow:
-    """A row of a step that has run, with what came of it.
+class Verified:
+    """A step whose drafts are verified, as it lies on the device before the host knows what came of it.
 
     Attributes:
-        start: the position of its first token.
-        tokens: those that are known from there on: what the row computed, without rejected drafts, and the last token
-            that it sampled, if it did.
-        text: all tokens known, of a row that sampled; else empty.
-        table: the ids of its sequence's blocks, which hold as many tokens as the policies look ahead.
+        rows: where they really begin.
+        known: by row, its tokens before its first draft.
+        tables: by row, the ids of its sequence's blocks, which hold as many tokens as the policies look ahead.
+        accepted: [sampled rows], int64: how many of each one's drafts are.
+        runs: [sampled rows, at least 1 + drafts], int64: what each one samples, its accepted drafts and the model's own
+            token behind them, then whatever.
     """
 
-    seq: Sequence
-    start: int
-    tokens: list[int]
-    text: list[int]
-    table: np.ndarray
+    rows: Seq[Row]
+    known: Seq[list[int]]
+    tables: Seq[np.ndarray]
+    accepted: torch.Tensor
+    runs: torch.Tensor
 
 
 class LateDrafts(Seq[list[int]]):
-    """Drafts whose numbers are known while the device is still at them; whoever reads one of them waits for all.
+    """Drafts that the device may be at still; whoever reads one of them waits for all.
 
     Args:
-        counts: of each row, how many of its tokens are drafts: the first.
-        tokens: [rows, at least the largest count], on the device.
+        tokens: [rows, most drafts], on the device.
+
+    Attributes:
+        counts: of each row, how many of its tokens are drafts, the first ones; to be said before they are read.
+        tokens: one row behind another, `width` of each.
     """
 
-    def __init__(self, counts: Seq[int], tokens: torch.Tensor) -> None:
-        self.counts, self._host = counts, to_host(tokens)
+    counts: Seq[int]
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._host = to_host(tokens)
+        self.tokens, self.width = tokens.flatten(), tokens.shape[1]
         self._ready: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             self._ready = torch.cuda.Event()
@@ -62,13 +69,10 @@ class LateDrafts(Seq[list[int]]):
 
 
 class Proposer(Protocol):
-    """Proposes drafts behind each step, in the thread and on the device that compute it."""
+    """Proposes drafts behind each step from the texts, in the thread that computes."""
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
-        """Drafts behind the text of each row that sampled, in their order: at most `asked` of each.
-
-        All rows of the step are there, so that a proposer with KV of its own keeps up.
-        """
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
+        """At most `asked` drafts behind all tokens of each sequence that sampled."""
 
 
 class NgramProposer:
@@ -81,8 +85,8 @@ class NgramProposer:
     def __init__(self, least: int, most: int, max_model_len: int):
         self._least, self._most, self._max_model_len = least, most, max_model_len
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
-        return [self.of(row.text, min(asked, self._max_model_len - len(row.text))) for row in rows if row.text]
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
+        return [self.of(text, min(asked, self._max_model_len - len(text))) for text in texts.values()]
 
     def of(self, text: Seq[int], asked: int) -> list[int]:
         """At most `asked` drafts behind a text."""
@@ -109,13 +113,11 @@ class ForcedProposer:
     ) -> None:
         self._text_of, self._probability, self._vocab_size, self._seed = text_of, probability, vocab_size, seed
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> list[list[int]]:
+    def propose(self, texts: Mapping[Sequence, Seq[int]], asked: int) -> list[list[int]]:
         drafts = []
-        for row in rows:
-            if row.text:
-                place = len(row.text)
-                coming = self._text_of(row.seq)[place : place + asked]
-                drafts.append([self._said(row.seq, place + k, token) for k, token in enumerate(coming)])
+        for seq, text in texts.items():
+            coming = self._text_of(seq)[len(text) : len(text) + asked]
+            drafts.append([self._said(seq, len(text) + number, token) for number, token in enumerate(coming)])
         return drafts
 
     def _said(self, seq: Sequence, place: int, token: int) -> int:
@@ -127,7 +129,9 @@ class DraftModel:
     """A smaller model with the same tokens, and KV of its own in blocks of the same numbers.
 
     It computes what the model has just computed and the token that came last, which gives the first draft, and then a
-    token at a time. Its drafts are the most probable tokens.
+    token at a time. Its drafts are the most probable tokens. It begins before the host knows what was accepted, so it
+    computes as many tokens of each row as could be; what lies behind the accepted ones is computed again when it has
+    come, before anything attends to it.
 
     Args:
         model: on the device of the model it drafts for.
@@ -137,21 +141,32 @@ class DraftModel:
     def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
         self._model, self._forward, self._max_model_len = model, forward, max_model_len
 
-    def propose(self, rows: Seq[VerifiedRow], asked: int) -> Seq[list[int]]:
-        device = torch.device(self._model.device)
-        spans, tables = [(row.start, len(row.tokens)) for row in rows], [row.table for row in rows]
-        layout = Layout.of(spans, tables, self._forward.most_single)
+    def propose_behind(self, verified: Verified, asked: int) -> LateDrafts:
+        """`asked` drafts behind each row that sampled, as far as the context goes."""
+        rows, known, width = verified.rows, verified.known, verified.runs.shape[1]
+        spans = [
+            (row.start, len(own) + (1 + row.num_drafts) * row.samples) for row, own in zip(rows, known, strict=True)
+        ]
+        layout = Layout.of(spans, verified.tables, self._forward.most_single)
         place_of = {number: place for place, number in enumerate(layout.order)}
-        drafted, last = list[Drafted](), list[int]()
-        for number, row in enumerate(rows):
-            if row.text:
-                count = max(0, min(asked, self._max_model_len - len(row.text)))
-                drafted.append(Drafted(place_of[number], len(row.text), count, row.table))
-                last.append(layout.last[number])
-        token_ids = [token for number in layout.order for token in rows[number].tokens]
-        told = to_device(np.array(token_ids + last), device)
-        hidden = self._forward.computed(self._forward.lay(layout), told[: len(token_ids)])
-        if not any(row.count for row in drafted):
-            return [[] for _ in drafted]
-        first = self._model.logits(hidden[told[len(token_ids) :]]).argmax(dim=-1)
-        return LateDrafts([row.count for row in drafted], torch.stack(self._forward.followed(drafted, first), dim=1))
+        token_ids = [token for i in layout.order for token in known[i] + [0] * (spans[i][1] - len(known[i]))]
+        sampled = [number for number, row in enumerate(rows) if row.samples]
+        behind = [layout.last[number] - rows[number].num_drafts for number in sampled]  # each one's own token, if none
+        places = [first + n for number, first in zip(sampled, behind, strict=True) for n in _run(rows[number])]
+        sources = [place * width + n for place, number in enumerate(sampled) for n in _run(rows[number])]
+        lengths = [spans[number][0] + spans[number][1] - rows[number].num_drafts for number in sampled]
+        told = [token_ids, places, sources, behind, [place_of[number] for number in sampled], lengths]
+        ids, late, source, first, place, length = all_to_device(told, verified.runs.device)
+        ids = ids.index_copy(0, late, verified.runs.flatten()[source].clamp(min=0))  # of none sampled it goes on
+        hidden = self._forward.computed(self._forward.lay(layout), ids)
+        if not asked or not sampled:
+            return LateDrafts(first.new_empty(len(sampled), 0))
+        tables = [verified.tables[number] for number in sampled]
+        drafted = Drafted(place, length + verified.accepted, tables, asked, self._max_model_len)
+        most_probable = self._model.logits(hidden[first + verified.accepted]).argmax(dim=-1)
+        return LateDrafts(torch.stack(self._forward.followed(drafted, most_probable), dim=1))
+
+
+def _run(row: Row) -> range:
+    """The places of what a row samples at most."""
+    return range(1 + row.num_drafts)

@@ -193,16 +193,17 @@ def test_faults_end_what_they_must_and_nothing_else(llama, speculating, monkeypa
     engine_faults.check_what_cannot_be_served_is_refused(llm)
     prompts = [[5 + i, 9, 300 - i] * 4 for i in range(3)]
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-    propose, calls = llm.runner._proposer.propose, []
+    name = "propose" if proposer == "ngram" else "propose_behind"
+    propose, calls = getattr(llm.runner._proposer, name), []
 
-    def failing(rows, asked):
+    def failing(behind, asked):
         calls.append(asked)
         if len(calls) == 4:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return propose(rows, asked)
+        return propose(behind, asked)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.runner._proposer, "propose", failing)
+        patch.setattr(llm.runner._proposer, name, failing)
         with pytest.raises(StepError, match="tried to allocate 2 GiB"):
             llm.generate(prompts, params)
     for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):

@@ -1,4 +1,4 @@
-"""docs/engine.md and a page for each card, from the results of throughput.py, latency.py and step_kernels.py.
+"""docs/engine.md and a page for each card, from the results of throughput.py, latency.py, step_kernels.py, serving.py.
 
 python benchmarks/engine_page.py [--check]
 """
@@ -15,6 +15,7 @@ from typing import Any
 from environment import ROOT
 from pages import prose, table
 from result_files import RESULTS
+from served import HEADS, cells
 from svg import INK, Drawing
 
 PAGE = ROOT / "docs" / "engine.md"
@@ -71,7 +72,7 @@ def read_if_there(name: str) -> Any:
 
 
 def page() -> str:
-    return "\n".join([*_opening(), *_at_a_glance(), *_ending()])
+    return "\n".join([*_opening(), *_at_a_glance(), *_eight_bits(), *_ending()])
 
 
 def card_page(card: str) -> str:
@@ -87,8 +88,10 @@ def card_page(card: str) -> str:
                 command. [What a step is](../engine.md)."""
             ),
             *_figures(card, measured, step_of(kernels)),
+            *_traffic(RESULTS / card),
             *_simulated(card),
             *_larger(RESULTS / card / "decode-llama-3-8b.json"),
+            *_formats(RESULTS / card),
             *_ablation(card, measured.get("batch1_without")),
             *_kernels(kernels),
             *_timeline(card),
@@ -229,6 +232,35 @@ def _served(window: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _traffic(folder: Path) -> list[str]:
+    """Of requests that were served in real time, by this engine and by others, where they were."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("serving-*.json"))]
+    lines = [line for file in files for line in _at_rates(file["shape"], list(file["repeats"].values()))]
+    opening = """The same requests at the same times, so many a second. Queue is the mean time until a request was first
+        scheduled, where that is known."""
+    return ["## Served traffic", "", *prose(opening), *lines] if lines else []
+
+
+def _at_rates(shape: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Of requests to one shape; what was recorded elsewhere stands beside what was served here."""
+    here = [entry for entry in entries if "recorded" not in entry]
+    if not here:
+        return []
+    replays = [entry["replay"] for entry in here if "replay" in entry]
+    assert all(replay["exact"] for replay in replays), "a run was not decided again"
+    commands = dict.fromkeys(f"`{entry['command']}` (commit {entry['commit']})" for entry in here)
+    limits = dict.fromkeys(entry["attainment"]["limits"] for entry in here)
+    again = f"{sum(replay['equal'] for replay in replays):,} decisions of the engine are made again from its records."
+    return [
+        *prose(
+            f"""The {shape} shape, by {"; ".join(commands)}. Within limits: {"; ".join(limits)}.
+            {again if replays else ""}"""
+        ),
+        *table(list(HEADS), cells(entries), numbers=True),
+        *prose(*dict.fromkeys(entry["about"] for entry in entries if "about" in entry)),
+    ]
+
+
 def _simulated(card: str) -> list[str]:
     """What the simulator says of windows that this engine served."""
     if (RESULTS / card / "fidelity.json").exists():
@@ -293,6 +325,28 @@ def _larger(path: Path) -> list[str]:
     ]
 
 
+def _formats(folder: Path) -> list[str]:
+    """W256 with numbers in float8, by the shapes with which it was measured."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("w256-*.json"))]
+    if not files:
+        return []
+    rates = [{name: [one["output_tok_s"] for one in runs] for name, runs in file["formats"].items()} for file in files]
+    medians = [{name: median(repeats) for name, repeats in own.items()} for own in rates]
+    rows = [
+        [name, *(f"{own[name]:,.0f} ({own[name] / own['bfloat16']:.2f})" for own in medians)] for name in medians[0]
+    ]
+    commands = "; ".join(f"`{file['command']}` (commit {file['commit']})" for file in files)
+    return [
+        "## Numbers in float8",
+        "",
+        *prose(
+            f"""W256, output tokens/s, the median of {len(rates[0]["bfloat16"])}, the first among them; in brackets
+            against bfloat16. By {commands}."""
+        ),
+        *table(["", *(file["shape"] for file in files)], rows, numbers=True),
+    ]
+
+
 def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
     """W256, and one request where that was measured, with one thing switched off."""
     measured = read(f"{card}/throughput.json")
@@ -308,10 +362,6 @@ def _ablation(card: str, without: dict[str, Any] | None) -> list[str]:
             8](../cycles/cycle8.md) has the spread, by card)."""
         ),
         *table(["", "output tokens/s", "against the whole"], rows),
-        *prose(
-            """Keys and values in float8 halve what attention reads and yet gain nothing here: the kernel was written
-            for bfloat16, and its loads are now a byte a number."""
-        ),
         *_one_request(without),
     ]
 
@@ -359,6 +409,38 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
             step."""
         ),
     ]  # fmt: skip
+
+
+def _eight_bits() -> list[str]:
+    """Weights in eight bits, and the perplexity that they leave where that was measured."""
+    measured = [found for place in ("cpu", *CARDS) if (found := read_if_there(f"{place}/quantization.json"))]
+    rows = [
+        [
+            f"{one['model']} in {one['dtype']} on {one['device']}",
+            *(f"{kind['perplexity']:.2f}, {kind['memory_mb']:,.0f} MB" for kind in one["weights"].values()),
+        ]
+        for one in measured
+    ]
+    return [
+        "## Weights in eight bits",
+        "",
+        *prose(
+            """`--quantization int8` keeps linear layers and the embedding in int8 ([cycle 7](cycles/cycle7.md)): half
+            the memory of 16 bits. `--quantization fp8` keeps the linear layers of the decoder
+            layers in float8 (e4m3) with a scale a row, and leaves embedding, norms and output projection alone, as vLLM
+            does. What these layers are given is rounded to float8 as well, each token by its own largest number, so
+            that the matrix units multiply float8 by float8 (`torch._scaled_mm`); the kernel that makes it rounds it:
+            norm, gated activation, or one behind attention. On CUDA that takes compute capability 8.9, bfloat16, and
+            layers of multiples of 16; a CPU computes the same numbers in float32.""",
+            """A checkpoint that is in float8 already is loaded as it is, whatever `--quantization` says but int8:
+            compressed-tensors' `float-quantized` with a scale a channel or a tensor, and `quant_method` `fp8` with a
+            scale a tensor. Scales of activations in it (`input_scale`) are not used: each token has its own. Scales a
+            block, of 128 by 128 say, scales of keys and values, and layers that were left out are refused by name.""",
+            f"""Perplexity of [a text](../tests/data/held_out.txt) of {measured[0]["tokens"]} tokens and the
+            model's megabytes, by `{measured[0]["command"]}`:""",
+        ),
+        *table(["", *(f"weights {name}" for name in measured[0]["weights"])], rows),
+    ]
 
 
 def _ending() -> list[str]:

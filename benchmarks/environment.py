@@ -79,13 +79,17 @@ def machine() -> dict[str, Any]:
     return {"python": platform.python_version(), "cpu": cpu, "cores": os.cpu_count()}
 
 
+def device_facts(device: str, measured_commit: str | None) -> dict[str, Any]:
+    """Of a measurement on a device: the card or the processor, the versions, the commit and the command."""
+    if device == "cpu":
+        on: dict[str, Any] = {"machine": machine()}
+    else:
+        import torch
+
+        on = {"card": torch.cuda.get_device_name()}
+    return on | {"versions": versions(), "commit": measured_commit or commit(), "command": command()}
+
+
 def cuda_facts(measured_commit: str | None) -> dict[str, Any]:
     """Of a measurement on a CUDA device: the card, the versions, the commit and the command."""
-    import torch
-
-    return {
-        "card": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": measured_commit or commit(),
-        "command": command(),
-    }
+    return device_facts("cuda", measured_commit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -139,10 +140,15 @@ class Group:
         chosen = transforms.cap_output_tokens(chosen, outputs, log)
         if self.workload == "mooncake":
             chosen = transforms.spread(chosen, 0, log)
-        begin = chosen[0].arrival_ns
-        scale = count / rate * 1e9 / (chosen[-1].arrival_ns - begin)
-        moved = [replace(request, arrival_ns=round((request.arrival_ns - begin) * scale)) for request in chosen[:count]]
-        return list(transforms.renumbered(moved))
+        return at_rate(chosen, rate)
+
+
+def at_rate(requests: Seq[Request], rate: float) -> list[Request]:
+    """All requests but the last, the first of them at 0, so many a second up to where the last would come."""
+    begin, count = requests[0].arrival_ns, len(requests) - 1
+    scale = count / rate * 1e9 / (requests[-1].arrival_ns - begin)
+    moved = [replace(request, arrival_ns=round((request.arrival_ns - begin) * scale)) for request in requests[:count]]
+    return list(transforms.renumbered(moved))
 
 
 def served_rate(seqs: list[Sequence], requests: list[Request], counted_s: tuple[float, float]) -> float:

@@ -1,12 +1,13 @@
-"""Int8 layers against those of the device's own dtype: float32 on a CPU, bfloat16 on CUDA.
+"""Int8 layers, and on CUDA float8 ones, against those of the device's own dtype: float32 on a CPU, bfloat16 on CUDA.
 
     python benchmarks/int8_layers.py [--device cuda] [--tune] [--out benchmarks/results/DEVICE/int8-layers.json]
 
 Times every kind of layer of two models by the rows that it is given. Other weights push a layer's out of the
 caches before it is measured again, as in a model. On CUDA, calls are replayed from a graph, so that what is timed is
-the device's work alone; how long the host takes to launch one is given beside it. --tune tries other tilings. At the
-end it says up to how many rows the product that dequantises on the way is no slower than bfloat16, and than writing
-the weights out: the second is what FUSED_ROWS in engine/quantization/int8_tiling.py should be.
+the device's work alone; how long the host takes to launch one is given beside it. Float8 is timed with the rounding of
+what a layer is given ("fp8"), and without ("fp8_product"). --tune tries other tilings. At the end it says up to how
+many rows the product that dequantises on the way is no slower than bfloat16, and than writing the weights out: the
+second is what FUSED_ROWS in engine/quantization/int8_tiling.py should be.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twinserve.commands.progress import say
+from twinserve.engine.capability import FLOAT8_FROM, Capability
 from twinserve.engine.device_queue import device_name
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
-from twinserve.engine.quantization import AbsMaxQuantizer
+from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization.float8_product import float8_product, float8_rows
 from twinserve.engine.quantization.int8_product import int8_product
 from twinserve.engine.quantization.int8_tiling import FUSED_ROWS
 
@@ -117,6 +120,8 @@ class _Weights:
             torch.empty(num_out, num_in, device=device).normal_(0, 0.05, generator=generator) for _ in range(copies)
         ]
         self.int8 = [AbsMaxQuantizer.quantize(weight) for weight in floats]
+        has_float8 = device == "cuda" and Capability.of(torch.device(device)).level >= FLOAT8_FROM
+        self.float8 = [AbsMaxQuantizer.quantize(weight, dtype=FLOAT8) for weight in floats] if has_float8 else []
         self.plain = [weight.to(self.dtype) for weight in floats]
 
     def x(self, rows: int) -> Tensor:
@@ -160,6 +165,10 @@ def _on_cuda(weights: _Weights, rows: int, tune: bool) -> dict[str, Any]:
         "int8_launch_us": _launch_us(lambda: int8_product(x, *weights.int8[0])),
         "fused": rows <= FUSED_ROWS,
     }
+    if weights.float8:
+        rounded = float8_rows(x)
+        figures["fp8_us"] = graph_us([partial(float8_product, x, *pair) for pair in weights.float8])
+        figures["fp8_product_us"] = graph_us([partial(float8_product, rounded, *pair) for pair in weights.float8])
     if rows <= MOST_FUSED:
         figures["fused_us"] = graph_us([partial(int8_matmul, x, *pair) for pair in weights.int8])
     if tune and rows <= MOST_FUSED:

@@ -1,10 +1,14 @@
 """Output tokens per second of the CUDA engine: whole workloads, what each optimisation buys, and a peer beside it.
 
     python benchmarks/throughput.py [--repeats N] [--out FOLDER] [--trace azure.csv] [--no-peer] [--no-ablation]
+    python benchmarks/throughput.py --shape llama-3-8b [--repeats N] [--out FOLDER]
 
 What is timed: from the first request's coming to the last token's reading, the policies included; the model is loaded
 and warm. Random weights of the Qwen3-0.6B shape in bfloat16, temperature 0.6, no end-of-sequence token. Results:
 FOLDER/h100.json (W256), FOLDER/h100/throughput.json (the rest); the folder is called after the card.
+
+With --shape, W256 by a shape is timed with its weights and its keys and values in bfloat16 and in float8.
+Results: FOLDER/h100/w256-SHAPE.json.
 """
 
 from __future__ import annotations
@@ -28,6 +32,13 @@ from twinserve.traces.readers import read_trace
 KEPT = {"top_k": 20, "top_p": 0.95}
 """What Qwen3's own generation config keeps."""
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "keys and values in float8": {"kv_cache_dtype": "fp8"},
+    "weights in float8": {"quantization": "fp8"},
+    "both in float8": {"kv_cache_dtype": "fp8", "quantization": "fp8"},
+}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -37,9 +48,14 @@ def main() -> int:
     parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
     parser.add_argument("--no-ablation", action="store_true", help="without switching optimisations off")
     parser.add_argument("--commit", help="what to write as the commit, where this is no git checkout")
+    parser.add_argument("--shape", help="time W256 by this shape in several formats instead, such as llama-3-8b")
     arguments = parser.parse_args()
     folder = device_folder("cuda")
     about = cuda_facts(arguments.commit)
+    if arguments.shape is not None:
+        path = arguments.out / folder / f"w256-{arguments.shape}.json"
+        merge(path, about | {"shape": arguments.shape, "formats": formats(arguments.shape, arguments.repeats)})
+        return 0
 
     work = Work.w256()
     llm = make_llm()
@@ -76,6 +92,18 @@ def main() -> int:
     return 0
 
 
+def formats(shape: str, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """W256 by a shape, its numbers in each of FORMATS."""
+    found = {}
+    for name, options in FORMATS.items():
+        llm = make_llm(shape, **options)
+        llm.warm_up()
+        found[name] = [throughput(llm, Work.w256()) for _ in range(repeats)]
+        show(f"{shape}, {name}", found[name])
+        close(llm)
+    return found
+
+
 def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
     """W256 with one thing switched off at a time, between two measurements of the whole."""
 
@@ -88,6 +116,7 @@ def ablation(work: Work, repeats: int) -> dict[str, list[dict[str, Any]]]:
         "flash-attn for decodes, over blocks of 256 tokens": {"attention": "flash"},
         "blocks of 256 tokens": {"settings": {"block_size": 256}},
         "keys and values in float8": {"kv_cache_dtype": "fp8"},
+        "weights in float8": {"quantization": "fp8"},
         "no fused kernels: torch's own, launched one by one": {"execution": "eager"},
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

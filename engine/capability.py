@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twinserve.engine.options import Quantization
 from twinserve.settings.errors import InputError
 
 BFLOAT16_FROM = (8, 0)
@@ -33,11 +34,12 @@ class Capability:
         properties: Any = torch.cuda.get_device_properties(device)
         return cls(properties.name, (properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
-    def check_formats(self, dtype: torch.dtype, kv_cache_dtype: torch.dtype) -> None:
+    def check_formats(self, dtype: torch.dtype, kv_cache_dtype: torch.dtype, quantization: Quantization) -> None:
         """Refuse numbers that this device has no instructions for.
 
         Args:
             dtype: of weights, and of what layers give.
+            quantization: of weights.
 
         Raises:
             InputError: it has none for these.
@@ -48,6 +50,12 @@ class Capability:
         if kv_cache_dtype == torch.float8_e4m3fn and self.level < FLOAT8_FROM:
             problem = f"expected auto: {self._lacks('float8', FLOAT8_FROM)}"
             raise InputError(problem, field="kv_cache_dtype", value="fp8")
+        if quantization == "fp8" and self.level < FLOAT8_FROM:
+            problem = f"expected weights of 16 bits, or int8: {self._lacks('float8', FLOAT8_FROM)}"
+            raise InputError(problem, field="quantization", value="fp8")
+        if quantization == "fp8" and dtype != torch.bfloat16:
+            problem = "expected bfloat16 with float8 weights on CUDA, as their products are"
+            raise InputError(problem, field="dtype", value=str(dtype).removeprefix("torch."))
 
     def check_shared_memory(self, needed: int, head_dim: int) -> None:
         """Refuse heads for which the kernels of attention need more shared memory than there is.

@@ -16,6 +16,7 @@ from twinserve.engine.models.sharded_decoder import check_size, part_of
 from twinserve.engine.models.source import ModelSource
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.parallel.shards import Shard
+from twinserve.engine.quantization.float8_product import ALIGNED
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 
@@ -57,9 +58,9 @@ class RunnerConfig:
             raise InputError("expected 1 on the engine", field="pipeline_parallel_size", value=value)
         device, model = usable_device(options.device), source.config
         kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
-        if device.type == "cuda":
-            Capability.of(device).check_formats(source.dtype, kv_cache_dtype)
         own = _own_part(source, options, settings)
+        if device.type == "cuda":
+            check_device(source, own, device, kv_cache_dtype)
         asked = settings.block_size if "block_size" in settings.model_fields_set else None
         group = own.num_heads // own.num_kv_heads
         attention = choose_attention(
@@ -87,6 +88,31 @@ class RunnerConfig:
     def with_blocks(self, num_blocks: int) -> RunnerConfig:
         """This config with a pool of `num_blocks`."""
         return replace(self, settings=self.settings.model_copy(update={"num_gpu_blocks": num_blocks}))
+
+
+def check_device(source: ModelSource, own: ModelConfig, device: torch.device, kv_cache_dtype: torch.dtype) -> None:
+    """Refuse a model in numbers that a CUDA device cannot multiply.
+
+    Args:
+        own: the shape of what the device has of the model.
+
+    Raises:
+        InputError: it cannot.
+    """
+    Capability.of(device).check_formats(source.dtype, kv_cache_dtype, source.quantization)
+    if source.quantization != "fp8":
+        return
+    heads = own.num_heads * own.head_dim
+    sizes = {
+        "the hidden layer": own.hidden_size,
+        "the intermediate layer": own.intermediate_size,
+        "the attention's output": heads,
+        "the attention's input": heads + 2 * own.num_kv_heads * own.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % ALIGNED:
+            problem = f"expected weights of 16 bits, or int8: CUDA takes multiples of {ALIGNED}, {name} is {size}"
+            raise InputError(problem, field="quantization", value="fp8")
 
 
 def _own_part(source: ModelSource, options: EngineOptions, settings: Settings) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -76,7 +77,8 @@ def device_name(device: torch.device | str) -> str:
 class HasTokens(Protocol):
     """What was computed on a device; to be read by later steps of the same queue alone."""
 
-    tokens: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
 
 
 class Step(HasTokens, Protocol):
@@ -96,8 +98,12 @@ class Step(HasTokens, Protocol):
 class Parts(Protocol):
     """A step that the host has a part in while it runs; its parts are gone through in this order."""
 
+    @property
+    def waits(self) -> bool:
+        """Can it not be laid out before the step before it is concluded?"""
+
     def lay_out(self) -> None:
-        """What the host does before anything is computed, and not before the step before is concluded."""
+        """What the host does before anything is computed."""
 
     def compute(self) -> Tensor:
         """Enqueue on the device what gives numbers that the host has to know."""
@@ -200,7 +206,7 @@ class CudaQueue:
         self._ended = self._event()
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
-        self._open: tuple[CudaStep, Any, Parts] | None = None
+        self._open: deque[CudaStep] = deque()  # steps in parts that are not concluded
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
@@ -213,24 +219,22 @@ class CudaQueue:
 
     @torch.inference_mode()
     def submit_parts(self, parts: Parts) -> CudaStep:
-        """Enqueue a step in parts. It is concluded when the next one is submitted or when it is waited for, whichever
-        comes first: until then the host is free, as the step runs."""
-        self.conclude()
+        """Enqueue a step in parts. It is concluded when it is waited for, or before a later step that needs it: until
+        then the host is free, as the step runs."""
+        while len(self._open) > (0 if parts.waits else 1):
+            self._open.popleft().conclude()
         parts.lay_out()
         step = self.submit(parts.compute)
-        self._open = step, step.end, parts
         with on_device(self._device):
             parts.go_on()
-            step.end = self._event()
+            step.goes_on(parts, self._event())
+        self._open.append(step)
         return step
 
-    def conclude(self, step: CudaStep | None = None) -> None:
-        """Conclude the step that was submitted last, unless that was done; with `step`, only if it is that one."""
-        if self._open is None or step not in (None, self._open[0]):
-            return
-        (last, computed, parts), self._open = self._open, None
-        computed.synchronize()
-        last.conclude(parts)
+    def conclude(self, step: CudaStep) -> None:
+        """Conclude a step in parts and those before it."""
+        while step in self._open:
+            self._open.popleft().conclude()
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.
@@ -255,32 +259,37 @@ class CudaQueue:
         return event
 
     def close(self) -> None:
-        self._open = None
+        self._open.clear()
         torch.cuda.synchronize(self._device)
 
 
 class CudaStep:
-    """A step of a CudaQueue.
-
-    Attributes:
-        end: the event of its end.
-    """
+    """A step of a CudaQueue."""
 
     def __init__(self, queue: CudaQueue, tokens: Tensor, host: Tensor, launched_ns: int, start: Any, end: Any) -> None:
-        self.tokens, self.end = tokens, end
+        self.tokens = tokens
         self.start_ns = 0
         self.end_ns = 0
-        self._queue, self._host, self._begun = queue, host, (launched_ns, start)
+        self._queue, self._host, self._events = queue, host, (launched_ns, start, end)
+        self._parts: tuple[Parts, Any] | None = None
         self._concluded: list[int] | None = None
 
-    def conclude(self, parts: Parts) -> None:
-        """Have what the device has computed by now concluded."""
+    def goes_on(self, parts: Parts, end: Any) -> None:
+        """Say that this was not all of it, and the event of its end."""
+        launched_ns, start, computed = self._events
+        self._parts, self._events = (parts, computed), (launched_ns, start, end)
+
+    def conclude(self) -> None:
+        """Wait for the numbers of a step in parts, and have it concluded."""
+        assert self._parts is not None
+        parts, computed = self._parts
+        computed.synchronize()
         self._concluded = parts.conclude(self._host.tolist())
 
     def result(self) -> list[int]:
         if not self.end_ns:
             self._queue.conclude(self)
-            self.start_ns, self.end_ns = self._queue.wait(*self._begun, self.end)
+            self.start_ns, self.end_ns = self._queue.wait(*self._events)
         return self._host.tolist() if self._concluded is None else self._concluded
 
 

@@ -40,12 +40,18 @@ class Forward(Protocol):
 
     Attributes:
         most_single: tokens of the rows that have to lie first in a flat batch, see `Layout.of`.
+        is_free: it lays rows whose places the device alone knows, and the host waits for nothing.
     """
 
     most_single: int
+    is_free: bool
 
-    def lay(self, layout: Layout) -> Any:
-        """What `computed` has to know of a flat batch, on the device."""
+    def lay(self, layout: Layout, moved: Tensor | None = None) -> Any:
+        """What `computed` has to know of a flat batch, on the device.
+
+        Args:
+            moved: [rows], int64: by how many tokens each row of the layout begins later; None is by none.
+        """
 
     def computed(self, laid: Any, token_ids: Tensor) -> Tensor:
         """What the last layer gives for each token of a flat batch, [tokens, hidden_size], normalised; until the next
@@ -78,8 +84,11 @@ class EagerForward:
     def __init__(self, model: Decoder, backend: AttentionBackend, cache: KVCache) -> None:
         self._model, self._backend, self._cache = model, backend, cache
         self._device = torch.device(model.device)
+        self.is_free = self._device.type == "cpu"
 
-    def lay(self, layout: Layout) -> Placed:
+    def lay(self, layout: Layout, moved: Tensor | None = None) -> Placed:
+        if moved is not None:
+            layout = layout.moved(moved.tolist())
         model, block_size, device = self._model, self._cache.block_size, self._device
         plans = plan_layers(self._backend, layout.metadata(block_size), model.config.windows, model.dtype, device)
         return Placed(to_device(layout.positions, device), to_device(layout.slots(block_size), device), plans)

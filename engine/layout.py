@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,6 +42,12 @@ class Layout:
             [last_of[i] for i in range(len(spans))],
             np.concatenate([np.arange(start, start + length) for start, length in ordered]),
         )
+
+    def moved(self, more: Seq[int]) -> Layout:
+        """The same rows, each of which begins so many tokens later; in their order here."""
+        spans = [(start + own, length) for (start, length), own in zip(self.spans, more, strict=True)]
+        lengths = [length for _, length in self.spans]
+        return replace(self, spans=spans, positions=self.positions + np.repeat(more, lengths))
 
     def metadata(self, block_size: int) -> AttentionMetadata:
         """What attention is planned by."""

@@ -268,7 +268,12 @@ class ModelRunner:
         """What was arranged, on the device."""
         told = all_to_device([arranged.token_ids, arranged.last, *arranged.late], self.device)
         late = (told[2], told[3]) if len(told[2]) else None
-        return FlatStep(token_ids=told[0], laid=self._forward.lay(arranged.layout), last=told[1], late=late)
+        laid = self._forward.lay(arranged.layout, self._moved(arranged.layout.order))
+        return FlatStep(token_ids=told[0], laid=laid, last=told[1], late=late)
+
+    def _moved(self, order: Seq[int]) -> Tensor | None:
+        """By how many tokens rows, given by their numbers, begin later than where they are laid: by none."""
+        return None
 
     def _seen(self, sampled: Seq[tuple[Row, int]]) -> tuple[Tensor, Tensor] | None:
         """`StepInput.seen` for the rows that sample, each with the place of its last token."""

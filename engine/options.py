@@ -13,7 +13,7 @@ from twinserve.settings.config import read_table, validated
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "triton", "flash", "sdpa"]
 Execution = Literal["auto", "graphs", "eager"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "fp8"]
 
 GPU_MEMORY_UTILIZATION = 0.9
 
@@ -50,8 +50,10 @@ class EngineOptions(BaseModel):
     )
     quantization: Quantization = Field(
         default="none",
-        description="int8: linear layers and embedding of a byte a weight, and a scale a row; on CUDA the weights of a "
-        "step of more than 256 rows are written out in 16 bits, which takes several times as long as plain ones",
+        description="none: as the checkpoint is; int8: linear layers and embedding of a byte a weight, and a scale a "
+        "row; on CUDA the weights of a step of more than 256 rows are written out in 16 bits, which takes several "
+        "times as long as plain ones; fp8: linear layers but the output projection in e4m3, with a scale a row, and "
+        "what they are given rounded likewise; on CUDA beside bfloat16 alone",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         default="auto", description="auto: as dtype; fp8: a byte a number (e4m3, unscaled), with triton alone"

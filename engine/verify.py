@@ -17,11 +17,11 @@ from twinserve.engine.device_queue import usable_device
 from twinserve.engine.inference import cache_name
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig
-from twinserve.engine.models.loader import DTYPES
+from twinserve.engine.models.loader import DTYPES, dequantised_tensors
 from twinserve.engine.models.source import ModelSource, load_tokenizer
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import encode_prompt
-from twinserve.engine.quantization import AbsMaxQuantizer
+from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -71,8 +71,9 @@ class VerifyReport:
     """How a model as this engine serves it compares with transformers.
 
     The reference is transformers in float32, its weights and its KV rounded as the engine's are where these are int8
-    or float8, so that what differs is how the engine computes. Beside it is transformers in 16 bits: in the engine's
-    dtype, or in bfloat16 beside int8 in float32, whose layers take 16 bits of what they are given.
+    or float8, and what float8 weights are multiplied by, so that what differs is how the engine computes. Beside it is
+    transformers in 16 bits: in the engine's dtype, or in bfloat16 beside int8 and float8 in float32, whose layers take
+    16 bits and fewer of what they are given.
 
     Attributes:
         model: the folder.
@@ -307,15 +308,15 @@ def _log_probs(llm: LLM, texts: list[list[int]]) -> list[Tensor]:
 
 def _run_theirs(folder: Path, texts: list[list[int]], device: str, dtype: str, facts: dict[str, Any]) -> list[_Scores]:
     """Score texts with transformers, its weights and its KV rounded as the engine's are."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        model, is_float8 = _transformers_model(folder, DTYPES[dtype])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"transformers cannot load it: {reason}", path=folder) from error
     if facts["quantization"] == "int8":
         _round_weights(model, DTYPES[dtype])
+    elif facts["quantization"] == "fp8":
+        _round_layers(model.base_model.layers, DTYPES[dtype], weights=not is_float8)
     model = model.to(device).eval()
     cache = {}
     if facts["kv_cache_dtype"] == "float8_e4m3fn":
@@ -328,6 +329,19 @@ def _run_theirs(folder: Path, texts: list[list[int]], device: str, dtype: str, f
     return [_score(hidden_of, model.get_output_embeddings(), text, device) for text in texts]
 
 
+def _transformers_model(folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The folder's model, and whether its checkpoint is in float8; then it has the numbers that those stand for."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not ModelConfig.load(folder).is_float8:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), False
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(dequantised_tensors(folder), strict=not config.tie_word_embeddings)
+    return model, True
+
+
 def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the weights that `quantize_decoder` rounds; tied ones once."""
     rounded: set[int] = set()
@@ -336,6 +350,23 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
             numbers = AbsMaxQuantizer.dequantize(*AbsMaxQuantizer.quantize(module.weight))
             module.weight.data = numbers.to(dtype)
             rounded.add(id(module.weight))
+
+
+@torch.no_grad()
+def _round_layers(layers: nn.Module, dtype: torch.dtype, *, weights: bool) -> None:
+    """Round what the linear layers of decoder layers are given to float8, and their weights if these are not."""
+
+    def rounded(numbers: Tensor) -> Tensor:
+        return AbsMaxQuantizer.dequantize(*AbsMaxQuantizer.quantize(numbers, dtype=FLOAT8)).to(dtype)
+
+    def round_input(layer: nn.Module, given: tuple[Tensor]) -> Tensor:
+        return rounded(given[0])
+
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            if weights:
+                module.weight.copy_(rounded(module.weight))
+            module.register_forward_pre_hook(round_input)
 
 
 def _float8_cache() -> Any:

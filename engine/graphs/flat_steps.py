@@ -62,6 +62,8 @@ class FlatSteps:
         cache: as given.
     """
 
+    is_free = True
+
     def __init__(
         self, model: Decoder, cache: KVCache, config: RunnerConfig, most_single: int, *, follows: bool = False
     ) -> None:
@@ -115,7 +117,7 @@ class FlatSteps:
             sizes = self._following.captured("decodes")
             self._followers = capture_each(sizes, self._capture_follower, self._device, self._memory_share)
 
-    def lay(self, layout: Layout) -> Laid:
+    def lay(self, layout: Layout, moved: Tensor | None = None) -> Laid:
         lengths = [length for _, length in layout.spans]
         cut, offset, num_single = list[tuple[int, int, int, int]](), 0, 0
         for number, (start, length) in enumerate(layout.spans):
@@ -140,6 +142,9 @@ class FlatSteps:
             flat[begin : begin + len(table)] = table
         flat[ends[1] :] = np.ravel(cut)
         told = to_device(flat, self._device)
+        if moved is not None:
+            rows, positions = told[:offset].long(), told[tokens : tokens + offset]
+            positions += moved[rows].int()
         tables = told[ends[0] : ends[0] + len(lengths) * width]
         return Laid(size, num_single, told[: ends[0]].view(2, -1), tables.view(-1, width), told[ends[1] :].view(-1, 4))
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
 from twinserve.engine.kernels.few_rows import MOST_ROWS, attend, fits, has_product, product
 from twinserve.engine.kernels.filtered_sampling import ROOM, sample_filtered_rows
-from twinserve.engine.kernels.fused import rms_norm, rotate_and_store, silu_and_mul
+from twinserve.engine.kernels.fused import (
+    rms_norm,
+    rms_norm_float8,
+    rotate_and_store,
+    silu_and_mul,
+    silu_and_mul_float8,
+)
 from twinserve.engine.kernels.paged_attention import decode_attention, prefill_attention
 from twinserve.engine.kernels.sampling import sample_rows
 from twinserve.engine.kernels.step_rows import gather_tables, read_rows
@@ -90,6 +96,7 @@ class FusedDecoder:
         can_wait = few_rows and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)
         self._attends_few = can_wait and attention == "triton"
         self._multiplies_few = can_wait and all(fits(cast(DecoderLayer, layer)) for layer in model.layers)
+        self._is_float8 = model.quantization == "fp8"
         self._flash: Any = None
         if attention == "flash":
             from flash_attn import flash_attn_with_kvcache
@@ -140,15 +147,16 @@ class FusedDecoder:
                 x = product(residual, layer.mlp.gate_up, layer.mlp_norm.weight, eps, gated=True)
                 product(x, layer.mlp.down, residual=residual)
             return rms_norm(residual, model.norm.weight, eps, out=self.hidden[: len(residual)])
-        x = rms_norm(residual, layers[0].attention_norm.weight, eps)
+        # What a product with float8 weights takes is rounded by the kernel that makes it.
+        norm, gated = (rms_norm_float8, silu_and_mul_float8) if self._is_float8 else (rms_norm, silu_and_mul)
+        taken: Any = norm(residual, layers[0].attention_norm.weight, eps)
         for number, layer in enumerate(layers):
-            attended = self._attended(step, layer.attention.qkv(x), number, positions, slots)
-            x = rms_norm(layer.attention.output(attended), layer.mlp_norm.weight, eps, residual)
-            x = layer.mlp.down(silu_and_mul(layer.mlp.gate_up(x)))
-            after = layers[number + 1].attention_norm if number + 1 < len(layers) else model.norm
-            out = self.hidden[: len(x)] if after is model.norm else None
-            x = rms_norm(x, after.weight, eps, residual, out)
-        return x
+            attended = self._attended(step, layer.attention.qkv(taken), number, positions, slots)
+            taken = norm(layer.attention.output(attended), layer.mlp_norm.weight, eps, residual)
+            x = layer.mlp.down(gated(layer.mlp.gate_up(taken)))
+            if number + 1 < len(layers):
+                taken = norm(x, layers[number + 1].attention_norm.weight, eps, residual)
+        return rms_norm(x, model.norm.weight, eps, residual, self.hidden[: len(residual)])
 
     def _attended(self, step: StepRows, qkv: Tensor, number: int, positions: Tensor, slots: Tensor) -> Tensor:
         """Attention in a layer [tokens, heads * head_dim], whose keys and values go into the pool."""

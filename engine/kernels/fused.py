@@ -1,6 +1,7 @@
 """Small stages of a decoder layer, each one kernel: residual and norm, rotation and KV store, gated activation.
 
-Each reads its input once, computes in float32 and rounds once.
+Each reads its input once, computes in float32 and rounds once; what a product with float8 weights takes is rounded to
+float8, with a scale a row, by the kernel that makes it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twinserve.engine.quantization.float8_product import Float8Rows
+from twinserve.engine.quantization.quantizer import FLOAT8, LARGEST_FLOAT8
+
+_LARGEST = tl.constexpr(LARGEST_FLOAT8)
+_SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+
 
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, eps, size, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
+    """Store a program's row of numbers, those `inside`, in float32; as `AbsMaxQuantizer` rounds them if FLOAT8."""
+    if FLOAT8:
+        largest = tl.max(tl.where(inside, tl.abs(values), 0.0), axis=0)
+        scale = tl.maximum(tl.div_rn(largest, _LARGEST), _SMALLEST)
+        values = tl.div_rn(values, scale)
+        tl.store(scales + tl.program_id(0), scale)
+    tl.store(target, values.to(target.dtype.element_ty), inside)
+
+
+@triton.jit
+def _quantize_kernel(x, out, scales, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    values = tl.load(x + row + columns, inside, other=0.0).to(tl.float32)
+    _store_row(out + row + columns, scales, values, inside, True)
+
+
+def quantize_rows(x: Tensor) -> Float8Rows:
+    """`x` [rows, size] in float8, each row with a scale of its own."""
+    x = x.contiguous()
+    out, (rows, size) = _float8_like(x, x.shape[1]), x.shape
+    block = triton.next_power_of_2(size)
+    _quantize_kernel[(rows,)](x, out.values, out.scale, size, block, num_warps=_warps(block))
+    return out
+
+
+def _float8_like(x: Tensor, size: int) -> Float8Rows:
+    """Room for `size` numbers in float8 for each row of `x`."""
+    return Float8Rows(x.new_empty(len(x), size, dtype=FLOAT8), x.new_empty(len(x), 1, dtype=torch.float32), x.dtype)
+
+
+def _warps(block: int) -> int:
+    """For a program that has a row of so many numbers in its registers."""
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, residual, weight, out, scales, eps, size, BLOCK: tl.constexpr, ADD: tl.constexpr, FLOAT8: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -24,7 +72,7 @@ def _rms_norm_kernel(x, residual, weight, out, eps, size, BLOCK: tl.constexpr, A
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
     normed = wide * scale * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, normed.to(out.dtype.element_ty), inside)
+    _store_row(out + row + columns, scales, normed, inside, FLOAT8)
 
 
 def rms_norm(
@@ -36,14 +84,28 @@ def rms_norm(
         residual: [rows, size]; the sum is left in it.
         out: takes the result, if there is one.
     """
-    rows, size = x.shape
     out = torch.empty_like(x) if out is None else out
+    _rms_norm(x, weight, eps, residual, out, None)
+    return out
+
+
+def rms_norm_float8(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Float8Rows:
+    """What `rms_norm` gives, in float8."""
+    out = _float8_like(x, x.shape[1])
+    _rms_norm(x, weight, eps, residual, out.values, out.scale)
+    return out
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scales: Tensor | None
+) -> None:
+    rows, size = x.shape
     block = triton.next_power_of_2(size)
     warps = 4 if block <= 2048 else 8
     _rms_norm_kernel[(rows,)](
-        x, x if residual is None else residual, weight, out, eps, size, block, residual is not None, num_warps=warps
-    )
-    return out
+        x, x if residual is None else residual, weight, out, x if scales is None else scales, eps, size, block,
+        residual is not None, scales is not None, num_warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -126,18 +188,26 @@ def rotate_and_store(
 
 
 @triton.jit
-def _silu_and_mul_kernel(x, out, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x, out, scales, size, BLOCK: tl.constexpr, FLOAT8: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     gate = tl.load(x + row * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + columns, inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), inside)
+    _store_row(out + row * size + columns, scales, gate * tl.sigmoid(gate) * up, inside, FLOAT8)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) * up for `x` [rows, 2 size], a gate and what it lets through beside each other: [rows, size]."""
     rows, size = len(x), x.shape[1] // 2
     out = x.new_empty(rows, size)
-    _silu_and_mul_kernel[rows, triton.cdiv(size, 1024)](x, out, size, 1024, num_warps=4)
+    _silu_and_mul_kernel[rows, triton.cdiv(size, 1024)](x, out, x, size, 1024, False, num_warps=4)
+    return out
+
+
+def silu_and_mul_float8(x: Tensor) -> Float8Rows:
+    """What `silu_and_mul` gives, in float8; a program has a whole row, as its scale hangs on all of it."""
+    size = x.shape[1] // 2
+    out, block = _float8_like(x, size), triton.next_power_of_2(size)
+    _silu_and_mul_kernel[len(x), 1](x, out.values, out.scale, size, block, True, num_warps=_warps(block))
     return out

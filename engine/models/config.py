@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from twinserve.engine.models.float8_checkpoint import is_float8
 from twinserve.engine.models.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, yarn_amplitude
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_endless
@@ -49,13 +50,11 @@ ARCHITECTURES = {
     ),
 }
 
-_NO_QUANTIZATION = "expected none: quantized checkpoints are not supported"
 _NO_EXPERTS = "expected none: mixtures of experts are not supported"
 UNHONOURED: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu",), 'expected "silu"'),
     "partial_rotary_factor": ((1.0,), "expected 1.0"),
-    "quantization_config": (({},), _NO_QUANTIZATION),
-    "compression_config": (({},), _NO_QUANTIZATION),
+    "compression_config": (({},), "expected none: quantized checkpoints say so in quantization_config"),
     "num_experts": ((0,), _NO_EXPERTS),
     "num_local_experts": ((0,), _NO_EXPERTS),
     "num_experts_per_tok": ((0,), _NO_EXPERTS),
@@ -91,6 +90,7 @@ class ModelConfig:
             has one, or none that hides anything.
         windowed_layers: the layers that have it.
         checkpoint_dtype: what the config says that the weights were saved in; None where it says nothing.
+        is_float8: the weights of the checkpoint's linear layers are in float8; its dtype is that of the others.
     """
 
     vocab_size: int
@@ -113,6 +113,7 @@ class ModelConfig:
     sliding_window: int | None = None
     windowed_layers: tuple[int, ...] = ()
     checkpoint_dtype: str | None = None
+    is_float8: bool = False
 
     @property
     def max_model_len(self) -> int:
@@ -198,6 +199,7 @@ class ModelConfig:
             sliding_window=window,
             windowed_layers=windowed,
             checkpoint_dtype=fields.dtype(),
+            is_float8=is_float8(values, path),
         )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.rope import rotation
 from twinserve.engine.options import Quantization
-from twinserve.engine.quantization import Int8Embedding
+from twinserve.engine.quantization import FLOAT8, Int8Embedding
 
 
 class Attention(Protocol):
@@ -166,8 +166,10 @@ class Decoder(nn.Module):
 
     @property
     def quantization(self) -> Quantization:
-        """Of the weights; `quantize_decoder` has a Decoder run from int8."""
-        return "int8" if self.embedding.weight.dtype == torch.int8 else "none"
+        """Of the weights; `quantize_decoder` has a Decoder run from int8 or float8."""
+        if self.embedding.weight.dtype == torch.int8:
+            return "int8"
+        return "fp8" if any(tensor.dtype == FLOAT8 for tensor in self.layers.buffers()) else "none"
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """The last layer's normalised output.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
+from twinserve.engine.models.float8_checkpoint import INPUT_SCALE, WEIGHT_SCALE
 from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.parallel.group import Group
 from twinserve.engine.parallel.shards import Shard
-from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
+from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer, quantize_decoder
 from twinserve.engine.quantization.quantizer import absmax_scale
 from twinserve.settings.errors import InputError
 
@@ -39,7 +40,8 @@ def load_model(
 
     Args:
         dtype: of the weights, whatever the files hold.
-        quantization: "int8" quantizes each weight as it is read, so that the model is never there in full.
+        quantization: "int8" and "fp8" quantize each weight as it is read, so that the model is never there in full. A
+            checkpoint in float8 is loaded as it is.
         group: the ranks that share the model; of it, this one reads its own part alone.
 
     Raises:
@@ -65,7 +67,7 @@ def adopt_model(
 
     Args:
         dtype: of the copy; None keeps the model's.
-        quantization: "int8" makes a copy that runs from int8.
+        quantization: "int8" and "fp8" make a copy that runs from int8 or float8.
         group: the ranks that share the model; this one copies its own part.
 
     Raises:
@@ -73,7 +75,11 @@ def adopt_model(
     """
     config, tensors = config_of(model), model.state_dict()
     source = _Source(
-        type(model).__name__, tensors, lambda name: tensors[name].shape, lambda name, own: tensors[name][own]
+        type(model).__name__,
+        tensors,
+        lambda name: tensors[name].shape,
+        lambda name, own: tensors[name][own],
+        lambda name: str(tensors[name].dtype).removeprefix("torch."),
     )
     return _build(config, source, dtype or next(model.parameters()).dtype, device, quantization, group)
 
@@ -89,7 +95,22 @@ def config_of(model: nn.Module) -> ModelConfig:
     if not hasattr(theirs, "to_dict"):
         raise InputError("expected a Decoder or a causal language model of transformers", field="model", value=name)
     more_eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
+    config = ModelConfig.from_fields(theirs.to_dict(), name, f"config of {name}", more_eos=more_eos)
+    if config.is_float8:
+        # Its layers are of a kind of their own, which may have unpacked the weights or not.
+        raise InputError("expected a folder: quantized models are not adopted", field="model", value=name)
+    return config
+
+
+def quantization_of(config: ModelConfig, asked: Quantization) -> Quantization:
+    """How the weights of a model will be kept.
+
+    Raises:
+        InputError: that is not what its checkpoint has.
+    """
+    if config.is_float8 and asked == "int8":
+        raise InputError("expected none or fp8: the checkpoint is in float8", field="quantization", value=asked)
+    return "fp8" if config.is_float8 else asked
 
 
 def random_model(
@@ -105,7 +126,7 @@ def random_model(
     """A Decoder with weights drawn from a normal distribution of deviation `std`, norms at 1 and biases at 0.
 
     Args:
-        quantization: "int8" draws all of them, and has the Decoder run from int8 then.
+        quantization: "int8" and "fp8" draw all of them, and have the Decoder run from int8 or float8 then.
         group: the ranks that share the model; each draws all of it, one weight at a time, and keeps its own part.
     """
     with torch.device(device):
@@ -125,19 +146,22 @@ def random_model(
             pieces = whole.normal_(0.0, std, generator=generator).split([part.shape[0] for part in stack])
             own = [piece[part.own] for part, piece in zip(stack, pieces, strict=True)]
             _put(parameter, own, [part.length for part in stack])
-    if quantization == "int8":
-        quantize_decoder(model, _scale_of(group))
+    quantization = quantization_of(config, quantization)
+    if quantization != "none":
+        quantize_decoder(model, _scale_of(group, quantization), quantization)
     return _joined(model)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Tensors by name, and where they are from: `shape` of one, and `read` what lies in a slice of each dimension."""
+    """Tensors by name, and where they are from: `shape` and `dtype` of one, the latter as the source calls it, and
+    `read` what lies in a slice of each dimension."""
 
     path: object
     names: Collection[str]
     shape: Callable[[str], Seq[int]]
     read: Callable[[str, tuple[slice, ...]], Tensor]
+    dtype: Callable[[str], str]
 
 
 def _open_weights(folder: Path, stack: ExitStack) -> _Source:
@@ -174,7 +198,25 @@ def _open_weights(folder: Path, stack: ExitStack) -> _Source:
         files,
         lambda name: files[name].get_slice(name).get_shape(),
         lambda name, own: files[name].get_slice(name)[own] if own else files[name].get_tensor(name),
+        lambda name: files[name].get_slice(name).get_dtype(),
     )
+
+
+def dequantised_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the folder of a checkpoint in float8, which `load_model` can load: by name, what they stand for.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    with ExitStack() as stack:
+        source = _open_weights(folder, stack)
+        tensors = {name: source.read(name, ()) for name in source.names}
+    scales = {name for name in tensors if name.endswith((f"weight{WEIGHT_SCALE}", INPUT_SCALE))}
+    for name in scales:
+        weight = name.removesuffix(WEIGHT_SCALE)
+        if weight != name:
+            tensors[weight] = AbsMaxQuantizer.dequantize(tensors[weight], tensors[name].float())
+    return {name: tensor for name, tensor in tensors.items() if name not in scales}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -291,30 +333,77 @@ def _build(
     group: Group | None,
 ) -> Decoder:
     """A Decoder with the tensors of `source`, each of which must be there, have its shape, and be known."""
+    quantization = quantization_of(config, quantization)
     parts = _parts(config, _shard_of(group))
+    with torch.device("meta"):
+        model = _decoder(config, dtype, group)
+        if quantization != "none":
+            quantize_decoder(model, quantization=quantization)
+    narrow = {name.removesuffix("scale") + "weight" for name, _ in model.named_buffers() if name.endswith("scale")}
+    kept = narrow if config.is_float8 else set[str]()
+    _check_names(source, parts, kept)
+    _check_tied(config, source, *parts["embedding.weight"])
+    weights: dict[str, Tensor] = {}
+    scale_of = _scale_of(group, quantization)
+    for name, stack in parts.items():
+        scale = name.removesuffix("weight") + "scale"
+        if name in kept:
+            weights[name] = _stacked(source, stack, FLOAT8, device)
+            weights[scale] = torch.cat([_weight_scale(source, part) for part in stack]).to(device)
+        elif name in narrow:
+            weight = _stacked(source, stack, torch.float32, device)
+            weights[name], weights[scale] = AbsMaxQuantizer.quantize(
+                weight, scale_of(name, weight), _STORED[quantization]
+            )
+        else:
+            weights[name] = nn.Parameter(_stacked(source, stack, dtype, device), requires_grad=False)
+    model.load_state_dict(weights, assign=True)
+    return _joined(model)
+
+
+def _check_names(source: _Source, parts: dict[str, list[_Part]], kept: set[str]) -> None:
+    """Refuse a tensor that is not known, and one that is in float8 where its scale is not, or the other way around.
+
+    Args:
+        kept: the weights that are loaded as float8.
+    """
     known = {part.name for stack in parts.values() for part in stack}
+    narrow = {part.name for name in kept for part in parts[name]}
+    known |= {name + WEIGHT_SCALE for name in narrow}
+    known |= {name.removesuffix("weight") + INPUT_SCALE for name in narrow}
     for name in source.names:
         # A tied output projection may be saved beside the embedding, and old checkpoints hold rotary constants.
         if name not in known and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise InputError("not a tensor of this architecture", path=source.path, field=name)
-    _check_tied(config, source, *parts["embedding.weight"])
-    with torch.device("meta"):
-        model = _decoder(config, dtype, group)
-        if quantization == "int8":
-            quantize_decoder(model)
-    in_int8 = {name.removesuffix("scale") + "weight" for name, _ in model.named_buffers() if name.endswith("scale")}
-    weights: dict[str, Tensor] = {}
-    scale_of = _scale_of(group)
-    for name, stack in parts.items():
-        kept = torch.float32 if name in in_int8 else dtype
-        weight = _stacked(source, stack, kept, device)
-        if name in in_int8:
-            quantized = AbsMaxQuantizer.quantize(weight, scale_of(name, weight))
-            weights[name], weights[name.removesuffix("weight") + "scale"] = quantized
+        found = source.dtype(name)
+        is_float8 = found.lower().startswith(("f8", "float8"))
+        if name in narrow and found not in _FLOAT8_NAMES:
+            problem = "expected F8_E4M3, as the config has a quantization_config"
+        elif name not in narrow and is_float8:
+            problem = "expected 16 or 32 bits a number, as its scale is not known"
         else:
-            weights[name] = nn.Parameter(weight, requires_grad=False)
-    model.load_state_dict(weights, assign=True)
-    return _joined(model)
+            continue
+        raise InputError(problem, path=source.path, field=name, value=found)
+
+
+_FLOAT8_NAMES = ("F8_E4M3", "float8_e4m3fn")
+"""Of FLOAT8, in safetensors and in torch."""
+
+_STORED = {"int8": torch.int8, "fp8": FLOAT8}
+"""What a quantization keeps weights in."""
+
+
+def _weight_scale(source: _Source, part: _Part) -> Tensor:
+    """The scales of the rank's rows of a weight in float8, [rows, 1], float32; a whole weight's is that of each row."""
+    name, rows = part.name + WEIGHT_SCALE, part.shape[0]
+    shape = tuple(source.shape(name)) if name in source.names else None
+    if shape not in ((), (1,), (rows, 1)):
+        problem = f"expected scales of shape [1] or [{rows}, 1]"
+        raise InputError(problem, path=source.path, field=name, value=None if shape is None else list(shape))
+    scale = source.read(name, ()).float().reshape(-1, 1).expand(rows, 1)
+    if not bool(((scale >= 0) & scale.isfinite()).all()):
+        raise InputError("expected finite numbers >= 0", path=source.path, field=name)
+    return scale[part.own[:1]]
 
 
 def _shard_of(group: Group | None) -> Shard:
@@ -331,14 +420,15 @@ def _joined(model: Decoder) -> Decoder:
     return (model.join() if isinstance(model, ShardedDecoder) else model).eval()
 
 
-def _scale_of(group: Group | None) -> Callable[[str, Tensor], Tensor | None]:
-    """The int8 scales of a weight by its name: those of the whole rows, where the rank has parts of them; None where
+def _scale_of(group: Group | None, quantization: Quantization) -> Callable[[str, Tensor], Tensor | None]:
+    """The scales of a weight by its name: those of the whole rows, where the rank has parts of them; None where
     the weight has whole rows, each with a scale of its own."""
 
     def scale(name: str, weight: Tensor) -> Tensor | None:
         if group is None or not name.endswith((".output.weight", ".down.weight")):
             return None
-        return group.max(absmax_scale(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
+        exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        return group.max(absmax_scale(exact, _STORED[quantization]))
 
     return scale
 

@@ -15,8 +15,8 @@ from torch import nn
 from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.dummy import dummy_model, shape_folder
-from twinserve.engine.models.loader import DTYPES, adopt_model, config_of, load_model
-from twinserve.engine.options import EngineOptions
+from twinserve.engine.models.loader import DTYPES, adopt_model, config_of, load_model, quantization_of
+from twinserve.engine.options import EngineOptions, Quantization
 from twinserve.settings.errors import InputError
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -29,7 +29,8 @@ class ModelSource:
 
     Attributes:
         config: its shape.
-        dtype: that its weights will have.
+        dtype: that its weights will have, those aside that are quantized.
+        quantization: that its weights will have.
         load: loads the weights; with `device=` and `group=`, the part of a rank.
         tokenizer: None if it has none.
         sampling_defaults: those of SAMPLING that its generation_config.json says.
@@ -38,6 +39,7 @@ class ModelSource:
 
     config: ModelConfig
     dtype: torch.dtype
+    quantization: Quantization
     load: Callable[..., Decoder]
     tokenizer: Any = None
     sampling_defaults: dict[str, float] = field(default_factory=dict)
@@ -60,18 +62,19 @@ class ModelSource:
             if isinstance(model, Decoder):
                 _check_decoder(model, options)
                 load = partial(model.to, options.device)
-                return cls(model.config, model.dtype, load, tokenizer, is_splittable=False)
+                return cls(model.config, model.dtype, model.quantization, load, tokenizer, is_splittable=False)
             config = config_of(model)
             dtype = _dtype(options, _name(next(model.parameters()).dtype))
-            return cls(config, dtype, partial(adopt_model, model, dtype=dtype, **how), tokenizer)
+            load = partial(adopt_model, model, dtype=dtype, **how)
+            return cls(config, dtype, options.quantization, load, tokenizer)
         folder = shape_folder(model) if options.load_format == "dummy" else Path(model)
         config = ModelConfig.load(folder)
-        dtype = _dtype(options, config.checkpoint_dtype)
+        dtype, quantization = _dtype(options, config.checkpoint_dtype), quantization_of(config, options.quantization)
         if options.load_format == "dummy":
             load = partial(dummy_model, folder, seed=options.seed, dtype=dtype, **how)
-            return cls(config, dtype, load, load_tokenizer(Path(model)))
+            return cls(config, dtype, quantization, load, load_tokenizer(Path(model)))
         load = partial(load_model, folder, dtype=dtype, **how)
-        return cls(config, dtype, load, load_tokenizer(folder), _sampling_defaults(folder))
+        return cls(config, dtype, quantization, load, load_tokenizer(folder), _sampling_defaults(folder))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -105,7 +108,7 @@ def _check_decoder(model: Decoder, options: EngineOptions) -> None:
     if options.dtype != "auto" and DTYPES[options.dtype] != model.dtype:
         raise InputError(f"expected {_name(model.dtype)}, as the Decoder is", field="dtype", value=options.dtype)
     if "quantization" in options.model_fields_set and options.quantization != model.quantization:
-        problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder makes it int8"
+        problem = f"expected {model.quantization}, as the Decoder is; quantize_decoder quantizes it"
         raise InputError(problem, field="quantization", value=options.quantization)
 
 

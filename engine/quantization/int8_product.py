@@ -34,9 +34,9 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if x.device.type == "cpu":
         # With a single input, torch (2.13) takes the transposed weights for another layout and sums nonsense.
         in_digits = x.shape[1] > 1 and sums_int8_exactly()
-        multiply = _product_of_digits if in_digits else _product_by_blocks
+        multiply = _product_of_digits if in_digits else product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
-    if x.dtype in (torch.bfloat16, torch.float16) and len(x) <= FUSED_ROWS and _has_triton():
+    if x.dtype in (torch.bfloat16, torch.float16) and len(x) <= FUSED_ROWS and has_triton():
         from twinserve.engine.quantization.int8_matmul import int8_matmul
 
         return int8_matmul(x.contiguous(), weight, scale)
@@ -74,8 +74,8 @@ def _product_of_digits(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out.mul_(scale.T)
 
 
-def _product_by_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The product in float32, the weights converted some rows at a time."""
+def product_by_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product of `x` in float32, the weights, int8 or float8, converted some rows at a time."""
     out = x.new_empty(len(x), len(weight))
     for part in _blocks(len(weight), weight.shape[1]):
         torch.mm(x, weight[part].to(x.dtype).T, out=out[:, part])
@@ -89,5 +89,6 @@ def _blocks(count: int, numbers: int) -> Iterator[slice]:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Is Triton installed?"""
     return find_spec("triton") is not None

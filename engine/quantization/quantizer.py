@@ -1,4 +1,4 @@
-"""Weights in int8 with a scale a row, and the memory that a model takes."""
+"""Weights in int8 or float8 with a scale a row, and the memory that a model takes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,42 @@ from torch.multiprocessing.reductions import StorageWeakRef
 LARGEST = 127
 """Of the int8 values in use: as many below zero as above it, so that zero stays zero."""
 
+FLOAT8 = torch.float8_e4m3fn
+"""Four bits of exponent and three of mantissa, without infinities (arXiv:2209.05433, section 3)."""
+
+LARGEST_FLOAT8 = 448
+"""Of FLOAT8; a larger number would become NaN."""
+
 
 class AbsMaxQuantizer:
     """Quantization by the largest magnitude (arXiv:2208.07339, section 2.1), with a scale for each row.
 
     A row is the last dimension; in a linear layer, the weights of one output. Its scale is max(|row|) / 127, and a
     weight becomes the nearest multiple of it, so it moves by half a step at most: |weight - int8 * scale| <= scale / 2.
+    In float8 the scale is max(|row|) / 448, and a weight becomes scale times the nearest number that there is: it moves
+    by a sixteenth of itself, or by scale / 1024 where it is below scale / 64.
     """
 
     @staticmethod
-    def quantize(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """int8 values and their scales.
+    def quantize(weight: Tensor, scale: Tensor | None = None, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+        """int8 or float8 values and their scales.
 
         Args:
             weight: [..., row], finite floating point numbers.
             scale: [..., 1], of rows that `weight` has a part of; None is its own.
+            dtype: int8 or FLOAT8.
 
         Returns:
-            quantized: int8 of the shape of `weight`, from -127 to 127.
+            quantized: of the shape of `weight`; int8 is from -127 to 127.
             scale: [..., 1], positive; float32, and float64 for float64 weights. Rounded to 16 bits, it and what it
                 scales would be off by more than half a step.
         """
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        scale = absmax_scale(exact) if scale is None else scale
-        quantized = (exact / scale).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        return quantized, scale
+        scale = absmax_scale(exact, dtype) if scale is None else scale
+        steps, largest = exact / scale, _largest(dtype)
+        if dtype == torch.int8:
+            steps.round_()
+        return steps.clamp_(-largest, largest).to(dtype), scale
 
     @staticmethod
     def dequantize(quantized: Tensor, scale: Tensor) -> Tensor:
@@ -46,11 +57,15 @@ class AbsMaxQuantizer:
         return quantized.to(scale.dtype) * scale
 
 
-def absmax_scale(values: Tensor) -> Tensor:
-    """The step between two int8 numbers, [..., 1], of each row of `values` [..., row]: max(|row|) / 127."""
+def absmax_scale(values: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """What 1 in `dtype` stands for, [..., 1], in a row of `values` [..., row]: max(|row|) over the largest in use."""
     # A row of zeros has no step of its own; the smallest one there is divides and keeps the zeros.
     smallest = torch.finfo(values.dtype).tiny
-    return values.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=smallest)
+    return values.abs().amax(dim=-1, keepdim=True).div_(_largest(dtype)).clamp_(min=smallest)
+
+
+def _largest(dtype: torch.dtype) -> int:
+    return LARGEST_FLOAT8 if dtype == FLOAT8 else LARGEST
 
 
 def quantize_model(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

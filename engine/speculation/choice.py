@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from twinserve.engine.checks import RunnerConfig
+from twinserve.engine.checks import RunnerConfig, check_device
 from twinserve.engine.hub.resolve import resolve_model
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.source import ModelSource
@@ -58,6 +58,8 @@ def draft_of(
         raise InputError(problem, field=field, value=named)
     if isinstance(draft, Decoder) and draft.device.type != config.device.type:
         raise InputError(f"expected a model on {config.device}, it is on {draft.device}", field=field, value=named)
+    if config.device.type == "cuda":
+        check_device(found, found.config, config.device, found.dtype)
     return found
 
 

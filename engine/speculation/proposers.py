@@ -23,17 +23,21 @@ class Verified:
     """A step whose drafts are verified, as it lies on the device before the host knows what came of it.
 
     Attributes:
-        rows: where they really begin.
-        known: by row, its tokens before its first draft.
+        rows: where they begin as far as the host knows.
+        moved: [rows], int64: by how many tokens each begins later; None is by none.
         tables: by row, the ids of its sequence's blocks, which hold as many tokens as the policies look ahead.
+        token_ids: [tokens], int64, of the flat batch.
+        begins: by row, the place of its first token there.
         accepted: [sampled rows], int64: how many of each one's drafts are.
         runs: [sampled rows, at least 1 + drafts], int64: what each one samples, its accepted drafts and the model's own
             token behind them, then whatever.
     """
 
     rows: Seq[Row]
-    known: Seq[list[int]]
+    moved: torch.Tensor | None
     tables: Seq[np.ndarray]
+    token_ids: torch.Tensor
+    begins: Seq[int]
     accepted: torch.Tensor
     runs: torch.Tensor
 
@@ -46,14 +50,13 @@ class LateDrafts(Seq[list[int]]):
 
     Attributes:
         counts: of each row, how many of its tokens are drafts, the first ones; to be said before they are read.
-        tokens: one row behind another, `width` of each.
+        tokens: as given.
     """
 
     counts: Seq[int]
 
     def __init__(self, tokens: torch.Tensor) -> None:
-        self._host = to_host(tokens)
-        self.tokens, self.width = tokens.flatten(), tokens.shape[1]
+        self.tokens, self._host = tokens, to_host(tokens)
         self._ready: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             self._ready = torch.cuda.Event()
@@ -143,30 +146,39 @@ class DraftModel:
 
     def propose_behind(self, verified: Verified, asked: int) -> LateDrafts:
         """`asked` drafts behind each row that sampled, as far as the context goes."""
-        rows, known, width = verified.rows, verified.known, verified.runs.shape[1]
-        spans = [
-            (row.start, len(own) + (1 + row.num_drafts) * row.samples) for row, own in zip(rows, known, strict=True)
-        ]
+        rows, width = verified.rows, verified.runs.shape[1]
+        known = [row.num_tokens - row.num_drafts for row in rows]
+        spans = [(row.start, own + (1 + row.num_drafts) * row.samples) for row, own in zip(rows, known, strict=True)]
         layout = Layout.of(spans, verified.tables, self._forward.most_single)
-        place_of = {number: place for place, number in enumerate(layout.order)}
-        token_ids = [token for i in layout.order for token in known[i] + [0] * (spans[i][1] - len(known[i]))]
         sampled = [number for number, row in enumerate(rows) if row.samples]
-        behind = [layout.last[number] - rows[number].num_drafts for number in sampled]  # each one's own token, if none
-        places = [first + n for number, first in zip(sampled, behind, strict=True) for n in _run(rows[number])]
-        sources = [place * width + n for place, number in enumerate(sampled) for n in _run(rows[number])]
-        lengths = [spans[number][0] + spans[number][1] - rows[number].num_drafts for number in sampled]
-        told = [token_ids, places, sources, behind, [place_of[number] for number in sampled], lengths]
-        ids, late, source, first, place, length = all_to_device(told, verified.runs.device)
-        ids = ids.index_copy(0, late, verified.runs.flatten()[source].clamp(min=0))  # of none sampled it goes on
-        hidden = self._forward.computed(self._forward.lay(layout), ids)
+        runs = {number: len(verified.token_ids) + width * place for place, number in enumerate(sampled)}
+        sources = list[int]()
+        for number in layout.order:
+            sources += range(verified.begins[number], verified.begins[number] + known[number])
+            if rows[number].samples:
+                sources += range(runs[number], runs[number] + 1 + rows[number].num_drafts)
+        place_of = {number: place for place, number in enumerate(layout.order)}
+        told = all_to_device(
+            [
+                sources,
+                layout.order,
+                sampled,
+                [layout.last[number] - rows[number].num_drafts for number in sampled],  # the first token of its run
+                [place_of[number] for number in sampled],
+                [rows[number].start + known[number] + 1 for number in sampled],
+            ],
+            verified.runs.device,
+        )
+        source, order, own, first, place, length = told
+        length = length + verified.accepted
+        moved = None if verified.moved is None else verified.moved[order]
+        token_ids = torch.cat((verified.token_ids, verified.runs.flatten().clamp(min=0)))[source]  # of none it goes on
+        hidden = self._forward.computed(self._forward.lay(layout, moved), token_ids)
         if not asked or not sampled:
             return LateDrafts(first.new_empty(len(sampled), 0))
+        if verified.moved is not None:
+            length = length + verified.moved[own]
         tables = [verified.tables[number] for number in sampled]
-        drafted = Drafted(place, length + verified.accepted, tables, asked, self._max_model_len)
+        drafted = Drafted(place, length, tables, asked, self._max_model_len)
         most_probable = self._model.logits(hidden[first + verified.accepted]).argmax(dim=-1)
         return LateDrafts(torch.stack(self._forward.followed(drafted, most_probable), dim=1))
-
-
-def _run(row: Row) -> range:
-    """The places of what a row samples at most."""
-    return range(1 + row.num_drafts)

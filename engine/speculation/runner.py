@@ -19,9 +19,9 @@ from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
 from twinserve.engine.model_runner import ModelRunner, StepInput, drawn
 from twinserve.engine.models.decoder import Decoder
-from twinserve.engine.sampler import uniform
+from twinserve.engine.sampler import GREEDY_BELOW, is_plain, uniform
 from twinserve.engine.speculation.proposers import DraftModel, LateDrafts, Proposer, Verified
-from twinserve.policies import Batch, Row, Runs, Sequence
+from twinserve.policies import Batch, Row, Runs, SamplingParams, Sequence
 
 
 class _Launched:
@@ -30,13 +30,18 @@ class _Launched:
     It is a `twinserve.engine.device_queue.Parts`.
 
     Attributes:
-        rows: as decided, and where they really begin once the step is laid out.
-        known: by row, its tokens before its first draft, those that are known; all of them once it is laid out.
+        rows: as decided, and where they begin, as far as the host knows, once the step is laid out.
+        known: by row, its tokens before its first draft, as far as they are known.
         tables: by row.
         texts: by sequence, all tokens known, of rows of prompts that sample.
         gone: sequences that no longer run.
         num_asked: how many drafts to propose.
         is_first: of its Core, so that nothing is known of what runs.
+        moved: see `Verified.moved`.
+        places: of each sequence that samples, its number among them.
+        verified: as it is on the device; None before, and where there are no rows.
+        drafts: what was proposed behind it, by the numbers of `places`.
+        is_concluded: the host knows what came of it.
         heard: the log-probabilities that are asked for.
         lengths, proposed: of the tokens of each run, and how many drafts were proposed behind it.
     """
@@ -47,33 +52,61 @@ class _Launched:
         self.texts = {row.seq: row.seq.token_ids[:] for row in self.rows if row.is_prompt and row.samples}
         self.gone = [*batch.left, *batch.preempted]
         self.num_asked, self.is_first = batch.num_drafts_asked, batch.decision <= 0
+        self.places = {row.seq: place for place, row in enumerate(row for row in self.rows if row.samples)}
+        self.moved: Tensor | None = None
+        self.verified: Verified | None = None
+        self.drafts: Seq[list[int]] = []
+        self.is_concluded = False
         self.heard: list[AskedLogprobs | PromptLogprobs] = []
         self.lengths: list[int] = []
         self.proposed: list[int] = []
         self._laid: _Laid | None = None
-        self._verified: Verified | None = None
-        self._late: LateDrafts | None = None
+        self._tokens: Tensor | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self._runner.must_know(self)
 
     def lay_out(self) -> None:
-        self._laid = self._runner.laid_out(self)
+        self._runner.forget(self)
+        self._laid = self._runner.laid_out(self) if self.rows else None
 
     def compute(self) -> Tensor:
         """How many drafts of each row are accepted, then the run of each and what lies behind it."""
-        if self._laid is None:
+        laid, self._laid = self._laid, None  # which knows the step before, and that would know the one before it
+        if laid is None:
             return torch.empty(0, dtype=torch.int64)
-        self._verified = self._runner.verified(self, self._laid)
-        return torch.cat((self._verified.accepted[:, None], self._verified.runs), dim=1).flatten()
+        self.verified = self._runner.verify(self, laid)
+        return torch.cat((self.verified.accepted[:, None], self.verified.runs), dim=1).flatten()
 
     def go_on(self) -> None:
-        if self._verified is not None:
-            self._late = self._runner.proposed_ahead(self._verified, self.num_asked)
+        if self.verified is not None:
+            self._runner.propose_ahead(self, self.verified)
 
     def conclude(self, numbers: list[int]) -> list[int]:
-        if self._verified is None:
+        self.is_concluded = True
+        if self.verified is None:
             return []
-        width = 1 + self._verified.runs.shape[1]
+        width = 1 + self.verified.runs.shape[1]
         lines = [numbers[first : first + width] for first in range(0, len(numbers), width)]
-        return self._runner.concluded(self, [line[1 : 2 + line[0]] for line in lines], self._late)
+        return self._runner.conclude(self, [line[1 : 2 + line[0]] for line in lines])
+
+    @property
+    def tokens(self) -> Tensor:
+        """The last token of each run, then the drafts of each row, on the device."""
+        assert self.verified is not None
+        if self._tokens is None:
+            last = self.verified.runs.gather(1, self.verified.accepted[:, None])[:, 0]
+            drafts = [self.drafts.tokens.flatten()] if isinstance(self.drafts, LateDrafts) else []
+            self._tokens = torch.cat((last, *drafts))
+        return self._tokens
+
+    def sources(self, seq: Sequence, count: int) -> list[int]:
+        """Where the last token of a sequence's run and so many drafts behind it lie in `tokens`; whatever in place of
+        drafts that there are none of."""
+        place, width = self.places[seq], self.drafts.tokens.shape[1] if isinstance(self.drafts, LateDrafts) else 0
+        first = len(self.places) + place * width
+        return [place, *(first + min(number, width - 1) if width else place for number in range(count))]
 
 
 @dataclass(frozen=True)
@@ -81,7 +114,7 @@ class _Laid:
     """A step that is laid out.
 
     Attributes:
-        late: the drafts among it that are on the device alone.
+        before: the step that has what of its tokens the device alone knows.
         asked: the log-probabilities that are asked for.
         places: [sampled rows, 1 + most drafts], int64: the places, among the tokens that the model chooses, of those
             before each row's first draft and behind each; its last one again where it has fewer.
@@ -89,7 +122,7 @@ class _Laid:
     """
 
     step: StepInput
-    late: LateDrafts | None
+    before: _Launched | None
     asked: AskedLogprobs
     places: Tensor
     may: Tensor
@@ -120,8 +153,9 @@ class SpeculativeRunner(ModelRunner):
     else the token comes from what is left of p. And a request with a seed gets the tokens it gets without drafts.
 
     Where decisions run ahead (`is_async`), a step is laid out when the one before has run: a row then begins behind
-    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are. The
-    device may be at these while the host goes on: they are read when all else of the step is laid out.
+    what was accepted, not where the policies had it, and its drafts are those just proposed, as many as there are.
+    Where a model drafts, the device alone need know either: plain rows are laid out and launched while it is at the
+    step before, and the host learns what was accepted when it commits that.
 
     Args:
         make_proposer: gives what guesses.
@@ -147,12 +181,15 @@ class SpeculativeRunner(ModelRunner):
         super().__init__(*others, seed=seed, **named)
         self._proposer, self._is_async, self.acceptance_rate = make_proposer(self), is_async, acceptance_rate
         self._seed, self._max_model_len = seed, max_model_len
-        self._texts: dict[Sequence, list[int]] = {}  # these are of the thread that computes
-        self._drafts: dict[Sequence, list[int]] = {}
-        self._coming: tuple[dict[Sequence, int], Seq[list[int]]] = (
-            {},
-            [],
-        )  # drafts that nobody has read yet, and their places
+        # These are of the thread that computes: the texts, drafts of sequences that were not in the step behind them,
+        # how often each had drafts; the step laid out last; while one is laid out, that step if nobody knows what came
+        # of it, and the rows' numbers there, -1 of others.
+        self._texts: dict[Sequence, list[int]] = {}
+        self._drafts: dict[Sequence, tuple[Seq[list[int]], int]] = {}
+        self._turns: dict[Sequence, int] = {}
+        self._before: _Launched | None = None
+        self._unknown: _Launched | None = None
+        self._movers: list[int] = []
         self._tables: dict[Sequence, np.ndarray] = {}
 
     def forward_of(self, model: Decoder) -> Forward:
@@ -165,24 +202,16 @@ class SpeculativeRunner(ModelRunner):
         return KVCache(model.config, self.num_blocks, self.block_size, model.dtype, self.device)
 
     def kernel_facts(self) -> dict[str, Any]:
-        """See ModelRunner. On CUDA the host waits for what a step gives, as it verifies and proposes."""
-        return {"waits": True} if self.device.type == "cuda" else {}
+        """See ModelRunner. On CUDA the host waits for what a step gives, unless drafts and places are the device's."""
+        is_free = self._is_async and self._forward.is_free and isinstance(self._proposer, DraftModel)
+        return {} if is_free or self.device.type != "cuda" else {"waits": True}
 
     def adopt(self, sequences: Iterable[Sequence]) -> None:
         """Go on from these sequences as they are, whoever computed them; nothing may be in flight."""
         self._texts = {seq: seq.token_ids[:] for seq in sequences}
-        self._forget_drafts()
-
-    def _forget_drafts(self) -> None:
         self._drafts.clear()
-        self._coming = {}, []
-
-    def _read_drafts(self) -> None:
-        """Wait for the drafts that were proposed last, and know them."""
-        for seq, drafts in zip(*self._coming, strict=True):
-            if seq in self._texts:
-                self._drafts[seq] = drafts
-        self._coming = {}, []
+        self._turns.clear()
+        self._before = None
 
     def launch(self, batch: Batch) -> VerifiedStep:
         """Start a step."""
@@ -192,123 +221,152 @@ class SpeculativeRunner(ModelRunner):
 
     # --- the parts of a step, in the thread that computes ---
 
-    def laid_out(self, launched: _Launched) -> _Laid | None:
-        """A step as it is computed; None where there are no rows."""
+    def must_know(self, launched: _Launched) -> bool:
+        """Does the host have to know what came of the step before, to lay a step out? Not of plain rows that go on from
+        it, for which a model drafts: the device has their tokens and places."""
+        before, drafting = self._before, isinstance(self._proposer, DraftModel)
+        if before is None or launched.is_first or launched.gone or self.prompt_asks or not drafting:
+            return True
+        drafted = before.num_asked + launched.num_asked
+        return not self._forward.is_free or not all(
+            (row.is_prompt or row.seq in before.places)
+            and row.start + row.num_tokens + drafted < self._max_model_len
+            and _is_free(row.seq.sampling_params)
+            for row in launched.rows
+        )
+
+    def forget(self, launched: _Launched) -> None:
+        """Forget the sequences that no longer run when a step begins."""
         if launched.is_first:
-            self._texts.clear()
-            self._forget_drafts()
+            self.adopt(())
         for seq in launched.gone:
-            self._texts.pop(seq, None)
-            self._drafts.pop(seq, None)
+            for kept in (self._texts, self._drafts, self._turns):
+                kept.pop(seq, None)
+
+    def laid_out(self, launched: _Launched) -> _Laid:
+        """A step as it is computed."""
         self._texts.update(launched.texts)
-        if not launched.rows:
-            return None
         self._tables = dict(zip([row.seq for row in launched.rows], launched.tables, strict=True))
-        drafts = self._coming[1]
-        late = drafts if isinstance(drafts, LateDrafts) and drafts.width else None
-        if late is None:
-            self._read_drafts()
-        sampled = self._place(launched)
-        counts = [0 if row.is_prompt else self._num_found(row) for row in sampled]
-        tokens = [own + self._padded(row, own) for row, own in zip(launched.rows, launched.known, strict=True)]
+        before, tokens = self._before, list[list[int]]()
+        self._unknown = None if before is None or before.is_concluded else before
+        self._movers = []
+        for number, (row, known) in enumerate(zip(launched.rows, launched.known, strict=True)):
+            if not row.is_prompt:
+                text = self._texts[row.seq]
+                known = [] if self._unknown else text[-1:]
+                launched.rows[number] = row = row._replace(start=len(text) - len(known))
+            own = known + ([] if self._drafts_lie_there(row) else self._found(row))
+            missing = 0 if self._drafts_lie_there(row) else row.num_tokens - len(own)
+            tokens.append(own + [0] * missing)
+            self._movers.append(-1 if row.is_prompt or self._unknown is None else self._unknown.places[row.seq])
+        sampled = [row for row in launched.rows if row.samples]
+        places, may = self._acceptable(sampled)
         step = self._snapshot(launched.rows, tokens)
+        launched.moved = self._moved(range(len(launched.rows)))
         asked = AskedLogprobs([one for row in sampled for one, _ in drawn(row, 0)])
         launched.heard = [one for one in (asked, step.prompts) if one]
-        most = max((row.num_drafts for row in sampled), default=0)
-        places, may = np.zeros((len(sampled), 1 + most), np.int64), np.zeros((len(sampled), most), np.bool_)
-        first = 0
-        for number, (row, count) in enumerate(zip(sampled, counts, strict=True)):
-            places[number] = np.minimum(np.arange(1 + most), row.num_drafts) + first
-            first += 1 + row.num_drafts
-            may[number, :count] = [self._may(row, draft) for draft in range(count)]
-        told = all_to_device([places, may], self.device)
-        return _Laid(step, late, asked, told[0].view(places.shape), told[1].view(may.shape).bool())
+        if before is not None:
+            skipped = before.places.keys() & self._texts.keys() - self._tables.keys()
+            self._drafts.update((seq, (before.drafts, before.places[seq])) for seq in skipped)
+        self._before = launched
+        return _Laid(step, before, asked, places, may)
 
-    def verified(self, launched: _Launched, laid: _Laid) -> Verified:
-        """A step computed, and how many of each row's drafts are accepted: those up to the first that the model itself
-        did not choose; where acceptance is forced, up to the first that chance refuses."""
+    def verify(self, launched: _Launched, laid: _Laid) -> Verified:
+        """Compute a step: how many drafts of each row are accepted, those up to the first that the model itself did not
+        choose; where acceptance is forced, up to the first that chance refuses."""
         step, places = laid.step, laid.places
-        token_ids = self._token_ids(step.flat, laid.late)
+        token_ids = self._token_ids(step.flat, laid.before)
         chosen = self._chosen(step, token_ids, laid.asked)[places]
         drafts = token_ids[step.flat.last[places[:, 1:]]]
         agree = laid.may if self.acceptance_rate is not None else laid.may & (drafts == chosen[:, :-1])
         accepted = agree.long().cumprod(dim=1).sum(dim=1)
         is_draft = torch.arange(places.shape[1], device=self.device) < accepted[:, None]
         runs = pad(drafts, (0, 1)).where(is_draft, chosen)
-        return Verified(launched.rows, launched.known, launched.tables, accepted, runs)
+        last, rows = step.arranged.layout.last, launched.rows
+        begins = [place + 1 - row.num_tokens for place, row in zip(last, rows, strict=True)]
+        return Verified(rows, launched.moved, launched.tables, token_ids, begins, accepted, runs)
 
-    def proposed_ahead(self, verified: Verified, asked: int) -> LateDrafts | None:
-        """Drafts behind a step, where they do not need its texts."""
-        drafting = self._proposer
-        return drafting.propose_behind(verified, asked) if isinstance(drafting, DraftModel) else None
+    def propose_ahead(self, launched: _Launched, verified: Verified) -> None:
+        """Have drafts proposed behind a step, where that takes no texts."""
+        if isinstance(self._proposer, DraftModel):
+            launched.drafts = self._proposer.propose_behind(verified, launched.num_asked)
 
-    def concluded(self, launched: _Launched, runs: list[list[int]], late: LateDrafts | None) -> list[int]:
+    def conclude(self, launched: _Launched, runs: list[list[int]]) -> list[int]:
         """The tokens of a step's runs, one behind another; the texts go on with them, and drafts are proposed."""
-        self._read_drafts()
-        seqs = [row.seq for row in launched.rows if row.samples]
-        for seq, run in zip(seqs, runs, strict=True):
+        for seq, run in zip(launched.places, runs, strict=True):
             launched.lengths.append(len(run))
             self._texts[seq] += [max(0, token) for token in run]  # one of which none was sampled goes on
-        texts = {seq: self._texts[seq] for seq in seqs}
-        if late is None:
-            assert not isinstance(self._proposer, DraftModel)
-            drafts: Seq[list[int]] = self._proposer.propose(texts, launched.num_asked)
-            launched.proposed += map(len, drafts)
-        else:
+        texts = {seq: self._texts[seq] for seq in launched.places}
+        if isinstance(self._proposer, DraftModel):
+            assert isinstance(launched.drafts, LateDrafts)
             most = [self._max_model_len - len(text) for text in texts.values()]
-            late.counts = [max(0, min(launched.num_asked, left)) for left in most]
-            drafts = late
-            launched.proposed += late.counts
-        self._coming = {seq: place for place, seq in enumerate(seqs)}, drafts
+            launched.proposed = launched.drafts.counts = [max(0, min(launched.num_asked, left)) for left in most]
+        else:
+            launched.drafts = self._proposer.propose(texts, launched.num_asked)
+            launched.proposed = list(map(len, launched.drafts))
         return [token for run in runs for token in run]
 
-    def _place(self, launched: _Launched) -> list[Row]:
-        """Have the rows of a step begin where they really do; those that sample."""
-        for number, row in enumerate(launched.rows):
-            if not row.is_prompt:
-                text = self._texts[row.seq]
-                launched.rows[number] = row._replace(start=len(text) - 1)
-                launched.known[number] = text[-1:]
-        return [row for row in launched.rows if row.samples]
+    def _acceptable(self, sampled: Seq[Row]) -> tuple[Tensor, Tensor]:
+        """`_Laid.places` and `_Laid.may` of rows that sample."""
+        most = max((row.num_drafts for row in sampled), default=0)
+        places, may = np.zeros((len(sampled), 1 + most), np.int64), np.zeros((len(sampled), most), np.bool_)
+        first = 0
+        for number, row in enumerate(sampled):
+            places[number] = np.minimum(np.arange(1 + most), row.num_drafts) + first
+            first += 1 + row.num_drafts
+            may[number, : self._num_found(row)] = True
+            if (rate := self.acceptance_rate) is not None and row.num_drafts:
+                turn = self._turns[row.seq] = self._turns.get(row.seq, -1) + 1
+                seed = self._seed + row.seq.seq_id * 0x9E3779B9
+                may[number] &= [uniform(seed, turn << 16 | draft) < rate for draft in range(most)]
+        told = all_to_device([places, may], self.device)
+        return told[0].view(places.shape), told[1].view(may.shape).bool()
 
-    def _padded(self, row: Row, known: list[int]) -> list[int]:
-        """What comes behind a row's known tokens: its drafts, and a 0 in place of each that there is none of; nothing
-        where the device alone knows them."""
-        if row.seq in self._coming[0] and not row.is_prompt:
-            return []
-        found = self._found(row)
-        return found + [0] * (row.num_tokens - len(known) - len(found))
-
-    def _late(self, row: Row, missing: int) -> list[int]:
-        """See ModelRunner: the drafts that were proposed last. Where a row has more places than there are drafts,
-        whatever lies there is in the last ones."""
-        places, drafts = self._coming
-        assert isinstance(drafts, LateDrafts)
-        first = places[row.seq] * drafts.width
-        return [first + min(number, drafts.width - 1) for number in range(missing)]
+    def _drafts_lie_there(self, row: Row) -> bool:
+        """Has the device the drafts of a row?"""
+        before = self._before
+        goes_on = before is not None and not row.is_prompt and row.seq in before.places
+        return goes_on and isinstance(self._proposer, DraftModel)
 
     def _num_found(self, row: Row) -> int:
         """How many drafts of a row were proposed, so far as it has places for them."""
-        places, drafts = self._coming
-        if row.seq in places and isinstance(drafts, LateDrafts):
-            return min(drafts.counts[places[row.seq]], row.num_drafts)
+        if self._unknown is not None and not row.is_prompt:
+            return min(self._unknown.num_asked, row.num_drafts)
+        if self._drafts_lie_there(row):
+            assert self._before is not None and isinstance(self._before.drafts, LateDrafts)
+            return min(self._before.drafts.counts[self._before.places[row.seq]], row.num_drafts)
         return len(self._found(row))
 
     def _found(self, row: Row) -> list[int]:
         """The drafts of a row that were proposed, as the host knows them; those of a padded admission are none."""
-        return [] if row.is_prompt else self._drafts.get(row.seq, [])[: row.num_drafts]
-
-    def _may(self, row: Row, draft: int) -> bool:
-        """Does chance let a draft of a row be accepted, the first being 0?"""
-        rate, place = self.acceptance_rate, row.start + row.num_tokens - row.num_drafts + draft
-        return rate is None or uniform(self._seed + row.seq.seq_id * 0x9E3779B9, place) < rate
+        if row.is_prompt:
+            return []
+        before = self._before
+        if before is not None and row.seq in before.places:
+            return before.drafts[before.places[row.seq]][: row.num_drafts]
+        drafts, place = self._drafts.get(row.seq, ([[]], 0))
+        return drafts[place][: row.num_drafts]
 
     # --- what ModelRunner asks of sequences: here it is of the thread that computes ---
+
+    def _late(self, row: Row, missing: int) -> list[int]:
+        assert self._before is not None
+        return self._before.sources(row.seq, row.num_drafts)[-missing:]
+
+    def _moved(self, order: Seq[int]) -> Tensor | None:
+        """By how many tokens rows begin later: by the drafts that were accepted in the step that nobody knows yet."""
+        if self._unknown is None or self._unknown.verified is None:
+            return None
+        accepted = pad(self._unknown.verified.accepted, (0, 1))
+        return accepted[all_to_device([[self._movers[number] for number in order]], self.device)[0]]
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         return [self._tables[row.seq] for row in rows]
 
     def _known(self, row: Row) -> list[int]:
-        self._read_drafts()
-        text = self._texts[row.seq]
-        return (text + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]
+        return (self._texts[row.seq] + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]
+
+
+def _is_free(params: SamplingParams) -> bool:
+    """Does it make no difference to how a row is sampled at which place it is?"""
+    return is_plain(params) and (params.seed is None or params.temperature < GREEDY_BELOW)

@@ -23,7 +23,7 @@ CHOICES = {
     "attention": ("fast", "'auto', 'triton', 'flash', 'sdpa'"),
     "execution": ("graph", "'auto', 'graphs', 'eager'"),
     "load_format": ("empty", "'auto', 'dummy'"),
-    "quantization": ("int4", "'none', 'int8'"),
+    "quantization": ("int4", "'none', 'int8', 'fp8'"),
     "kv_cache_dtype": ("fp16", "'auto', 'fp8'"),
 }
 """For each choice, what it is not, and what it is."""

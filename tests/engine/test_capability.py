@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -78,6 +79,12 @@ def checked(folder, **options) -> RunnerConfig:
             {"kv_cache_dtype": "fp8"},
             "kv_cache_dtype is 'fp8', expected auto: NVIDIA A100 has compute capability 8.0, and float8 begins with",
         ),
+        (
+            "NVIDIA A100",
+            {"quantization": "fp8"},
+            "quantization is 'fp8', expected weights of 16 bits, or int8: NVIDIA A100 has compute capability 8.0, and ",
+        ),
+        ("NVIDIA L4", {"quantization": "fp8", "dtype": "float16"}, "dtype is 'float16', expected bfloat16 with float8"),
         ("NVIDIA A40", {"kv_cache_dtype": "fp8", "attention": "triton"}, "kv_cache_dtype is 'fp8', expected auto: NV"),
     ],
 )
@@ -89,6 +96,21 @@ def test_numbers_that_a_card_does_not_know_are_refused_by_its_name_before_weight
         with pytest.raises(InputError) as refusal:
             LLM(folder, device=device, **options)
         assert str(refusal.value).startswith(message)
+
+
+def test_a_float8_checkpoint_and_layers_that_are_not_aligned_are_refused_before_weights_are_read(card, folder):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(fields))
+    card("NVIDIA A100")
+    with pytest.raises(InputError, match="quantization is 'fp8', expected weights of 16 bits, or int8: NVIDIA A100"):
+        LLM(folder, device="cuda")
+    card("NVIDIA H100")
+    assert checked(folder, device="cuda").attention.graphs
+    path.write_text(json.dumps(fields | {"intermediate_size": 120}))
+    with pytest.raises(InputError, match="CUDA takes multiples of 16, the intermediate layer is 120"):
+        LLM(folder, device="cuda")
+    assert checked(folder, device="cpu").model.intermediate_size == 120
 
 
 def test_heads_too_large_for_a_cards_shared_memory_are_refused_or_served_without_graphs(card, tmp_path, folder):

@@ -234,7 +234,7 @@ REFUSED_EVERYWHERE = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected \"silu\""),
     (
         {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config is {'quant_method': 'gptq'}, expected",
+        "quantization_config.quant_method is 'gptq', expected",
     ),
     ({"num_local_experts": 8}, "num_local_experts is 8, expected none: mixtures of experts are not supported"),
     ({"num_experts": 128, "moe_intermediate_size": 64}, "num_experts is 128, expected none: mixtures of experts"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from engine_judge import GREEDY, MODELS, judge_of
 from guide_models import word_tokenizer
+from quantized_numbers import TEXT, error, logits_of, some
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,21 +47,8 @@ NOISE = 0.05
 """Of logits of the tiny models: their weights are so large that what 16 bits of activations leave out grows to 0.02."""
 
 
-def some(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
-    """Random numbers, one of them far out."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    x[rows // 2, columns // 3] *= 30
-    return x
-
-
 def int8_weight(num_in: int, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     return AbsMaxQuantizer.quantize(some(num_out, num_in, seed=1))
-
-
-def error(output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> float:
-    """How far `output` is from the product with the dequantised weights in float64, relative to that."""
-    expected = x.double().cpu() @ (weight.cpu().double() * scale.cpu().double()).T
-    return ((output.double().cpu() - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(params=["digits", "blocks"])
@@ -152,20 +140,6 @@ def test_a_table_is_looked_up_and_multiplied_from_the_same_storage(dtype):
 # --- models ---
 
 
-TEXT = torch.tensor([3, 77, 500, 12, 12, 4, 256, 311, 98, 5] * 6)
-
-
-def attend_alone(layer, query, key, value):
-    """Causal attention of one sequence to itself, without any cache."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-@torch.inference_mode()
-def logits_of(model: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
-    return model.logits(model(token_ids, torch.arange(len(token_ids)), attend_alone))
-
-
 @torch.no_grad()
 def dequantised(model: nn.Module) -> Decoder:
     """A Decoder in float32 with the weights that those of a transformers model are in int8."""
@@ -227,8 +201,8 @@ def judge_config():
 @pytest.mark.parametrize(
     ("model", "quantization", "message"),
     [
-        ("theirs", "int4", "quantization is 'int4', expected: Input should be 'none' or 'int8'"),
-        ("plain", "int8", "quantization is 'int8', expected none, as the Decoder is; quantize_decoder makes it int8"),
+        ("theirs", "int4", "quantization is 'int4', expected: Input should be 'none', 'int8' or 'fp8'"),
+        ("plain", "int8", "quantization is 'int8', expected none, as the Decoder is; quantize_decoder quantizes it"),
         ("int8", "none", "quantization is 'none', expected int8, as the Decoder is"),
     ],
 )

@@ -65,7 +65,7 @@ def test_open_settings_are_resolved(llama, serving):
         ({"attention": "fast"}, "attention is 'fast', expected: Input should be 'auto', 'triton', 'flash' or 'sdpa'"),
         ({"execution": "graph"}, "execution is 'graph', expected: Input should be 'auto', 'graphs' or 'eager'"),
         ({"load_format": "empty"}, "load_format is 'empty', expected: Input should be 'auto' or 'dummy'"),
-        ({"quantization": "int4"}, "quantization is 'int4', expected: Input should be 'none' or 'int8'"),
+        ({"quantization": "int4"}, "quantization is 'int4', expected: Input should be 'none', 'int8' or 'fp8'"),
         ({"kv_cache_dtype": "fp16"}, "kv_cache_dtype is 'fp16', expected: Input should be 'auto' or 'fp8'"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, expected: Input should be less than 1"),
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization is nan, expected: "),

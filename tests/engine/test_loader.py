@@ -114,7 +114,10 @@ REFUSED_FIELDS = [
     ({"sliding_window": 512}, "sliding_window is 512, expected null, or at least the longest context (1024)"),
     ({"sliding_window": 512, "use_sliding_window": True}, "sliding_window is 512"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is "),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is {'quant_method': 'awq'}"),
+    (
+        {"quantization_config": {"quant_method": "awq"}},
+        "quantization_config.quant_method is 'awq', expected fp8 or compressed-tensors",
+    ),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected \"silu\""),
     ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
     ({"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor of num_attention_heads (4)"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import groupby
+import time
+from collections import Counter, deque
 
 import engine_faults
 import pytest
@@ -25,12 +25,54 @@ from twinserve.traces.runs.replay import replay
 
 every_depth = pytest.mark.parametrize("depth", [0, 1])
 K = 3
-PROPOSERS = ["ngram", "draft_model", "itself", "forced 0.7", "forced 1"]
+PROPOSERS = ["ngram", "draft_model", "itself", "forced 0.7", "forced 1", "draft_model ahead", "itself ahead"]
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
 every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 every_proposer = pytest.mark.parametrize("proposer", PROPOSERS)
+
+
+class Ahead:
+    """A queue that concludes steps as that of a CUDA device: when they are waited for, or before one that needs it.
+
+    Attributes:
+        count: steps with rows that were laid out before the one before them was concluded.
+    """
+
+    def __init__(self) -> None:
+        self.open: deque[AheadStep] = deque()
+        self.count = 0
+
+    @torch.inference_mode()
+    def submit_parts(self, parts) -> AheadStep:
+        while len(self.open) > (0 if parts.waits else 1):
+            self.open.popleft().conclude()
+        self.count += len(self.open) if parts.rows else 0
+        parts.lay_out()
+        start_ns = time.perf_counter_ns()
+        numbers = parts.compute()
+        parts.go_on()
+        self.open.append(AheadStep(self, parts, numbers.tolist(), start_ns))
+        return self.open[-1]
+
+    def close(self) -> None:
+        self.open.clear()
+
+
+class AheadStep:
+    def __init__(self, queue: Ahead, parts, numbers: list[int], start_ns: int) -> None:
+        self.queue, self.parts, self.numbers = queue, parts, numbers
+        self.start_ns, self.end_ns = start_ns, time.perf_counter_ns()
+        self.tokens: list[int] = []
+
+    def conclude(self) -> None:
+        self.tokens = self.parts.conclude(self.numbers)
+
+    def result(self) -> list[int]:
+        while self in self.queue.open:
+            self.queue.open.popleft().conclude()
+        return self.tokens
 
 
 @pytest.fixture
@@ -41,6 +83,7 @@ def speculating():
     def make(judge, proposer: str, depth: int, seed: int = 0, device: str = "cpu", **settings) -> LLM:
         config: dict = {"method": "ngram_gpu", "num_speculative_tokens": K, "prompt_lookup_min": 1}
         draft = None
+        proposer, *ahead = proposer.split(" ahead")
         if proposer in ("draft_model", "itself"):
             config = {"method": "draft_model", "num_speculative_tokens": K, "model": "given"}
             draft = judge.model if proposer == "itself" else tiny(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1)
@@ -48,6 +91,8 @@ def speculating():
         options = {"seed": seed, "device": device, "execution": "eager"}
         llm = LLM(judge.model, settings=Settings.load(values | settings), draft=draft, **options)
         made.append(llm)
+        if ahead:
+            llm.runner._queue = Ahead()
         if proposer.startswith("forced"):
             assert isinstance(llm.runner, SpeculativeRunner)
             rate = float(proposer.removeprefix("forced "))
@@ -97,7 +142,7 @@ def test_chunked_prompts_beside_drafts(llama, speculating, counted, proposer, de
     sequences = llm.run_trace(requests, params=GREEDY, recorder=counted)
     assert counted.watcher.chunks and counted.watcher.largest_batch >= 5 and counted.watcher.mixed_steps
     assert counted.made
-    if proposer in ("itself", "forced 1"):
+    if proposer in ("itself", "itself ahead", "forced 1"):
         assert max(counted.made) == K + 1
     llama.check_all(sequences)
 
@@ -216,16 +261,29 @@ def test_logits_that_are_no_numbers_end_their_request_alone(llama, speculating, 
     engine_faults.check_logits_that_are_no_numbers_end_their_request_alone(llm)
 
 
-@every_depth
-def test_drafts_of_a_model_are_read_when_all_else_of_the_next_step_is_laid_out(llama, speculating, monkeypatch, depth):
-    llm, order = speculating(llama, "draft_model", depth), list[str]()
-    snapshot, read = llm.runner._snapshot, LateDrafts.__getitem__
-    monkeypatch.setattr(llm.runner, "_snapshot", lambda *row: (order.append("laid"), snapshot(*row))[1])
-    monkeypatch.setattr(LateDrafts, "__getitem__", lambda own, place: (order.append("read"), read(own, place))[1])
-    llm.run_trace(prompts_of([9], 30), params=GREEDY)
-    assert order[:3] == ["laid", "laid", "read"], "the first step finds none"
-    groups = ["".join(own) for _, own in groupby(order)]
-    assert len(groups) > 16 and set(groups[2::2]) == {"laid"}, "those of a step before the next but one is laid out"
+@pytest.mark.parametrize("proposer", ["draft_model ahead", "itself ahead"])
+def test_steps_are_laid_out_before_anybody_knows_what_was_accepted(llama, speculating, counted, monkeypatch, proposer):
+    """All but those that follow a change: the first, what is admitted last, the end of a request and of its context."""
+    llm, read = speculating(llama, proposer, 1, max_model_len=96), list[int]()
+    get = LateDrafts.__getitem__
+    monkeypatch.setattr(LateDrafts, "__getitem__", lambda own, place: (read.append(place), get(own, place))[1])
+    sequences = llm.run_trace(prompts_of([9, 30, 17], 40), params=GREEDY, recorder=counted)
+    llama.check_all(sequences)
+    assert not read, "what is proposed stays on the device"
+    steps = 40 if proposer.startswith("draft") else 40 // (K + 1)
+    assert steps - 5 <= llm.runner._queue.count, "of all steps with decodes"
+
+
+@pytest.mark.parametrize("ways", [{"temperature": 0.8, "seed": 5}, {"logprobs": 2}, {"repetition_penalty": 1.3}])
+def test_steps_wait_for_what_was_accepted_where_sampling_asks_for_it(llama, speculating, ways):
+    """A request's own draws and penalties go by the places of its tokens."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 30, "ignore_eos": True} | ways)
+    found = []
+    for proposer in ("ngram", "itself ahead", "draft_model ahead"):
+        llm = speculating(llama, proposer, 1)
+        found.append([one.token_ids for one in llm.generate([[5, 9, 300], [7] * 20], params)])
+    assert found[0] == found[1] == found[2]
+    assert not llm.runner._queue.count
 
 
 def test_what_ended_is_forgotten(llama, speculating):

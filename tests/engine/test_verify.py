@@ -171,7 +171,15 @@ def test_near_ties_are_counted_and_agree(tmp_path, plant):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("bfloat16", "none"), ("float16", "none"), ("bfloat16", "int8"), ("float32", "int8")]
+    ("dtype", "quantization"),
+    [
+        ("bfloat16", "none"),
+        ("float16", "none"),
+        ("bfloat16", "int8"),
+        ("float32", "int8"),
+        ("bfloat16", "fp8"),
+        ("float32", "fp8"),
+    ],
 )
 def test_in_16_bits_it_is_as_near_to_float32_as_transformers(folder, dtype, quantization):
     report = verify(folder, dtype=dtype, quantization=quantization, max_tokens=4)
@@ -180,7 +188,9 @@ def test_in_16_bits_it_is_as_near_to_float32_as_transformers(folder, dtype, quan
     assert (report.dtype, report.quantization, report.execution) == (dtype, quantization, "eager")
     assert 0 < report.mean_difference < report.log_prob_difference
     assert 0 < report.transformers_mean < report.transformers_difference
-    assert report.perplexity == pytest.approx(report.reference_perplexity, rel=0.05)
+    # Of what float8 rounds, noise of the last bit may decide.
+    near = 0.15 if quantization == "fp8" else 0.05
+    assert report.perplexity == pytest.approx(report.reference_perplexity, rel=near)
 
 
 @pytest.mark.parametrize("change", [query_of_one_layer_perturbed, key_heads_swapped, norm_forgotten])

@@ -125,6 +125,7 @@ def test_log_probabilities_in_bfloat16_are_as_near_to_float32_as_those_of_transf
         ({"dtype": "bfloat16", "attention": "flash"}, "graphs"),
         ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "graphs"),
         ({"dtype": "bfloat16", "quantization": "int8"}, "graphs"),
+        ({"dtype": "bfloat16", "quantization": "fp8"}, "graphs"),
     ],
 )
 def test_what_serves_is_what_is_verified(monkeypatch, tmp_path, options, execution):

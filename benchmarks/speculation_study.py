@@ -278,10 +278,10 @@ def text_lines(texts: dict[str, Any]) -> list[str]:
             f"{options['requests']} requests of each in {options['rounds']} rounds (`{texts['command']}`, commit "
             f"{texts['commit']}); {decisions:,} decisions are made again, which is all of them. The latency model is "
             "fitted to steps measured in each round; what is accepted is as recorded, request by request, or by a "
-            "law that was fitted to it. Other work ran on the machine (load "
-            f"{min(texts['load'])} to {max(texts['load'])}): a run's steps took {paces[0]:.2f} to {paces[-1]:.2f} "
-            "times what the model says of all rounds together, and that taken out, by the run's own steps, is beside "
-            "it (machine as fast). Medians of the rounds, and the range:"
+            f"law {texts.get('law', 'that was fitted to it')}. The load average was {min(texts['load'])} to "
+            f"{max(texts['load'])}; a run's steps took {paces[0]:.2f} to {paces[-1]:.2f} times what the model says of "
+            "all rounds together, and that taken out, by the run's own steps, is beside it (machine as fast). Medians "
+            "of the rounds, and the range:"
         ),
         *table(["text, what is accepted", "tokens a step", *METRICS.values()], rows, numbers=True),
     ]

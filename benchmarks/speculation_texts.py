@@ -6,9 +6,9 @@ An engine that looks drafts up serves requests that come by and by, whose prompt
 and prose of this project's pages. In rounds: some of its steps are measured, then each text is served, as a machine
 that others use is not as fast all the time. Each run is decided again from its record, all of it or the exit status is
 1, and simulated with the latency fitted to the steps of all rounds: with the acceptance recorded request by request,
-and with the law that is fitted to it; and once more as if the machine had been as fast while it was measured as it was
-in that run. Prints a table; results: OUT/<device>/lookup-texts.json, of which benchmarks/speculation_study.py
-makes a part of its page.
+and with the law that is fitted to the other rounds, whose requests are others; and once more as if the machine had been
+as fast while it was measured as it was in that run. Prints a table; results: OUT/<device>/lookup-texts.json, of which
+benchmarks/speculation_study.py makes a part of its page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from environment import ROOT, command, commit, device_folder, versions
 from result_files import RESULTS, write_json
-from speculation_twin import METRICS, errors, simulated, summed
+from speculation_twin import METRICS, SEEDS, by_law, errors, simulated, summed
 
 from twinserve.commands.progress import Bar
 from twinserve.engine.hub import resolve_model
@@ -34,7 +34,7 @@ from twinserve.settings.build_core import Settings
 from twinserve.sim.fit import REGIMES, FittedLatency, StepSample
 from twinserve.sim.intervals import scaled
 from twinserve.sim.recorded_steps import steps_of
-from twinserve.sim.speculation import fit_law, save_law
+from twinserve.sim.speculation import fit_law
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.runs.compare import value_of
@@ -113,20 +113,19 @@ def serve(llm: LLM, texts: list[str], arguments: argparse.Namespace, seed: int, 
     llm.token_maker = maker
 
 
-def held(folder: Path, latency: FittedLatency) -> dict[str, Any]:
-    """What a recorded run was, and by how much the twin is off."""
+def held(folder: Path, others: list[Path], latency: FittedLatency) -> dict[str, Any]:
+    """What a recorded run was, and by how much the twin is off; a law is fitted to the others."""
     record = load_record(folder)
     again, summary = replay(record), record.run["summary"]
-    law = folder.with_name(f"{folder.name}.json")
-    save_law(fit_law(record.steps), law)
+    law = fit_law(*(load_record(other).steps for other in others))
     steps = [(latency.step_cost(features).device_ns, ns) for features, ns in steps_of(record)]
     pace = sum(ns for _, ns in steps) / sum(modelled for modelled, _ in steps)
     as_fast = scaled(latency, dict.fromkeys(REGIMES, pace), pace)
     off = {
         "as recorded": errors(record, simulated(record, latency, record.path)),
-        "by the law": errors(record, simulated(record, latency, law)),
+        "by the law": errors(record, *by_law(record, latency, law)),
         "as recorded, machine as fast": errors(record, simulated(record, as_fast, record.path)),
-        "by the law, machine as fast": errors(record, simulated(record, as_fast, law)),
+        "by the law, machine as fast": errors(record, *by_law(record, as_fast, law)),
     }
     return {
         "decisions": {"recorded": again.recorded, "equal": again.equal},
@@ -155,7 +154,7 @@ def measured(llm: LLM, arguments: argparse.Namespace, seed: int) -> list[StepSam
 def main() -> int:
     parsing = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parsing.add_argument("--model", default="smollm2-135m")
-    parsing.add_argument("--rounds", type=int, default=5)
+    parsing.add_argument("--rounds", type=int, default=5, help="two at least, as a law is fitted to the others")
     parsing.add_argument("--requests", type=int, default=8, help="of each text in a round")
     parsing.add_argument("--rate", type=float, default=0.5, help="requests a second")
     parsing.add_argument("--shapes", type=int, default=32, help="shapes measured in a round")
@@ -176,10 +175,10 @@ def main() -> int:
                 serve(llm, own, arguments, number, Path(scratch) / f"{name} {number}")
             load.append(round(os.getloadavg()[0], 1))
         latency = fit_profile(profile_of(llm, samples))
-        cases = {
-            name: [held(Path(scratch) / f"{name} {number}", latency) for number in range(arguments.rounds)]
-            for name in TEXTS
-        }
+        cases = {}
+        for name in TEXTS:
+            runs = [Path(scratch) / f"{name} {number}" for number in range(arguments.rounds)]
+            cases[name] = [held(run, [other for other in runs if other is not run], latency) for run in runs]
     device = device_folder(llm.runner.device.type)
     llm.close()
     found = {
@@ -190,6 +189,7 @@ def main() -> int:
         "settings": SETTINGS,
         "speculative_config": DRAFTS,
         "options": {name: value for name, value in vars(arguments).items() if name != "out"},
+        "law": f"that was fitted to the requests of the other rounds, the mean of {SEEDS} draws",
         "residuals": latency.data["residuals"],
         "cases": cases,
         "versions": versions(),
@@ -201,8 +201,8 @@ def main() -> int:
         for way in case[0]["errors"]:
             words = [f"{METRICS[metric]} {summed(case, way, metric)}" for metric in METRICS]
             print(f"{name}, {way}: {', '.join(words)}")
-    runs = [run for case in cases.values() for run in case]
-    return 0 if all(run["decisions"]["equal"] == run["decisions"]["recorded"] for run in runs) else 1
+    found_again = [run["decisions"] for case in cases.values() for run in case]
+    return 0 if all(one["equal"] == one["recorded"] for one in found_again) else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,33 @@ def simulated(record: RunRecord, latency: FittedLatency, acceptance: Path | None
     return run_sim(load_workload(record.path, {}), settings, model, latency_facts=facts)
 
 
-def errors(record: RunRecord, summary: dict[str, Any]) -> dict[str, float]:
-    """By how much a simulation is off, by metric, relative to the run."""
-    served = record.run["summary"]
-    pairs = {metric: (value_of(summary, metric), value_of(served, metric)) for metric in METRICS}
-    return {metric: round(sim / real - 1, 4) for metric, (sim, real) in pairs.items() if sim and real}
+def errors(record: RunRecord, *summaries: dict[str, Any]) -> dict[str, float]:
+    """By how much a simulation is off, or the mean of several, by metric, relative to the run."""
+    served, found = record.run["summary"], {}
+    for metric in METRICS:
+        real, sims = value_of(served, metric), [value_of(summary, metric) for summary in summaries]
+        if real and all(sims):
+            found[metric] = round(statistics.fmean(map(float, filter(None, sims))) / real - 1, 4)
+    return found
+
+
+def by_law(record: RunRecord, latency: FittedLatency, law: AcceptanceLaw) -> list[dict[str, Any]]:
+    """The summaries of SEEDS simulations of a recorded run, each another draw of what is accepted."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = []
+        for seed in range(SEEDS):
+            path = Path(scratch) / f"{seed}.json"
+            save_law(replace(law, seed=seed), path)
+            found.append(simulated(record, latency, path))
+        return found
 
 
 def predicted_tok_s(record: RunRecord, latency: FittedLatency, rate: float) -> float:
     """Output tokens a second of a run of whose drafts nothing is known but with which probability each is accepted."""
     if record.run["settings"]["speculative_config"] is None:
         return round(float(simulated(record, latency, None)["output_tok_s"]), 1)
-    found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(SEEDS):
-            path = Path(scratch) / f"{seed}.json"
-            save_law(AcceptanceLaw((rate,), seed=seed), path)
-            found.append(simulated(record, latency, path)["output_tok_s"])
-    return round(statistics.fmean(found), 1)
+    found = by_law(record, latency, AcceptanceLaw((rate,)))
+    return round(statistics.fmean(summary["output_tok_s"] for summary in found), 1)
 
 
 def summed(runs: list[dict[str, Any]], way: str, metric: str) -> str:

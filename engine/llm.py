@@ -137,8 +137,9 @@ class LLM:
         if self.options.tensor_parallel_size > 1:
             config, self.runner = self._over_ranks(source, config)
         else:
-            decoder = compute_on(config.device, source.load)
+            # The smaller one first: what is wrong with its weights is said before minutes go into the others.
             drafting = None if draft_source is None else compute_on(config.device, draft_source.load)
+            decoder = compute_on(config.device, source.load)
             config = with_pool(config, decoder, drafting)
             self.runner = _make_runner(decoder, config, self.tokenizer, drafting)
         self.settings = config.settings

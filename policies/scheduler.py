@@ -261,7 +261,7 @@ class Scheduler:
         """Admit from the head of the waiting queue while it fits; nobody in a step with a preemption. A head that was
         preempted while a pipeline computes tokens of it keeps its place, and those behind it are tried."""
         passed_over: list[Sequence] = []
-        most = 0 if batch.prompts else self.speculation.most
+        most = 0 if batch.prompts or self.speculation.choose is not None else self.speculation.most
         self._padding = (most if batch else 0, most)
         while not batch.preempted:
             budget = self._left_tokens

@@ -19,7 +19,7 @@ class Speculation(NamedTuple):
 
     Attributes:
         most: the most drafts of a sequence in a step; 0: there are none.
-        choose: how many to ask for behind a decision, for each sequence that samples; None: as many as there may be.
+        choose: how many to ask for behind a decision, of each that samples; None: `most`, and admissions are padded.
         num_lookahead_tokens: tokens behind a row for which its sequence holds blocks too, where the proposer writes KV.
         draft_slots: tokens of the budget that a sequence costs beside those of its row.
         is_async: decisions run ahead of results: who samples has as many drafts as were asked for, right or not found.

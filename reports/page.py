@@ -12,6 +12,7 @@ from typing import Any
 
 from twinserve.reports.asked import Asked
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
+from twinserve.reports.drafts import acceptance_figure, drafting_runs, drafts_table
 from twinserve.reports.finder import finder
 from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
@@ -88,6 +89,8 @@ def _sections(runs: list[Run], asked: Asked | None) -> Iterable[tuple[str, str]]
     yield "Latency distributions", side_by_side(latencies)
     yield "Batch over time", drawn(batch_figure(runs))
     yield "KV blocks and preemptions", drawn(kv_figure(runs))
+    if drafting := drafting_runs(runs):
+        yield "Drafts", f"{drafts_table(drafting)}\n{drawn(acceptance_figure(drafting))}"
     for place, run in enumerate(runs):
         if run.replicas:
             whose = "" if len(runs) == 1 else f": {run.text}"

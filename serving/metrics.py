@@ -69,6 +69,33 @@ class _Gaps(Collector):
             yield family
 
 
+class _DraftCounters:
+    """What came of drafts. As in vLLM, those of a request that had ended before their step did count for nothing, and
+    padding counts as drafts that were wrong.
+
+    Args:
+        counter: makes one of a name, a text and its own labels.
+        most: drafts of a row.
+    """
+
+    def __init__(self, counter: Callable[..., Counter], most: int):
+        self._rows = counter("spec_decode_num_drafts", "Rows with draft tokens.")
+        self._tokens = counter("spec_decode_num_draft_tokens", "Draft tokens that were computed.")
+        self._accepted = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
+        name, text = "spec_decode_num_accepted_tokens_per_pos", "Those that were right, by position in their row."
+        self._by_position = [counter(name, text, position=str(position)) for position in range(most)]
+
+    def add(self, batch: Batch) -> None:
+        """Take in a step that has ended."""
+        for seq, made, kept in batch.runs:
+            if kept:
+                self._rows.inc()
+                self._tokens.inc(batch.drafts[seq])
+                self._accepted.inc(made - 1)
+                for counter in self._by_position[: made - 1]:
+                    counter.inc()
+
+
 class HttpMetrics:
     """What comes over HTTP and goes: the names and labels that prometheus-fastapi-instrumentator gives it in vLLM.
 
@@ -162,15 +189,7 @@ class ServerMetrics(CoreListener):
             [*self._labels, "finished_reason"],
             registry=self._registry,
         )
-        self._drafts = counter("spec_decode_num_drafts", "Rows with draft tokens.")
-        self._draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens that were computed.")
-        self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
-        self._accepted_by_position = Counter(
-            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos",
-            "Those of them that were right, by position in their row.",
-            [*self._labels, "position"],
-            registry=self._registry,
-        )
+        self._drafts: _DraftCounters | None = None
         self._step_tokens = histogram("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         names = ("inter_token_latency_seconds", "time_per_output_token_seconds")
@@ -190,7 +209,10 @@ class ServerMetrics(CoreListener):
         self._limits = histogram("request_params_max_tokens", "Tokens that a request allows.", _TOKENS)
 
     def watch(self, cores: Seq[Core], settings: Settings) -> None:
-        """Say on the page how full the queues and the pools of `cores` are; those of a fleet together."""
+        """Say on the page how full the queues and the pools of `cores` are, those of a fleet together; and what comes
+        of drafts, where there are any."""
+        if settings.most_drafts:
+            self._drafts = _DraftCounters(self._counter, settings.most_drafts)
         schedulers = [core.scheduler for core in cores]
 
         def usage() -> float:
@@ -244,7 +266,8 @@ class ServerMetrics(CoreListener):
     def committed(self, batch: Batch) -> None:
         if batch.num_tokens:
             self._step_tokens.observe(batch.num_tokens)
-        self._count_drafts(batch)
+        if self._drafts is not None:
+            self._drafts.add(batch)
         kept = {seq: number for seq, _, number in batch.runs}
         latest, now_ns = self._latest, batch.end_ns or 0
         gaps: Counts[int] = Counts()
@@ -268,14 +291,6 @@ class ServerMetrics(CoreListener):
         for gap_ns, count in gaps.items():
             self._gaps.add(gap_ns / 1e9, count)
             self._generation_tokens.inc(count)
-
-    def _count_drafts(self, batch: Batch) -> None:
-        for seq, made, _ in batch.runs:
-            self._drafts.inc()
-            self._draft_tokens.inc(batch.drafts[seq])
-            self._accepted_tokens.inc(made - 1)
-            for position in range(made - 1):
-                self._accepted_by_position.labels(**self._labels, position=str(position)).inc()
 
     def finished(self, seq: Sequence) -> None:
         self._latest.pop(seq, None)

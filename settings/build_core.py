@@ -282,7 +282,8 @@ class Settings(BaseModel):
         Raises:
             InputError: there is one.
         """
-        for build_rule in (self.build_order, self.build_admission, self.build_victim):
+        drafting = [] if self.speculative_config is None else [self.speculative_config.build_length]
+        for build_rule in (self.build_order, self.build_admission, self.build_victim, *drafting):
             build_rule()
 
     @property

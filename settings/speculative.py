@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinserve.policies import Batch, Speculation
-from twinserve.settings.own_class import build, pinned
+from twinserve.settings.errors import InputError
+from twinserve.settings.own_class import OwnClass, build, pinned
 
 _Nanoseconds = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
 METHODS = {
@@ -32,25 +33,61 @@ class DraftLength(Protocol):
 
 
 class VllmDraftLength:
-    """vLLM's `num_speculative_tokens`; where `num_speculative_tokens_per_batch_size` has a row `(first, last, drafts)`
-    for a batch of so many sequences, that many."""
+    """vLLM's `num_speculative_tokens`, or by its `num_speculative_tokens_per_batch_size`: that has rows `(first, last,
+    drafts)`, each for batches of so many sequences, and of those behind it up to the next row; no number is above the
+    first. Of no sequences, as many as there may be.
+
+    Raises:
+        ValueError: a row cannot be, overlaps another, or none is for a batch of one.
+    """
 
     def __init__(self, most: int, table: Seq[tuple[int, int, int]] = ()):
         if most < 1:
             raise ValueError(f"num_speculative_tokens is {most}, expected an integer >= 1")
-        self.most, self.table = most, [*table]
+        self.most, self.table = most, sorted(table)
         before = 0
         for first, last, drafts in self.table:
-            if not (before < first <= last and 0 <= drafts <= most):
-                expected = f"first > {before}, last >= first and 0 to {most} drafts"
+            if not (before < first <= last and drafts >= 0) or (before == 0 and first != 1):
+                expected = f"first {'> ' * (before > 0)}{max(1, before)}, last >= first and drafts >= 0"
                 raise ValueError(f"a row of the table is {(first, last, drafts)}, expected {expected}")
             before = last
 
     def choose(self, batch: Batch) -> int:
-        for first, last, drafts in self.table:
-            if first <= len(batch) <= last:
-                return drafts
-        return self.most
+        reached = [drafts for first, _, drafts in self.table if first <= len(batch)]
+        return min(self.most, reached[-1]) if reached else self.most
+
+
+class _OwnDraftLength:
+    """A rule of one's own, whose answers are looked at.
+
+    Args:
+        text: the class, see `own_class.build`.
+        most: the largest that `most` of the class may be.
+
+    Raises:
+        InputError: it cannot be used; and `choose`, if it raises, or answers what cannot be.
+    """
+
+    def __init__(self, text: str, most: int):
+        self._own = OwnClass.parse(text)
+        self._length: DraftLength = build(text, "draft_length", DraftLength)
+        self.most = self._whole(self._length.most, "most", 1, most)
+
+    def choose(self, batch: Batch) -> int:
+        try:
+            asked = self._length.choose(batch)
+        except Exception as error:
+            raise self._refused(f"choose to answer ({type(error).__name__}: {error})") from error
+        return self._whole(asked, "choose to answer", 0, self.most)
+
+    def _whole(self, value: object, what: str, least: int, most: int) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise self._refused(f"{what} an integer from {least} to {most}, it is {value!r}")
+        return value
+
+    def _refused(self, expected: str) -> InputError:
+        own = self._own
+        return InputError(f"expected {expected}", path=own.path, field="draft_length", value=own.call)
 
 
 class SpeculativeConfig(BaseModel):
@@ -125,14 +162,16 @@ class SpeculativeConfig(BaseModel):
             InputError: it is a class of one's own that cannot be used.
         """
         if self.draft_length is not None:
-            return build(self.draft_length, "draft_length", DraftLength)
+            return _OwnDraftLength(self.draft_length, self.num_speculative_tokens)
         rows = [(first, last, drafts) for first, last, drafts in self.num_speculative_tokens_per_batch_size or ()]
         return VllmDraftLength(self.num_speculative_tokens, rows)
 
     def build_speculation(self, *, is_async: bool) -> Speculation:
         """What the scheduler is told of it."""
         length, (has_lookahead, draft_slots, _) = self.build_length(), METHODS[self.method]
-        return Speculation(length.most, length.choose, length.most if has_lookahead else 0, draft_slots, is_async)
+        is_fixed = self.draft_length is None and not self.num_speculative_tokens_per_batch_size
+        choose = None if is_fixed else length.choose
+        return Speculation(length.most, choose, length.most if has_lookahead else 0, draft_slots, is_async)
 
     @property
     def hash_lookahead_tokens(self) -> int:

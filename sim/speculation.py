@@ -7,6 +7,7 @@ import math
 import statistics
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -68,14 +69,17 @@ class AcceptanceLaw:
         concentration: how alike requests are: the first draft is right with a probability that is drawn for each
             request from a beta distribution with the mean `by_position[0]`, a + b being this; p at another position
             becomes p ** g with the g that makes the first one so. None: all requests are the same.
-        found_share: the probability that the proposer finds drafts; then it finds as many as it is asked for.
+        found_share: the probability that the proposer finds drafts, for the mean request; then it finds as many as it
+            is asked for.
         seed: of the draws.
+        found_concentration: as `concentration`, of `found_share`; one draw says both.
     """
 
     by_position: tuple[float, ...]
     concentration: float | None = None
     found_share: float = 1.0
     seed: int = 0
+    found_concentration: float | None = None
 
     def __post_init__(self) -> None:
         if not self.by_position:
@@ -86,11 +90,13 @@ class AcceptanceLaw:
                     raise ValueError(f"{name} has {value}, expected probabilities from 0 to 1")
         if type(self.seed) is not int:
             raise ValueError(f"seed is {self.seed!r}, expected an integer")
-        if self.concentration is not None and not 0.0 < self.concentration < math.inf:
-            raise ValueError(f"concentration is {self.concentration}, expected a number > 0, or None")
+        for name in ("concentration", "found_concentration"):
+            if (value := getattr(self, name)) is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, expected a number > 0, or None")
 
     def found(self, seq: Sequence, place: int, asked: int) -> int:
-        return asked if _uniform(self.seed, _FOUND, seq.seq_id, place) < self.found_share else 0
+        share = self._own(self.found_share, self.found_concentration, seq.seq_id)
+        return asked if _uniform(self.seed, _FOUND, seq.seq_id, place) < share else 0
 
     def right(self, seq: Sequence, place: int, drafts: int) -> int:
         power = self._power(seq.seq_id)
@@ -103,13 +109,17 @@ class AcceptanceLaw:
     def _power(self, request: int) -> float:
         """What a request's probabilities are raised to."""
         first = self.by_position[0]
-        if self.concentration is None or first in (0.0, 1.0):
-            return 1.0
+        own = self._own(first, self.concentration, request)
+        return 1.0 if own == first else math.log(min(max(own, 1e-12), 1.0 - 1e-12)) / math.log(first)
+
+    def _own(self, mean: float, concentration: float | None, request: int) -> float:
+        """A request's own share, from a beta distribution with this mean; the mean where all are the same."""
+        if concentration is None or mean in (0.0, 1.0):
+            return mean
         from scipy.special import betaincinv  # heavy
 
         draw = _uniform(self.seed, _REQUEST, request)
-        own = float(betaincinv(first * self.concentration, (1.0 - first) * self.concentration, draw))
-        return math.log(min(max(own, 1e-12), 1.0 - 1e-12)) / math.log(first)
+        return float(betaincinv(mean * concentration, (1.0 - mean) * concentration, draw))
 
     def to_dict(self) -> dict[str, Any]:
         """Its values, as `of` reads them."""
@@ -118,12 +128,13 @@ class AcceptanceLaw:
             "concentration": self.concentration,
             "found_share": self.found_share,
             "seed": self.seed,
+            "found_concentration": self.found_concentration,
         }
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> AcceptanceLaw:
         """The law that `to_dict` gave; ValueError if it is none."""
-        known = {"by_position", "concentration", "found_share", "seed"}
+        known = {"by_position", "concentration", "found_share", "seed", "found_concentration"}
         if not isinstance(values, dict) or set(values) - known or "by_position" not in values:
             raise ValueError(f"by_position, and perhaps {', '.join(sorted(known - {'by_position'}))}")
         return cls(**(values | {"by_position": tuple(values["by_position"])}))
@@ -236,45 +247,55 @@ def save_law(law: AcceptanceLaw, path: Path) -> None:
     write_whole(path, json.dumps(law.to_dict(), indent=2) + "\n")
 
 
-def fit_law(steps: list[dict[str, Any]], *, seed: int = 0) -> AcceptanceLaw:
-    """The law of a recorded run's drafts: each position's share of right ones, how often drafts were found, and how
-    much requests differ, by the variance of their own shares at the first position beyond that of chance. The share at
-    the first position is the mean of the requests' own: of all rows together, more are of requests guessed badly.
+def fit_law(*runs: list[dict[str, Any]], seed: int = 0) -> AcceptanceLaw:
+    """The law of recorded runs' drafts: each position's share of right ones, how often drafts were found, and how much
+    requests differ in both, by the variance of their own shares beyond that of chance. The share found, and that of
+    right first drafts, are the means of the requests' own: of all rows together, more are of requests guessed badly.
+
+    Args:
+        runs: rows of steps.jsonl, of each run in the order of the decisions.
 
     Raises:
-        ValueError: the run has no drafts.
+        ValueError: they have no drafts.
     """
     tried: dict[int, int] = defaultdict(int)
     right: dict[int, int] = defaultdict(int)
-    own: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    rows = _sampled_rows(steps)
-    for request, drafts, made, _ in rows:
-        for position in range(min(drafts, made)):
-            tried[position] += 1
-            right[position] += position < made - 1
-        if drafts:
-            own[request][0] += 1
-            own[request][1] += made > 1
+    first: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
+    found: dict[tuple[int, int], list[int]] = {}
+    for number, steps in enumerate(runs):
+        for request, drafts, made, _ in _sampled_rows(steps):
+            for position in range(min(drafts, made)):
+                tried[position] += 1
+                right[position] += position < made - 1
+            own = number, request
+            if drafts:
+                first[own][0] += 1
+                first[own][1] += made > 1
+            if own in found:
+                found[own][0] += 1
+                found[own][1] += drafts > 0
+            else:
+                found[own] = [0, 0]  # the first token of an answer has none behind it
     if not tried:
-        raise ValueError("the run has no drafts, expected some to fit a law of acceptance to")
-    first = statistics.fmean(good / number for number, good in own.values())
-    shares = (first, *(right[position] / tried[position] for position in sorted(tried)[1:]))
-    asked = [step.get("asked", 0) for step in steps]
-    with_drafts = sum(drafts > 0 for _, drafts, _, _ in rows)
-    begun = {request for request, *_ in rows}
-    may_draft = len(rows) - len(begun)  # the first token of an answer has none behind it
-    found_share = min(1.0, with_drafts / may_draft) if may_draft > 0 and any(asked) else 1.0
-    return AcceptanceLaw(shares, _concentration(shares[0], own), found_share, seed)
+        raise ValueError("the runs have no drafts, expected some to fit a law of acceptance to")
+    mean, concentration = _shares(first.values())
+    shares = (mean, *(right[position] / tried[position] for position in sorted(tried)[1:]))
+    is_asked = any(step.get("asked", 0) for steps in runs for step in steps)
+    found_share, found_concentration = _shares(found.values()) if is_asked else (1.0, None)
+    return AcceptanceLaw(shares, concentration, found_share, seed, found_concentration)
 
 
-def _concentration(mean: float, own: dict[int, list[int]]) -> float | None:
-    """The a + b of the beta distribution of which requests' shares come, by its moments: the variance of shares of n
-    trials each is m (1 - m) (1 + (n - 1) / (a + b + 1)) / n. None where they differ by no more than chance."""
-    counted = [(number, right) for number, right in own.values() if number > 1]
+def _shares(own: Iterable[list[int]]) -> tuple[float, float | None]:
+    """The mean of requests' shares, each given as trials and successes, and the a + b of the beta distribution of which
+    they come, by its moments: the variance of shares of n trials each is m (1 - m) (1 + (n - 1) / (a + b + 1)) / n.
+    None where they differ by no more than chance."""
+    counted = [(number, right) for number, right in own if number]
+    mean = statistics.fmean(right / number for number, right in counted) if counted else 1.0
+    counted = [(number, right) for number, right in counted if number > 1]
     if len(counted) < 2 or mean in (0.0, 1.0):
-        return None
+        return mean, None
     chance = sum(mean * (1.0 - mean) / number for number, _ in counted)
     between = sum((right / number - mean) ** 2 for number, right in counted)
     scale = sum(mean * (1.0 - mean) * (number - 1) / number for number, _ in counted)
     share = (between - chance) / scale
-    return None if share <= 1e-6 else max(1e-3, 1.0 / share - 1.0)
+    return mean, None if share <= 1e-6 else max(1e-3, 1.0 / share - 1.0)

@@ -40,6 +40,7 @@ from twinserve.policies import (
     Speculation,
     VllmAdmission,
 )
+from twinserve.settings.speculative import VllmDraftLength
 from twinserve.settings.vllm_versions import build_rules, nearest_version
 
 ORDERS = {"fcfs": FirstCome, "priority": Priority}
@@ -123,9 +124,10 @@ def build_core(header: dict) -> Core:
 
 def speculation_of(config: dict) -> Speculation:
     """How a scenario's drafts are scheduled."""
+    table = config.get("num_speculative_tokens_per_batch_size")
     return Speculation(
         config["num_speculative_tokens"],
-        None,
+        None if table is None else VllmDraftLength(config["num_speculative_tokens"], table).choose,
         config.get("num_lookahead_tokens", 0),
         config.get("draft_slots", 0),
         config["async_scheduling"],

@@ -94,10 +94,11 @@ def test_the_page_has_the_runs_with_prompt_lookup_where_they_were_made():
         for tokens, pace, off in ((1.5, 0.9, 0.01), (2.0, 1.25, -0.04), (2.5, 1.0, 0.03))
     ]
     texts = {"cases": {"with repeats": runs}, "options": {"requests": 8, "rounds": 3}, "load": [0.5, 4.0]}
-    texts |= {"model": "m", "device": "CPU", "command": "x", "commit": "y"}
+    texts |= {"model": "m", "device": "CPU", "command": "x", "commit": "y", "law": "that was fitted to others"}
     text = page_of(found, texts)
     assert "21 decisions are made again" in " ".join(text.split())
-    assert "load 0.5 to 4.0" in " ".join(text.split()) and "0.90 to 1.25 times" in " ".join(text.split())
+    assert "or by a law that was fitted to others. The load average was 0.5 to 4.0" in " ".join(text.split())
+    assert "0.90 to 1.25 times" in " ".join(text.split())
     assert "| with repeats, by the law | 2.00 | +1.0% (-4.0% to +3.0%) |" in text
     assert "Prompt lookup by the twin" not in page_of(found)
 

@@ -104,11 +104,18 @@ def token(request: int, number: int) -> int:
     return 10_000_000 + 1000 * request + number
 
 
-def give_output(scheduler: Any, output: Any, sampling: list[str], token_of: Callable[[int, int], int]) -> None:
+def give_output(
+    scheduler: Any,
+    output: Any,
+    sampling: list[str],
+    token_of: Callable[[int, int], int],
+    length_of: Callable[[str], int] = lambda name: 1,
+) -> None:
     """Tell vLLM's scheduler what came of a step, in which these requests sample.
 
     Args:
         token_of: what a request generates, by how many tokens it had generated before.
+        length_of: how many tokens came of it.
     """
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -116,7 +123,8 @@ def give_output(scheduler: Any, output: Any, sampling: list[str], token_of: Call
     for name in names:
         request = scheduler.requests.get(name)
         samples = request is not None and name in sampling
-        tokens.append([token_of(int(name), request.num_output_tokens)] if samples else [])
+        first, count = (request.num_output_tokens, length_of(name)) if samples else (0, 0)
+        tokens.append([token_of(int(name), first + place) for place in range(count)])
     places = {name: place for place, name in enumerate(names)}
     scheduler.update_from_output(
         output, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=tokens)
@@ -173,7 +181,15 @@ def vllm_scheduler(scheduler_cls: type, config: dict[str, Any], options: dict[st
         options: what stands under "twinserve" in its additional configuration.
     """
     import torch
-    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import (
+        CacheConfig,
+        DeviceConfig,
+        ModelConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        SpeculativeConfig,
+        VllmConfig,
+    )
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
@@ -184,6 +200,8 @@ def vllm_scheduler(scheduler_cls: type, config: dict[str, Any], options: dict[st
         "pipeline_parallel_size": 1,
     } | config
     block_size, num_blocks = rest.pop("block_size"), rest.pop("num_gpu_blocks")
+    method = rest.pop("speculative_method", None)
+    drafts = {name: rest.pop(name) for name in NUMBERS_OF_DRAFTS if name in rest}
     caching, ranks, longest = (
         rest.pop(name) for name in ("enable_prefix_caching", "pipeline_parallel_size", "max_model_len")
     )
@@ -194,15 +212,24 @@ def vllm_scheduler(scheduler_cls: type, config: dict[str, Any], options: dict[st
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
         model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", seed=0, max_model_len=longest)
+    parallel = ParallelConfig()
+    speculative = None
+    if method is not None:
+        speculative = SpeculativeConfig(
+            method="ngram", target_model_config=model, target_parallel_config=parallel, **drafts
+        )
     whole = VllmConfig(
         scheduler_config=scheduling,
         model_config=model,
         cache_config=cache,
         device_config=DeviceConfig(device="cpu"),
-        parallel_config=ParallelConfig(),
+        parallel_config=parallel,
+        speculative_config=speculative,
         additional_config={"twinserve": options or {}},
     )
     whole.parallel_config.pipeline_parallel_size = ranks  # no rank is asked whether it is there
+    if speculative is not None:
+        speculative.method = method  # nor a model that drafts
     cache.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
     groups = [KVCacheGroupSpec(["layer"], spec)]
@@ -215,6 +242,7 @@ def vllm_scheduler(scheduler_cls: type, config: dict[str, Any], options: dict[st
     )
 
 
+NUMBERS_OF_DRAFTS = ("num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -2,8 +2,8 @@
 
     python docs/cycles/pictures.py [--check]
 
-Writes cycle1.svg ... cycle9.svg, tensor-parallel.svg and step.svg into the folder beside it. With --check nothing is
-written, and the exit status is 1 where a picture is another.
+Writes cycle1.svg ... cycle9.svg, speculation.svg, tensor-parallel.svg and step.svg into the folder beside it. With
+--check nothing is written, and the exit status is 1 where a picture is another.
 """
 
 from __future__ import annotations
@@ -254,6 +254,37 @@ def cycle9() -> Drawing:
     return drawing
 
 
+def speculation() -> Drawing:
+    """Three passes over four drafts each: what was drafted, what the model chose, and what came of it."""
+    text = ["The", "cat", "sat", "on", "the", "mat", "and", "fell", "asleep", "in", "the", "sun", "."]
+    drafted = ["sat on the rug", "and then slept at", "asleep in the sun"]
+    drawing = Drawing(760, 310, "Drafts that are verified in one pass: accepted as far as the model says the same")
+    known = 2
+    for row, drafts in enumerate(words.split() for words in drafted):
+        y, x = 34 + 88 * row, 170
+        right = next((n for n, word in enumerate(drafts) if word != text[known + n]), len(drafts))
+        drawing.text(20, y - 8, " ".join(text[:known]) + " …", color=MUTED)
+        drawing.text(20, y + 18, "drafts")
+        drawing.text(20, y + 50, "the model, one pass")
+        for place, word in enumerate(drafts):
+            is_right, is_seen = place < right, place <= right
+            fill = OF_SEQUENCE["B"] if is_right else OF_SEQUENCE["C"] if is_seen else PAPER
+            drawing.box(x + 92 * place, y, 86, 28, fill, word, dashed=not is_seen)
+        for place in range(right + 1):
+            fill = OF_SEQUENCE["B"] if place < right else NOW
+            drawing.box(x + 92 * place, y + 32, 86, 28, fill, text[known + place])
+        known += right + 1
+        drawing.text(740, y + 36, f"{right + 1} tokens", anchor="end", bold=True)
+    entries = [
+        (OF_SEQUENCE["B"], "accepted"),
+        (OF_SEQUENCE["C"], "rejected"),
+        (PAPER, "behind it, of no use"),
+        (NOW, "the model's own token"),
+    ]
+    _legend(drawing, 300, entries)
+    return drawing
+
+
 def tensor_parallel() -> Drawing:
     """A layer on two ranks: which weights lie where, and what is summed; by the shape of SmolLM2-135M on three."""
     ranks, colors = 3, [OF_SEQUENCE[name] for name in "ABD"]
@@ -346,6 +377,7 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "cycle7.svg": cycle7,
     "cycle8.svg": cycle8,
     "cycle9.svg": cycle9,
+    "speculation.svg": speculation,
     "tensor-parallel.svg": tensor_parallel,
     "step.svg": step,
 }

@@ -26,13 +26,14 @@ _FILES = [
 ]
 
 
-def resolve_model(name_or_path: str | Path, *, progress: Progress | None = None) -> Path:
+def resolve_model(name_or_path: str | Path, *, progress: Progress | None = None, field: str = "model") -> Path:
     """The folder of a model, brought first if need be.
 
     Args:
         name_or_path: a known name, which `fetch` brings; a folder, which is returned as it is; or an "owner/name" of
             the model hub at $HF_ENDPOINT, huggingface.co without it. A folder goes before a hub's model of that name.
         progress: called with a line as each part of the work begins.
+        field: the option that names it.
 
     Raises:
         InputError: it is none of them, or it cannot be brought.
@@ -43,11 +44,11 @@ def resolve_model(name_or_path: str | Path, *, progress: Progress | None = None)
     if os.path.isdir(name):
         return Path(name)
     if _HUB_ID.fullmatch(name) and not os.path.exists(name):
-        return _from_hub(name, progress or (lambda line: None))
-    raise InputError(f"expected {EXPECTED}", field="model", value=name)
+        return _from_hub(name, progress or (lambda line: None), field)
+    raise InputError(f"expected {EXPECTED}", field=field, value=name)
 
 
-def _from_hub(repo_id: str, progress: Progress) -> Path:
+def _from_hub(repo_id: str, progress: Progress, field: str) -> Path:
     """The folder of a hub's model in the hub's own cache."""
     from huggingface_hub import snapshot_download
 
@@ -57,12 +58,12 @@ def _from_hub(repo_id: str, progress: Progress) -> Path:
         # Files in folders, and Mistral's "consolidated" one, are further copies of the weights.
         brought = snapshot_download(repo_id, endpoint=endpoint, allow_patterns=_FILES, ignore_patterns="*/*")
     except Exception as error:
-        raise InputError(_why(error, repo_id, endpoint), field="model", value=repo_id) from error
+        raise InputError(_why(error, repo_id, endpoint), field=field, value=repo_id) from error
     folder = Path(brought)
     for pattern in ("config.json", "model*.safetensors"):
         if not any(folder.glob(pattern)):
             problem = f"expected a model with config.json and safetensors, but {endpoint} has no {pattern} in it"
-            raise InputError(problem, field="model", value=repo_id)
+            raise InputError(problem, field=field, value=repo_id)
     return folder
 
 

@@ -34,19 +34,19 @@ def draft_of(
         if draft is not None:
             raise InputError("expected None without speculative_config", field="draft", value=draft)
         return None
-    field = "speculative_config.method"
     if speculative.method == "eagle3":
-        raise InputError("expected ngram, ngram_gpu or draft_model in the engine", field=field, value="eagle3")
+        problem = "expected ngram, ngram_gpu or draft_model in the engine"
+        raise InputError(problem, field="speculative_config.method", value="eagle3")
     if options.kv_cache_dtype == "fp8":
         raise InputError("expected auto with speculative_config", field="kv_cache_dtype", value="fp8")
     if speculative.method != "draft_model":
         return None
     if draft is None and speculative.model is None:
         raise InputError("is missing, expected a model that drafts", field="speculative_config.model")
-    model = draft if draft is not None else resolve_model(str(speculative.model))
-    found = ModelSource.of(model, options)
-    field = "speculative_config.model"
-    named = speculative.model
+    field, named = "speculative_config.model", str(speculative.model)
+    if draft is None:
+        draft = named if options.load_format == "dummy" else resolve_model(named, field=field)
+    found = ModelSource.of(draft, options)
     if found.config.vocab_size != source.config.vocab_size:
         problem = f"expected a vocabulary of {source.config.vocab_size} tokens, it has {found.config.vocab_size}"
         raise InputError(problem, field=field, value=named)
@@ -56,8 +56,8 @@ def draft_of(
     if found.config.max_position_embeddings < config.max_model_len:
         problem = f"expected a context of {config.max_model_len}, it has {found.config.max_position_embeddings}"
         raise InputError(problem, field=field, value=named)
-    if isinstance(model, Decoder) and model.device.type != config.device.type:
-        raise InputError(f"expected a model on {config.device}, it is on {model.device}", field=field, value=named)
+    if isinstance(draft, Decoder) and draft.device.type != config.device.type:
+        raise InputError(f"expected a model on {config.device}, it is on {draft.device}", field=field, value=named)
     if config.device.type == "cuda":
         check_device(found, found.config, config.device, found.dtype)
     return found

@@ -182,7 +182,8 @@ def test_drafts_that_are_all_right_give_all_tokens_of_a_row(llama, speculating, 
 def test_a_stop_inside_a_run_ends_it_there(llama, speculating, proposer, depth):
     prompts = [[5 + i, 9, 300 - i] * 4 for i in range(6)]
     full = [llama.generate(prompt, 30) for prompt in prompts]
-    stop = full[0][12]
+    # The second of a run where all drafts are right, for the first time in that text.
+    stop = next(one for n, one in enumerate(full[0]) if n > 4 and n % (K + 1) == 2 and full[0].index(one) == n)
     llm = speculating(llama, proposer, depth, block_size=4, num_gpu_blocks=1024, max_num_seqs=4)
     params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
     for prompt, completion, tokens in zip(prompts, llm.generate(prompts, params), full, strict=True):

@@ -35,6 +35,7 @@ COPIED = (
     "orders",
     "policies",
     "reports",
+    "serving",
     "settings",
     "sim",
     "tests",
@@ -79,6 +80,8 @@ TESTS_OF = {
     "sim/routers.py": ("sim/test_routers.py", "sim/test_fleet.py", "sim/test_fleet_laws.py"),
     "sim/replica.py": ("sim/test_replica.py", "sim/test_routers.py", "sim/test_fleet.py"),
     "engine/sampler.py": ("engine/test_sampler.py", "engine/test_sampling.py"),
+    "engine/inference.py": ("test_speculation.py",),
+    "serving/metrics.py": ("traces/runs/test_speculative_records.py",),
 }
 """The test files of what is no policy, quick ones first."""
 LEAST_LIMIT_S = 60.0

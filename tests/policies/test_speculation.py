@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from twinserve.policies import (
@@ -146,19 +148,49 @@ def test_what_came_of_drafts_of_a_sequence_that_has_ended_is_told_and_kept_by_no
 
 
 def test_a_table_says_how_many_drafts_a_batch_of_some_size_asks_for():
-    length = VllmDraftLength(5, [(1, 2, 5), (3, 8, 2), (10, 20, 0)])
+    """As vLLM's: rows in any order, no number above the most, sizes between two rows and behind the last as before."""
+    length = VllmDraftLength(5, [(3, 8, 2), (1, 2, 9), (10, 20, 0)])
     asked = []
     for size in (0, 1, 2, 3, 8, 9, 10, 20, 21):
         batch = Batch(1)
         batch.seqs = [sequence(1, 1) for _ in range(size)]
         asked.append(length.choose(batch))
-    assert asked == [5, 5, 5, 2, 2, 5, 0, 0, 5]
+    assert asked == [5, 5, 5, 2, 2, 2, 0, 0, 0]
 
 
-@pytest.mark.parametrize("table", [[(0, 2, 1)], [(3, 2, 1)], [(1, 4, 1), (4, 5, 1)], [(1, 2, 6)], [(1, 2, -1)]])
-def test_a_table_that_does_not_rise_or_asks_for_too_many_is_refused(table):
-    with pytest.raises(ValueError, match="a row of the table is"):
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ([(0, 2, 1)], "is (0, 2, 1), expected first 1, last >= first and drafts >= 0"),
+        ([(3, 2, 1)], "is (3, 2, 1), expected first 1,"),
+        ([(2, 4, 1)], "is (2, 4, 1), expected first 1,"),
+        ([(1, 4, 1), (4, 5, 1)], "is (4, 5, 1), expected first > 4,"),
+        ([(1, 4, 1), (6, 5, 1)], "is (6, 5, 1), expected first > 4, last >= first"),
+        ([(1, 2, -1)], "is (1, 2, -1), expected first 1, last >= first and drafts >= 0"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(table, problem):
+    with pytest.raises(ValueError, match=re.escape(f"a row of the table {problem}")):
         VllmDraftLength(5, table)
+
+
+def test_an_admission_is_padded_where_the_number_of_drafts_is_fixed_and_nowhere_else(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(most=3, asked="3"))
+    prompt, lengths = list(range(9)), {}
+    for name, values in (
+        ("fixed", {}),
+        ("by a table", {"num_speculative_tokens_per_batch_size": [[1, 9, 3]]}),
+        ("by a rule", {"draft_length": f"{file}:Halves"}),
+    ):
+        settings = {"block_size": 4, "num_gpu_blocks": 99, "speculative_config": NGRAM | values}
+        ours = Settings.load(settings).build_core().scheduler
+        for _ in range(2):  # the second has all but its last token from the first
+            ours.add(Sequence(prompt, SamplingParams(max_tokens=1)))
+            batch = ours.schedule()
+            ours.postprocess(batch, Runs([1], [1], [0]))
+        lengths[name] = [row[1:3] for row in batch.rows]
+    assert lengths == {"fixed": [(8, 4)], "by a table": [(8, 1)], "by a rule": [(8, 1)]}
 
 
 def test_numbers_that_cannot_be_are_refused():
@@ -203,7 +235,8 @@ class Halves:
 def test_a_class_of_ones_own_says_how_many_drafts_to_ask_for(tmp_path):
     file = tmp_path / "halves.py"
     file.write_text(OWN.format(most=4, asked="4 // max(1, len(batch))"))
-    settings = Settings.load({"speculative_config": NGRAM | {"draft_length": f"{file}:Halves"}})
+    own = {"method": "ngram", "num_speculative_tokens": 4, "draft_length": f"{file}:Halves"}
+    settings = Settings.load({"speculative_config": own})
     assert settings.speculative_config is not None and "@" in str(settings.speculative_config.draft_length)
     core = settings.build_core()
     asked = []
@@ -213,11 +246,30 @@ def test_a_class_of_ones_own_says_how_many_drafts_to_ask_for(tmp_path):
         asked.append(batch.num_drafts_asked)
         core.commit(Runs([5] * len(batch.sampled), [1] * len(batch.sampled), [0] * len(batch.sampled)), 0)
     assert asked == [4, 2, 1, 1]
-    file.write_text(OWN.format(most=2, asked="3"))
-    core = Settings.load({"speculative_config": NGRAM | {"draft_length": f"{file}:Halves"}}).build_core()
-    core.ingest(Sequence([1, 2], SamplingParams(max_tokens=9), seq_id=0), 0)
-    with pytest.raises(ValueError, match="asks for 3 drafts, expected 0 to 2"):
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "problem"),
+    [
+        (2, "3", "choose to answer an integer from 0 to 2, it is 3"),
+        (2, "-1", "choose to answer an integer from 0 to 2, it is -1"),
+        (2, "0.5", "choose to answer an integer from 0 to 2, it is 0.5"),
+        (2, "None", "choose to answer an integer from 0 to 2, it is None"),
+        (2, "1 // 0", "choose to answer (ZeroDivisionError: integer division or modulo by zero)"),
+        (0, "0", "most an integer from 1 to 3, it is 0"),
+        (4, "0", "most an integer from 1 to 3, it is 4"),
+        ("'2'", "0", "most an integer from 1 to 3, it is '2'"),
+    ],
+)
+def test_a_class_of_ones_own_that_says_what_cannot_be_is_refused_in_a_line(tmp_path, most, asked, problem):
+    file = tmp_path / "halves.py"
+    file.write_text(OWN.format(most=most, asked=asked))
+    core = None
+    with pytest.raises(InputError, match=re.escape(f"{file}: draft_length is 'Halves', expected {problem}")):
+        core = Settings.load({"speculative_config": NGRAM | {"draft_length": f"{file}:Halves"}}).build_core()
+        core.ingest(Sequence([1, 2], SamplingParams(max_tokens=9), seq_id=0), 0)
         core.decide(0)
+    assert (core is None) == problem.startswith("most")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +284,9 @@ def test_a_class_of_ones_own_says_how_many_drafts_to_ask_for(tmp_path):
         (NGRAM | {"prompt_lookup_max": 2}, "prompt_lookup_min is 5, expected at most prompt_lookup_max"),
         (NGRAM | {"model": "x"}, "expected none with the method ngram"),
         (NGRAM | {"num_speculative_tokens_per_batch_size": [[1, 2]]}, "a row of the table is \\[1, 2\\]"),
-        (NGRAM | {"num_speculative_tokens_per_batch_size": [[1, 2, 9]]}, "a row of the table is \\(1, 2, 9\\)"),
+        (NGRAM | {"num_speculative_tokens_per_batch_size": [[2, 3, 1]]}, "a row of the table is \\(2, 3, 1\\)"),
+        (NGRAM | {"num_speculative_tokens_per_batch_size": [[1, 2, 1.5]]}, "per_batch_size.0.2 is 1.5"),
+        (NGRAM | {"num_speculative_tokens_per_batch_size": 3}, "per_batch_size is 3"),
         (NGRAM | {"acceptance": "a", "synthetic_acceptance_rate": 0.5}, "expected none beside"),
         (NGRAM | {"draft_length": "a.py"}, "FILE.py:CLASS"),
     ],

@@ -7,6 +7,9 @@ from pathlib import Path
 import oracle_vllm
 import pytest
 
+from twinserve.policies import Batch
+from twinserve.settings.speculative import VllmDraftLength
+
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "vllm_scenarios"
 TAKEN_BACK = FOLDER / "0.24-seed_0109.jsonl.gz"
 PATHS = sorted(set(FOLDER.glob("*.jsonl.gz")) - {TAKEN_BACK})
@@ -30,6 +33,28 @@ def test_the_scenarios_have_every_rule_in_them():
         assert any(config.get(name) for config in configs), name
     assert {config.get("pipeline_parallel_size", 1) for config in configs} == {1, 3}
     assert all(sum(header["totals"][name] for header in headers) > 30 for name in ("preemptions", "aborts", "hits"))
+    drafting = [config for config in configs if "speculative_method" in config]
+    assert {(one["speculative_method"], "num_speculative_tokens_per_batch_size" in one) for one in drafting} == {
+        ("ngram", False), ("ngram_gpu", False), ("ngram_gpu", True), ("eagle3", False), ("eagle3", True),
+        ("draft_model", False), ("draft_model", True),
+    }  # fmt: skip
+    assert sum(header["totals"].get("accepted", 0) for header in headers) > 1000
+
+
+def test_a_table_of_drafts_that_asks_for_as_many_as_there_may_be_between_its_rows_parts(monkeypatch):
+    """As vLLM's goes on with the number of the row before; seen where the scheduler alone knows how many there are."""
+    monkeypatch.setattr(oracle_vllm, "VllmDraftLength", AsManyAsMayBe)
+    paths = [path for path in PATHS if "per_batch_size" in str(oracle_vllm.load(path)[0])]
+    parted = [path.name for path in paths if oracle_vllm.decide_again(path)[1] is not None]
+    assert parted == ["0.33-drafts_seed_0129.jsonl.gz", "0.33-drafts_seed_0138.jsonl.gz"]
+
+
+class AsManyAsMayBe(VllmDraftLength):
+    """Asks for the most where the table has no row."""
+
+    def choose(self, batch: Batch) -> int:
+        rows = [drafts for first, last, drafts in self.table if first <= len(batch) <= last]
+        return min(self.most, rows[0]) if rows else self.most
 
 
 def test_a_block_that_no_step_filled_is_given_out_before_cached_ones_though_vllm_has_it_among_them():

@@ -14,6 +14,7 @@ from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
+from twinserve.sim.speculation import Acceptance, AcceptanceLaw
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 
@@ -49,6 +50,7 @@ def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
         noise: float = 0.0,
         dropped: int = 0,
         num_requests: int = 80,
+        acceptance: Acceptance | None = None,
         **values: Any,
     ) -> RunRecord:
         settings = Settings.load(
@@ -70,7 +72,13 @@ def make_record(tmp_path: Path) -> Callable[..., RunRecord]:
         path = tmp_path / name
         with RunRecorder(path, world="sim", settings=settings.model_dump(), facts=facts, device=device) as recorder:
             core = settings.build_core(listener=recorder)
-            simulate(requests, core, Latency(noise), announce=lambda request: recorder.expect(request, params))
+            simulate(
+                requests,
+                core,
+                Latency(noise),
+                announce=lambda request: recorder.expect(request, params),
+                acceptance=acceptance,
+            )
             recorder.close({"dropped": dropped})
         return load_record(path)
 
@@ -83,6 +91,15 @@ def sim(make_record) -> RunRecord:
     record = make_record()
     assert record.run["summary"]["preemptions"]
     return record
+
+
+DRAFTS = {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 4}}
+
+
+@pytest.fixture
+def drafted(make_record) -> RunRecord:
+    """A simulation with drafts."""
+    return make_record("drafted", acceptance=AcceptanceLaw((0.8, 0.7, 0.6, 0.5), found_share=0.7), **DRAFTS)
 
 
 @pytest.fixture

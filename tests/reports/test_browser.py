@@ -97,14 +97,14 @@ def open_page(open_file, tmp_path):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("several", [False, True], ids=["one run", "sim and real"])
-def test_everything_is_drawn_and_fits_and_nothing_is_fetched(open_page, sim, real, width, several):
-    opened = open_page(width, sim, real) if several else open_page(width, sim)
+@pytest.mark.parametrize("several", [False, True], ids=["one run with drafts", "sim and real"])
+def test_everything_is_drawn_and_fits_and_nothing_is_fetched(open_page, drafted, sim, real, width, several):
+    opened = open_page(width, sim, real) if several else open_page(width, drafted)
     drawn = opened.page.evaluate(DRAWN)
     assert drawn.keys() == {
         *(f"cdf-{name}" for name in ("ttft", "tpot", "itl", "e2e")),
         *("load", "batch", "kv", "requests-0", "steps-prompt", "steps-decode"),
-        *(["residuals-0"] if several else []),
+        *(["residuals-0"] if several else ["acceptance"]),
     }
     for name, figure in drawn.items():
         assert figure["marks"] >= figure["traces"] > 0, (name, figure)

@@ -116,6 +116,21 @@ def test_every_metric_of_the_summary_is_in_the_page(page, sim):
         assert text in texts or text.startswith(f"{number(value)} (")
 
 
+def test_what_came_of_drafts_is_on_the_page_as_it_is_in_the_record_and_only_where_there_were_any(page, drafted, sim):
+    found = drafted.run["summary"]["speculation"]
+    shown = page(drafted, sim)
+    for name, value in found.items():
+        if name != "acceptance_by_position":
+            exact, text = shown.value(f"speculation.{name}", run="drafted")
+            assert exact == str(value) and text in (number(value), percent(value))
+    assert found["wasted_tokens"] == found["draft_tokens"] - found["accepted_tokens"] > 100
+    (line,) = shown.figures["acceptance"]["data"]
+    assert line["x"] == [1, 2, 3, 4] and line["y"] == [100 * share for share in found["acceptance_by_position"]]
+    assert all(percent(share) in shown.visible for share in found["acceptance_by_position"])
+    alone = page(sim)
+    assert "acceptance" not in alone.figures and not [cell for cell, _ in alone.cells if "spec" in cell["data-metric"]]
+
+
 def test_units_are_said_and_apply_to_the_whole_row(page, make_record):
     record = make_record(max_num_seqs=1)
     ttft, tpot = (record.run["summary"][name] for name in ("ttft_s", "tpot_s"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from live_servers import Running, TinyModel, byte_tokenizer
 
@@ -67,8 +69,14 @@ def test_stop_strings_end_answers_where_they_end_them_without_drafts(serving, tm
             ends.add(len(found[1]))
     assert {place % (K + 1) for place in ends} >= {2, 3}, "inside runs, of which the first ends with the second token"
     running.settle()
+    page = httpx.get(f"{running.url}/metrics", timeout=60).text
     running.stop()
     record = load_record(tmp_path / "run")
-    assert max(made for step in record.steps for _, made, _ in step.get("runs", ())) == K + 1
+    runs = [(made, kept) for step in record.steps for _, made, kept in step.get("runs", ())]
+    assert max(made for made, _ in runs) == K + 1
+    counted = dict(re.findall(r"^vllm:spec_decode_num_(\w+?)_total{.*} (.+)$", page, re.MULTILINE))
+    assert float(counted["drafts"]) == sum(kept > 0 for _, kept in runs) > 50
+    assert float(counted["accepted_tokens"]) == sum(made - 1 for made, kept in runs if kept) > 100
+    assert "spec_decode" not in httpx.get(f"{plain.url}/metrics", timeout=60).text
     result = replay(record)
     assert result.is_exact, result.difference

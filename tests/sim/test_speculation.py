@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,11 +105,35 @@ def test_a_law_is_found_again_in_what_it_made(tmp_path):
             assert again[name][statistic] == pytest.approx(record.run["summary"][name][statistic], rel=tolerance)
 
 
+def test_requests_differ_in_how_much_is_found_of_them_as_the_law_says_and_it_is_found_again(tmp_path):
+    law = AcceptanceLaw((0.8,), concentration=3.0, found_share=0.6, found_concentration=1.5, seed=4)
+    seqs = [Sequence([1] * 5, seq_id=number) for number in range(400)]
+    shares = []
+    for seq in seqs:
+        draws = [(law.found(seq, 5 + place, 1), law.right(seq, 5 + place, 1)) for place in range(60)]
+        shares.append([statistics.mean(own) for own in zip(*draws, strict=True)])
+    found, right = zip(*shares, strict=True)
+    assert statistics.mean(found) == pytest.approx(0.6, abs=0.05)
+    assert statistics.pstdev(found) == pytest.approx((0.6 * 0.4 / 2.5) ** 0.5, rel=0.15), (
+        "sqrt(m (1 - m) / (a + b + 1))"
+    )
+    assert statistics.correlation(found, right) > 0.8, "of whom more is found, of him more is right"
+    records = [run(tmp_path / str(seed), replace(law, seed=seed), requests=120) for seed in (4, 5)]
+    one, both = fit_law(records[0].steps), fit_law(*(record.steps for record in records))
+    assert both.found_share == pytest.approx(0.6, abs=0.05) and one.found_share != both.found_share
+    assert both.found_concentration == pytest.approx(1.5, rel=0.4)
+    again = run(tmp_path / "again", replace(both, seed=9), requests=120).run["summary"]
+    alike = run(tmp_path / "alike", replace(both, seed=9, found_concentration=None), requests=120).run["summary"]
+    told = statistics.mean(record.run["summary"]["tpot_s"]["p99"] for record in records)
+    assert again["tpot_s"]["p99"] == pytest.approx(told, rel=0.1)
+    assert alike["tpot_s"]["p99"] < 0.85 * told, "the tail is of those of whom little is found"
+
+
 def test_a_run_without_differences_between_requests_has_none_in_its_law(tmp_path):
     record = run(tmp_path / "run", AcceptanceLaw((0.8,)), requests=100)
     fitted = fit_law(record.steps)
     assert fitted.concentration is None or fitted.concentration > 60
-    with pytest.raises(ValueError, match="has no drafts"):
+    with pytest.raises(ValueError, match="have no drafts"):
         fit_law(run(tmp_path / "none", None, speculative_config=None).steps)
 
 
@@ -144,6 +169,7 @@ def test_the_settings_say_what_comes_of_drafts(tmp_path):
         {"by_position": [1.5]},
         {"by_position": []},
         {"by_position": [0.5], "odd": 1},
+        {"by_position": [0.5], "found_concentration": -1.0},
         [],
         {},
         {"by_position": [0.5], "seed": {}},

@@ -90,7 +90,7 @@ def fit(
         Path | None, typer.Option(help="Steps that `twinserve profile` measured of it, to be fitted with the runs'.")
     ] = None,
     acceptance: Annotated[
-        Path | None, typer.Option(help="A file to write too: the law of acceptance of the first run's drafts.")
+        Path | None, typer.Option(help="A file to write too: the law of acceptance of the runs' drafts.")
     ] = None,
     traces: Traces = None,
     force: Force = False,
@@ -102,7 +102,7 @@ def fit(
     with in_place_of(out, force) as place, in_place_of(acceptance, force) as beside:
         fitted = fit_runs(runs, traces, profile)
         if beside is not None:
-            fit_acceptance(runs[0], beside)
+            fit_acceptance(runs, beside)
         _save_latency(fitted, place, as_json)
 
 

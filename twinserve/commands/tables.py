@@ -63,6 +63,13 @@ def summary_table(summary: dict[str, Any]) -> None:
             f"{_number(found['joules_per_output_token'])} J an output token, {_number(found['joules_per_request'])} J "
             f"a request; {_number(found['watts'])} W, all devices together ({found['basis']})"
         )
+    if found := summary.get("speculation"):
+        by_position = ", ".join(f"{share:.1%}" for share in found["acceptance_by_position"])
+        console.print(
+            f"{found['drafts']} rows with drafts gave {found['tokens_per_step']:.2f} tokens each; of "
+            f"{found['draft_tokens']} drafted tokens {found['accepted_tokens']} were accepted "
+            f"({found['acceptance_rate']:.1%}), {found['wasted_tokens']} wasted; by position {by_position}"
+        )
     if found := summary.get("measured"):
         console.print("; ".join(f"{name} {_number(value)} s" for name, value in found.items()))
     if found := summary.get("judged"):

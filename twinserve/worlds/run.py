@@ -201,19 +201,19 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
 
 
-def fit_acceptance(run: Path, out: Path) -> None:
-    """Write the law of acceptance of a speculative run's drafts.
+def fit_acceptance(runs: list[Path], out: Path) -> None:
+    """Write the law of acceptance of speculative runs' drafts.
 
     Raises:
-        InputError: the record cannot be read or has no drafts, or the file cannot be written.
+        InputError: a record cannot be read, none has drafts, or the file cannot be written.
     """
     from twinserve.sim.speculation import fit_law, save_law
     from twinserve.traces.runs.record import load_record
 
     try:
-        law = fit_law(load_record(run).steps)
+        law = fit_law(*(load_record(run).steps for run in runs))
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(str(error), path=run) from error
+        raise error if isinstance(error, InputError) else InputError(str(error), path=runs[0]) from error
     save_law(law, out)
 
 

@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from latencies import Uneven
 
 import twinserve.traces.runs
+from twinserve.engine.live import Following
 from twinserve.policies import SamplingParams
 from twinserve.serving.metrics import ServerMetrics
 from twinserve.settings.build_core import Settings
@@ -32,8 +33,8 @@ KINDS = {
 }
 
 
-def record_of(folder: Path, kind: str, law: AcceptanceLaw) -> RunRecord:
-    """The record of a simulation of conversations with drafts."""
+def record_of(folder: Path, kind: str, law: AcceptanceLaw, metrics: ServerMetrics | None = None) -> RunRecord:
+    """The record of a simulation of conversations with drafts, which a server's page hears as well."""
     config, others = KINDS[kind]
     settings = Settings.load(
         {"num_gpu_blocks": 200, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -50,7 +51,9 @@ def record_of(folder: Path, kind: str, law: AcceptanceLaw) -> RunRecord:
         think_time_s=0.5,
     )
     with RunRecorder(folder, world="sim", settings=settings.model_dump(), facts={}) as recorder:
-        core = settings.build_core(listener=recorder)
+        core = settings.build_core(listener=Following([recorder] if metrics is None else [recorder, metrics]))
+        if metrics is not None:
+            metrics.watch([core], settings)
         params = SamplingParams(ignore_eos=True)
         simulate(
             requests,
@@ -178,28 +181,39 @@ def test_a_run_without_drafts_says_nothing_of_them(tmp_path):
     assert not any({"asked", "drafts", "runs", "proposed"} & set(row) for row in load_record(tmp_path / "run").steps)
 
 
-def test_a_servers_page_counts_drafts_under_vllms_names():
-    settings = Settings.load(
-        {"num_gpu_blocks": 200, "speculative_config": {"method": "ngram", "num_speculative_tokens": K}}
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_servers_page_counts_drafts_as_vllm_does_and_as_the_record_has_them(tmp_path, kind):
     metrics = ServerMetrics("model")
-    requests = generate(
-        seed=1,
-        num_requests=10,
-        rate=5,
-        prompt_tokens=LengthSpec.parse("fixed:9"),
-        output_tokens=LengthSpec.parse("fixed:40"),
-    )
-    simulate(requests, settings.build_core(listener=metrics), Uneven(), acceptance=AcceptanceLaw((0.5,)))
+    record = record_of(tmp_path / "run", kind, LAW, metrics)
     page = dict(line.rsplit(" ", 1) for line in metrics.page().decode().splitlines() if not line.startswith("#"))
     labels = 'engine="0",model_name="model"'
 
-    def value(name: str, more: str = "") -> float:
-        return float(page[f"vllm:{name}_total{{{labels}{more}}}"])
+    def value(name: str, more: str = "", prefix: str = "vllm:") -> float:
+        return float(page[f"{prefix}spec_decode_num_{name}_total{{{labels}{more}}}"])
 
-    drafts, tokens = value("spec_decode_num_drafts"), value("spec_decode_num_draft_tokens")
-    accepted = value("spec_decode_num_accepted_tokens")
-    by_position = [value("spec_decode_num_accepted_tokens_per_pos", f',position="{position}"') for position in range(K)]
-    assert tokens == K * drafts and sum(by_position) == accepted
-    assert drafts > by_position[0] > by_position[1] > by_position[2] > by_position[3] > 0
-    assert value("generation_tokens") == 10 * 40
+    counted = [
+        (drafts, made - 1)
+        for row in record.steps
+        for (_, drafts), (_, made, kept) in zip(row.get("drafts", ()), row.get("runs", ()), strict=True)
+        if kept
+    ]
+    assert len(counted) > 100 and max(right for _, right in counted) == K
+    assert value("drafts") == len(counted) == value("drafts", prefix="twinserve:")
+    assert value("draft_tokens") == sum(drafts for drafts, _ in counted)
+    assert value("accepted_tokens") == sum(right for _, right in counted)
+    by_position = [value("accepted_tokens_per_pos", f',position="{position}"') for position in range(K)]
+    assert by_position == [sum(right > position for _, right in counted) for position in range(K)]
+    assert sum("accepted_tokens_per_pos_total{" in name for name in page) == 2 * K
+    if kind == "ahead":
+        speculation = record.run["summary"]["speculation"]
+        assert speculation["draft_tokens"] > value("draft_tokens"), "of requests that had ended, which vLLM leaves out"
+
+
+def test_a_page_of_drafts_has_every_position_before_the_first_and_one_without_drafts_none():
+    pages = {}
+    for name, values in (("drafts", {"method": "ngram", "num_speculative_tokens": K}), ("none", None)):
+        metrics, settings = ServerMetrics("model"), Settings.load({"speculative_config": values})
+        metrics.watch([settings.build_core(listener=metrics)], settings)
+        pages[name] = metrics.page().decode()
+    assert all(f'position="{position}"}} 0.0' in pages["drafts"] for position in range(K))
+    assert "spec_decode" not in pages["none"]

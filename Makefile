@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/twinserve demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The tests of what is compiled, against a wheel of it; `make test` runs all tests against the source.
 test-compiled: $(INSTALLED)

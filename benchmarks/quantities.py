@@ -84,3 +84,8 @@ def with_unit(value: float | str, unit: str) -> str:
     """A value and its unit."""
     text = value if isinstance(value, str) else number(value)
     return text + ("" if unit in NEUTRAL else " ") * bool(unit) + unit
+
+
+def in_turns(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The copies that were measured in turns, by name, the imported one last."""
+    return measured["others"] | {measured["policies"]: measured}

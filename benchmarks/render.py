@@ -1,9 +1,9 @@
-"""results.md and the figures in the pages of the cycles and of vLLM, from the JSON files of the benchmarks alone.
+"""results.md and the figures in README, in the pages of the cycles and of vLLM, from the benchmarks' JSON alone.
 
 Pages below the folder of a language get code and figures from the page that they translate.
 
     python benchmarks/render.py [--results FOLDER] [--out FILE] [--pages FOLDER] [--vllm-page FILE]
-                                [--serving-page FILE] [--check]
+                                [--serving-page FILE] [--readme FILE] [--check]
 
 With --check nothing is written, and the exit status is 1 where something would change.
 """
@@ -20,8 +20,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from headline import headline
 from pages import table
-from quantities import NOTHING, between, compared, duration, megabytes, number, quantity, seconds, spread_of
+from quantities import (
+    NOTHING,
+    between,
+    compared,
+    duration,
+    in_turns,
+    megabytes,
+    number,
+    quantity,
+    seconds,
+    spread_of,
+)
 from translated import with_blocks_of
 
 from twinserve.commands.progress import say
@@ -37,6 +49,7 @@ BOUGHT = re.compile(r"(<!-- what each thing buys -->\n).*?(<!-- end of what each
 HTTP = re.compile(r"(<!-- what HTTP costs -->\n).*?(<!-- end of what HTTP costs -->)", re.DOTALL)
 TWIN = ("ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "tpot_s.p99", "e2e_s.mean", "e2e_s.p99", "output_tok_s")
 """The metrics of which the page on serving shows the twin's."""
+HEADLINE = re.compile(r"(<!-- measured -->\n).*?(<!-- end of measured -->)", re.DOTALL)
 COSTS = re.compile(r"(<!-- what a step costs -->\n).*?(<!-- end of what a step costs -->)", re.DOTALL)
 DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 """The devices that every page tells of, measured or not, in this order."""
@@ -74,6 +87,7 @@ def main() -> int:
     parsing.add_argument("--pages", type=Path, default=HERE.parent / "docs" / "cycles")
     parsing.add_argument("--vllm-page", type=Path, default=HERE.parent / "docs" / "vllm.md")
     parsing.add_argument("--serving-page", type=Path, default=HERE.parent / "docs" / "serving.md")
+    parsing.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     parsing.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     arguments = parsing.parse_args()
     results = load(arguments.results)
@@ -117,6 +131,10 @@ def main() -> int:
         page = arguments.serving_page.read_text(encoding="utf-8")
         found = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*/http-overhead.json"))]
         texts[arguments.serving_page] = HTTP.sub(lambda match: match[1] + cost_of_http(found) + match[2], page)
+    if arguments.readme.exists():
+        page = arguments.readme.read_text(encoding="utf-8")
+        shown = headline(arguments.results)
+        texts[arguments.readme] = HEADLINE.sub(lambda match: match[1] + shown + match[2], page)
     changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in changed:
         print(path)
@@ -154,11 +172,6 @@ def results_page(
     if simulator is not None:
         parts.append(simulator_section(simulator))
     return "\n".join(parts)
-
-
-def in_turns(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The copies that were measured in turns, by name, the imported one last."""
-    return measured["others"] | {measured["policies"]: measured}
 
 
 def circumstances(measured: dict[str, Any]) -> str:

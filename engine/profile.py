@@ -31,10 +31,14 @@ MOST_PROMPTS = 16
 """Prompts in a step of the design at most."""
 
 LEAST_CONTEXT = 64
-"""Where the design's contexts begin, on average over a step."""
+"""Where the design's contexts begin, on average over a step; at a quarter of the longest, if that is shorter."""
 
 SHORTEST = 16
-"""Tokens of contexts that the design has room for beside drafts, at the least."""
+"""Tokens of contexts that the design has room for, beside drafts if there are any, at the least."""
+
+LEAST_AHEAD = 3
+"""Sequences that a runner holds, at the least, where steps are measured one ahead: the prompts of two steps are there
+at once, and a decode."""
 
 WARMING_NS = 60_000_000
 """How long a shape is run before its steps count: power lowers a device's clocks within some tens of milliseconds."""
@@ -126,10 +130,10 @@ def design(
     block_size: int,
     num_blocks: int,
     max_rows: int,
+    max_tokens: int,
     repeats: int,
     seed: int = 0,
     most_drafts: int = 0,
-    max_tokens: int = 0,
 ) -> list[StepShape]:
     """Shapes that fill the space of steps evenly, by a scrambled Sobol sequence.
 
@@ -148,13 +152,14 @@ def design(
         block_size: a prompt behind earlier tokens begins at a multiple of it.
         num_blocks: of the pool; contexts are cut to half of it, and sequences left out that have no room while a shape
             is run `repeats` times.
-        max_rows: sequences that the runner can hold; the prompts of two steps are among them, one being in flight.
+        max_rows: sequences that the runner can hold; from LEAST_AHEAD on the prompts of two steps are among them, one
+            being in flight.
+        max_tokens: of a step.
         seed: another seed, other shapes; the same, the same.
         most_drafts: of a sequence in a step; 0 of an engine that does not draft.
-        max_tokens: of a step with drafts.
 
     Raises:
-        InputError: the pool has no room for most of the shapes.
+        InputError: the pool has no room for most of the shapes, or the limits leave no two unlike ones of a kind.
     """
     from scipy.stats import qmc
 
@@ -162,25 +167,27 @@ def design(
     shapes = []
     # A prompt of which one token is left is padded where there are drafts, and would be no such shape.
     least = 2 if most_drafts else 1
+    max_prompt, steps = min(max_prompt, max_tokens), _steps_at_once(max_rows)
+    shortest = min(LEAST_CONTEXT, max(1 + least, max_context // 4))
     for kind, rows, context, spread, number, tokens, behind, start, shares, common, *drafting in points.tolist():
         decodes = prompts = 0
         if kind < 0.4 or kind >= 0.65:
             decodes = _between(1, min(max_seqs, max_rows), rows)
         if kind >= 0.4:
-            prompts = _between(1, min(MOST_PROMPTS, max_prompt, max_rows // 2), number)
-            decodes = min(decodes, max_rows - 2 * prompts)
-        share = num_blocks * block_size // 2
-        mean = min(_between(LEAST_CONTEXT, max_context, context), share // max(1, decodes))
-        contexts = [max(1 + least, size) for size in _uneven(decodes, mean, 1.2 * spread, max_context)]
+            prompts = _between(1, min(MOST_PROMPTS, max_prompt // least, max_rows // steps), number)
         total = _between(least * prompts, max_prompt, tokens) if prompts else 0
         lengths = _uneven(prompts, total // max(1, prompts), 1.2 * spread, max_context - 1)
-        lengths = [max(least, length) for length in lengths]
+        lengths = _cut([max(least, length) for length in lengths], max_prompt, least)
+        decodes = min(decodes, max_rows - steps * prompts, max_tokens - sum(lengths))
+        share = num_blocks * block_size // 2
+        mean = min(_between(shortest, max_context, context), share // max(1, decodes))
+        contexts = [max(1 + least, size) for size in _uneven(decodes, mean, 1.2 * spread, max_context)]
         room = min(max_context - 1 - max(lengths, default=0), share // max(1, prompts))
         begin = (
             _between(block_size, room, start) // block_size * block_size if behind < 0.5 and room > block_size else 0
         )
         starts = [begin * (place + 1) // prompts // block_size * block_size for place in range(prompts)]
-        pieces = tuple(zip(starts, _cut(lengths, max_prompt, least), strict=True))
+        pieces = tuple(zip(starts, lengths, strict=True))
         whole = (min(contexts, default=least) - least) // block_size * block_size
         alike = _between(block_size, whole, 3 * common) // block_size * block_size if whole and 3 * common < 1 else 0
         shape = StepShape(tuple(contexts), pieces, shares < 0.25, alike if decodes > 1 else 0)
@@ -192,6 +199,11 @@ def design(
     if 2 * len(shapes) < count:
         problem = f"expected more: most steps to measure do not fit the {num_blocks * block_size} tokens of the KV pool"
         raise InputError(problem, field="num_gpu_blocks", value=num_blocks)
+    for words, some in (("with prompts", True), ("without prompts", False)):
+        unlike = {(shape.contexts, shape.prompts) for shape in shapes if bool(shape.prompts) is some}
+        if len(unlike) < 2 and not most_drafts:
+            problem = f"all steps {words} are alike, and what they cost cannot be fitted"
+            raise InputError(f"expected a larger max_model_len or max_num_batched_tokens: {problem}")
     return shapes
 
 
@@ -208,7 +220,7 @@ def _drafting(shape: StepShape, asked: float, having: float, most_drafts: int, m
 
 def _cut_to(shape: StepShape, num_blocks: int, repeats: int, block_size: int) -> StepShape:
     """The shape with as many of its sequences as a pool of so many blocks holds while it is run."""
-    while _blocks_of(shape, repeats, block_size) > num_blocks:
+    while (shape.contexts or shape.prompts) and _blocks_of(shape, repeats, block_size) > num_blocks:
         shape = replace(
             shape,
             contexts=shape.contexts[:-1],
@@ -239,11 +251,11 @@ def covering(
         max_context, block_size, num_blocks, max_rows, repeats: as of `design`; sequences for which there is no room are
             left out.
     """
-    shapes = set()
+    shapes, steps = set(), _steps_at_once(max_rows)
     for shape in made:
         decodes = [(context, drafts) for context, drafts in shape.drafted if context + drafts < max_context]
         prompts = [(start, length) for start, length in shape.prompts if start + length < max_context]
-        del prompts[max_rows // 2 :], decodes[max(0, max_rows - 2 * len(prompts)) :]
+        del prompts[max_rows // steps :], decodes[max(0, max_rows - steps * len(prompts)) :]
         contexts = tuple(context for context, _ in decodes)
         drafts = tuple(number for _, number in decodes) if shape.drafts else ()
         cut = StepShape(contexts, tuple(prompts), drafts=drafts, asked=shape.asked)
@@ -259,6 +271,11 @@ def covering(
         kinds[tuple(size.bit_length() for size in sizes)].append(shape)
     rounds = zip_longest(*kinds.values())
     return list(islice((shape for found in rounds for shape in found if shape is not None), count))
+
+
+def _steps_at_once(max_rows: int) -> int:
+    """Steps whose sequences a runner holds at once while they are measured."""
+    return 2 if max_rows >= LEAST_AHEAD else 1
 
 
 def _between(least: int, most: int, share: float) -> int:
@@ -417,14 +434,17 @@ def _core_for(llm: LLM, shape: StepShape, repeats: int) -> Core:
         block_size=llm.settings.block_size,
         # No more blocks than the shape needs: making the policies' pool would cost more than the step.
         num_gpu_blocks=_blocks_of(shape, repeats, llm.settings.block_size),
-        pipeline_depth=int(llm.attention.graphs) if config is None else _depth_with_drafts(llm),
+        pipeline_depth=_depth(llm),
         speculative_config=config,
     ).build_core()
 
 
-def _depth_with_drafts(llm: LLM) -> int:
-    """As it serves on a device that the host waits for; else 0, as steps without drafts that are no graphs."""
-    return llm.settings.pipeline_depth if llm.runner.kernel_facts().get("waits") else 0
+def _depth(llm: LLM) -> int:
+    """One step ahead where steps are graphs; with drafts, as it serves on a device that the host waits for, else 0."""
+    settings = llm.settings
+    if settings.speculative_config is not None:
+        return settings.pipeline_depth if llm.runner.kernel_facts().get("waits") else 0
+    return int(llm.attention.graphs and _steps_at_once(settings.max_num_seqs) > 1)
 
 
 class _Texts:

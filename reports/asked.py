@@ -33,8 +33,8 @@ class Asked:
     share: float | None = None
 
     def kept(self, run: Run) -> np.ndarray:
-        """Of each request of a run, in its record's order: was it served, within all limits?"""
-        return np.array([self._is_kept(row) for row in run.record.requests], dtype=bool)
+        """Of each of `run.requests`: was it served, within all limits?"""
+        return np.array([self._is_kept(row) for row in run.requests], dtype=bool)
 
     def _is_kept(self, row: dict[str, Any]) -> bool:
         if row["finish_reason"] not in SERVED:
@@ -45,7 +45,7 @@ class Asked:
     def attainment(self, run: Run) -> dict[str, float | None]:
         """What of a run's requests keep the limits, see `metrics.attainment`."""
         kept = self.kept(run)
-        tokens = sum(row["output_tokens"] for row, is_kept in zip(run.record.requests, kept, strict=True) if is_kept)
+        tokens = sum(row["output_tokens"] for row, is_kept in zip(run.requests, kept, strict=True) if is_kept)
         return attainment(int(kept.sum()), tokens, run.summary)
 
     def missed_by(self, run: Run) -> list[str]:

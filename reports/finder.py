@@ -66,7 +66,7 @@ def finder(runs: list[Run], groups: list[list[Run]], asked: Asked | None) -> str
 
 def _packed(run: Run, group: int, asked: Asked | None) -> dict[str, Any]:
     """The columns of a run's requests, times in microseconds."""
-    rows = run.record.requests
+    rows = run.requests
     columns: dict[str, dict[str, Any]] = {"id": {"unit": "id", "values": [row["id"] for row in rows]}}
     columns["arrival"] = _times([row["arrival_ns"] - run.origin_ns for row in rows])
     columns["wait"] = _times([_between(row, "arrival_ns", "first_scheduled_ns") for row in rows])
@@ -129,7 +129,7 @@ def waited_for(run: Run) -> list[str | None]:
             found[row["id"]] = words[int(np.argmax(shares))] if sum(shares[1:]) else STEP
         if part.died_s is not None:
             lost |= {row["id"] for row in part.record.requests if row["finish_reason"] is None}
-    return [LOST if row["id"] in lost else found.get(row["id"]) for row in run.record.requests]
+    return [LOST if row["id"] in lost else found.get(row["id"]) for row in run.requests]
 
 
 def _limit_of(row: dict[str, Any], seqs: int | None, budget: int | None) -> int:

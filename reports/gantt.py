@@ -34,11 +34,11 @@ def request_figure(runs: list[Run], number_of_group: int, numbers: list[int] | N
         numbers: of the runs among those of the page; from 0 on unless given.
     """
     numbers = list(range(len(runs))) if numbers is None else numbers
-    served = [row for row in runs[0].record.requests if _was_served(row)]
+    served = [row for row in runs[0].requests if _was_served(row)]
     if not served:
         return None
     shown, notes = _choose(served, max(8, min(MOST_REQUESTS, MOST_BARS // len(runs))))
-    left_out = len(runs[0].record.requests) - len(shown)
+    left_out = len(runs[0].requests) - len(shown)
     if left_out:
         notes.append(f"{count(left_out, 'request')} left out.")
     places = {row["id"]: index * (len(runs) + _GAP) for index, row in enumerate(shown)}
@@ -94,7 +94,7 @@ def _choose(rows: list[Row], most: int) -> tuple[list[Row], list[str]]:
 
 def _bars(run: Run, runs: list[Run], places: dict[int, float], lane: int) -> list[Trace]:
     """A trace a phase; a request that ended early has fewer phases."""
-    rows = [row for row in run.record.requests if row["id"] in places and _was_served(row)]
+    rows = [row for row in run.requests if row["id"] in places and _was_served(row)]
     traces: list[Trace] = []
     for phase, shade, begin, end in _PHASES:
         spans = [(row, *span) for row in rows if (span := _span(row, begin, end))]

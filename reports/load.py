@@ -70,7 +70,7 @@ def _arrivals_s(run: Run) -> np.ndarray:
 
 
 def _arrivals_ns(run: Run) -> np.ndarray:
-    return np.fromiter((row["arrival_ns"] for row in run.record.requests), np.int64)
+    return np.fromiter((row["arrival_ns"] for row in run.requests), np.int64)
 
 
 def _nice(seconds: float) -> float:

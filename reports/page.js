@@ -151,7 +151,7 @@
   // --- requests: all of them, by id, filtered and sorted; the one that is chosen is drawn among its neighbours ---
 
   const SHOWN = 20;
-  const UNITS = { us: (value) => (value / 1000).toFixed(3), "": (value) => value.toLocaleString("en"), id: String, text: String };
+  const UNITS = { us: (value) => (value / 1000).toLocaleString("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 }), "": (value) => value.toLocaleString("en"), id: String, text: String };
   const TERM = /^(\w+)\s*(<=|>=|<|>|=)\s*(\S+)$/;
   const HOLDS = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b, "=": (a, b) => a === b };
 

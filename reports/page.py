@@ -32,7 +32,7 @@ from twinserve.reports.tables import (
     transforms_of,
 )
 from twinserve.reports.terms import definitions
-from twinserve.reports.text import count, duration, number, percent, plain
+from twinserve.reports.text import count, duration, number, percent, plain, share_of_limit
 from twinserve.reports.timelines import batch_figure, kv_figure
 from twinserve.reports.waits import waits_tables
 from twinserve.settings.files import refuse_existing, write_whole
@@ -152,7 +152,7 @@ def _verdict(runs: list[Run], asked: Asked | None) -> str:
         details = [escape(", ".join(others))] if others else []
         for metric, limit_s in asked.terms_s.items():
             if (value := value_of(run.summary, metric)) is not None:
-                details.append(f"{name_of(metric)} {duration(value)}, {value / limit_s:.0%} of its limit")
+                details.append(f"{name_of(metric)} {duration(value)}, {share_of_limit(value / limit_s)}")
         details.append(
             f'<span data-metric="attainment.share" data-run="{run.text}" data-value="{found["share"]}">'
             f"{percent(found['share'])}</span> of requests within the limits, goodput "

@@ -266,6 +266,11 @@ class Run:
         return found
 
     @cached_property
+    def requests(self) -> list[dict[str, Any]]:
+        """The rows of all requests in the order in which they came in, whenever a fleet's replicas had them."""
+        return sorted(self.record.requests, key=lambda row: (row["arrival_ns"], row["id"]))
+
+    @cached_property
     def finished(self) -> list[dict[str, Any]]:
         """Rows of the requests whose latencies count."""
         return [row for row in self.record.requests if row["finish_reason"] in SERVED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +16,8 @@ from twinserve.reports.text import count, plain
 from twinserve.reports.text import number as number_of
 
 _KEPT, _MISSED = COLORS[:2]
+_UNITS = {"rate": "requests/s", "session_rate": "sessions/s"}
+"""Of swept fields whose names do not say it."""
 _LOADS = ("rate", "rate_scale", "session_rate", "replicas")
 """Fields that say how much is asked of how many, drawn before others."""
 
@@ -34,6 +37,12 @@ class Axis:
     column: str
     title: str
     limit: float | None = None
+
+    @property
+    def unit(self) -> str:
+        """The unit as it stands behind a number."""
+        _, comma, unit = self.title.rpartition(", ")
+        return f" {unit}" if comma else ""
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,9 @@ def sweep_page(
 
 
 def _verdicts(cases: Sequence[PageCase], across: Axis) -> list[str]:
-    """How many cases keep the objective, and the cheapest of them; nothing where there is no objective."""
-    if all(case.keeps is None for case in cases):
+    """How many cases keep the objective, and the cheapest of them; nothing where there is no objective, or one capacity
+    that was found."""
+    if all(case.keeps is None for case in cases) or (len(cases) == 1 and cases[0].sought and cases[0].keeps):
         return []
     kept = [case for case in cases if case.keeps]
     if not kept:
@@ -156,7 +166,8 @@ def _field_figure(name: str, cases: Sequence[PageCase], swept: str, axis: Axis) 
             others = {other: value for other, value in case.varied.items() if other != swept}
             label = ", ".join(f"{other} {plain(value)}" for other, value in others.items())
             lines.setdefault(label, []).append(Tried(case.varied[swept], case.values, case.keeps is not False))
-    return _curves(name, lines, {}, swept, axis, "Look for the knee: the value from which the curve rises steeply.")
+    across = f"{swept}, {_UNITS[swept]}" if swept in _UNITS else swept
+    return _curves(name, lines, {}, across, axis, "Look for the knee: the value from which the curve rises steeply.")
 
 
 def _search_figure(name: str, cases: Sequence[PageCase], axis: Axis) -> Figure | None:
@@ -235,19 +246,31 @@ def _layout(axis: Axis, values: Sequence[float]) -> dict[str, Any]:
     """A figure whose y axis begins at 0, or is logarithmic where values span a large factor."""
     values = [*values, *([axis.limit] if axis.limit is not None else [])]
     wide = min(values) > 0 and max(values) > 20 * min(values)
-    y_axis = base_axis(axis.title, type="log", dtick="D2") if wide else base_axis(axis.title, rangemode="tozero")
+    if wide:
+        ticks = _ticks(min(values), max(values))
+        texts = [f"{tick:,.10g}" for tick in ticks]
+        y_axis = base_axis(axis.title, type="log", tickvals=ticks, ticktext=texts)
+    else:
+        y_axis = base_axis(axis.title, rangemode="tozero")
     return base_layout(360, yaxis=y_axis, hovermode="closest")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers around the values of a logarithmic axis: 1, 2 and 5 of each power of ten, or 1 alone of many."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    digits = (1, 2, 5) if len(powers) < 7 else (1,)
+    return [float(f"{digit}e{power}") for power in powers for digit in digits]
 
 
 def _limit_notes(axis: Axis, layout: dict[str, Any]) -> list[str]:
     """Draw the limit, if there is one, and say so."""
     if axis.limit is None:
         return []
-    line = {"color": _MISSED, "width": 1, "dash": "4px,3px"}
+    line = {"color": MUTED, "width": 1, "dash": "4px,3px"}
     layout["shapes"] = [
         {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": axis.limit, "y1": axis.limit, "line": line}
     ]
-    return [f"The dashed line is the limit, {number_of(axis.limit)}."]
+    return [f"The dashed line is the limit, {number_of(axis.limit)}{axis.unit}."]
 
 
 def _case_table(cases: Sequence[PageCase]) -> str:
@@ -292,7 +315,8 @@ def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]
 def _estimated(value: Estimate) -> str:
     if value.interval is None:
         return number_of(value.mean)
-    return f"{number_of(value.mean)} ± {number_of(value.interval[1] - (value.mean or 0))}"
+    half = float(f"{value.interval[1] - (value.mean or 0):.2g}")
+    return f"{number_of(value.mean)} ± {half:,.10g}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

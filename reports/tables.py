@@ -13,8 +13,8 @@ from twinserve.traces.runs.compare import STATISTICS, Comparison, compare, diffe
 
 _LATENCIES = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("itl_s", "ITL"), ("e2e_s", "End to end"))
 _TOTALS = (
-    ("output_tok_s", term("output tokens / s", "Tokens / s")),
-    ("total_tok_s", term("all tokens / s", "Tokens / s")),
+    ("output_tok_s", term("output tokens/s", "Tokens / s")),
+    ("total_tok_s", term("all tokens/s", "Tokens / s")),
     ("duration_s", "duration, s"),
     ("cached_tokens", term("cached prompt tokens", "Cached")),
     ("preemptions", term("preemp&shy;tions", "Preemptions")),

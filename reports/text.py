@@ -35,6 +35,11 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     return f"{share:+.1%}".replace("-", "−")
 
 
+def share_of_limit(share: float) -> str:
+    """How much of a limit was used, in percent, or how many times the limit."""
+    return f"{share:.0%} of its limit" if share < 10 else f"{share:,.0f} times its limit"
+
+
 def time_unit(seconds: float) -> tuple[str, float]:
     """The unit in which a time is best read, and how many of it are in a second."""
     return ("s", 1.0) if seconds >= 1 else ("ms", 1e3)

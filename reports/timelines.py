@@ -108,7 +108,7 @@ class Sheet:
             area = {"fill": "tozeroy", "fillcolor": color, "name": said_of(run, self._runs, what), "yaxis": y_axis}
             self._draw(run, line, "mean", width=0.5, color=color, hovertemplate=hover, **area)
             if isinstance(line, Bins) and total == "tokens":
-                name, hover = said_of(run, self._runs, "the most in a step"), "%{y:,} at most<extra></extra>"
+                name, hover = said_of(run, self._runs, "most tokens of a step"), "%{y:,} at most<extra></extra>"
                 self._draw(run, line, "high", width=0.8, color=MUTED, name=name, hovertemplate=hover, yaxis=y_axis)
 
     def _line_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, cost_of
 
 
 class Drafting(Protocol):
@@ -58,7 +58,7 @@ class ModelDrafting:
         return sum(map(self._pass_ns, passes))
 
     def _pass_ns(self, features: StepFeatures) -> int:
-        cost = StepCost(*self._latency.step_cost(features))
+        cost = cost_of(self._latency, features)
         return max(cost.device_ns, cost.lead_ns)
 
 
@@ -70,7 +70,7 @@ class DraftedLatency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The cost of a step and of the drafts behind it."""
-        cost = StepCost(*self._latency.step_cost(features))
+        cost = cost_of(self._latency, features)
         if not (features.asked and features.drafting):
             return cost
         return cost.followed(self._drafting.drafting_ns(features))

@@ -397,11 +397,10 @@ class Fleet:
         while self._enough[0][0] < now - scaling.settle_ns:
             self._enough.popleft()
         most = max(count for _, count in self._enough)
-        if now - self._enough[0][0] + scaling.period_ns >= scaling.settle_ns:
-            up = sorted((lease for lease in there if lease.up_ns is not None), key=lambda lease: lease.replica)
-            for lease in reversed(up[most:]):
-                self._draining[lease.replica] = lambda lease=lease: self._gone(lease)  # type: ignore[misc]
-                self._emptied(lease.replica)
+        up = sorted((lease for lease in there if lease.up_ns is not None), key=lambda lease: lease.replica)
+        for lease in reversed(up[most:]):
+            self._draining[lease.replica] = lambda lease=lease: self._gone(lease)  # type: ignore[misc]
+            self._emptied(lease.replica)
         alarm(self._env, now + scaling.period_ns, _CHANGES, self._look)
 
     def _started(self, lease: Lease) -> None:

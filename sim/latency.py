@@ -220,6 +220,24 @@ class LatencyModel(Protocol):
         """The fields of a StepCost; two alone are host_ns and device_ns."""
 
 
+def cost_of(latency: LatencyModel, features: StepFeatures) -> StepCost:
+    """What a model says that a step costs.
+
+    Raises:
+        InputError: it does not say it in integers >= 0.
+    """
+    given = latency.step_cost(features)
+    try:
+        cost = StepCost(*given)
+        is_whole = type(cost.host_ns) is type(cost.device_ns) is int
+        if is_whole and cost.host_ns >= 0 <= cost.device_ns and cost.lead_ns >= 0:
+            return cost
+    except TypeError:
+        pass
+    problem = "expected host_ns and device_ns, integers >= 0"
+    raise InputError(problem, field=f"step_cost of {type(latency).__name__}", value=given)
+
+
 class RepeatedCosts(Protocol):
     """A latency model that says at once what steps cost that repeat one another."""
 
@@ -246,7 +264,7 @@ class ScaledLatency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The scaled cost."""
-        cost = StepCost(*self._latency.step_cost(features)).slower(self._factor)
+        cost = cost_of(self._latency, features).slower(self._factor)
         return cost._replace(host_ns=round(cost.host_ns * self._factor), lead_ns=round(cost.lead_ns * self._factor))
 
 

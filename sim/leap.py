@@ -14,7 +14,8 @@ import numpy as np
 
 from twinserve.policies import Core
 from twinserve.policies.core import Span
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.settings.errors import InputError
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, cost_of
 from twinserve.traces.runs.spans import BackToBack
 
 _FEW = 6
@@ -85,7 +86,7 @@ class Leap:
                 cost = costs[number - planned - 1]
             else:
                 features = self.features.repeated(number, decided)
-                cost = StepCost(*self._latency.step_cost(features))
+                cost = cost_of(self._latency, features)
             launched, start, end = cost.times(decided, self._ends[-1])
             self._ends.append(end)
             self._spans.append((decided, start, end))
@@ -98,7 +99,12 @@ class Leap:
         if self._columns is None or (left < _FEW and not self._back_to_back):
             return None
         before = self.features.repeated(planned, 0) if planned else self.features
-        return self._columns(before, min(max(planned, _FIRST_COLUMN), left))
+        known = self._columns(before, min(max(planned, _FIRST_COLUMN), left))
+        if known is not None and min(known[0], int(known[1].min())) < 0:
+            raise InputError(
+                "expected nanoseconds >= 0", field=f"repeated_costs of {type(self._latency).__name__}", value=known
+            )
+        return known
 
     def _add_columns(self, host_ns: int, devices_ns: np.ndarray) -> None:
         """Plan steps each of which is decided when the one before has ended."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from twinserve.sim.devices import PEAKS, Collectives, Power
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, cost_of
 from twinserve.sim.roofline import RooflineLatency
 
 _FREE = 1e21
@@ -68,7 +68,7 @@ class Work:
 
 def _sum(latency: LatencyModel, features: StepFeatures, count: int) -> int:
     """The device's nanoseconds of a step and of those that repeat it."""
-    first = StepCost(*latency.step_cost(features)).device_ns
+    first = cost_of(latency, features).device_ns
     if count == 1:
         return first
     repeated = getattr(latency, "repeated_costs", None)
@@ -76,7 +76,7 @@ def _sum(latency: LatencyModel, features: StepFeatures, count: int) -> int:
     if known is not None:
         return first + int(np.sum(known[1]))
     later = (features.repeated(number, features.decided_ns) for number in range(1, count))
-    return first + sum(StepCost(*latency.step_cost(one)).device_ns for one in later)
+    return first + sum(cost_of(latency, one).device_ns for one in later)
 
 
 class MeteredLatency:

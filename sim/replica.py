@@ -17,7 +17,7 @@ from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.sim.clients import NOBODY, Clients, Door
 from twinserve.sim.clock import alarm, now_ns, skip_to
 from twinserve.sim.horizon import advance, horizon
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepFeatures, cost_of
 from twinserve.sim.leap import Leap
 from twinserve.sim.speculation import Acceptance, output_of
 from twinserve.sim.stages import Stages
@@ -233,7 +233,7 @@ class Replica:
                     self._ended(seq)
                 if batch:
                     features = StepFeatures.of(batch, arrived)
-                    cost = StepCost(*self._latency.step_cost(features))
+                    cost = cost_of(self._latency, features)
                     if self._watch is not None:
                         self._watch(features)
                     if self._stages is None:

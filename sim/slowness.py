@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures
+from twinserve.sim.latency import LatencyModel, StepCost, StepFeatures, cost_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SlowLatency:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The cost at the time of the decision."""
-        cost = StepCost(*self._latency.step_cost(features))
+        cost = cost_of(self._latency, features)
         for one in self._slowdowns:
             if one.from_ns <= features.decided_ns and (one.to_ns is None or features.decided_ns < one.to_ns):
                 cost = cost.slower(one.factor)

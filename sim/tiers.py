@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import simpy
@@ -69,10 +69,11 @@ class Store:
 
 @dataclass
 class TierCounts:
-    """What came of a tier, over all replicas: loads, the blocks in them, and blocks that were stored."""
+    """What came of a tier, over all replicas: loads, blocks and bytes of them, and blocks that were stored."""
 
     loads: int = 0
     hit_blocks: int = 0
+    load_bytes: float = 0.0
     stored_blocks: int = 0
 
 
@@ -143,6 +144,7 @@ class Tiers:
             if count := places.count(place):
                 counts.loads += 1
                 counts.hit_blocks += count
+                counts.load_bytes += count * store.block_bytes
                 there_ns = max(there_ns, store.load_ns(count, now_ns(self._env)))
         alarm(self._env, there_ns, _ARRIVED, lambda _: loaded(seq))
 
@@ -187,10 +189,7 @@ class FleetTiers:
 
     @property
     def summary(self) -> list[dict[str, Any]]:
-        """What came of each tier; bytes are those that were loaded."""
-        size = max(self._plan.block_bytes)
+        """What came of each tier."""
         return [
-            {"name": tier.name, "loads": counts.loads, "hit_blocks": counts.hit_blocks,
-             "load_bytes": counts.hit_blocks * size, "stored_blocks": counts.stored_blocks}
-            for tier, counts in zip(self._plan.tiers, self.counts, strict=True)
-        ]  # fmt: skip
+            {"name": tier.name} | asdict(counts) for tier, counts in zip(self._plan.tiers, self.counts, strict=True)
+        ]

@@ -16,12 +16,27 @@ settings.register_profile("deep", max_examples=10_000, deadline=None)
 settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads of each would wait for those of the others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Processes of pytest-xdist have one of their own, and what is printed would be as wide.
 os.environ.pop("COLUMNS", None)
 
 
+LONGEST = (
+    *("engine/test_tensor_parallel", "policies/test_machines", "engine/test_speculation", "serving/test_processes"),
+    *("engine/test_verify", "test_benchmarks", "engine/test_equality", "sim/test_leaps", "fuzz/test_malformed"),
+    *("commands/test_demo", "serving/test_fuzz", "engine/test_smollm2", "serving/test_clients", "test_readme"),
+    *("commands/test_faults", "equivalence/test_vllm_records", "commands/test_texts", "planning/test_answers"),
+)
+"""Files of tests that take long: they begin first, so that workers, of which each has a file, end together."""
+_PLACES = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+assert all(path.is_file() for path in _PLACES), "one of LONGEST has another name now"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where torch finds no CUDA device."""
+    """Tests of LONGEST come first; those marked gpu are skipped where torch finds no CUDA device."""
+    items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -111,7 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass
 class Judge:
-    """Holds greedy tokens against transformers' own `generate`.
+    """Holds greedy tokens against transformers, which is given all of a text at once or generates it.
 
     Where the reference's two best logits are closer than NEAR_TIE, either of them is right: the difference is counted,
     and the reference goes on from the token that was taken.
@@ -139,21 +139,18 @@ class Judge:
         return ids.tolist(), (values[0] - values[1]).item()
 
     def check(self, prompt: list[int], tokens: list[int]) -> None:
-        """Assert that the reference generates `tokens` after `prompt`."""
-        done = 0
-        while done < len(tokens):
-            expected = self.generate(prompt + tokens[:done], len(tokens) - done)
-            if expected == tokens[done:]:
-                return
-            wrong = done + next(i for i, token in enumerate(expected) if token != tokens[done + i])
-            best, margin = self.best_two(prompt + tokens[:wrong])
-            assert margin < NEAR_TIE and tokens[wrong] in best, (
-                f"token {wrong} after a prompt of {len(prompt)} is {tokens[wrong]}, the reference has {best[0]}, "
-                f"{margin:.2e} above {best[1]}"
+        """Assert that each of `tokens` is what the reference finds most probable after `prompt` and those before it."""
+        logits = self.model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :][: len(tokens)]
+        best, margins = logits.topk(2).indices.tolist(), logits.topk(2).values.diff().neg()[:, 0].tolist()
+        for place, (token, two, margin) in enumerate(zip(tokens, best, margins, strict=True)):
+            if token == two[0]:
+                continue
+            assert margin < NEAR_TIE and token == two[1], (
+                f"token {place} after a prompt of {len(prompt)} is {token}, the reference has {two[0]}, "
+                f"{margin:.2e} above {two[1]}"
             )
             self.near_ties += 1
-            print(f"near tie at token {wrong} after a prompt of {len(prompt)}: {margin:.2e}")
-            done = wrong + 1
+            print(f"near tie at token {place} after a prompt of {len(prompt)}: {margin:.2e}")
 
     def check_all(self, sequences: list[Sequence], num_tokens: int | None = None) -> None:
         """Assert that each sequence's tokens are the reference's, and that there are `num_tokens` of them."""

@@ -30,6 +30,7 @@ import command_line
 import copies
 import cycle_results
 import flash_stand_in
+import headline
 import quantities
 import render
 import run_all
@@ -514,6 +515,7 @@ def rendered(monkeypatch, results: Path, folder: Path, *options: str) -> int:
     """Exit status of render.py on `results`, writing below `folder`."""
     arguments = ["--results", str(results), "--out", str(folder / "results.md"), "--pages", str(folder)]
     arguments += ["--vllm-page", str(folder / "vllm.md"), "--serving-page", str(folder / "serving.md")]
+    arguments += ["--readme", str(folder / "README.md")]
     monkeypatch.setattr(sys, "argv", ["render.py", *arguments, *options])
     return render.main()
 
@@ -814,6 +816,36 @@ def test_what_http_costs_stands_beside_its_twin(monkeypatch, tmp_path):
     (results / "h200" / "http-overhead.json").write_text(json.dumps(result))
     rendered(monkeypatch, results, tmp_path)
     assert "\nNo twin: too few shapes.\n" in page.read_text() and "its twin" not in page.read_text()
+
+
+def test_the_top_of_readme_has_the_figures_of_the_files(monkeypatch, tmp_path):
+    page, results = tmp_path / "README.md", written(tmp_path / "results", measured(1, 10.0))
+    page.write_text("before\n<!-- measured -->\nold\n<!-- end of measured -->\nafter\n")
+    rendered(monkeypatch, results, tmp_path)
+    assert page.read_text() == "before\n<!-- measured -->\n<!-- end of measured -->\nafter\n", "nothing is measured"
+
+    def window(sim: float) -> dict:
+        return {"sim": {"tpot_s.mean": sim}, "real": {"tpot_s.mean": 2.0}}
+
+    (results / "h200").mkdir()
+    windows = {"a": window(2.02), "b": window(1.9), "c": window(2.04)}
+    fidelity = {"decisions": [1999, 2000], "device": "card", "windows": windows}
+    (results / "h200" / "fidelity.json").write_text(json.dumps(fidelity))
+    run = {"loop_s": 1.0, "wall_s": 4.5, "cpu_s": 1.0, "peak_rss_mb": 64.0, "requests": 10_000, "steps": 30_000}
+    simulator = {"a": run, "policies": "interpreted", "others": {"compiled": {"a": run | {"wall_s": 2.1}}, "other": {}}}
+    assert headline.headline(results).count("\n") == 4
+    (results / "h200.json").write_text(json.dumps({"card": "card", "w256_output_tok_s": 26508.5}))
+    (results / "fidelity-vllm.json").write_text(
+        json.dumps({"runs": {name: {"replay": {"equal": 4, "recorded": 5}} for name in "ab"}})
+    )
+    (results / "simulator.json").write_text(json.dumps(simulator))
+    cells = [line.split(" | ")[1] for line in headline.headline(results).splitlines()[2:] if line]
+    assert cells == [
+        "1,999 of 2,000 of the engine's, 8 of 10 of a real vLLM's",
+        "2.0% off in the median, 5.0% at worst",
+        "2.10 s compiled or 4.50 s interpreted, 64.0 MB",
+        "26,508 output tokens/s",
+    ]
 
 
 def test_what_a_step_costs_stands_beside_vllms(monkeypatch, tmp_path):

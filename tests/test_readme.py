@@ -12,13 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shell import twinserve
-from walked import as_walked, commands, make_tiny
+from walked import ONE_PROCESS, as_walked, commands, make_tiny
 
 __all__ = ["twinserve"]
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 POLICIES = (Path(__file__).resolve().parents[1] / "docs" / "policies.md").read_text(encoding="utf-8")
 LINES = commands(README)
+(ANSWER,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
 LEFT_OUT = {
     "run TRACE --device cuda": "wants a GPU",
     "serve --record": "runs until it is told to end: tests/commands/test_serve_command.py",
@@ -62,8 +63,10 @@ def test_every_command_of_the_readme_runs_in_the_order_in_which_it_stands(tmp_pa
                 own = shlex.split(line)[2:]
                 assert twinserve("sim", *own, "--latency", "smollm2-135m-cpu-2-threads").code == 0
             continue
-        result = twinserve(*words)
+        result = twinserve(*([*shlex.split(line)[1:], *ONE_PROCESS] if words[0] == "capacity" else words))
         assert result.code == 0, f"{line}: {result.err}"
+        if words[0] == "capacity":
+            assert ANSWER in result.err, "what README shows is what it answers"
     assert "exact" in twinserve("replay", "runs/real").out
 
 

@@ -12,6 +12,7 @@ TINY = {
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8192, "eos_token_id": 2,
 }  # fmt: skip
 ENGINE = ("--model", "tiny", "--load-format", "dummy")
+SEARCHES, ONE_PROCESS = ("capacity", "plan", "sweep", "tune", "upgrade"), ["--jobs", "1"]
 LINE = re.compile(r"^    (twinserve .*?)(?: {2,}#.*| {4}#.*)?$", re.MULTILINE)
 
 
@@ -31,6 +32,8 @@ def as_walked(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     if words[0] == "capacity":  # by coarser steps than one would take
         words += ["--tolerance", "0.3"]
+    if words[0] in SEARCHES:
+        words += ONE_PROCESS
     if words[0] == "run":
         words += [*ENGINE, "--time-scale", "0", "--num-gpu-blocks", "4096"]
     if words[0] == "profile":

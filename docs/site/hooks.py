@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import reference  # noqa: E402 - lies beside this file
 
 ROOT = reference.ROOT
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/README.md", "benchmarks/results.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "examples/README.md", "benchmarks/results.md")
 _COMMENT = re.compile(r"^(<!--.*-->)\n(?=\S)", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 

@@ -219,6 +219,27 @@ def test_what_a_run_can_be_is_profiled_and_the_latency_file_says_what_it_was(twi
     assert expected.keys() >= set(RUNNER_SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1},
+        {"max_num_seqs": 2, "max_num_batched_tokens": 2},
+        {"max_model_len": 43, "num_gpu_blocks": 12},
+    ],
+)
+def test_an_engine_with_the_smallest_limits_is_profiled_within_them(twinserve, shape, trace, latency, tmp_path, limits):
+    words = [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", value)]
+    model = ("--model", shape, "--load-format", "dummy", *SIZES, "--shapes", 16)
+    source = ("--trace", trace, "--latency", latency) if "max_model_len" not in limits else ()
+    result = twinserve("profile", *model, *words, *source, "--out", tmp_path / "own.json")
+    assert result.code == 0, result.err
+    steps = [sample.features for sample in Profile.load(tmp_path / "own.profile.jsonl.gz").samples]
+    assert {bool(step.prompts) for step in steps} == {True, False}
+    assert max(step.seqs for step in steps) <= limits.get("max_num_seqs", 4)
+    assert max(step.tokens for step in steps) <= limits.get("max_num_batched_tokens", 2048)
+
+
 def test_half_of_a_profile_is_of_the_steps_that_a_trace_makes(twinserve, shape, trace, latency, tmp_path):
     out = tmp_path / "profile.json"
     model = ("--model", shape, "--load-format", "dummy", *SIZES, "--shapes", 32)
@@ -263,7 +284,13 @@ def test_a_profile_and_a_run_are_fitted_together(twinserve, shape, trace, tmp_pa
         ("--kv-cache-dtype", "fp8", "kv_cache_dtype is 'fp8', expected auto with sdpa"),
         ("--execution", "graphs", "device is 'cpu', expected cuda: graphs run on NVIDIA GPUs"),
         ("--block-size", 0, "block_size is 0, expected: Input should be greater than or equal to 1"),
+        ("--num-gpu-blocks", 1, "most steps to measure do not fit the 16 tokens of the KV pool"),
         ("--num-gpu-blocks", 2, "most steps to measure do not fit the 32 tokens of the KV pool"),
+        (
+            "--max-model-len",
+            42,
+            "max_model_len is 42, expected at least 43, as contexts grow while the 25 steps of a shape are run",
+        ),
     ],
 )
 def test_what_cannot_be_profiled_is_refused(twinserve, shape, tmp_path, option, value, message):

@@ -130,6 +130,19 @@ role = "decode"
 """
 
 
+def test_kv_is_handed_over_to_no_other_model(twinserve, trace, tmp_path):
+    groups = [
+        f'[[fleet.group]]\nrole = "{role}"\nlatency = "roofline:{model}"\n'
+        for role, model in (("prefill", "llama-3-8b@h100"), ("decode", "qwen3-0.6b@h100"), ("both", "qwen3-0.6b@h100"))
+    ]
+    config = tmp_path / "split.toml"
+    config.write_text("".join(groups))
+    refused = twinserve("sim", trace, "--config", config)
+    assert refused.code == 2 and "expected prefill and decode replicas of one model" in refused.err.splitlines()[-1]
+    config.write_text("".join(groups[1:]).replace('"decode"', '"prefill"') + groups[1])
+    assert twinserve("sim", trace, "--config", config).code == 0
+
+
 def test_a_split_fleet_from_options_and_from_a_file_is_replayed_compared_and_reported(
     twinserve, trace, latency, tmp_path
 ):

@@ -32,6 +32,8 @@ def test_help_names_every_option_in_full(twinserve, name, option):
     result = twinserve(*name.split(), option)
     assert (result.code, result.err) == (0, "")
     assert f"Usage: twinserve {name} " in result.out and "…" not in result.out
+    text, _, _ = result.out.partition("\n  Example:")  # a call is shown whole, to be copied
+    assert max(map(len, text.splitlines())) <= 80
     for parameter in command_of(name.split())[0].params:
         for text in (*parameter.opts, *parameter.secondary_opts):
             assert not text.startswith("--") or re.search(rf"{text}\b", result.out), text

@@ -20,6 +20,7 @@ LIMITS = {
     "block_size": 16,
     "num_blocks": 25_000,
     "max_rows": 256,
+    "max_tokens": 8192,
     "repeats": 5,
 }
 
@@ -30,6 +31,7 @@ SMALL = {
     "block_size": 16,
     "num_blocks": 64,
     "max_rows": 8,
+    "max_tokens": 64,
     "repeats": 1,
 }
 
@@ -39,17 +41,45 @@ def test_a_seed_gives_the_same_shapes_and_another_seed_others():
 
 
 @pytest.mark.parametrize(
-    "limits", [LIMITS, LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5}, LIMITS | {"max_rows": 20}, SMALL]
+    "limits",
+    [
+        LIMITS,
+        LIMITS | {"max_seqs": 4, "max_context": 70, "max_prompt": 5},
+        LIMITS | {"max_rows": 20},
+        LIMITS | {"max_tokens": 300},
+        SMALL,
+        *(SMALL | {"max_rows": rows} for rows in (1, 2, 3)),
+        SMALL | {"max_rows": 1, "max_tokens": 1},
+        SMALL | {"max_rows": 2, "max_tokens": 3, "most_drafts": 1},
+        SMALL | {"max_context": 16, "block_size": 256, "num_blocks": 12},
+    ],
 )
 def test_every_shape_is_within_the_limits(limits):
-    for shape in design(256, **limits):
+    size, steps = limits["block_size"], 1 if limits["max_rows"] < 3 else 2
+    shapes = design(256, **limits)
+    assert any(shape.prompts for shape in shapes) and any(shape.contexts for shape in shapes)
+    for shape in shapes:
         assert shape.contexts or shape.prompts
         assert len(shape.contexts) <= limits["max_seqs"] and shape.prompt_tokens <= limits["max_prompt"]
-        assert len(shape.contexts) + 2 * len(shape.prompts) <= limits["max_rows"]
-        assert shape.longest <= limits["max_context"] and shape.kv_tokens <= 16 * limits["num_blocks"]
-        assert all(start % 16 == 0 and length >= 1 for start, length in shape.prompts)
+        assert len(shape.contexts) + steps * len(shape.prompts) <= limits["max_rows"]
+        assert sum(1 + drafts for _, drafts in shape.drafted) + shape.prompt_tokens <= limits["max_tokens"]
+        assert shape.longest <= limits["max_context"] + limits.get("most_drafts", 0)
+        assert shape.kv_tokens <= size * limits["num_blocks"]
+        assert all(start % size == 0 and length >= 1 for start, length in shape.prompts)
         assert all(context >= 2 for context in shape.contexts)
-        assert shape.common % 16 == 0 and shape.common < min(shape.contexts, default=1)
+        assert shape.common % size == 0 and shape.common < min(shape.contexts, default=1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"num_blocks": 1}, "most steps to measure do not fit the 16 tokens of the KV pool"),
+        ({"max_rows": 1, "max_tokens": 1, "max_context": 16}, "all steps with prompts are alike"),
+    ],
+)
+def test_limits_that_leave_too_little_to_measure_are_refused(limits, words):
+    with pytest.raises(InputError, match=words):
+        design(64, **(SMALL | limits))
 
 
 def test_the_design_has_the_steps_that_traffic_makes():
@@ -202,7 +232,7 @@ def test_where_the_host_waits_for_each_step_they_are_measured_one_ahead_and_all_
 
 @pytest.mark.parametrize("limits", [LIMITS, SMALL | {"max_prompt": 64}])
 def test_a_design_with_drafts_has_none_some_and_all_of_them_and_fits_a_step(limits):
-    shapes = design(128, **limits, most_drafts=4, max_tokens=2048)
+    shapes = design(128, **(limits | {"max_tokens": 2048}), most_drafts=4)
     assert {shape.asked for shape in shapes} == {0, 1, 2, 3, 4}
     for shape in shapes:
         assert set(shape.drafts) <= {0, shape.asked} and len(shape.drafted) == len(shape.contexts)

@@ -16,7 +16,9 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+from twinserve.engine.online import NOT_SAMPLED
 from twinserve.engine.sampler import (
+    GeneratedTokens,
     SamplingPlan,
     greedy_sample,
     is_plain,
@@ -25,7 +27,7 @@ from twinserve.engine.sampler import (
     sample_with_temperature,
     uniform,
 )
-from twinserve.policies import SamplingParams
+from twinserve.policies import Row, SamplingParams, Sequence
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.0, 0.5])
 
@@ -276,3 +278,24 @@ def test_top_p_keeps_no_token_more_once_it_is_reached():
     half = SamplingParams(temperature=1.0, top_p=0.5)
     plan = SamplingPlan.of([half], [0.9], torch.device("cpu"))
     assert plan.sample(torch.zeros(1, 2)).tolist() == [0], "the first has half of the probability"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_largest_logit_is_no_finite_number_is_not_sampled(temperature):
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[1.0, inf, 0.0], [1.0, nan, 2.0], [-inf, -inf, -inf], [1.0, -inf, -inf]])
+    tokens = sample(logits, [SamplingParams(temperature, seed=1)] * 4, [0] * 4).tolist()
+    assert tokens == [NOT_SAMPLED] * 3 + [0]
+
+
+def test_what_was_generated_is_counted_once_each_and_nothing_of_the_prompt():
+    """Of two rows, the last token of the second is not known to the host yet, and comes from the flat batch."""
+    seqs = [Sequence([5, 6], SamplingParams(frequency_penalty=1.0)) for _ in range(2)]
+    for seq in seqs:
+        for token in (7, 3, 7):
+            seq.append_token(token)
+    known = {seqs[0]: seqs[0].token_ids, seqs[1]: seqs[1].token_ids[:4]}
+    sampled = [(Row(seq, 4, 1, True, False), place) for place, seq in enumerate(seqs)]
+    generated = GeneratedTokens.of(sampled, torch.device("cpu"), lambda row: known[row.seq])
+    counts = generated.counts(torch.tensor([7, 7]), 8).tolist()
+    assert counts == [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 2.0]] * 2

@@ -78,6 +78,12 @@ class Prompts(TokenMaker):
         return self.prompts[request.id]
 
 
+@pytest.fixture(scope="module")
+def checked() -> set[tuple[int, ...]]:
+    """Texts that were found right."""
+    return set()
+
+
 def check_greedy(reference, prompt: list[int], tokens: list[int]) -> None:
     """Assert that each of `tokens` is what the reference finds most probable after all that is before it.
 
@@ -118,17 +124,19 @@ def test_it_knows_the_capital_of_france(serving):
 
 def test_eight_questions_at_once_get_the_tokens_of_transformers(serving, tokenizer, reference):
     prompts = [chat_prompt(tokenizer, question) for question in QUESTIONS]
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     for prompt, completion in zip(prompts, serving().generate(prompts, params), strict=True):
-        assert len(completion.token_ids) == 24
+        assert len(completion.token_ids) == 12
         check_greedy(reference, prompt, completion.token_ids)
 
 
 @pytest.mark.parametrize("pipeline_depth", [0, 1])
-def test_chunks_prefix_hits_and_preemptions_change_no_token(serving, tokenizer, reference, watcher, pipeline_depth):
+def test_chunks_prefix_hits_and_preemptions_change_no_token(
+    serving, tokenizer, reference, checked, watcher, pipeline_depth
+):
     told = "Here is all you know: Paris is in France, Rome is in Italy and Madrid is in Spain. "
     prompts = [chat_prompt(tokenizer, told + question) for question in QUESTIONS[:6]]
-    requests = [Request(i, 0, (Part(i, 0, len(prompt)),), 24) for i, prompt in enumerate(prompts)]
+    requests = [Request(i, 0, (Part(i, 0, len(prompt)),), 12) for i, prompt in enumerate(prompts)]
     llm = serving(
         Prompts(tokenizer.vocab_size, first_id=3, prompts=prompts),
         num_gpu_blocks=14,
@@ -140,5 +148,7 @@ def test_chunks_prefix_hits_and_preemptions_change_no_token(serving, tokenizer, 
     assert watcher.chunks and watcher.mixed_steps and watcher.hit_tokens and watcher.preemptions
     assert len(sequences) == 6
     for seq in sequences:
-        assert len(seq.completion_token_ids) == 24
-        check_greedy(reference, prompts[seq.seq_id], seq.completion_token_ids)
+        assert len(seq.completion_token_ids) == 12
+        if tuple(seq.token_ids) not in checked:  # at the other depth
+            check_greedy(reference, prompts[seq.seq_id], seq.completion_token_ids)
+            checked.add(tuple(seq.token_ids))

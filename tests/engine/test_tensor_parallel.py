@@ -92,7 +92,10 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     made.llm.close()
 
 
-every_depth = pytest.mark.parametrize("depth", [0, 1])
+every_depth = pytest.mark.parametrize(
+    ("shared", "depth"), [(2, 0), (2, 1), (3, 0), (3, 1), (4, 1)], indirect=["shared"]
+)
+"""Of ranks; at 4, where KV heads are on two ranks, decisions ahead of the steps alone, as four share few cores."""
 
 
 def prompts_of(lengths: list[int], max_tokens: int) -> list[Request]:

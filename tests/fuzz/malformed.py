@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import latency_case, record_case, settings_case, trace_case
-from command_options import check_commands, option_case
+from command_options import option_case
 from engine_cases import body_case, draft_case, engine_case, fit_case, model_case, planning_case, sampling_case
 from outcome import Work, keep, run
 from valid import Valid, served, valid_files
@@ -43,8 +43,6 @@ def fuzz(
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         (kept := Path(scratch) / "valid").mkdir()
         valid = valid_files(kept)
-        if "option" in kinds:
-            check_commands(valid, kept)
         if "body" in kinds:
             valid.url = stack.enter_context(served(valid.model))
         with suppress(KeyboardInterrupt):  # what was found until then is said

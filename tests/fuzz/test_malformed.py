@@ -1,4 +1,4 @@
-"""A sample of malformed inputs is refused in one line each; tests/fuzz/malformed.py tries as many as are wanted."""
+"""An input of each kind is refused in one line each; tests/fuzz/malformed.py tries as many as are wanted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def test_a_sample_of_malformed_inputs_is_taken_or_refused_in_one_line():
     pytest.importorskip("torch")
     pytest.importorskip("fastapi")
     script = Path(__file__).parent / "malformed.py"
-    command = [sys.executable, str(script), "--count", "36", "--seed", "1"]
+    command = [sys.executable, str(script), "--count", "12", "--seed", "1"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "36 inputs, 0 faults" in result.stdout
+    assert "12 inputs, 0 faults" in result.stdout

@@ -215,7 +215,7 @@ def test_any_request_is_found_sorted_and_drawn(open_page, sim, real):
     assert cells.count() == 1
     for name, end in (("ttft", "first_token_ns"), ("e2e", "finish_ns"), ("wait", "first_scheduled_ns")):
         said = cells.first.locator(f'td[data-column="{name}"]').inner_text()
-        assert said == f"{round((rows[17][end] - rows[17]['arrival_ns']) / 1e3) / 1e3:.3f}"
+        assert said == f"{round((rows[17][end] - rows[17]['arrival_ns']) / 1e3) / 1e3:,.3f}"
     page.locator(".finder input").fill("preemptions >= 1, ttft > 100")
     expected = [
         row for row in rows.values() if row["preemptions"] and row["first_token_ns"] - row["arrival_ns"] > 100_000_000

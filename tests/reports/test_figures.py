@@ -158,3 +158,12 @@ def test_steps_without_decisions_are_not_drawn_and_that_is_said(sim, real):
     assert step_figures(runs_of([bare])) == []
     assert latency_figure(runs_of([bare]), "itl_s") is None
     assert "Not drawn, because its record keeps no decisions: sim." in batch_figure(runs_of([bare, real])).notes
+
+
+def test_requests_are_drawn_as_they_came_in_in_whatever_order_replicas_had_them(sim):
+    """Those of a replica that died come to another much later."""
+    whole, shuffled = (
+        request_figure(runs_of([replace(sim, requests=rows)]), 0) for rows in (sim.requests, sim.requests[::-1])
+    )
+    assert whole.json() == shuffled.json()
+    assert whole.notes == shuffled.notes and len(whole.notes) == 2, "not all are drawn"

@@ -42,7 +42,7 @@ def test_the_front_holds_what_nothing_beats_and_stands_for_the_rest(points):
 def test_cases_stand_in_the_table_as_text():
     text = page()
     cells = ('<th scope="row">mixed</th>', '<th scope="row">&lt;other&gt;</th>', "<td>p99 TTFT &lt;= 1 s</td>")
-    for cell in (*cells, '<td data-value="0.5">0.5000 ± 0.1000</td>'):
+    for cell in (*cells, '<td data-value="0.5">0.5000 ± 0.1</td>'):
         assert cell in text
     assert "Sweep of a &lt;plan&gt;" in text and "Latency: a roofline." in text and "1 field that all" in text
 
@@ -78,7 +78,8 @@ def test_a_swept_number_is_an_axis_with_a_line_for_each_choice_of_the_others():
     assert swept_fields(cases) == ["rate", "block_size"]
     text = page(cases)
     drawn = figure(text, "field-0-0")
-    assert drawn["layout"]["xaxis"]["title"]["text"] == "rate"
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "rate, requests/s"
+    assert "The dashed line is the limit, 1.000 s." in text
     assert [(line["name"], line["x"], line["y"]) for line in drawn["data"]] == [
         ("block_size 16", [1, 2, 4], [16, 32, 64]),
         ("block_size 32", [1, 2, 4], [32, 64, 128]),
@@ -112,6 +113,15 @@ def test_no_axis_and_no_interval_goes_below_nothing():
     kept, missed, _ = figure_of(text)["data"]
     assert kept["error_y"]["arrayminus"] == [0.5] and kept["error_y"]["array"] == [1.2]
     assert figure_of(text)["layout"]["xaxis"]["range"][0] == 0
+
+
+def test_a_logarithmic_axis_has_round_numbers_in_full():
+    axis = figure_of(page([case("low", 0.1, 0.03), case("high", 0.2, 1500.0)]))["layout"]["yaxis"]
+    assert axis["type"] == "log" and {"0.1", "1", "1,000"} <= set(axis["ticktext"])
+    near = figure_of(page([case("low", 0.1, 3.0), case("high", 0.2, 150.0)]))["layout"]["yaxis"]
+    assert [text for text, value in zip(near["ticktext"], near["tickvals"], strict=True) if 3 <= value <= 150] == [
+        *("5", "10", "20", "50", "100")
+    ]
 
 
 def test_equal_arguments_give_equal_pages():

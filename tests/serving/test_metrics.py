@@ -6,7 +6,6 @@ import random
 import threading
 from bisect import bisect_left
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -71,10 +70,11 @@ def ask(url: str, number: int) -> None:
             httpx.post(f"{url}/v1/completions", json=body, timeout=None)
 
 
-@pytest.fixture(params=[TinyModel, simulated])
-def served(request, serving, tmp_path: Path) -> tuple[dict[tuple[str, str], Any], Reading, Any]:
+@pytest.fixture(scope="module", params=[TinyModel, simulated])
+def served(request, serving_all, tmp_path_factory) -> tuple[dict[tuple[str, str], Any], Reading, Any]:
     """The samples of a page, the page as a reading, and the record of what was served by then."""
-    running = serving(request.param({"num_gpu_blocks": 70} if request.param is TinyModel else 1.0), tmp_path / "run")
+    folder = tmp_path_factory.mktemp("served") / "run"
+    running = serving_all(request.param({"num_gpu_blocks": 70} if request.param is TinyModel else 1.0), folder)
     threads = [threading.Thread(target=ask, args=(running.url, number)) for number in range(8)]
     for thread in threads:
         thread.start()
@@ -86,7 +86,7 @@ def served(request, serving, tmp_path: Path) -> tuple[dict[tuple[str, str], Any]
     families = list(text_string_to_metric_families(page))
     samples = {(sample.name, sample.labels.get("le", "")): sample for one in families for sample in one.samples}
     assert {family.type for family in families} >= {"counter", "gauge", "histogram"}
-    return samples, Reading.of(page, 0.0, running.url), load_record(tmp_path / "run")
+    return samples, Reading.of(page, 0.0, running.url), load_record(folder)
 
 
 def test_every_expression_of_vllms_dashboard_has_an_answer(served):

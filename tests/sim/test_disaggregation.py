@@ -14,7 +14,7 @@ from latencies import Constant, Uneven
 from twinserve.settings.build_core import Settings
 from twinserve.sim.clients import Clients
 from twinserve.sim.disaggregation import Disaggregation
-from twinserve.sim.fleet import Outage
+from twinserve.sim.fleet import Outage, Restart
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
 from twinserve.traces.request import Part, Request
@@ -70,6 +70,8 @@ def test_the_first_token_comes_from_the_prefill_and_the_next_when_the_kv_is_ther
     assert summary["itl_s"] == {"mean": 0.0285, "p50": 0.0285, "p90": 0.0433, "p95": 0.04515, "p99": 0.04663}
     assert (summary["requests"], summary["finished"], summary["handed_over"], summary["output_tokens"]) == (1, 1, 1, 3)
     assert (summary["transfers"], summary["transfer_bytes"]) == (1, 32_000)
+    prefill = load_replicas(tmp_path / "run")[0].run["summary"]
+    assert (prefill["duration_s"], prefill["device_wait_share"]) == (0.010, 0.0)
 
 
 def test_two_transfers_of_one_port_queue(tmp_path):
@@ -116,6 +118,15 @@ def test_a_decode_replica_that_is_full_makes_it_wait_and_the_prefill_keeps_its_b
     assert loads[0] == 10 and loaded[0] == 47 and loads[1] == 157 and loaded[1] == 194
 
 
+def test_a_prefill_that_is_restarted_has_given_the_kv_away_that_it_keeps_before_it_goes(tmp_path):
+    """As before, the second's KV is there at 194; then it is down for 10 ms, and the third waits for it."""
+    requests = [prompt(0, 0, 32, 12), prompt(1, 0, 32, 2), prompt(2, 100, 32, 1)]
+    own = {0: {"num_gpu_blocks": 5}, 1: {"num_gpu_blocks": 4}}
+    run(tmp_path / "run", requests, "pd", own=own, restarts=[Restart((0,), 60 * MS, 10 * MS)])
+    times = times_ms(tmp_path / "run")
+    assert times[1] == (10, 204) and times[2] == (214, 214)
+
+
 def test_blocks_that_a_transfer_still_reads_are_not_given_to_another_prompt(tmp_path):
     """A prefill of 2 blocks: the second prompt is computed once the first's KV has gone."""
     run(tmp_path / "run", [prompt(0, 0, 32, 2), prompt(1, 0, 32, 2)], "pd", own={0: {"num_gpu_blocks": 2}})
@@ -131,8 +142,10 @@ def test_blocks_that_wait_for_kv_that_is_lost_are_given_back_as_who_computes_it_
     records = load_replicas(tmp_path / "run")
     assert [step["lost"] for record in records for step in record.steps if "lost" in step] == [[0]]
     assert all(replay(record).is_exact for record in records)
+    # The second is computed from 40 to 50; its KV leaves at 58, behind what was lost of the first's, and is there at
+    # 111. Only then the first's prompt has room, and its KV when the second has ended: 48 ms, 5 of latency, two steps.
     ends = times_ms(tmp_path / "run")
-    assert ends[1][1] < ends[0][1]
+    assert ends[1] == (50, 131) and ends[0][1] == 131 + 48 + 5 + 20
 
 
 def test_who_waits_for_blocks_gets_none_while_its_kv_is_lost_as_who_computes_it_again_may_wait_for_them(tmp_path):
@@ -194,6 +207,12 @@ def test_an_answer_of_one_token_and_a_request_that_can_never_be_served_go_nowher
     rows = {row["id"]: row for row in load_fleet(tmp_path / "run").requests}
     assert rows[0]["finish_ns"] == 10 * MS
     assert (rows[1]["replica"], rows[2]["replica"]) == (1, 0), "each by the side that cannot"
+
+
+def test_an_answer_of_one_token_needs_nobody_who_could_go_on_with_it(tmp_path):
+    requests = [prompt(0, 0, 48, 1), prompt(1, 0, 48, 2)]
+    summary = run(tmp_path / "run", requests, "pd", own={1: {"num_gpu_blocks": 2}})
+    assert (summary["finished"], summary["refused"], summary["transfers"]) == (1, 1, 0)
 
 
 def test_replicas_that_do_both_stand_beside_split_ones(tmp_path):

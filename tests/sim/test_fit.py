@@ -618,3 +618,17 @@ def test_an_engine_of_other_limits_has_rows_with_as_many_drafts_as_they_say():
     assert Kernels(decodes=(1, 2, 4, 8)).at(4, None, 2) == Kernels(decodes=(1, 2, 4)), "this one has no drafts"
     assert Kernels.load(kernels.as_dict()) == kernels
     assert not {"single", "waits"} & Kernels(decodes=(1, 2)).as_dict().keys(), "files of others stay what they are"
+
+
+def test_what_bookkeeping_took_beside_a_shape_that_is_held_out_is_not_known_either():
+    """Of a run in which bookkeeping was measured too, and of a profile's shapes, which are known all the while."""
+    shapes = {features(rows, 64): [100_000 + 1_000 * rows] for rows in range(1, 11)}
+    bookkeeping = {step: [cost // 2 for cost in costs] for step, costs in shapes.items()} | {features(40, 64): [90_000]}
+    out = features(10, 64)
+    training = {step: costs for step, costs in shapes.items() if step != out}
+    solved = [
+        fits._solve_host(bookkeeping | {out: [cost]}, {}, shapes, "decode", True, training) for cost in (55_000, 10**9)
+    ]
+    assert solved[0] == solved[1]
+    known = fits._solve_host(bookkeeping | {features(40, 64): [10**9]}, {}, shapes, "decode", True, training)
+    assert known != solved[0]

@@ -199,6 +199,17 @@ def test_what_was_lost_is_served_from_the_beginning_by_another(tmp_path):
     assert dead.steps[-1]["decided_ns"] < S // 10 <= dead.steps[-1]["end_ns"], "the last step was in flight"
 
 
+def test_what_replicas_had_that_die_together_is_sent_anew_in_the_order_of_the_requests(tmp_path):
+    """Of five, the first and the fourth are on one of them, the second and the fifth on the other."""
+    requests = [Request(number, 0, (Part(number, 0, 8),), 3) for number in range(5)]
+    replicas = specs(Constant(), Constant(), Constant(), max_num_seqs=1)
+    fleet_run(
+        tmp_path / "fleet", requests, replicas, "round-robin", outages=[Outage(0, 5 * 10**6), Outage(1, 5 * 10**6)]
+    )
+    rows = load_fleet(tmp_path / "fleet").requests
+    assert [row["id"] for row in sorted(rows, key=lambda row: row["finish_ns"])] == [2, 0, 1, 3, 4]
+
+
 @pytest.mark.parametrize("died_ns", [S // 10, S // 10 - 1, S // 2, S // 2 - 1])
 def test_times_in_the_summary_count_from_the_first_arrival_and_lost_tokens_do_not_count(tmp_path, died_ns):
     requests = [Request(number, 0, (Part(number, 0, 20),), 50) for number in range(2)]
@@ -321,6 +332,14 @@ def test_what_only_the_larger_half_can_serve_is_sent_there(tmp_path, router):
     assert (summary["finished"], summary["refused"]) == (8, 0)
     rows = load_fleet(tmp_path / "fleet").requests
     assert {row["replica"] for row in rows if row["prompt_tokens"] == 100} == {1}
+
+
+def test_an_answer_that_a_replica_would_shorten_is_not_kept_from_it(tmp_path):
+    """Its pool holds all but the last of the tokens that it would make, which needs no KV."""
+    small, large = specs(Constant(), max_model_len=65, num_gpu_blocks=4), specs(Constant())
+    summary = fleet_run(tmp_path / "fleet", [Request(0, 0, (Part(0, 0, 32),), 100)], [*small, *large], "round-robin")
+    [row] = load_fleet(tmp_path / "fleet").requests
+    assert (row["replica"], row["output_tokens"], summary["shortened"]) == (0, 33, 1)
 
 
 def test_what_only_a_replica_that_is_down_can_serve_waits_for_it(tmp_path):

@@ -1,9 +1,11 @@
 """What a step is said to cost depends on what it computes, and is asked for when the step is decided."""
 
+import numpy as np
 import pytest
 
 from twinserve.policies import BlockManager, PrefixCache, SamplingParams, Scheduler, Sequence
 from twinserve.settings.build_core import Settings
+from twinserve.settings.errors import InputError
 from twinserve.sim.fit import FittedLatency, StepSample, fit
 from twinserve.sim.latency import RecordedLatency, StepCost, StepFeatures
 from twinserve.sim.replica import simulate
@@ -154,3 +156,31 @@ def test_no_step_begins_before_it_is_decided_however_long_its_lead_is():
     assert StepCost(1_000, 10_000, 400).times(100_000, 0) == (101_000, 100_600, 110_600)
     assert StepCost(1_000, 10_000, 5_000).times(100_000, 100_200) == (101_000, 100_200, 110_200)
     assert StepCost(1_000, 10, 400).times(100_000, 0) == (101_000, 100_600, 101_000), "nor ends before it is launched"
+
+
+ONE = [Request(0, 0, (Part(0, 0, 5),), 2000)]
+
+
+@pytest.mark.parametrize(
+    "given", [(5, -(10**9)), (-5, 10), (5.5, 7), (5, float("nan")), None, (1,), (5, 6, -7), (5, "6"), 3]
+)
+def test_a_model_that_says_no_costs_is_refused_with_what_it_says(given):
+    class Wrong:
+        def step_cost(self, features: StepFeatures) -> object:
+            return given if features.decode_tokens else (1, 1)
+
+    with pytest.raises(InputError, match="^step_cost of Wrong is .*, expected host_ns and device_ns, integers >= 0$"):
+        simulate(ONE, Settings().build_core(), Wrong())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("host_ns", "device_ns"), [(-1, 5), (5, -1)])
+def test_a_model_whose_repeated_costs_are_below_0_is_refused_too(host_ns, device_ns):
+    class Wrong:
+        def step_cost(self, features: StepFeatures) -> tuple[int, int]:
+            return 5, 5
+
+        def repeated_costs(self, features: StepFeatures, count: int) -> tuple[int, np.ndarray]:
+            return host_ns, np.full(count, device_ns)
+
+    with pytest.raises(InputError, match="^repeated_costs of Wrong is .*, expected nanoseconds >= 0$"):
+        simulate(ONE, Settings().build_core(), Wrong())

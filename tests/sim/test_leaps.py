@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,17 @@ def run(
     return load_record(folder)
 
 
+WAYS = [("mixed", 1, latency) for latency in LATENCIES]
+WAYS += [(composition, depth, "columns of costs") for composition, depth in product(("mixed", "prefill-first"), (0, 1))]
+"""Every latency, and every composition and depth; all of them together are drawn below."""
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("composition", ["mixed", "prefill-first"])
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("latency", LATENCIES.values(), ids=LATENCIES)
+@pytest.mark.parametrize(("composition", "depth", "latency"), dict.fromkeys(WAYS))
 def test_a_record_is_that_of_a_simulation_step_by_step(tmp_path, name, composition, depth, latency):
     values = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 600} | SETTINGS[name]
     settings = Settings.load(values | {"composition": composition, "pipeline_depth": depth})
-    single, leaping = both(tmp_path, requests_of(3), settings, latency)
+    single, leaping = both(tmp_path, requests_of(3), settings, LATENCIES[latency])
     events = leaping.run["summary"]["events"]
     assert events < len(single.steps) / (1.2 if name == "cache-aware" else 2), "most steps repeat the one before"
     assert replay(leaping).is_exact
@@ -125,7 +129,7 @@ def both(
 TRACES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 1 << 20),
-        "num_requests": st.integers(5, 40),
+        "num_requests": st.integers(5, 24),
         "rate": st.sampled_from([1, 8, 50]),
         "prompt_tokens": st.sampled_from(["lognormal:60:1.0:1:200", "lognormal:15:1.0:1:100"]).map(LengthSpec.parse),
         "output_tokens": st.sampled_from(["lognormal:60:1.0:1:300", "lognormal:150:0.5:1:350"]).map(LengthSpec.parse),

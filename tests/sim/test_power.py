@@ -10,7 +10,7 @@ from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.errors import InputError
 from twinserve.sim.devices import DEVICES, IDLE_SHARE, PEAKS, Device, Power
 from twinserve.sim.latency import StepFeatures
-from twinserve.sim.power import MeteredLatency, Use, Work
+from twinserve.sim.power import Metered, MeteredLatency, Use, Work, energy_of
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.shapes import ModelShape
 from twinserve.sim.splits import Split
@@ -60,6 +60,12 @@ def test_all_devices_of_a_step_are_counted():
     assert stages.busy_s == alone.busy_s and stages.operations == pytest.approx(alone.operations, rel=0.01)
 
 
+def test_hops_between_devices_move_no_bytes():
+    far = OWN.model_copy(update={"hop_ns": 5_000})
+    uses = [Work(RooflineLatency(TINY, device, 4)).of(decode(3, 100), busy_ns=5_000) for device in (OWN, far)]
+    assert uses[0] == uses[1]
+
+
 def test_steps_that_repeat_one_another_are_metered_as_one_by_one():
     latency = RooflineLatency(TINY, OWN)
     at_once, singly = (MeteredLatency(latency, Work(latency)) for _ in range(2))
@@ -69,6 +75,16 @@ def test_steps_that_repeat_one_another_are_metered_as_one_by_one():
     assert at_once.use.bytes == singly.use.bytes == sum(work_by_hand(3, 100 + number)[0] for number in range(20))
     assert at_once.use.operations == singly.use.operations
     assert at_once.use.busy_s == pytest.approx(singly.use.busy_s) and singly.use.busy_s > 0
+
+
+def test_a_model_whose_steps_are_metered_hears_of_them_all_the_same():
+    class Watching(RooflineLatency):
+        def watch(self, features: StepFeatures, count: int = 1) -> None:
+            told.append((features, count))
+
+    told: list[tuple[StepFeatures, int]] = []
+    MeteredLatency(Watching(TINY, OWN), Work(RooflineLatency(TINY, OWN))).watch(decode(3, 100), 20)
+    assert told == [(decode(3, 100), 20)]
 
 
 def test_joules_are_those_of_time_of_busy_time_of_bytes_and_of_operations():
@@ -81,6 +97,14 @@ def test_a_device_that_nobody_measured_draws_its_limit_while_it_computes_and_say
     assert power.source.startswith("assumed: its limit of 700 W (NVIDIA H100 data sheet")
     assert DEVICES["b300"].power is None, "no limit is known"
     assert OWN.power is POWER
+
+
+def test_all_devices_draw_what_idle_ones_do_from_the_first_arrival_to_the_last_finish():
+    latency = MeteredLatency(RooflineLatency(TINY, OWN), Work(RooflineLatency(TINY, OWN)))
+    latency.use = Use(2.0, 3e9, 4e12)
+    summary = {"duration_s": 10.0, "output_tokens": 50, "finished": 5}
+    energy = energy_of([Metered(latency, 4, "own", POWER)], summary)
+    assert energy["joules"] == pytest.approx(4 * 100 * 10 + 50 * 2 + 3 + 4) == 10 * energy["watts"]
 
 
 def requests(count: int) -> Workload:

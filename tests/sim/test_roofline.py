@@ -577,8 +577,8 @@ def test_as_many_blocks_fit_as_their_bytes_do_and_not_one_more():
 
 def test_the_host_pays_for_each_sequence_of_a_step_whether_it_decodes_or_not():
     latency = RooflineLatency(TINY, ROUND)
-    steps = prefill(5), decode(3, 10), together(prefill(5), decode(3, 10))
-    assert [latency.step_cost(step)[0] for step in steps] == [510, 530, 540]
+    steps = prefill(5), prefill(5)._replace(sampled=0), decode(3, 10), together(prefill(5), decode(3, 10))
+    assert [latency.step_cost(step)[0] for step in steps] == [510, 510, 530, 540]
 
 
 def test_the_output_projection_is_computed_in_sixteen_bits_whatever_the_weights_of_layers_are():

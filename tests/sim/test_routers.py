@@ -93,6 +93,9 @@ def test_kv_use_is_known_as_it_was_when_metrics_were_read_last():
     full.kv_use = 0.9
     assert router.choose(at[3], [full, free]) == 0, "the period begins anew when they are read"
     assert LeastKvUse().choose(at[0], [Counts(0, 9), Counts(1, 3)]) == 1, "of equal ones who has less to do"
+    router = LeastKvUse(period_s=0.05)
+    assert router.choose(at[0], [Counts(0, 5, kv_use=0.5)]) == 0
+    assert router.choose(at[1], [Counts(0, 5, kv_use=0.5), Counts(1, 50, kv_use=0.9)]) == 1, "who came since is empty"
     with pytest.raises(ValueError, match="period_s is -1, expected seconds >= 0"):
         LeastKvUse(-1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,12 +67,37 @@ def test_one_that_is_needed_no_more_ends_what_it_has_before_it_goes(tmp_path):
     assert gone[0] is None or gone[0] >= ended
 
 
+def test_one_that_is_about_to_go_does_not_count_as_there(tmp_path):
+    """The second has a long answer when it is too many; what comes then asks for another in its stead."""
+    long = Request(3, 160 * MS, (Part(3, 0, 16),), 250)
+    requests = [*(request(number, 0) for number in range(3)), long, *(request(number, 1250) for number in range(4, 8))]
+    leases = run(tmp_path / "run", requests, RULE)["leases"]
+    assert [(lease["replica"], lease["from_ns"] / MS) for lease in leases] == [(0, 0), (1, 100), (2, 1300)]
+    assert leases[1]["to_ns"] == 2660 * MS
+
+
 def test_within_the_tolerance_and_before_a_cold_start_has_ended_nobody_more_is_begun(tmp_path):
     cold = Scaling("outstanding", 4.0, 1, period_ns=100 * MS, start_ns=1000 * MS, settle_ns=10**12)
     summary = run(tmp_path / "cold", REQUESTS, cold)
     assert [lease["from_ns"] / MS for lease in summary["leases"]] == [0, 100, 200]
     near = Scaling("outstanding", 7.5, 1, period_ns=100 * MS, start_ns=0, settle_ns=10**12)
     assert len(run(tmp_path / "near", REQUESTS[:8], near)["leases"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("outstanding", "count", "wanted"),
+    [([2, 3], 2, 2), ([2, 4], 2, 2), ([3, 5], 2, 3), ([5, 9], 2, 5), ([0, 0, 1], 3, 2), ([5, 0], 3, 2), ([40], 2, 6)],
+)
+def test_wanted_is_what_brings_the_metric_to_its_target_between_the_least_and_the_most(outstanding, count, wanted):
+    """The target is 3 of each, and a quarter off changes nothing: for 2, from 4.5 to 7.5 altogether."""
+    rule = Scaling("outstanding", 3.0, least=2, tolerance=0.25)
+    up = [SimpleNamespace(outstanding_requests=number) for number in outstanding]
+    assert rule.wanted(up, count, 6) == wanted  # type: ignore[arg-type]
+
+
+def test_just_at_the_tolerance_nothing_changes():
+    up = [SimpleNamespace(outstanding_requests=5)]
+    assert Scaling("outstanding", 4.0, tolerance=0.25).wanted(up, 1, 9) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("metric", "target"), [("waiting", 1.0), ("outstanding", 2.0), ("kv-use", 0.3)])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import simpy
 from busy_traces import conversations
 from latencies import Constant, Uneven
 
+from twinserve.policies import BlockManager, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.disaggregation import Disaggregation
 from twinserve.sim.fleet import Outage
 from twinserve.sim.links import Link
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
-from twinserve.sim.tiers import Store, Tier, TierPlan
+from twinserve.sim.tiers import Store, Tier, TierCounts, TierPlan, Tiers
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_fleet, load_replicas
 from twinserve.traces.runs.replay import replay
@@ -30,11 +33,11 @@ CPU = Tier("cpu", 100 * BLOCK, Link(1e6, 5 * MS))
 
 def run(
     folder: Path, requests: list[Request], *tiers: Tier, replicas: int = 1, latency: Any = None, values: Any = None,
-    **options: Any,
+    block_bytes: tuple[float, ...] = (), **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     chosen = Settings.load({"max_num_seqs": 8, "max_num_batched_tokens": 128, "num_gpu_blocks": 4} | (values or {}))
     specs = [ReplicaSpec(chosen, latency or Constant(), {"name": "test"}) for _ in range(replicas)]
-    plan = TierPlan(tiers, (float(BLOCK),) * replicas) if tiers else None
+    plan = TierPlan(tiers, block_bytes or (float(BLOCK),) * replicas) if tiers else None
     workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
     facts = {"name": "test"}
     return run_fleet(workload, specs, RoundRobin(), router_facts=facts, tiers=plan, out=folder, **options)
@@ -81,8 +84,24 @@ def test_what_a_tier_has_no_room_for_goes_to_the_next_and_both_are_loaded_at_onc
     summary = run(tmp_path / "run", AGAIN, near, far)
     assert first_ms(tmp_path / "run")[2] == 200 + max(16 + 5, 32 + 10) + 10
     assert [(one["name"], one["hit_blocks"]) for one in summary["tiers"]] == [("cpu", 1), ("ssd", 1)]
+    assert [one["stored_blocks"] for one in summary["tiers"]] == [6, 5], "the near one keeps the last"
+    turned = [replace(near, link=far.link), replace(far, link=near.link)]
+    run(tmp_path / "turned", AGAIN, *turned)
+    assert first_ms(tmp_path / "turned")[2] == first_ms(tmp_path / "run")[2], "whichever of them takes longer"
     only = run(tmp_path / "only", AGAIN, near)
     assert only["tiers"][0]["hit_blocks"] == 1 and first_ms(tmp_path / "only")[2] == 200 + 21 + 10
+
+
+def test_blocks_of_replicas_of_unequal_models_are_loaded_as_large_as_they_are(tmp_path):
+    requests = [
+        prompt(2 * number + other, request.arrival_ns // MS, 10 * other + text, request.prompt_tokens)
+        for number, (request, text) in enumerate(zip(AGAIN, (7, 8, 7), strict=True))
+        for other in range(2)
+    ]
+    [tier] = run(tmp_path / "run", requests, CPU, replicas=2, block_bytes=(BLOCK, 3 * BLOCK))["tiers"]
+    first = first_ms(tmp_path / "run")
+    assert (first[4], first[5]) == (247, 200 + 3 * 32 + 5 + 10)
+    assert (tier["loads"], tier["hit_blocks"], tier["load_bytes"]) == (2, 4, 2 * BLOCK + 2 * 3 * BLOCK)
 
 
 def test_a_shared_tier_has_what_another_replica_put_there_and_an_own_one_has_not(tmp_path):
@@ -107,6 +126,18 @@ def test_a_store_forgets_what_was_used_least_recently():
     store = Store(Tier("cpu", 2.5 * BLOCK, CPU.link), BLOCK)
     assert [store.put([block]) for block in (1, 2, 1, 3)] == [[], [], [], [2]]
     assert 1 in store and 2 not in store and len(store) == 2
+
+
+def test_a_hit_is_a_use():
+    store = Store(Tier("cpu", 2 * BLOCK, CPU.link), BLOCK)
+    store.put([1, 2])
+    tiers = Tiers(simpy.Environment(), BlockManager(4, 16), [store], [TierCounts()], lambda: None)
+    seq = Sequence(list(range(17)))
+    seq.block_hashes = [1]
+    assert tiers.find(seq, 0) == 16 and store.put([3]) == [2]
+    longer = Sequence(list(range(49)))
+    longer.block_hashes = [1, 2, 3]
+    assert tiers.find(longer, 0) == 16, "behind a gap nothing is a hit"
 
 
 def test_a_preempted_block_that_no_step_has_computed_does_not_go_down(tmp_path):

@@ -68,7 +68,10 @@ class Command(TyperCommand):
             if record is not None:
                 is_argument = parameter.param_type_name == "argument"
                 panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if is_argument else "Options")
-                sections.setdefault(panel, []).append(record)
+                names, text = record
+                if len(names) + 2 > formatter.width:  # an option and what switches it off, a line each
+                    names = names.replace(" / ", " /\n  ")
+                sections.setdefault(panel, []).append((names, text))
         for panel, records in sections.items():
             with formatter.section(panel):
                 formatter.write_dl(records)

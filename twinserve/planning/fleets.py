@@ -366,11 +366,15 @@ class FleetOptions(BaseModel):
         """Who computes prompts and who goes on with them; None where all do both.
 
         Raises:
-            InputError: how large the KV of a token is, or how many layers there are, is not known.
+            InputError: how large the KV of a token is, or how many layers there are, is not known; or KV is of another
+                size where it is handed over to.
         """
         if set(self.roles) == {BOTH}:
             return None
         sizes = tuple(self._kv_bytes(spec) for spec in replicas)
+        if len({size for size, role in zip(sizes, self.roles, strict=True) if role != BOTH}) > 1:
+            problem = "expected prefill and decode replicas of one model, whose KV is alike"
+            raise InputError(problem, field="fleet.group")
         shapes = {spec.latency.shape.num_layers for spec in replicas if isinstance(spec.latency, RooflineLatency)}
         if self.kv_layerwise and len(shapes) != 1:
             raise InputError(

@@ -273,7 +273,7 @@ def measure_steps(
         progress: called with the number of steps to come; what it returns is a context manager with `advance`.
         latency: what the workload is simulated with; None is what was measured over the design.
     """
-    from twinserve.engine.profile import SHORTEST, StepShape, covering, design, measure, spare_tokens
+    from twinserve.engine.profile import MOST_WARMING, SHORTEST, StepShape, covering, design, measure, spare_tokens
     from twinserve.sim.fit import StepSample
     from twinserve.sim.replica import simulate
 
@@ -302,14 +302,15 @@ def measure_steps(
         ]
 
     count = shapes if workload is None else shapes // 2
-    sizes = {"max_seqs": max_seqs, "max_context": min(max_context, limit), "max_prompt": max_prompt}
-    if (most := settings.most_drafts) > 0:
-        if (longest := limit - 2 * most) < SHORTEST:
-            least = spare_tokens(repeats) + 2 * most + SHORTEST
-            problem = f"expected at least {least} to measure steps with {most} drafts"
-            raise InputError(problem, field="max_model_len", value=settings.max_model_len)
-        sizes |= {"max_context": min(max_context, longest), "most_drafts": most}
-        sizes |= {"max_tokens": settings.max_num_batched_tokens}
+    most = settings.most_drafts
+    if (longest := limit - 2 * most) < SHORTEST:
+        least = spare_tokens(repeats) + 2 * most + SHORTEST
+        problem = (
+            f"expected at least {least}, as contexts grow while the {repeats + MOST_WARMING} steps of a shape are run"
+        )
+        raise InputError(problem, field="max_model_len", value=settings.max_model_len)
+    sizes = {"max_seqs": max_seqs, "max_context": min(max_context, longest), "max_prompt": max_prompt}
+    sizes |= {"max_tokens": settings.max_num_batched_tokens, "most_drafts": most}
     samples = measured(design(count, **sizes, **room))
     if workload is not None:
         made: set[StepShape] = set()

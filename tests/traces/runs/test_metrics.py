@@ -92,6 +92,12 @@ def test_tpot_leaves_out_answers_of_one_token():
     assert summarize(rows, [])["tpot_s"]["mean"] == 1.0
 
 
+def test_preemptions_before_a_prompt_was_handed_over_count_once():
+    metrics = RunMetrics()
+    metrics.request(request(stage="prefill", preemptions=2))
+    assert summary_of(metrics.whole)["preemptions"] == 2
+
+
 def test_throughput_counts_from_the_first_arrival_to_the_last_finish():
     rows = [request(), request(id=1, arrival_ns=0)]
     summary = summarize(rows, [])
@@ -272,6 +278,20 @@ def test_a_preempted_request_gets_no_token_while_it_waits():
 def test_a_token_beyond_the_answer_does_not_count():
     steps = [step(10, admitted=[(0, 0, 5, 1), (1, 0, 5, 1)]), step(20), step(30)]
     assert token_gaps({0: 2, 1: 3}, steps) == {10: 3}
+
+
+def test_a_token_beyond_an_answer_that_began_elsewhere_does_not_count_either():
+    """Its first token came at 5 ns from another replica; the third that this one samples is discarded."""
+    own = request(stage="decode", arrival_ns=0, first_token_ns=5, finish_ns=30)
+    steps = [step(10, admitted=[(0, 0, 5, 1)]), step(30), step(60)]
+    assert summarize([own], steps)["itl_s"]["mean"] == pytest.approx((5 + 20) / 2 / 1e9)
+
+
+def test_tokens_of_a_run_come_at_once():
+    """A row that kept three of its four tokens, beside one that goes on as ever."""
+    run = step(30, rows=[(0, 0, 4, 1)]) | {"runs": [[0, 4, 3]]}
+    steps = [step(10, admitted=[(0, 0, 5, 1), (1, 0, 5, 1)]), run, step(60)]
+    assert token_gaps({0: 5, 1: 3}, steps) == {0: 2, 20: 2, 30: 2}
 
 
 def test_requests_that_did_not_finish_do_not_count():

@@ -24,6 +24,7 @@ from twinserve.commands.progress import say
 from twinserve.commands.sweep_views import deployment_cases, page_of
 from twinserve.planning.answers import deployment_of
 from twinserve.planning.deployments import best_of_each, candidates, find_deployments, parse_choices, plan_of
+from twinserve.planning.fleets import FleetOptions
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import opened
 from twinserve.sim.devices import DEVICES
@@ -34,6 +35,10 @@ PRICES = {"h100": 2.5, "h200": 3.5, "b200": 6.0, "l40s": 1.1}
 """Dollars of a GPU-hour, for the example."""
 MOST_GPUS = 64
 SPLITS = ("tp=1", "tp=2", "tp=4", "tp=8", "tp=4:pp=2")
+SEARCH = (
+    "Prefill and decode are together, and apart where that takes no more of them, or where no number keeps the "
+    "objective together."
+)
 CHOICES = ("max_num_batched_tokens=2048,8192",)
 TRACES: dict[str, tuple[str, dict[str, Any]]] = {
     "Azure": (
@@ -61,7 +66,8 @@ def found(name: str, traces: Path, folder: Path, jobs: int | None) -> dict[str, 
             "gpus": one.gpus,
             "latency": one.capacity.case.varied["latency"],
             "max_num_batched_tokens": one.capacity.case.varied["max_num_batched_tokens"],
-            "replicas": one.capacity.value,
+            "replicas": one.num_replicas,
+            "prefill": one.num_prefill,
             "price_per_hour": one.price_per_hour,
             "missed": one.capacity.missed,
             "words": deployment_of(plan, one.capacity),
@@ -95,7 +101,8 @@ def page(results: dict[str, Any]) -> str:
             many such replicas, and which token budget keep an objective for a trace, and what is cheapest? Prices, in
             dollars a GPU-hour, are made up for the example: {prices}. GPUs share the model as {", ".join(SPLITS)}; the
             router sends a request to the replica with the fewest outstanding tokens; settings are vLLM 0.33's on that
-            GPU but for the token budget, of which {CHOICES[0].partition("=")[2].replace(",", " and ")} are tried."""
+            GPU but for the token budget, of which {CHOICES[0].partition("=")[2].replace(",", " and ")} are tried.
+            {results["words"]["search"]}"""
         ),
     ]
     for name in TRACES:
@@ -109,7 +116,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             *prose(
                 f"""A roofline stands behind each, and nobody knows how far it is off: it ranks, and what it names is to
-                be measured. {_links()}"""
+                be measured. {results["words"]["links"]}"""
             ),
         ]
     )
@@ -124,25 +131,32 @@ def _command(objective: str) -> str:
 
 
 def _links() -> str:
-    """Of which devices the links were measured, and what that does to the ranks."""
+    """Of which devices the links were measured, and what the others are held to."""
     devices = [DEVICES[kind] for kind in PRICES]
     measured = [
         f"on the {device.name}, {device.collectives.link / 1e9:.0f} of the {device.link / 1e9:.0f} GB/s of its sheet"
         for device in devices
         if device.collectives is not None
     ]
-    others = ", ".join(device.name for device in devices if device.collectives is None)
+    others = [device for device in devices if device.collectives is None]
+    assumed = ", ".join(device.name for device in others if device.all_reduces is not None)
+    by_model = ", ".join(device.name for device in others if device.all_reduces is None)
     return (
-        f"What links reach was measured {' and '.join(measured)}; {others} have NCCL's own model of its speed and the "
-        "whole link. So where many GPUs share a model, those that were measured come out too dear beside the others."
+        f"What links reach was measured {' and '.join(measured)}; {assumed} are assumed to reach the same share of "
+        f"theirs, with the same latency, and {by_model} what NCCL's own model of its speed says. Nobody has measured "
+        f"KV on its way from prefill to decode: it goes over {FleetOptions().ports}."
     )
 
 
 def _of_trace(name: str, found: dict[str, Any]) -> list[str]:
     """A trace's part of the page."""
     options, rows = found["options"], found["deployments"]
+    kinds = len({row["latency"] for row in rows})
     scale = f", at {options['rate_scale']:g} times their rate" if "rate_scale" in options else ""
+    are_apart = any(row.get("prefill") for row in rows)
     heads = ["GPUs", "a replica", "replicas", "tokens a step", "$ an hour", "one fewer misses"]
+    if are_apart:
+        heads.insert(3, "prefill and decode")
     cells = [
         [
             " and ".join(f"{count} x {kind}" for kind, count in row["gpus"].items()),
@@ -154,10 +168,14 @@ def _of_trace(name: str, found: dict[str, Any]) -> list[str]:
         ]
         for row in rows
     ]
+    for row, of_row in zip(rows, cells, strict=True):
+        if are_apart:
+            prefill = row["prefill"]
+            of_row.insert(3, f"{prefill} and {row['replicas'] - prefill}" if prefill else "together")
     return [
         f"## {name}",
         "",
-        f"{found['requests']:,} requests in {found['span_s']:.0f} s{scale}; `{options['objective']}`. {len(rows)} of "
+        f"{found['requests']:,} requests in {found['span_s']:.0f} s{scale}; `{options['objective']}`. {kinds} of "
         f"{found['kinds']} kinds of replica keep it with at most {MOST_GPUS} GPUs.",
         "",
         *table(heads, cells),
@@ -176,7 +194,10 @@ def main() -> int:
     """As the command line says."""
     arguments, traces = study_arguments(__doc__)
     if traces is not None:
-        results: dict[str, Any] = {"command": "python benchmarks/plan.py"}
+        results: dict[str, Any] = {
+            "command": "python benchmarks/plan.py",
+            "words": {"search": SEARCH, "links": _links()},
+        }
         with tempfile.TemporaryDirectory() as scratch:
             for name in TRACES:
                 folder = (arguments.work or Path(scratch)) / name.lower()

@@ -56,6 +56,7 @@ DEVICES = {"cpu": "a CPU", "h100": "an H100"}
 SIMULATIONS: dict[str, tuple[str, float, float, float]] = {
     "a": ("10,000 requests of the Azure conversation trace, 1 replica", 0.5, 0.9, 150.0),
     "b": ("the Mooncake conversation trace, 12,031 requests, 8 replicas", 3.0, 3.6, 150.0),
+    "c": ("the same, prefill and decode apart, 4 replicas each, with two KV tiers", 6.0, 7.2, 300.0),
 }
 """What benchmarks/simulator.py runs; at most how many seconds of simulation, seconds in all, and MB that may take with
 compiled policies."""

@@ -1,6 +1,6 @@
 """What the simulator takes: seconds and memory of two runs that others were measured on, and how both grow.
 
-    python benchmarks/simulator.py [--json FILE] [--repeats 5] [--points a,b] [--grow 1000,10000,100000,1000000]
+    python benchmarks/simulator.py [--json FILE] [--repeats 5] [--points a,b,c] [--grow 1000,10000,100000,1000000]
         [--other NAME=FOLDER ...] [--peer PYTHON]
 
 - (a) 10,000 requests with the lengths of the Azure conversation trace (cut to 4,096 tokens, prompt and output together;
@@ -9,6 +9,8 @@
   and host times are set so that it saturates at 7.6 requests/s.
 - (b) The Mooncake conversation trace, all 12,031 requests as they arrive, 8 replicas round robin: prefix cache, 8,192
   blocks of 64 each, a budget of 8,192 tokens, Llama-3-8B on an H100.
+- (c) As (b), on 4 replicas for prefill and 4 for decode, with 200 GB of CPU memory behind the prefix cache of each of
+  the first, and behind these a store that they share.
 
 With --other, other copies of twinserve run the same in turns with the one that is imported: another commit's checkout
 (`git worktree add --detach FOLDER COMMIT`) or a compiled wheel, such as `make test-compiled` leaves in
@@ -59,7 +61,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a": {"max_num_batched_tokens": 512, "max_num_seqs": 512, "block_size": 16, "enable_prefix_caching": False},
     "b": {"max_num_batched_tokens": 8192, "max_num_seqs": 256, "block_size": 64, "num_gpu_blocks": 8192},
 }
+SETTINGS["c"] = SETTINGS["b"]
 WORKERS = {"a": 1, "b": 8}
+FLEETS: dict[str, dict[str, Any]] = {
+    "b": {"replicas": WORKERS["b"]},
+    "c": {
+        "prefill_replicas": 4,
+        "decode_replicas": 4,
+        "kv_tier": ["cpu:200:50:10", "store:4000:25:500:shared"],
+    },
+}
 
 # Measured on (a) and (b) with others' own code, as shipped, by November 2026; of the first three no version was noted.
 ELSEWHERE = {
@@ -77,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--points", default="a,b", help="which of a and b")
+    parser.add_argument("--points", default="a,b,c", help="which of a, b and c; the peer runs none but a and b")
     parser.add_argument("--grow", default="1000,10000,100000,1000000", help="requests of (a); empty for none")
     add_other(parser)
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="a Python that has ai-dynamo")
@@ -91,7 +102,7 @@ def main() -> int:
         return 2
     if arguments.run:
         point, num_requests, out = arguments.run
-        run_a(traces, int(num_requests), Path(out)) if point == "a" else run_b(traces, Path(out))
+        run_a(traces, int(num_requests), Path(out)) if point == "a" else run_fleet_of(point, traces, Path(out))
         return 0
     stay_on_one_core()
     load_before = os.getloadavg()[0]
@@ -176,15 +187,13 @@ def run_a(traces: Path, num_requests: int, out: Path) -> None:
     print(json.dumps(summary))
 
 
-def run_b(traces: Path, out: Path) -> None:
+def run_fleet_of(point: str, traces: Path, out: Path) -> None:
     from twinserve.planning.fleets import FleetOptions
-    from twinserve.worlds.run import run_fleet
     from twinserve.worlds.workload import load_workload
 
-    fleet = FleetOptions(replicas=WORKERS["b"], router="round-robin")
-    replicas, _ = fleet.build_replicas(SETTINGS["b"], latency="roofline:llama-3-8b@h100", like="own")
-    workload = load_workload(traces / MOONCAKE, {})
-    print(json.dumps(run_fleet(workload, replicas, fleet.build_router(), router_facts=fleet.router_facts, out=out)))
+    fleet = FleetOptions.load(FLEETS[point] | {"router": "round-robin"})
+    replicas, _ = fleet.build_replicas(SETTINGS[point], latency="roofline:llama-3-8b@h100", like="own")
+    print(json.dumps(fleet.serve(load_workload(traces / MOONCAKE, {}), replicas, out=out)))
 
 
 # --- in the process that measures ---
@@ -196,9 +205,13 @@ def measure(runners: dict[str, Measured], points: list[str], num_requests: int, 
     for _ in range(repeats):
         for point in points:
             for name, run in runners.items():
+                if name == PEER and point not in WORKERS:
+                    continue
                 runs[name][point].append(run(point, num_requests))
                 print(f"{name}, {point} {num_requests}: {runs[name][point][-1]}", file=sys.stderr)
-    return {name: {point: medians(found) for point, found in points.items()} for name, points in runs.items()}
+    return {
+        name: {point: medians(found) for point, found in by_point.items() if found} for name, by_point in runs.items()
+    }
 
 
 def run_copy(copy: Copy, point: str, num_requests: int) -> dict[str, Any]:
@@ -254,7 +267,7 @@ def write_peer_traces(traces: Path, folder: Path) -> dict[str, tuple[Path, dict[
     from twinserve.sim.model_configs import SHAPES
     from twinserve.sim.roofline import RooflineLatency
 
-    paths = {point: folder / f"{point}.jsonl" for point in SETTINGS}
+    paths = {point: folder / f"{point}.jsonl" for point in WORKERS}
     hashes = itertools.count()
     with paths["a"].open("w", encoding="utf-8") as lines:
         for request in azure_requests(azure_lengths(traces), 10_000):

@@ -40,7 +40,7 @@ class Loading:
 
     Attributes:
         loading: the sequences that load, with how many of their tokens will be there.
-        without: those whose KV was lost as they loaded it, until it has been computed again.
+        without: those whose KV was lost before they had loaded it, until it has been computed again.
         held: ended ones whose blocks are kept, as somebody else loads them.
     """
 
@@ -109,11 +109,16 @@ class Loading:
         self._moves.setdefault("loaded", []).append(seq.seq_id)
 
     def lost(self, seq: Sequence) -> None:
-        """The KV that a sequence loads is lost: it gives its blocks back; one that was aborted does not mind."""
+        """The KV that a sequence loads, or waits for blocks for, is lost: it gives its blocks back, or its place in the
+        queue; one that was aborted does not mind."""
+        if seq.is_finished:
+            return
         if self.loading.pop(seq, 0):
             self.manager.deallocate(seq)
-            self.without[seq] = None
-            self._moves.setdefault("lost", []).append(seq.seq_id)
+        else:
+            self.order.remove(seq)
+        self.without[seq] = None
+        self._moves.setdefault("lost", []).append(seq.seq_id)
 
     def found(self, seq: Sequence) -> None:
         """KV that was lost has been computed again: who loads it waits before the others."""

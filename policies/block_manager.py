@@ -40,10 +40,6 @@ class Block:
         self.before, self.after = ring.before, ring
         self.before.after = ring.before = self
 
-    def leave(self) -> None:
-        """Leave its ring; the neighbours there are each other's from now on."""
-        self.before.after, self.after.before = self.after, self.before
-
     def reset(self) -> None:
         """Make the block blank for its next use."""
         self.ref_count = 0
@@ -63,7 +59,7 @@ class BlockManager:
         self._cached = Block(-1)  # begins the ring of the others that are free, in the order of their use
         self._num_cached = i64(0)
         self.prefix_cache: PrefixCache | None = None
-        self.evicts: Callable[[int], None] | None = None  # is told of a cached block before it is used again
+        self.evicts: Callable[[list[int]], None] | None = None  # is told of cached blocks before they are used again
         self._holders: dict[Sequence, None] = {}
 
     @property
@@ -187,7 +183,7 @@ class BlockManager:
         for block_id in hits:
             block = self.blocks[block_id]
             if not block.ref_count:
-                block.leave()
+                block.before.after, block.after.before = block.after, block.before  # out of the ring
                 self._num_cached -= 1
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
@@ -235,19 +231,21 @@ class BlockManager:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
         taken = self._blank[: -count - 1 : -1]
         del self._blank[len(self._blank) - len(taken) :]
-        while len(taken) < count:
-            if self.num_blocks is None:
-                block = Block(len(self.blocks))  # and nothing is evicted
-                self.blocks.append(block)
-            else:
-                block = self._cached.after
-                block.leave()
-                self._num_cached -= 1
-                if self.evicts is not None:
-                    self.evicts(block.block_id)
-                assert self.prefix_cache is not None
-                self.prefix_cache.remove(block.block_id)
-            taken.append(block.block_id)
+        missing = count - len(taken)
+        if self.num_blocks is None:
+            taken += range(len(self.blocks), len(self.blocks) + missing)  # new ones, and nothing is evicted
+            self.blocks += [Block(block_id) for block_id in taken[count - missing :]]
+        elif missing:
+            block = self._cached.after
+            for _ in range(missing):
+                taken.append(block.block_id)
+                block = block.after
+            self._cached.after, block.before = block, self._cached
+            self._num_cached -= missing
+            if self.evicts is not None:
+                self.evicts(taken[count - missing :])
+            for block_id in taken[count - missing :]:
+                self.prefix_cache.remove(block_id)  # type: ignore[union-attr]
         for block_id in taken:
             self.blocks[block_id].ref_count = 1
         return taken

@@ -18,7 +18,7 @@ from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
 from twinserve.reports.html import contents, drawn, html_page, section, side_by_side
 from twinserve.reports.load import load_figure, rate_of
-from twinserve.reports.replayed import replayed
+from twinserve.reports.replayed import Replayed, replayed
 from twinserve.reports.residuals import residual_figure
 from twinserve.reports.runs import Run, runs_of, same_trace
 from twinserve.reports.tables import (
@@ -35,6 +35,7 @@ from twinserve.reports.tables import (
 from twinserve.reports.terms import definitions
 from twinserve.reports.text import count, duration, number, percent, plain, share_of_limit
 from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.reports.waits import waits_tables
 from twinserve.settings.files import refuse_existing, write_whole
 from twinserve.traces.runs.compare import differing_settings, name_of, value_of
 from twinserve.traces.runs.record import RunRecord
@@ -75,12 +76,12 @@ def _page(runs: list[Run], asked: Asked | None, watch: Watch) -> str:
         with watch(f"deciding {run.label} again", sum(len(part.record.steps) for part in run.parts)) as listener:
             again.append(replayed(run, listener))
     with watch("drawing", None):
-        sections = list(_sections(runs, asked))
+        sections = list(_sections(runs, asked, again))
     head = f"<header>\n{_header(runs, asked, again)}</header>\n{contents(title for title, _ in sections)}"
     return html_page(_title(runs), [head, *(section(title, content) for title, content in sections)])
 
 
-def _sections(runs: list[Run], asked: Asked | None) -> Iterable[tuple[str, str]]:
+def _sections(runs: list[Run], asked: Asked | None, again: list[Replayed]) -> Iterable[tuple[str, str]]:
     """The page below its head: titles, which are HTML, and what stands below them."""
     errors = errors_of(runs)
     yield "Summary", _summary(runs, errors, asked)
@@ -96,6 +97,8 @@ def _sections(runs: list[Run], asked: Asked | None) -> Iterable[tuple[str, str]]
             whose = "" if len(runs) == 1 else f": {run.text}"
             figure = replica_figure(run, place)
             yield f"Replicas{whose}", f"{replica_table(run)}\n{drawn(figure)}"
+    for run, found in zip(runs, again, strict=True):
+        yield f"Why requests waited{'' if len(runs) == 1 else f': {run.text}'}", waits_tables(run, found.waits)
     groups = same_trace(runs)
     yield "Find requests", finder(runs, groups, asked)
     for place, group in enumerate(groups):
@@ -121,7 +124,7 @@ def _title(runs: list[Run]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _header(runs: list[Run], asked: Asked | None, again: list[str]) -> str:
+def _header(runs: list[Run], asked: Asked | None, again: list[Replayed]) -> str:
     """The first screen, from what was asked to how the page is made again."""
     when = list(dict.fromkeys(filter(None, map(_written, runs))))
     versions = list(dict.fromkeys(str(v) for run in runs if (v := _versions(run).get("twinserve"))))
@@ -129,8 +132,8 @@ def _header(runs: list[Run], asked: Asked | None, again: list[str]) -> str:
     made += [f"twinserve {', '.join(versions)}"] if versions else []
     lines = [f"<h1>{escape(_title(runs))}</h1>\n", f'<p class="note">{escape("; ".join(made))}</p>\n' if made else ""]
     lines.append(_verdict(runs, asked))
-    for run, words in zip(runs, again, strict=True):
-        lines.append(f'<p class="run">{_headline(run)} <span class="note replay">{escape(words)}</span></p>\n')
+    for run, found in zip(runs, again, strict=True):
+        lines.append(f'<p class="run">{_headline(run)} <span class="note replay">{escape(found.words)}</span></p>\n')
     lines.append(_remarks(runs, errors_of(runs)))
     lines.append(f'<p class="again note">Made by <code>{escape(_command(runs, asked))}</code></p>\n')
     return "".join(lines)

@@ -1,31 +1,49 @@
-"""Whether a run's record is decided again exactly, in words."""
+"""Whether a run's record is decided again exactly, in words, and what its requests waited for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from twinserve.reports.runs import Run
 from twinserve.settings.errors import InputError
-from twinserve.traces.runs.replay import replay
+from twinserve.traces.runs.waits import Explainer, Waited, joined
 
 _FACTS = {"seen", "aborted", "committed"}
 """What a step's row says of what its decision saw."""
 
 
-def replayed(run: Run, listener: Any = None) -> str:
+@dataclass(frozen=True)
+class Replayed:
+    """What came of deciding a run again.
+
+    Attributes:
+        words: whether that is exact.
+        waits: what the time of each request went into; None where it is not.
+    """
+
+    words: str
+    waits: list[Waited] | None = None
+
+
+def replayed(run: Run, listener: Any = None) -> Replayed:
     """Decide a run again from its facts, each replica of a fleet in turn, heard by `listener`; say what came of it."""
     equal = recorded = 0
+    every: list[Waited] = []
     for record in run.replicas or (run.record,):
         if record.steps and not record.steps[0].keys() >= _FACTS:
-            return "Not replayed: the steps do not say what each decision saw."
+            return Replayed("Not replayed: the steps do not say what each decision saw.")
+        explainer = Explainer(record, listener)
         try:
-            result = replay(record, listener=listener)
+            result = explainer.decide_again(record)
         except InputError as error:
-            return f"Not replayed: {error}."
+            return Replayed(f"Not replayed: {error}.")
         equal, recorded = equal + result.equal, recorded + len(record.steps)
         if result.difference is not None:
             where = f"replica {record.path.name}, " if run.replicas else ""
-            return f"Does not replay: differs after {equal:,} decisions, {where}{result.difference}."
+            return Replayed(f"Does not replay: differs after {equal:,} decisions, {where}{result.difference}.")
+        every += explainer.ended()
     if not recorded:
-        return "Not replayed: the record has no steps."
-    return f"Replays exactly: {equal:,} of {recorded:,} decisions made again."
+        return Replayed("Not replayed: the record has no steps.")
+    waits = joined(every, is_fleet=len(run.replicas) > 1)
+    return Replayed(f"Replays exactly: {equal:,} of {recorded:,} decisions made again.", waits)

@@ -100,6 +100,8 @@ def sortable_table(heads: Iterable[tuple[str, str | None]], rows: Iterable[list[
 def _sortable_cell(value: Any, text: str, column: int) -> str:
     kind = "td" if column else 'th scope="row"'
     said = f' data-value="{escape(str(value))}"' if isinstance(value, (int, float)) else ""
+    if column and isinstance(value, str):
+        said = ' class="words"'
     return f"<{kind}{said}>{escape(text)}</{kind.split()[0]}>"
 
 

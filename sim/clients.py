@@ -71,7 +71,7 @@ class Door:
         self, env: simpy.Environment, clients: Clients, params: SamplingParams, rejected: Callable[[Sequence], None]
     ):
         self._env, self._clients, self._params, self._rejected = env, clients, params, rejected
-        self._at: dict[int, Engine] = {}  # of each request that may be given up, where it is
+        self._at: dict[int, Engine] = {}  # of each request that has not ended, where it is
         self._late: set[int] = set()
         self.num_rejected = self.num_timed_out = 0
 
@@ -86,11 +86,11 @@ class Door:
         return True
 
     def submitted(self, request: Request, replica: Engine) -> None:
-        """A request has been submitted; its client may give up."""
-        if self._clients.timeout_ns is None:
-            return
+        """A request has been submitted, to the replica that is to end it; its client may give up."""
         is_new = request.id not in self._at
         self._at[request.id] = replica
+        if self._clients.timeout_ns is None:
+            return
         if request.id in self._late:
             replica.abort(request.id)
         elif is_new:

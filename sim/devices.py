@@ -62,7 +62,7 @@ class Collectives(BaseModel):
         ranks: how many were measured together.
         all_reduce_ns: of few bytes.
         link: bytes a second, each way; of `bytes`, 2 (ranks - 1) / ranks go over it.
-        source: what they were fitted on.
+        source: what they were fitted on, or what was assumed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -108,16 +108,16 @@ class Device(BaseModel):
         link: bytes a second to its peers and from them, each way; all-reduce goes through it.
         linked: so many share the link.
         hop_ns: what a hop over it takes.
+        nvlink: the generation of NVLink that the link is; None: it is another.
         network: bytes a second to a device of another node and from it, each way; None: no network joins nodes.
         network_hop_ns: what a hop over that takes.
         multiprocessors: of them, each runs thread blocks of its own; None: not known.
         host_ns, host_seq_ns: what an engine's host takes for a step, and for each of its sequences: vLLM 0.24's step
             logs on an H100.
-        limit_w: the power that its data sheet lets it draw; None: not known.
+        limit_w: the power that it may draw by its `source`; None: not known.
         source: where these are from.
         shares: what is reached of the peaks.
-        collectives: what an all-reduce was measured to take; None: nobody has measured it, and it takes what NCCL's own
-            model of its speed says, over `link` and `hop_ns`.
+        collectives: what an all-reduce was measured to take; None: nobody has measured it, see `all_reduces`.
         measured_power: fitted on measured windows; None: nobody has.
     """
 
@@ -131,6 +131,7 @@ class Device(BaseModel):
     link: float = Field(ge=_LEAST, le=_LARGEST)
     linked: int = Field(default=8, ge=1, le=MOST_REPLICAS)
     hop_ns: int = Field(default=NVLINK_HOP_NS, ge=0, le=_MOST_NS)
+    nvlink: int | None = Field(default=None, ge=1, le=MOST_REPLICAS)
     network: float | None = Field(default=None, ge=_LEAST, le=_LARGEST)
     network_hop_ns: int = Field(default=NETWORK_HOP_NS, ge=0, le=_MOST_NS)
     multiprocessors: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
@@ -153,13 +154,28 @@ class Device(BaseModel):
         return self.shares.device == self.name
 
     @property
+    def all_reduces(self) -> Collectives | None:
+        """What an all-reduce takes: as was measured, or, of another device with NVLink, with as large a share of its
+        link and as long for few bytes as on the one that was; None: what NCCL's own model of its speed says."""
+        if self.collectives is not None or self.nvlink is None:
+            return self.collectives
+        measured, link = OTHERS_COLLECTIVES
+        return Collectives(
+            ranks=measured.ranks,
+            all_reduce_ns=measured.all_reduce_ns,
+            link=measured.link / link * self.link,
+            source=f"assumed to reach the H200's share of its link, {measured.link / link:.0%}, and its latency",
+        )
+
+    @property
     def power(self) -> Power | None:
         """What it draws: as was measured, or, as a bound from above, its limit while it computes; None: not known."""
         if self.measured_power is not None or self.limit_w is None:
             return self.measured_power
         idle_w = IDLE_SHARE * self.limit_w
         words = (
-            f"data sheet: {self.limit_w:g} W while a step is computed, and {IDLE_SHARE:.0%} of it, assumed, otherwise"
+            f"assumed: its limit of {self.limit_w:g} W ({self.source}) while a step is computed, and {IDLE_SHARE:.0%} "
+            "of it otherwise"
         )
         return Power(idle_w=idle_w, active_w=self.limit_w - idle_w, source=words)
 
@@ -170,8 +186,9 @@ class Device(BaseModel):
         return self.model_copy(update={"shares": PEAKS, "hop_ns": 0, "collectives": collectives})
 
 
-def _shipped() -> tuple[dict[str, Device], Shares]:
-    """The devices of the file that ships, and the shares of those of which no step was timed."""
+def _shipped() -> tuple[dict[str, Device], Shares, tuple[Collectives, float]]:
+    """The devices of the file that ships, the shares of those of which no step was timed, and the all-reduces that the
+    others with NVLink are held to, with the link over which they were measured."""
     tables = tomllib.loads(DEVICES_FILE.read_text(encoding="utf-8"))
     shares = {name: Shares(**table) for name, table in tables["shares"].items()}
     others = shares["h200"]
@@ -185,17 +202,20 @@ def _shipped() -> tuple[dict[str, Device], Shares]:
         )
         for name, table in tables["device"].items()
     }
-    return devices, others
+    measured = devices["h200"]
+    assert measured.collectives is not None, f"{DEVICES_FILE} has no collectives of the H200"
+    return devices, others, (measured.collectives, measured.link)
 
 
-DEVICES, OTHERS_SHARES = _shipped()
+DEVICES, OTHERS_SHARES, OTHERS_COLLECTIVES = _shipped()
 
 
 def named_device(text: str) -> Device:
     """The device that ships under a name, or that of a TOML file, which has the fields of `Device`.
 
-    A file with `base`, the name of one that ships, says what differs from it; where it has another `link`, measured
-    all-reduces are no longer its own. Else, without a table `shares` it takes those that were fitted on the H200.
+    A file with `base`, the name of one that ships, says what differs from it; where it has another `link`, that is no
+    NVLink unless it says so, and measured all-reduces are no longer its own. Else, without a table `shares` it takes
+    those that were fitted on the H200.
 
     Raises:
         InputError: there is none, or the file cannot be read or has a field that cannot be used.
@@ -214,7 +234,7 @@ def named_device(text: str) -> Device:
         raise InputError(f"expected a device: {', '.join(DEVICES)}", path=path, field="base", value=base)
     known = dict(DEVICES[base.lower()])
     if "link" in table:
-        known["collectives"] = None
+        known["collectives"] = known["nvlink"] = None
     if table["shares"] is OTHERS_SHARES:
         del table["shares"]
     return validated(Device, known | table, {}, path)

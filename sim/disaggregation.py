@@ -59,7 +59,7 @@ class Handover:
         number: of the latest transfer; an older one arrives in vain.
         is_sent, is_there: has that been asked for, has it ended?
         is_lost: nobody has the KV: who goes on computes it again.
-        is_given_up: who goes on has given its blocks back, until the KV is computed again.
+        is_given_up: who goes on waits for nothing, and has no blocks for the KV, until that is computed again.
     """
 
     request: Request
@@ -167,13 +167,17 @@ class Transfers:
             handover.source.release(request_id)
             self._released(handover.source)
 
-    def give_up(self, request_id: int) -> None:
-        """A request's KV is known to be lost: who has blocks for it gives them back until it is computed again, as the
-        replica that computes it may have to wait for others that need them."""
+    def give_up(self, request_id: int) -> bool:
+        """A request's KV is known to be lost; does anybody still need it? Who has blocks for it gives them back, and
+        who waits for some gets none until it is computed again, as the replica that computes it may have to wait for
+        others that need them."""
         handover = self.handovers.get(request_id)
-        if handover is not None and handover.target is not None and handover.needs is not None:
+        if handover is None:
+            return False
+        if handover.target is not None:
             handover.needs, handover.is_given_up = None, True
             handover.target[0].tell("lost", handover.target[1])
+        return True
 
     def lost(self, replica: Replica) -> list[Request]:
         """A replica has died: the requests whose KV it kept, which has to be computed again."""

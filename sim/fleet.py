@@ -87,8 +87,9 @@ class FleetListener:
         """A replica is down; what it had not answered will be sent to another."""
 
 
-def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
-    """Raise ValueError if a replica is not there, is down twice at once, or if none would ever be up again."""
+def check_outages(outages: Iterable[Outage], num_replicas: int, roles: Seq[str] = ()) -> None:
+    """Raise ValueError if a replica is not there, is down twice at once, or if none would ever be up again: of all, or
+    of those that compute prompts alone, or go on with them alone, if there are such."""
     per_replica: dict[int, list[Outage]] = {}
     for outage in outages:
         if not 0 <= outage.replica < num_replicas:
@@ -101,8 +102,12 @@ def check_outages(outages: Iterable[Outage], num_replicas: int) -> None:
         for one, following in zip(own, own[1:], strict=False):
             if one.to_ns is None or one.to_ns >= following.from_ns:
                 raise ValueError(f"outage {following}, expected one that begins after {one} has ended")
-    if len(per_replica) == num_replicas and all(own[-1].to_ns is None for own in per_replica.values()):
+    gone = {replica for replica, own in per_replica.items() if own[-1].to_ns is None}
+    if len(gone) == num_replicas:
         raise ValueError("every replica dies and none comes back, expected one that does")
+    for role in (PREFILL, DECODE):
+        if role in roles and gone.issuperset(index for index, other in enumerate(roles) if other == role):
+            raise ValueError(f"every {role} replica dies and none comes back, expected one that does")
 
 
 def check_restarts(restarts: Iterable[Restart], outages: Iterable[Outage], num_replicas: int) -> None:
@@ -185,7 +190,7 @@ class Fleet:
             self._enough: deque[tuple[int, int]] = deque()
             alarm(env, scaling.period_ns, _CHANGES, self._look)
         outages = list(outages)
-        check_outages(outages, len(latencies))
+        check_outages(outages, len(latencies), () if split is None else split.roles)
         self._returns = [(outage.replica, outage.to_ns) for outage in outages if outage.to_ns is not None]
         changes = []
         for outage in outages:
@@ -231,7 +236,8 @@ class Fleet:
             tell = self._listener.prompt_sent if is_handed_over else self._listener.sent
             tell(request, replica.index)
         replica.submit(seq, keeps_kv=is_handed_over)
-        self.door.submitted(request, replica)
+        if request.id not in self._going_on:
+            self.door.submitted(request, replica)
 
     def _roles_for(self, seq: Sequence) -> tuple[str, ...]:
         """The roles of those that a request may be sent to; if it can never be served, of those that refuse it."""
@@ -332,21 +338,15 @@ class Fleet:
         """A replica has computed a prompt: another one goes on with it, or has waited for it."""
         assert self.transfers is not None
         source = next(replica for replica in self._up.values() if seq.seq_id in replica.kept)
-        handover = self.transfers.handovers.get(request.id)
-        if handover is None and request.id in self._going_on:
-            self._release(seq)
-        elif handover is None:
-            handover = self.transfers.handovers[request.id] = Handover(request, source, seq)
+        handover = self.transfers.handovers.setdefault(request.id, Handover(request, source, seq))
+        handover.source, handover.computed = source, seq
+        if handover.target is None:
             self._hand_over(handover)
         else:
-            handover.source, handover.computed = source, seq
-            if handover.target is None:
-                self._hand_over(handover)
-            else:
-                self.transfers.send(handover)
+            self.transfers.send(handover)
 
     def _release(self, seq: Sequence) -> None:
-        """Keep no KV of a prompt that was computed again in vain: who goes on had it, or needs it no longer."""
+        """Keep no KV of a prompt that was computed again in vain, as its client has given up meanwhile."""
         for replica in self._up.values():
             if seq.seq_id in replica.kept:
                 replica.release(seq.seq_id)
@@ -414,9 +414,10 @@ class Fleet:
         lease.to_ns = now_ns(self._env)
 
     def _catch_up(self) -> None:
-        """Have all replicas make what they have planned up to now."""
-        for replica in self._up.values():
-            replica.catch_up()
+        """Have all replicas that have tiers make what they have planned up to now."""
+        for index, replica in self._up.items():
+            if self._role(index) != DECODE:
+                replica.catch_up()
 
     def _send_waiting(self) -> None:
         """Try again to send what waits."""
@@ -454,8 +455,8 @@ class Fleet:
                                 del self._outstanding[seq.seq_id]
                     for request in self._lost_kv.pop(index, ()):
                         assert self.transfers is not None
-                        self.transfers.give_up(request.id)
-                        self._again.append(request)
+                        if self.transfers.give_up(request.id):
+                            self._again.append(request)
                 else:
                     self._begin(index)
             self._waiting.extend(sorted(lost, key=lambda request: request.id))
@@ -484,7 +485,9 @@ class Fleet:
         """Raise AssertionError if a request is still somewhere, or a replica's policies are inconsistent."""
         assert not self._handing_over and not (self.transfers and self.transfers.handovers), "handed over to nobody"
         assert not self._outstanding and not self._waiting, f"unanswered: {[*self._outstanding, *self._waiting]}"
-        for replica in self._up.values():
+        for index, replica in self._up.items():
+            if index in self._dead:
+                continue
             replica.core.scheduler.check_integrity()
             left = replica.outstanding_requests, replica.outstanding_tokens
             assert replica.core.is_idle and left == (0, 0), f"replica {replica.index} still has {left}"

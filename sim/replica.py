@@ -149,8 +149,12 @@ class Replica:
         self._wake()
 
     def tell(self, news: str, seq: Sequence) -> None:
-        """What has become of the KV that a sequence loads, see `Loading.news`; the next decision sees it."""
-        self._news[news].append(seq)
+        """What has become of the KV that a sequence loads, see `Loading.news`; the next decision sees it. What is lost
+        before it was seen to be found again is not told of at all."""
+        if news == "lost" and seq in self._news["found"]:
+            self._news["found"].remove(seq)
+        else:
+            self._news[news].append(seq)
         self._wake()
 
     def release(self, seq_id: int) -> None:
@@ -170,7 +174,7 @@ class Replica:
     def abort(self, seq_id: int) -> None:
         """End a request at the next decision, unless it has ended by then."""
         self._aborts.append(seq_id)
-        self._cut_leap()
+        self._wake()
 
     def catch_up(self) -> None:
         """Make the decisions that are planned before now, so that what comes of them can be seen."""
@@ -259,7 +263,8 @@ class Replica:
                     self._ended(seq)
                 if not self._skip_to(now, _DECIDES):
                     yield self._wait(now, _DECIDES)
-                is_stuck = is_stuck and not (self._inbox or self._aborts or self._news or self._released)
+                has_news = bool(self._inbox or self._aborts or self._news or self._released)
+                is_stuck = is_stuck and not (has_news or core.must_commit)
             elif not core.can_decide:
                 is_stuck = True
             elif not self._skip_to(launched, _DECIDES):

@@ -24,8 +24,8 @@ from twinserve.sim.splits import Links, Split, Stage, stages_of
 
 MEMORY_SHARE = 0.9
 RESERVED_BYTES = 2 * 10**9
-_NOT_COUNTED = {"limit_w", "measured_power"}
-"""Of a device, what no step's time depends on."""
+_NOT_COUNTED = {"limit_w", "measured_power", "nvlink", "collectives"}
+"""Of a device, what no step's time depends on, or what is told apart."""
 
 
 @mypyc_attr(serializable=True)
@@ -70,7 +70,7 @@ class RooflineLatency:
     - the output projection: as a projection, for the sampled rows alone;
     - a time for what lies between them, a layer;
     - with tp > 1, two all-reduces a layer of T hidden states: 2 (tp - 1) / tp of their bytes over the link, and for
-      each a fixed time and one a hop of the ring, as measured, or where nobody has, by NCCL's own model of its speed;
+      each a fixed time and one a hop of the ring, as measured, or where nobody has, as `Device.all_reduces` says;
     - with ep > 1, experts are whole, and a device has 1 / ep of them: it computes T top_k / tp rows, and reads its
       share of those that the tokens of all dp ranks choose together;
     - with dp > 1, a layer of experts has an all-to-all before and behind them, see `Links.exchange_ns`, and its two
@@ -126,10 +126,11 @@ class RooflineLatency:
     @property
     def about(self) -> dict[str, Any]:
         """The model, the device with its source, and the degree of parallelism."""
-        unmeasured = {"collectives"} if self.device.collectives is None else set()
+        device = self.device.model_dump(mode="json", exclude=_NOT_COUNTED)
+        sums = self.device.collectives if self.tensor_parallel == 1 else self.device.all_reduces
         return {
             "model": self.shape.as_dict(),
-            "device": self.device.model_dump(mode="json", exclude=_NOT_COUNTED | unmeasured),
+            "device": device if sums is None else device | {"collectives": sums.model_dump(mode="json")},
             **self.split.facts,
             "basis": self.basis,
         }
@@ -149,11 +150,19 @@ class RooflineLatency:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """In words, those among them that say what is assumed of links."""
         count, split = self.split.num_devices * self.split.data, self.split
         devices = self.device.name if count == 1 else f"{count} x {self.device.name}"
         shared = "" if count == split.tensor and split.expert == 1 else f" ({split})"
-        return f"roofline of {self.shape.name} on {devices}{shared}, {self.basis}"
+        return f"roofline of {self.shape.name} on {devices}{shared}, {self.basis}{self._assumed}"
+
+    @property
+    def _assumed(self) -> str:
+        """What is said of all-reduces that nobody has measured."""
+        if self.tensor_parallel == 1 or self.device.collectives is not None:
+            return ""
+        sums = self.device.all_reduces
+        return ", all-reduces " + ("by NCCL's own model" if sums is None else sums.source)
 
     @property
     def identity(self) -> str:

@@ -156,7 +156,7 @@ class Links:
         if share == 1:
             return 0.0
         moved = 2 * (share - 1) / share * tokens * self._hidden * _BYTES
-        measured = device.collectives
+        measured = device.all_reduces
         if measured is None:
             return ALL_REDUCE_NS + 2 * (share - 1) * device.hop_ns + moved / (device.link / 1e9)
         more_hops = 2 * (share - measured.ranks)

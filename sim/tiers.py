@@ -49,13 +49,16 @@ class Store:
 
     def put(self, block_hashes: Iterable[int]) -> list[int]:
         """Take blocks in, as those used last, in this order; those that had to give way."""
-        blocks = self._blocks
+        blocks, most = self._blocks, self._most
+        gone = []
         for block_hash in block_hashes:
             if block_hash in blocks:
                 blocks.move_to_end(block_hash)
             else:
                 blocks[block_hash] = None
-        return [blocks.popitem(last=False)[0] for _ in range(len(blocks) - self._most)]
+                if len(blocks) > most:
+                    gone.append(blocks.popitem(last=False)[0])
+        return gone
 
     def load_ns(self, num_blocks: int, at_ns: int) -> int:
         """When so many blocks are there that are asked for now."""
@@ -100,11 +103,10 @@ class Tiers:
         self._found: dict[Sequence, list[int]] = {}
         manager.evicts = self._evict
 
-    def _evict(self, block_id: int) -> None:
+    def _evict(self, block_ids: list[int]) -> None:
         cache = self._manager.prefix_cache
         assert cache is not None, "blocks without a cache have no content to keep"
-        block_hash = cache._known[block_id].hash
-        hashes = [] if block_hash is None else [block_hash]
+        hashes: list[Any] = [cache._known[block_id].hash for block_id in block_ids]
         for store, counts in zip(self._stores, self._counts, strict=True):
             before = len(store)
             gone = store.put(hashes)

@@ -1,5 +1,5 @@
 """Fleets of tests, drawn by hypothesis: requests, settings, latencies, deaths and when those are noticed, prompts on
-replicas of their own, tiers, and rules that scale."""
+replicas of their own, tiers, and rules that scale; and doors and clients before them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
+from twinserve.sim.clients import Clients
 from twinserve.sim.disaggregation import BOTH, DECODE, PREFILL, Disaggregation
 from twinserve.sim.fleet import Outage, check_outages
 from twinserve.sim.links import Link
@@ -30,6 +31,12 @@ def outages_of(draw, num_replicas: int) -> list[Outage]:
     return outages
 
 
+CLIENTS = st.builds(
+    Clients,
+    st.none() | st.integers(1, 6),
+    st.none() | st.integers(10, 200),
+    st.none() | st.integers(20, 900).map(lambda ms: ms * MS),
+)
 LINKS = st.builds(Link, st.sampled_from([1e5, 1e6, 1e9]), st.integers(0, 30).map(lambda ms: ms * MS))
 
 
@@ -84,8 +91,6 @@ def fleets(draw):
     split = draw(splits(num_replicas))
     how = {"split": split, "tiers": draw(tiers(num_replicas)) if core.enable_prefix_caching else None}
     how["scaling"] = draw(rules(num_replicas)) if split is None else None
-    # Deaths beside splits are in tests/sim/test_disaggregation.py: where pools are full they can end in waiting for one
-    # another, see "Not there yet" in docs/fleets.md.
-    if how["scaling"] is None and split is None:
+    if how["scaling"] is None:
         how |= {"outages": draw(outages_of(num_replicas)), "failover_ns": draw(st.integers(0, 2000)) * MS}
     return requests, core, latencies, how

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import anchors
 import benchmark_cycle1
 import benchmark_cycle2
 import benchmark_cycle3
@@ -437,6 +438,20 @@ def test_the_other_simulator_is_told_the_trace_and_the_settings(monkeypatch, tmp
     run = simulator.run_peer(Path(sys.executable), traces, "b", 2)
     assert (run["requests"], run["version"], run["loop_s"]) == (2, "9.8", 1.5)
     assert run["cpu_s"] > 0 and run["peak_rss_mb"] > 1
+
+
+def test_requests_are_equal_whose_first_and_last_tokens_come_at_the_same_instants():
+    ours = [
+        {"arrival": 5.0 * n, "first": 5.0 * n + 30, "last": 5.0 * n + 90, "tokens": 5, "cached": n} for n in range(4)
+    ]
+    late = [row | {"first": row["first"] + (row["arrival"] == 10)} for row in reversed(ours)]
+    found = anchors.compared(ours, late)
+    assert (found["equal"], found["cached_tokens"]) == (3, [6, 6])
+    assert found["metrics"]["TTFT"]["mean"] == [30, 30.25] and found["metrics"]["TPOT"]["mean"] == [15, 14.9375]
+    assert found["metrics"]["E2E"]["p99"] == [90, 90]
+    step = anchors.StepFeatures(0, 3, 10, 2, 0, 0, 1)
+    assert anchors.Fixed().step_cost(step) == (0, (anchors.PREFILL_MS + anchors.DECODE_MS) * 10**6)
+    assert anchors.Fixed().step_cost(step._replace(prompt_tokens=0)) == (0, anchors.DECODE_MS * 10**6)
 
 
 def test_the_other_simulator_gets_the_same_requests_and_no_shared_prefixes(public_traces, tmp_path):

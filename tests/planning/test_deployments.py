@@ -7,7 +7,7 @@ import json
 import pytest
 
 from twinserve.planning.capacity import Capacity
-from twinserve.planning.deployments import candidates, find_deployments, plan_of, rows_of
+from twinserve.planning.deployments import candidates, fewest_apart, find_deployments, plan_of, rows_of
 from twinserve.planning.parallel import Workers
 from twinserve.planning.sweep import Store
 from twinserve.settings.errors import InputError
@@ -63,6 +63,30 @@ def test_no_more_gpus_are_looked_for_than_may_be(values):
     assert again.capacity.value == needed
 
 
+@pytest.mark.parametrize("least", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("saved", "times"), [(0, 0), (1, 3), (2, 1), (2, 3)])
+@pytest.mark.parametrize("most", [2, 5, 9, 24])
+def test_the_fewest_replicas_for_prefill_and_decode_are_found_without_trying_all(least, saved, times, most):
+    """From the least number for prefill that keeps on, each one more saves so many for decode, so often."""
+
+    def needed(prefill: int) -> int | None:
+        decode = 8 - saved * min(times, prefill - least)
+        return decode if prefill >= least and decode < most else None
+
+    totals = {prefill: prefill + decode for prefill in range(1, most) if (decode := needed(prefill)) is not None}
+    totals = {prefill: total for prefill, total in totals.items() if total <= most}
+    search = fewest_apart(most)
+    number, tried = next(search), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            tried.append(number)
+            number = search.send(needed(number))
+    found = end.value.value
+    assert (found is None) == (not totals)
+    assert found is None or totals[found] == min(totals.values())
+    assert len(tried) == len(set(tried)) and all(0 < number < most for number in tried)
+
+
 def test_a_deployment_of_stages_is_named_and_paid_for_as_a_whole(twinserve, trace):
     common = (trace, "--model", "qwen3-0.6b", "--devices", "h100", "--price", "2", "--jobs", 1, "--all-at-zero")
     result = twinserve("plan", *common, "--objective", "p99 TTFT <= 60 ms", "--splits", "tp=1,tp=2:pp=2")
@@ -114,7 +138,9 @@ def test_of_equal_prices_fewer_gpus_come_first_and_a_lower_price_before_both(val
     plan = plan_of([text for text in latencies if text.endswith("tp=1")], values)
     replicas = {"l40s": 2, "h100": 1, "l4": 3}
 
-    def found(plan, *_, **__):
+    def found(plan, sought, *_, **__):
+        if sought == "decode_replicas":
+            return [Capacity(case, sought, None, None, [], [None], [], 1) for case in plan.cases]
         kinds = [str(case.varied["latency"]).partition("@")[2].partition(":")[0] for case in plan.cases]
         kept = [replicas[kind] for kind in kinds]
         cases = zip(plan.cases, kept, strict=True)

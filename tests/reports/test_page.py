@@ -353,7 +353,8 @@ def plotly_text() -> str:
 def test_every_figure_and_table_has_a_caption_of_one_sentence(page, sim, real):
     text = page(sim, real).text
     captions = re.findall(r'class="caption">(.*?)(?: <span class="note">|</)', text)
-    assert len(captions) == text.count("<figure id") + 2
+    explained = text.count("<h2>Why requests waited") - text.count("Not known: the run is not decided again exactly.")
+    assert len(captions) == text.count("<figure id") + 2 + explained and explained > 0
     for caption in captions:
         assert re.fullmatch(r"Look [^.]*(\d\.\d[^.]*)*\.", caption), caption
 

@@ -6,10 +6,10 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from latencies import Constant
-from random_fleets import fleets
+from random_fleets import CLIENTS, fleets
 from shell import latency, twinserve
 
 from twinserve.settings.build_core import Settings
@@ -91,19 +91,9 @@ def test_the_next_turn_of_who_was_turned_away_comes_all_the_same(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    fleets(),
-    st.sampled_from([LeastOutstanding, RoundRobin]),
-    st.builds(
-        Clients,
-        st.none() | st.integers(1, 6),
-        st.none() | st.integers(10, 200),
-        st.none() | st.integers(20, 900).map(lambda ms: ms * MS),
-    ),
-)
+@given(fleets(), st.sampled_from([LeastOutstanding, RoundRobin]), CLIENTS)
 def test_every_request_ends_once_and_every_life_is_decided_again(tmp_path_factory, fleet, router, clients):
     requests, core, latencies, how = fleet
-    assume(how["split"] is None or clients.timeout_ns is None)
     told = {}
     for step_by_step in (False, True):
         reasons: Counter = Counter()

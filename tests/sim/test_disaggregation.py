@@ -12,6 +12,7 @@ from busy_traces import conversations
 from latencies import Constant, Uneven
 
 from twinserve.settings.build_core import Settings
+from twinserve.sim.clients import Clients
 from twinserve.sim.disaggregation import Disaggregation
 from twinserve.sim.fleet import Outage, Restart
 from twinserve.sim.links import Link
@@ -145,6 +146,47 @@ def test_blocks_that_wait_for_kv_that_is_lost_are_given_back_as_who_computes_it_
     # 111. Only then the first's prompt has room, and its KV when the second has ended: 48 ms, 5 of latency, two steps.
     ends = times_ms(tmp_path / "run")
     assert ends[1] == (50, 131) and ends[0][1] == 131 + 48 + 5 + 20
+
+
+def test_who_waits_for_blocks_gets_none_while_its_kv_is_lost_as_who_computes_it_again_may_wait_for_them(tmp_path):
+    """The decode side is full until 157 ms. The prefill, which dies with the second prompt's KV, has room for one
+    prompt when it is back, and computes the third first, whose KV goes to the blocks that the second waited for."""
+    requests = [prompt(0, 0, 32, 12), prompt(1, 0, 48, 3), prompt(2, 70, 48, 3)]
+    own = {0: {"num_gpu_blocks": 5}, 1: {"num_gpu_blocks": 4}}
+    summary = run(tmp_path / "run", requests, "pd", own=own, outages=[Outage(0, 60 * MS, 80 * MS)])
+    assert summary["finished"] == 3 and summary["transfers"] == 3
+    _, decode, again = sorted(load_replicas(tmp_path / "run"), key=lambda record: record.path.name == "0.1")
+    assert [step["lost"] for step in decode.steps if step.get("lost")] == [[1]]
+    assert [step["found"] for step in decode.steps if step.get("found")] == [[1]]
+    assert replay(decode).is_exact and replay(again).is_exact
+    ends = times_ms(tmp_path / "run")
+    assert ends[0][1] == 157 and ends[2][1] < ends[1][1]
+    waited = waits_of(load_replicas(tmp_path / "run"))[1]
+    assert waited.e2e_ns.total() == waited.row["finish_ns"] and waited.e2e_ns["transfer"] > 100 * MS
+
+
+def test_a_client_that_gives_up_is_heard_by_a_decode_replica_that_has_nothing_to_do_but_wait_for_kv(tmp_path):
+    summary = run(
+        tmp_path / "run", [prompt(0, 0, 32, 3)], "pd", link=Link(1e5, 0), clients=Clients(timeout_ns=100 * MS)
+    )
+    assert (summary["requests"], summary["finished"], summary["aborted"], summary["timed_out"]) == (1, 0, 1, 1)
+    (row,) = load_fleet(tmp_path / "run").requests
+    assert (row["replica"], row["finish_reason"], row["finish_ns"]) == (1, "abort", 100 * MS)
+
+
+@pytest.mark.parametrize("timeout_ms", [25, 35, 45, 60, 100])
+def test_a_client_that_gives_up_while_its_prompt_is_computed_again_ends_one_request_once(tmp_path, timeout_ms):
+    """As above, the prefill dies as it sends, from 20 to 40 ms; the first prompt is computed again from then on."""
+    own = {0: {"num_gpu_blocks": 4}, 1: {"num_gpu_blocks": 4}}
+    clients = Clients(timeout_ns=timeout_ms * MS)
+    summary = run(
+        tmp_path / "run", [prompt(0, 0, 48, 3)], "pd", own=own, outages=[Outage(0, 20 * MS, 40 * MS)], clients=clients
+    )
+    counts = [summary[name] for name in ("requests", "finished", "aborted", "timed_out")]
+    assert counts == [1, 0, 1, 1]
+    (row,) = load_fleet(tmp_path / "run").requests
+    assert (row["replica"], row["finish_ns"]) == (1, timeout_ms * MS)
+    assert all(replay(record).is_exact for record in load_replicas(tmp_path / "run"))
 
 
 def test_what_the_decode_side_has_cached_is_not_sent(tmp_path):

@@ -420,6 +420,16 @@ def test_outages_that_cannot_be_are_refused(outages, words):
         check_outages(outages, 2)
 
 
+@pytest.mark.parametrize(
+    ("roles", "dead", "whose"), [("pdd", 0, "prefill"), ("ppd", 2, "decode"), ("bpd", 2, "decode")]
+)
+def test_prompts_and_what_follows_them_each_need_somebody_who_comes_back(roles, dead, whose):
+    names = tuple({"p": "prefill", "d": "decode", "b": "both"}[role] for role in roles)
+    with pytest.raises(ValueError, match=f"every {whose} replica dies and none comes back"):
+        check_outages([Outage(dead, S)], 3, names)
+    check_outages([Outage(dead, S, 2 * S)], 3, names)
+
+
 def test_every_event_of_a_replica_is_heard_by_its_own_listener():
     heard: dict[tuple[int, int], list[int]] = {}
 

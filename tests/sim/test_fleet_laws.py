@@ -1,4 +1,5 @@
-"""Laws that every fleet keeps, whoever dies and whenever that is noticed, wherever KV lies and however many there are.
+"""Laws that every fleet keeps, whoever dies and whenever that is noticed, wherever KV lies, however many there are, and
+whoever is turned away or gives up.
 
 TWINSERVE_FLEETS=1000 draws so many fleets.
 """
@@ -10,9 +11,10 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_fleets import fleets
+from random_fleets import CLIENTS, fleets
 
 from twinserve.orders.loading import Nothing
+from twinserve.sim.clients import REJECTED
 from twinserve.sim.fleet import FleetListener, simulate_fleet
 from twinserve.sim.routers import ROUTERS
 
@@ -47,26 +49,30 @@ class Counting(FleetListener):
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(fleets(), st.sampled_from(list(ROUTERS.values())))
-def test_requests_are_conserved_and_littles_law_holds(fleet, router):
+@given(fleets(), st.sampled_from(list(ROUTERS.values())), CLIENTS)
+def test_requests_are_conserved_and_littles_law_holds(fleet, router, clients):
     """What is in the system over time adds up to the times that requests spend in it (Little, 1961)."""
     requests, core, latencies, how = fleet
     listener = Counting([core.build_core] * len(latencies))
     ended: dict[int, tuple[int, int]] = {}
     tokens: dict[int, int] = {}
     ends: list[int] = []
+    reasons: Counter[str] = Counter()
 
     def progress(seq):
         assert seq.seq_id not in ended, "it ended before"
-        if seq.finish_reason == "refused":
+        reasons[seq.finish_reason] += 1
+        if seq.finish_reason in ("refused", REJECTED):
             ended[seq.seq_id] = (0, 0)
             return
         ended[seq.seq_id] = (seq.arrival_ns, seq.finish_ns)
-        tokens[seq.seq_id] = seq.num_completion_tokens
+        if seq.finish_reason != "abort":
+            tokens[seq.seq_id] = seq.num_completion_tokens
         ends.append(seq.finish_ns)
 
-    found = simulate_fleet(requests, latencies, router(), listener, progress=progress, **how)
+    found = simulate_fleet(requests, latencies, router(), listener, progress=progress, clients=clients, **how)
     assert sorted(ended) == [request.id for request in requests]
+    assert (found.rejected, found.timed_out) == (reasons[REJECTED], reasons["abort"])
     assert all(tokens[number] == requests[number].max_tokens for number in tokens)
     for number in tokens:
         whole, prompts, rests = (of[number] for of in (listener.sent_to, listener.prompts, listener.rests))

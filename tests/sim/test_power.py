@@ -94,7 +94,7 @@ def test_joules_are_those_of_time_of_busy_time_of_bytes_and_of_operations():
 def test_a_device_that_nobody_measured_draws_its_limit_while_it_computes_and_says_so():
     power = DEVICES["h100"].power
     assert power is not None and power.idle_w == IDLE_SHARE * 700 and power.idle_w + power.active_w == 700
-    assert power.source.startswith("data sheet: 700 W") and "assumed" in power.source
+    assert power.source.startswith("assumed: its limit of 700 W (NVIDIA H100 data sheet")
     assert DEVICES["b300"].power is None, "no limit is known"
     assert OWN.power is POWER
 
@@ -127,7 +127,8 @@ def test_a_runs_joules_lie_between_those_of_idle_and_of_busy_devices_and_are_on_
             name: summary[name] for name in ("ttft_s", "steps", "duration_s")
         }
     assert json.loads((tmp_path / "2" / "run.json").read_text())["summary"]["energy"]["joules"] > 0
-    assert load_record(tmp_path / "2").run["summary"]["energy"]["basis"].startswith("H100: data sheet")
+    basis = load_record(tmp_path / "2").run["summary"]["energy"]["basis"]
+    assert basis.startswith("H100: assumed: its limit of 700 W (NVIDIA H100 data sheet")
 
 
 def test_energy_of_what_is_not_known_is_refused():
@@ -141,7 +142,10 @@ def test_the_command_says_joules_and_the_page_of_the_run_too(twinserve, tmp_path
     trace = tmp_path / "trace.jsonl"
     made = twinserve("trace", "make", "--out", trace, "--requests", 20, "--rate", 5)
     assert made.code == 0, made.err
-    for device, basis in (("h100", "H100: data sheet: 700 W"), ("h200", "H200: benchmarks/results/h200/energy.json")):
+    for device, basis in (
+        ("h100", "H100: assumed: its limit of 700 W"),
+        ("h200", "H200: benchmarks/results/h200/energy.json"),
+    ):
         out, page = tmp_path / device, tmp_path / f"{device}.html"
         result = twinserve("sim", trace, "--latency", f"roofline:llama-3-8b@{device}", "--energy", "--out", out)
         assert result.code == 0, result.err

@@ -124,7 +124,7 @@ def test_measured_is_said_of_the_model_whose_steps_were_measured_on_the_device_a
         "llama-3-8b@a100": "datasheet",
     }
     assert {text: RooflineLatency.parse(text).basis for text in basis} == basis
-    assert RooflineLatency.parse("llama-3-8b@H100:tp=2").name == "roofline of llama-3-8b on 2 x H100, shares measured"
+    assert RooflineLatency.parse("llama-3-8b@H200:tp=2").name == "roofline of llama-3-8b on 2 x H200, shares measured"
 
 
 def test_the_identity_changes_with_a_figure():
@@ -209,7 +209,7 @@ def test_a_device_of_ones_own_is_read_from_toml(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(OWN)
     latency = RooflineLatency.parse(f"llama-3-8b@{path}:tp=2")
-    assert latency.name == "roofline of llama-3-8b on 2 x Own, datasheet"
+    assert latency.name == "roofline of llama-3-8b on 2 x Own, datasheet, all-reduces by NCCL's own model"
     assert latency.device.memory_bytes == 40 * GIB and latency.device.shares == DEVICES["h200"].shares
     path.write_text(
         OWN + '[shares]\ndevice = "Own"\nbandwidth = 0.5\nflops = 0.5\nattention_bandwidth = 0.5\n'
@@ -224,7 +224,8 @@ def test_a_file_with_a_base_says_what_differs_from_a_device_that_ships(tmp_path)
     device = RooflineLatency.parse(f"llama-3-8b@{path}:tp=2").device
     known = DEVICES["h200"]
     assert known.collectives is not None and device.collectives is None
-    assert device == changed(known, link=64e9, hop_ns=1000, source="the same without NVLink", collectives=None)
+    others = {"collectives": None, "nvlink": None}
+    assert device == changed(known, link=64e9, hop_ns=1000, source="the same without NVLink", **others)
     path.write_text('base = "h200"\nnetwork = 25e9\n')
     assert RooflineLatency.parse(f"llama-3-8b@{path}").device == changed(known, network=25e9)
 
@@ -357,6 +358,26 @@ def test_measured_all_reduces_take_the_place_of_nccls_own_model():
     assert RooflineLatency(shape, device, 2).identity != RooflineLatency(shape, ROUND, 2).identity
     assert "collectives" not in RooflineLatency(shape, ROUND, 2).about["device"]
     assert sums_ns(2, ROUND.at_peak) == pytest.approx(7 * 64 * 2 / (ROUND.link / 1e9), abs=1)
+
+
+def test_all_reduces_that_nobody_has_measured_are_held_to_those_that_were_over_any_nvlink_and_it_is_said():
+    """Else the device that was measured would come out behind those whose links are taken to reach their whole rate."""
+    measured, link = DEVICES["h200"].collectives, DEVICES["h200"].link
+    for name in ("h100", "h20", "a100", "b200", "gb200", "b300"):
+        device = DEVICES[name]
+        assert device.collectives is None and device.all_reduces.link == pytest.approx(
+            measured.link / link * device.link
+        )
+        assert device.all_reduces.all_reduce_ns == measured.all_reduce_ns
+        said = "all-reduces assumed to reach the H200's share of its link, 48%, and its latency"
+        assert RooflineLatency(SHAPES["llama-3-8b"], device, 2).name.endswith(said)
+        assert "all-reduces" not in RooflineLatency(SHAPES["llama-3-8b"], device).name
+    for name in ("l40s", "mi300x"):
+        assert DEVICES[name].all_reduces is None
+        assert RooflineLatency(SHAPES["llama-3-8b"], DEVICES[name], 2).name.endswith("by NCCL's own model")
+    h100, h200 = (RooflineLatency(SHAPES["llama-3-70b"], DEVICES[name], 8) for name in ("h100", "h200"))
+    for step in (decode(64, 64_000), prefill(8192)):
+        assert h200.step_cost(step)[1] <= h100.step_cost(step)[1]
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,11 @@ class _Loads:
                 raise _Impossible("released", row["released"], f"{seq_id} is not held")
             loading.release(seq_id)
             core.scheduler.refusal = None
-        by_id = {seq.seq_id: seq for seq in (*loading.loading, *loading.without)}
         for name, hear in loading.news:
-            for seq_id in row.get(name, ()):
+            if name not in row:
+                continue
+            by_id = {seq.seq_id: seq for seq in (*loading.loading, *loading.without, *loading.order)}
+            for seq_id in row[name]:
                 if seq_id not in by_id:
                     raise _Impossible(name, row[name], f"{seq_id} does not load")
                 hear(by_id[seq_id])
@@ -149,17 +151,26 @@ class _Loads:
 class Hearer(CoreListener):
     """Hears records decided again.
 
+    Args:
+        also: hears each decision too.
+
     Attributes:
         core: what decides again the one that is heard.
     """
 
     core: Core
 
-    def hear(self, record: RunRecord) -> None:
+    def __init__(self, also: CoreListener | None = None):
+        self._also = CoreListener() if also is None else also
+
+    def decided(self, batch: Batch) -> None:
+        self._also.decided(batch)
+
+    def decide_again(self, record: RunRecord) -> ReplayResult:
         """Have a record decided again.
 
         Raises:
-            InputError: that cannot be done exactly, so what its decisions could see is not known.
+            InputError: its settings cannot be used, see `replay`.
         """
         settings = settings_of(record)
 
@@ -167,7 +178,15 @@ class Hearer(CoreListener):
             self.core = settings.build_core(**options)
             return self.core
 
-        result = replay(record, build_core=build, listener=self)
+        return replay(record, build_core=build, listener=self)
+
+    def hear(self, record: RunRecord) -> None:
+        """Have a record decided again, exactly.
+
+        Raises:
+            InputError: that cannot be done, so what its decisions could see is not known.
+        """
+        result = self.decide_again(record)
         if not result.is_exact:
             raise InputError(f"cannot be decided again exactly: {result.difference}", path=record.path)
 

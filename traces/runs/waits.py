@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from twinserve.orders import Loading
-from twinserve.policies import Batch, Scheduler, Sequence
+from twinserve.policies import Batch, CoreListener, Scheduler, Sequence
 from twinserve.policies.vllm_rules import VllmAdmission
 from twinserve.traces.runs.metrics import DECODE, is_handed_over
 from twinserve.traces.runs.record import RunRecord
@@ -22,7 +22,7 @@ CAUSES = {
     "token budget": "the step had no tokens left (max_num_batched_tokens)",
     "blocks": "too few KV blocks were free for its next tokens",
     "reserve": "there were blocks for its next tokens, but not for all that is kept for it or kept free",
-    "transfer": "its KV was loaded, from the replica that had computed its prompt, or from a tier",
+    "transfer": "its KV was loaded, from the replica that had computed its prompt, or has to again, or from a tier",
     "interval": "the step was one for decodes alone (prefill_schedule_interval)",
     "pipeline": "its token was still on its way through the ranks of a pipeline",
     "rule": "an admission rule of one's own would not have it",
@@ -91,13 +91,31 @@ def waits_of(records: list[RunRecord]) -> list[Waited]:
     Raises:
         InputError: a run cannot be decided again exactly, so what its decisions could see is not known.
     """
-    every = [waited for record in records for waited in _Explainer(record).waits()]
+    return joined([waited for record in records for waited in Explainer(record).waits()], is_fleet=len(records) > 1)
+
+
+def joined(every: list[Waited], *, is_fleet: bool) -> list[Waited]:
+    """What the requests of a run waited for, where each ended, by their ids; `every` has it replica by replica."""
     prompts = {(one.row["id"], one.row["first_token_ns"]): one for one in every if is_handed_over(one.row)}
-    waits = [one for one in every if not is_handed_over(one.row)] if len(records) > 1 else every
+    waits = [one for one in every if not is_handed_over(one.row)] if is_fleet else every
     for one in waits:
         if one.row.get("stage") == DECODE:
             one.go_on(prompts.get((one.row["id"], one.row["first_token_ns"])))
     return sorted(waits, key=lambda one: one.row["id"])
+
+
+def slowest_of(waits: Iterable[Waited], count: int) -> list[Waited]:
+    """So many requests, those that waited longest for a first token; of equal ones the lower id."""
+    return sorted(waits, key=lambda one: (-one.ttft_ns.total(), one.row["id"]))[:count]
+
+
+def sums_of(waits: Iterable[Waited]) -> dict[str, Counter]:
+    """What requests' times went into, summed up, in nanoseconds: by cause, and by who was to blame."""
+    total: dict[str, Counter] = {"ttft_ns": Counter(), "e2e_ns": Counter(), "culprits": Counter()}
+    for one in waits:
+        for name, parts in total.items():
+            parts.update(getattr(one, name))
+    return total
 
 
 @dataclass
@@ -128,15 +146,19 @@ class _Life:
         self.until(end_ns, self.pending, self.prompts)
 
 
-class _Explainer(Hearer):
+class Explainer(Hearer):
     """Hears a run decided again, and charges the times of its requests.
+
+    Args:
+        also: hears each decision too.
 
     The time of a request that is in a step goes into the end of the step before, the host, and the step, in this order.
     A step with prompts takes, for those who decode in it, as long as the latest without prompts did; the rest is the
     prompts', by their tokens. That of a request in no step goes, from one decision to the next, into what kept it out.
     """
 
-    def __init__(self, record: RunRecord):
+    def __init__(self, record: RunRecord, also: CoreListener | None = None):
+        super().__init__(also)
         self._record = record
         self._rows = {row["id"]: row for row in record.requests}
         self._lives: dict[int, _Life] = {}
@@ -149,6 +171,10 @@ class _Explainer(Hearer):
     def waits(self) -> list[Waited]:
         """See `waits_of`."""
         self.hear(self._record)
+        return self.ended()
+
+    def ended(self) -> list[Waited]:
+        """What its requests waited for, once it has been decided again exactly."""
         for life in self._lives.values():  # of a replica that died behind the step in which they ended
             life.settle(life.waited.row["finish_ns"])
             self._ended.append(life.waited)
@@ -166,6 +192,7 @@ class _Explainer(Hearer):
         life.until(ingested_ns, "router" if self._record.run["world"] == "sim" else "host")
 
     def decided(self, batch: Batch) -> None:
+        super().decided(batch)
         row, in_step = self._record.steps[batch.decision], set(batch.seqs)
         decided_ns = self._decided_ns = row["decided_ns"]
         running = set(self.core.scheduler.running)
@@ -174,7 +201,7 @@ class _Explainer(Hearer):
                 life.settle(decided_ns)
                 life.is_recomputing = True
         waiting = self.core.scheduler.waiting
-        loading = waiting.loading if isinstance(waiting, Loading) else {}
+        loading = {*waiting.loading, *waiting.without} if isinstance(waiting, Loading) else set()
         prompts = _prompts_of(batch)
         kept_out = ""
         for seq_id, seq in self.core.sequences.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +30,10 @@ def explain(
     """
     from twinserve.commands.tables import waits_table
     from twinserve.traces.runs.vllm_records import load_deciders
-    from twinserve.traces.runs.waits import waits_of
+    from twinserve.traces.runs.waits import slowest_of, sums_of, waits_of
+
+    def values(waits: list[Waited]) -> dict[str, Any]:
+        return {"requests": [one.row["id"] for one in waits], **sums_of(waits)}
 
     if request is not None and slowest is not None:
         raise InputError("expected none beside request", field="slowest", value=slowest)
@@ -41,21 +43,12 @@ def explain(
         if not chosen:
             raise InputError("expected one that has ended in this run", path=run, field="request", value=request)
     else:
-        chosen = sorted(waits, key=lambda one: (-one.ttft_ns.total(), one.row["id"]))[: slowest or 0]
+        chosen = slowest_of(waits, slowest or 0)
     is_whole = request is None and slowest is None
     if as_json:
-        print(json.dumps(_values(waits) if is_whole else [_values([one]) for one in chosen]))
+        print(json.dumps(values(waits) if is_whole else [values([one]) for one in chosen]))
     elif is_whole:
         waits_table(f"{len(waits)} requests", waits)
     else:
         for one in chosen:
             waits_table(f"request {one.row['id']}", [one])
-
-
-def _values(waits: list[Waited]) -> dict[str, Any]:
-    """What requests' times went into, summed up, in nanoseconds."""
-    total: dict[str, Counter] = {"ttft_ns": Counter(), "e2e_ns": Counter(), "culprits": Counter()}
-    for one in waits:
-        for name, parts in total.items():
-            parts.update(getattr(one, name))
-    return {"requests": [one.row["id"] for one in waits], **total}

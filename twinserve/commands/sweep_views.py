@@ -67,15 +67,18 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
     """A row a deployment."""
     cases = []
     for deployment in deployments:
-        capacity = deployment.capacity
-        together = {kind: count // (capacity.value or 1) for kind, count in deployment.gpus.items()}
+        capacity, num_prefill = deployment.capacity, deployment.num_prefill
+        num_decode = deployment.num_replicas - num_prefill
+        together = {kind: count // deployment.num_replicas for kind, count in deployment.gpus.items()}
         latency = capacity.point.replicas()[0].latency
         shared = str(latency.split) if isinstance(latency, RooflineLatency) else ""
         words = " and ".join(f"{count} x {kind}" for kind, count in together.items())
         varied = {"a replica": f"{words} ({shared})" if shared else words}
-        varied |= {name: value for name, value in capacity.case.varied.items() if name != "latency"}
+        varied["P + D"] = f"{num_prefill} + {num_decode}" if num_prefill else "–"
+        others = {"latency", "prefill_replicas"}
+        varied |= {name: value for name, value in capacity.case.varied.items() if name not in others}
         values: dict[str, Estimate] = {
-            "replicas": Estimate(capacity.value, capacity.interval),
+            "replicas": Estimate(deployment.num_replicas, None if num_prefill else capacity.interval),
             "price an hour": Estimate(deployment.price_per_hour),
         }
         values.update(_values(plan, capacity.results, deployment.gpus))

@@ -23,6 +23,19 @@ Jobs = Annotated[
 Ray = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster that computes in place of this machine.")]
 
 
+_FOUND_BY_A_PLAN = (
+    "group",
+    "replicas",
+    "prefill_replicas",
+    "decode_replicas",
+    "die",
+    "failover_s",
+    "restart",
+    "slow",
+)
+"""Of a fleet, what a plan finds, and what there is none of in it."""
+
+
 def sweep(
     plan: Annotated[Path, typer.Argument(help="A TOML file, see docs/capacity.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of results; that of an earlier sweep is gone on with.")],
@@ -106,7 +119,7 @@ def capacity(
 
 @options_of(TraceOptions, "trace_options")
 @options_of(Settings, "settings")
-@options_of(FleetOptions, "fleet", but=("group", "replicas", "die", "failover_s", "restart", "slow"))
+@options_of(FleetOptions, "fleet", but=_FOUND_BY_A_PLAN)
 @options_of(PointOptions, "point", but=("latency", "limits"))
 def plan(
     point: dict,
@@ -141,7 +154,8 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the cheapest GPUs, how many share the model, and how many replicas keep an objective for a trace."""
+    """Find the cheapest GPUs, how many share the model, and how many replicas, with prefill and decode together or
+    apart, keep an objective for a trace."""
     from twinserve.commands.sweep_views import deployment_cases, page_of, remarks_of
     from twinserve.planning.answers import deployment_of
     from twinserve.planning.deployments import (
@@ -174,7 +188,8 @@ def plan(
         lines, cases = lines_of(rows_of(chosen, found)), deployment_cases(chosen, found)
         remarks = remarks_of(chosen, [result for one in found for result in one.capacity.results])
         best = best_of_each(found)
-        remarks.append(f"{len(best)} of {len(latencies)} kinds of replica keep the objective with at most {most} GPUs.")
+        kinds = len({one.capacity.case.varied["latency"] for one in best})
+        remarks.append(f"{kinds} of {len(latencies)} kinds of replica keep the objective with at most {most} GPUs.")
         for place, deployment in enumerate(best[:3], 1):
             remarks.append(f"{place}. {deployment_of(chosen, deployment.capacity)}")
         if out is not None:

@@ -78,6 +78,8 @@ def _amount(capacity: Capacity) -> str:
         return "nothing"
     if capacity.sought == "rate":
         return f"{capacity.value:,.0f} requests/s" if capacity.value >= 1000 else f"{capacity.value:.4g} requests/s"
+    if capacity.sought == "decode_replicas":
+        return f"{capacity.case.points[0].fleet.prefill_replicas:,} prefill and {capacity.value:,} decode replicas"
     return f"{capacity.value:,} replica{'s' if capacity.value > 1 else ''}"
 
 
@@ -89,7 +91,7 @@ def _found(plan: Plan, capacity: Capacity) -> str:
         return f"Nothing that was tried keeps {plan.objective}; what is missed: {missed or 'another limit a seed'}."
     num_replicas = len(capacity.point.replicas())
     served_by = f" on {num_replicas} replica{'s' if num_replicas > 1 else ''}" if capacity.sought == "rate" else ""
-    verb = "keep" if capacity.sought == "rate" or capacity.value > 1 else "keeps"
+    verb = "keeps" if capacity.sought == "replicas" and capacity.value == 1 else "keep"
     text = f"{_amount(capacity)}{served_by} {verb} {plan.objective}"
     if capacity.failed is None:
         return f"{text}."
@@ -117,6 +119,7 @@ def _assumed(capacity: Capacity) -> str:
     settings = spec.settings
     pool = "a pool without end" if settings.num_gpu_blocks is None else f"{settings.num_gpu_blocks:,} KV blocks"
     ahead = "decided a step ahead" if settings.pipeline_depth else "decided step by step"
+    ahead += f", KV over {point.fleet.ports}" if point.fleet.prefill_replicas else ""
     return (
         f"Assumed: {spec.latency_words}; {settings.max_num_seqs:,} sequences, "
         f"{settings.max_num_batched_tokens:,} tokens a step, {pool}, {ahead}, vLLM {settings.vllm_version}'s rules; "

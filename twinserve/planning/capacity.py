@@ -73,7 +73,7 @@ class Scale:
     neighbours, and two searches share what they have computed. Replicas are numbered downwards.
 
     Args:
-        most_gpus: no more replicas are tried than have so many GPUs together, but one; None: no bound.
+        most_gpus: no more replicas are tried than have so many GPUs with all others, but one; None: no bound.
     """
 
     def __init__(self, sought: Sought, tolerance: float, most_gpus: int | None = None):
@@ -81,15 +81,17 @@ class Scale:
 
     def value(self, number: int) -> float | int:
         """What stands at a number."""
-        return -number if self.sought == "replicas" else float(f"{self._ratio**number:.6g}")
+        return float(f"{self._ratio**number:.6g}") if self.sought == "rate" else -number
 
     def search(self, point: Point) -> Generator[int, bool, Found]:
         """A search that begins at the point's own value; at a trace's own rate where it has none."""
-        if self.sought == "replicas":
+        if self.sought != "rate":
             most = _MOST_REPLICAS
             if self._most_gpus is not None:
-                most = max(1, self._most_gpus // sum(point.with_sought("replicas", 1).gpus().values()))
-            return largest(-min(point.fleet.num_replicas, most), -most, -1)
+                one, two = (sum(self.at(point, -count).gpus().values()) for count in (1, 2))
+                most = max(1, 1 + (self._most_gpus - one) // (two - one))
+            count = point.fleet.num_replicas if self.sought == "replicas" else point.fleet.decode_replicas
+            return largest(-min(count, most), -most, -1)
         rate = point.rate or point.own_rate() or 1.0
         start, reach = (round(math.log(x) / math.log(self._ratio)) for x in (rate, _WIDEST))
         return largest(start, start - reach, start + reach, max(1, round(math.log(1.5) / math.log(self._ratio))))
@@ -105,7 +107,7 @@ class Capacity:
 
     Attributes:
         case: its points are those at which the search began.
-        sought: "rate" in requests a second, or "replicas".
+        sought: "rate" in requests a second, "replicas", or "decode_replicas" beside the case's own for prefill.
         value: the highest rate, or the fewest replicas, that was run with every seed and kept the objective in each;
             None where none was found.
         failed: the neighbour that misses it in at least one seed: the next rate, or a replica fewer; None where every
@@ -161,7 +163,7 @@ def find_capacities(
     workers: Workers,
     *,
     tolerance: float = 0.02,
-    most_gpus: int | None = None,
+    most_gpus: int | Sequence[int] | None = None,
     advance: Callable[[], None] | None = None,
     compute: Callable[[Job], Result] = compute,
 ) -> list[Capacity]:
@@ -173,7 +175,7 @@ def find_capacities(
 
     Args:
         tolerance: rates are found to such a share of themselves.
-        most_gpus: no more replicas are tried than have so many GPUs together.
+        most_gpus: no more replicas are tried than have so many GPUs together, of all cases, or one number a case.
         advance: called as each point is finished.
 
     Raises:
@@ -184,8 +186,11 @@ def find_capacities(
         raise InputError("is missing, expected text such as 'p99 TTFT <= 1 s'", field="objective")
     if not LEAST_TOLERANCE <= tolerance < 1:
         raise InputError(f"expected a share from {LEAST_TOLERANCE} to below 1", field="tolerance", value=tolerance)
-    scale = Scale(sought, tolerance, most_gpus)
-    finders = [_finder(case, scale, objective) for case in plan.cases]
+    most = most_gpus if isinstance(most_gpus, Sequence) else [most_gpus] * len(plan.cases)
+    finders = [
+        _finder(case, Scale(sought, tolerance, of_case), objective)
+        for case, of_case in zip(plan.cases, most, strict=True)
+    ]
     wanted = {number: next(finder) for number, finder in enumerate(finders)}
     found: dict[int, Capacity] = {}
     while wanted:
@@ -216,7 +221,7 @@ def _finder(case: Case, scale: Scale, objective: Objective) -> Generator[list[Po
         for seed, result in zip(live, results, strict=True):
             ran.setdefault(numbers[seed], {})[seed] = result
             missed[seed, numbers[seed]] = what = objective.missed(result["summary"])
-            if what and scale.sought == "replicas":
+            if what and scale.sought != "rate":
                 tried, load = numbers[seed], objective.load_of(result["summary"])
                 before, load_before = lacking.setdefault(seed, (tried, load))
                 if tried <= 2 * before:  # replicas are numbered downwards: at least twice as many

@@ -109,6 +109,7 @@ class _Work(Hearer):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.computed: Counter[int] = Counter()
         self.recomputed: Counter[int] = Counter()
         self.held: Counter[int] = Counter()

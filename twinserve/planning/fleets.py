@@ -266,7 +266,7 @@ class FleetOptions(BaseModel):
         options.check_roles()
         options.check_scaling()
         try:
-            check_outages(options.die, count)
+            check_outages(options.die, count, options.roles)
             check_restarts(options.restarts, options.die, count)
             for slowdown in options.slow:
                 if slowdown.replica >= count:
@@ -311,6 +311,13 @@ class FleetOptions(BaseModel):
             return tuple(group.role for group in self.group for _ in range(group.replicas))
         split = ("prefill",) * self.prefill_replicas + ("decode",) * self.decode_replicas
         return split + (BOTH,) * (self.replicas or (0 if split else 1))
+
+    @property
+    def ports(self) -> str:
+        """In words, what KV goes over; what nobody gave is assumed."""
+        figures = {"kv_gb_s": f"{self.kv_gb_s:g} GB/s", "kv_latency_us": f"{self.kv_latency_us:g} us"}
+        told = (text if name in self.model_fields_set else f"{text} (assumed)" for name, text in figures.items())
+        return f"ports of {' and '.join(told)}"
 
     @property
     def is_fleet(self) -> bool:
@@ -464,7 +471,7 @@ class FleetOptions(BaseModel):
             way = "layer by layer" if self.kv_layerwise else "when a prompt is computed"
             words[
                 f"KV goes from prefill to decode replicas {way}, {max(split.bytes_per_token):,.0f} bytes a token over "
-                f"ports of {self.kv_gb_s:g} GB/s and {self.kv_latency_us:g} us"
+                f"{self.ports}"
             ] = None
         blocks = sum(spec.settings.num_gpu_blocks or 0 for spec in specs)
         if blocks > MOST_FLEET_BLOCKS:

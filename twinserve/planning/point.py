@@ -42,7 +42,7 @@ from twinserve.worlds.workload import (
 )
 
 Result = dict[str, Any]
-Sought = Literal["rate", "replicas"]
+Sought = Literal["rate", "replicas", "decode_replicas"]
 
 
 class Point(PointOptions):
@@ -101,7 +101,15 @@ class Point(PointOptions):
         """The point with another rate or with other replicas."""
         if sought == "rate":
             return self.model_copy(update={"rate": value})
-        fleet = {name: getattr(self.fleet, name) for name in self.fleet.model_fields_set} | {"replicas": value}
+        return self.with_fleet({sought: value})
+
+    def with_fleet(self, options: dict[str, Any]) -> Point:
+        """The point with these options of its fleet.
+
+        Raises:
+            InputError: the others do not go with them.
+        """
+        fleet = {name: getattr(self.fleet, name) for name in self.fleet.model_fields_set} | options
         return self.model_copy(update={"fleet": FleetOptions.load(fleet)})
 
     def flat(self) -> dict[str, Any]:

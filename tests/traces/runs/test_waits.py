@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,57 @@ def test_the_command_says_what_the_parts_are_of_all_of_one_and_of_the_slowest(tw
     ):
         refused = twinserve("explain", tmp_path / "run", *options)
         assert refused.code == 2 and words in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_the_page_of_a_run_says_what_the_command_says(twinserve, tmp_path, num_replicas):
+    """Sums by cause over all requests, and the parts of those that waited longest, to the nanosecond."""
+    rows = requests_of(*((7 * number, 40 + 30 * (number % 3), 20) for number in range(14)))
+    if num_replicas == 1:
+        recorded(tmp_path / "run", rows, Uneven(), max_num_seqs=3, max_num_batched_tokens=64, num_gpu_blocks=20)
+    else:
+        chosen = Settings.load({"max_num_seqs": 3, "max_num_batched_tokens": 64, "num_gpu_blocks": 20})
+        run_fleet(
+            Workload(rows, {"sha256": "0", "transforms": []}, 0, 0),
+            [ReplicaSpec(chosen, Uneven(), {"name": "made up"})] * num_replicas,
+            LeastOutstanding(),
+            router_facts={},
+            out=tmp_path / "run",
+        )
+    made = twinserve("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert made.code == 0, made.err
+    page = (tmp_path / "page.html").read_text()
+    part = page[page.index('<section id="why-requests-waited">') :]
+    of_all, of_each = (
+        {row[0]: row[1:] for row in table} for table in map(_rows_of, part[: part.index("</section>")].split("<h3>"))
+    )
+    told = json.loads(twinserve("explain", tmp_path / "run", "--json").out)
+    for place, name in ((0, "ttft_ns"), (2, "e2e_ns")):
+        sums = {cause: int(cells[place]) for cause, cells in of_all.items() if int(cells[place])}
+        assert sums == told[name] and len(sums) > 3
+    slowest = json.loads(twinserve("explain", tmp_path / "run", "--slowest", 10, "--json").out)
+    assert [int(number) for number in of_each] == [one["requests"][0] for one in slowest]
+    for cells, one in zip(of_each.values(), slowest, strict=True):
+        assert int(cells[0]) == sum(one["ttft_ns"].values()) == sum(map(int, cells[1:]))
+        assert sorted(filter(None, map(int, cells[1:]))) == sorted(one["ttft_ns"].values())
+
+
+def _rows_of(part: str) -> list[list[str]]:
+    """The rows of a table of a page: the text at their heads, and of their cells the values by which they sort."""
+    body = part[part.index("<tbody>") : part.index("</tbody>")]
+    rows = (
+        re.findall(r"<t[hd][^>]*?(?: data-value=\"([^\"]*)\")?>([^<]*)</t[hd]>", row) for row in body.split("</tr>")
+    )
+    return [[unescape(row[0][1]), *(value for value, _ in row[1:] if value)] for row in rows if row]
+
+
+def test_of_a_run_that_is_not_decided_again_the_page_says_that_it_is_not_known(twinserve, tmp_path):
+    recorded(tmp_path / "run", requests_of((0, 8, 4), (5, 8, 2)))
+    run = tmp_path / "run" / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"settings": {"max_num_seqs": 1}}))
+    assert twinserve("report", tmp_path / "run", "--out", tmp_path / "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Does not replay" in page and "Not known: the run is not decided again exactly." in page
 
 
 def test_a_run_that_cannot_be_decided_again_is_not_explained(tmp_path):

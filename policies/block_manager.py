@@ -244,8 +244,9 @@ class BlockManager:
             self._num_cached -= missing
             if self.evicts is not None:
                 self.evicts(taken[count - missing :])
+            assert self.prefix_cache is not None
             for block_id in taken[count - missing :]:
-                self.prefix_cache.remove(block_id)  # type: ignore[union-attr]
+                self.prefix_cache.remove(block_id)
         for block_id in taken:
             self.blocks[block_id].ref_count = 1
         return taken

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from twinserve.engine.quantization.int8_product import has_triton, product_by_blocks
-from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer, Float8Rows
 
 ALIGNED = 16
 """Numbers that a row of either matrix must be a multiple of where the device's own float8 product is taken."""
-
-
-class Float8Rows(NamedTuple):
-    """Rows in float8, each with a scale, in place of the numbers that they stand for.
-
-    Attributes:
-        values: [rows, size], FLOAT8.
-        scale: [rows, 1], float32.
-        dtype: of the numbers, and of a product with them.
-    """
-
-    values: Tensor
-    scale: Tensor
-    dtype: torch.dtype
 
 
 def float8_rows(x: Tensor) -> Float8Rows:

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twinserve.engine.quantization.float8_product import Float8Rows, float8_product
+from twinserve.engine.quantization.float8_product import float8_product
 from twinserve.engine.quantization.int8_product import int8_product
-from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer, Float8Rows
 
 Model = TypeVar("Model", bound=nn.Module)
 

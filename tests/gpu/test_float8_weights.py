@@ -21,7 +21,7 @@ from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model, random_model
 from twinserve.engine.models.dummy import dummy_model
 from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
-from twinserve.engine.quantization.float8_product import Float8Rows, float8_product, float8_rows
+from twinserve.engine.quantization.float8_product import float8_product, float8_rows
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 

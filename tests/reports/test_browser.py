@@ -128,7 +128,7 @@ def test_text_is_dark_on_white_and_large_enough_to_read(open_page, sim):
 
 def test_settings_are_folded_until_they_are_asked_for(open_page, sim):
     page = open_page(1280, sim).page
-    setting = page.get_by_text("max_num_batched_tokens")
+    setting = page.get_by_text("max_num_batched_tokens", exact=True)
     assert not setting.is_visible()
     page.get_by_text(f"{len(Settings.model_fields)} settings").click()
     assert setting.is_visible()

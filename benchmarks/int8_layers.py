@@ -34,9 +34,10 @@ from torch.nn import functional as F
 from twinserve.commands.progress import say
 from twinserve.engine.capability import FLOAT8_FROM, Capability
 from twinserve.engine.device_queue import device_name
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.models import ModelConfig
 from twinserve.engine.models.dummy import SHAPES
-from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization import AbsMaxQuantizer
 from twinserve.engine.quantization.float8_product import float8_product, float8_rows
 from twinserve.engine.quantization.int8_product import int8_product
 from twinserve.engine.quantization.int8_tiling import FUSED_ROWS

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import usable_device
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.inference import cache_name
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import ModelConfig
@@ -21,7 +22,7 @@ from twinserve.engine.models.loader import DTYPES, dequantised_tensors
 from twinserve.engine.models.source import ModelSource, load_tokenizer
 from twinserve.engine.options import EngineOptions
 from twinserve.engine.prompts import encode_prompt
-from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization import AbsMaxQuantizer
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twinserve.engine.quantization.quantizer import FLOAT8, LARGEST_FLOAT8, Float8Rows
+from twinserve.engine.float8 import FLOAT8, LARGEST_FLOAT8, Float8Rows
 
 _LARGEST = tl.constexpr(LARGEST_FLOAT8)
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)

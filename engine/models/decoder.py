@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.models.config import ModelConfig
 from twinserve.engine.models.rope import rotation
 from twinserve.engine.options import Quantization
-from twinserve.engine.quantization import FLOAT8, Int8Embedding
+from twinserve.engine.quantization import Int8Embedding
 
 
 class Attention(Protocol):

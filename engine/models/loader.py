@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.models.config import ModelConfig, read_json
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.models.float8_checkpoint import INPUT_SCALE, WEIGHT_SCALE
@@ -20,7 +21,7 @@ from twinserve.engine.models.sharded_decoder import ShardedDecoder
 from twinserve.engine.options import Dtype, Quantization
 from twinserve.engine.parallel.group import Group
 from twinserve.engine.parallel.shards import Shard
-from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer, quantize_decoder
+from twinserve.engine.quantization import AbsMaxQuantizer, quantize_decoder
 from twinserve.engine.quantization.quantizer import absmax_scale
 from twinserve.settings.errors import InputError
 

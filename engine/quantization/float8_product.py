@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from twinserve.engine.float8 import FLOAT8, Float8Rows
 from twinserve.engine.quantization.int8_product import has_triton, product_by_blocks
-from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer, Float8Rows
+from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
 
 ALIGNED = 16
 """Numbers that a row of either matrix must be a multiple of where the device's own float8 product is taken."""

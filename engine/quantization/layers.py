@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from twinserve.engine.float8 import FLOAT8, Float8Rows
 from twinserve.engine.quantization.float8_product import float8_product
 from twinserve.engine.quantization.int8_product import int8_product
-from twinserve.engine.quantization.quantizer import FLOAT8, AbsMaxQuantizer, Float8Rows
+from twinserve.engine.quantization.quantizer import AbsMaxQuantizer
 
 Model = TypeVar("Model", bound=nn.Module)
 

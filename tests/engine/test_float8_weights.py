@@ -19,18 +19,13 @@ from thread_group import on_ranks
 from torch import nn
 from torch.nn import functional as F
 
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import Decoder, ModelConfig, adopt_model, load_model, random_model, source
 from twinserve.engine.models.dummy import SHAPES
 from twinserve.engine.models.source import ModelSource
 from twinserve.engine.options import EngineOptions
-from twinserve.engine.quantization import (
-    FLOAT8,
-    AbsMaxQuantizer,
-    Float8Linear,
-    measure_memory,
-    quantize_decoder,
-)
+from twinserve.engine.quantization import AbsMaxQuantizer, Float8Linear, measure_memory, quantize_decoder
 from twinserve.engine.quantization.float8_product import float8_product, float8_rows
 from twinserve.engine.verify import verify
 from twinserve.settings.build_core import Settings

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from twinserve.engine.float8 import FLOAT8, Float8Rows
 from twinserve.engine.graphs import fused_decoder
 from twinserve.engine.kernels import fused
 from twinserve.engine.kernels.few_rows import fits
 from twinserve.engine.llm import LLM
 from twinserve.engine.models import adopt_model, random_model
 from twinserve.engine.models.dummy import dummy_model
-from twinserve.engine.quantization import FLOAT8, AbsMaxQuantizer
+from twinserve.engine.quantization import AbsMaxQuantizer
 from twinserve.engine.quantization.float8_product import float8_product, float8_rows
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings

@@ -226,7 +226,8 @@ def cost_of(latency: LatencyModel, features: StepFeatures) -> StepCost:
     Raises:
         InputError: it does not say it in integers >= 0.
     """
-    given = latency.step_cost(features)
+    anything: Any = latency  # compiled code would trust what the method says that it gives
+    given = anything.step_cost(features)
     try:
         cost = given if isinstance(given, StepCost) else StepCost(*given)
         is_whole = type(cost.host_ns) is type(cost.device_ns) is int

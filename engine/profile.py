@@ -440,11 +440,12 @@ def _core_for(llm: LLM, shape: StepShape, repeats: int) -> Core:
 
 
 def _depth(llm: LLM) -> int:
-    """One step ahead where steps are graphs; with drafts, as it serves on a device that the host waits for, else 0."""
-    settings = llm.settings
+    """One step ahead where steps are graphs; with drafts, as it serves where they are, or the host waits for them, else
+    0."""
+    settings, has_graphs = llm.settings, llm.attention.graphs
     if settings.speculative_config is not None:
-        return settings.pipeline_depth if llm.runner.kernel_facts().get("waits") else 0
-    return int(llm.attention.graphs and _steps_at_once(settings.max_num_seqs) > 1)
+        return settings.pipeline_depth if has_graphs or llm.runner.kernel_facts().get("waits") else 0
+    return int(has_graphs and _steps_at_once(settings.max_num_seqs) > 1)
 
 
 class _Texts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -213,11 +214,15 @@ def test_a_model_drafts_in_what_is_measured_and_nothing_is_accepted(llama, rate)
     llm.close()
 
 
-def test_where_the_host_waits_for_each_step_they_are_measured_one_ahead_and_all_rows_have_drafts(llama, monkeypatch):
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_graphs_and_steps_that_the_host_waits_for_are_measured_one_ahead_and_all_rows_have_drafts(
+    llama, monkeypatch, has_graphs
+):
     config = {"method": "draft_model", "num_speculative_tokens": 3, "model": "given"}
     settings = {"num_gpu_blocks": 256, "max_model_len": 256, "pipeline_depth": 1, "speculative_config": config}
     llm = LLM(llama.model, settings=Settings.load(settings), draft=llama.model)
-    monkeypatch.setattr(llm.runner, "kernel_facts", lambda: {"waits": True})
+    monkeypatch.setattr(llm.runner, "kernel_facts", lambda: {} if has_graphs else {"waits": True})
+    monkeypatch.setattr(llm, "attention", replace(llm.attention, graphs=has_graphs))
     steps = measure(llm, DRAFTED, repeats=3)
     assert len(steps) == 3 * len(DRAFTED)
     found = [StepFeatures.of(step.batch) for step in steps]

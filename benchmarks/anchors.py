@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT, commit, take_traces, traces_of
-from pages import percent, prose, table
+from pages import percent, prose, table, write_or_check
 from result_files import RESULTS, write_json
 from study_plan import AZURE, MOONCAKE
 
@@ -342,10 +342,7 @@ def main() -> int:
             results["aiconfigurator"] = beside_aiconfigurator(arguments.aiconfigurator)
         write_json(MEASURED, results | {"commit": commit()})
     text = page(results)
-    if arguments.check:
-        return int(PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check({PAGE: text}, check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from environment import ROOT
-from pages import prose, table
+from pages import prose, table, write_or_check
 from result_files import RESULTS
 from served import HEADS, cells
 from svg import INK, Drawing
@@ -54,13 +54,7 @@ def main() -> int:
         folder = PAGE.with_suffix("")
         texts[folder / f"{card}.md"] = card_page(card)
         texts[folder / f"timeline-{card}.svg"] = picture(read(f"{card}/timeline.json")["events"])
-    changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in changed:
-        print(path.relative_to(ROOT))
-        if not arguments.check:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(texts[path], encoding="utf-8")
-    return 1 if arguments.check and changed else 0
+    return write_or_check(texts, check=arguments.check)
 
 
 def read(name: str) -> Any:

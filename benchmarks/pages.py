@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -20,6 +20,18 @@ def page_arguments(doc: str | None, page: str) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=Path(page))
     parser.add_argument("--jobs", type=int, default=None)
     return parser.parse_args()
+
+
+def write_or_check(texts: Mapping[Path, str], *, check: bool) -> int:
+    """Write those pages that are not as they should be, and name them; with `check` nothing is written, and the exit
+    status is 1 if there are any."""
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in changed:
+        print(path)
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(texts[path], encoding="utf-8")
+    return int(check and bool(changed))
 
 
 def table(heads: list[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
-from pages import prose, table
+from pages import prose, table, write_or_check
 from result_files import RESULTS, write_json
 from study_plan import AZURE, MOONCAKE, study_arguments
 
@@ -205,10 +205,7 @@ def main() -> int:
                 say(f"{name}: {len(results[name]['deployments'])} kinds of replica keep the objective")
         write_json(MEASURED, results)
     text = page(json.loads(MEASURED.read_text(encoding="utf-8")))
-    if arguments.check:
-        return int(PAGE.read_text(encoding="utf-8") != text)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check({PAGE: text}, check=arguments.check)
 
 
 if __name__ == "__main__":

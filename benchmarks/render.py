@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from headline import headline
-from pages import table
+from pages import table, write_or_check
 from quantities import (
     NOTHING,
     between,
@@ -135,12 +135,7 @@ def main() -> int:
         page = arguments.readme.read_text(encoding="utf-8")
         shown = headline(arguments.results)
         texts[arguments.readme] = HEADLINE.sub(lambda match: match[1] + shown + match[2], page)
-    changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in changed:
-        print(path)
-        if not arguments.check:
-            path.write_text(texts[path], encoding="utf-8")
-    return 1 if arguments.check and changed else 0
+    return write_or_check(texts, check=arguments.check)
 
 
 def load(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT
+from pages import write_or_check
 from result_files import RESULTS, write_json
 from study_page import written
 from study_plan import AZURE, MOONCAKE, OBJECTIVES, STUDIES, SYSTEM_PROMPT, TOLERANCE, Result, study_arguments
@@ -47,16 +47,7 @@ def main() -> int:
                 results = computed(traces, store, workers)
         write_json(MEASURED, results)
     files = written(json.loads(MEASURED.read_text(encoding="utf-8")))
-    if arguments.check:
-        others = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
-        for path in others:
-            say(f"{path.relative_to(ROOT)} is another")
-        return 1 if others else 0
-    for path, text in files.items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        say(str(path.relative_to(ROOT)))
-    return 0
+    return write_or_check(files, check=arguments.check)
 
 
 def computed(traces: Path, store: Store, workers: Workers) -> Result:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.options import Quantization
 from twinserve.settings.errors import InputError
 
@@ -47,7 +48,7 @@ class Capability:
         if dtype == torch.bfloat16 and self.level < BFLOAT16_FROM:
             problem = f"expected float16 or float32: {self._lacks('bfloat16', BFLOAT16_FROM)}"
             raise InputError(problem, field="dtype", value="bfloat16")
-        if kv_cache_dtype == torch.float8_e4m3fn and self.level < FLOAT8_FROM:
+        if kv_cache_dtype == FLOAT8 and self.level < FLOAT8_FROM:
             problem = f"expected auto: {self._lacks('float8', FLOAT8_FROM)}"
             raise InputError(problem, field="kv_cache_dtype", value="fp8")
         if quantization == "fp8" and self.level < FLOAT8_FROM:

@@ -9,6 +9,7 @@ import torch
 
 from twinserve.engine.capability import Capability
 from twinserve.engine.device_queue import usable_device
+from twinserve.engine.float8 import FLOAT8
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.layers.choice import AttentionChoice, choose_attention
 from twinserve.engine.models.config import ModelConfig
@@ -57,7 +58,7 @@ class RunnerConfig:
             value = settings.pipeline_parallel_size
             raise InputError("expected 1 on the engine", field="pipeline_parallel_size", value=value)
         device, model = usable_device(options.device), source.config
-        kv_cache_dtype = torch.float8_e4m3fn if options.kv_cache_dtype == "fp8" else source.dtype
+        kv_cache_dtype = FLOAT8 if options.kv_cache_dtype == "fp8" else source.dtype
         own = _own_part(source, options, settings)
         if device.type == "cuda":
             check_device(source, own, device, kv_cache_dtype)

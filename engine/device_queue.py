@@ -191,6 +191,40 @@ class CpuStep:
         return self.future.result()
 
 
+class OpenStep(Protocol):
+    """A step in parts that is not concluded."""
+
+    def conclude(self) -> None:
+        """Have it concluded."""
+
+
+class OpenSteps:
+    """Steps in parts that are not concluded, in their order: each is when it is waited for, or before a later step that
+    needs it, or the one behind it; until then the host is free, as it runs."""
+
+    def __init__(self) -> None:
+        self._steps: deque[OpenStep] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def make_way(self, parts: Parts) -> None:
+        """Conclude what has to be before a step can be laid out."""
+        while len(self._steps) > (0 if parts.waits else 1):
+            self._steps.popleft().conclude()
+
+    def add(self, step: OpenStep) -> None:
+        self._steps.append(step)
+
+    def conclude(self, step: OpenStep) -> None:
+        """Conclude a step, if it is open, and those before it."""
+        while step in self._steps:
+            self._steps.popleft().conclude()
+
+    def clear(self) -> None:
+        self._steps.clear()
+
+
 class CudaQueue:
     """Puts steps on the current stream of a CUDA device, and tells their times by the host's clock.
 
@@ -206,7 +240,7 @@ class CudaQueue:
         self._ended = self._event()
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
-        self._open: deque[CudaStep] = deque()  # steps in parts that are not concluded
+        self._open = OpenSteps()
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
@@ -219,22 +253,19 @@ class CudaQueue:
 
     @torch.inference_mode()
     def submit_parts(self, parts: Parts) -> CudaStep:
-        """Enqueue a step in parts. It is concluded when it is waited for, or before a later step that needs it: until
-        then the host is free, as the step runs."""
-        while len(self._open) > (0 if parts.waits else 1):
-            self._open.popleft().conclude()
+        """Enqueue a step in parts."""
+        self._open.make_way(parts)
         parts.lay_out()
         step = self.submit(parts.compute)
         with on_device(self._device):
             parts.go_on()
             step.goes_on(parts, self._event())
-        self._open.append(step)
+        self._open.add(step)
         return step
 
     def conclude(self, step: CudaStep) -> None:
-        """Conclude a step in parts and those before it."""
-        while step in self._open:
-            self._open.popleft().conclude()
+        """Conclude a step in parts, if it is one, and those before it."""
+        self._open.conclude(step)
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.

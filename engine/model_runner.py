@@ -67,7 +67,8 @@ class StepInput:
 
     Attributes:
         arranged, flat: what the model computes, on the host and on the device.
-        params, uniforms: of each row that samples, its parameters and its uniform number.
+        drawn: the rows behind which a token is drawn, see `drawn`.
+        params, uniforms: of each of them, its parameters and its uniform number.
         sampling: the same on the device.
         seen: (row, token) for each known token of each row with a repetition penalty, and the places in the flat batch
             of their last tokens; None where there is no such row.
@@ -77,6 +78,7 @@ class StepInput:
 
     arranged: Arranged
     flat: FlatStep
+    drawn: list[Row]
     params: list[SamplingParams]
     uniforms: list[float]
     sampling: SamplingPlan
@@ -239,6 +241,7 @@ class ModelRunner:
         return StepInput(
             arranged=arranged,
             flat=self._flat(arranged),
+            drawn=[row for row, _ in sampled],
             params=params,
             uniforms=uniforms,
             sampling=SamplingPlan.of(params, uniforms, self.device, answers),

@@ -211,7 +211,7 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """The plan for rows with `params`, each with its uniform number, and its answer's tokens so far: None is 0."""
         rows = [row for row, param in enumerate(params) if param.temperature >= GREEDY_BELOW]
-        if not rows and all(map(is_plain, params)):
+        if params and not rows and all(map(is_plain, params)):
             return _most_probable(device)
         drawn = [params[row] for row in rows]
 
@@ -293,22 +293,8 @@ class SamplingPlan:
 
 @cache
 def _most_probable(device: torch.device) -> SamplingPlan:
-    """The plan for rows that take their most probable tokens, however many."""
-    none = torch.empty(0, 1, device=device)
-    return SamplingPlan(
-        rows=none[:, 0].long(),
-        temperatures=none,
-        uniforms=none.double(),
-        top_k=None,
-        top_p=None,
-        min_p=None,
-        penalised=None,
-        penalties=none,
-        added=None,
-        counted=None,
-        frequencies=none,
-        presences=none,
-    )
+    """The plan for rows that take their most probable tokens, however many: that of none."""
+    return SamplingPlan.of([], [], device)
 
 
 def _added(

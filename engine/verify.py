@@ -376,7 +376,7 @@ def _float8_cache() -> Any:
 
     class Float8Cache(DynamicCache):
         def update(self, key_states: Tensor, value_states: Tensor, *others: Any, **more: Any) -> Any:
-            keys, values = (x.to(torch.float8_e4m3fn).to(x.dtype) for x in (key_states, value_states))
+            keys, values = (x.to(FLOAT8).to(x.dtype) for x in (key_states, value_states))
             return super().update(keys, values, *others, **more)
 
     return Float8Cache()

@@ -10,6 +10,7 @@ import torch
 from engine_judge import judge_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_numbers import logits_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -125,17 +126,6 @@ def test_int8_saves_memory_against_bfloat16(shape, saved):
     assert config.tie_word_embeddings
     assert after <= (1 - saved) * before
     assert after > 0.49 * before, "int8 is half of bfloat16, and scales come on top"
-
-
-def attend_alone(layer, query, key, value):
-    """Causal attention of one sequence to itself, without any cache."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-@torch.inference_mode()
-def logits_of(model: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
-    return model.logits(model(token_ids, torch.arange(len(token_ids)), attend_alone))
 
 
 def perplexity(model: Decoder, token_ids: torch.Tensor) -> float:

@@ -139,10 +139,14 @@ class DraftModel:
     Args:
         model: on the device of the model it drafts for.
         forward: its forward pass.
+
+    Attributes:
+        is_free: see `Forward.is_free`.
     """
 
     def __init__(self, model: Decoder, forward: Forward, max_model_len: int) -> None:
         self._model, self._forward, self._max_model_len = model, forward, max_model_len
+        self.is_free = forward.is_free
 
     def propose_behind(self, verified: Verified, asked: int) -> LateDrafts:
         """`asked` drafts behind each row that sampled, as far as the context goes."""

@@ -17,7 +17,7 @@ from twinserve.engine.forward import EagerForward, Forward
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.choice import choose_attention
 from twinserve.engine.logprobs import AskedLogprobs, Heard, PromptLogprobs
-from twinserve.engine.model_runner import ModelRunner, StepInput, drawn
+from twinserve.engine.model_runner import ModelRunner, StepInput
 from twinserve.engine.models.decoder import Decoder
 from twinserve.engine.sampler import GREEDY_BELOW, is_plain, uniform
 from twinserve.engine.speculation.proposers import DraftModel, LateDrafts, Proposer, Verified
@@ -183,13 +183,13 @@ class SpeculativeRunner(ModelRunner):
         self._seed, self._max_model_len = seed, max_model_len
         # These are of the thread that computes: the texts, drafts of sequences that were not in the step behind them,
         # how often each had drafts; the step laid out last; while one is laid out, that step if nobody knows what came
-        # of it, and the rows' numbers there, -1 of others.
+        # of it, and by how many tokens rows begin later because of it.
         self._texts: dict[Sequence, list[int]] = {}
         self._drafts: dict[Sequence, tuple[Seq[list[int]], int]] = {}
         self._turns: dict[Sequence, int] = {}
         self._before: _Launched | None = None
         self._unknown: _Launched | None = None
-        self._movers: list[int] = []
+        self._moves: Tensor | None = None
         self._tables: dict[Sequence, np.ndarray] = {}
 
     def forward_of(self, model: Decoder) -> Forward:
@@ -203,8 +203,12 @@ class SpeculativeRunner(ModelRunner):
 
     def kernel_facts(self) -> dict[str, Any]:
         """See ModelRunner. On CUDA the host waits for what a step gives, unless drafts and places are the device's."""
-        is_free = self._is_async and self._forward.is_free and isinstance(self._proposer, DraftModel)
-        return {} if is_free or self.device.type != "cuda" else {"waits": True}
+        return {} if (self._is_async and self._is_free) or self.device.type != "cuda" else {"waits": True}
+
+    @property
+    def _is_free(self) -> bool:
+        """Can steps be laid out whose tokens and places the device alone knows?"""
+        return isinstance(self._proposer, DraftModel) and self._proposer.is_free and self._forward.is_free
 
     def adopt(self, sequences: Iterable[Sequence]) -> None:
         """Go on from these sequences as they are, whoever computed them; nothing may be in flight."""
@@ -224,14 +228,14 @@ class SpeculativeRunner(ModelRunner):
     def must_know(self, launched: _Launched) -> bool:
         """Does the host have to know what came of the step before, to lay a step out? Not of plain rows that go on from
         it, for which a model drafts: the device has their tokens and places."""
-        before, drafting = self._before, isinstance(self._proposer, DraftModel)
-        if before is None or launched.is_first or launched.gone or self.prompt_asks or not drafting:
+        before = self._before
+        if before is None or launched.is_first or launched.gone or self.prompt_asks or not self._is_free:
             return True
         drafted = before.num_asked + launched.num_asked
-        return not self._forward.is_free or not all(
+        return not all(
             (row.is_prompt or row.seq in before.places)
             and row.start + row.num_tokens + drafted < self._max_model_len
-            and _is_free(row.seq.sampling_params)
+            and _is_placeless(row.seq.sampling_params)
             for row in launched.rows
         )
 
@@ -249,21 +253,20 @@ class SpeculativeRunner(ModelRunner):
         self._tables = dict(zip([row.seq for row in launched.rows], launched.tables, strict=True))
         before, tokens = self._before, list[list[int]]()
         self._unknown = None if before is None or before.is_concluded else before
-        self._movers = []
         for number, (row, known) in enumerate(zip(launched.rows, launched.known, strict=True)):
             if not row.is_prompt:
                 text = self._texts[row.seq]
                 known = [] if self._unknown else text[-1:]
                 launched.rows[number] = row = row._replace(start=len(text) - len(known))
-            own = known + ([] if self._drafts_lie_there(row) else self._found(row))
-            missing = 0 if self._drafts_lie_there(row) else row.num_tokens - len(own)
-            tokens.append(own + [0] * missing)
-            self._movers.append(-1 if row.is_prompt or self._unknown is None else self._unknown.places[row.seq])
+            if not self._drafts_lie_there(row):
+                known = known + self._found(row)
+                known += [0] * (row.num_tokens - len(known))
+            tokens.append(known)
         sampled = [row for row in launched.rows if row.samples]
         places, may = self._acceptable(sampled)
+        self._moves = launched.moved = self._moves_of(launched.rows)
         step = self._snapshot(launched.rows, tokens)
-        launched.moved = self._moved(range(len(launched.rows)))
-        asked = AskedLogprobs([one for row in sampled for one, _ in drawn(row, 0)])
+        asked = AskedLogprobs(step.drawn)
         launched.heard = [one for one in (asked, step.prompts) if one]
         if before is not None:
             skipped = before.places.keys() & self._texts.keys() - self._tables.keys()
@@ -322,6 +325,15 @@ class SpeculativeRunner(ModelRunner):
         told = all_to_device([places, may], self.device)
         return told[0].view(places.shape), told[1].view(may.shape).bool()
 
+    def _moves_of(self, rows: Seq[Row]) -> Tensor | None:
+        """By how many tokens rows begin later than the host has them: by the drafts that were accepted in the step of
+        which it does not know yet; None where it knows."""
+        if self._unknown is None:
+            return None
+        assert self._unknown.verified is not None
+        places = [-1 if row.is_prompt else self._unknown.places[row.seq] for row in rows]
+        return pad(self._unknown.verified.accepted, (0, 1))[all_to_device([places], self.device)[0]]
+
     def _drafts_lie_there(self, row: Row) -> bool:
         """Has the device the drafts of a row?"""
         before = self._before
@@ -354,11 +366,7 @@ class SpeculativeRunner(ModelRunner):
         return self._before.sources(row.seq, row.num_drafts)[-missing:]
 
     def _moved(self, order: Seq[int]) -> Tensor | None:
-        """By how many tokens rows begin later: by the drafts that were accepted in the step that nobody knows yet."""
-        if self._unknown is None or self._unknown.verified is None:
-            return None
-        accepted = pad(self._unknown.verified.accepted, (0, 1))
-        return accepted[all_to_device([[self._movers[number] for number in order]], self.device)[0]]
+        return None if self._moves is None else self._moves[all_to_device([order], self.device)[0]]
 
     def _block_tables(self, rows: Seq[Row]) -> list[np.ndarray]:
         return [self._tables[row.seq] for row in rows]
@@ -367,6 +375,6 @@ class SpeculativeRunner(ModelRunner):
         return (self._texts[row.seq] + self._found(row) + [0] * row.num_drafts)[: row.start + row.num_tokens]
 
 
-def _is_free(params: SamplingParams) -> bool:
+def _is_placeless(params: SamplingParams) -> bool:
     """Does it make no difference to how a row is sampled at which place it is?"""
     return is_plain(params) and (params.seed is None or params.temperature < GREEDY_BELOW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import engine_faults
 import pytest
@@ -12,6 +12,7 @@ from engine_judge import GREEDY, Judge, tiny
 from scipy.stats import chi2
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from twinserve.engine.device_queue import OpenSteps
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepError
 from twinserve.engine.speculation.proposers import ForcedProposer, LateDrafts, NgramProposer
@@ -41,20 +42,20 @@ class Ahead:
     """
 
     def __init__(self) -> None:
-        self.open: deque[AheadStep] = deque()
+        self.open = OpenSteps()
         self.count = 0
 
     @torch.inference_mode()
     def submit_parts(self, parts) -> AheadStep:
-        while len(self.open) > (0 if parts.waits else 1):
-            self.open.popleft().conclude()
+        self.open.make_way(parts)
         self.count += len(self.open) if parts.rows else 0
         parts.lay_out()
         start_ns = time.perf_counter_ns()
         numbers = parts.compute()
         parts.go_on()
-        self.open.append(AheadStep(self, parts, numbers.tolist(), start_ns))
-        return self.open[-1]
+        step = AheadStep(self, parts, numbers.tolist(), start_ns)
+        self.open.add(step)
+        return step
 
     def close(self) -> None:
         self.open.clear()
@@ -70,8 +71,7 @@ class AheadStep:
         self.tokens = self.parts.conclude(self.numbers)
 
     def result(self) -> list[int]:
-        while self in self.queue.open:
-            self.queue.open.popleft().conclude()
+        self.queue.open.conclude(self)
         return self.tokens
 
 

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from twinserve.engine.parallel.peer_memory import PeerSums
 
 SIZES = tuple(1 << power for power in range(10, 25, 2))
-"""Bytes of a Group's sums."""
+"""Bytes of the sums on a CPU."""
 AT_ONCE = 20
 """Sums that are timed together."""
 ROWS = (1, 2, 4, 16, 64, 256, 1024, 2048)
-"""Rows of the sums by the ranks' memory."""
+"""Rows of a hidden state of the sums on CUDA."""
 
 
 def sums_of(size: int, device: str, hidden: int, repeats: int) -> dict[str, list[dict[str, float]]]:
@@ -84,7 +84,8 @@ def _times(
     if own.type == "cuda":
         torch.cuda.set_device(own)
     group = Group(shard, dist.PrefixStore("timing", store), own)
-    found = {"nccl" if own.type == "cuda" else "gloo": {count: _times_of(group, count, repeats) for count in SIZES}}
+    counts = [2 * hidden * rows for rows in ROWS] if own.type == "cuda" else SIZES
+    found = {"nccl" if own.type == "cuda" else "gloo": {count: _times_of(group, count, repeats) for count in counts}}
     if own.type == "cuda" and (sums := group.peer_sums(torch.bfloat16, ROWS[-1], hidden, AT_ONCE + 1)) is not None:
         found["peers"] = {
             2 * hidden * rows: _peer_times(sums, torch.zeros(rows, hidden, dtype=torch.bfloat16, device=own), repeats)

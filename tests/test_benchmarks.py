@@ -602,7 +602,13 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
             ranks_case(1, "H", [1000.0, 1000.0], [4.0, 4.0]),
             ranks_case(2, "2 x H", [1750.0, 2000.0], [2.5, 5.0]),
         ],
-        "all_reduce": {"2": [{"bytes": 1024, "us": 9.5}, {"bytes": 1048576, "us": 20.0}]},
+        "cases_by_nccl": [ranks_case(2, "2 x H", [1500.0, 1500.0], [4.0, 4.0])],
+        "sums": {
+            "2": {
+                "nccl": [{"bytes": 1024, "us": 12.5}, {"bytes": 1048576, "us": 20.0}],
+                "peers": [{"bytes": 8192, "us": 4.5}, {"bytes": 1048576, "us": 9.0}],
+            }
+        },
         "collectives": {"2": {"ranks": 2, "all_reduce_ns": 9500.0, "link": 250e9}},
     }
     (results / "h").mkdir(parents=True)
@@ -614,8 +620,10 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     )
     assert "| 2 | 1,875 | 1.88x (1.75 to 2.00x) | 3.75 | within the spread (0.8 to 1.60x) |" in text
     assert "| 1 | 1,000 |  | 4.00 |  |" in text
-    assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
-    assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
+    assert "| 2, sums by NCCL | 1,500 | 1.50x" in text
+    assert "those by the ranks' memory is 9.5 us and what goes over the link at 250.00 GB/s" in text
+    assert "| bytes | by the ranks' memory | by NCCL |" in text and "| 1,024 | – | 12.5 |" in text
+    assert "| 1,048,576 | 9.00 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 

@@ -42,7 +42,7 @@ def quantize_rows(x: Tensor) -> Float8Rows:
     x = x.contiguous()
     out, (rows, size) = float8_like(x, x.shape[1]), x.shape
     block = triton.next_power_of_2(size)
-    _quantize_kernel[(rows,)](x, out.values, out.scale, size, block, num_warps=warps_of(block))
+    _quantize_kernel[(rows,)](x, out.values, out.scale, size, block, num_warps=_warps(block))
     return out
 
 
@@ -51,7 +51,7 @@ def float8_like(x: Tensor, size: int) -> Float8Rows:
     return Float8Rows(x.new_empty(len(x), size, dtype=FLOAT8), x.new_empty(len(x), 1, dtype=torch.float32), x.dtype)
 
 
-def warps_of(block: int) -> int:
+def _warps(block: int) -> int:
     """For a program that has a row of so many numbers in its registers."""
     return 4 if block <= 2048 else 8 if block <= 8192 else 16
 
@@ -208,5 +208,5 @@ def silu_and_mul_float8(x: Tensor) -> Float8Rows:
     """What `silu_and_mul` gives, in float8; a program has a whole row, as its scale hangs on all of it."""
     size = x.shape[1] // 2
     out, block = float8_like(x, size), triton.next_power_of_2(size)
-    _silu_and_mul_kernel[len(x), 1](x, out.values, out.scale, size, block, True, num_warps=warps_of(block))
+    _silu_and_mul_kernel[len(x), 1](x, out.values, out.scale, size, block, True, num_warps=_warps(block))
     return out

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from twinserve.engine.float8 import Float8Rows
-from twinserve.engine.kernels.fused import float8_like, store_row, warps_of
+from twinserve.engine.kernels.fused import float8_like, store_row
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ def _launch(
     _sum_kernel[(rows,)](
         one.parts, one.flags, one.base, one.number, residual, residual if weight is None else weight, out,
         residual if scales is None else scales, eps, size,
-        one.rank, block, add, weight is not None, scales is not None, early, num_warps=warps_of(block),
+        one.rank, block, add, weight is not None, scales is not None, early, num_warps=_warps(rows, block),
         launch_pdl=early,
     )  # fmt: skip
+
+
+def _warps(rows: int, block: int) -> int:
+    """For a program that sums a row of so many numbers: many where few rows leave most of a device idle, few where all
+    wait for the link. Measured with rows of 4,096 on two H200s."""
+    wanted = 16 if rows <= 64 else 8 if rows < 256 else 4
+    return max(1, min(wanted, block // 64))

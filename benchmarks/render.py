@@ -40,6 +40,10 @@ from twinserve.commands.progress import say
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+ALONE = re.compile(
+    r"(<!-- figures of one request with drafts -->\n).*?(<!-- end of figures of one request with drafts -->\n)",
+    re.DOTALL,
+)
 SUMMED = {"peers": "by the ranks' memory", "nccl": "by NCCL", "gloo": "by gloo"}
 RANKS = re.compile(
     r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
@@ -103,6 +107,7 @@ def main() -> int:
     for name, files_of, marks, figures in (
         ("cycle8", "throughput.json", BOUGHT, bought_figures),
         ("speculation", "speculation-*.json", DRAFTS, drafts_figures),
+        ("speculation", "draft-study.json", ALONE, alone_figures),
         ("tensor-parallel", "tensor-parallel-[!w]*.json", RANKS, ranks_figures),
         ("tensor-parallel", "tensor-parallel-window.json", WINDOW, ranks_window),
     ):
@@ -246,6 +251,34 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
                         number(case["speculation"]["tokens_per_step"]) if case["speculation"] else NOTHING,
                     ]
                     for case in result["cases"]
+                ],
+                numbers=True,
+            ),
+        ]
+    return "\n".join([*lines, ""])
+
+
+def alone_figures(found: list[dict[str, Any]]) -> str:
+    """What a model that drafts buys one request on each device, by how often its drafts are right."""
+    if not found:
+        return "\nNot measured on a GPU yet.\n\n"
+    lines = [""]
+    for result in found:
+        about, options = result["about"], result["about"]["options"]
+        rates = {
+            (run["drafts"], run["acceptance"]): run["output_tok_s"] for run in result["runs"] if run["requests"] == 1
+        }
+        plain = rates[0, 0.0]
+        lines += [
+            f"{options['model']} with random weights on one {about['device'].upper()}, one request, a small model of "
+            f"random weights drafting for it, each draft accepted with a given probability (commit {about['commit']}): "
+            f"{number(plain)} tokens a second without drafts, and times as many with them:",
+            "",
+            *table(
+                ["a draft is right", *(f"{drafts} drafts" for drafts in options["drafts"])],
+                [
+                    [f"{rate:.0%}", *(f"{rates[drafts, rate] / plain:.2f}x" for drafts in options["drafts"])]
+                    for rate in options["acceptance"]
                 ],
                 numbers=True,
             ),

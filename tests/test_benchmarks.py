@@ -576,6 +576,29 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
+def test_what_a_model_that_drafts_buys_one_request_is_of_the_study(monkeypatch, tmp_path):
+    page, marks = tmp_path / "speculation.md", "figures of one request with drafts -->"
+    page.write_text(f"a\n<!-- {marks}\nold\n<!-- end of {marks}\nb\n")
+    results = tmp_path / "results"
+    rendered(monkeypatch, results, tmp_path)
+    assert "Not measured on a GPU yet." in page.read_text() and "old" not in page.read_text()
+    rates = {(0, 0.0, 1): 200.0, (2, 0.5, 1): 250.0, (2, 0.9, 1): 401.0, (0, 0.0, 4): 700.0, (2, 0.5, 4): 710.0}
+    found = {
+        "about": {"device": "h9", "commit": "abc", "options": {"model": "m", "drafts": [2], "acceptance": [0.5, 0.9]}},
+        "runs": [
+            {"drafts": drafts, "acceptance": right, "requests": requests, "output_tok_s": rate}
+            for (drafts, right, requests), rate in rates.items()
+        ],
+    }
+    (results / "h9").mkdir(parents=True)
+    (results / "h9" / "draft-study.json").write_text(json.dumps(found))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert "m with random weights on one H9, one request" in text and "200 tokens a second without drafts" in text
+    assert "| 50% | 1.25x |" in text and "| 90% | 2.00x |" in text and text.endswith("b\n")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
 def ranks_case(ranks: int, machine: str, rates: list[float], ms: list[float]) -> dict:
     """A number of ranks as benchmark_tensor_parallel.py has it."""
     many = [{"output_tok_s": rate} for rate in rates]

@@ -3,8 +3,9 @@
     python benchmarks/benchmark_tensor_parallel.py [--device cuda] [--model NAME] [--ranks 1,2] [--out FOLDER]
 
 Random weights of a shape that ships. Two workloads: W256, the requests of nano-vllm's own benchmark, or, with
---requests N --tokens M, N requests of M tokens in and out; and one request alone. Around them an all-reduce of each
-size is timed, and a line is fitted to it: a time, and one for the bytes that go over the link, as `[collectives]` of
+--requests N --tokens M, N requests of M tokens in and out; and one request alone. On CUDA both once more with the
+ranks' sums by NCCL. Then a sum over the ranks is timed by its size, on CUDA by the ranks' memory and by NCCL, and a
+line is fitted to those that steps make: a time, and one for the bytes that go over the link, as `[collectives]` of
 twinserve/data/devices.toml has them. With --device-file, on a CPU, a file for `--latency roofline:MODEL@FILE:tp=N` is
 written: what products of matrices, the all-reduces and the host's part of the steps show of this machine.
 """
@@ -17,8 +18,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,64 +31,105 @@ from result_files import write_json
 from torch import Tensor, multiprocessing
 
 from twinserve.commands.progress import say
+from twinserve.engine.graphs.step_sizes import GraphOptions
+from twinserve.engine.models.source import ModelSource
+from twinserve.engine.options import EngineOptions
 from twinserve.engine.parallel.group import Group
 from twinserve.engine.parallel.shards import Shard
 from twinserve.settings.errors import InputError
 
+if TYPE_CHECKING:
+    from twinserve.engine.parallel.peer_memory import PeerSums
+
 SIZES = tuple(1 << power for power in range(10, 25, 2))
-"""Bytes of the all-reduces."""
+"""Bytes of the sums on a CPU."""
 AT_ONCE = 20
-"""All-reduces that are timed together."""
+"""Sums that are timed together."""
+ROWS = (1, 2, 4, 16, 64, 256, 1024, 2048)
+"""Rows of a hidden state of the sums on CUDA."""
 
 
-def all_reduces(size: int, device: str, repeats: int) -> list[dict[str, float]]:
-    """Microseconds of an all-reduce of each of SIZES between so many ranks, the median of the repeats."""
+def sums_of(size: int, device: str, hidden: int, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Microseconds of a sum of each size between so many ranks, the median of the repeats, by how it is made: that of a
+    Group, "nccl" or "gloo", and on CUDA by the ranks' memory, "peers"."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
+    common = device, hidden, repeats
     others = [
-        context.Process(target=_reduce_beside, args=(Shard(rank, size), store.port, device, repeats), daemon=True)
+        context.Process(target=_sum_beside, args=(Shard(rank, size), store.port, *common), daemon=True)
         for rank in range(1, size)
     ]
     for process in others:
         process.start()
-    found = _times(Shard(0, size), store, device, repeats)
+    found = _times(Shard(0, size), store, *common)
     for process in others:
         process.join()
-    return [{"bytes": count, "us": statistics.median(times)} for count, times in zip(SIZES, found, strict=True)]
+    return {
+        how: [{"bytes": count, "us": statistics.median(times)} for count, times in by_size.items()]
+        for how, by_size in found.items()
+    }
 
 
-def _reduce_beside(shard: Shard, port: int, device: str, repeats: int) -> None:
+def _sum_beside(shard: Shard, port: int, *common: Any) -> None:
     """What a rank other than the first does meanwhile."""
-    _times(shard, dist.TCPStore("127.0.0.1", port, is_master=False), device, repeats)
+    _times(shard, dist.TCPStore("127.0.0.1", port, is_master=False), *common)
 
 
-def _times(shard: Shard, store: dist.Store, device: str, repeats: int) -> list[list[float]]:
-    """Microseconds of each repeat, by size."""
+def _times(
+    shard: Shard, store: dist.Store, device: str, hidden: int, repeats: int
+) -> dict[str, dict[int, list[float]]]:
+    """Microseconds of each repeat, by how a sum is made and by bytes."""
     torch.set_num_threads(1)
     own = torch.device("cuda", shard.rank) if device == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
     group = Group(shard, dist.PrefixStore("timing", store), own)
-    found = [_times_of(group, torch.zeros(count // 4, device=own), repeats) for count in SIZES]
+    counts = [2 * hidden * rows for rows in ROWS] if own.type == "cuda" else SIZES
+    found = {"nccl" if own.type == "cuda" else "gloo": {count: _times_of(group, count, repeats) for count in counts}}
+    if own.type == "cuda" and (sums := group.peer_sums(torch.bfloat16, ROWS[-1], hidden, AT_ONCE + 1)) is not None:
+        found["peers"] = {
+            2 * hidden * rows: _peer_times(sums, torch.zeros(rows, hidden, dtype=torch.bfloat16, device=own), repeats)
+            for rows in ROWS
+            if sums.has(rows)
+        }
     group.abort()
     return found
 
 
-def _times_of(group: Group, x: Tensor, repeats: int) -> list[float]:
-    """Microseconds of each repeat; on CUDA within a graph, as they are in a step."""
+def _times_of(group: Group, count: int, repeats: int) -> list[float]:
+    """Microseconds of each repeat of a sum of so many bytes; on CUDA within a graph, as they are in a step."""
+    x = torch.zeros(count // 4, device=group.device)
 
     def several() -> None:
         for _ in range(AT_ONCE):
             group.sum(x)
 
+    if x.device.type == "cuda":
+        return _in_a_graph(several, repeats)
     several()
-    if x.device.type == "cpu":
-        found = []
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            several()
-            found.append((time.perf_counter() - begun) / AT_ONCE * 1e6)
-        return found
+    found = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        several()
+        found.append((time.perf_counter() - begun) / AT_ONCE * 1e6)
+    return found
+
+
+def _peer_times(sums: PeerSums, residual: Tensor, repeats: int) -> list[float]:
+    """Microseconds of each repeat of a sum by the ranks' memory, which is added to `residual`."""
+    from twinserve.engine.kernels.peer_sums import add_peers
+
+    def several() -> None:
+        sums.begin()
+        for number in range(1, 1 + AT_ONCE):
+            add_peers(sums.sum(number, len(residual)), residual, early=False)
+
+    return _in_a_graph(several, repeats)
+
+
+def _in_a_graph(several: Callable[[], None], repeats: int) -> list[float]:
+    """Microseconds of one of AT_ONCE in each repeat of a graph of them."""
+    several()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -128,9 +171,11 @@ def products(repeats: int) -> dict[str, float]:
     return found
 
 
-def served(size: int, arguments: argparse.Namespace, work: Work) -> dict[str, Any]:
-    """The workload and one request alone at a number of ranks."""
+def served(size: int, arguments: argparse.Namespace, work: Work, *, by_memory: bool = True) -> dict[str, Any]:
+    """The workload and one request alone at a number of ranks, which sum by their memory or not."""
     options: dict[str, Any] = {"device": arguments.device, "tensor_parallel_size": size}
+    if not by_memory:
+        options["graph_options"] = GraphOptions(peer_sums=False)
     if arguments.device == "cpu":
         options |= {"dtype": "float32", "threads": 1}
     llm = make_llm(arguments.model, **options)
@@ -148,7 +193,8 @@ def served(size: int, arguments: argparse.Namespace, work: Work) -> dict[str, An
         "ms_a_token": statistics.median(1e3 * found["seconds"] / found["output_tokens"] for found in one),
         "repeats": {"many": many, "alone": one},
     }
-    say(f"{size} ranks: {found['output_tok_s']:,.0f} tokens/s; alone {found['ms_a_token']:.2f} ms a token")
+    how = "" if by_memory else ", sums by NCCL"
+    say(f"{size} ranks{how}: {found['output_tok_s']:,.0f} tokens/s; alone {found['ms_a_token']:.2f} ms a token")
     return found
 
 
@@ -162,7 +208,10 @@ def benchmark_tensor_parallel(arguments: argparse.Namespace) -> dict[str, Any]:
     work = Work.of_lengths(lengths) if arguments.requests else Work.w256()
     load = os.getloadavg()[0]
     cases = [served(size, arguments, work) for size in sizes]
-    reduces = {size: all_reduces(size, arguments.device, arguments.repeats) for size in sizes if size > 1}
+    shared = [size for size in sizes if size > 1]
+    by_nccl = [served(size, arguments, work, by_memory=False) for size in shared if arguments.device == "cuda"]
+    hidden = ModelSource.of(arguments.model, EngineOptions.load({"load_format": "dummy"})).config.hidden_size
+    sums = {size: sums_of(size, arguments.device, hidden, arguments.repeats) for size in shared}
     found = {
         "benchmark": "tensor-parallel",
         "device": device_folder(arguments.device),
@@ -171,8 +220,9 @@ def benchmark_tensor_parallel(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_before": load,
         "repeats": arguments.repeats,
         "cases": cases,
-        "all_reduce": {str(size): times for size, times in reduces.items()},
-        "collectives": {str(size): fitted_line(size, times) for size, times in reduces.items()},
+        "cases_by_nccl": by_nccl,
+        "sums": {str(size): times for size, times in sums.items()},
+        "collectives": {str(size): fitted_line(size, list(times.values())[-1]) for size, times in sums.items()},
         "versions": versions(),
         "commit": arguments.commit or commit(),
     }

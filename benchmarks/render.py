@@ -40,6 +40,11 @@ from twinserve.commands.progress import say
 
 HERE = Path(__file__).resolve().parent
 MARKED = re.compile(r"(<!-- figures of cycle (\d+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+ALONE = re.compile(
+    r"(<!-- figures of one request with drafts -->\n).*?(<!-- end of figures of one request with drafts -->\n)",
+    re.DOTALL,
+)
+SUMMED = {"peers": "by the ranks' memory", "nccl": "by NCCL", "gloo": "by gloo"}
 RANKS = re.compile(
     r"(<!-- figures of tensor parallelism -->\n).*?(<!-- end of figures of tensor parallelism -->)", re.DOTALL
 )
@@ -102,6 +107,7 @@ def main() -> int:
     for name, files_of, marks, figures in (
         ("cycle8", "throughput.json", BOUGHT, bought_figures),
         ("speculation", "speculation-*.json", DRAFTS, drafts_figures),
+        ("speculation", "draft-study.json", ALONE, alone_figures),
         ("tensor-parallel", "tensor-parallel-[!w]*.json", RANKS, ranks_figures),
         ("tensor-parallel", "tensor-parallel-window.json", WINDOW, ranks_window),
     ):
@@ -252,14 +258,44 @@ def drafts_figures(found: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def alone_figures(found: list[dict[str, Any]]) -> str:
+    """What a model that drafts buys one request on each device, by how often its drafts are right."""
+    if not found:
+        return "\nNot measured on a GPU yet.\n\n"
+    lines = [""]
+    for result in found:
+        about, options = result["about"], result["about"]["options"]
+        rates = {
+            (run["drafts"], run["acceptance"]): run["output_tok_s"] for run in result["runs"] if run["requests"] == 1
+        }
+        plain = rates[0, 0.0]
+        lines += [
+            f"{options['model']} with random weights on one {about['device'].upper()}, one request, a small model of "
+            f"random weights drafting for it, each draft accepted with a given probability (commit {about['commit']}): "
+            f"{number(plain)} tokens a second without drafts, and times as many with them:",
+            "",
+            *table(
+                ["a draft is right", *(f"{drafts} drafts" for drafts in options["drafts"])],
+                [
+                    [f"{rate:.0%}", *(f"{rates[drafts, rate] / plain:.2f}x" for drafts in options["drafts"])]
+                    for rate in options["acceptance"]
+                ],
+                numbers=True,
+            ),
+        ]
+    return "\n".join([*lines, ""])
+
+
 def ranks_figures(found: list[dict[str, Any]]) -> str:
     """What ranks bought on each device, and what an all-reduce took between them."""
     if not found:
         return "\nNot measured yet.\n\n"
     lines: list[str] = []
     for result in found:
-        cases = result["cases"]
+        cases = [*result["cases"], *result["cases_by_nccl"]]
         first = rates_of(cases[0])
+        names = [str(case["ranks"]) for case in result["cases"]]
+        names += [f"{case['ranks']}, sums by NCCL" for case in result["cases_by_nccl"]]
         lines += [
             "",
             f"{result['model']} with random weights, {result['workload']}, {cases[-1]['machine']}, medians of "
@@ -270,26 +306,34 @@ def ranks_figures(found: list[dict[str, Any]]) -> str:
                 ["ranks", "tokens/s", "times", "one request, ms a token", "times"],
                 [
                     [
-                        str(case["ranks"]),
+                        name,
                         number(case["output_tok_s"]),
                         times_of(many, first[0]),
                         number(case["ms_a_token"]),
                         times_of(alone, first[1]),
                     ]
-                    for case in cases
+                    for name, case in zip(names, cases, strict=True)
                     for many, alone in [rates_of(case)]
                 ],
                 numbers=True,
             ),
         ]
-        for ranks, times in result["all_reduce"].items():
-            line = result["collectives"][ranks]
+        for ranks, by_way in result["sums"].items():
+            line, ways = result["collectives"][ranks], list(reversed(by_way))
+            times = {way: {one["bytes"]: one["us"] for one in by_way[way]} for way in ways}
             lines += [
                 "",
-                f"An all-reduce between {ranks} ranks; the line through them is {line['all_reduce_ns'] / 1e3:,.1f} us "
-                f"and what goes over the link at {line['link'] / 1e9:,.2f} GB/s:",
+                f"A sum over {ranks} ranks, us; the line through those {SUMMED[ways[0]]} is "
+                f"{line['all_reduce_ns'] / 1e3:,.1f} us and what goes over the link at {line['link'] / 1e9:,.2f} GB/s:",
                 "",
-                *table(["bytes", "us"], [[f"{one['bytes']:,}", number(one["us"])] for one in times], numbers=True),
+                *table(
+                    ["bytes", *(SUMMED[way] for way in ways)],
+                    [
+                        [f"{size:,}", *(number(times[way][size]) if size in times[way] else NOTHING for way in ways)]
+                        for size in sorted({size for own in times.values() for size in own})
+                    ],
+                    numbers=True,
+                ),
             ]
     return "\n".join([*lines, "", ""])
 
@@ -303,7 +347,7 @@ def ranks_window(found: list[dict[str, Any]]) -> str:
             f"{result['requests']} requests of the Azure conversation trace in {result['duration_s']:.0f} s of real "
             f"time, {result['model']} on {result['device']}: {decisions['equal']:,} of "
             f"{decisions['recorded']:,} decisions are made again from the record. Simulated with a profile of the two, "
-            f"and with the roofline, which has the all-reduce's line from above; by `python "
+            f"and with the roofline, which has the line of sums from above; by `python "
             f"benchmarks/tensor_parallel_window.py`:",
             "",
             *table(

@@ -82,6 +82,7 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
                 summary = record.run["summary"]
                 made = {"drafts": k, "acceptance": rate, "requests": summary["requests"], "steps": summary["steps"]}
                 made["output_tok_s"] = round(summary["output_tok_s"], 1)
+                made["prompt_host_ms"] = prompt_host_ms(record)
                 if k and batch is not None:
                     made["step_ms"] = step_ms(record, batch)
                 if (latency := twins.get(k > 0)) is not None:
@@ -96,6 +97,12 @@ def step_ms(record: RunRecord, batch: int) -> float:
     """The median time of a run's steps of decodes in which all its requests take part."""
     whole = [step for step in record.steps if not step["prompt_tokens"] and step["sampled"] == batch]
     return round(statistics.median((step["end_ns"] - step["start_ns"]) / 1e6 for step in whole), 3)
+
+
+def prompt_host_ms(record: RunRecord) -> float:
+    """The median time that the host took to launch a run's steps with prompts."""
+    launches = [step["launched_ns"] - step["decided_ns"] for step in record.steps if step["prompt_tokens"]]
+    return round(statistics.median(launches) / 1e6, 2)
 
 
 def twins_of(folder: Path) -> dict[bool, FittedLatency]:
@@ -247,6 +254,16 @@ def twin_lines(found: dict[str, Any], real: Rates, twin: Rates) -> list[str]:
             for run in traffic
         ]
         lines += table(["traffic", *METRICS.values()], rows, numbers=True)
+        hosts = [
+            [run["prompt_host_ms"] for run in traffic if (run["drafts"] > 0) == drafts] for drafts in (False, True)
+        ]
+        lines += prose(
+            "Where rows have drafts a step with prompts is no graph: its kernels are launched one by one. In these runs"
+            f" the host took {min(hosts[1]):.0f} to {max(hosts[1]):.0f} ms for that, where a graph takes it "
+            f"{max(hosts[0]):.1f} ms. It is what prompts wait for, and what stands still beside them: the profile has "
+            "one such time, and adds it to the device's, which has begun by then. So the times to the first token are "
+            "the worst that the twin says here."
+        )
     return lines
 
 

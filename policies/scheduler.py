@@ -214,7 +214,7 @@ class Scheduler:
             else:
                 seq.num_in_flight = in_flight + 1
             if end - seq.num_registered_tokens >= cacheable:
-                self.block_manager.register(seq, min(end, seq.num_tokens))
+                self.block_manager.register(seq, end)
             if not seq.has_sampled:
                 batch.prompts.append(seq)
                 seq.has_sampled = end >= known

@@ -65,7 +65,7 @@ class Collectives(BaseModel):
         source: what they were fitted on, or what was assumed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     ranks: int = Field(ge=2)
     all_reduce_ns: float = Field(ge=0)
@@ -84,7 +84,7 @@ class Power(BaseModel):
         source: what they were fitted on, or what was assumed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     idle_w: float = Field(ge=0)
     active_w: float = Field(ge=0)

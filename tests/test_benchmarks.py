@@ -576,6 +576,29 @@ def test_what_drafts_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 
+def test_what_a_model_that_drafts_buys_one_request_is_of_the_study(monkeypatch, tmp_path):
+    page, marks = tmp_path / "speculation.md", "figures of one request with drafts -->"
+    page.write_text(f"a\n<!-- {marks}\nold\n<!-- end of {marks}\nb\n")
+    results = tmp_path / "results"
+    rendered(monkeypatch, results, tmp_path)
+    assert "Not measured on a GPU yet." in page.read_text() and "old" not in page.read_text()
+    rates = {(0, 0.0, 1): 200.0, (2, 0.5, 1): 250.0, (2, 0.9, 1): 401.0, (0, 0.0, 4): 700.0, (2, 0.5, 4): 710.0}
+    found = {
+        "about": {"device": "h9", "commit": "abc", "options": {"model": "m", "drafts": [2], "acceptance": [0.5, 0.9]}},
+        "runs": [
+            {"drafts": drafts, "acceptance": right, "requests": requests, "output_tok_s": rate}
+            for (drafts, right, requests), rate in rates.items()
+        ],
+    }
+    (results / "h9").mkdir(parents=True)
+    (results / "h9" / "draft-study.json").write_text(json.dumps(found))
+    rendered(monkeypatch, results, tmp_path)
+    text = page.read_text()
+    assert "m with random weights on one H9, one request" in text and "200 tokens a second without drafts" in text
+    assert "| 50% | 1.25x |" in text and "| 90% | 2.00x |" in text and text.endswith("b\n")
+    assert rendered(monkeypatch, results, tmp_path, "--check") == 0
+
+
 def ranks_case(ranks: int, machine: str, rates: list[float], ms: list[float]) -> dict:
     """A number of ranks as benchmark_tensor_parallel.py has it."""
     many = [{"output_tok_s": rate} for rate in rates]
@@ -602,7 +625,13 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
             ranks_case(1, "H", [1000.0, 1000.0], [4.0, 4.0]),
             ranks_case(2, "2 x H", [1750.0, 2000.0], [2.5, 5.0]),
         ],
-        "all_reduce": {"2": [{"bytes": 1024, "us": 9.5}, {"bytes": 1048576, "us": 20.0}]},
+        "cases_by_nccl": [ranks_case(2, "2 x H", [1500.0, 1500.0], [4.0, 4.0])],
+        "sums": {
+            "2": {
+                "nccl": [{"bytes": 1024, "us": 12.5}, {"bytes": 1048576, "us": 20.0}],
+                "peers": [{"bytes": 8192, "us": 4.5}, {"bytes": 1048576, "us": 9.0}],
+            }
+        },
         "collectives": {"2": {"ranks": 2, "all_reduce_ns": 9500.0, "link": 250e9}},
     }
     (results / "h").mkdir(parents=True)
@@ -614,8 +643,10 @@ def test_what_ranks_buy_is_shown_beside_the_cycles(monkeypatch, tmp_path):
     )
     assert "| 2 | 1,875 | 1.88x (1.75 to 2.00x) | 3.75 | within the spread (0.8 to 1.60x) |" in text
     assert "| 1 | 1,000 |  | 4.00 |  |" in text
-    assert "the line through them is 9.5 us and what goes over the link at 250.00 GB/s" in text
-    assert "| 1,048,576 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
+    assert "| 2, sums by NCCL | 1,500 | 1.50x" in text
+    assert "those by the ranks' memory is 9.5 us and what goes over the link at 250.00 GB/s" in text
+    assert "| bytes | by the ranks' memory | by NCCL |" in text and "| 1,024 | – | 12.5 |" in text
+    assert "| 1,048,576 | 9.00 | 20.0 |" in text and text.startswith("a\n") and text.endswith("b\n")
     assert rendered(monkeypatch, results, tmp_path, "--check") == 0
 
 

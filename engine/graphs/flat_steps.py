@@ -90,7 +90,7 @@ class FlatSteps:
             max_tokens=max(most, budget),
             max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
-            few_rows=self._options.few_rows,
+            options=self._options,
         )
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
         self._cuts = decode_cuts(most, shape.num_kv_heads, model.dtype) if config.attention.name == "triton" else []

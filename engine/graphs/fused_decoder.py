@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinserve.engine.graphs.device_rows import DeviceRows, aligned
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kernels.few_rows import MOST_ROWS, attend, fits, has_product, product
 from twinserve.engine.kernels.filtered_sampling import ROOM, sample_filtered_rows
 from twinserve.engine.kernels.fused import (
@@ -23,7 +24,7 @@ from twinserve.engine.kernels.sampling import sample_rows
 from twinserve.engine.kernels.step_rows import gather_tables, read_rows
 from twinserve.engine.kv_cache import KVCache
 from twinserve.engine.layers.attention import window_size
-from twinserve.engine.models.decoder import Decoder, DecoderLayer
+from twinserve.engine.models.decoder import Decoder, DecoderLayer, Linear
 from twinserve.engine.models.rope import rotation
 
 
@@ -59,7 +60,7 @@ class FusedDecoder:
         max_tokens: of the largest step, padding included.
         max_sampled: rows that a step samples at most.
         max_positions: tokens of the longest context.
-        few_rows: steps of a few rows have kernels of their own, where the device and the weights have them.
+        options: what is switched off.
 
     Attributes:
         hidden: [max_tokens, hidden_size], what the last layer gives for each token of the latest step, normalised.
@@ -77,7 +78,7 @@ class FusedDecoder:
         max_tokens: int,
         max_sampled: int,
         max_positions: int,
-        few_rows: bool,
+        options: GraphOptions,
     ):
         self.model, self.cache, self.rows = model, cache, rows
         config, device = model.config, model.device
@@ -93,9 +94,9 @@ class FusedDecoder:
         self._logits = torch.empty(max_sampled, config.vocab_size, dtype=model.dtype, device=device)
         near = torch.empty(max_sampled, ROOM, dtype=model.dtype, device=device)
         self._near = near, torch.empty_like(near, dtype=torch.int32)
-        can_wait = few_rows and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)
+        can_wait = options.few_rows and model.dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)
         self._attends_few = can_wait and attention == "triton"
-        self._multiplies_few = can_wait and all(fits(cast(DecoderLayer, layer)) for layer in model.layers)
+        self._multiplies_few = can_wait and all(fits(self._linears(cast(DecoderLayer, one))) for one in model.layers)
         self._is_float8 = model.quantization == "fp8"
         self._flash: Any = None
         if attention == "flash":
@@ -138,25 +139,50 @@ class FusedDecoder:
     def _layers(self, step: StepRows, token_ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The last layer's normalised output [tokens, hidden_size]."""
         model, eps = self.model, self.model.config.rms_norm_eps
-        residual = model.embedding(token_ids)
+        residual = self._embedded(token_ids)
         layers = [cast(DecoderLayer, layer) for layer in model.layers]
         if self._multiplies_few and has_product(len(token_ids), self.model.config):
             for number, layer in enumerate(layers):
                 x = product(residual, layer.attention.qkv, layer.attention_norm.weight, eps)
-                product(self._attended(step, x, number, positions, slots), layer.attention.output, residual=residual)
+                self._add(
+                    layer.attention.output, self._attended(step, x, number, positions, slots), residual, 2 * number
+                )
                 x = product(residual, layer.mlp.gate_up, layer.mlp_norm.weight, eps, gated=True)
-                product(x, layer.mlp.down, residual=residual)
+                self._add(layer.mlp.down, x, residual, 2 * number + 1)
             return rms_norm(residual, model.norm.weight, eps, out=self.hidden[: len(residual)])
         # What a product with float8 weights takes is rounded by the kernel that makes it.
         norm, gated = (rms_norm_float8, silu_and_mul_float8) if self._is_float8 else (rms_norm, silu_and_mul)
         taken: Any = norm(residual, layers[0].attention_norm.weight, eps)
         for number, layer in enumerate(layers):
             attended = self._attended(step, layer.attention.qkv(taken), number, positions, slots)
-            taken = norm(layer.attention.output(attended), layer.mlp_norm.weight, eps, residual)
-            x = layer.mlp.down(gated(layer.mlp.gate_up(taken)))
-            if number + 1 < len(layers):
-                taken = norm(x, layers[number + 1].attention_norm.weight, eps, residual)
-        return rms_norm(x, model.norm.weight, eps, residual, self.hidden[: len(residual)])
+            taken = self._add_and_norm(layer.attention.output, attended, residual, 2 * number, layer.mlp_norm.weight)
+            inner: Any = gated(layer.mlp.gate_up(taken))
+            is_last = layer is layers[-1]
+            weight = model.norm.weight if is_last else layers[number + 1].attention_norm.weight
+            out = self.hidden[: len(residual)] if is_last else None
+            taken = self._add_and_norm(layer.mlp.down, inner, residual, 2 * number + 1, weight, out)
+        return cast(Tensor, taken)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """The vectors of tokens [tokens, hidden_size], in memory of their own."""
+        return self.model.embedding(token_ids)
+
+    def _linears(self, layer: DecoderLayer) -> list[nn.Module]:
+        """A layer's products, as this computes them."""
+        return [layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down]
+
+    def _add(self, linear: nn.Module, x: Tensor, residual: Tensor, number: int) -> None:
+        """Add a product of a few rows to `residual`; it is the `number`-th of the step that is added, from 0."""
+        product(x, cast(Linear, linear), residual=residual)
+
+    def _add_and_norm(
+        self, linear: nn.Module, x: Any, residual: Tensor, number: int, weight: Tensor, out: Tensor | None = None
+    ) -> Any:
+        """Add a product to `residual`, as `_add` does, and normalise the result for the next product, or in `out`."""
+        eps = self.model.config.rms_norm_eps
+        if self._is_float8 and out is None:
+            return rms_norm_float8(linear(x), weight, eps, residual)
+        return rms_norm(linear(x), weight, eps, residual, out)
 
     def _attended(self, step: StepRows, qkv: Tensor, number: int, positions: Tensor, slots: Tensor) -> Tensor:
         """Attention in a layer [tokens, heads * head_dim], whose keys and values go into the pool."""

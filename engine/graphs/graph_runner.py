@@ -166,7 +166,7 @@ class GraphRunner:
             max_tokens=self._sizes.most_tokens,
             max_sampled=max_num_seqs + CAPTURED_PROMPTS,
             max_positions=max_model_len,
-            few_rows=self._options.few_rows,
+            options=self._options,
         )
         self._tile = tile_tokens(model.config.num_heads // model.config.num_kv_heads, model.dtype)
         self._out = torch.zeros(2 * max_num_seqs + CAPTURED_PROMPTS, dtype=torch.int32, device=self.device)

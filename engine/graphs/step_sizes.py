@@ -34,6 +34,7 @@ class GraphOptions:
         longest_first: the decodes of a step lie by falling context, so that the last programs of attention to start are
             short ones; else in running order.
         few_rows: steps of a few rows have kernels of their own (`engine/kernels/few_rows.py`).
+        peer_sums: ranks that can read each other's memory sum by it (`engine/kernels/peer_sums.py`); else by NCCL.
 
     Raises:
         InputError: `captured` is none of these.
@@ -42,6 +43,7 @@ class GraphOptions:
     captured: Captured = "all"
     longest_first: bool = True
     few_rows: bool = True
+    peer_sums: bool = True
 
     def __post_init__(self) -> None:
         if self.captured not in get_args(Captured):

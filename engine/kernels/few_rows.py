@@ -8,6 +8,7 @@ it waits what an earlier step has written: the rows' places and tables, and thei
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import sqrt
 
 import torch
@@ -19,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from twinserve.engine.kernels.cuts import RowsCut, block_heads, decode_cut, power_of_2
 from twinserve.engine.kernels.paged_attention import LOG2_E, attend_to, merge_kernel, read_block, span_of
 from twinserve.engine.models.config import ModelConfig
-from twinserve.engine.models.decoder import DecoderLayer, Linear
+from twinserve.engine.models.decoder import Linear
 
 MOST_ROWS = 8
 """Rows up to which `attend` is faster than rotation and attention one after the other, on an H200."""
@@ -114,6 +115,7 @@ def product(
     *,
     gated: bool = False,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The product of a few rows with the weights of a layer, rounded once.
 
@@ -123,13 +125,17 @@ def product(
         norm: [K], weights of a root mean square normalisation of `x` before the product; None is none.
         gated: silu(gate) * up, of a product that has the gates first.
         residual: [rows, N]; the product is added to it, and it is returned.
+        out: takes the product, if there is one and no `residual`.
 
     Returns:
         [rows, N]
     """
     weight, bias, rows = linear.weight, linear.bias, len(x)
     size, inner = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    out = x.new_empty(rows, size) if residual is None else residual
+    if residual is not None:
+        out = residual
+    elif out is None:
+        out = x.new_empty(rows, size)
     cut = RowsCut.of(rows, size, inner, weight.nbytes, normed=norm is not None, gated=gated)
     _product_kernel[(size // cut.columns,)](
         x, weight, weight if norm is None else norm, weight if bias is None else bias, out, eps,
@@ -148,9 +154,8 @@ def has_product(rows: int, config: ModelConfig) -> bool:
     return rows == 1 or (rows in (2, 4) and rows * layer_bytes <= FEW_BYTES)
 
 
-def fits(layer: DecoderLayer) -> bool:
-    """Has a layer plain weights in sizes that `product` is made for?"""
-    linears = layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down
+def fits(linears: Iterable[nn.Module]) -> bool:
+    """Have layers plain weights in sizes that `product` is made for?"""
     return all(
         type(linear) is Linear and not linear.in_features % 64 and not linear.out_features % 128 for linear in linears
     )

@@ -18,7 +18,7 @@ _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def _store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
+def store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
     """Store a program's row of numbers, those `inside`, in float32; as `AbsMaxQuantizer` rounds them if FLOAT8."""
     if FLOAT8:
         largest = tl.max(tl.where(inside, tl.abs(values), 0.0), axis=0)
@@ -34,19 +34,19 @@ def _quantize_kernel(x, out, scales, size, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     values = tl.load(x + row + columns, inside, other=0.0).to(tl.float32)
-    _store_row(out + row + columns, scales, values, inside, True)
+    store_row(out + row + columns, scales, values, inside, True)
 
 
 def quantize_rows(x: Tensor) -> Float8Rows:
     """`x` [rows, size] in float8, each row with a scale of its own."""
     x = x.contiguous()
-    out, (rows, size) = _float8_like(x, x.shape[1]), x.shape
+    out, (rows, size) = float8_like(x, x.shape[1]), x.shape
     block = triton.next_power_of_2(size)
     _quantize_kernel[(rows,)](x, out.values, out.scale, size, block, num_warps=_warps(block))
     return out
 
 
-def _float8_like(x: Tensor, size: int) -> Float8Rows:
+def float8_like(x: Tensor, size: int) -> Float8Rows:
     """Room for `size` numbers in float8 for each row of `x`."""
     return Float8Rows(x.new_empty(len(x), size, dtype=FLOAT8), x.new_empty(len(x), 1, dtype=torch.float32), x.dtype)
 
@@ -71,7 +71,7 @@ def _rms_norm_kernel(
     wide = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
     normed = wide * scale * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    _store_row(out + row + columns, scales, normed, inside, FLOAT8)
+    store_row(out + row + columns, scales, normed, inside, FLOAT8)
 
 
 def rms_norm(
@@ -90,7 +90,7 @@ def rms_norm(
 
 def rms_norm_float8(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Float8Rows:
     """What `rms_norm` gives, in float8."""
-    out = _float8_like(x, x.shape[1])
+    out = float8_like(x, x.shape[1])
     _rms_norm(x, weight, eps, residual, out.values, out.scale)
     return out
 
@@ -193,7 +193,7 @@ def _silu_and_mul_kernel(x, out, scales, size, BLOCK: tl.constexpr, FLOAT8: tl.c
     inside = columns < size
     gate = tl.load(x + row * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + columns, inside, other=0.0).to(tl.float32)
-    _store_row(out + row * size + columns, scales, gate * tl.sigmoid(gate) * up, inside, FLOAT8)
+    store_row(out + row * size + columns, scales, gate * tl.sigmoid(gate) * up, inside, FLOAT8)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -207,6 +207,6 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def silu_and_mul_float8(x: Tensor) -> Float8Rows:
     """What `silu_and_mul` gives, in float8; a program has a whole row, as its scale hangs on all of it."""
     size = x.shape[1] // 2
-    out, block = _float8_like(x, size), triton.next_power_of_2(size)
+    out, block = float8_like(x, size), triton.next_power_of_2(size)
     _silu_and_mul_kernel[len(x), 1](x, out.values, out.scale, size, block, True, num_warps=_warps(block))
     return out

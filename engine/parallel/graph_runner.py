@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinserve.engine.checks import RunnerConfig
 from twinserve.engine.device_queue import CudaQueue, Step, to_device
 from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.graph_runner import GraphRunner, GraphStep
+from twinserve.engine.graphs.step_sizes import GraphOptions
+from twinserve.engine.kernels.few_rows import product
+from twinserve.engine.kernels.peer_sums import add_peers, add_peers_and_norm, add_peers_and_norm_float8, sum_peers
 from twinserve.engine.kernels.sampling import draw_rows, sampled_blocks
 from twinserve.engine.logprobs import PromptLogprobs
+from twinserve.engine.models.decoder import Decoder, DecoderLayer, Linear
 from twinserve.engine.models.sharded_decoder import ShardedDecoder
+from twinserve.engine.parallel.layers import SummedEmbedding, SummedLinear
 from twinserve.engine.parallel.ranks import Ranks
 from twinserve.engine.sampler import GREEDY_BELOW, is_plain
 from twinserve.policies import SamplingParams
@@ -24,6 +29,53 @@ class ShardedFusedDecoder(FusedDecoder):
     """A rank's part of a FusedDecoder, which leaves the same tokens on every rank."""
 
     model: ShardedDecoder
+
+    def __init__(self, model: Decoder, *others: Any, max_tokens: int, options: GraphOptions, **named: Any):
+        assert isinstance(model, ShardedDecoder), model
+        config, self._sums = model.config, None
+        if options.peer_sums:
+            self._sums = model.group.peer_sums(model.dtype, max_tokens, config.hidden_size, 1 + 2 * config.num_layers)
+        super().__init__(model, *others, max_tokens=max_tokens, options=options, **named)
+
+    def forward(self, step: StepRows) -> Tensor:
+        """Compute a step without sampling; what the last layer gives, the first of `hidden`."""
+        if self._sums is not None:
+            self._sums.begin()
+        return super().forward(step)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        embedding = self.model.embedding
+        if self._sums is None or not self._sums.has(len(token_ids)):
+            return embedding(token_ids)
+        assert isinstance(embedding, SummedEmbedding)
+        one = self._sums.sum(0, len(token_ids))
+        one.own.copy_(embedding.part(token_ids))
+        return sum_peers(one, torch.empty_like(one.own))
+
+    def _linears(self, layer: DecoderLayer) -> list[nn.Module]:
+        linears = super()._linears(layer)
+        return linears if self._sums is None else [getattr(one, "linear", one) for one in linears]
+
+    def _add(self, linear: nn.Module, x: Tensor, residual: Tensor, number: int) -> None:
+        assert self._sums is not None and isinstance(linear, SummedLinear)
+        one = self._sums.sum(1 + number, len(residual))
+        product(x, cast(Linear, linear.linear), out=one.own)
+        add_peers(one, residual, early=True)
+
+    def _add_and_norm(
+        self, linear: nn.Module, x: Any, residual: Tensor, number: int, weight: Tensor, out: Tensor | None = None
+    ) -> Any:
+        if self._sums is None or not self._sums.has(len(residual)):
+            return super()._add_and_norm(linear, x, residual, number, weight, out)
+        assert isinstance(linear, SummedLinear)
+        one, own, eps = self._sums.sum(1 + number, len(residual)), linear.linear, self.model.config.rms_norm_eps
+        if type(own) is Linear and own.bias is None:
+            torch.mm(x, own.weight.T, out=one.own)
+        else:
+            one.own.copy_(own(x))
+        if self._is_float8 and out is None:
+            return add_peers_and_norm_float8(one, residual, weight, eps)
+        return add_peers_and_norm(one, residual, weight, eps, out)
 
     def _sample(self, step: StepRows, hidden: Tensor, last: Tensor, positions: Tensor, out: Tensor) -> Tensor:
         """Sample from all ranks' logits, of which each tells the others its blocks' largest and sums alone."""

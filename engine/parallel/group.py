@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from twinserve.engine.parallel.shards import Shard
+
+if TYPE_CHECKING:
+    from twinserve.engine.parallel.peer_memory import PeerSums
 
 MEETING_LIMIT = timedelta(minutes=10)
 """How long ranks wait for one another, as one may compile kernels that another finds compiled."""
@@ -26,11 +29,16 @@ class Group:
         shard: this rank.
         store: by which the ranks find each other.
         device: of the tensors.
+
+    Attributes:
+        shard, device: as given.
     """
 
     def __init__(self, shard: Shard, store: dist.Store, device: torch.device):
         self.shard = shard
+        self.device, self._store = device, store
         self._is_on_cuda, self._ending = device.type == "cuda", threading.Lock()
+        self._peer_sums: PeerSums | None = None
         self._processes: Any
         options: Any
         if self._is_on_cuda:
@@ -75,12 +83,31 @@ class Group:
             _wait(self._processes.broadcast([x], options))
         return x
 
+    def peer_sums(self, dtype: torch.dtype, rows: int, size: int, sums: int) -> PeerSums | None:
+        """The sums of a step by the ranks' memory, the same for all who ask; None where a device cannot read another's.
+
+        Args:
+            rows: of the largest sum.
+            size: numbers of a row.
+            sums: of a step.
+        """
+        ranks = range(self.shard.size)
+        reads = all(one == self.shard.rank or torch.cuda.can_device_access_peer(self.shard.rank, one) for one in ranks)
+        if self._peer_sums is None and self.least(reads, self.device):
+            from twinserve.engine.parallel.peer_memory import PeerSums
+
+            store = dist.PrefixStore("sums", self._store)
+            self._peer_sums = PeerSums(self.shard, store, self.device, dtype, rows, size, sums)
+        return self._peer_sums
+
     def abort(self) -> None:
         """End what is under way on a CUDA device, whoever will never come; nothing works any more.
 
         This waits until the graphs are gone that hold something of it, but for whoever calls it a second time.
         """
         if self._ending.acquire(blocking=False) and self._is_on_cuda:
+            if self._peer_sums is not None:
+                self._peer_sums.abort()
             self._processes.abort()
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:

@@ -51,8 +51,12 @@ class SummedEmbedding(nn.Module):
         return logits
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """The vectors [..., hidden] of `token_ids` [...], which any rank may have: the others add zeros."""
+        """The vectors [..., hidden] of `token_ids` [...], which any rank may have."""
+        return self._group.sum(self.part(token_ids))
+
+    def part(self, token_ids: Tensor) -> Tensor:
+        """The vectors [..., hidden] of those of `token_ids` [...] that the rank has; zeros for the others."""
         places = token_ids - self._first
         is_elsewhere = (places < 0) | (places >= len(self.weight))
-        vectors = self.table(places.clamp(0, len(self.weight) - 1))
-        return self._group.sum(vectors.masked_fill(is_elsewhere[..., None], 0.0))
+        vectors: Tensor = self.table(places.clamp(0, len(self.weight) - 1))
+        return vectors.masked_fill(is_elsewhere[..., None], 0.0)

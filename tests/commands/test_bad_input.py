@@ -3,13 +3,17 @@
 import gzip
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from threading import Timer
 
 import pytest
+import typer
 
+from twinserve.commands.app import COMMANDS, app
 from twinserve.settings.errors import InputError
 from twinserve.settings.limits import limit
 from twinserve.sim.model_configs import load_shape
@@ -204,12 +208,88 @@ def test_a_rate_excludes_what_says_how_dense_arrivals_are_too(twinserve, trace, 
     ("options", "word"),
     [
         (("--window-s", "0:1_0"), "0:1_0"), (("--replicas", 2, "--die", "\uff11:0:1"), "\uff11:0:1"),
-        (("--latency", "roofline:llama-3-8b@h100:tp=\uff11"), "\uff11"),
+        (("--latency", "roofline:llama-3-8b@h100:tp=\uff11"), "\uff11"), (("--block-size", "1_6"), "'1_6'"),
+        (("--vllm-args", "--max-num-seqs 1_6"), "'1_6'"), (("--vllm-args", "--max-model-len 1_6k"), "'1_6k'"),
+        (("--vllm-args", "--max-model-len infk"), "'infk'"),
     ],
 )  # fmt: skip
 def test_numbers_that_python_alone_reads_are_refused(twinserve, trace, latency, options, word):
     given = options if "--latency" in options else ("--latency", latency, *options)
     assert_refused(twinserve("sim", trace, *given), word)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan TRACE --model qwen3-0.6b --devices h100 --price h100=2_5",
+        "plan TRACE --model qwen3-0.6b --devices h100 --price 2 --try max_num_seqs=1_6",
+        "capacity TRACE --latency roofline:qwen3-0.6b@h100 --price +2",
+        "capacity TRACE --latency roofline:qwen3-0.6b@h100 --objective 'p99 TTFT of priority=\u0661 <= 1 s'",
+        "compare . . --max-error tpot_s.mean=0.2_5",
+        "trace make --out OUT --priority-shares 0.7_5,0.2_5",
+    ],
+)
+def test_so_are_those_within_a_text(twinserve, trace, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    words = [str(trace) if word == "TRACE" else word for word in shlex.split(command)]
+    if "--objective" not in words and "TRACE" in command:
+        words += ["--objective", "p99 TTFT <= 1 s"]
+    number = re.search("[+\u0661]|[0-9._]*_[0-9]", command.partition("--")[2])
+    assert number is not None
+    assert_refused(twinserve(*words), number[0])
+    assert not (tmp_path / "OUT").exists()
+
+
+def options():
+    """Each option of each command that takes a value: the words of the command, it, and the option."""
+    every = typer.main.get_command(app)
+    for words in COMMANDS:
+        command = every
+        for word in words.split():
+            command = command.commands[word]
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.is_flag:
+                yield words, command, parameter
+
+
+@pytest.mark.parametrize("text", ["1_6", "+16", " 16", "16\n", "\uff11\uff16"])
+def test_no_option_of_any_command_is_made_a_number_of_what_python_alone_reads(text):
+    """Each option of each command, by itself: its text is refused as it is written, or stays a text."""
+    refused = 0
+    for words, command, parameter in options():
+        if any(numbers_of(command, parameter, number) for number in ("1", "64")):
+            refused += 1
+            with pytest.raises(typer.BadParameter, match="is not written as a number"):
+                numbers_of(command, parameter, text)
+        else:
+            assert not numbers_of(command, parameter, text), (words, parameter.name)
+    assert refused > 250, refused
+
+
+def numbers_of(command, parameter, text):
+    """The numbers that an option of a command is once it is parsed; one that is refused for what it says is none."""
+    value = command.make_context("x", [parameter.opts[0], text], resilient_parsing=True).params[parameter.name]
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if type(one) in (int, float)]
+
+
+def test_numbers_of_a_file_are_those_of_toml(twinserve, trace, latency, tmp_path):
+    """Which has underscores between digits; a text is none, however it is written."""
+    config = tmp_path / "settings.toml"
+    config.write_text("block_size = 1_6\n")
+    assert twinserve("sim", trace, "--latency", latency, "--config", config, "--out", tmp_path / "run").code == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["block_size"] == 16
+    for text in ("'1_6'", "'16'"):
+        config.write_text(f"block_size = {text}\n")
+        result = twinserve("sim", trace, "--latency", latency, "--config", config)
+        assert_refused(result, f"block_size is {text}, expected: Input should be a valid integer")
+
+
+@pytest.mark.parametrize("table", ["collectives]\nranks", "measured_power]\nidle_w"])
+def test_nor_is_a_text_a_number_in_a_table_of_a_device(twinserve, trace, tmp_path, table):
+    device = tmp_path / "own.toml"
+    rest = "all_reduce_ns = 1\nlink = 1e9\n" if "ranks" in table else "active_w = 1\n"
+    device.write_text(f"base = 'h100'\n[{table} = '1_6'\n{rest}source = 'me'\n")
+    assert_refused(twinserve("sim", trace, "--latency", f"roofline:qwen3-0.6b@{device}"), "'1_6', expected: Input")
 
 
 @pytest.mark.parametrize("lengths", ["fixed:1_0", "fixed:\uff11", "lognormal:1_0:1", "lognormal:100:+1"])

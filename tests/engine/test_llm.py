@@ -80,7 +80,7 @@ def test_open_settings_are_resolved(llama, serving):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8', expected auto with sdpa"),
         (
             {"graph_options": GraphOptions(captured="none")},
-            "graph_options is GraphOptions(captured='none', longest_first=True, few_rows=True), "
+            "graph_options is GraphOptions(captured='none', longest_first=True, few_rows=True, peer_sums=True), "
             "expected None where steps are no",
         ),
         ({"token_maker": TokenMaker(513, 3)}, "expected 0 <= first_id < vocab_size <= 512"),

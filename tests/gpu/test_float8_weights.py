@@ -35,13 +35,13 @@ pytestmark = [
 
 
 def check_rows(found: Float8Rows, numbers: Tensor) -> None:
-    """Assert that rows in float8 are what `numbers` are rounded to; one in a thousand may be a step away, where the
-    kernel has another last bit before it rounds."""
+    """Assert that rows in float8 are what `numbers` are rounded to; one in a hundred may be a step away, where the
+    kernel has another last bit before it rounds, and halfway between two."""
     values, scale = AbsMaxQuantizer.quantize(numbers, dtype=FLOAT8)
     assert found.values.dtype == FLOAT8 and found.values.shape == numbers.shape and found.scale.shape == scale.shape
     torch.testing.assert_close(found.scale, scale, rtol=1e-5, atol=0)
     other = found.values.float() != values.float()
-    assert int(other.sum()) <= 1 + 1e-3 * numbers.numel()
+    assert int(other.sum()) <= 1 + 1e-2 * numbers.numel()
     # The next number of float8 is at most an eighth of a number away, or 2**-9.
     away = (found.values.float() - values.float()).abs()
     assert (away <= torch.maximum(values.float().abs() / 7, torch.tensor(2.0**-9, device="cuda"))).all()

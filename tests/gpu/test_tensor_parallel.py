@@ -16,6 +16,7 @@ import torch
 from engine_faults import check_abort_while_its_token_is_in_flight
 from engine_judge import GREEDY, Judge, Watcher, judge_of
 
+from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepError
 from twinserve.policies import SamplingParams
@@ -38,11 +39,18 @@ def over_ranks() -> Iterator[Callable[..., LLM]]:
     """Makes LLMs over so many devices, and closes them."""
     made: list[LLM] = []
 
-    def make(judge: Judge, execution: str, size: int = RANKS, dtype: str = "float32", **settings: Any) -> LLM:
+    def make(
+        judge: Judge,
+        execution: str,
+        size: int = RANKS,
+        dtype: str = "float32",
+        graph_options: GraphOptions | None = None,
+        **settings: Any,
+    ) -> LLM:
         values = {"block_size": 16, "num_gpu_blocks": 256, "max_num_seqs": 8} | settings
         options: dict[str, Any] = {"attention": "triton" if execution == "graphs" else "sdpa", "execution": execution}
         options |= {"device": "cuda", "dtype": dtype, "tensor_parallel_size": size}
-        made.append(LLM(judge.model, settings=Settings.load(values), **options))
+        made.append(LLM(judge.model, settings=Settings.load(values), graph_options=graph_options, **options))
         return made[-1]
 
     yield make
@@ -66,6 +74,14 @@ def test_chunks_hits_and_preemptions_change_no_token(over_ranks, name, execution
     assert watcher.chunks and watcher.mixed_steps and watcher.hit_tokens and watcher.preemptions
     assert len(sequences) == 6
     judge.check_all(sequences)
+
+
+@pytest.mark.parametrize("peer_sums", [True, False])
+def test_sums_by_memory_and_by_nccl_leave_every_token_as_it_is(over_ranks, peer_sums):
+    judge = judge_of("llama")
+    llm = over_ranks(judge, "graphs", graph_options=GraphOptions(peer_sums=peer_sums), max_num_batched_tokens=48)
+    assert (llm.runner._decoder._sums is not None) == peer_sums
+    judge.check_all(llm.run_trace(requests_of([60, 7, 33, 1], 24), params=GREEDY))
 
 
 @every_execution

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import json
+import symtable
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,29 @@ def write(tmp_path):
     return patch
 
 
+def unknown_names(source: str) -> set[str]:
+    """The names that a module reads and nobody defines: a bug with one would be caught for that alone."""
+
+    def tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+        yield table
+        for inner in table.get_children():
+            yield from tables(inner)
+
+    top = symtable.symtable(source, "", "exec")
+    own = {one.get_name() for one in top.get_symbols() if one.is_assigned() or one.is_imported() or one.is_namespace()}
+    read = {one.get_name() for table in tables(top) for one in table.get_symbols() if one.is_global() or table is top}
+    return read - own - set(dir(builtins)) - {"__file__", "__doc__", "__name__"}
+
+
+def test_names_that_nobody_defines_are_found():
+    known = (
+        "import a\nfrom b import c\nclass D:\n    e: int = c\n    def f(self, g):\n        return a, len(g), self.h\n"
+    )
+    assert unknown_names(known) == set()
+    assert unknown_names(known.replace("len(g)", "len(i)")) == {"i"}
+    assert unknown_names(known + "j = [k for k in m]\n") == {"m"}
+
+
 def test_there_are_many_and_each_says_in_its_first_line_what_is_wrong(runner):
     patches = sorted(FOLDER.glob("*.patch"))
     bugs = {runner.bug_of(patch) for patch in patches}
@@ -60,6 +86,7 @@ def test_each_applies_and_changes_alone_what_decides(runner):
             rooms = {copy / "policies", copy / "orders"}
             assert changed and {path.parent for path in changed if path != horizon} <= rooms, patch.name
             for path in changed:
+                assert not unknown_names(path.read_text()), patch.name
                 path.write_bytes(right[path])
 
 
@@ -73,6 +100,7 @@ def test_those_of_the_worlds_apply_one_by_one_and_change_alone_a_file_whose_test
             assert runner.apply(patch, copy) == "", patch.name
             (changed,) = [name for name, content in right.items() if (copy / name).read_bytes() != content]
             assert runner.tests_of(patch) == [f"tests/{test}" for test in runner.TESTS_OF[changed]]
+            assert not unknown_names((copy / changed).read_text()), patch.name
             (copy / changed).write_bytes(right[changed])
 
 

@@ -81,6 +81,10 @@ TESTS_OF = {
     "sim/replica.py": ("sim/test_replica.py", "sim/test_routers.py", "sim/test_fleet.py"),
     "engine/sampler.py": ("engine/test_sampler.py", "engine/test_sampling.py"),
     "engine/inference.py": ("test_speculation.py",),
+    "engine/model_runner.py": ("engine/test_speculation.py",),
+    "engine/speculation/proposers.py": ("engine/test_speculation.py",),
+    "engine/speculation/runner.py": ("engine/test_speculation.py",),
+    "sim/speculation.py": ("sim/test_speculation.py", "sim/test_drafted_runs.py"),
     "serving/metrics.py": ("traces/runs/test_speculative_records.py",),
 }
 """The test files of what is no policy, quick ones first."""

@@ -22,6 +22,7 @@ from twinserve.sim.speculation import (
     acceptance_of,
     fit_law,
     load_law,
+    output_of,
     save_law,
 )
 from twinserve.traces.generator import LengthSpec, generate
@@ -91,6 +92,40 @@ def test_shares_are_those_of_the_law_and_requests_differ_as_it_says():
     number = [alike.right(seq, 5, 2) for seq in seqs]
     assert statistics.mean(n >= 1 for n in number) == pytest.approx(0.7, abs=0.03)
     assert statistics.mean(n == 2 for n in number) == pytest.approx(0.35, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("is_async", "found_share", "lengths"), [(False, 0.0, [4, 1, 1]), (True, 0.0, [1, 1, 1]), (True, 1.0, [4, 1, 1])]
+)
+def test_of_drafts_that_are_all_right_only_those_that_were_found_are(is_async, found_share, lengths):
+    """A row with drafts, one without, and an admission padded with placeholders. Only decisions that run ahead give a
+    row drafts before anybody knows whether they are found."""
+    batch = Batch(1)
+    seqs = [Sequence([1] * 9, seq_id=number) for number in range(3)]
+    batch.seqs, batch.starts, batch.lengths, batch.prompts = seqs, [8, 8, 8], [4, 1, 4], [seqs[2]]
+    batch.drafts, batch.num_drafts_asked = {seqs[0]: 3, seqs[2]: 3}, 2
+    batch.count()
+    runs = output_of(batch, AcceptanceLaw((1.0,), found_share=found_share), is_async=is_async)
+    assert runs.lengths == lengths
+    assert runs.proposed == (None if is_async else [2 * found_share] * 3)
+
+
+def test_a_draw_belongs_to_a_seed_a_request_a_place_and_what_it_is_for():
+    """So the same draft of the same answer is right whatever row it lies in, and nothing else shares its draw."""
+    law = AcceptanceLaw((0.5,), found_share=0.5, seed=3)
+    seqs = [Sequence([1] * 5, seq_id=number) for number in range(40)]
+
+    def draws(law: AcceptanceLaw, seq: Sequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found, right = zip(*((law.found(seq, place, 1), law.right(seq, place, 1)) for place in range(30)), strict=True)
+        return found, right
+
+    drawn = [draws(law, seq) for seq in seqs] + [draws(replace(law, seed=4), seq) for seq in seqs]
+    assert drawn[:40] == [draws(replace(law), seq) for seq in seqs]
+    assert len({one for both in drawn for one in both}) == 160, "requests, seeds and what is found or right"
+    for seq, (_, right) in zip(seqs, drawn[:40], strict=True):
+        for place in range(20):
+            run = right[place : place + 8]
+            assert law.right(seq, place, 8) == (*run, 0).index(0), "up to the first that is not"
 
 
 def test_a_law_is_found_again_in_what_it_made(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 from twinserve.settings.own_class import identity
 from twinserve.traces.runs.metrics import PERCENTILES
 from twinserve.traces.runs.record import RunRecord
@@ -114,7 +115,7 @@ def parse_limits(texts: list[str]) -> dict[str, float]:
     for text in texts:
         metric, _, share = text.partition("=")
         try:
-            limits[metric] = float(share)
+            limits[metric] = float(plain(share))
         except ValueError as error:
             raise InputError(
                 "expected METRIC=SHARE, such as tpot_s.mean=0.25", field="max_error", value=text

@@ -16,7 +16,7 @@ from twinserve.traces.runs.metrics import SERVED, interpolated
 METRICS = ("ttft", "tpot", "e2e", "queue")
 """What is measured of a request: time to first token, per output token, of the whole, and from its arrival until it was
 first scheduled."""
-_STATISTIC = re.compile(r"mean|max|p(\d{1,2}(?:\.\d{1,3})?)")
+_STATISTIC = re.compile(r"mean|max|p([0-9]{1,2}(?:\.[0-9]{1,3})?)")
 _CLASS = re.compile(r"(tenant|priority|session|prompt)(>=|<|=)(.*)")
 
 
@@ -97,7 +97,7 @@ class Class:
         found = _CLASS.fullmatch(text)
         if found is None or (found[1] != "prompt" and found[2] != "="):
             raise ValueError("expected tenant=NAME, priority=N, session=N, prompt>=TOKENS or prompt<TOKENS")
-        if found[1] != "tenant" and not re.fullmatch(r"-?\d{1,18}", found[3]):
+        if found[1] != "tenant" and not re.fullmatch(r"-?[0-9]{1,18}", found[3]):
             raise ValueError(f"{text}: expected a number of at most 18 digits")
         self._name = "num_prompt_tokens" if found[1] == "prompt" else found[1]
         self._compare = {"=": eq, ">=": ge, "<": lt}[found[2]]

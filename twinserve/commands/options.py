@@ -14,6 +14,8 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand, TyperGroup
 
+from twinserve.settings.limits import plain
+
 TraceFile = Annotated[
     Path, typer.Argument(help="A trace in any of the formats of docs/traces.md, gzip or not; or a folder of WEKA's.")
 ]
@@ -61,6 +63,18 @@ class Command(TyperCommand):
     def get_short_help_str(self, limit: int = 0) -> str:
         return super().get_short_help_str(_WHOLE)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Numbers are looked at as they are written, which nobody sees any more once they are parsed."""
+        given, *_ = self.make_parser(ctx).parse_args(list(args))
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            if is_number(parameter) and (text := given.get(parameter.name)) is not None:
+                try:
+                    plain(text)
+                except ValueError as error:
+                    raise typer.BadParameter(str(error), ctx=ctx, param=parameter) from error
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -75,6 +89,11 @@ class Command(TyperCommand):
         for panel, records in sections.items():
             with formatter.section(panel):
                 formatter.write_dl(records)
+
+
+def is_number(parameter: Any) -> bool:
+    """Is an option or an argument of a command one number?"""
+    return parameter.type_descriptor.annotation in (int, float)
 
 
 class Group(TyperGroup):

@@ -12,6 +12,7 @@ from twinserve.commands.options import Force, Json, TraceFile, options_of
 from twinserve.commands.progress import say
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import in_place_of
+from twinserve.settings.limits import plain
 from twinserve.worlds.workload import TraceOptions
 
 LENGTHS_HELP = "fixed:N, lognormal:MEAN:CV, or empirical:FILE, the lengths of a trace."
@@ -140,6 +141,6 @@ def _numbers(text: str | None) -> list[float]:
         InputError: one is none.
     """
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        return [float(plain(part)) for part in text.split(",")] if text else []
     except ValueError as error:
         raise InputError("expected numbers such as 0.2,0.8", field="priority_shares", value=text) from error

@@ -15,6 +15,7 @@ from twinserve.planning.prices import Prices
 from twinserve.planning.sweep import Case, Plan, Store, load_plan
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 from twinserve.sim.roofline import RooflineLatency
 from twinserve.sim.splits import Split
 
@@ -108,7 +109,7 @@ def _value_of(word: str) -> Any:
     if word in ("true", "false"):
         return word == "true"
     try:
-        return int(word)
+        return int(plain(word))
     except ValueError:
         return word
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 
 
 class Workers:
@@ -85,7 +86,7 @@ def _connect(address: str) -> None:
         if address != "auto":
             # Ray itself would try for minutes.
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
+            socket.create_connection((host, int(plain(port))), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, OverflowError, RuntimeError) as error:
         message = " ".join(str(error).split())

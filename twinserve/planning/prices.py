@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 
 
 def kind_of(name: str) -> str:
@@ -38,7 +39,7 @@ class Prices:
         prices = {}
         for kind, given in value.items():
             try:
-                price = 0.0 if isinstance(given, bool) else float(given)
+                price = 0.0 if isinstance(given, bool) else float(plain(str(given)))
             except (TypeError, ValueError):
                 price = 0.0
             if not 0 < price < float("inf"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import plain
 from twinserve.settings.speculative import METHODS, SpeculativeConfig
 from twinserve.settings.vllm_versions import NEWEST, VERSIONS, Version
 from twinserve.sim.devices import DEVICES, GIB, Device
@@ -236,8 +237,8 @@ def _flags(text: str) -> Iterator[tuple[str, str, str | None]]:
 def _number(flag: str, text: str | None) -> int | float:
     """A number as vLLM writes it."""
     factor = _SUFFIXES.get((text or "")[-1:], 1)
-    digits = (text or "")[:-1] if factor > 1 else text or ""
     try:
+        digits = plain((text or "")[:-1] if factor > 1 else text or "")
         return float(digits) if flag == "watermark" else round(float(digits) * factor) if factor > 1 else int(digits)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"expected a number for --{flag}", field="vllm_args", value=text) from error

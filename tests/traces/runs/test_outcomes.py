@@ -48,6 +48,18 @@ def test_classes_hold_who_has_something_in_common(text, expected):
     assert [one.seq_id for one in map(outcome, range(5)) if Class(text).has(one)] == expected
 
 
+@pytest.mark.parametrize("text", ["priority=1_0", "priority=\u0661", "session=+1", "prompt<\u0669"])
+def test_a_class_of_numbers_that_python_alone_reads_is_none(text):
+    with pytest.raises(ValueError, match="expected a number of at most 18 digits"):
+        Class(text)
+
+
+def test_nor_is_a_percentile():
+    for statistic in ("p\u0669", "p9_9"):
+        with pytest.raises(ValueError, match=statistic):
+            Measure(statistic, "ttft")
+
+
 def test_the_first_and_the_last_seconds_are_left_out():
     everything = [outcome(number) for number in range(11)]
     assert [one.seq_id for one in judged(reversed(everything), 2.0, 3.5)] == [2, 3, 4, 5, 6]

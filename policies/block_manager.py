@@ -57,7 +57,7 @@ class BlockManager:
         self.blocks = [Block(i) for i in range(num_blocks or 0)]
         self._blank = list(range(num_blocks or 0))[::-1]  # free and without content; the last is used next
         self._cached = Block(-1)  # begins the ring of the others that are free, in the order of their use
-        self._num_cached = i64(0)
+        self.num_cached_blocks = i64(0)
         self.prefix_cache: PrefixCache | None = None
         self.evicts: Callable[[list[int]], None] | None = None  # is told of cached blocks before they are used again
         self._holders: dict[Sequence, None] = {}
@@ -65,7 +65,7 @@ class BlockManager:
     @property
     def num_free_blocks(self) -> int:
         """Free blocks, cached ones included; ENDLESS in a pool without end."""
-        return ENDLESS if self.num_blocks is None else len(self._blank) + self._num_cached
+        return ENDLESS if self.num_blocks is None else len(self._blank) + self.num_cached_blocks
 
     @property
     def cacheable_tokens(self) -> i64:
@@ -75,7 +75,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some sequence holds."""
-        return len(self.blocks) - len(self._blank) - self._num_cached
+        return len(self.blocks) - len(self._blank) - self.num_cached_blocks
 
     @property
     def used_block_ids(self) -> set[int]:
@@ -134,7 +134,7 @@ class BlockManager:
             block.ref_count -= 1
             if not block.ref_count:
                 block.enter(self._cached)
-                self._num_cached += 1
+                self.num_cached_blocks += 1
         seq.block_table = []
         seq.num_block_tokens = seq.num_registered_tokens = 0
         self._holders.pop(seq, None)
@@ -184,7 +184,7 @@ class BlockManager:
             block = self.blocks[block_id]
             if not block.ref_count:
                 block.before.after, block.after.before = block.after, block.before  # out of the ring
-                self._num_cached -= 1
+                self.num_cached_blocks -= 1
             block.ref_count += 1
         seq.tokens_per_block = self.block_size
         self.grow(seq, hits + self.take(self.blocks_for(num_tokens)))
@@ -222,7 +222,7 @@ class BlockManager:
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
             self._blank = self.free_block_ids[::-1]
-            self._cached, self._num_cached = Block(-1), 0
+            self._cached, self.num_cached_blocks = Block(-1), 0
         return True
 
     def take(self, count: int) -> list[int]:
@@ -241,7 +241,7 @@ class BlockManager:
                 taken.append(block.block_id)
                 block = block.after
             self._cached.after, block.before = block, self._cached
-            self._num_cached -= missing
+            self.num_cached_blocks -= missing
             if self.evicts is not None:
                 self.evicts(taken[count - missing :])
             assert self.prefix_cache is not None

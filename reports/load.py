@@ -25,8 +25,8 @@ def load_figure(runs: list[Run], asked: Asked | None) -> Figure | None:
     span_s = max((_arrivals_s(run).max(initial=0.0) for run in drawn), default=0.0)
     if not drawn or span_s <= 0:
         return None
-    width_s = _nice(float(span_s) / _STRETCHES)
-    edges = np.arange(0.0, span_s + width_s, width_s)
+    edges = stretches(float(span_s))
+    width_s = float(edges[1])
     panels = [(120, base_axis("arrivals<br>(requests/s)", rangemode="tozero", nticks=5))]
     if asked is not None:
         panels.append((120, base_axis("goodput<br>(requests/s)", rangemode="tozero", nticks=5)))
@@ -35,13 +35,13 @@ def load_figure(runs: list[Run], asked: Asked | None) -> Figure | None:
     for run in drawn:
         arrivals_s = _arrivals_s(run)
         came, _ = np.histogram(arrivals_s, edges)
-        data.append(_line(run, edges, came / width_s, "y", "requests/s came in", showlegend=len(drawn) > 1))
+        data.append(stretch_line(run, edges, came / width_s, "y", "requests/s came in", showlegend=len(drawn) > 1))
         if asked is not None:
             good, _ = np.histogram(arrivals_s[asked.kept(run)], edges)
             with np.errstate(invalid="ignore"):
                 share = np.where(came > 0, good / came * 100, np.nan)
-            data.append(_line(run, edges, good / width_s, "y2", "requests/s keep the limits"))
-            data.append(_line(run, edges, share, "y3", "% keep the limits"))
+            data.append(stretch_line(run, edges, good / width_s, "y2", "requests/s keep the limits"))
+            data.append(stretch_line(run, edges, share, "y3", "% keep the limits"))
     layout = stacked_layout(panels, time_axis()) | {"hovermode": "x"}
     notes = [f"A point is {duration(width_s)} of arrivals."]
     if asked is not None and asked.share is not None:
@@ -73,6 +73,12 @@ def _arrivals_ns(run: Run) -> np.ndarray:
     return np.fromiter((row["arrival_ns"] for row in run.requests), np.int64)
 
 
+def stretches(span_s: float) -> np.ndarray:
+    """The ends of equal stretches of time, of a round number of seconds, which hold a span that begins at 0."""
+    width_s = _nice(span_s / _STRETCHES)
+    return np.arange(0.0, max(span_s + width_s, 2 * width_s), width_s)
+
+
 def _nice(seconds: float) -> float:
     """A round number of seconds, at least so many."""
     for power in range(-6, 7):
@@ -82,7 +88,12 @@ def _nice(seconds: float) -> float:
     return seconds
 
 
-def _line(run: Run, edges: np.ndarray, values: np.ndarray, y_axis: str, what: str, **changes: Any) -> Trace:
+def stretch_line(run: Run, edges: np.ndarray, values: np.ndarray, y_axis: str, what: str, **changes: Any) -> Trace:
+    """A run's values in stretches of time, each at the middle of its own; NaN is none.
+
+    Args:
+        what: what is said behind a value.
+    """
     return {
         "type": "scatter",
         "mode": "lines",

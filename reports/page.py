@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ from twinserve.reports.finder import finder
 from twinserve.reports.fleets import replica_figure, replica_table
 from twinserve.reports.gantt import request_figure
 from twinserve.reports.html import contents, drawn, html_page, section, side_by_side
+from twinserve.reports.kv import kv_figure
 from twinserve.reports.load import load_figure, rate_of
 from twinserve.reports.replayed import Replayed, replayed
 from twinserve.reports.residuals import residual_figure
@@ -34,7 +36,7 @@ from twinserve.reports.tables import (
 )
 from twinserve.reports.terms import definitions
 from twinserve.reports.text import count, duration, number, percent, plain, share_of_limit
-from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.reports.timelines import batch_figure
 from twinserve.reports.waits import waits_tables
 from twinserve.settings.files import refuse_existing, write_whole
 from twinserve.traces.runs.compare import differing_settings, name_of, value_of
@@ -75,6 +77,7 @@ def _page(runs: list[Run], asked: Asked | None, watch: Watch) -> str:
     for run in runs:
         with watch(f"deciding {run.label} again", sum(len(part.record.steps) for part in run.parts)) as listener:
             again.append(replayed(run, listener))
+    runs = [replace(run, cached=found.cached) for run, found in zip(runs, again, strict=True)]
     with watch("drawing", None):
         sections = list(_sections(runs, asked, again))
     head = f"<header>\n{_header(runs, asked, again)}</header>\n{contents(title for title, _ in sections)}"
@@ -89,7 +92,7 @@ def _sections(runs: list[Run], asked: Asked | None, again: list[Replayed]) -> It
     latencies = (latency_figure(runs, metric, asked) for metric in LATENCIES)
     yield "Latency distributions", side_by_side(latencies)
     yield "Batch over time", drawn(batch_figure(runs))
-    yield "KV blocks and preemptions", drawn(kv_figure(runs))
+    yield "KV blocks, prefix hits and preemptions", drawn(kv_figure(runs))
     if drafting := drafting_runs(runs):
         yield "Drafts", f"{drafts_table(drafting)}\n{drawn(acceptance_figure(drafting))}"
     for place, run in enumerate(runs):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from twinserve.settings.errors import InputError
 from twinserve.traces.formats.recorded import replica_place
 from twinserve.traces.runs.fleet_record import is_fleet, load_replicas
 from twinserve.traces.runs.metrics import SERVED, token_gaps
+from twinserve.traces.runs.pools import Cached
 from twinserve.traces.runs.record import RunRecord
 from twinserve.traces.runs.tables import LATENCY_NS
 
 _TOTALS = ("tokens", "prompt_tokens", "decode_tokens", "used_blocks", "waiting", "running")
+STORED = "stored_blocks"
 _NEVER = np.iinfo(np.int64).max
 _LONGEST_LABEL = 32
 
@@ -79,12 +82,14 @@ class Part:
         origin_ns: time 0 of the figures.
         replica: its number.
         died_s: when it went down with all that it held; None where it did not.
+        cached: None where the record was not decided again exactly.
     """
 
     record: RunRecord
     origin_ns: int
     replica: int = 0
     died_s: float | None = None
+    cached: Cached | None = None
 
     @cached_property
     def has_decisions(self) -> bool:
@@ -94,14 +99,17 @@ class Part:
     @cached_property
     def steps(self) -> Steps:
         """The steps as columns; `totals` is empty where the record keeps no decisions."""
-        rows = self.record.steps
-        start_ns, end_ns = (_column(rows, field) for field in ("start_ns", "end_ns"))
-        order = np.argsort(start_ns, kind="stable")
+        rows, order = self.record.steps, self._order
+        start_ns, end_ns = (_column(rows, field)[order] for field in ("start_ns", "end_ns"))
         return Steps(
-            self.seconds(start_ns[order]),
-            (end_ns - start_ns)[order] / 1e9,
+            self.seconds(start_ns),
+            (end_ns - start_ns) / 1e9,
             {field: _column(rows, field)[order] for field in (*_TOTALS, "kv_tokens") if self._has(field)},
         )
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(_column(self.record.steps, "start_ns"), kind="stable")
 
     def _has(self, field: str) -> bool:
         return self.has_decisions and all(field in row for row in self.record.steps)
@@ -123,13 +131,27 @@ class Part:
         return idle_s if self.died_s is None else np.append(idle_s[idle_s < self.died_s], self.died_s)
 
     def over_time(self, total: str) -> tuple[np.ndarray, np.ndarray]:
-        """When a total changed, and to what: each step's value holds until the next one starts, and 0 while idle."""
+        """When a total changed, and to what: each step's value holds until the next one starts, and 0 while idle.
+
+        That of STORED is the blocks in use and those that are cached, which stay while nothing runs.
+        """
+        values, idle = self._stored() if total == STORED else (self.steps.totals[total], 0 * self.idle_from_s)
         x = np.concatenate([self.steps.start_s, self.idle_from_s])
-        y = np.concatenate([self.steps.totals[total], np.zeros(len(self.idle_from_s), dtype=np.int64)])
+        y = np.concatenate([values, idle.astype(np.int64)])
         order = np.argsort(x, kind="stable")
         if self.died_s is not None:
             order = order[x[order] <= self.died_s]  # a step may have been due later
         return x[order], y[order]
+
+    def _stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks with content in each step, and from each instant on from which nothing runs."""
+        assert self.cached is not None
+        behind, left = (np.array(counts, np.int64)[self._order] for counts in (self.cached.behind, self.cached.left))
+        at = np.searchsorted(self.steps.start_s, self.idle_from_s, "right") - 1
+        idle = np.where(at >= 0, left[np.maximum(at, 0)], 0)
+        if self.died_s is not None:
+            idle[-1] = 0
+        return self.steps.totals["used_blocks"] + behind, idle
 
     @cached_property
     def preemptions(self) -> list[tuple[float, list[int]]]:
@@ -154,12 +176,14 @@ class Run:
     Attributes:
         label: the name of the record's folder, with as much of its path as tells it from the others.
         replicas: of a fleet, the records of its replicas.
+        cached: of the record, or of each of its replicas; none where they were not decided again exactly.
     """
 
     record: RunRecord
     label: str
     style: Style
     replicas: tuple[RunRecord, ...] = ()
+    cached: tuple[Cached, ...] = ()
 
     @property
     def text(self) -> str:
@@ -221,17 +245,17 @@ class Run:
     def parts(self) -> list[Part]:
         """Where it took place: itself, or every replica of a fleet for each time that it was up."""
         if not self.replicas:
-            return [Part(self.record, self.origin_ns)]
+            return [Part(self.record, self.origin_ns, cached=next(iter(self.cached), None))]
         outages: dict[int, list[float]] = {}
         for replica, begin_s, _ in self.outages:
             if begin_s > 0:
                 outages.setdefault(replica, []).append(begin_s)
         parts = []
-        for record in self.replicas:
+        for record, cached in zip_longest(self.replicas, self.cached):
             replica, life = replica_place(record.path) or (0, 0)
             deaths = sorted(outages.get(replica, ()))
             died_s = deaths[life] if life < len(deaths) else None
-            parts.append(Part(record, self.origin_ns, replica, died_s))
+            parts.append(Part(record, self.origin_ns, replica, died_s, cached))
         return parts
 
     @cached_property

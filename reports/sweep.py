@@ -292,7 +292,9 @@ def _case_table(cases: Sequence[PageCase]) -> str:
 
 
 def _sort_key(case: PageCase, head: str, is_varied: bool) -> Any:
-    return case.varied.get(head) if is_varied else case.values.get(head, Estimate(None)).mean
+    if is_varied:
+        return case.varied.get(head)
+    return case.words[head] if head in case.words else case.values.get(head, Estimate(None)).mean
 
 
 def case_columns(cases: Sequence[PageCase]) -> tuple[list[str], list[list[str]]]:

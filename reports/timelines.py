@@ -1,4 +1,4 @@
-"""What a run did over time: its batch and its KV blocks."""
+"""What a run did over time: its batch, and how lines over time are drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from twinserve.reports.drawing import MUTED, Figure, Trace, axis_names, base_axis, said_of, stacked_layout, time_axis
-from twinserve.reports.runs import Run
+from twinserve.reports.runs import STORED, Run
 from twinserve.reports.text import count
 from twinserve.reports.thin import FINE_BINS, GROUPS, LINE_POINTS, Bins, binned
 
@@ -19,8 +19,11 @@ _MEANING = {
     "waiting": "waiting",
     "tokens": "tokens in all",
     "decode_tokens": "decode tokens",
-    "used_blocks": "blocks in use",
+    "used_blocks": "blocks held",
+    STORED: "blocks held or cached",
 }
+Area = tuple[str, str, str]
+"""A total over time, the color that fills what is below it, and what that is."""
 
 
 def batch_figure(runs: list[Run]) -> Figure | None:
@@ -37,39 +40,15 @@ def batch_figure(runs: list[Run]) -> Figure | None:
         sheet.add_line(run, "waiting", "y2", showlegend=False)
         title = said_of(run, drawn, "tokens") + "<br>in the step" + ("s" if len(run.parts) > 1 else "")
         panels.append((140, base_axis(title, nticks=5, range=[0, most * 1.05], tickformat="~s")))
-        sheet.add_areas(run, tokens_axis)
+        areas = [("tokens", run.style.middle, "prompt tokens"), ("decode_tokens", run.style.full, "decode tokens")]
+        sheet.add_areas(run, tokens_axis, areas, most=("tokens", "most tokens of a step"))
     caption = (
         "Look for requests that wait while few are running, and for prompt tokens (fainter, on top of the decode "
         "tokens) that fill whole steps."
     )
     layout = stacked_layout(panels, time_axis()) | {"hovermode": "x"}
-    notes = sheet.notes() + _missing_note(runs)
+    notes = sheet.notes() + missing_note(runs)
     return Figure("batch", "", caption, sheet.data, layout, notes, sheet.detail(), is_linked=True)
-
-
-def kv_figure(runs: list[Run]) -> Figure | None:
-    """Used KV blocks over time, and when requests were preempted; None where no record knows them."""
-    drawn = [run for run in runs if run.has_decisions]
-    if not drawn:
-        return None
-    sheet = Sheet(drawn)
-    for run in drawn:
-        sheet.add_line(run, "used_blocks", "y", showlegend=len(drawn) > 1)
-    panels = [(200, _blocks_axis(drawn))]
-    notes = [_peak_note(drawn), *sheet.notes(), *_missing_note(runs)]
-    if any(run.preemptions for run in drawn):
-        labels = [run.text for run in drawn] if len(drawn) > 1 else ["preempted"]
-        lanes = {"tickvals": list(range(len(drawn))), "ticktext": labels, "range": [len(drawn) - 0.5, -0.5]}
-        panels.append((22 * len(drawn), base_axis("", ticks="", showgrid=False, showline=False, **lanes)))
-        sheet.data += [_preemption_marks(run, lane) for lane, run in enumerate(drawn)]
-    if any(len(run.preemptions) > LINE_POINTS for run in drawn):
-        notes.append(f"Preemptions that lie close together share a mark: at most {LINE_POINTS:,} a run.")
-    caption = (
-        "Look for a curve that stays at the end of the pool: from there on requests wait, or are preempted (upright "
-        "marks) and computed again."
-    )
-    layout = stacked_layout(panels, time_axis()) | {"hovermode": "x"}
-    return Figure("kv", "", caption, sheet.data, layout, notes, sheet.detail(), is_linked=True)
 
 
 class Sheet:
@@ -97,19 +76,27 @@ class Sheet:
         hover = f"%{{y:,.4~g}} {_MEANING[total]}{how}<extra>{run.text}</extra>"
         self._draw(run, line, "mean", width=1.4, **changes, hovertemplate=hover)
 
-    def add_areas(self, run: Run, y_axis: str) -> None:
-        """The tokens of steps, those of decodes over those of all; of a long run means, below a line of the most."""
-        for total, color, what in (
-            ("tokens", run.style.middle, "prompt tokens"),
-            ("decode_tokens", run.style.full, "decode tokens"),
-        ):
+    def add_areas(self, run: Run, y_axis: str, areas: list[Area], *, most: tuple[str, str]) -> None:
+        """Totals as areas, each over those before it; of a long run means, and a line of the most that one of them had.
+
+        Args:
+            most: which of them, and what is said of the line.
+        """
+        for total, color, what in areas:
             line, how = self._line_of(run, total, _AREA_POINTS)
             hover = f"%{{y:,.4~g}} {_MEANING[total]}{how}<extra>{run.text}</extra>"
             area = {"fill": "tozeroy", "fillcolor": color, "name": said_of(run, self._runs, what), "yaxis": y_axis}
             self._draw(run, line, "mean", width=0.5, color=color, hovertemplate=hover, **area)
-            if isinstance(line, Bins) and total == "tokens":
-                name, hover = said_of(run, self._runs, "most tokens of a step"), "%{y:,} at most<extra></extra>"
+            if isinstance(line, Bins) and total == most[0]:
+                name, hover = said_of(run, self._runs, most[1]), "%{y:,} at most<extra></extra>"
                 self._draw(run, line, "high", width=0.8, color=MUTED, name=name, hovertemplate=hover, yaxis=y_axis)
+
+    def add_level(self, run: Run, value: int, y_axis: str, what: str) -> None:
+        """What lies below a value that stays, behind the areas of a run."""
+        x = np.array([0.0, run.over_time("used_blocks")[0][-1]])
+        area = {"fill": "tozeroy", "fillcolor": run.style.pale, "name": said_of(run, self._runs, what)}
+        quiet = {"hoverinfo": "skip", "yaxis": y_axis}
+        self._draw(run, (x, np.array([value, value])), "mean", width=0.5, color=run.style.pale, **area, **quiet)
 
     def _line_of(
         self, run: Run, total: str, most: int = LINE_POINTS
@@ -157,7 +144,7 @@ class Sheet:
         ]
 
 
-def _missing_note(runs: list[Run]) -> list[str]:
+def missing_note(runs: list[Run]) -> list[str]:
     """A sentence that says whose steps cannot be drawn, if there is any such run."""
     missing = [run.text for run in runs if not run.has_decisions]
     return [f"Not drawn, because its record keeps no decisions: {', '.join(missing)}."] if missing else []
@@ -168,45 +155,3 @@ def _count_axis(runs: list[Run], total: str) -> dict[str, Any]:
     most = max(int(run.over_time(total)[1].max(initial=0)) for run in runs)
     ticks = {"dtick": 1} if most <= 4 else {"nticks": 5}
     return base_axis(f"requests<br>{total}", range=[0, max(1, most) * 1.05], **ticks)
-
-
-def _blocks_axis(runs: list[Run]) -> dict[str, Any]:
-    """The axis of used blocks, with shares of the pool where all runs have the same."""
-    pools = {run.pool for run in runs}
-    pool = pools.pop() if len(pools) == 1 else None
-    if pool is None:
-        return base_axis("used KV blocks", rangemode="tozero", nticks=6)
-    ticks = [pool * quarter / 4 for quarter in range(5)]
-    texts = ["0", *(f"{round(tick):,}<br>{tick / pool:.0%}" for tick in ticks[1:])]
-    return base_axis("used KV blocks", range=[0, pool * 1.04], tickvals=ticks, ticktext=texts)
-
-
-def _peak_note(runs: list[Run]) -> str:
-    peaks = []
-    for run in runs:
-        most = int(run.over_time("used_blocks")[1].max(initial=0))
-        pool = "a pool without end" if run.pool is None else f"{run.pool:,} ({most / run.pool:.0%})"
-        peaks.append(said_of(run, runs, f"{most:,} of {pool}", ": "))
-    preempted = [said_of(run, runs, f"{run.summary['preemptions']:,}", ": ") for run in runs]
-    return f"Most blocks in use: {', '.join(peaks)}. Preemptions: {', '.join(preempted)}."
-
-
-def _preemption_marks(run: Run, lane: int) -> Trace:
-    """An upright mark for each decision that preempted; neighbours share one where there are too many."""
-    times = np.array([time for time, _ in run.preemptions])
-    sizes = np.array([len(ids) for _, ids in run.preemptions])
-    if len(times) > LINE_POINTS:
-        edges = np.linspace(times[0], times[-1], LINE_POINTS + 1)[1:-1]
-        _, first, group = np.unique(np.searchsorted(edges, times, "right"), return_index=True, return_inverse=True)
-        times, sizes = times[first], np.bincount(group, weights=sizes).astype(np.int64)
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": times,
-        "y": np.full(len(times), lane),
-        "yaxis": "y2",
-        "marker": {"symbol": "line-ns-open", "size": 12, "color": run.style.full, "line": {"width": 1.2}},
-        "customdata": sizes,
-        "hovertemplate": "%{customdata} preempted at %{x:.3f} s<extra></extra>",
-        "showlegend": False,
-    }

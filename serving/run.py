@@ -88,14 +88,19 @@ class EngineModel:
 
 
 def _listening(options: ServeOptions) -> socket.socket:
-    """A socket that is bound where the server is to listen.
+    """A socket that is bound where the server is to listen, whose connections send what they are given at once.
+
+    asyncio sees to the latter only of sockets that say their protocol. Else the second piece of an answer, its body or
+    a token of a stream, waits until the client has acknowledged the first, which Linux delays by 40 ms.
 
     Raises:
         InputError: it cannot be.
     """
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((options.host, options.port), family=family)
+        listener = socket.create_server((options.host, options.port), family=family)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         problem = f"cannot be listened at: {error.strerror or error}"
         raise InputError(problem, field="host and port", value=f"{options.host}:{options.port}") from error

@@ -19,6 +19,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads of each would wait for those of the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Looking for garbage among what is imported takes seconds: there is none before tests run.
+gc.disable()
+
+# Whether a file is on the disk when it gets its name is nothing that a test could see, and would be waited for.
+os.fsync = lambda descriptor: None
+
 # Processes of pytest-xdist have one of their own, and what is printed would be as wide.
 os.environ.pop("COLUMNS", None)
 
@@ -51,6 +57,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now is not looked through for garbage again and again, which took seconds with torch."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

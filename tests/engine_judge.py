@@ -114,12 +114,14 @@ class Judge:
     """Holds greedy tokens against transformers, which is given all of a text at once or generates it.
 
     Where the reference's two best logits are closer than NEAR_TIE, either of them is right: the difference is counted,
-    and the reference goes on from the token that was taken.
+    and the reference goes on from the token that was taken. What was found right in one batch is not held against
+    it again in another.
     """
 
     model: nn.Module
     near_ties: int = 0
     _generated: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    _right: set[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         """The reference's next tokens, whatever ends a text."""
@@ -140,6 +142,8 @@ class Judge:
 
     def check(self, prompt: list[int], tokens: list[int]) -> None:
         """Assert that each of `tokens` is what the reference finds most probable after `prompt` and those before it."""
+        if (tuple(prompt), tuple(tokens)) in self._right:
+            return
         logits = self.model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :][: len(tokens)]
         best, margins = logits.topk(2).indices.tolist(), logits.topk(2).values.diff().neg()[:, 0].tolist()
         for place, (token, two, margin) in enumerate(zip(tokens, best, margins, strict=True)):
@@ -151,6 +155,7 @@ class Judge:
             )
             self.near_ties += 1
             print(f"near tie at token {place} after a prompt of {len(prompt)}: {margin:.2e}")
+        self._right.add((tuple(prompt), tuple(tokens)))
 
     def check_all(self, sequences: list[Sequence], num_tokens: int | None = None) -> None:
         """Assert that each sequence's tokens are the reference's, and that there are `num_tokens` of them."""

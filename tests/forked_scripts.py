@@ -1,6 +1,6 @@
-"""What scripts say to `--help`, each in a process forked from one that has imported torch and the like.
+"""Scripts, each in a process forked from one that has imported torch, the like of it, and most of what is ours.
 
-A script so takes what it does, and not the seconds that those imports take; what is ours each imports itself.
+A script so takes what it does, and not the seconds that those imports take.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+IMPORTED = (
+    *("httpx", "plotly.graph_objects", "scipy.optimize", "torch", "transformers.models.llama"),
+    *(f"twinserve.{name}" for name in ("commands.app", "engine.llm", "engine.profile", "reports.page", "serving.run")),
+    *(f"twinserve.planning.{name}" for name in ("deployments", "tune", "upgrade")),
+)
+
 
 @cache
 def _server() -> subprocess.Popen[str]:
@@ -28,14 +34,19 @@ def _server() -> subprocess.Popen[str]:
 @cache
 def help_of(script: Path) -> subprocess.CompletedProcess[str]:
     """How `python SCRIPT --help` ends, and what it says."""
-    server = _server()
+    return run_script(script, "--help")
+
+
+def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """How `python SCRIPT ARGUMENTS` ends, and what it says."""
+    server, words = _server(), [str(script), *arguments]
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(f"{script}\n")
+    server.stdin.write(json.dumps(words) + "\n")
     server.stdin.flush()
-    return subprocess.CompletedProcess([script, "--help"], *json.loads(server.stdout.readline()))
+    return subprocess.CompletedProcess(words, *json.loads(server.stdout.readline()))
 
 
-def _run(script: str) -> tuple[int, str, str]:
+def _run(words: list[str]) -> tuple[int, str, str]:
     """The status, stdout and stderr of a script."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
@@ -44,8 +55,8 @@ def _run(script: str) -> tuple[int, str, str]:
             try:
                 for file, number in ((out, 1), (err, 2)):
                     os.dup2(file.fileno(), number)
-                sys.argv, sys.path[0] = [script, "--help"], str(Path(script).parent)
-                runpy.run_path(script, run_name="__main__")
+                sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+                runpy.run_path(words[0], run_name="__main__")
                 status = 0
             except SystemExit as end:
                 status = int(end.code or 0)
@@ -62,10 +73,10 @@ def _run(script: str) -> tuple[int, str, str]:
 
 def _serve() -> None:
     """Work off what comes, a line each, until there is no more."""
-    for name in ("plotly.graph_objects", "pydantic", "scipy.optimize", "torch", "transformers"):
+    for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
-        print(json.dumps(_run(line.rstrip("\n"))), flush=True)
+        print(json.dumps(_run(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from twinserve.engine.hub import chat_prompt, fetch
+from twinserve.engine.hub import fetch
 from twinserve.engine.hub.package_index import is_fetched
 
 SUBJECTS = ["tiny", "smollm2"]
@@ -88,7 +88,7 @@ def _smollm2() -> Subject:
         model=LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False),
         tokenizer=tokenizer,
         prompts=("The capital of France is",),
-        ending_prompt=tokenizer.decode(chat_prompt(tokenizer, "What is the capital of France?")),
+        ending_prompt="<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     )
 
 

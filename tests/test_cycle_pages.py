@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,16 @@ def test_a_page_in_korean_has_the_parts_of_the_english_one(page):
 
     missing = linked(english, FOLDER) - linked(korean, FOLDER / "ko")
     assert not missing and len(re.findall("[가-힣]", korean)) > 300
+    for each in (r"`[^`\n]+`", r"\d[\d,.]*\d|\d"):
+        own, theirs = (Counter(re.findall(each, text)) for text in (korean, english))
+        assert not theirs - own, f"names or figures that the page in Korean lacks: {theirs - own}"
+
+
+@pytest.mark.parametrize("page", KOREAN)
+def test_a_page_in_korean_leads_to_others_in_korean(page):
+    """But for the page that it translates."""
+    led = set(re.findall(r"\]\(\.\./([\w-]+)\.md", KOREAN[page]))
+    assert led & KOREAN.keys() == {page}
 
 
 def test_every_cycle_is_there_in_both_languages_and_each_links_to_the_other():

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from forked_scripts import help_of
 
-from twinserve.commands.app import app
+from twinserve.commands.app import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "results.md"])
@@ -61,7 +60,7 @@ def test_commands_in_pages_exist(page):
 
 def check_twinserve(words: list[str], where: str) -> None:
     """Every subcommand and option is one of the command line's, and as many arguments are given as it wants."""
-    command = typer.main.get_command(app)
+    command = parser()
     while hasattr(command, "commands"):
         assert words and words[0] in command.commands, where
         command, words = command.commands[words[0]], words[1:]

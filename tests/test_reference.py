@@ -9,10 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
 import twinserve.traces.runs
-from twinserve.commands.app import COMMANDS, app
+from twinserve.commands.app import COMMANDS, parser
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
@@ -35,7 +34,7 @@ def section(page: str, title: str) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_has_its_options_there_or_a_link_to_them(pages, name):
-    text, command = section(pages["commands.md"], name), typer.main.get_command(app)
+    text, command = section(pages["commands.md"], name), parser()
     for word in name.split():
         command = command.commands[word]
     assert COMMANDS[name][1] in text

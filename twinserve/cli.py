@@ -102,13 +102,13 @@ def _run(signals: _Signals) -> int:
     # What the command-line parser raises for every misuse.
     usage_error: Any = typer.BadParameter.__mro__[1]
     try:
-        from twinserve.commands.app import app
+        from twinserve.commands.app import parser
 
         signals.begin()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-        code = app(prog_name="twinserve", standalone_mode=False)
+        code = parser()(prog_name="twinserve", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
         return int(code or 0)

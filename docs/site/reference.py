@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel
 
 import twinserve.traces.runs
-from twinserve.commands.app import COMMANDS, app
+from twinserve.commands.app import COMMANDS, parser
 from twinserve.engine.options import EngineOptions
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
@@ -54,7 +54,7 @@ def pages() -> dict[str, str]:
 
 def commands() -> str:
     """Every command: what it does, a call of it, and its options; those of settings by a link."""
-    group = typer.main.get_command(app)
+    group = parser()
     parts = ["# Commands\n", "Made from the code; `twinserve COMMAND -h` says the same on a terminal.\n"]
     for name, (_, example) in COMMANDS.items():
         command: Any = group

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
-from twinserve.commands.app import app
+from twinserve.commands.app import parser
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.sim.profiles import Profile
 
@@ -82,7 +81,7 @@ every_command = pytest.mark.parametrize("command", ["run", "profile", "generate"
 
 @every_command
 def test_a_command_takes_every_option(command):
-    known = {option for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts}
+    known = {option for parameter in parser().commands[command].params for option in parameter.opts}
     assert {f"--{name.replace('_', '-')}" for name in EngineOptions.model_fields} <= known
 
 

@@ -6,9 +6,8 @@ import re
 import shlex
 
 import pytest
-import typer
 
-from twinserve.commands.app import COMMANDS, GROUPS, app
+from twinserve.commands.app import COMMANDS, GROUPS, parser
 
 NAMES = sorted({*COMMANDS, *GROUPS})
 
@@ -20,7 +19,7 @@ def narrow(monkeypatch):
 
 def command_of(words: list[str]):
     """A command of the command line, and what is left of the words."""
-    command = typer.main.get_command(app)
+    command = parser()
     while words and hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     return command, words

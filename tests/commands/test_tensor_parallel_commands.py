@@ -6,9 +6,8 @@ import json
 import socket
 
 import pytest
-import typer
 
-from twinserve.commands.app import app
+from twinserve.commands.app import parser
 
 pytest.importorskip("torch")
 
@@ -40,7 +39,7 @@ def with_trace(shape):
 
 @pytest.mark.parametrize("command", ["run", "profile", "generate", "serve"])
 def test_a_command_takes_a_number_of_ranks(command):
-    known = {option for parameter in typer.main.get_command(app).commands[command].params for option in parameter.opts}
+    known = {option for parameter in parser().commands[command].params for option in parameter.opts}
     assert "--tensor-parallel-size" in known
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from engine_judge import GREEDY, NEAR_TIE
-from transformers import AutoTokenizer, LlamaForCausalLM
+from guide_models import subject
+from transformers import AutoTokenizer
 
 from twinserve.engine.hub import chat_prompt, fetch
 from twinserve.engine.hub.package_index import is_fetched
@@ -50,7 +51,7 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def reference(folder):
     """The model as transformers runs it."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return subject("smollm2").model
 
 
 @pytest.fixture

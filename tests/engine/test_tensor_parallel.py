@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_judge import GREEDY, Judge, Watcher, judge_of, tiny
 from forked_processes import forked
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from guide_models import subject
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from twinserve.engine.hub import chat_prompt, fetch
-from twinserve.engine.hub.package_index import is_fetched
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import Clock, Inbox, StepError, serve
 from twinserve.engine.parallel import ranks
@@ -37,7 +36,6 @@ from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 from twinserve.traces.runs.replay import replay
 
 ROOT = Path(__file__).resolve().parents[2]
-SMOLLM2 = "smollm2-135m"
 WIDE = {"block_size": 16, "num_gpu_blocks": 256}
 SETTINGS = Settings.load(WIDE)
 NINE = {"hidden_size": 144, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16}
@@ -197,10 +195,7 @@ def test_int8_gives_the_tokens_of_one_device_in_int8(tmp_path):
 
 def test_smollm2_over_three_ranks_gives_transformers_tokens():
     """Nine query heads and three KV heads: chunked, mixed, hit and preempted, at both depths."""
-    if not is_fetched(SMOLLM2) and os.environ.get("TWINSERVE_FETCH") != "1":
-        pytest.skip(f"{SMOLLM2} is not in the cache: TWINSERVE_FETCH=1 lets the tests fetch it")
-    folder = fetch(SMOLLM2)
-    judge = Judge(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
+    judge, folder = Judge(subject("smollm2").model), fetch("smollm2-135m")
     common = Part(100, 0, 33)
     requests = [Request(i, 0, (common, Part(i, 0, length)), 12) for i, length in enumerate([30, 5, 16, 9])]
     settings = {"num_gpu_blocks": 9, "max_model_len": 128, "max_num_batched_tokens": 40, "max_num_seqs": 8}

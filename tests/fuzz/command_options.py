@@ -71,12 +71,10 @@ def leaves(command: Any, name: str = "") -> dict[str, Any]:
 
 def option_case(rng: random.Random, valid: Valid, folder: Path) -> list[str]:
     """One or two options of some command, or one of its arguments, with a value that nobody means."""
-    import typer
-
-    from twinserve.commands.app import app
+    from twinserve.commands.app import parser
 
     given = commands(valid, folder)
-    known = leaves(typer.main.get_command(app))
+    known = leaves(parser())
     assert known.keys() - given.keys() == {"demo"} and not given.keys() - known.keys()
     name = rng.choice(sorted(given))
     if name not in _checked:

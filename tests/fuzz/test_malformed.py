@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_scripts import run_script
 
 
 def test_a_sample_of_malformed_inputs_is_taken_or_refused_in_one_line():
     pytest.importorskip("torch")
     pytest.importorskip("fastapi")
-    script = Path(__file__).parent / "malformed.py"
-    command = [sys.executable, str(script), "--count", "12", "--seed", "1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = run_script(Path(__file__).parent / "malformed.py", "--count", "12", "--seed", "1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "12 inputs, 0 faults" in result.stdout

@@ -126,7 +126,7 @@ def test_the_command_answers_with_the_three_cheapest_and_keeps_all(twinserve, tr
     assert len(rows) > 3 and result.out.count(" x ") == 3
     assert "one fewer misses" in " ".join(result.out.split())
     page = (tmp_path / "out" / "page.html").read_text()
-    assert "a replica" in page and "price an hour" in page
+    assert "a replica" in page and "price an hour" in page and '<td class="words">–</td>' in page
     again = twinserve("plan", *asked, "--json")
     assert [json.loads(line) for line in again.out.splitlines()] == rows
     refused = twinserve("plan", *common, "--objective", "fast")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,9 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
-@pytest.fixture
-def open_file(browser):
-    """Open a page from its file, without a network: `open_file(width, path)`."""
+@contextmanager
+def opening(browser: Any) -> Iterator[Callable[..., Opened]]:
+    """What opens a page from its file, without a network, until all of them are closed."""
     contexts = []
 
     def open_it(width: int, out: Path, **options: Any) -> Opened:
@@ -82,6 +83,22 @@ def open_file(browser):
     yield open_it
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def open_file(browser):
+    """Open a page from its file: `open_file(width, path)`."""
+    with opening(browser) as open_it:
+        yield open_it
+
+
+@pytest.fixture(scope="module")
+def opened(browser, sim, tmp_path_factory) -> Iterator[Opened]:
+    """The page of `sim`, for tests that leave it as they find it."""
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    write_report([sim], out, asked=_asked("90% of requests with TTFT <= 300 ms"))
+    with opening(browser) as open_it:
+        yield open_it(1280, out)
 
 
 @pytest.fixture
@@ -116,8 +133,8 @@ def test_everything_is_drawn_and_fits_and_nothing_is_fetched(open_page, drafted,
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_text_is_dark_on_white_and_large_enough_to_read(open_page, sim):
-    page = open_page(1280, sim).page
+def test_text_is_dark_on_white_and_large_enough_to_read(opened):
+    page = opened.page
     for text in (page.locator("h1"), page.locator("td").first, page.locator("figcaption").first):
         assert text.is_visible()
         style = text.evaluate("text => [getComputedStyle(text).color, getComputedStyle(text).fontSize]")
@@ -126,22 +143,24 @@ def test_text_is_dark_on_white_and_large_enough_to_read(open_page, sim):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_settings_are_folded_until_they_are_asked_for(open_page, sim):
-    page = open_page(1280, sim).page
+def test_settings_are_folded_until_they_are_asked_for(opened):
+    page = opened.page
     setting = page.get_by_text("max_num_batched_tokens", exact=True)
     assert not setting.is_visible()
-    page.get_by_text(f"{len(Settings.model_fields)} settings").click()
-    assert setting.is_visible()
+    for is_seen in (True, False):
+        page.get_by_text(f"{len(Settings.model_fields)} settings").click()
+        assert setting.is_visible() == is_seen
 
 
-def test_figures_follow_the_window(open_page, sim):
-    page = open_page(1280, sim).page
-    page.set_viewport_size({"width": 420, "height": 900})
-    until(page, "document.documentElement.scrollWidth <= 420")
+def test_figures_follow_the_window(opened):
+    page = opened.page
+    for width in (420, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        until(page, f"document.documentElement.scrollWidth <= {width}")
+    until(page, "document.querySelector('#kv svg').getBoundingClientRect().width > 800")
 
 
-def test_hovering_tells_the_value(open_page, sim):
-    opened = open_page(1280, sim)
+def test_hovering_tells_the_value(opened):
     area = opened.page.locator("#cdf-ttft .nsewdrag").first
     area.scroll_into_view_if_needed()
     box = area.bounding_box()
@@ -186,8 +205,7 @@ def test_zoom_goes_together_is_drawn_finer_and_is_undone(open_page, sim):
     assert opened.said == []
 
 
-def test_the_keyboard_zooms_and_the_toolbar_is_out_of_its_way(open_page, sim):
-    opened = open_page(1280, sim)
+def test_the_keyboard_zooms_and_the_toolbar_is_out_of_its_way(opened):
     page = opened.page
     assert page.evaluate("[...document.querySelectorAll('.modebar-btn')].every(button => button.tabIndex < 0)")
     low, high = page.evaluate(RANGES)["batch"]
@@ -236,8 +254,8 @@ def test_any_request_is_found_sorted_and_drawn(open_page, sim, real):
     assert opened.said == []
 
 
-def test_numbers_on_the_page_are_the_records(open_page, sim):
-    page = open_page(1280, sim, asked=_asked("90% of requests with TTFT <= 300 ms")).page
+def test_numbers_on_the_page_are_the_records(opened, sim):
+    page = opened.page
     cells = "[...document.querySelectorAll('[data-metric]')].map(cell => [cell.dataset.metric, cell.dataset.value])"
     shown = dict(page.evaluate(cells))
     for metric in METRICS:
@@ -248,6 +266,15 @@ def test_numbers_on_the_page_are_the_records(open_page, sim):
     waits_ms = sorted((row["first_token_ns"] - row["arrival_ns"]) / 1e6 for row in sim.requests)
     scale = 1.0 if "(ms" in page.evaluate("document.getElementById('cdf-ttft').layout.xaxis.title.text") else 1e3
     assert curve[0][-1] * scale == pytest.approx(waits_ms[-1]) and curve[0][0] * scale == pytest.approx(waits_ms[0])
+    lines = dict(
+        page.evaluate("document.getElementById('kv')._fullData.map(line => [line.name, [[...line.x], [...line.y]]])")
+    )
+    (at, held), (same, stored) = (lines[name] for name in ("held", "cached"))
+    assert set(zip(at, held, strict=True)) >= {(row["start_ns"] / 1e9, row["used_blocks"]) for row in sim.steps}
+    assert at == same and all(used <= known <= 90 for used, known in zip(held, stored, strict=True))
+    assert held[-1] == 0 < stored[-1]
+    share = sim.run["summary"]["cached_tokens"] / sim.run["summary"]["prompt_tokens"]
+    assert f"first scheduled: {share:.1%}" in page.locator("#figure-kv figcaption").inner_text()
 
 
 def test_a_reader_who_prefers_dark_gets_it_and_paper_is_white(open_page, sim):
@@ -267,8 +294,8 @@ def test_a_reader_who_prefers_dark_gets_it_and_paper_is_white(open_page, sim):
     assert opened.said == []
 
 
-def test_a_definition_is_told_to_who_comes_to_its_word(open_page, sim):
-    page = open_page(1280, sim).page
+def test_a_definition_is_told_to_who_comes_to_its_word(opened):
+    page = opened.page
     word = page.locator(".term", has_text="TTFT").first
     tip = "term => getComputedStyle(term, '::after').content"
     assert word.evaluate(tip) == "none"

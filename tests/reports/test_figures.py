@@ -9,9 +9,13 @@ import pytest
 
 from twinserve.reports.distributions import LATENCIES, latency_figure, step_figures
 from twinserve.reports.gantt import request_figure
-from twinserve.reports.runs import runs_of
+from twinserve.reports.kv import kv_figure
+from twinserve.reports.replayed import replayed
+from twinserve.reports.runs import Run, runs_of
 from twinserve.reports.thin import FINE_BINS, GROUPS, LINE_POINTS
-from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.reports.timelines import batch_figure
+from twinserve.traces.request import Part, Request
+from twinserve.traces.runs.replay import Hearer
 
 
 def traces(figure, y_axis="y"):
@@ -73,22 +77,114 @@ def test_long_lines_are_thinned_and_keep_their_extremes(sim):
     assert len(fine[1, "high"]) == FINE_BINS and max(fine[1, "high"]) == max(high["y"])
 
 
-def test_kv_blocks_peak_where_the_record_does(sim):
-    figure = kv_figure(runs_of([sim]))
+def again(*records) -> list[Run]:
+    """The runs, decided again as a page does it."""
+    return [replace(run, cached=replayed(run).cached) for run in runs_of(list(records))]
+
+
+def named(figure, name: str, y_axis="y"):
+    (trace,) = [trace for trace in traces(figure, y_axis) if trace["name"] == name]
+    return trace
+
+
+class Pool(Hearer):
+    """Counts the blocks of the whole pool, decision by decision: those held, those free that are cached, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def decided(self, batch):
+        manager = self.core.scheduler.block_manager
+        cached = sum(block_id in manager.prefix_cache for block_id in manager.free_block_ids)
+        self.counts.append((len(manager.used_block_ids), cached, len(manager.free_block_ids) - cached))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_kv_blocks_are_held_cached_or_free_as_they_lie_in_the_pool(make_record, depth):
+    record, pool = make_record(pipeline_depth=depth), Pool()
+    pool.hear(record)
+    figure = kv_figure(again(record))
+    held, cached, free = (named(figure, name) for name in ("held", "cached", "free"))
+    assert held["x"].tolist() == cached["x"].tolist() and set(free["y"]) == {90}
+    shown = set(zip(held["x"].tolist(), held["y"].tolist(), cached["y"].tolist(), strict=True))
+    for row, (used, known, others) in zip(record.steps, pool.counts, strict=True):
+        assert (used, used + known) == (row["used_blocks"], 90 - others)
+        assert (row["start_ns"] / 1e9, used, used + known) in shown
+    assert max(known for _, known, _ in pool.counts) > 10 and min(others for _, _, others in pool.counts) == 0
+    assert max(row["used_blocks"] for row in record.steps) == max(held["y"])
+    assert held["y"][-1] == 0 < cached["y"][-1] <= 90, "what is cached stays, when all have ended"
+    end_s = held["x"][-1]
+    shares = [
+        np.sum(np.diff(trace["x"], append=end_s, prepend=0.0)[1:] * trace["y"]) / end_s / 90 for trace in (held, cached)
+    ]
+    said = f"{shares[0]:.1%} held, {shares[1] - shares[0]:.1%} cached, {1 - shares[1]:.1%} free"
+    assert f"In the mean over time: {said}." in figure.notes[0]
+
+
+def test_what_is_cached_stays_while_nothing_runs_and_serves_who_comes_then(make_record):
+    """Ten requests, one after another: between two of them blocks are cached and none is held."""
+    requests = [Request(i, i * 10**9, (Part(7, 0, 64), Part(i, 0, 24)), 4) for i in range(10)]
+    figure = kv_figure(again(make_record(requests=requests)))
+    held, cached, hits = (named(figure, name, axis) for name, axis in (("held", "y"), ("cached", "y"), ("sim", "y2")))
+    quiet = [stored for used, stored in zip(held["y"], cached["y"], strict=True) if not used]
+    assert quiet == [5 + number for number in range(10)], "of each a block that is full and no other's"
+    assert [share for share in hits["y"] if share is not None] == [0.0, *[pytest.approx(100 * 64 / 88)] * 9]
+
+
+def test_prompts_found_in_the_cache_are_those_of_the_requests_and_add_up_to_the_summary(sim):
+    figure = kv_figure(again(sim))
+    hits = named(figure, "sim", "y2")
+    edges = np.array(hits["x"]) - hits["x"][0]
+    tokens = {"cached_tokens": 0.0, "prompt_tokens": 0}
+    for begin_s, share in zip(edges, hits["y"], strict=True):
+        rows = [r for r in sim.requests if begin_s <= r["first_scheduled_ns"] / 1e9 < begin_s + 2 * hits["x"][0]]
+        assert (share is None) == (not rows)
+        if rows:
+            found, asked = (sum(row[name] for row in rows) for name in tokens)
+            assert share == pytest.approx(100 * found / asked)
+            tokens["cached_tokens"] += share / 100 * asked
+            tokens["prompt_tokens"] += asked
+    summary = sim.run["summary"]
+    assert tokens == {name: pytest.approx(summary[name]) for name in tokens} and summary["cached_tokens"] > 0
+    assert f"first scheduled: {summary['cached_tokens'] / summary['prompt_tokens']:.1%}." in figure.notes[-1]
+
+
+def test_without_a_prefix_cache_nothing_is_cached_and_nothing_is_said_of_prompts(make_record):
+    figure = kv_figure(again(make_record(enable_prefix_caching=False)))
+    assert named(figure, "held")["y"].tolist() == named(figure, "cached")["y"].tolist()
+    assert not any("cached (%)" in axis["title"]["text"] for name, axis in figure.layout.items() if "yaxis" in name)
+
+
+def test_of_a_record_that_is_not_decided_again_the_held_blocks_are_shown_and_the_rest_is_said_to_be_unknown(sim):
+    steps = [row | {"digest": "0" * 16} if row["decision"] == 7 else row for row in sim.steps]
+    figure = kv_figure(again(replace(sim, steps=steps)))
     most = max(row["used_blocks"] for row in sim.steps)
-    assert max(traces(figure)[0]["y"]) == most
-    assert f"{most} of 90 ({most / 90:.0%})" in figure.notes[0]
+    assert max(named(figure, "held")["y"]) == most and {trace["name"] for trace in traces(figure)} == {
+        "held",
+        "free or cached",
+    }
+    assert f"{most} of 90 ({most / 90:.0%})" in figure.notes[0] and "mean over time" not in figure.notes[0]
+    assert "Which free blocks were cached is not known, as it is not decided again exactly: sim." in figure.notes
+
+
+def test_several_runs_have_their_blocks_in_one_panel_and_in_one_each(sim, real):
+    figure = kv_figure(again(sim, real))
+    assert [trace["name"] for trace in traces(figure)] == ["real", "sim"]
+    for axis, record, label in (("y2", real, "real"), ("y3", sim, "sim")):
+        held = named(figure, f"{label} held", axis)
+        assert max(held["y"]) == max(row["used_blocks"] for row in record.steps)
 
 
 def test_every_preemption_is_marked(sim):
-    (marks,) = traces(kv_figure(runs_of([sim])), "y2")
+    (marks,) = traces(kv_figure(runs_of([sim])), "y3")
     assert sum(marks["customdata"]) == sim.run["summary"]["preemptions"]
 
 
 def test_marks_of_many_preemptions_are_merged_and_none_is_lost(sim):
     steps = [row | {"preempted": [0, 1]} for row in longer(sim, 12).steps]
     figure = kv_figure(runs_of([replace(sim, steps=steps)]))
-    (marks,) = traces(figure, "y2")
+    (marks,) = traces(figure, "y3")
     assert len(marks["x"]) <= LINE_POINTS
     assert sum(marks["customdata"]) == 2 * len(steps)
     assert any("share a mark" in note for note in figure.notes)

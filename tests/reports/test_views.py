@@ -16,12 +16,14 @@ from twinserve.planning.attainment import Attainment, Limits
 from twinserve.policies import SamplingParams
 from twinserve.reports.finder import BLOCKS, BUDGET, LOST, SEQUENCES, STEP, _packed, waited_for
 from twinserve.reports.fleets import replica_figure, replica_table
+from twinserve.reports.kv import kv_figure
 from twinserve.reports.load import load_figure, rate_of
 from twinserve.reports.page import differences
+from twinserve.reports.replayed import replayed
 from twinserve.reports.residuals import KINDS, residual_figure
-from twinserve.reports.runs import COLORS, runs_of, style_of
+from twinserve.reports.runs import COLORS, STORED, runs_of, style_of
 from twinserve.reports.thin import binned
-from twinserve.reports.timelines import batch_figure, kv_figure
+from twinserve.reports.timelines import batch_figure
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import Outage
 from twinserve.sim.routers import LeastOutstanding
@@ -251,7 +253,20 @@ def test_a_fleets_lines_are_the_sums_of_its_replicas(fleet):
         place = np.searchsorted(x, at, "right") - 1
         expected += np.where(place >= 0, y[np.maximum(place, 0)], 0)
     assert total.tolist() == expected.tolist() and running["y"][-1] == 0 and total.max() > 8
-    assert "of 600" in kv_figure([run]).notes[0]
+    notes = kv_figure([run]).notes
+    assert "of 600" in notes[0] and "The blocks of a replica count as free while it is down." in notes
+
+
+def test_what_a_fleet_has_cached_is_the_sum_of_its_replicas_and_is_lost_with_one_that_dies(fleet):
+    (run,) = runs_of([fleet])
+    run = replace(run, cached=replayed(run).cached)
+    (x, held), (same, stored) = run.over_time("used_blocks"), run.over_time(STORED)
+    assert x.tolist() == same.tolist() and (held <= stored).all() and held[-1] == 0 < stored[-1] < stored.max() <= 600
+    lasts = [part.over_time(STORED) for part in run.parts]
+    assert [x[-1] for (x, _), part in zip(lasts, run.parts, strict=True) if part.died_s] == [0.5, 1.2]
+    died = [part.died_s is not None for part in run.parts]
+    assert [counts[-1] == 0 for _, counts in lasts] == died and sum(died) == 2
+    assert sum(counts[-1] for _, counts in lasts) == stored[-1]
 
 
 def test_what_was_lost_with_a_replica_waited_for_another(fleet):

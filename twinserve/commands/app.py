@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -71,6 +72,12 @@ for words, (command, example) in COMMANDS.items():
     parent.command(name, cls=kind, epilog=f"\b\nExample:\n  {example}")(command)
 for name, parent in GROUPS.items():
     app.add_typer(parent, name=name)
+
+
+@functools.cache
+def parser() -> Any:
+    """What reads a command line, made of all commands; once in a process, as that takes a while."""
+    return typer.main.get_command(app)
 
 
 def _version(is_asked: bool) -> None:

@@ -74,7 +74,7 @@ def deployment_cases(plan: Plan, deployments: list[Deployment]) -> list[PageCase
         shared = str(latency.split) if isinstance(latency, RooflineLatency) else ""
         words = " and ".join(f"{count} x {kind}" for kind, count in together.items())
         varied = {"a replica": f"{words} ({shared})" if shared else words}
-        varied["P + D"] = f"{num_prefill} + {num_decode}" if num_prefill else "–"
+        varied["P+D"] = f"{num_prefill}+{num_decode}" if num_prefill else "–"
         others = {"latency", "prefill_replicas"}
         varied |= {name: value for name, value in capacity.case.varied.items() if name not in others}
         values: dict[str, Estimate] = {

@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 COMPILED = (
     "policies/[!_]*.py",
     "orders/[!_]*.py",
+    "sim/clients.py",
     "sim/clock.py",
     "sim/horizon.py",
     "sim/latency.py",

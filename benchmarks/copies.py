@@ -27,9 +27,11 @@ class Copy:
         return [sys.executable, str(own if own.is_file() else script)]
 
     def environment(self) -> dict[str, str]:
-        """In which Python imports this copy, keeps its bytecode, as of what is installed, and numpy has one thread."""
+        """In which Python imports this copy, keeps its bytecode, as of what is installed, numpy has one thread, and
+        pydantic looks for no plugins, as under the command line."""
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        return kept | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        own = {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+        return kept | own
 
 
 def policies() -> str:

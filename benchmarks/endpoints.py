@@ -12,8 +12,8 @@ from typing import Any
 from http_load import Streamed, scraped, stream
 from served import Row, row
 
-from twinserve.engine.online import rare_collections
 from twinserve.settings.errors import InputError, RunError
+from twinserve.settings.garbage import rare_collections
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.requests import as_requests
 from twinserve.worlds.workload import Workload

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.settings.errors import RunError
+from twinserve.settings.garbage import rare_collections
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Request, TokenMaker
 
@@ -129,36 +129,6 @@ class Clock:
 
     def __call__(self) -> int:
         return time.perf_counter_ns() - self.origin_ns
-
-
-class _RareCollections(ContextDecorator):
-    """How many are inside `rare_collections`, and the thresholds to go back to when the last leaves."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._usual = gc.get_threshold()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._usual = gc.get_threshold()
-                gc.freeze()
-                gc.set_threshold(100_000, *self._usual[1:])
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                gc.set_threshold(*self._usual)
-                gc.unfreeze()
-
-
-rare_collections = _RareCollections()
-"""Inside it, circular garbage is looked for seldom, and not in what is there already: whoever walks a Core leaves next
-to none. Looking as often as usual takes some percent of a simulation, and a search through everything holds an engine
-up for longer than many steps take."""
 
 
 @rare_collections

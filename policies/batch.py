@@ -103,8 +103,9 @@ class Batch:
         self.num_prompt_tokens = sum([seq.num_scheduled_tokens for seq in self.prompts]) if self.prompts else 0
         self.num_kv_tokens = self.num_attention_pairs = sum(self.starts) + self.num_tokens
         if self.num_tokens > len(self.seqs):  # all but a row's last token attend to keys beside those that are counted
-            pairs = [(n - 1) * (2 * self.starts[place] + n) // 2 for place, n in enumerate(self.lengths) if n > 1]
-            self.num_attention_pairs += sum(pairs)
+            longer = self.prompts if self.num_decode_tokens == len(self.seqs) - len(self.prompts) else self.seqs
+            ends = [(seq.num_scheduled_tokens, seq.num_computed_tokens) for seq in longer]
+            self.num_attention_pairs += sum([(n - 1) * (2 * end - n) // 2 for n, end in ends])
 
     @property
     def num_decode_tokens(self) -> int:

@@ -126,7 +126,7 @@ class BlockManager:
         num_cached = seq.num_registered_tokens // self.block_size
         blank = seq.block_table[num_cached:]
         for block_id in blank:
-            self.blocks[block_id].reset()
+            self.blocks[block_id].ref_count = 0
         self._blank += blank
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(seq.block_table[:num_cached]):
@@ -204,15 +204,15 @@ class BlockManager:
         if first >= end:
             return
         self._identify(seq, end)
-        cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, cache.root(seq.salt)[1])
+        root = cache.ROOT if first else cache.root(seq.salt)[1]
+        cache.register_chain(seq.block_table, seq.block_hashes, seq.block_contents, first, end, root)
         seq.num_registered_tokens = end * size
 
     def unregister(self, seq: Sequence, num_tokens: int) -> None:
         """Let the cache forget the blocks of `seq` that are not full with its first `num_tokens` tokens."""
         num_full, num_known = num_tokens // self.block_size, seq.num_registered_tokens // self.block_size
         if self.prefix_cache is not None and num_full < num_known:
-            for block_id in seq.block_table[num_full:num_known]:
-                self.prefix_cache.remove(block_id)
+            self.prefix_cache.remove(seq.block_table[num_full:num_known])
             seq.num_registered_tokens = num_full * self.block_size
 
     def reset_prefix_cache(self) -> bool:
@@ -229,8 +229,9 @@ class BlockManager:
         """Take `count` free blocks from the front; none at all, but a NoFreeBlocksError, if too few are free."""
         if count > self.num_free_blocks:
             raise NoFreeBlocksError(f"{count} blocks are needed, {self.num_free_blocks} are free")
-        taken = self._blank[: -count - 1 : -1]
-        del self._blank[len(self._blank) - len(taken) :]
+        taken = [self._blank.pop()] if count == 1 and self._blank else self._blank[: -count - 1 : -1]
+        if count > 1:
+            del self._blank[len(self._blank) - len(taken) :]
         missing = count - len(taken)
         if self.num_blocks is None:
             taken += range(len(self.blocks), len(self.blocks) + missing)  # new ones, and nothing is evicted
@@ -245,17 +246,16 @@ class BlockManager:
             if self.evicts is not None:
                 self.evicts(taken[count - missing :])
             assert self.prefix_cache is not None
-            for block_id in taken[count - missing :]:
-                self.prefix_cache.remove(block_id)
+            self.prefix_cache.remove(taken[count - missing :])
         for block_id in taken:
             self.blocks[block_id].ref_count = 1
         return taken
 
     def _identify(self, seq: Sequence, num_blocks: int) -> None:
         """Hash the first `num_blocks` blocks of `seq` at least, each once in the sequence's life."""
-        hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
-        if (first := len(hashes)) >= num_blocks:
+        if (first := len(seq.block_hashes)) >= num_blocks:
             return
+        hashes, contents, size, cache = seq.block_hashes, seq.block_contents, self.block_size, self.prefix_cache
         assert cache is not None
         if seq.prefix_key is not None:
             # All that it will ever have, as many keys at once cost least.

@@ -95,8 +95,7 @@ class PrefixCache:
         return block_ids, len(block_ids) * block_size
 
     def store(self, token_ids: list[int], block_id: int, prefix_hash: int = -1) -> int:
-        """Store a full block of tokens behind the stored prefix with `prefix_hash` (-1: none, else a KeyError if no
-        block has it); its hash."""
+        """Store a full block behind the prefix with `prefix_hash` (-1: none; KeyError: no block has it); its hash."""
         is_first = prefix_hash in (-1, self.root_hash)
         parent = self.ROOT if is_first else self._known[self.hash_to_block_id[prefix_hash]].prefix
         hashes, contents = list[int](), list[bytes | None]()
@@ -152,21 +151,22 @@ class PrefixCache:
                 self._equal_hash.setdefault(block_hash, []).append(block_id)
             parent = block.prefix
 
-    def remove(self, block_id: int) -> None:
-        """Forget what a block held; another block of equal hash takes its place in `hash_to_block_id`."""
-        block, by_hash, equal = self._known[block_id], self.hash_to_block_id, self._equal_hash
-        block_hash: Any = block.hash
-        block.hash = block.content = None
-        others = equal.get(block_hash) if equal else None
-        if others is None:
-            del by_hash[block_hash]
-            return
-        if by_hash[block_hash] == block_id:
-            by_hash[block_hash] = others.pop(0)
-        else:
-            others.remove(block_id)
-        if not others:
-            del equal[block_hash]
+    def remove(self, block_ids: list[int]) -> None:
+        """Forget what blocks held; another block of equal hash takes the place of each in `hash_to_block_id`."""
+        known, by_hash, equal = self._known, self.hash_to_block_id, self._equal_hash
+        for block_id in block_ids:
+            block = known[block_id]
+            block_hash: Any = block.hash
+            block.hash = block.content = None
+            others = equal.get(block_hash) if equal else None
+            if others is None:
+                del by_hash[block_hash]
+            elif by_hash[block_hash] == block_id:
+                by_hash[block_hash] = others.pop(0)
+            else:
+                others.remove(block_id)
+            if others is not None and not others:
+                del equal[block_hash]
 
     def get(self, block_id: int) -> CachedBlock | None:
         """What is known of a block; None if it is not stored."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import simpy
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import SamplingParams, Sequence
 from twinserve.sim.clock import alarm, now_ns
@@ -30,6 +31,7 @@ class Engine(Protocol):
         """End a request at the next decision."""
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True)
 class Clients:
     """What the engine's door and clients do of which its policies see no more than aborts.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import simpy
 
 
 def now_ns(env: simpy.Environment) -> int:
     """The simulated time in nanoseconds; all delays are integers, so it is one."""
-    return int(env._now)
+    return cast(int, env._now)
 
 
 def skip_to(env: simpy.Environment, at_ns: int, priority: int) -> bool:

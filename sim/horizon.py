@@ -116,8 +116,9 @@ def advance(core: Core, spans: Seq[Span]) -> None:
     first, before = core.in_flight[-1], list(core.in_flight)[:-1]
     grown = _leap(core.scheduler, len(spans))
     core.in_flight = deque(core.scheduler.in_flight)
-    for batch, span in zip(reversed(core.in_flight), reversed(spans), strict=False):
-        batch.decided_ns, batch.start_ns, batch.end_ns = span
+    for behind in range(1, 1 + min(len(core.in_flight), len(spans))):
+        batch = core.in_flight[-behind]
+        batch.decided_ns, batch.start_ns, batch.end_ns = spans[len(spans) - behind]
     core.num_decisions = core.in_flight[-1].decision + 1
     core.last_committed = core.in_flight[0].decision - 1
     for batch in before:

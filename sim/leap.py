@@ -100,7 +100,7 @@ class Leap:
             return None
         before = self.features.repeated(planned, 0) if planned else self.features
         known = self._columns(before, min(max(planned, _FIRST_COLUMN), left))
-        if known is not None and min(known[0], int(known[1].min())) < 0:
+        if known is not None and min(known[0], int(np.minimum.reduce(known[1]))) < 0:
             raise InputError(
                 "expected nanoseconds >= 0", field=f"repeated_costs of {type(self._latency).__name__}", value=known
             )
@@ -113,7 +113,7 @@ class Leap:
         instants = np.empty(len(periods) + 1, np.int64)
         instants[0] = self._decided[0] if known is None else known.instants_ns[-1]
         instants[1:] = periods
-        instants.cumsum(out=instants)
+        instants = np.add.accumulate(instants)
         if known is not None:
             instants = np.concatenate((known.instants_ns, instants[1:]))
             periods = np.concatenate((known.periods_ns, periods))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -436,9 +437,31 @@ def shipped_models() -> dict[str, dict[str, Any]]:
     return orjson.loads(MODELS_FILE.read_bytes())
 
 
-SHAPES = {
-    shape.name: shape
-    for folder in sorted(SHAPES_FOLDER.iterdir())
-    for shape in [replace(load_shape(folder), name=folder.name.removesuffix("-shape"))]
-} | {name: shape_of(model["config"], name, MODELS_FILE) for name, model in shipped_models().items()}
+@cache
+def _shipped() -> dict[str, tuple[dict[str, Any] | None, Path]]:
+    """By the names of the shapes that ship: the configuration and its file; None where the file is a folder's own."""
+    folders = {folder.name.removesuffix("-shape"): (None, folder) for folder in sorted(SHAPES_FOLDER.iterdir())}
+    return folders | {name: (model["config"], MODELS_FILE) for name, model in shipped_models().items()}
+
+
+@cache
+def _shape(name: str) -> ModelShape:
+    config, path = _shipped()[name]
+    return replace(load_shape(path), name=name) if config is None else shape_of(config, name, path)
+
+
+class _Shapes(Mapping[str, ModelShape]):
+    """Shapes by name, each made of its configuration when it is first asked for."""
+
+    def __getitem__(self, name: str) -> ModelShape:
+        return _shape(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_shipped())
+
+    def __len__(self) -> int:
+        return len(_shipped())
+
+
+SHAPES = _Shapes()
 """Common shapes, as the config.json of each model on the Hugging Face hub has them (Mistral 7B: v0.3)."""

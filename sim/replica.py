@@ -338,7 +338,7 @@ class Replica:
             if self._watch is not None:
                 self._watch(leap.features.repeated(1, 0), steps)
             advance(self.core, spans)
-            self._device_free = spans[-1][2]
+            self._device_free = self.core.in_flight[-1].end_ns or 0
 
 
 class Feeder:

@@ -24,6 +24,7 @@ from twinserve.sim.splits import Links, Split, Stage, stages_of
 
 MEMORY_SHARE = 0.9
 RESERVED_BYTES = 2 * 10**9
+_NUMBERS = (int, float)
 _NOT_COUNTED = {"limit_w", "measured_power", "nvlink", "collectives"}
 """Of a device, what no step's time depends on, or what is told apart."""
 
@@ -217,11 +218,11 @@ class RooflineLatency:
         """See RepeatedCosts: of steps that repeat one another, attention alone costs ever more."""
         if len(self.stages) > 1:
             return None
-        numbers = np.arange(1, count + 1)
-        context = features.decode_kv_tokens + numbers * features.decode_tokens
-        prompts = tuple([(start + numbers * length, length) for start, length in features.prompts])
-        costs_ns = np.full(count, self._matrices(features.tokens, features.sampled))
-        costs_ns += self._attention_of(features, context, prompts)
+        context = _grown(features.decode_kv_tokens, features.decode_tokens, count)
+        prompts = tuple([(_grown(start, length, count), length) for start, length in features.prompts])
+        costs_ns = self._attention_of(features, context, prompts) + self._matrices(features.tokens, features.sampled)
+        if not isinstance(costs_ns, np.ndarray):
+            costs_ns = np.full(count, costs_ns)
         return self._host(features), np.rint(costs_ns, out=costs_ns).astype(np.int64)
 
     def _host(self, features: StepFeatures) -> int:
@@ -367,15 +368,20 @@ def _in_window(start: Any, length: int, window: int | None) -> tuple[Any, Any]:
     return seen + window * _most(beyond, 0), _least(end, window + length - 1)
 
 
+def _grown(tokens: int, more: int, count: int) -> Any:
+    """A number of tokens that becomes so many more in each of `count` steps, from the first on."""
+    return np.arange(tokens + more, tokens + count * more + 1, more) if more else tokens
+
+
 def _triangle(count: Any) -> Any:
     return count * (count + 1) // 2
 
 
 def _most(one: Any, other: Any) -> Any:
     """max, of two numbers or of each pair in columns."""
-    return np.maximum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else max(one, other)
+    return max(one, other) if isinstance(one, _NUMBERS) and isinstance(other, _NUMBERS) else np.maximum(one, other)
 
 
 def _least(one: Any, other: Any) -> Any:
     """min, of two numbers or of each pair in columns."""
-    return np.minimum(one, other) if isinstance(one, np.ndarray) or isinstance(other, np.ndarray) else min(one, other)
+    return min(one, other) if isinstance(one, _NUMBERS) and isinstance(other, _NUMBERS) else np.minimum(one, other)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from twinserve.settings.errors import InputError
 from twinserve.settings.files import refuse_endless, whole_file
+from twinserve.settings.garbage import rare_collections
 from twinserve.traces.formats import (
     aiperf,
     azure,
@@ -45,7 +46,7 @@ from twinserve.traces.formats import (
 )
 from twinserve.traces.formats.reading import FIRST_PRIVATE_TEXT, PlainRows, Reading, Rows, columns_of
 from twinserve.traces.lines import Content, Line, json_lines, json_lines_file, json_value
-from twinserve.traces.request import Request
+from twinserve.traces.request import Part, Request
 from twinserve.traces.requests import Requests, as_requests
 
 WrittenFormat = Literal["twinserve", "mooncake", "azure"]
@@ -104,6 +105,7 @@ class Trace:
     num_unread: int = 0
 
 
+@rare_collections
 def read_trace(path: Path, *, limit: int | None = None, until_s: float = math.inf, columns: str | None = None) -> Trace:
     """Read a trace: a file in any of the formats, a run record's folder, or one of WEKA's conversations.
 
@@ -359,7 +361,10 @@ def _folder(folder: Path, reading: Reading) -> tuple[Rows, str]:
 def _notes(requests: Requests) -> dict[str, int]:
     others = requests.others.values()
     num_plain = len(requests) - len(others)
-    prompts = {request.parts for request in others}
+    of_length: defaultdict[int, list[Seq[Part]]] = defaultdict(list)
+    for request in others:
+        of_length[request.prompt_tokens].append(request.parts)
+    prompts = chain.from_iterable(set(alike) if len(alike) > 1 else alike for alike in of_length.values())
     arrivals_ns = requests.column("arrival_ns")
     return {
         "same_instant": int((arrivals_ns[1:] == arrivals_ns[:-1]).sum()),

@@ -13,8 +13,8 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from mypy_extensions import mypyc_attr
+from xxhash import xxh64_intdigest
 
 from twinserve.policies import SamplingParams, Sequence
 
@@ -60,6 +60,11 @@ class Blocks(Seq[Part]):
         """Tokens of the prompt."""
         return self._length
 
+    @property
+    def ends(self) -> list[int]:
+        """Tokens of the prompt up to the end of each part."""
+        return [*range(self._size, self._size * len(self._texts), self._size), self._length]
+
     def plain(self) -> Iterator[tuple[int, int, int]]:
         """The parts as plain tuples."""
         num_whole = len(self._texts) - 1
@@ -103,8 +108,11 @@ class PrefixKeys:
         """Read the parts, if they have not been."""
         if self._unread is not None:
             parts, self._unread = self._unread, None
-            self._parts = plain(parts) if isinstance(parts, Blocks) else merged(parts)
-            self._ends = list(accumulate([length for _, _, length in self._parts]))
+            if isinstance(parts, Blocks):
+                self._parts, self._ends = plain(parts), parts.ends
+            else:
+                self._parts = merged(parts)
+                self._ends = list(accumulate([length for _, _, length in self._parts]))
 
     def __call__(self, num_tokens: int) -> int:
         if not self._begin < num_tokens <= self._end:
@@ -133,7 +141,7 @@ class PrefixKeys:
             return
         base, length_before = (bases[-1], parts[known - 1][2]) if known else (0, 0)
         for text, start, length in [*parts, (self._answer, 0, 0)][known : last + 1]:
-            base = xxhash.xxh64_intdigest(_PACKED(length_before, text, start), base)
+            base = xxh64_intdigest(_PACKED(length_before, text, start), base)
             bases.append(base)
             length_before = length
 
@@ -268,7 +276,7 @@ class TokenMaker:
     def _text(self, part: Part) -> list[int]:
         import numpy as np
 
-        key = xxhash.xxh64_intdigest(part.text.to_bytes(8, "little"), self.seed)
+        key = xxh64_intdigest(part.text.to_bytes(8, "little"), self.seed)
         x = np.arange(part.start + 1, part.start + part.length + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         x += np.uint64(key)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -75,6 +75,8 @@ def main() -> None:
     _speak_utf8()
     # An interpreter that ends looks for garbage in all that was ever imported, for a second and more with torch.
     atexit.register(gc.freeze)
+    # Pydantic looks for plugins in what every installed package says of itself.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     signals = _Signals()
     signals.install()
     try:

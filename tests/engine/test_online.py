@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from typing import Any
 
-from twinserve.engine.online import Clock, Inbox, TraceFeeder, rare_collections
+from twinserve.engine.online import Clock, Inbox, TraceFeeder
 from twinserve.policies import SamplingParams
 from twinserve.traces.arrivals import Arrivals
 from twinserve.traces.request import Part, Request, TokenMaker
@@ -50,12 +49,3 @@ def test_a_prompt_is_made_before_it_is_due_and_a_turn_once_its_answer_is_known()
     assert max(made for number, made in maker.made if number == 1) < second <= clock()
     assert [request.id for request in announced] == [0, 2, 1]
     feeder.check()
-
-
-def test_garbage_is_looked_for_as_usual_once_the_last_has_left():
-    usual = gc.get_threshold()
-    with rare_collections:
-        with rare_collections:
-            assert gc.get_threshold()[0] == 100_000 and gc.get_freeze_count() > 0
-        assert gc.get_threshold()[0] == 100_000, "another is still inside"
-    assert gc.get_threshold() == usual and gc.get_freeze_count() == 0

@@ -30,10 +30,10 @@ def test_of_equal_blocks_the_one_stored_first_serves_and_the_next_takes_over():
     for block_id in (5, 3, 9):
         cache.store([1, 2], block_id)
     assert cache.lookup([1, 2], 2)[0] == [5]
-    cache.remove(5)
+    cache.remove([5])
     assert cache.lookup([1, 2], 2)[0] == [3]
-    cache.remove(9)
-    cache.remove(3)
+    cache.remove([9])
+    cache.remove([3])
     assert cache.lookup([1, 2], 2)[0] == []
     assert not cache.hash_to_block_id
 
@@ -43,7 +43,7 @@ def test_a_child_found_behind_an_equal_block_is_still_found_when_its_own_parent_
     parent = cache.store([1, 2], 0)
     cache.store([1, 2], 1)
     cache.store([3, 4], 2, parent)
-    cache.remove(0)
+    cache.remove([0])
     assert cache.lookup([1, 2, 3, 4], 2)[0] == [1, 2]
 
 

@@ -6,8 +6,8 @@ from array import array
 from struct import Struct
 from typing import Final
 
-import xxhash
 from mypy_extensions import i64
+from xxhash import xxh64_intdigest
 
 from twinserve.policies import Batch, Sequence
 
@@ -69,15 +69,16 @@ class Digest:
         self._chain = 0
         self._grown_lower: i64 = 0
         self._grown_upper: i64 = 0
-        self._steady: tuple | None = None
+        self._usual = self._asked = -1
 
     def of(self, batch: Batch) -> int:
         """The digest up to `batch`, which follows the batch of the call before."""
-        exceptions = self.exceptions = exceptions_of(batch)
-        asked = batch.num_drafts_asked
-        steady = (batch.usual_tokens, asked, *[(seq.seq_id, n, samples) for seq, n, samples in exceptions])
-        if steady != self._steady or batch.admitted or batch.left or batch.preempted:
-            values = [batch.decision, batch.usual_tokens, len(batch.admitted)]
+        before, exceptions = self.exceptions, exceptions_of(batch)
+        usual, asked = batch.usual_tokens, batch.num_drafts_asked
+        is_as_before = usual == self._usual and asked == self._asked and exceptions == before
+        self.exceptions, self._usual, self._asked = exceptions, usual, asked
+        if not is_as_before or batch.admitted or batch.left or batch.preempted:
+            values = [batch.decision, usual, len(batch.admitted)]
             for row in batch.admitted:
                 block_table = row.seq.block_table
                 values += (row.seq.seq_id, row.start, row.num_tokens, row.samples, len(block_table))
@@ -89,8 +90,7 @@ class Digest:
                 values += (seq.seq_id, num_tokens, samples)
             if asked:
                 values.append(asked)
-            self._chain = xxhash.xxh64_intdigest(array("q", values).tobytes(), self._chain)
-            self._steady = steady
+            self._chain = xxh64_intdigest(array("q", values).tobytes(), self._chain)
         return self.grow(batch, batch.grown)
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:
@@ -117,4 +117,4 @@ class Digest:
             batch.num_waiting,
             batch.num_running,
         )
-        return xxhash.xxh64_intdigest(packed, self._chain)
+        return xxh64_intdigest(packed, self._chain)

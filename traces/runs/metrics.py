@@ -240,9 +240,10 @@ class RunMetrics:
         self.waits.step(batch.num_tokens, span, len(batch.left), batch.num_waiting, batch.num_running)
         if repeats is not None:
             periods_ns = repeats["end_ns"]
+            last_ns = end_ns + total_of(periods_ns)
             self.steps += len(periods_ns)
-            self.gaps.repeat(periods_ns, end_ns + total_of(periods_ns), batch.usual_tokens > 0)
-            self.waits.repeat(repeats, span)
+            self.gaps.repeat(periods_ns, last_ns, batch.usual_tokens > 0)
+            self.waits.repeat(repeats, span, last_ns)
 
     def request(self, row: Row) -> None:
         """Take in a request that has ended, or that was left unanswered."""
@@ -354,7 +355,7 @@ def attainment(requests: int, tokens: int, summary: Row) -> dict[str, float | No
 
 def total_of(column: Column) -> int:
     """The sum of a list, or of a column of a long one."""
-    return sum(column) if isinstance(column, list) else int(column.sum())
+    return sum(column) if isinstance(column, list) else int(np.add.reduce(column))
 
 
 Values = array | tuple[array, array]
@@ -373,7 +374,7 @@ def distribution(*parts: Values) -> dict[str, float | None]:
         values, counts = part if isinstance(part, tuple) else (part, None)
         if values:
             pairs.append((values, counts))
-    size = sum(len(values) if counts is None else sum(counts) for values, counts in pairs)
+    size = sum([len(values) if counts is None else _number_of(counts) for values, counts in pairs])
     if not size:
         return result
     is_exact = all(values.typecode == "q" for values, _ in pairs)
@@ -391,6 +392,10 @@ def distribution(*parts: Values) -> dict[str, float | None]:
 def interpolated(low: float, high: float, fraction: float) -> float:
     """What lies between two values, measured from the nearer end, as numpy does: the two agree to the last bit."""
     return high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction
+
+
+def _number_of(counts: array) -> int:
+    return int(np.add.reduce(np.frombuffer(counts, np.int32), dtype=np.int64))
 
 
 def _sum_of(values: array, counts: array | None) -> float:
@@ -425,16 +430,20 @@ def _values_at(pairs: list[tuple[array, array | None]], ranks: list[int]) -> dic
         totals += np.bincount(((column - least) * scale).astype(np.int64), weights, num_bins)
     ends = np.cumsum(totals)
     found: dict[int, float] = {}
-    for bin_number in sorted({int(np.searchsorted(ends, rank, "right")) for rank in ranks}):
-        chosen, repeated = [], []
-        for column, weights in columns:
-            inside = ((column - least) * scale).astype(np.int64) == bin_number
-            chosen.append(column[inside])
-            repeated.append(np.ones(len(chosen[-1]), np.int32) if weights is None else weights[inside])
-        inner = np.concatenate(chosen)
+    wanted = sorted({int(np.searchsorted(ends, rank, "right")) for rank in ranks})
+    held_in: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {bin_number: [] for bin_number in wanted}
+    for column, weights in columns:
+        bins = ((column - least) * scale).astype(np.int64)
+        for bin_number in wanted:
+            inside = bins == bin_number
+            chosen = column[inside]
+            repeated = np.ones(len(chosen), np.int32) if weights is None else weights[inside]
+            held_in[bin_number].append((chosen, repeated))
+    for bin_number in wanted:
+        inner = np.concatenate([chosen for chosen, _ in held_in[bin_number]])
         order = np.argsort(inner, kind="stable")
         before = ends[bin_number - 1] if bin_number else 0
-        own_ends = np.cumsum(np.concatenate(repeated)[order]) + before
+        own_ends = np.cumsum(np.concatenate([repeated for _, repeated in held_in[bin_number]])[order]) + before
         for rank in ranks:
             if before <= rank < ends[bin_number]:
                 found[rank] = inner[order[np.searchsorted(own_ends, rank, "right")]].item()
@@ -675,7 +684,7 @@ class DeviceWaits:
         span: Span = row["decided_ns"], row["start_ns"], row["end_ns"]
         self.step(row["tokens"], span, len(row["left"]), row["waiting"], row["running"])
         if "repeats" in row and row["tokens"]:
-            self.repeat(row["repeats"], span)
+            self.repeat(row["repeats"], span, row["end_ns"] + total_of(row["repeats"]["end_ns"]))
 
     def step(self, num_tokens: int, span: Span, num_left: int, num_waiting: int, num_running: int) -> None:
         """Take in the next step.
@@ -693,8 +702,8 @@ class DeviceWaits:
             self._ended_ns, self._had_work = end_ns, True
         self.total_ns, self._num_waiting, self._num_running = total_ns, num_waiting, num_running
 
-    def repeat(self, repeats: Row, span: Span) -> None:
-        """Take in steps that repeat the one before, of this span, as a row says them."""
+    def repeat(self, repeats: Row, span: Span, last_ns: int) -> None:
+        """Take in steps that repeat the one before, of this span, as a row says them; the last ends at `last_ns`."""
         _, start_ns, end_ns = span
         waits_ns = 0
         if "decided_ns" in repeats:
@@ -705,8 +714,7 @@ class DeviceWaits:
         else:
             (lag_ns,) = repeats["start_ns"]
             waits_ns = max(0, lag_ns) * len(repeats["end_ns"])
-            end_ns += total_of(repeats["end_ns"])
-        self.total_ns, self._ended_ns = (self.total_ns or 0) + waits_ns, end_ns
+        self.total_ns, self._ended_ns = (self.total_ns or 0) + waits_ns, last_ns
 
 
 def stayed_busy(row: Row, following: Row) -> bool:

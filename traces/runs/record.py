@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from operator import sub
@@ -20,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
-import numpy as np
 import orjson
 from mypy_extensions import mypyc_attr
 
@@ -36,7 +36,6 @@ from twinserve.traces.readers import sha256_of
 from twinserve.traces.request import Request, plain
 from twinserve.traces.runs.digest import Digest, Exceptions
 from twinserve.traces.runs.metrics import DECODE, PREFILL, SERVED, RunMetrics, summarize, summary_of
-from twinserve.traces.runs.rows import check_output, check_request, check_run, check_step
 from twinserve.traces.runs.spans import BackToBack
 
 SCHEMA = "twinserve-run/2"
@@ -432,7 +431,7 @@ def step_line(decided: Decided, repeats: dict[str, Any] | None) -> bytes:
 def _times_after(batch: Batch, spans: Seq[Span]) -> dict[str, Any]:
     """The times of the steps that repeat that of `batch`, as `single_steps` reads them; long ones as columns."""
     if isinstance(spans, BackToBack) and spans.instants_ns[0] == batch.end_ns:
-        return {"end_ns": np.ascontiguousarray(spans.periods_ns), "start_ns": [spans.lag_ns]}
+        return {"end_ns": spans.periods_ns, "start_ns": [spans.lag_ns]}
     decided_ns, start_ns, end_ns = zip(*spans, strict=True)
     ends = (batch.end_ns or 0, *end_ns[:-1])
     periods = list(map(sub, end_ns, ends))
@@ -622,17 +621,33 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
+@cache
+def _own_version() -> str | None:
+    try:
+        return version("twinserve")
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Versions of what took part; torch only where something else has imported it."""
     versions = {"python": platform.python_version(), "policies": "compiled" if IS_COMPILED else "interpreted"}
-    with suppress(PackageNotFoundError):
-        versions["twinserve"] = version("twinserve")
+    if (own := _own_version()) is not None:
+        versions["twinserve"] = own
     if "torch" in sys.modules:
         versions["torch"] = str(sys.modules["torch"].__version__)
     return versions
 
 
 # --- reading ---
+
+
+@cache
+def _kinds() -> Any:
+    """What rows are checked by, which who writes a record does without."""
+    from twinserve.traces.runs import rows
+
+    return rows
 
 
 @mypyc_attr(native_class=False)  # it is copied, which a frozen native class cannot be
@@ -757,7 +772,7 @@ def _read_outputs(
     known = {line.values["id"] for line in requests}
     for path in paths:
         for line in json_lines_file(path):
-            check_output(line)
+            _kinds().check_output(line)
             request_id = line.values["id"]
             if request_id not in known or request_id in outputs:
                 raise line.error("expected a request of requests.jsonl, and each once", "id")
@@ -838,13 +853,13 @@ def checked_run(path: Path) -> dict[str, Any]:
     if value.get("schema") not in (SCHEMA, FIRST_SCHEMA):
         problem = f"expected {SCHEMA!r} or {FIRST_SCHEMA!r}"
         raise InputError(problem, path=path, field="schema", value=value.get("schema"))
-    check_run(Line(path, None, value))
+    _kinds().check_run(Line(path, None, value))
     return value
 
 
 def _check_request(line: Line) -> None:
     """Check a request's row, and what its fields say of one another."""
-    check_request(line)
+    _kinds().check_request(line)
     row = line.values
     if row["finish_reason"] in SERVED:
         line.integer("first_token_ns", row["arrival_ns"])
@@ -856,7 +871,7 @@ def _check_request(line: Line) -> None:
 
 def _check_step(line: Line, decision: int, is_digested: bool) -> None:
     """Check a step's row, and what its fields say of one another."""
-    check_step(line)
+    _kinds().check_step(line)
     row = line.values
     if row["decision"] != decision:
         raise line.error(f"expected {decision}", "decision")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
-from twinserve.engine.online import rare_collections
 from twinserve.orders.loading import Nothing
 from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
+from twinserve.settings.garbage import rare_collections
 from twinserve.sim.clients import NOBODY, Clients
 from twinserve.sim.disaggregation import BOTH, Disaggregation
 from twinserve.sim.fleet import FleetListener, Outage, Restart

@@ -199,6 +199,18 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
 
 
 @contextmanager
+def taken_back(path: Path | None) -> Iterator[None]:
+    """Removes a file that has just been written, unless what belongs to it is written too; None is none."""
+    try:
+        yield
+    except BaseException:
+        if path is not None:
+            with suppress(OSError):
+                path.unlink()
+        raise
+
+
+@contextmanager
 def ending_with(words: Callable[[], str]) -> Iterator[None]:
     """Has who is stopped by a signal read what became of the work: a note of the exception, unless it is empty."""
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from forked_commands import run_forked
 
+from twinserve.settings.errors import InputError
 from twinserve.traces.runs.record import load_record
 from twinserve.traces.runs.replay import replay
 
@@ -241,13 +242,38 @@ def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path,
     from shell import fitted
 
     from twinserve.commands.latencies import _save_latency
-    from twinserve.settings.errors import InputError
 
     (tmp_path / "file").touch()
     model = fitted()
     with pytest.raises(InputError, match="cannot be written: Not a directory"):
-        _save_latency(model, tmp_path / "file" / "latency.json", False)
+        _save_latency(model, tmp_path / "file" / "latency.json", None, False)
     assert json.loads(capsys.readouterr().out) == model.data
+
+
+@pytest.mark.parametrize("number", [None, *ENDS], ids=str)
+def test_what_lies_beside_a_latency_is_not_there_without_it(twinserve, trace, latency, tmp_path, monkeypatch, number):
+    """So the next run of the same command is refused for neither of its files."""
+    from shell import fitted
+
+    from twinserve.worlds import run
+
+    def stopped(self, path: Path) -> None:
+        if number is None:
+            raise InputError("cannot be written: No space left on device", path=path)
+        os.kill(os.getpid(), number)
+
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "synthetic_acceptance_rate": 0.5})
+    drafted = tmp_path / "drafted"
+    assert twinserve("sim", trace, "--latency", latency, "--speculative-config", drafts, "--out", drafted).code == 0
+    model = fitted()
+    monkeypatch.setattr(run, "fit_runs", lambda *given: model)
+    command = ("fit", drafted, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save", stopped)
+        assert twinserve(*command).code == (2 if number is None else ENDS[number][0])
+    assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()
+    assert twinserve(*command).code == 0
+    assert (tmp_path / "new.json").exists() and (tmp_path / "law.json").exists()
 
 
 @pytest.mark.parametrize("arguments", ["--version", "trace stat {trace}", "trace stat {trace} --json"])

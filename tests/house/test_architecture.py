@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,10 +44,17 @@ def own_modules() -> list[str]:
     return [path for path in found if not path.startswith(tuple(f"twinserve/{folder}/" for folder in FOLDERS))]
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """What a module is made of."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imported_names(path: Path) -> set[str]:
     """Every dotted name that a module imports, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -88,7 +96,7 @@ def test_the_page_shows_who_imports_whom():
 def test_core_is_built_in_one_module_and_in_the_guides_own_loop():
     built = set()
     for path in own_modules():
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        for node in nodes(ROOT / path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Core":
                 built.add(path)
     assert built == {"settings/build_core.py", "engine/continuous_batching.py"}
@@ -125,7 +133,7 @@ def test_policies_and_orders_need_the_standard_library_and_xxhash_alone():
 def test_core_alone_calls_schedule_and_postprocess():
     for folder in (*FOLDERS[1:], "twinserve"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in nodes(path):
                 if isinstance(node, ast.Attribute) and node.attr in ("schedule", "postprocess"):
                     owner = ast.unparse(node.value)
                     is_vllms = room_of(str(path.relative_to(ROOT))) == "twinserve/vllm" and owner == "super()"

@@ -14,7 +14,7 @@ from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import in_place_of
+from twinserve.settings.files import in_place_of, taken_back
 from twinserve.settings.limits import MOST_SHAPES, MOST_TOKENS
 from twinserve.worlds.workload import TraceOptions
 
@@ -79,8 +79,9 @@ def profile(
                 latency=model,
             )
             measured = profile_of(llm, samples)
+        fitted = fit_profile(measured)
         measured.save(beside)
-        _save_latency(fit_profile(measured), place, as_json)
+        _save_latency(fitted, place, beside, as_json)
 
 
 def fit(
@@ -103,13 +104,15 @@ def fit(
         fitted = fit_runs(runs, traces, profile)
         if beside is not None:
             fit_acceptance(runs, beside)
-        _save_latency(fitted, place, as_json)
+        _save_latency(fitted, place, beside, as_json)
 
 
-def _save_latency(fitted: FittedLatency, out: Path, as_json: bool) -> None:
-    """Save a latency model, and print it or how far off it is; print it, too, where it cannot be saved."""
+def _save_latency(fitted: FittedLatency, out: Path, beside: Path | None, as_json: bool) -> None:
+    """Save a latency model, and print it or how far off it is; print it, too, where it cannot be saved, of which what
+    was written `beside` it is then removed."""
     try:
-        fitted.save(out)
+        with taken_back(beside):
+            fitted.save(out)
     except InputError:
         print(json.dumps(fitted.data))
         raise

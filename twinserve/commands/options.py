@@ -65,7 +65,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Numbers are looked at as they are written, which nobody sees any more once they are parsed."""
-        given, *_ = self.make_parser(ctx).parse_args(list(args))
+        # A shell that completes a line parses what there is of it, and none is wrong then.
+        given = {} if ctx.resilient_parsing else self.make_parser(ctx).parse_args(list(args))[0]
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
             if is_number(parameter) and (text := given.get(parameter.name)) is not None:

@@ -44,10 +44,15 @@ def simulated(record: RunRecord, latency) -> dict:
 def test_runs_with_drafts_are_fitted_and_others_predicted(records):
     seen = [records[name] for name in SEEN]
     kernels = kernels_of(seen[0])
-    assert (kernels.single, kernels.waits, kernels.decodes[-1]) == (5, True, 320)
+    assert (kernels.single, kernels.waits, kernels.decodes[-1]) == (5, False, 320)
     latency = fit_records(seen, about_runs(seen))
     assert latency.data["about"]["speculative_config"]["num_speculative_tokens"] == 4
     assert latency.data["range"]["decode"]["drafts"] == [4, 256]
+    assert kernels.launches_prompts, "and their first kernels run while others are launched"
+    assert (
+        latency.data["regimes"]["prompt"]["lead"]["ns"]["constant"] > 10e6
+        and "lead" not in latency.data["regimes"]["decode"]
+    )
     for name in OTHERS:
         served = records[name].run["summary"]
         twin = simulated(records[name], latency)
@@ -57,10 +62,10 @@ def test_runs_with_drafts_are_fitted_and_others_predicted(records):
 
 
 def test_a_runs_own_steps_take_as_long_as_they_took(records):
-    """The host waited for each, though decisions ran ahead."""
+    """Each was launched before it was known what the one before it gives."""
     for name in SEEN[0], SEEN[3]:
         record = records[name]
         twin, served = simulated(record, choose_latency(None, record.path)[0]), record.run["summary"]
         assert twin["steps"] == served["steps"]
-        assert twin["duration_s"] == pytest.approx(served["duration_s"], rel=0.005)
-        assert twin["tpot_s"]["mean"] == pytest.approx(served["tpot_s"]["mean"], rel=0.005)
+        assert twin["duration_s"] == pytest.approx(served["duration_s"], rel=0.01)
+        assert twin["tpot_s"]["mean"] == pytest.approx(served["tpot_s"]["mean"], rel=0.01)

@@ -369,7 +369,7 @@ def test_all_reduces_that_nobody_has_measured_are_held_to_those_that_were_over_a
             measured.link / link * device.link
         )
         assert device.all_reduces.all_reduce_ns == measured.all_reduce_ns
-        said = "all-reduces assumed to reach the H200's share of its link, 48%, and its latency"
+        said = f"all-reduces assumed to reach the H200's share of its link, {measured.link / link:.0%}, and its latency"
         assert RooflineLatency(SHAPES["llama-3-8b"], device, 2).name.endswith(said)
         assert "all-reduces" not in RooflineLatency(SHAPES["llama-3-8b"], device).name
     for name in ("l40s", "mi300x"):

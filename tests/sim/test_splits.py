@@ -109,6 +109,9 @@ def test_the_pool_is_that_of_the_stage_with_the_least_room():
     layer = 2 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
     assert one == int((left - 3 * layer - 4 * 64_000) // (3 * 128 * 16))
     assert two == int((left - layer - 2 * 64_000) // (128 * 16))
+    uneven = RooflineLatency(SHAPES["llama-3-8b"], DEVICES["h100"], split=Split(pipeline=5))
+    rooms = [uneven._blocks_of(stage, 16, 0)[0] for stage in uneven.stages]
+    assert rooms[0] > min(rooms) == uneven.num_blocks(16), "of 32 layers the first of five stages has six"
 
 
 def test_experts_that_lie_whole_on_devices_are_read_by_all_ranks_tokens_and_compute_their_share():

@@ -81,17 +81,18 @@ def _times(
     """Microseconds of each repeat, by how a sum is made and by bytes."""
     torch.set_num_threads(1)
     own = torch.device("cuda", shard.rank) if device == "cuda" else torch.device("cpu")
-    if own.type == "cuda":
+    if device == "cuda":
         torch.cuda.set_device(own)
     group = Group(shard, dist.PrefixStore("timing", store), own)
-    counts = [2 * hidden * rows for rows in ROWS] if own.type == "cuda" else SIZES
-    found = {"nccl" if own.type == "cuda" else "gloo": {count: _times_of(group, count, repeats) for count in counts}}
-    if own.type == "cuda" and (sums := group.peer_sums(torch.bfloat16, ROWS[-1], hidden, AT_ONCE + 1)) is not None:
-        found["peers"] = {
-            2 * hidden * rows: _peer_times(sums, torch.zeros(rows, hidden, dtype=torch.bfloat16, device=own), repeats)
-            for rows in ROWS
-            if sums.has(rows)
-        }
+    if device == "cpu":
+        found = {"gloo": {count: _times_of(group, count, repeats) for count in SIZES}}
+    else:
+        states = [torch.zeros(rows, hidden, dtype=torch.bfloat16, device=own) for rows in ROWS]
+        found = {"nccl": {state.nbytes: _times_of(group, state.nbytes, repeats) for state in states}}
+        if (sums := group.peer_sums(torch.bfloat16, ROWS[-1], hidden, AT_ONCE + 1)) is not None:
+            found["peers"] = {
+                state.nbytes: _peer_times(sums, state, repeats) for state in states if sums.has(len(state))
+            }
     group.abort()
     return found
 

@@ -13,3 +13,12 @@ def conversations(seed: int) -> list[Request]:
         output_tokens=LengthSpec.parse("lognormal:40:1.0:1:200"), num_system_prompts=2, system_prompt_tokens=40,
         turns=2, think_time_s=0.5,
     )  # fmt: skip
+
+
+def dense_conversations(num_requests: int, rate: float) -> list[Request]:
+    """Conversations of two turns with shared system prompts, enough to fill a small pool."""
+    return generate(
+        seed=3, num_requests=num_requests, rate=rate, prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:300"),
+        output_tokens=LengthSpec.parse("lognormal:25:1.0:1:100"), num_system_prompts=2, system_prompt_tokens=40,
+        turns=2, think_time_s=0.2,
+    )  # fmt: skip

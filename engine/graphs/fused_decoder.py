@@ -144,9 +144,8 @@ class FusedDecoder:
         if self._multiplies_few and has_product(len(token_ids), self.model.config):
             for number, layer in enumerate(layers):
                 x = product(residual, layer.attention.qkv, layer.attention_norm.weight, eps)
-                self._add(
-                    layer.attention.output, self._attended(step, x, number, positions, slots), residual, 2 * number
-                )
+                attended = self._attended(step, x, number, positions, slots)
+                self._add(layer.attention.output, attended, residual, 2 * number)
                 x = product(residual, layer.mlp.gate_up, layer.mlp_norm.weight, eps, gated=True)
                 self._add(layer.mlp.down, x, residual, 2 * number + 1)
             return rms_norm(residual, model.norm.weight, eps, out=self.hidden[: len(residual)])

@@ -18,7 +18,7 @@ _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
+def _store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
     """Store a program's row of numbers, those `inside`, in float32; as `AbsMaxQuantizer` rounds them if FLOAT8."""
     if FLOAT8:
         largest = tl.max(tl.where(inside, tl.abs(values), 0.0), axis=0)
@@ -29,12 +29,20 @@ def store_row(target, scales, values, inside, FLOAT8: tl.constexpr):
 
 
 @triton.jit
+def store_normed(target, scales, values, weights, inside, eps, size, FLOAT8: tl.constexpr):
+    """Store a row after root mean square normalisation, as `_store_row` does."""
+    wide = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    _store_row(target, scales, wide * scale * weights.to(tl.float32), inside, FLOAT8)
+
+
+@triton.jit
 def _quantize_kernel(x, out, scales, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     values = tl.load(x + row + columns, inside, other=0.0).to(tl.float32)
-    store_row(out + row + columns, scales, values, inside, True)
+    _store_row(out + row + columns, scales, values, inside, True)
 
 
 def quantize_rows(x: Tensor) -> Float8Rows:
@@ -68,10 +76,8 @@ def _rms_norm_kernel(
         before = tl.load(residual + row + columns, inside, other=0.0)
         values = (values.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
         tl.store(residual + row + columns, values, inside)
-    wide = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    normed = wide * scale * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    store_row(out + row + columns, scales, normed, inside, FLOAT8)
+    weights = tl.load(weight + columns, inside, other=0.0)
+    store_normed(out + row + columns, scales, values, weights, inside, eps, size, FLOAT8)
 
 
 def rms_norm(
@@ -193,7 +199,7 @@ def _silu_and_mul_kernel(x, out, scales, size, BLOCK: tl.constexpr, FLOAT8: tl.c
     inside = columns < size
     gate = tl.load(x + row * 2 * size + columns, inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * size + size + columns, inside, other=0.0).to(tl.float32)
-    store_row(out + row * size + columns, scales, gate * tl.sigmoid(gate) * up, inside, FLOAT8)
+    _store_row(out + row * size + columns, scales, gate * tl.sigmoid(gate) * up, inside, FLOAT8)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from twinserve.engine.float8 import Float8Rows
-from twinserve.engine.kernels.fused import float8_like, store_row
+from twinserve.engine.kernels.fused import float8_like, store_normed
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ def _sum_kernel(
         values = (values.to(tl.float32) + before.to(tl.float32)).to(own.dtype)
     tl.store(residual + row + columns, values, inside)
     if NORM:
-        wide = values.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-        store_row(out + row + columns, scales, wide * scale * weights.to(tl.float32), inside, FLOAT8)
+        store_normed(out + row + columns, scales, values, weights, inside, eps, size, FLOAT8)
 
 
 def sum_peers(one: PeerSum, out: Tensor) -> Tensor:

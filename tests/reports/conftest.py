@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from busy_traces import dense_conversations
 
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
 from twinserve.sim.latency import StepFeatures
 from twinserve.sim.replica import simulate
 from twinserve.sim.speculation import Acceptance, AcceptanceLaw
-from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.request import Request
 from twinserve.traces.runs.record import RunRecord, RunRecorder, load_record
 
@@ -56,17 +56,7 @@ def simulated(
     settings = Settings.load(
         {"max_num_seqs": 16, "max_num_batched_tokens": 128, "num_gpu_blocks": 90, "pipeline_depth": 1} | values
     )
-    requests = requests or generate(
-        seed=3,
-        num_requests=num_requests,
-        rate=40,
-        prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:300"),
-        output_tokens=LengthSpec.parse("lognormal:25:1.0:1:100"),
-        num_system_prompts=2,
-        system_prompt_tokens=40,
-        turns=2,
-        think_time_s=0.2,
-    )
+    requests = requests or dense_conversations(num_requests, rate=40)
     facts = {"trace": TRACE, "latency": {"name": "a line", "identity": "4f"}} if facts is None else facts
     params = SamplingParams(ignore_eos=True)
     with RunRecorder(path, world="sim", settings=settings.model_dump(), facts=facts, device=device) as recorder:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from busy_traces import dense_conversations
 
 from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.traces.arrivals import Arrivals
-from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import Trace, read_trace
 from twinserve.traces.request import Request, TokenMaker
 from twinserve.traces.runs.concealed import as_they_are
@@ -115,17 +115,7 @@ class World:
 @pytest.fixture
 def some_requests() -> list[Request]:
     """Conversations of two turns with shared system prompts, enough to fill a small pool."""
-    return generate(
-        seed=3,
-        num_requests=60,
-        rate=60,
-        prompt_tokens=LengthSpec.parse("lognormal:60:1.0:1:300"),
-        output_tokens=LengthSpec.parse("lognormal:25:1.0:1:100"),
-        num_system_prompts=2,
-        system_prompt_tokens=40,
-        turns=2,
-        think_time_s=0.2,
-    )
+    return dense_conversations(60, rate=60)
 
 
 @pytest.fixture

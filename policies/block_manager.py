@@ -126,7 +126,7 @@ class BlockManager:
         num_cached = seq.num_registered_tokens // self.block_size
         blank = seq.block_table[num_cached:]
         for block_id in blank:
-            self.blocks[block_id].ref_count = 0
+            self.blocks[block_id].reset()
         self._blank += blank
         # Only a block that the cache knows may be held by others too.
         for block_id in reversed(seq.block_table[:num_cached]):

@@ -102,7 +102,7 @@ class FlatSteps:
             self._rows,
             attention=cast(Literal["triton", "flash"], config.attention.name),
             max_decodes=most,
-            max_tokens=max(most, budget),
+            max_tokens=self._sizes.most_tokens,
             max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
             options=self._options,

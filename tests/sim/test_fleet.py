@@ -73,7 +73,9 @@ def specs(*latencies: Any, **values: Any) -> list[ReplicaSpec]:
     return [ReplicaSpec(settings(**values), latency, {"name": "test"}) for latency in latencies]
 
 
-def fleet_run(folder: Path | None, requests: list[Request], replicas: list[ReplicaSpec], router: str, **more: Any) -> dict:
+def fleet_run(
+    folder: Path | None, requests: list[Request], replicas: list[ReplicaSpec], router: str, **more: Any
+) -> dict:
     workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
     return run_fleet(workload, replicas, ROUTERS[router](), router_facts={"name": router}, out=folder, **more)
 

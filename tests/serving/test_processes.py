@@ -156,7 +156,8 @@ def test_what_runs_when_the_time_of_a_shutdown_is_over_is_told_its_end_and_one_l
     folder, tmp_path, world, seconds, signals
 ):
     """Whoever streams, waits for a whole answer or in the queue, sends half a body, or reads nothing."""
-    served = ("--model", folder) if world == "engine" else ("--simulate", "--latency", "qwen3-0.6b-h100")
+    simulated = ("--simulate", "--latency", "qwen3-0.6b-h100", "--time-scale", 50)  # all are there before one ends
+    served = ("--model", folder) if world == "engine" else simulated
     how = ("--max-num-seqs", 2, "--shutdown-timeout", seconds, "--record", tmp_path / "run", "--max-model-len", 1024)
     body = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "n": 4}
     last = body | {"echo": True, "n": 1} | ({"logprobs": 1, "max_tokens": 0} if world == "engine" else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from mypy_extensions import i64, mypyc_attr
 
@@ -31,7 +31,7 @@ class Block:
 
     __slots__ = ("after", "before", "block_id", "ref_count")
 
-    def __init__(self, block_id: int):
+    def __init__(self, block_id: Any):  # an object: it goes from list to list
         self.block_id, self.ref_count = block_id, 0
         self.before = self.after = self
 
@@ -135,8 +135,7 @@ class BlockManager:
             if not block.ref_count:
                 block.enter(self._cached)
                 self.num_cached_blocks += 1
-        seq.block_table = []
-        seq.num_block_tokens = seq.num_registered_tokens = 0
+        seq.block_table, seq.num_block_tokens, seq.num_registered_tokens = [], 0, 0
         self._holders.pop(seq, None)
 
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:

@@ -105,7 +105,7 @@ class PrefixCache:
         self.register_chain([block_id], hashes, contents, 0, 1, parent)
         return hashes[0]
 
-    def match(self, hashes: list[int], contents: list[bytes | None], parent: int) -> list[int]:
+    def match(self, hashes: list[Any], contents: list[bytes | None], parent: int) -> list[int]:
         """The blocks that hold the longest stored chain of these blocks behind the prefix numbered `parent`."""
         block_ids: list[int] = []
         by_hash, known = self.hash_to_block_id, self._known
@@ -129,14 +129,15 @@ class PrefixCache:
         return None
 
     def register_chain(
-        self, table: list[int], hashes: list[int], contents: list[bytes | None], first: int, end: int, root: int
+        self, table: list[Any], hashes: list[Any], contents: list[bytes | None], first: int, end: int, root: int
     ) -> None:
         """Note that the blocks of a table from `first` to before `end` hold, or will once their step has run, the next
         of a chain of contents: behind the block before `first`, or behind the prefix `root` where that is the first."""
         known, by_hash = self._known, self.hash_to_block_id
         parent = known[table[first - 1]].prefix if first else root
         for index in range(first, end):
-            block_id, block_hash, content = table[index], hashes[index], contents[index]
+            number, block_hash, content = table[index], hashes[index], contents[index]
+            block_id: int = number
             while block_id >= len(known):
                 known.append(CachedBlock())
             block = known[block_id]
@@ -144,7 +145,7 @@ class PrefixCache:
                 raise ValueError(f"block {block_id} is stored already, with hash {block.hash}")
             self._last_prefix += 1
             block.hash, block.content, block.parent, block.prefix = block_hash, content, parent, self._last_prefix
-            if by_hash.setdefault(block_hash, block_id) != block_id:
+            if by_hash.setdefault(block_hash, number) != block_id:
                 equal_id = self._find(block_hash, content, parent)
                 if equal_id is not None:
                     block.prefix = known[equal_id].prefix

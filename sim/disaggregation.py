@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import simpy
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import Sequence
 from twinserve.sim.clock import alarm, now_ns
@@ -20,6 +21,7 @@ ROLES = (BOTH := "both", PREFILL, DECODE)
 _ARRIVED = 1_500_000  # once steps have ended at that instant, and before anything is decided
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True)
 class Disaggregation:
     """Which replicas compute prompts, and which ones what follows their first tokens.

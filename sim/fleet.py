@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import simpy
+from mypy_extensions import mypyc_attr
 
 from twinserve.orders import Loading
 from twinserve.policies import Core, SamplingParams, Sequence
@@ -33,6 +34,7 @@ _DIES, _NOTICED, _RETURNS = range(3)
 """What happens to replicas, in the order of those at one instant."""
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True, slots=True)
 class Outage:
     """A replica dies at `from_ns` and comes back, with nothing in it, at `to_ns`; None is never."""
@@ -45,6 +47,7 @@ class Outage:
         return f"{self.replica}:{self.from_ns / 1e9:g}:{'' if self.to_ns is None else f'{self.to_ns / 1e9:g}'}"
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True, slots=True)
 class Restart:
     """Replicas are restarted one after another, from `from_ns` on: each is sent nothing more, ends what it has, is down
@@ -55,6 +58,7 @@ class Restart:
     down_ns: int
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class FleetListener:
     """Builds the replicas' policies, and hears where requests go. This one wants to know nothing.
 
@@ -275,6 +279,7 @@ class Fleet:
             self._handing_over.append(handover)
             return
         replica = _chosen(self._split.router, request, able)
+        seq.prefix_key = computed.prefix_key  # it knows the keys of the prompt
         seq.append_token(None)
         seq.first_scheduled_ns, seq.first_token_ns = computed.first_scheduled_ns, computed.first_token_ns
         handover.target = replica, seq
@@ -501,7 +506,7 @@ def _could_serve(core: Core, seq: Sequence, max_tokens: int) -> bool:
     return core.scheduler.refusal_of(seq) is None
 
 
-def _chosen(router: Router, request: Request, replicas: list[Replica]) -> Replica:
+def _chosen(router: Router, request: Request, replicas: list[Any]) -> Any:
     place = router.choose(request, replicas)
     if not 0 <= place < len(replicas):
         raise InputError(f"the router chose {place}, expected a place from 0 to {len(replicas) - 1}")
@@ -629,6 +634,7 @@ def _shares(arrivals: Arrivals, router: Router, cores: list[Core], params: Sampl
     return shares
 
 
+@mypyc_attr(native_class=False)
 @dataclass(frozen=True)
 class _Numbered:
     """What a blind router reads of a replica."""

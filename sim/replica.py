@@ -308,6 +308,8 @@ class Replica:
         if not self._keeping:
             return self.core.commit(self._output(batch), now_ns)
         kept = [seq for seq in batch.sampled if seq.seq_id in self._keeping and not seq.is_finished]
+        if not kept:
+            return self.core.commit(self._output(batch), now_ns)
         assert self._loading is not None, "KV is kept by replicas that load"
         for seq in kept:
             self._keeping.remove(seq.seq_id)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import simpy
+from mypy_extensions import mypyc_attr
 
 from twinserve.policies import BlockManager, Sequence
 from twinserve.sim.clock import alarm, now_ns
@@ -17,6 +17,7 @@ from twinserve.sim.links import Link
 _ARRIVED = 1_500_000  # once steps have ended at that instant, and before anything is decided
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True)
 class Tier:
     """A tier: the memory of a replica's host, its SSD, or a store that all replicas of a fleet share.
@@ -38,27 +39,55 @@ class Store:
     def __init__(self, tier: Tier, block_bytes: float):
         self.tier, self.block_bytes = tier, block_bytes
         self._most = int(tier.capacity_bytes // block_bytes)
-        self._blocks: OrderedDict[int, None] = OrderedDict()
+        self._uses: list[Any] = []  # blocks in the order of their uses, from place _oldest on
+        self._oldest = 0
+        self._num_uses: dict[
+            Any, int
+        ] = {}  # of the blocks that are here, those there: the latest is the one that counts
         self._free_ns = 0
 
     def __contains__(self, block_hash: int) -> bool:
-        return block_hash in self._blocks
+        return block_hash in self._num_uses
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._num_uses)
 
-    def put(self, block_hashes: Iterable[int]) -> list[int]:
+    def put(self, block_hashes: list[Any]) -> list[Any]:
         """Take blocks in, as those used last, in this order; those that had to give way."""
-        blocks, most = self._blocks, self._most
-        gone = []
+        num_uses, gone = self._num_uses, list[Any]()
         for block_hash in block_hashes:
-            if block_hash in blocks:
-                blocks.move_to_end(block_hash)
-            else:
-                blocks[block_hash] = None
-                if len(blocks) > most:
-                    gone.append(blocks.popitem(last=False)[0])
+            if (num := num_uses.get(block_hash, 0)) and len(num_uses) > self._most:
+                self._give_way(gone)  # what was put before this one comes first, and it may be this one that goes
+                num = num_uses.get(block_hash, 0)
+            num_uses[block_hash] = num + 1
+            self._uses.append(block_hash)
+        self._give_way(gone)
+        if len(self._uses) > 2 * len(num_uses):
+            self._forget_uses()
         return gone
+
+    def _give_way(self, gone: list[Any]) -> None:
+        """Let the blocks go for which there is no room."""
+        num_uses, uses, place = self._num_uses, self._uses, self._oldest
+        while len(num_uses) > self._most:
+            block_hash = uses[place]
+            place += 1
+            if (left := num_uses[block_hash] - 1) > 0:
+                num_uses[block_hash] = left
+            else:
+                del num_uses[block_hash]
+                gone.append(block_hash)
+        self._oldest = place
+
+    def _forget_uses(self) -> None:
+        """Keep the latest use of each block alone."""
+        latest: list[Any] = []
+        for block_hash in self._uses[self._oldest :]:
+            if (left := self._num_uses[block_hash] - 1) > 0:
+                self._num_uses[block_hash] = left
+            else:
+                latest.append(block_hash)
+        self._uses, self._oldest = latest, 0
 
     def load_ns(self, num_blocks: int, at_ns: int) -> int:
         """When so many blocks are there that are asked for now."""
@@ -106,35 +135,38 @@ class Tiers:
     def _evict(self, block_ids: list[int]) -> None:
         cache = self._manager.prefix_cache
         assert cache is not None, "blocks without a cache have no content to keep"
-        hashes: list[Any] = [cache._known[block_id].hash for block_id in block_ids]
+        known = cache._known
+        hashes: list[Any] = [known[block_id].hash for block_id in block_ids]
         for store, counts in zip(self._stores, self._counts, strict=True):
             before = len(store)
             gone = store.put(hashes)
             counts.stored_blocks += len(store) + len(gone) - before
             hashes = gone
 
-    def _places(self, seq: Sequence, num_tokens: int) -> list[int]:
-        """The tier of each block that lies in one, behind so many tokens that are in the pool."""
-        size, places = self._manager.block_size, []
-        for block_hash in seq.block_hashes[num_tokens // size : (seq.num_tokens - 1) // size]:
-            place = next((place for place, store in enumerate(self._stores) if block_hash in store), None)
-            if place is None:
+    def _places(self, block_hashes: list[Any]) -> list[int]:
+        """The tier of each block of a chain that lies in one, up to the first that does not."""
+        places: list[int] = []
+        for block_hash in block_hashes:
+            for place, store in enumerate(self._stores):
+                if block_hash in store._num_uses:
+                    places.append(place)
+                    break
+            else:
                 break
-            places.append(place)
         return places
 
     def find(self, seq: Sequence, num_tokens: int) -> int:
         """See `twinserve.orders.loading.Source`."""
         if self._is_shared:
             self._before()
-        places = self._places(seq, num_tokens)
+        size = self._manager.block_size
+        block_hashes = seq.block_hashes[num_tokens // size : (seq.num_tokens - 1) // size]
+        places = self._places(block_hashes)
         if not places:
             return 0
         self._found[seq] = places  # read, whatever gives way to what the pool gives up for them
-        size = self._manager.block_size
-        first = num_tokens // size
-        for block_hash, place in zip(seq.block_hashes[first : first + len(places)], places, strict=True):
-            self._stores[place].put((block_hash,))
+        for number, store in enumerate(self._stores):
+            store.put([block_hashes[index] for index, place in enumerate(places) if place == number])
         return num_tokens + len(places) * size
 
     def load(self, seq: Sequence, loaded: Callable[[Sequence], None]) -> None:
@@ -149,6 +181,7 @@ class Tiers:
         alarm(self._env, there_ns, _ARRIVED, lambda _: loaded(seq))
 
 
+@mypyc_attr(native_class=False)  # it may be pickled
 @dataclass(frozen=True)
 class TierPlan:
     """The tiers of a fleet, and how large a block is on each replica."""

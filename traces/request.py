@@ -93,7 +93,8 @@ class PrefixKeys:
     ever asked for, as where nothing is cached.
     """
 
-    __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_parts", "_shifted", "_unread")
+    __slots__ = ("_answer", "_bases", "_begin", "_end", "_ends", "_first_and_step", "_known", "_parts",
+                 "_shifted", "_unread")  # fmt: skip
 
     def __init__(self, parts: Seq[Part], answer: int):
         self._unread: Seq[Part] | None = parts
@@ -103,6 +104,8 @@ class PrefixKeys:
         self._bases: list[int] = []
         # Of the part that was asked about last: it lies behind token _begin, up to _end.
         self._begin = self._end = self._shifted = 0
+        # Of the prefixes that were asked about all at once: where the first ends, the tokens between two, and the keys.
+        self._first_and_step, self._known = (0, 0), list[int]()
 
     def _read(self) -> None:
         """Read the parts, if they have not been."""
@@ -125,7 +128,18 @@ class PrefixKeys:
         return (self._shifted + num_tokens * _GOLDEN) & _MASK
 
     def each(self, ends: range) -> list[int]:
-        """The keys of the prefixes that end there, as single calls give them, but all at once."""
+        """The keys of the prefixes that end there, as single calls give them, but all at once. The longest list is
+        kept, as who goes on with a request elsewhere asks for the same keys and those behind them."""
+        if (ends.start, ends.step) != self._first_and_step:
+            if len(ends) <= len(self._known):
+                return self._keys(ends)
+            self._first_and_step, self._known = (ends.start, ends.step), self._keys(ends)
+        known = self._known
+        if len(known) < len(ends):
+            self._known = known = known + self._keys(ends[len(known) :])
+        return known if len(known) == len(ends) else known[: len(ends)]
+
+    def _keys(self, ends: range) -> list[int]:
         self._read()
         self._find_bases(len(self._parts))
         golden = np.uint64(_GOLDEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import simpy
 from busy_traces import conversations
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from latencies import Constant, Uneven
 
 from twinserve.policies import BlockManager, Sequence
@@ -126,6 +129,24 @@ def test_a_store_forgets_what_was_used_least_recently():
     store = Store(Tier("cpu", 2.5 * BLOCK, CPU.link), BLOCK)
     assert [store.put([block]) for block in (1, 2, 1, 3)] == [[], [], [], [2]]
     assert 1 in store and 2 not in store and len(store) == 2
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 6), st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=12))
+def test_blocks_that_come_together_go_as_if_they_had_come_one_by_one(most, batches):
+    """However few fit, and whichever of them are there already, come twice, or give way to one another."""
+    store = Store(Tier("cpu", most * BLOCK, CPU.link), BLOCK)
+    expected: OrderedDict[int, None] = OrderedDict()
+    for batch in batches:
+        gone = []
+        for block in batch:
+            expected[block] = None
+            expected.move_to_end(block)
+            if len(expected) > most:
+                gone.append(expected.popitem(last=False)[0])
+        assert store.put(batch) == gone
+        assert [block for block in range(10) if block in store] == sorted(expected) and len(store) == len(expected)
+    assert len(store._uses) <= 2 * len(store), "what is noted of uses does not grow with their number"
 
 
 def test_a_hit_is_a_use():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from twinserve.traces import transforms
 from twinserve.traces.formats.reading import private_prompt, with_own_private_prompts
-from twinserve.traces.request import Part, Request, answer_text
+from twinserve.traces.request import Part, PrefixKeys, Request, answer_text
 from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests
 from twinserve.traces.statistics import shared_tokens, trace_statistics
 
@@ -115,3 +115,15 @@ def test_a_plain_request_takes_16_bytes_whatever_is_done_with_it():
         assert isinstance(one, Requests) and not one.others
         columns = (one._arrivals_ns, one._prompt_tokens, one._max_tokens)
         assert sum(map(sys.getsizeof, columns)) < 19 * len(one) + 1000  # arrays grow by an eighth at a time
+
+
+ENDS = st.builds(lambda size, first, number: range(first, first + number * size, size), *[st.integers(1, 20)] * 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30)), min_size=1, max_size=5), st.lists(ENDS, max_size=6))
+def test_keys_that_are_asked_for_together_are_those_of_single_calls_whatever_was_asked_before(lengths, asked):
+    """The second list that begins alike and is longer, or shorter, comes from what is known of the first."""
+    parts = [Part(text, 0, length) for text, length in lengths]
+    keys = PrefixKeys(parts, -1)
+    for ends in [two for one in asked for two in (one, one[: len(one) // 2], range(one.start, 99, one.step))]:
+        assert keys.each(ends) == [PrefixKeys(parts, -1)(end) for end in ends]

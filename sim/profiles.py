@@ -50,7 +50,11 @@ class Profile:
         Raises:
             InputError: `path` exists, or cannot be written.
         """
-        write_whole(path, gzip.compress(self._text().encode(), mtime=0))
+        write_whole(path, self.packed())
+
+    def packed(self) -> bytes:
+        """What its file holds."""
+        return gzip.compress(self._text().encode(), mtime=0)
 
     @property
     def identity(self) -> str:

@@ -241,39 +241,50 @@ def answered(url: str, prompts: list[list[int]]) -> None:
 def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path, capsys):
     from shell import fitted
 
-    from twinserve.commands.latencies import _save_latency
+    from twinserve.commands.latencies import _shown
 
     (tmp_path / "file").touch()
     model = fitted()
-    with pytest.raises(InputError, match="cannot be written: Not a directory"):
-        _save_latency(model, tmp_path / "file" / "latency.json", None, False)
+    with pytest.raises(InputError, match="cannot be written: Not a directory"), _shown(model, False):
+        model.save(tmp_path / "file" / "latency.json")
     assert json.loads(capsys.readouterr().out) == model.data
 
 
-@pytest.mark.parametrize("number", [None, *ENDS], ids=str)
+@pytest.mark.parametrize("number", [None, signal.SIGKILL, *ENDS], ids=str)
 def test_what_lies_beside_a_latency_is_not_there_without_it(twinserve, trace, latency, tmp_path, monkeypatch, number):
     """So the next run of the same command is refused for neither of its files."""
     from shell import fitted
 
+    from twinserve.settings import files
     from twinserve.worlds import run
 
-    def stopped(self, path: Path) -> None:
+    name_too = files._name_too
+
+    def stopped(partial: Path, path: Path) -> None:
+        name_too(partial, path)
         if number is None:
-            raise InputError("cannot be written: No space left on device", path=path)
+            raise OSError(28, "No space left on device")
         os.kill(os.getpid(), number)
 
     drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "synthetic_acceptance_rate": 0.5})
     drafted = tmp_path / "drafted"
     assert twinserve("sim", trace, "--latency", latency, "--speculative-config", drafts, "--out", drafted).code == 0
-    model = fitted()
+    model, out = fitted(), tmp_path / "out"
     monkeypatch.setattr(run, "fit_runs", lambda *given: model)
-    command = ("fit", drafted, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
+    command = ("fit", drafted, "--out", out / "new.json", "--acceptance", out / "law.json")
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "save", stopped)
-        assert twinserve(*command).code == (2 if number is None else ENDS[number][0])
-    assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()
+        patch.setattr(files, "_name_too", stopped)
+        if number is signal.SIGKILL:
+            if not (child := os.fork()):
+                twinserve(*command)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            assert left(out) == ["law.json", "law.json.partial", "new.json.partial"]
+        else:
+            assert twinserve(*command).code == (2 if number is None else ENDS[number][0])
+            assert left(out) == []
     assert twinserve(*command).code == 0
-    assert (tmp_path / "new.json").exists() and (tmp_path / "law.json").exists()
+    assert left(out) == ["law.json", "new.json"]
 
 
 @pytest.mark.parametrize("arguments", ["--version", "trace stat {trace}", "trace stat {trace} --json"])

@@ -27,7 +27,7 @@ from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
 from twinserve.sim.routers import Router
 from twinserve.sim.scaling import Lease, Scaling
 from twinserve.sim.slowness import Slowdown, SlowLatency
-from twinserve.sim.speculation import Acceptance, acceptance_of
+from twinserve.sim.speculation import Acceptance, AcceptanceLaw, acceptance_of
 from twinserve.sim.tiers import TierPlan
 from twinserve.traces.request import Request
 from twinserve.traces.runs.fleet_record import FleetRecorder
@@ -201,20 +201,19 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
 
 
-def fit_acceptance(runs: list[Path], out: Path) -> None:
-    """Write the law of acceptance of speculative runs' drafts.
+def fit_acceptance(runs: list[Path]) -> AcceptanceLaw:
+    """The law of acceptance of speculative runs' drafts.
 
     Raises:
-        InputError: a record cannot be read, none has drafts, or the file cannot be written.
+        InputError: a record cannot be read, or none has drafts.
     """
-    from twinserve.sim.speculation import fit_law, save_law
+    from twinserve.sim.speculation import fit_law
     from twinserve.traces.runs.record import load_record
 
     try:
-        law = fit_law(*(load_record(run).steps for run in runs))
+        return fit_law(*(load_record(run).steps for run in runs))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error), path=runs[0]) from error
-    save_law(law, out)
 
 
 def require_engine(device: str) -> None:

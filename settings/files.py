@@ -226,6 +226,7 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
     if out is None:
         yield None
         return
+    _refuse_nameless(out)
     anew = out.with_name(f".new-{out.name}")
     with writing(out):
         _clear(_partial(anew), lambda: _restore(out, _partial(anew) / REPLACED))
@@ -254,6 +255,8 @@ def pair_in_place_of(out: Path, beside: Path, is_forced: bool) -> Iterator[None]
     Raises:
         InputError: something has a name that is not to be replaced, or both are one.
     """
+    for path in (out, beside):
+        _refuse_nameless(path)
     if os.path.abspath(out) == os.path.abspath(beside):
         raise InputError("expected another name than that of the file that it belongs to", path=beside)
     names = (_partial(out), beside, _partial(beside))
@@ -264,6 +267,16 @@ def pair_in_place_of(out: Path, beside: Path, is_forced: bool) -> Iterator[None]
         _is_replaced(path, is_forced, ())
     with _saying_what_became_of(out):
         yield
+
+
+def _refuse_nameless(path: Path) -> None:
+    """Refuse where nothing can be written beside, to be renamed.
+
+    Raises:
+        InputError: it is a root, or the working directory.
+    """
+    if not path.name:
+        raise InputError("expected the name of a file or a folder", path=path)
 
 
 def _is_replaced(out: Path, is_forced: bool, marks: Collection[str]) -> bool:

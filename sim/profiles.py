@@ -87,7 +87,7 @@ class Profile:
 
 def profile_beside(latency: Path) -> Path:
     """Where the profile is kept that a latency file was fitted from."""
-    return latency.with_name(f"{latency.stem}.profile.jsonl.gz")
+    return latency.parent / f"{latency.stem}.profile.jsonl.gz"
 
 
 def _row(sample: StepSample) -> dict[str, Any]:

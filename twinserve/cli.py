@@ -46,6 +46,11 @@ class _Signals:
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
         sys.unraisablehook = self._again
 
+    def end(self) -> None:
+        """There is nothing to clean up any more."""
+        for number in _WORDS.keys() & self._before.keys():
+            signal.signal(number, self._at_once)
+
     def remove(self) -> None:
         sys.unraisablehook = sys.__unraisablehook__
         for number, handler in self._before.items():
@@ -80,9 +85,13 @@ def main() -> None:
     signals = _Signals()
     signals.install()
     try:
-        sys.exit(_run(signals))
+        code = _run(signals)
+        signals.end()
+    except _Stopped as stopped:  # when it was saying how it had ended, or had
+        code = _say(_WORDS[stopped.number], 128 + stopped.number)
     finally:
         signals.remove()
+    sys.exit(code)
 
 
 def _speak_utf8() -> None:

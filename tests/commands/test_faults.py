@@ -37,6 +37,17 @@ class Ends(FirstCome):
         return super().pop_next()
 """
 
+BEHIND = """
+from twinserve import cli
+
+def signalled(*given, does=cli.{name}, left=[15]):
+    if left:
+        os.kill(os.getpid(), left.pop())
+    return does(*given)
+
+cli.{name} = signalled
+"""
+
 
 def command(*arguments: object, folder: Path, limit: int | None = None, **environment: str):
     """Run a command in a process of its own, which can write no file longer than `limit` bytes; with variables of the
@@ -118,6 +129,16 @@ def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(fold
     assert (result.returncode, said(result)) == (143, "twinserve: terminated")
 
 
+@pytest.mark.parametrize("name", ["_say", "_Signals.end", "_Signals.remove"])
+def test_a_signal_behind_the_work_is_one_line_too(folder, tmp_path, trace, latency, name):
+    """While it is said what was wrong, when all is done, and when nothing has to be cleaned up any more."""
+    text = ORDER.format(number=0).replace("if not Ends.left", "if False") + BEHIND.format(name=name)
+    (tmp_path / "order.py").write_text(text + ("raise ValueError\n" if name == "_say" else ""))
+    arguments = ("sim", trace, "--latency", latency, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends")
+    result = command(*arguments, folder=folder)
+    assert (result.returncode, said(result)) == (143, "twinserve: terminated")
+
+
 @pytest.fixture
 def record(tmp_path, twinserve, trace, latency) -> Path:
     assert twinserve("sim", trace, "--latency", latency, "--out", tmp_path / "record").code == 0
@@ -147,7 +168,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, trace, latency, reco
     result = command(*commands[name], folder=folder, limit=limit)
     assert result.returncode == 2, (result.stdout, result.stderr)
     assert said(result).endswith("cannot be written: File too large")
-    assert left(folder) == (["out", "out/points"] if name == "sweep" else [])
+    assert left(folder) == []
     assert list((folder / "tmp").iterdir()) == []
     again = command(*commands[name], folder=folder)
     assert again.returncode == 0, again.stderr
@@ -181,7 +202,8 @@ def test_a_signal_in_a_search_is_one_line_and_the_next_one_goes_on(folder, tmp_p
         assert result.returncode == -9
     else:
         status, word = ENDS[number]
-        told = f"; the same command goes on with what is in {folder / 'out'}" if "--out" in arguments else ""
+        kept = [*(folder / "out" / "points").iterdir()] if (folder / "out").exists() else []
+        told = f"; the same command goes on with what is in {folder / 'out'}" if kept else ""
         assert (result.returncode, said(result)) == (status, f"twinserve: {word}{told}")
         assert not [entry for entry in left(folder) if entry.endswith(".partial")]
     assert not {"out/results.jsonl", "out/page.html"} & {*left(folder)}

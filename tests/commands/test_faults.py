@@ -120,9 +120,18 @@ def test_a_signal_during_an_import_is_one_line(folder, trace, latency, number, m
     assert not (folder / "run").exists()
 
 
-def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(folder, tmp_path, trace, latency):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(
+    folder, tmp_path, trace, latency, is_compiled
+):
+    """In a destructor, say; compiled code, as Cython makes it, prints the exception before."""
     text = ORDER.format(number=15).replace("os.kill(os.getpid(), 15)", "Dies()")
     dies = "class Dies:\n    def __del__(self):\n        os.kill(os.getpid(), 15)\n        [n for n in range(9)]\n\n"
+    if is_compiled:
+        lines = dies.splitlines()
+        tried = ["        try:", *("    " + line for line in lines[2:4]), "        except BaseException as error:"]
+        printed = "            __import__('sys').excepthook(type(error), error, None)\n            raise\n\n"
+        dies = "\n".join([*lines[:2], *tried, printed])
     (tmp_path / "order.py").write_text(text.replace("class Ends", dies + "class Ends"))
     arguments = ("sim", trace, "--latency", latency, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends")
     result = command(*arguments, folder=folder)

@@ -82,7 +82,6 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
                 summary = record.run["summary"]
                 made = {"drafts": k, "acceptance": rate, "requests": summary["requests"], "steps": summary["steps"]}
                 made["output_tok_s"] = round(summary["output_tok_s"], 1)
-                made["prompt_host_ms"] = prompt_host_ms(record)
                 if k and batch is not None:
                     made["step_ms"] = step_ms(record, batch)
                 if (latency := twins.get(k > 0)) is not None:
@@ -90,7 +89,9 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
                     if batch is not None:
                         made["twin_tok_s"] = predicted_tok_s(record, latency, rate)
                 (traffic if batch is None else runs).append(made)
-    return {"about": about, "decisions": decisions, "runs": runs} | ({"traffic": traffic} if traffic else {})
+        launches = prompt_launches_ms(folder)
+    found = {"about": about, "decisions": decisions, "runs": runs}
+    return found | ({"traffic": traffic} if traffic else {}) | ({"prompt_launches": launches} if launches else {})
 
 
 def step_ms(record: RunRecord, batch: int) -> float:
@@ -99,10 +100,17 @@ def step_ms(record: RunRecord, batch: int) -> float:
     return round(statistics.median((step["end_ns"] - step["start_ns"]) / 1e6 for step in whole), 3)
 
 
-def prompt_host_ms(record: RunRecord) -> float:
-    """The median time that the host took to launch a run's steps with prompts."""
-    launches = [step["launched_ns"] - step["decided_ns"] for step in record.steps if step["prompt_tokens"]]
-    return round(statistics.median(launches) / 1e6, 2)
+def prompt_launches_ms(folder: Path) -> dict[str, float]:
+    """Of the profiled steps with prompts, the median time of their launches and on the device; none, of none."""
+    profiles = [
+        Profile.load(path) for path in folder.glob("profile-k*.jsonl.gz") if not path.name.startswith("profile-k0.")
+    ]
+    samples = [one for profile in profiles for one in profile.samples if one.features.prompt_tokens]
+    return {
+        name: round(statistics.median(getattr(one, name) for one in samples) / 1e6, 1)
+        for name in ("launch_ns", "device_ns")
+        if samples
+    }
 
 
 def twins_of(folder: Path) -> dict[bool, FittedLatency]:
@@ -254,15 +262,12 @@ def twin_lines(found: dict[str, Any], real: Rates, twin: Rates) -> list[str]:
             for run in traffic
         ]
         lines += table(["traffic", *METRICS.values()], rows, numbers=True)
-        hosts = [
-            [run["prompt_host_ms"] for run in traffic if (run["drafts"] > 0) == drafts] for drafts in (False, True)
-        ]
+        launches = found["prompt_launches"]
         lines += prose(
-            "Where rows have drafts a step with prompts is no graph: its kernels are launched one by one. In these runs"
-            f" the host took {min(hosts[1]):.0f} to {max(hosts[1]):.0f} ms for that, where a graph takes it "
-            f"{max(hosts[0]):.1f} ms. It is what prompts wait for, and what stands still beside them: the profile has "
-            "one such time, and adds it to the device's, which has begun by then. So the times to the first token are "
-            "the worst that the twin says here."
+            "The times to the first token are the worst. A launch waits for the step before it where sequences have "
+            f"left since, and while the profile was made a step with prompts so took {launches['launch_ns']} ms to be "
+            f"launched, at the median, beside {launches['device_ns']} ms on the device, all of which the model takes "
+            "for the host's work. The wait is not counted any more; this profile was made before that."
         )
     return lines
 

@@ -86,10 +86,12 @@ class Step(HasTokens, Protocol):
 
     Attributes:
         start_ns, end_ns: readings of time.perf_counter_ns, valid after `result`.
+        waited_ns: for how long the host waited for steps before it, while it was put into the queue.
     """
 
     start_ns: int
     end_ns: int
+    waited_ns: int
 
     def result(self) -> list[int]:
         """Wait for the step; its tokens."""
@@ -174,8 +176,7 @@ class CpuQueue:
 class CpuStep:
     """A step of a CpuQueue."""
 
-    start_ns = 0
-    end_ns = 0
+    start_ns = end_ns = waited_ns = 0
     tokens: Tensor
     future: Future[list[int]]
 
@@ -241,6 +242,7 @@ class CudaQueue:
         self._ended.synchronize()
         self._ended_ns = time.perf_counter_ns()
         self._open = OpenSteps()
+        self._waited_ns = 0  # for numbers of steps in parts, all together
 
     @torch.inference_mode()
     def submit(self, compute: Callable[[], Tensor]) -> CudaStep:
@@ -254,9 +256,11 @@ class CudaQueue:
     @torch.inference_mode()
     def submit_parts(self, parts: Parts) -> CudaStep:
         """Enqueue a step in parts."""
+        waited_ns = self._waited_ns
         self._open.make_way(parts)
         parts.lay_out()
         step = self.submit(parts.compute)
+        step.waited_ns = self._waited_ns - waited_ns
         with on_device(self._device):
             parts.go_on()
             step.goes_on(parts, self._event())
@@ -266,6 +270,12 @@ class CudaQueue:
     def conclude(self, step: CudaStep) -> None:
         """Conclude a step in parts, if it is one, and those before it."""
         self._open.conclude(step)
+
+    def await_numbers(self, computed: Any) -> None:
+        """Wait until a step in parts has what the host has to know of it."""
+        begun_ns = time.perf_counter_ns()
+        computed.synchronize()
+        self._waited_ns += time.perf_counter_ns() - begun_ns
 
     def wait(self, launched_ns: int, start: Any, end: Any) -> tuple[int, int]:
         """Wait for the oldest step not yet waited for; when it started and ended.
@@ -299,8 +309,7 @@ class CudaStep:
 
     def __init__(self, queue: CudaQueue, tokens: Tensor, host: Tensor, launched_ns: int, start: Any, end: Any) -> None:
         self.tokens = tokens
-        self.start_ns = 0
-        self.end_ns = 0
+        self.start_ns = self.end_ns = self.waited_ns = 0
         self._queue, self._host, self._events = queue, host, (launched_ns, start, end)
         self._parts: tuple[Parts, Any] | None = None
         self._concluded: list[int] | None = None
@@ -314,7 +323,7 @@ class CudaStep:
         """Wait for the numbers of a step in parts, and have it concluded."""
         assert self._parts is not None
         parts, computed = self._parts
-        computed.synchronize()
+        self._queue.await_numbers(computed)
         self._concluded = parts.conclude(self._host.tolist())
 
     def result(self) -> list[int]:

@@ -21,7 +21,7 @@ from statistics import NormalDist
 
 from twinserve.engine.llm import LLM
 from twinserve.engine.online import StepHandle
-from twinserve.engine.speculation.runner import SpeculativeRunner
+from twinserve.engine.speculation.runner import SpeculativeRunner, VerifiedStep
 from twinserve.policies import Batch, Core, Runs, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
@@ -377,8 +377,10 @@ def _steps_of(llm: LLM, shape: StepShape, repeats: int) -> Iterator[MeasuredStep
             batch = core.decide(0)
             handle = llm.runner.launch(batch)
             launched = time.perf_counter_ns()
+            # Where the host needs what came of the step before, it is the device that takes this long.
+            waited_ns = handle.waited_ns if isinstance(handle, VerifiedStep) else 0
             _check(batch, shape, number, core)
-            in_flight.append((batch, handle, decided, decided - free, launched - decided))
+            in_flight.append((batch, handle, decided, decided - free, launched - decided - waited_ns))
             free = launched
         if number >= depth:
             batch, handle, decided, bookkeeping_ns, launch_ns = in_flight.popleft()

@@ -27,6 +27,7 @@ class _RareCollections(ContextDecorator):
         with self._lock:
             self._inside -= 1
             if not self._inside:
+                gc.collect()
                 gc.set_threshold(*self._usual)
                 gc.unfreeze()
 
@@ -34,4 +35,7 @@ class _RareCollections(ContextDecorator):
 rare_collections = _RareCollections()
 """Inside it, circular garbage is looked for seldom, and not in what is there already: whoever reads a trace or walks a
 Core leaves next to none. Looking as often as usual takes some percent of a simulation, more of reading a trace, and a
-search through everything holds an engine up for longer than many steps take."""
+search through everything holds an engine up for longer than many steps take.
+
+What is garbage at the end is taken away then. Who enters again and again is hardly ever looked through otherwise, as
+what is there already is set aside each time, and a fleet leaves all of itself: so much for each point of a search."""

@@ -514,7 +514,7 @@ def _fit_host(
         solve: Callable[[Shapes], list[float]] = partial(_solve, row_of=row_of)
         if part == "host" and bookkeeping:
             solve = partial(_solve_host, bookkeeping, _by_shape(samples, "launch"), shapes, regime, launches_vary)
-        elif part == "host" and len(shapes) < 2:
+        elif len(shapes) < 2:
             raise ValueError(f"{len(shapes)} shapes were measured for {regime} steps, expected at least 2")
         fitted[part] = {"knots": [], "ns": dict(zip(coefficient_names(part, []), solve(shapes), strict=True))}
         if holds_out and len(shapes) >= FOLDS:

@@ -57,11 +57,6 @@ class Kernels:
         values = asdict(self)
         return {name: value for name, value in values.items() if value or name not in ("single", "waits")}
 
-    @property
-    def launches_prompts(self) -> bool:
-        """Are steps with prompts launched kernel by kernel, of an engine that captures others?"""
-        return bool(self.decodes) and not (self.tokens or self.prompt_tokens)
-
     def at(self, max_num_seqs: int, max_num_batched_tokens: int | None, most_drafts: int = 0) -> Kernels:
         """The sizes that the same engine captures under these limits, rows having so many drafts at most.
 
@@ -74,7 +69,7 @@ class Kernels:
             self,
             single=single,
             decodes=_up_to(self.decodes, most_decodes),
-            decodes_beside=_up_to(self.decodes_beside, max_num_seqs),
+            decodes_beside=_up_to(self.decodes_beside, most_decodes if single else max_num_seqs),
             tokens=self.tokens[: bisect_left(self.tokens, budget) + 1],
             prompt_tokens=self.prompt_tokens[: bisect_left(self.prompt_tokens, budget) + 1],
         )

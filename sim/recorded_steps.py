@@ -232,10 +232,7 @@ class _Run:
                         free, launch = ends[-1], start - max(decided, ends[-1])
                     bookkeeping = max(0, decided - free)
                 host = None if launch is None else launch + (bookkeeping or 0)
-                lead: int | None = None
-                if launched is not None and f.prompt_tokens and self.kernels.launches_prompts and start > ends[-1]:
-                    lead = max(0, launched - start)  # its first kernels ran while the others were launched
-                yield StepSample(f, host, device, lead, launch, bookkeeping)
+                yield StepSample(f, host, device, None, launch, bookkeeping)
             before, ends = row, [ends[-1], end]
 
     def _ahead(self, model: FittedLatency | None, tail: int) -> Iterable[StepSample]:

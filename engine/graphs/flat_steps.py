@@ -31,25 +31,40 @@ class Laid:
 
     Attributes:
         size: of the step, padding included where it is captured.
-        num_single: tokens of rows that attend as decodes; they are the first.
         places: [2, at least size], of each token its row of `tables`, scratch for padding, and its place in its
             sequence.
         tables: [rows, blocks of the longest].
-        tiles: [tiles, 4], of the other rows, see `prefill_attention`.
+        singles: [decodes of `size`], the rows of the tokens that attend as decodes, the first ones; scratch beyond.
+        tiles: [tiles, 4], of the other rows, see `prefill_attention`; what pads them has no tokens.
     """
 
     size: StepSize
-    num_single: int
     places: Tensor
     tables: Tensor
+    singles: Tensor
     tiles: Tensor
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A captured step: what it reads, and what replays it.
+
+    Attributes:
+        flat: [3, at least size], places as of Laid, and tokens.
+        singles, tiles: as of Laid; where all tokens attend as decodes, the first of `flat` are, and there are no tiles.
+    """
+
+    flat: Tensor
+    singles: Tensor
+    tiles: Tensor
+    replay: Callable[[], None]
 
 
 class FlatSteps:
     """Each token of a short row attends as a decode does, over the context up to itself: all keys and values of a layer
     are written before any token attends. So a step of so many such tokens, whatever rows they are of, is one captured
-    graph, which the device is told tokens, places and tables of. Steps with longer rows, of prompts, run kernel by
-    kernel.
+    graph, which the device is told tokens, places and tables of. One with longer rows, of prompts, is a graph as well,
+    which is told the tiles in which they attend, or runs kernel by kernel where it has more tokens or rows.
 
     Args:
         cache: of the model's own keys and values.
@@ -87,7 +102,7 @@ class FlatSteps:
             self._rows,
             attention=cast(Literal["triton", "flash"], config.attention.name),
             max_decodes=most,
-            max_tokens=max(most, budget),
+            max_tokens=self._sizes.most_tokens,
             max_sampled=settings.max_num_seqs if follows else 1,
             max_positions=config.max_model_len,
             options=self._options,
@@ -95,12 +110,12 @@ class FlatSteps:
         self._tile = tile_tokens(shape.num_heads // shape.num_kv_heads, model.dtype)
         self._cuts = decode_cuts(most, shape.num_kv_heads, model.dtype) if config.attention.name == "triton" else []
         self._out = torch.zeros(settings.max_num_seqs, dtype=torch.int32, device=device)
-        self._graphs: dict[StepSize, tuple[Tensor, Callable[[], None]]] = {}
+        self._graphs: dict[StepSize, _Captured] = {}
         self._followers: dict[StepSize, tuple[Tensor, Callable[[], Any]]] = {}
 
     def kernel_facts(self) -> dict[str, Any]:
         """How steps are padded and cut, as the facts of a run say it (`twinserve.sim.kernels.Kernels`)."""
-        facts = self._sizes.as_facts("none" if self._options.captured == "none" else "decodes")
+        facts = self._sizes.as_facts(self._options.captured)
         return facts | {"prompt_tile": self._tile, "single": self.most_single, "decode_cuts": self._cuts}
 
     def capture(self) -> None:
@@ -111,7 +126,7 @@ class FlatSteps:
         """
         if self._graphs or self._options.captured == "none":
             return
-        sizes = self._sizes.captured("decodes")
+        sizes = self._sizes.captured(self._options.captured)
         self._graphs = capture_each(sizes, self._capture, self._device, self._memory_share)
         if self._follows:
             sizes = self._following.captured("decodes")
@@ -127,39 +142,45 @@ class FlatSteps:
                 num_single += length
             offset += length
         longest_first(cut)
-        size = StepSize(offset, offset)
-        if num_single == offset and (padded := self._sizes.padded(size)) in self._graphs:
+        num_prompts = sum(length > self.most_single for length in lengths)
+        size = StepSize(num_single, offset, num_prompts)
+        if (padded := self._sizes.padded(size)) in self._graphs:
             size = padded
+        num_tiles = len(self._graphs[size].tiles) if size in self._graphs else len(cut)
         # One copy for all of it; each part begins at 64 bytes, as the kernels are compiled for.
         width, tokens = max(map(len, layout.tables)), aligned(size.tokens)
-        ends = list(accumulate([2 * tokens, aligned(len(lengths) * width), 4 * len(cut)]))
+        sizes = 2 * tokens, aligned(len(lengths) * width), aligned(size.decodes), 4 * num_tiles
+        ends = list(accumulate(sizes))
         flat = np.zeros(ends[-1], dtype=np.int32)
-        flat[:tokens] = self._rows.scratch
+        flat[:tokens] = flat[ends[1] : ends[2]] = self._rows.scratch
         flat[:offset] = np.repeat(np.arange(len(lengths)), lengths)
         flat[tokens : tokens + offset] = layout.positions
         for number, table in enumerate(layout.tables):
             begin = ends[0] + number * width
             flat[begin : begin + len(table)] = table
-        flat[ends[1] :] = np.ravel(cut)
+        flat[ends[1] : ends[1] + num_single] = flat[:num_single]
+        flat[ends[2] : ends[2] + 4 * len(cut)] = np.ravel(cut)
         told = to_device(flat, self._device)
         if moved is not None:
             rows, positions = told[:offset].long(), told[tokens : tokens + offset]
             positions += moved[rows].int()
-        tables = told[ends[0] : ends[0] + len(lengths) * width]
-        return Laid(size, num_single, told[: ends[0]].view(2, -1), tables.view(-1, width), told[ends[1] :].view(-1, 4))
+        tables = told[ends[0] : ends[0] + len(lengths) * width].view(-1, width)
+        singles = told[ends[1] : ends[1] + size.decodes]
+        return Laid(size, told[: ends[0]].view(2, -1), tables, singles, told[ends[2] :].view(-1, 4))
 
     def computed(self, laid: Laid, token_ids: Tensor) -> Tensor:
         count, (num_rows, width) = len(token_ids), laid.tables.shape
         self._rows.tables[:num_rows, :width].copy_(laid.tables)
-        graph = None if len(laid.tiles) else self._graphs.get(laid.size)
+        graph = self._graphs.get(laid.size)
         if graph is None:
-            places = laid.places[:, :count]
-            self._decoder.forward(_flat_rows(places, token_ids.int(), laid.num_single, laid.tiles))
+            self._decoder.forward(_flat_rows(laid.places[:, :count], token_ids.int(), laid.singles, laid.tiles))
         else:
-            inputs, replay = graph
-            inputs[:2].copy_(laid.places)
-            inputs[2, :count].copy_(token_ids)
-            replay()
+            graph.flat[:2].copy_(laid.places)
+            graph.flat[2, :count].copy_(token_ids)
+            if len(graph.tiles):
+                graph.singles.copy_(laid.singles)
+                graph.tiles.copy_(laid.tiles)
+            graph.replay()
         return self._decoder.hidden[:count]
 
     def followed(self, drafted: Drafted, first: Tensor) -> list[Tensor]:
@@ -196,16 +217,21 @@ class FlatSteps:
         return rows, lambda: self._decoder.run(step, self._out)
 
     @torch.inference_mode()
-    def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> tuple[Tensor, Callable[[], None]]:
-        """The places and tokens of a captured step, all of it padding yet, and what replays it."""
-        inputs = torch.zeros(3, aligned(size.tokens), dtype=torch.int32, device=self._device)
-        inputs[0].fill_(self._rows.scratch)
-        own = inputs[:, : size.tokens]
-        step = _flat_rows(own[:2], own[2], size.tokens, own[0, :0].view(0, 4))
-        return inputs, captured(lambda: self._decoder.forward(step), self._device, pool, stream)[1]
+    def _capture(self, size: StepSize, pool: Any, stream: torch.cuda.Stream) -> _Captured:
+        """A captured step, all of it padding yet."""
+        num_tiles = size.tokens // self._tile + size.prompts if size.prompts else 0
+        flat = torch.zeros(3, aligned(size.tokens), dtype=torch.int32, device=self._device)
+        flat[0].fill_(self._rows.scratch)
+        own, singles = flat[:, : size.tokens], flat[0, : size.decodes]
+        if num_tiles:
+            singles = singles.clone()
+        tiles = torch.zeros(num_tiles, 4, dtype=torch.int32, device=self._device)
+        step = _flat_rows(own[:2], own[2], singles, tiles)
+        replay = captured(lambda: self._decoder.forward(step), self._device, pool, stream)[1]
+        return _Captured(flat, singles, tiles, replay)
 
 
-def _flat_rows(places: Tensor, token_ids: Tensor, num_single: int, tiles: Tensor) -> StepRows:
+def _flat_rows(places: Tensor, token_ids: Tensor, singles: Tensor, tiles: Tensor) -> StepRows:
     """The rows of a step of tokens that are given, which samples nothing."""
     rows, positions = places
-    return StepRows(rows[:num_single], rows, token_ids, positions, tiles, rows[:0], None)
+    return StepRows(singles, rows, token_ids, positions, tiles, rows[:0], None)

@@ -118,6 +118,8 @@ class FusedDecoder:
     def forward(self, step: StepRows) -> Tensor:
         """Compute a step without sampling; what the last layer gives, the first of `hidden`."""
         rows, cache, decodes = self.rows, self.cache, len(step.decode_rows)
+        # Kernels would write behind them, and nobody would know.
+        assert len(step.rows) <= len(self.hidden) and decodes <= len(self._order), (len(step.rows), decodes)
         token_ids, positions, slots = self._flat[:, : len(step.rows)]
         read_rows(
             step.rows, rows.tokens, rows.computed, rows.tables, step.prompt_tokens, step.prompt_positions,

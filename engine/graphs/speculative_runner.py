@@ -1,4 +1,4 @@
-"""GraphSpeculativeRunner: steps with drafts on CUDA, by fused kernels, captured where they have no prompts."""
+"""GraphSpeculativeRunner: steps with drafts on CUDA, by fused kernels, captured where they can be."""
 
 from __future__ import annotations
 

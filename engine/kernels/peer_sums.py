@@ -1,8 +1,8 @@
-"""Sums over the ranks of one host: a kernel of each rank reads the others' parts where they lie, in their memory.
+"""Sums and gatherings over the ranks of one host: a kernel of each reads the others' parts where they lie.
 
-Where a device reads another's memory over a link, this takes the link's time and no copy. A flag in each other's memory
-says that a part is there. What stands behind the sum in a layer, the residual and the norm, is done by the same kernel.
-All ranks add in the same order, so they have the same sum to the last bit.
+Where a device reads another's memory over a link, a sum takes the link's time and no copy. A flag in each other's
+memory says that a part is there. What stands behind the sum in a layer, the residual and the norm, is done by the same
+kernel. All ranks add in the same order, so they have the same sum to the last bit.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from twinserve.engine.kernels.fused import float8_like, store_normed
 
 @dataclass(frozen=True)
 class PeerSum:
-    """A sum of parts, one of each rank.
+    """A sum of parts, one of each rank, or what is gathered of them.
 
     Attributes:
-        parts: of each rank, [rows, size].
+        parts: of each rank, [rows, size], or [words].
         flags: of each rank, [ranks] int64: of each other rank, the last sum whose part is there, as all ranks count.
         base: [1], int64, the sums before this step.
         number: in its step, from 1.
@@ -52,6 +52,27 @@ def _seen(flag):
 
 
 @triton.jit
+def _say(flags, now, RANK: tl.constexpr):
+    """Say to the others that this rank's part is there: a kernel that has begun has the one before it, which made the
+    part, behind it."""
+    if tl.program_id(0) == 0:
+        for rank in tl.static_range(len(flags)):
+            if rank != RANK:
+                tl.atomic_xchg(flags[rank] + RANK, now, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait(flags, now, RANK: tl.constexpr):
+    """Wait until all others have said so."""
+    for rank in tl.static_range(len(flags)):
+        if rank != RANK:
+            flag = flags[RANK] + rank
+            seen = _seen(flag)
+            while seen < now:
+                seen = _seen(flag)
+
+
+@triton.jit
 def _sum_kernel(
     parts, flags, base, number, residual, weight, out, scales, eps, size,
     RANK: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, FLOAT8: tl.constexpr,
@@ -61,11 +82,7 @@ def _sum_kernel(
         gdc_launch_dependents()
         gdc_wait()
     now = tl.load(base) + number
-    # This kernel has begun, so the one before it, which made the part, is through.
-    if tl.program_id(0) == 0:
-        for rank in tl.static_range(len(flags)):
-            if rank != RANK:
-                tl.atomic_xchg(flags[rank] + RANK, now, sem="release", scope="sys")
+    _say(flags, now, RANK)
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -73,12 +90,7 @@ def _sum_kernel(
     own = tl.load(parts[RANK] + row + columns, inside, other=0.0)
     before = tl.load(residual + row + columns, inside, other=0.0) if ADD else own
     weights = tl.load(weight + columns, inside, other=0.0) if NORM else own
-    for rank in tl.static_range(len(flags)):
-        if rank != RANK:
-            flag = flags[RANK] + rank
-            seen = _seen(flag)
-            while seen < now:
-                seen = _seen(flag)
+    _wait(flags, now, RANK)
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(len(parts)):
         if rank == RANK:
@@ -91,6 +103,45 @@ def _sum_kernel(
     tl.store(residual + row + columns, values, inside)
     if NORM:
         store_normed(out + row + columns, scales, values, weights, inside, eps, size, FLOAT8)
+
+
+@triton.jit
+def _gather_kernel(parts, flags, base, number, out, count, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    now = tl.load(base) + number
+    _say(flags, now, RANK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    _wait(flags, now, RANK)
+    for rank in tl.static_range(len(parts)):
+        tl.store(out + rank * count + at, tl.load(parts[rank] + at, inside), inside)
+
+
+def gather_peers(one: PeerSum) -> Tensor:
+    """The parts of all ranks, [ranks, words]."""
+    out, count, block = one.own.new_empty(len(one.parts), len(one.own)), len(one.own), 512
+    _gather_kernel[(triton.cdiv(count, block),)](
+        one.parts, one.flags, one.base, one.number, out, count, one.rank, block, num_warps=4
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _embed_kernel(tokens, table, out, first, count, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row).to(tl.int64) - first
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    is_own = (token >= 0) & (token < count)
+    vector = tl.load(table + token * size + columns, inside & is_own, other=0.0)
+    tl.store(out + row * size + columns, vector, inside)
+
+
+def embed_part(token_ids: Tensor, table: Tensor, first: int, out: Tensor) -> None:
+    """The vectors of the tokens that lie in a rank's `table` [tokens, size], from token `first` on, in `out`
+    [rows, size]; zeros for the others."""
+    rows, size = out.shape
+    block = triton.next_power_of_2(size)
+    _embed_kernel[(rows,)](token_ids, table, out, first, len(table), size, block, num_warps=max(1, block // 512))
 
 
 def sum_peers(one: PeerSum, out: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from twinserve.engine.graphs.fused_decoder import FusedDecoder, StepRows
 from twinserve.engine.graphs.graph_runner import GraphRunner, GraphStep
 from twinserve.engine.graphs.step_sizes import GraphOptions
 from twinserve.engine.kernels.few_rows import product
-from twinserve.engine.kernels.peer_sums import add_peers, add_peers_and_norm, add_peers_and_norm_float8, sum_peers
+from twinserve.engine.kernels.peer_sums import (
+    add_peers,
+    add_peers_and_norm,
+    add_peers_and_norm_float8,
+    embed_part,
+    gather_peers,
+    sum_peers,
+)
 from twinserve.engine.kernels.sampling import draw_rows, sampled_blocks
 from twinserve.engine.logprobs import PromptLogprobs
 from twinserve.engine.models.decoder import Decoder, DecoderLayer, Linear
@@ -34,7 +41,7 @@ class ShardedFusedDecoder(FusedDecoder):
         assert isinstance(model, ShardedDecoder), model
         config, self._sums = model.config, None
         if options.peer_sums:
-            self._sums = model.group.peer_sums(model.dtype, max_tokens, config.hidden_size, 1 + 2 * config.num_layers)
+            self._sums = model.group.peer_sums(model.dtype, max_tokens, config.hidden_size, 3 + 2 * config.num_layers)
         super().__init__(model, *others, max_tokens=max_tokens, options=options, **named)
 
     def forward(self, step: StepRows) -> Tensor:
@@ -49,7 +56,10 @@ class ShardedFusedDecoder(FusedDecoder):
             return embedding(token_ids)
         assert isinstance(embedding, SummedEmbedding)
         one = self._sums.sum(0, len(token_ids))
-        one.own.copy_(embedding.part(token_ids))
+        if isinstance(embedding.table, nn.Embedding):
+            embed_part(token_ids, embedding.weight, self.model.first_token, one.own)
+        else:
+            one.own.copy_(embedding.part(token_ids))
         return sum_peers(one, torch.empty_like(one.own))
 
     def _linears(self, layer: DecoderLayer) -> list[nn.Module]:
@@ -83,14 +93,25 @@ class ShardedFusedDecoder(FusedDecoder):
         logits = model.shard_logits(hidden, self._logits[: len(hidden)])
         tops, places, sums = sampled_blocks(logits, step.sample_rows, rows.temperatures)
         own = torch.stack((tops.view(torch.int32), places + model.first_token, sums.view(torch.int32)))
-        every = group.gather(own).permute(1, 2, 0, 3).flatten(2).contiguous()  # [3, sampled, blocks of all ranks]
+        number = 1 + 2 * model.config.num_layers
+        # [3, sampled, blocks of all ranks]
+        every = self._of_ranks(own, number).permute(1, 2, 0, 3).flatten(2).contiguous()
         blocks = every[0].view(torch.float32), every[1], every[2].view(torch.float32)
         state = rows.temperatures, rows.seeds, rows.tokens, rows.computed, out
         first_block = group.shard.rank * tops.shape[1]
         draw_rows(logits, step.sample_rows, last, positions, *state, blocks, first_block, True)
-        sampled = group.max(out[: len(logits)])
+        # All but the rank on whose tokens a draw falls have none.
+        sampled = torch.amax(self._of_ranks(out[: len(logits)], 1 + number), 0, out=out[: len(logits)])
         rows.tokens.index_copy_(0, step.sample_rows.long(), sampled.clamp(min=0))
         return logits
+
+    def _of_ranks(self, x: Tensor, number: int) -> Tensor:
+        """All ranks' `x` of int32, one behind another: [ranks, *x.shape]; after the step's sums, the `number`-th."""
+        if self._sums is None or not self._sums.has_words(x.numel()):
+            return self.model.group.gather(x)
+        one = self._sums.words(number, x.numel())
+        one.own.copy_(x.reshape(-1))
+        return gather_peers(one).view(-1, *x.shape)
 
 
 class ShardedGraphRunner(GraphRunner):

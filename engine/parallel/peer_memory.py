@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from twinserve.engine.kernels.peer_sums import PeerSum
 from twinserve.engine.parallel.shards import Shard
@@ -90,6 +91,7 @@ class PeerSums:
             tuple(one[place : place + part_bytes].view(dtype).view(-1, size) for one in of_ranks)
             for place in (0, room, 2 * room)
         ]
+        self._words = [tuple(one.view(-1).view(torch.int32) for one in part) for part in self._parts]
         self._flags = tuple(one[3 * room :].view(torch.int64) for one in of_ranks)
         last = torch.iinfo(torch.int64).max
         self._all_there = torch.full((shard.size,), last, dtype=torch.int64, pin_memory=True)
@@ -104,9 +106,23 @@ class PeerSums:
 
     def sum(self, number: int, rows: int) -> PeerSum:
         """That of a step which is the `number`-th of its sums, from 0."""
-        place = 1 + number % 2 if number else 0
-        parts = tuple(part[:rows] for part in self._parts[place])
+        return self._one(number, tuple(part[:rows] for part in self._parts[self._place(number)]))
+
+    @staticmethod
+    def _place(number: int) -> int:
+        """Which memory a sum has."""
+        return 1 + number % 2 if number else 0
+
+    def _one(self, number: int, parts: tuple[Tensor, ...]) -> PeerSum:
         return PeerSum(parts, self._flags, self._base, number + 1, self._rank)
+
+    def has_words(self, count: int) -> bool:
+        """Is so much gathered here?"""
+        return count <= self._words[0][0].numel()
+
+    def words(self, number: int, count: int) -> PeerSum:
+        """As `sum`, of parts of so many numbers of int32, of any meaning."""
+        return self._one(number, tuple(part[:count] for part in self._words[self._place(number)]))
 
     def abort(self) -> None:
         """Have every sum that waits for a part wait no longer, whoever will never come; no sum is right any more."""

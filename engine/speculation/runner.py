@@ -129,11 +129,16 @@ class _Laid:
 
 
 class VerifiedStep:
-    """A launched step with drafts; a `twinserve.engine.online.StepHandle` whose result are Runs."""
+    """A launched step with drafts; a `twinserve.engine.online.StepHandle` whose result are Runs.
+
+    Attributes:
+        waited_ns: for how long its launch waited for steps before it.
+    """
 
     def __init__(self, step: Step, launched: _Launched, logprobs: Heard, *, tells: bool) -> None:
         self._step, self._launched, self._logprobs, self._tells = step, launched, logprobs, tells
         self.start_ns = self.end_ns = 0
+        self.waited_ns = step.waited_ns
 
     def result(self) -> Runs:
         """Wait for the step; a run of tokens for each of the batch's `sampled`."""

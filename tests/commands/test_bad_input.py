@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -253,18 +254,24 @@ def options():
                 yield words, command, parameter
 
 
-@pytest.mark.parametrize("text", ["1_6", "+16", " 16", "16\n", "\uff11\uff16"])
-def test_no_option_of_any_command_is_made_a_number_of_what_python_alone_reads(text):
+FULL_WIDTH = str.maketrans({digit: chr(0xFF10 + number) for number, digit in enumerate(string.digits)})
+
+
+@pytest.mark.parametrize("form", ["0_{}", "+{}", " {}", "{}\n", "full width"])
+def test_no_option_of_any_command_is_made_a_number_of_what_python_alone_reads(form):
     """Each option of each command, by itself: its text is refused as it is written, or stays a text."""
     refused = 0
     for words, command, parameter in options():
-        if any(numbers_of(command, parameter, number) for number in ("1", "64")):
-            refused += 1
-            with pytest.raises(typer.BadParameter, match="is not written as a number"):
-                command.make_context("x", [parameter.opts[0], text])
-            numbers_of(command, parameter, text)  # as a shell parses it, which completes a line that has it
-        else:
-            assert not numbers_of(command, parameter, text), (words, parameter.name)
+        numbers = [number for number in ("1", "64") if numbers_of(command, parameter, number)]
+        for number in numbers or ["16"]:
+            text = number.translate(FULL_WIDTH) if form == "full width" else form.format(number)
+            if numbers:
+                with pytest.raises(typer.BadParameter, match="is not written as a number|unable to parse"):
+                    command.make_context("x", [parameter.opts[0], text])
+                numbers_of(command, parameter, text)  # as a shell parses it, which completes a line that has it
+            else:
+                assert not numbers_of(command, parameter, text), (words, parameter.name)
+        refused += bool(numbers)
     assert refused > 250, refused
 
 

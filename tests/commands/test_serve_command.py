@@ -27,6 +27,7 @@ def test_a_server_serves_until_it_is_told_to_end_and_leaves_its_record(tmp_path,
         lines = []
         while not any(line.startswith("listening at") for line in lines) or "serving" not in "".join(lines):
             lines.append(server.stderr.readline())
+            assert lines[-1], lines
         url = next(line for line in lines if line.startswith("listening at")).split()[-1]
         body = json.dumps({"prompt": "one two", "max_tokens": 6}).encode()
         request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from twinserve.engine import device_queue
 from twinserve.engine.device_queue import CpuQueue, CudaQueue, compute_on, usable_device
 from twinserve.settings.errors import InputError
 
@@ -75,6 +77,37 @@ def test_times_follow_one_another_and_never_run_away(world, host_ms):
         assert start_ns == pytest.approx(true_start * 1e6, abs=host_ms * 1e6)
         assert end_ns == pytest.approx(true_end * 1e6, abs=host_ms * 1e6)
         before_ns = end_ns
+
+
+class InParts:
+    """A step of which the host has to know something before the next one is laid out, or not."""
+
+    def __init__(self, waits: bool) -> None:
+        self.waits = waits
+
+    def lay_out(self) -> None: ...
+
+    def compute(self) -> torch.Tensor:
+        return torch.tensor([3])
+
+    def go_on(self) -> None: ...
+
+    def conclude(self, numbers: list[int]) -> list[int]:
+        return numbers
+
+
+def test_what_a_launch_waits_for_is_not_the_hosts_work(world, monkeypatch):
+    """The device takes 20 ms a step; a step that needs the one before it is launched when that has ended."""
+    monkeypatch.setattr(device_queue, "on_device", lambda device: nullcontext())
+    queue, ends = CudaQueue(torch.device("cuda")), iter(range(20, 2000, 20))
+    begun, waited = world.now_ms, []
+    for waits in (True, True, False, True):
+        computed = [Event(world, world.now_ms), Event(world, begun + next(ends))]  # as it begins, and its numbers
+        events = iter([*computed, computed[1]])
+        monkeypatch.setattr(queue, "_event", lambda events=events: next(events))
+        waited.append(queue.submit_parts(InParts(waits)).waited_ns / 1e6)
+    # The third goes on from the second, which still runs; the fourth waits for both.
+    assert waited == [0, 20, 0, 40]
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -235,6 +235,21 @@ def test_graphs_and_steps_that_the_host_waits_for_are_measured_one_ahead_and_all
     llm.close()
 
 
+def test_what_a_launch_waited_for_is_no_part_of_it(llama, serving, monkeypatch):
+    def waiting(batch):
+        handle = launch(batch)
+        handle.waited_ns = 10**15
+        return handle
+
+    llm = serving(llama, max_model_len=256, pipeline_depth=1, speculative_config=DRAFTS | {"method": "ngram_gpu"})
+    launch = llm.runner.launch
+    monkeypatch.setattr(llm.runner, "launch", waiting)
+    monkeypatch.setattr(llm.runner, "kernel_facts", lambda: {})
+    monkeypatch.setattr(llm, "attention", replace(llm.attention, graphs=True))
+    steps = measure(llm, DRAFTED[:1], repeats=3)
+    assert len(steps) == 3 and all(-(10**15) < step.launch_ns < -(10**14) for step in steps)
+
+
 @pytest.mark.parametrize("limits", [LIMITS, SMALL | {"max_prompt": 64}])
 def test_a_design_with_drafts_has_none_some_and_all_of_them_and_fits_a_step(limits):
     shapes = design(128, **(limits | {"max_tokens": 2048}), most_drafts=4)

@@ -64,6 +64,8 @@ class Ahead:
 
 
 class AheadStep:
+    waited_ns = 0
+
     def __init__(self, queue: Ahead, parts, numbers: list[int], start_ns: int) -> None:
         self.queue, self.parts, self.numbers = queue, parts, numbers
         self.start_ns, self.end_ns = start_ns, time.perf_counter_ns()

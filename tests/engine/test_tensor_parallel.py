@@ -281,7 +281,9 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         said = ""
         while "attention" not in said:
-            said += process.stderr.readline()
+            line = process.stderr.readline()
+            assert line, said
+            said += line
         children = children_of(process.pid)
         assert len(children) >= 1
         os.killpg(process.pid, signal.SIGINT)

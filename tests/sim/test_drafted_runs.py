@@ -44,15 +44,10 @@ def simulated(record: RunRecord, latency) -> dict:
 def test_runs_with_drafts_are_fitted_and_others_predicted(records):
     seen = [records[name] for name in SEEN]
     kernels = kernels_of(seen[0])
-    assert (kernels.single, kernels.waits, kernels.decodes[-1]) == (5, False, 320)
+    assert (kernels.single, kernels.waits, kernels.decodes[-1], kernels.tokens[-1]) == (5, False, 320, 2048)
     latency = fit_records(seen, about_runs(seen))
     assert latency.data["about"]["speculative_config"]["num_speculative_tokens"] == 4
     assert latency.data["range"]["decode"]["drafts"] == [4, 256]
-    assert kernels.launches_prompts, "and their first kernels run while others are launched"
-    assert (
-        latency.data["regimes"]["prompt"]["lead"]["ns"]["constant"] > 10e6
-        and "lead" not in latency.data["regimes"]["decode"]
-    )
     for name in OTHERS:
         served = records[name].run["summary"]
         twin = simulated(records[name], latency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from latencies import Constant, Uneven
 
 from twinserve.planning.fleets import FleetOptions
-from twinserve.policies import CoreListener, SamplingParams, Sequence
+from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
+from twinserve.sim.replica import Replica
 from twinserve.sim.routers import (
     KvEvents,
     LeastKvUse,
@@ -71,7 +73,9 @@ def specs(*latencies: Any, **values: Any) -> list[ReplicaSpec]:
     return [ReplicaSpec(settings(**values), latency, {"name": "test"}) for latency in latencies]
 
 
-def fleet_run(folder: Path, requests: list[Request], replicas: list[ReplicaSpec], router: str, **more: Any) -> dict:
+def fleet_run(
+    folder: Path | None, requests: list[Request], replicas: list[ReplicaSpec], router: str, **more: Any
+) -> dict:
     workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
     return run_fleet(workload, replicas, ROUTERS[router](), router_facts={"name": router}, out=folder, **more)
 
@@ -479,3 +483,18 @@ def test_a_router_that_hears_events_sends_prompts_to_the_cache_that_holds_them()
         hits[router] = options.serve(Workload(requests), specs)["cached_tokens"]
     whole_blocks = sum((2000 + 50 * (number - 2)) // 16 * 16 for number in range(2, 12))
     assert hits["kv-events"] == whole_blocks > hits["random"]
+
+
+@pytest.mark.parametrize("router", [None, *sorted(ROUTERS)])
+def test_what_has_served_is_gone(router):
+    """Though nobody looks for circular garbage behind it: a search simulates thousands."""
+    gc.collect()
+    requests = requests_of(8)
+    workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
+    for _ in range(2):
+        if router is None:
+            found = run_sim(workload, settings(), Constant(), latency_facts={"name": "test"})
+        else:
+            found = fleet_run(None, requests, specs(Constant(), Constant()), router)
+        assert found["requests"] == len(requests)
+    assert not [one for one in gc.get_objects() if isinstance(one, (Core, Replica, Sequence))]

@@ -64,12 +64,15 @@ class Command(TyperCommand):
         return super().get_short_help_str(_WHOLE)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Numbers are looked at as they are written, which nobody sees any more once they are parsed."""
-        # A shell that completes a line parses what there is of it, and none is wrong then.
-        given = {} if ctx.resilient_parsing else self.make_parser(ctx).parse_args(list(args))[0]
+        """What becomes a number is looked at as it is written, which nobody sees any more once it is one."""
+        if ctx.resilient_parsing:  # as a shell does, which completes a line that is not whole: nothing is wrong yet
+            return super().parse_args(ctx, args)
+        texts = self.make_parser(ctx).parse_args(list(args))[0]
+        values = self.make_context(ctx.info_name, list(args), ctx.parent, resilient_parsing=True).params
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
-            if is_number(parameter) and (text := given.get(parameter.name)) is not None:
+            text, value = texts.get(parameter.name), values.get(parameter.name)
+            if isinstance(text, str) and type(value) in (int, float):
                 try:
                     plain(text)
                 except ValueError as error:
@@ -90,11 +93,6 @@ class Command(TyperCommand):
         for panel, records in sections.items():
             with formatter.section(panel):
                 formatter.write_dl(records)
-
-
-def is_number(parameter: Any) -> bool:
-    """Is an option or an argument of a command one number?"""
-    return parameter.type_descriptor.annotation in (int, float)
 
 
 class Group(TyperGroup):

@@ -398,6 +398,7 @@ def sim_facts(facts: dict[str, Any], latency_facts: dict[str, Any]) -> dict[str,
     return {"trace": facts["trace"], "latency": latency_facts, "sampling": facts["sampling"]}
 
 
+@rare_collections
 def run_sim(
     workload: Workload,
     settings: Settings,
@@ -428,7 +429,7 @@ def run_sim(
     params, acceptance = params or SamplingParams(ignore_eos=True), acceptance_of(settings.speculative_config)
     facts = sim_facts({"trace": workload.facts, "sampling": asdict(params)}, latency_facts) | _client_facts(clients)
     device = f"simulated: {latency_facts['name']}"
-    with recording(out, "sim", settings, facts, device) as recorder, rare_collections:
+    with recording(out, "sim", settings, facts, device) as recorder:
         begun = time.perf_counter()
         turned_away, gave_up = simulate(
             workload.requests,
@@ -500,6 +501,7 @@ def fleet_facts(replicas: Seq[ReplicaSpec], router_facts: dict[str, Any]) -> tup
     return common, {"router": router_facts, "replicas": own}, f"simulated: {len(replicas)} replicas"
 
 
+@rare_collections
 def run_fleet(
     workload: Workload,
     replicas: list[ReplicaSpec],
@@ -549,10 +551,7 @@ def run_fleet(
     fleet |= {"tiers": tiers.facts} if tiers is not None else {}
     fleet |= {"scaling": scaling.facts} if scaling is not None else {}
     facts |= _client_facts(clients)
-    with (
-        FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder,
-        rare_collections,
-    ):
+    with FleetRecorder(out, settings=common, facts=facts | {"fleet": fleet}, device=device) as recorder:
         begun = time.perf_counter()
         found = simulate_fleet(
             workload.requests,

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TypeVar
@@ -21,6 +21,8 @@ from typing import IO, TypeVar
 from twinserve.settings.errors import InputError
 
 SUFFIX = ".partial"
+REPLACED = "replaced"
+"""Beside what takes its place, a folder that is replaced."""
 Place = TypeVar("Place", Path, "Path | None")
 
 
@@ -49,6 +51,22 @@ def whole_file(path: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
     """
     if not replaces:
         refuse_existing(path)
+    with _growing(path) as file:
+        yield file
+        _settle(file)
+        if not replaces:
+            refuse_existing(path)
+        _partial(path).replace(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _growing(path: Path) -> Iterator[IO[bytes]]:
+    """A file by its partial name, which this process holds, and which is gone if it is not given its own.
+
+    Raises:
+        InputError: another process is writing it, or it cannot be written.
+    """
     partial = _partial(path)
     with writing(path):
         _make(path.parent)
@@ -59,12 +77,6 @@ def whole_file(path: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
             _hold(descriptor, partial)
             with writing(path):
                 yield file
-                file.flush()
-                os.fsync(descriptor)
-                if not replaces:
-                    refuse_existing(path)
-                partial.replace(path)
-                _sync(path.parent)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
@@ -77,7 +89,49 @@ def whole_file(path: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
 def write_whole(path: Path, content: bytes | str, *, replaces: bool = False) -> None:
     """Write a file at once; see `whole_file`. Text is written as UTF-8, and what no UTF-8 says as a question mark."""
     with whole_file(path, replaces=replaces) as file:
-        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+        file.write(_bytes(content))
+
+
+def _bytes(content: bytes | str) -> bytes:
+    return content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+
+
+def write_pair(out: Path, content: bytes | str, beside: Path, content_beside: bytes | str, replaces: bool) -> None:
+    """Write a file and what belongs to it: both or none; see `whole_file`.
+
+    They get their names when both are on the disk, `out` the last. What lies `beside` keeps its partial name until
+    then: of a process that dies between, the next one knows by that name whose it is, see `pair_in_place_of`.
+
+    Raises:
+        InputError: one exists and nothing is replaced, another process is writing it, or it cannot be written.
+    """
+    contents = {beside: content_beside, out: content}
+    with ExitStack() as stack:
+        for path, one in contents.items():
+            if not replaces:
+                refuse_existing(path)
+            file = stack.enter_context(_growing(path))
+            with writing(path):
+                file.write(_bytes(one))
+                _settle(file)
+        try:
+            with writing(beside):
+                if not replaces:
+                    refuse_existing(beside)
+                _name_too(_partial(beside), beside)
+            with writing(out):
+                if not replaces:
+                    refuse_existing(out)
+                _partial(out).replace(out)
+                _sync(out.parent)
+        except BaseException:
+            with suppress(OSError):
+                if os.path.lexists(_partial(out)) and os.path.samefile(beside, _partial(beside)):
+                    beside.unlink()
+            raise
+        with writing(beside):
+            _partial(beside).unlink(missing_ok=True)
+            _sync(beside.parent)
 
 
 class WholeFolder:
@@ -172,42 +226,90 @@ def in_place_of(out: Place, is_forced: bool, marks: Collection[str] = ()) -> Ite
     if out is None:
         yield None
         return
-    if not os.path.lexists(out):
-        with ending_with(lambda: "" if os.path.lexists(out) else f"{out} was not written"):
+    _refuse_nameless(out)
+    anew = out.with_name(f".new-{out.name}")
+    with writing(out):
+        _clear(_partial(anew), lambda: _restore(out, _partial(anew) / REPLACED))
+    if not _is_replaced(out, is_forced, marks):
+        with _saying_what_became_of(out):
             yield out
         return
+    with WholeFolder(anew) as scratch:
+        beside = scratch.partial / out.name
+        with _saying_what_became_of(out):
+            yield beside
+            with writing(out):
+                if out.is_dir() and beside.exists():
+                    _exchange(beside, out, scratch.partial / REPLACED)
+                elif beside.exists():
+                    beside.replace(out)
+                _sync(out.parent)
+
+
+@contextmanager
+def pair_in_place_of(out: Path, beside: Path, is_forced: bool) -> Iterator[None]:
+    """Refuses at once what `write_pair` is to write at the end of long work, or could not replace then.
+
+    What lies `beside` is removed where a process gave it that name and died before it gave `out` its own.
+
+    Raises:
+        InputError: something has a name that is not to be replaced, or both are one.
+    """
+    for path in (out, beside):
+        _refuse_nameless(path)
+    if os.path.abspath(out) == os.path.abspath(beside):
+        raise InputError("expected another name than that of the file that it belongs to", path=beside)
+    names = (_partial(out), beside, _partial(beside))
+    with writing(beside):
+        if not os.path.lexists(out) and all(map(os.path.lexists, names)) and os.path.samefile(*names[1:]):
+            _clear(_partial(beside), beside.unlink)
+    for path in (out, beside):
+        _is_replaced(path, is_forced, ())
+    with _saying_what_became_of(out):
+        yield
+
+
+def _refuse_nameless(path: Path) -> None:
+    """Refuse where nothing can be written beside, to be renamed.
+
+    Raises:
+        InputError: it is a root, or the working directory.
+    """
+    if not path.name:
+        raise InputError("expected the name of a file or a folder", path=path)
+
+
+def _is_replaced(out: Path, is_forced: bool, marks: Collection[str]) -> bool:
+    """Whether something has a name that something new is to get; see `in_place_of`.
+
+    Raises:
+        InputError: it is not to be replaced.
+    """
+    if not os.path.lexists(out):
+        return False
     if not is_forced:
         raise InputError("exists already, expected a new name, or --force", path=out)
     is_folder = stat.S_ISDIR(os.lstat(out).st_mode)
     if is_folder and not any((out / name).is_file() for name in marks) or not (is_folder or out.is_file()):
         names = f"a folder with {' or '.join(marks)}" if marks else "a file"
         raise InputError(f"is not replaced: expected {names}", path=out)
-    beside, before = out.with_name(f".new-{out.name}"), out.with_name(f".old-{out.name}")
-    for left in (beside, before):
-        refuse_existing(left)
-    try:
-        with ending_with(lambda: f"{out} is as it was"):
-            yield beside
-        with writing(out):
-            if is_folder and beside.exists():
-                _exchange(beside, out, before)
-            elif beside.exists():
-                beside.replace(out)
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+    return True
 
 
 @contextmanager
-def taken_back(path: Path | None) -> Iterator[None]:
-    """Removes a file that has just been written, unless what belongs to it is written too; None is none."""
-    try:
+def _saying_what_became_of(out: Path) -> Iterator[None]:
+    """Has who is stopped by a signal read whether `out` is new, as it was, or not there."""
+
+    def found() -> tuple[int, int] | None:
+        with suppress(FileNotFoundError):
+            status = os.lstat(out)
+            return status.st_dev, status.st_ino
+        return None
+
+    before = found()
+    unchanged = f"{out} was not written" if before is None else f"{out} is as it was"
+    with ending_with(lambda: unchanged if found() == before else ""):
         yield
-    except BaseException:
-        if path is not None:
-            with suppress(OSError):
-                path.unlink()
-        raise
 
 
 @contextmanager
@@ -224,14 +326,20 @@ def ending_with(words: Callable[[], str]) -> Iterator[None]:
 
 
 def _exchange(beside: Path, out: Path, before: Path) -> None:
-    """Give what is beside a folder its name, and remove the folder."""
-    out.rename(before)
+    """Give what is beside a folder its name, and the folder another."""
     try:
+        out.rename(before)
         beside.rename(out)
-    except OSError:
-        before.rename(out)
+    except BaseException:
+        if not os.path.lexists(out):
+            before.rename(out)
         raise
-    shutil.rmtree(before)
+
+
+def _restore(out: Path, before: Path) -> None:
+    """Give a folder its name back that a process was replacing when it died."""
+    if os.path.lexists(before) and not os.path.lexists(out):
+        before.rename(out)
 
 
 def refuse_endless(folder: Path) -> None:
@@ -281,8 +389,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def _clear(partial: Path) -> None:
-    """Remove what a dead process has left.
+def _clear(partial: Path, first: Callable[[], None] = lambda: None) -> None:
+    """Remove what a dead process has left; something is done first where it has.
 
     Raises:
         InputError: a living process is writing it, or it is a symbolic link or something else that nobody here made.
@@ -297,9 +405,28 @@ def _clear(partial: Path) -> None:
     descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _hold(descriptor, partial)
+        first()
         shutil.rmtree(partial) if stat.S_ISDIR(mode) else partial.unlink()
     finally:
         os.close(descriptor)
+
+
+def _name_too(partial: Path, path: Path) -> None:
+    """Give a file its name beside the partial one; in place of it where a file is replaced, or can have but one name.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    try:
+        os.link(partial, path)
+    except OSError:
+        partial.replace(path)
+
+
+def _settle(file: IO[bytes]) -> None:
+    """Have what was written to a file on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _hold(descriptor: int, partial: Path) -> None:

@@ -47,8 +47,14 @@ MOST_TOKENS = limit("TOKENS", 1 << 24)
 """Tokens of a prompt or an answer that is replayed."""
 MOST_REQUESTS = limit("REQUESTS", 1 << 26)
 """Requests of a synthetic trace."""
+MOST_PARTS = limit("PARTS", 1 << 26)
+"""Texts and answers that the prompts of a synthetic trace are made of, about: its requests times its turns."""
 MOST_SHAPES = limit("SHAPES", 1 << 16)
 """Shapes of steps that a profile measures, and steps of each."""
+MOST_JOBS = limit("JOBS", 1 << 10)
+"""Processes that compute beside one another."""
+MOST_TERMS = limit("TERMS", 64)
+"""Of an objective."""
 MOST_WAIT_S = limit("WAIT_S", 7 * 86_400)
 """Seconds that a server, or who watches one, is to wait for something."""
 MOST_TIME_SCALE = limit("TIME_SCALE", 1_000_000)

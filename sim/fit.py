@@ -382,7 +382,11 @@ class FittedLatency:
         Raises:
             InputError: `path` exists, or cannot be written.
         """
-        write_whole(path, json.dumps(self.data, indent=1) + "\n")
+        write_whole(path, self.text())
+
+    def text(self) -> str:
+        """What the latency file holds."""
+        return json.dumps(self.data, indent=1) + "\n"
 
 
 def watched(features: StepFeatures) -> dict[str, int]:

@@ -50,7 +50,11 @@ class Profile:
         Raises:
             InputError: `path` exists, or cannot be written.
         """
-        write_whole(path, gzip.compress(self._text().encode(), mtime=0))
+        write_whole(path, self.packed())
+
+    def packed(self) -> bytes:
+        """What its file holds."""
+        return gzip.compress(self._text().encode(), mtime=0)
 
     @property
     def identity(self) -> str:
@@ -83,7 +87,7 @@ class Profile:
 
 def profile_beside(latency: Path) -> Path:
     """Where the profile is kept that a latency file was fitted from."""
-    return latency.with_name(f"{latency.stem}.profile.jsonl.gz")
+    return latency.parent / f"{latency.stem}.profile.jsonl.gz"
 
 
 def _row(sample: StepSample) -> dict[str, Any]:

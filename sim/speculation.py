@@ -131,6 +131,10 @@ class AcceptanceLaw:
             "found_concentration": self.found_concentration,
         }
 
+    def text(self) -> str:
+        """What its file holds."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> AcceptanceLaw:
         """The law that `to_dict` gave; ValueError if it is none."""
@@ -244,7 +248,7 @@ def save_law(law: AcceptanceLaw, path: Path) -> None:
     Raises:
         InputError: it is there, or cannot be written.
     """
-    write_whole(path, json.dumps(law.to_dict(), indent=2) + "\n")
+    write_whole(path, law.text())
 
 
 def fit_law(*runs: list[dict[str, Any]], seed: int = 0) -> AcceptanceLaw:

@@ -43,9 +43,10 @@ _PLACES = {Path(__file__).parent / f"{name}.py": place for place, name in enumer
 assert all(path.is_file() for path in _PLACES), "one of LONGEST has another name now"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of LONGEST come first; those marked gpu are skipped where torch finds no CUDA device."""
-    items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of LONGEST come first for workers; those marked gpu are skipped where torch finds no CUDA device."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -7,16 +7,19 @@ import random
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from twinserve.settings.errors import InputError
-from twinserve.settings.limits import MOST_REQUESTS, plain
+from twinserve.settings.limits import MOST_PARTS, MOST_REQUESTS, MOST_TOKENS, plain
+from twinserve.traces.lines import LATEST_NS
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.transforms import renumbered, require
 
+MOST_CV = 1e3
+"""Coefficient of variation of what is drawn."""
 Arrivals = Literal["poisson", "gamma", "burst", "mmpp", "diurnal"]
 
 _LENGTH_FORMS = "fixed:N or lognormal:MEAN:CV[:MIN:MAX], in tokens, or empirical:FILE"
@@ -58,10 +61,9 @@ class LengthSpec:
                 raise ValueError(kind)
         except ValueError as error:
             raise InputError(f"expected {_LENGTH_FORMS}", field=field, value=text) from error
-        if not (1 <= spec.low <= spec.mean <= spec.high and 0 <= spec.cv < math.inf):
-            raise InputError(
-                f"expected 1 <= MIN ({spec.low}) <= mean <= MAX ({spec.high}) and CV >= 0", field=field, value=text
-            )
+        if not (1 <= spec.low <= spec.mean <= spec.high and 0 <= spec.cv <= MOST_CV):
+            bounds = f"1 <= MIN ({spec.low}) <= mean <= MAX ({spec.high}) and CV from 0 to {MOST_CV:g}"
+            raise InputError(f"expected {bounds}", field=field, value=text)
         return spec
 
     def draw(self, rng: random.Random) -> int:
@@ -179,6 +181,8 @@ def generate(
             opening = _following(opening, latest[session - users] if session >= users else None, next(draws.think_ns))
         drafts += _conversation(opening, min(turns, num_requests - len(drafts)), draws)
         latest.append(drafts[-1])
+        in_time = f"one at which all arrive within {LATEST_NS / 1e9:.3g} s"
+        require(drafts[-1].arrival_ns <= LATEST_NS, "rate", rate, in_time)
         start_ns += round(next(gaps_s) * 1e9)
     # Stable, so that a turn stays behind the one before it.
     drafts.sort(key=lambda request: request.arrival_ns)
@@ -201,12 +205,17 @@ def _check(
     require(1 <= num_requests <= most, "num_requests", num_requests, f"an integer from 1 to {most}")
     require(1e-9 <= rate < math.inf, "rate", rate, "requests per second >= 1e-9")
     require(arrivals in get_args(Arrivals), "arrivals", arrivals, f"one of {', '.join(get_args(Arrivals))}")
-    require(1e-3 <= cv <= 1e3, "cv", cv, "a number from 0.001 to 1000")
-    require(burst_size >= 1, "burst_size", burst_size, "an integer >= 1")
-    require(num_system_prompts >= 0, "num_system_prompts", num_system_prompts, "an integer >= 0")
-    least = min(num_system_prompts, 1)
-    require(system_prompt_tokens >= least, "system_prompt_tokens", system_prompt_tokens, f"an integer >= {least}")
-    require(turns >= 1, "turns", turns, "an integer >= 1")
+    require(1e-3 <= cv <= MOST_CV, "cv", cv, f"a number from 0.001 to {MOST_CV:g}")
+    counts = (
+        ("burst_size", burst_size, 1, most),
+        ("num_system_prompts", num_system_prompts, 0, most),
+        ("system_prompt_tokens", system_prompt_tokens, min(num_system_prompts, 1), MOST_TOKENS),
+        ("turns", turns, 1, most),
+    )
+    for name, found, least, highest in counts:
+        require(least <= found <= highest, name, found, f"an integer from {least} to {highest}")
+    fewer = f"at most {MOST_PARTS // num_requests} with {num_requests} requests (TWINSERVE_MOST_PARTS)"
+    require(num_requests * min(turns, num_requests) <= MOST_PARTS, "turns", turns, fewer)
     require(0 <= think_time_s <= 1e6, "think_time_s", think_time_s, "seconds from 0 to 1e6")
 
 
@@ -216,8 +225,9 @@ def _check_patterns(peak: float, period_s: float, users: int, priority_shares: S
     require(1 < peak <= most, "peak", peak, f"a number above 1, and at most {most:g}")
     require(1e-3 <= period_s <= 1e9, "period_s", period_s, "seconds from 0.001 to 1e9")
     require(0 <= users <= MOST_REQUESTS, "users", users, f"an integer from 0 to {MOST_REQUESTS}")
-    are_shares = all(0 <= share < math.inf for share in priority_shares) and sum(priority_shares) > 0
-    require(not priority_shares or are_shares, "priority_shares", list(priority_shares), "numbers >= 0, not all 0")
+    are_shares = all(share >= 0 for share in priority_shares) and 0 < sum(priority_shares) < math.inf
+    expected = "numbers >= 0, not all 0, whose sum is one too"
+    require(not priority_shares or are_shares, "priority_shares", list(priority_shares), expected)
 
 
 class _Draws(NamedTuple):
@@ -290,7 +300,7 @@ def _gaps(
         elif arrivals == "poisson":
             yield rng.expovariate(rate)
         else:
-            yield from [0.0] * (burst_size - 1)
+            yield from repeat(0.0, burst_size - 1)
             yield rng.expovariate(rate / burst_size)
 
 

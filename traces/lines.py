@@ -20,6 +20,8 @@ from twinserve.settings.limits import whole_number
 from twinserve.traces.request import Part
 
 LARGEST = (1 << 63) - 1
+LATEST_NS = LARGEST // 2
+"""When something may arrive that is replayed, 146 years in: it is served later, and no time has more than 63 bits."""
 LABELS = ("priority", "salt", "tenant")
 """Fields of a request that orders and the prefix cache look at."""
 

@@ -18,7 +18,7 @@ from itertools import groupby, pairwise, repeat
 from typing import Any
 
 from twinserve.settings.errors import InputError
-from twinserve.traces.lines import LARGEST
+from twinserve.traces.lines import LATEST_NS
 from twinserve.traces.request import Part, Request, answer_text
 from twinserve.traces.requests import Requests, as_requests
 
@@ -71,7 +71,7 @@ def scale_rate(requests: Seq[Request], factor: float, log: TransformLog) -> Seq[
             and all begin at one instant.
     """
     require(0 < factor < math.inf, "rate_scale", factor, "a number > 0")
-    least = requests[-1].arrival_ns / LARGEST
+    least = requests[-1].arrival_ns / LATEST_NS
     require(factor > least, "rate_scale", factor, f"a number > {least:.3g}, so that times have at most 63 bits")
     if all(request.after is None for request in as_requests(requests).others.values()):
         return _at(requests, (round(r.arrival_ns / factor) for r in requests), "scale_rate", {"factor": factor}, log)
@@ -178,7 +178,7 @@ def start_sessions(requests: Seq[Request], rate: float, seed: int, log: Transfor
     moved = []
     for request, key in zip(requests, session_keys(requests), strict=True):
         if key not in shifts_ns:
-            least = next_s * 1e9 / LARGEST
+            least = next_s * 1e9 / LATEST_NS
             require(least < 1, "session_rate", rate, "so many sessions per second that times have at most 63 bits")
             shifts_ns[key] = round(next_s * 1e9) - request.arrival_ns
             next_s += rng.expovariate(rate)

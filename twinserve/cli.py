@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
@@ -44,10 +44,15 @@ class _Signals:
             signal.signal(number, self._by_exception)
         if self._before:
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
-        sys.unraisablehook = self._again
+        sys.unraisablehook, sys.excepthook = self._again, _told_later
+
+    def end(self) -> None:
+        """There is nothing to clean up any more."""
+        for number in _WORDS.keys() & self._before.keys():
+            signal.signal(number, self._at_once)
 
     def remove(self) -> None:
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook, sys.excepthook = sys.__unraisablehook__, sys.__excepthook__
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -70,6 +75,12 @@ class _Signals:
         raise _Stopped(number)
 
 
+def _told_later(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Compiled code where nothing can be raised first prints what was, and then says so."""
+    if not isinstance(error, _Stopped):
+        sys.__excepthook__(kind, error, trace)
+
+
 def main() -> None:
     """Run a command; bad input is one line on stderr and exit status 2, a step that fails one and exit status 1."""
     _speak_utf8()
@@ -80,9 +91,13 @@ def main() -> None:
     signals = _Signals()
     signals.install()
     try:
-        sys.exit(_run(signals))
+        code = _run(signals)
+        signals.end()
+    except _Stopped as stopped:  # when it was saying how it had ended, or had
+        code = _say(_WORDS[stopped.number], 128 + stopped.number)
     finally:
         signals.remove()
+    sys.exit(code)
 
 
 def _speak_utf8() -> None:

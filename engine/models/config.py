@@ -162,10 +162,10 @@ class ModelConfig:
         Raises:
             InputError: a field is missing, malformed, or asks for something that is not honoured.
         """
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise InputError(f"expected one of {known}", path=path, field="architectures", value=architecture)
-        kind = ARCHITECTURES[str(architecture)]
+        kind = ARCHITECTURES[architecture]
         fields = _Fields({**(kind.defaults or {}), **values}, path)
         max_positions, num_layers = fields.positive("max_position_embeddings"), fields.positive("num_hidden_layers")
         fields.refuse_unhonoured()

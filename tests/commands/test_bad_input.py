@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shlex
 import string
 import subprocess
@@ -312,6 +313,15 @@ def test_lengths_that_no_array_can_hold_are_refused_where_they_would_be_served(t
     assert_refused(twinserve("sim", path, "--latency", latency), "request 0 is", "TWINSERVE_MOST_TOKENS")
 
 
+@pytest.mark.parametrize("options", [(), ("--rate", 1.2e-10), ("--session-rate", 1.2e-10)])
+def test_arrivals_that_leave_no_time_to_be_served_are_refused(twinserve, latency, tmp_path, options):
+    path, last = tmp_path / "trace.jsonl", (1 << 63) - 1
+    rows = [{"arrival_ns": time_ns, "prompt_tokens": 4, "max_tokens": 2} for time_ns in (0, 9 if options else last)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"format": "twinserve-trace/1"}, *rows]))
+    assert twinserve("trace", "stat", path).code == 0
+    assert_refused(twinserve("sim", path, "--latency", latency, *options), "expected")
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
@@ -335,10 +345,55 @@ def test_a_plan_beyond_measure_or_of_other_kinds_is_refused(twinserve, trace, tm
 
 
 @pytest.mark.parametrize(
-    "options", [("--rate", 1e-300), ("--arrivals", "gamma", "--cv", 1e308), ("--think-time-s", 1e300)]
-)
+    "options",
+    [
+        ("--rate", 1e-300), ("--arrivals", "gamma", "--cv", 1e308), ("--think-time-s", 1e300),
+        ("--output-tokens", "lognormal:9:1e300"), ("--priority-shares", "1e308,1e308"), ("--turns", 10**9),
+        ("--rate", 1e-9, "--requests", 9999), ("--requests", 10**5, "--turns", 10**4),
+        ("--arrivals", "burst", "--burst-size", 10**12), ("--system-prompts", 1, "--system-prompt-tokens", 10**15),
+    ],
+)  # fmt: skip
 def test_a_synthetic_trace_beyond_measure_is_refused(twinserve, tmp_path, options):
     assert_refused(twinserve("trace", "make", "--out", tmp_path / "out", "--turns", 2, *options), "expected")
+
+
+def test_a_burst_takes_no_memory(twinserve, tmp_path):
+    arguments = ("--arrivals", "burst", "--burst-size", 1 << 26, "--requests", 3, "--out", tmp_path / "out")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert twinserve("trace", "make", *arguments).code == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sim {trace} --latency {latency} --out", "trace make --out", "trace convert {trace}", "config init",
+        "fit {trace} --out", "profile --out", "fit {trace} --out new.json --acceptance", "report {trace} --out",
+        "export {trace} --format csv --out", "record import {trace}", "run {trace} --out",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_has_no_name_is_not_written(twinserve, trace, latency, tmp_path, monkeypatch, command, out, force):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    words = [word.format(trace=trace, latency=latency) for word in command.split()]
+    assert_refused(twinserve(*words, out, *(force if words[0] != "config" else ())), "expected")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tolerance", 1e-9), "tolerance is 1e-09, expected a share"),
+        (("--objective", " and ".join(["p99 TTFT <= 1 s"] * 70)), "expected at most 64 terms"),
+        (("--jobs", 10**6), "--jobs"),
+    ],
+)
+def test_a_search_that_is_refused_leaves_no_folder(twinserve, trace, latency, tmp_path, options, words):
+    search = ("capacity", trace, "--latency", latency, "--objective", "p99 TTFT <= 1 s", "--out", tmp_path / "out")
+    assert_refused(twinserve(*search, *options), words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["a = " + "[" * 100_000, "a = " + "1" * 5000, "a = 1\na = 2\n", "\xff"])

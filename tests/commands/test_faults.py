@@ -37,6 +37,17 @@ class Ends(FirstCome):
         return super().pop_next()
 """
 
+BEHIND = """
+from twinserve import cli
+
+def signalled(*given, does=cli.{name}, left=[15]):
+    if left:
+        os.kill(os.getpid(), left.pop())
+    return does(*given)
+
+cli.{name} = signalled
+"""
+
 
 def command(*arguments: object, folder: Path, limit: int | None = None, **environment: str):
     """Run a command in a process of its own, which can write no file longer than `limit` bytes; with variables of the
@@ -109,10 +120,29 @@ def test_a_signal_during_an_import_is_one_line(folder, trace, latency, number, m
     assert not (folder / "run").exists()
 
 
-def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(folder, tmp_path, trace, latency):
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_signal_where_nothing_can_be_raised_ends_the_command_all_the_same(
+    folder, tmp_path, trace, latency, is_compiled
+):
+    """In a destructor, say; compiled code, as Cython makes it, prints the exception before."""
     text = ORDER.format(number=15).replace("os.kill(os.getpid(), 15)", "Dies()")
     dies = "class Dies:\n    def __del__(self):\n        os.kill(os.getpid(), 15)\n        [n for n in range(9)]\n\n"
+    if is_compiled:
+        lines = dies.splitlines()
+        tried = ["        try:", *("    " + line for line in lines[2:4]), "        except BaseException as error:"]
+        printed = "            __import__('sys').excepthook(type(error), error, None)\n            raise\n\n"
+        dies = "\n".join([*lines[:2], *tried, printed])
     (tmp_path / "order.py").write_text(text.replace("class Ends", dies + "class Ends"))
+    arguments = ("sim", trace, "--latency", latency, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends")
+    result = command(*arguments, folder=folder)
+    assert (result.returncode, said(result)) == (143, "twinserve: terminated")
+
+
+@pytest.mark.parametrize("name", ["_say", "_Signals.end", "_Signals.remove"])
+def test_a_signal_behind_the_work_is_one_line_too(folder, tmp_path, trace, latency, name):
+    """While it is said what was wrong, when all is done, and when nothing has to be cleaned up any more."""
+    text = ORDER.format(number=0).replace("if not Ends.left", "if False") + BEHIND.format(name=name)
+    (tmp_path / "order.py").write_text(text + ("raise ValueError\n" if name == "_say" else ""))
     arguments = ("sim", trace, "--latency", latency, "--scheduling-policy", f"{tmp_path / 'order.py'}:Ends")
     result = command(*arguments, folder=folder)
     assert (result.returncode, said(result)) == (143, "twinserve: terminated")
@@ -147,7 +177,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, trace, latency, reco
     result = command(*commands[name], folder=folder, limit=limit)
     assert result.returncode == 2, (result.stdout, result.stderr)
     assert said(result).endswith("cannot be written: File too large")
-    assert left(folder) == (["out", "out/points"] if name == "sweep" else [])
+    assert left(folder) == []
     assert list((folder / "tmp").iterdir()) == []
     again = command(*commands[name], folder=folder)
     assert again.returncode == 0, again.stderr
@@ -181,7 +211,8 @@ def test_a_signal_in_a_search_is_one_line_and_the_next_one_goes_on(folder, tmp_p
         assert result.returncode == -9
     else:
         status, word = ENDS[number]
-        told = f"; the same command goes on with what is in {folder / 'out'}" if "--out" in arguments else ""
+        kept = [*(folder / "out" / "points").iterdir()] if (folder / "out").exists() else []
+        told = f"; the same command goes on with what is in {folder / 'out'}" if kept else ""
         assert (result.returncode, said(result)) == (status, f"twinserve: {word}{told}")
         assert not [entry for entry in left(folder) if entry.endswith(".partial")]
     assert not {"out/results.jsonl", "out/page.html"} & {*left(folder)}
@@ -241,39 +272,50 @@ def answered(url: str, prompts: list[list[int]]) -> None:
 def test_a_model_that_was_measured_is_printed_where_it_cannot_be_saved(tmp_path, capsys):
     from shell import fitted
 
-    from twinserve.commands.latencies import _save_latency
+    from twinserve.commands.latencies import _shown
 
     (tmp_path / "file").touch()
     model = fitted()
-    with pytest.raises(InputError, match="cannot be written: Not a directory"):
-        _save_latency(model, tmp_path / "file" / "latency.json", None, False)
+    with pytest.raises(InputError, match="cannot be written: Not a directory"), _shown(model, False):
+        model.save(tmp_path / "file" / "latency.json")
     assert json.loads(capsys.readouterr().out) == model.data
 
 
-@pytest.mark.parametrize("number", [None, *ENDS], ids=str)
+@pytest.mark.parametrize("number", [None, signal.SIGKILL, *ENDS], ids=str)
 def test_what_lies_beside_a_latency_is_not_there_without_it(twinserve, trace, latency, tmp_path, monkeypatch, number):
     """So the next run of the same command is refused for neither of its files."""
     from shell import fitted
 
+    from twinserve.settings import files
     from twinserve.worlds import run
 
-    def stopped(self, path: Path) -> None:
+    name_too = files._name_too
+
+    def stopped(partial: Path, path: Path) -> None:
+        name_too(partial, path)
         if number is None:
-            raise InputError("cannot be written: No space left on device", path=path)
+            raise OSError(28, "No space left on device")
         os.kill(os.getpid(), number)
 
     drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "synthetic_acceptance_rate": 0.5})
     drafted = tmp_path / "drafted"
     assert twinserve("sim", trace, "--latency", latency, "--speculative-config", drafts, "--out", drafted).code == 0
-    model = fitted()
+    model, out = fitted(), tmp_path / "out"
     monkeypatch.setattr(run, "fit_runs", lambda *given: model)
-    command = ("fit", drafted, "--out", tmp_path / "new.json", "--acceptance", tmp_path / "law.json")
+    command = ("fit", drafted, "--out", out / "new.json", "--acceptance", out / "law.json")
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "save", stopped)
-        assert twinserve(*command).code == (2 if number is None else ENDS[number][0])
-    assert not (tmp_path / "new.json").exists() and not (tmp_path / "law.json").exists()
+        patch.setattr(files, "_name_too", stopped)
+        if number is signal.SIGKILL:
+            if not (child := os.fork()):
+                twinserve(*command)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            assert left(out) == ["law.json", "law.json.partial", "new.json.partial"]
+        else:
+            assert twinserve(*command).code == (2 if number is None else ENDS[number][0])
+            assert left(out) == []
     assert twinserve(*command).code == 0
-    assert (tmp_path / "new.json").exists() and (tmp_path / "law.json").exists()
+    assert left(out) == ["law.json", "new.json"]
 
 
 @pytest.mark.parametrize("arguments", ["--version", "trace stat {trace}", "trace stat {trace} --json"])

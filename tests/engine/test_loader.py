@@ -121,6 +121,7 @@ REFUSED_FIELDS = [
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected \"silu\""),
     ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
     ({"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor of num_attention_heads (4)"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "architectures is ['LlamaForCausalLM'], expected one of"),
     ({"hidden_size": "64"}, "hidden_size is '64', expected an integer >= 1"),
     ({"vocab_size": None}, "vocab_size is None, expected an integer >= 1"),
     ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a number > 0"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import ANEW, CLOSED, DISK, is_alike, prepared, wrong
+from faults import ANEW, AT_A_NAME, CLOSED, DISK, SMALL, is_alike, own_disk, prepared, wrong
 from outcome import Outcome, run
 
 WHOLE = {"out/a": b"1", "out/b": b"2"}
@@ -50,6 +52,15 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
         ),
         ("sim", f"SIGTERM{ANEW}", 143, "twinserve: terminated\n", {}, ""),
         ("sim", f"SIGTERM{ANEW}", 143, "twinserve: terminated\n", {"out.partial/a": b"1"}, "left ['out.partial/a']"),
+        ("sim", SMALL, 2, "twinserve: out: cannot be written\n", {}, ""),
+        ("sim", SMALL, 2, "twinserve: out: cannot be written\n", {"out.partial/a": b"1"}, "left ['out.partial/a']"),
+        ("sim", f"SIGKILL{AT_A_NAME}", -9, "", {".new-out.partial/replaced/a": b"1"}, ""),
+        ("sim", f"SIGKILL{AT_A_NAME}", -9, "", WHOLE | {".new-out.partial/out/a": b"1"}, ""),
+        ("sim", f"SIGKILL{AT_A_NAME}", -9, "", {"out/a": b"1"}, "left ['out/a'], which is not whole"),
+        ("profile", f"SIGKILL{AT_A_NAME}", -9, "", {"out/a": b"[1]\n"}, ""),
+        ("profile", f"SIGKILL{AT_A_NAME}", -9, "", {"out/a": b"[1"}, "left ['out/a'], which is not whole"),
+        ("profile", f"SIGKILL{AT_A_NAME}", -9, "", {"out/c": b"[1]\n"}, "left ['out/c'], which is not whole"),
+        ("profile", TERM, 143, "twinserve: terminated\n", {"out/a": b"[1]\n"}, "left ['out/a'], which is not whole"),
         ("sweep", TERM, 143, "twinserve: terminated\n", {"out/a": b"1"}, ""),
         ("sweep", TERM, 143, "twinserve: terminated\n", {"out/a": b"half"}, "left ['out/a'], which is not whole"),
     ],
@@ -91,3 +102,35 @@ def test_a_signal_comes_to_a_program_that_begins_later():
     anew = prepared(f"SIGTERM{ANEW}", 0.05)
     outcome = run(lambda: os.execv("/bin/sleep", ["sleep", "60"]), Path.cwd(), anew)
     assert (outcome.status, outcome.is_late) == (-signal.SIGTERM, False)
+
+
+@pytest.mark.parametrize(("after", "named"), [(0, []), (1, ["a"]), (2, ["a", "b"])])
+def test_a_process_is_killed_before_it_gives_one_of_its_names(tmp_path, after, named):
+    def work() -> None:
+        for name in "abc":
+            (tmp_path / f"{name}.partial").touch()
+            (tmp_path / f"{name}.partial").rename(tmp_path / name)
+
+    assert run(work, tmp_path, prepared(f"SIGKILL{AT_A_NAME}", after)).status == -signal.SIGKILL
+    assert [name for name in "abc" if (tmp_path / name).exists()] == named
+
+
+def test_a_small_disk_is_full_until_it_is_given_room(tmp_path):
+    def work() -> int:
+        try:
+            (tmp_path / "file").write_bytes(bytes(100_000))
+        except OSError as error:
+            return error.errno
+        return 0
+
+    try:
+        with own_disk(tmp_path) as give:
+            assert run(work, tmp_path).status == 0
+            (tmp_path / "file").rename(tmp_path / "before")
+            give(20_000)
+            assert run(work, tmp_path).status == errno.ENOSPC
+            give(None)
+            assert run(work, tmp_path).status == 0
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted: {error}")
+    assert list(tmp_path.iterdir()) == []

@@ -106,7 +106,8 @@ def test_those_of_the_worlds_apply_one_by_one_and_change_alone_a_file_whose_test
 
 @pytest.mark.parametrize("prefixes", [("a/", "b/"), ("", "")])
 def test_a_bug_is_caught_and_the_test_is_named(runner, write, prefixes):
-    row = runner.examine(write("wrong", "        return num_tokens // self.block_size\n", prefixes=prefixes), TESTS)
+    tests = [*TESTS, "tests/policies/test_machines.py"]  # which takes long, and would notice too
+    row = runner.examine(write("wrong", "        return num_tokens // self.block_size\n", prefixes=prefixes), tests)
     assert row.bug == "wrong in words"
     assert row.caught_by.startswith(f"{TESTS[0]}::test_") and row.why_not == ""
 

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from twinserve.settings import files
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import WholeFolder, in_place_of, lock_file, refuse_existing, whole_file, write_whole
+from twinserve.settings.files import (
+    WholeFolder,
+    in_place_of,
+    lock_file,
+    pair_in_place_of,
+    refuse_existing,
+    whole_file,
+    write_pair,
+    write_whole,
+)
 
 LEAVES_HALF = """
 import os, sys
@@ -26,6 +36,39 @@ folder = WholeFolder(out)
 (folder.partial / "a").write_bytes(b"half")
 os.kill(os.getpid(), 9)
 """
+
+DIES_RENAMING = """
+import os, sys
+from pathlib import Path
+from twinserve.settings.files import WholeFolder, in_place_of, write_pair, write_whole
+out, kind, left = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def renamed(how):
+    def rename(*paths):
+        global left
+        if not left:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return how(*paths)
+    return rename
+
+Path.rename, Path.replace, os.link = map(renamed, (Path.rename, Path.replace, os.link))
+if kind == "pair":
+    write_pair(out, "whole", Path(sys.argv[4]), "beside", False)
+with in_place_of(out, True, ["a"]) as place:
+    if kind == "file":
+        write_whole(place, "whole")
+    else:
+        with WholeFolder(place) as folder:
+            (folder.partial / "a").write_text("whole")
+            folder.finish()
+"""
+
+
+def dies_renaming(out: Path, kind: str, after: int, *more: Path) -> None:
+    """A process writes, and is killed when it has given so many names."""
+    words = [sys.executable, "-c", DIES_RENAMING, str(out), kind, str(after), *map(str, more)]
+    assert subprocess.run(words, check=False).returncode == -9
 
 
 def names(folder: Path) -> list[str]:
@@ -247,3 +290,167 @@ def test_where_nothing_has_the_name_it_is_written_there(tmp_path):
     for out in (tmp_path / "new", None):
         with in_place_of(out, True) as place:
             assert place is out
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+@pytest.mark.parametrize(("kind", "after"), [("file", 0), ("file", 1), ("folder", 0), ("folder", 1), ("folder", 2)])
+def test_what_a_process_was_replacing_when_it_died_is_as_it_was(tmp_path, kind, after, is_forced):
+    out = tmp_path / "out"
+    put(out, kind, "before")
+    dies_renaming(out, kind, after)
+    assert out.exists() == ((kind, after) != ("folder", 2)), "it had the one name no more, and not yet the other"
+    if is_forced:
+        with in_place_of(out, True, ["a"]) as place:
+            assert content(out) == "before"
+            write(place, kind)
+    else:
+        with pytest.raises(InputError, match="out: exists already"), in_place_of(out, False):
+            raise AssertionError("nothing is begun")
+    assert content(out) == ("whole" if is_forced else "before") and names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_was_replaced_when_a_process_died_is_gone(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    put(out, "folder", "before")
+    with monkeypatch.context() as patch, in_place_of(out, True, ["a"]) as place:
+        write(place, "folder")
+        patch.setattr(WholeFolder, "discard", lambda self: self._let_go())
+    assert names(tmp_path) == [".new-out.partial", "out"] and content(out) == "whole"
+    with pytest.raises(InputError, match="out: exists already"), in_place_of(out, False):
+        raise AssertionError("nothing is begun")
+    assert names(tmp_path) == ["out"] and content(out) == "whole"
+
+
+def test_who_is_stopped_between_two_names_of_a_folder_gives_it_the_first_back(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    put(out, "folder", "before")
+
+    def stopped(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if target.name == files.REPLACED:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt) as ended, in_place_of(out, True, ["a"]) as place:
+        write(place, "folder")
+    assert ended.value.__notes__ == [f"{out} is as it was"]
+    assert content(out) == "before" and names(tmp_path) == ["out"]
+
+
+def test_what_another_process_is_replacing_is_left_to_it(tmp_path):
+    out = tmp_path / "out"
+    put(out, "folder", "before")
+    with in_place_of(out, True, ["a"]) as place:
+        for is_forced in (True, False):
+            with pytest.raises(InputError, match="another run is writing it"), in_place_of(out, is_forced, ["a"]):
+                raise AssertionError("nothing is begun")
+        write(place, "folder")
+    assert content(out) == "whole" and names(tmp_path) == ["out"]
+
+
+def pair(out: Path, beside: Path, is_forced: bool = False) -> None:
+    with pair_in_place_of(out, beside, is_forced):
+        write_pair(out, "whole", beside, "beside", is_forced)
+
+
+@pytest.fixture
+def two(tmp_path) -> tuple[Path, Path]:
+    """The names of a pair, in two folders."""
+    return tmp_path / "one" / "out", tmp_path / "other" / "beside"
+
+
+def assert_whole(out: Path, beside: Path) -> None:
+    assert (out.read_text(), beside.read_text()) == ("whole", "beside")
+    assert names(out.parent) == ["out"] and names(beside.parent) == ["beside"]
+
+
+@pytest.mark.parametrize(("after", "has_beside"), [(0, False), (1, True)])
+def test_one_of_a_pair_that_a_dead_process_left_alone_is_replaced(two, after, has_beside):
+    out, beside = two
+    dies_renaming(out, "pair", after, beside)
+    assert not out.exists() and beside.exists() == has_beside
+    pair(out, beside)
+    assert_whole(out, beside)
+
+
+def test_a_pair_that_is_there_is_replaced_where_that_is_wanted(two):
+    for path in two:
+        write_whole(path, "before")
+    pair(*two, is_forced=True)
+    assert_whole(*two)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_pair_of_which_one_name_is_taken_is_refused(two, number):
+    write_whole(two[number], "somebody's")
+    for write_both in (pair, lambda out, beside: write_pair(out, "whole", beside, "beside", False)):
+        with pytest.raises(InputError, match=f"{two[number].name}: exists already, expected a new name"):
+            write_both(*two)
+    assert two[number].read_text() == "somebody's" and names(two[number].parent) == [two[number].name]
+    assert not two[1 - number].exists()
+
+
+@pytest.mark.parametrize("left", ["out", "beside", "both"])
+def test_what_lies_beside_and_is_of_no_dead_process_is_kept(two, left):
+    out, beside = two
+    write_whole(beside, "somebody's")
+    out.parent.mkdir()
+    for path in two:
+        if left in (path.name, "both"):
+            path.with_name(f"{path.name}.partial").write_text("half")
+    with pytest.raises(InputError, match="beside: exists already"):
+        pair(out, beside)
+    assert beside.read_text() == "somebody's"
+
+
+def test_one_of_a_pair_whose_other_a_living_process_has_yet_to_name_is_respected(two, monkeypatch):
+    out, beside = two
+    name_too = files._name_too
+
+    def meanwhile(partial: Path, path: Path) -> None:
+        name_too(partial, path)
+        with pytest.raises(InputError, match="beside.partial: exists already: another run is writing it"):
+            pair(out, beside)
+
+    monkeypatch.setattr(files, "_name_too", meanwhile)
+    write_pair(out, "whole", beside, "beside", False)
+    assert_whole(out, beside)
+
+
+@pytest.mark.parametrize("moment", ["_settle", "_name_too"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_of_a_pair_that_cannot_be_written_nothing_is_there(two, monkeypatch, moment, error):
+    out, beside = two
+    done = getattr(files, moment)
+
+    def stopped(*given: object) -> None:
+        done(*given)
+        if moment == "_name_too" or names(out.parent):
+            raise error(28, "No space left on device")
+
+    out.parent.mkdir()
+    monkeypatch.setattr(files, moment, stopped)
+    with pytest.raises(InputError if error is OSError else error) as ended:
+        pair(out, beside)
+    if error is OSError:
+        refused = out if moment == "_settle" else beside
+        assert str(ended.value) == f"{refused}: cannot be written: No space left on device"
+    else:
+        assert ended.value.__notes__ == [f"{out} was not written"]
+    assert names(out.parent) == names(beside.parent) == []
+
+
+def test_a_pair_is_written_where_a_file_has_but_one_name(two, monkeypatch):
+    def link(*paths: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    pair(*two)
+    assert_whole(*two)
+
+
+def test_a_pair_of_one_name_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expected another name"):
+        pair(tmp_path / "out", tmp_path / "other" / ".." / "out")
+    assert names(tmp_path) == []

@@ -299,5 +299,5 @@ def test_an_argument_out_of_range_is_named(field, value):
 
 
 def test_system_prompts_without_a_length_are_refused():
-    with pytest.raises(InputError, match="^system_prompt_tokens is 0, expected an integer >= 1"):
+    with pytest.raises(InputError, match="^system_prompt_tokens is 0, expected an integer from 1 to"):
         make(num_system_prompts=2)

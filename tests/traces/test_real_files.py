@@ -112,6 +112,13 @@ def test_bailians_blocks_are_of_16_tokens_and_a_turn_waits_for_its_parent(read):
     assert trace.handled["repaired"] == {"parent_before_the_trace": 1}
 
 
+@pytest.mark.parametrize(("parents", "line"), [((7, 7), 1), ((8, 7), 2), ((6, 8), 2)])
+def test_a_bailian_chat_that_goes_on_with_itself_or_with_one_behind_it_is_refused(refused, parents, line):
+    rows = [BAILIAN[0] | {"chat_id": 7 + n, "parent_chat_id": parent} for n, parent in enumerate(parents)]
+    words = f":{line}: chat_id is {6 + line}, expected no parent of itself or of a row before it"
+    refused(json_lines(rows), words)
+
+
 def test_aiperfs_sessions_go_on_after_the_answer_with_all_that_was_said(read):
     trace = read(json_lines(SESSIONS))
     first, other, second = trace.requests

@@ -24,6 +24,7 @@ _BLOCK = 16
 def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
     """The requests of a file."""
     numbers: dict[int, tuple[int, int]] = {}
+    missing: set[int] = set()
     first_ns: int | None = None
     for number, line in enumerate(json_lines(lines, path)):
         time_ns = reading.time_ns(line, "timestamp")
@@ -32,7 +33,10 @@ def rows(lines: Iterable[str], path: Path, reading: Reading) -> Rows:
         after, session = numbers.get(parent, (None, number)) if parent is not None else (None, number)
         if parent is not None and after is None:
             reading.repaired["parent_before_the_trace"] += 1
-        numbers[line.integer("chat_id")] = number, session
+            missing.add(parent)
+        numbers[chat := line.integer("chat_id")] = number, session
+        if chat in missing:
+            raise line.error("expected no parent of itself or of a row before it", "chat_id")
         parts = blocks(line.integers("hash_ids"), line.integer("input_length", 1), _BLOCK, line)
         arrival_ns, output_tokens = reading.since_first(time_ns, first_ns), reading.output_tokens(line, "output_length")
         yield line, "timestamp", Request(number, arrival_ns, parts, output_tokens, session, after)

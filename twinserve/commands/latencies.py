@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from twinserve.commands.progress import Bar, say
 from twinserve.engine.options import RUNNER_SETTINGS, EngineOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
-from twinserve.settings.files import in_place_of, taken_back
+from twinserve.settings.files import in_place_of, pair_in_place_of, write_pair
 from twinserve.settings.limits import MOST_SHAPES, MOST_TOKENS
 from twinserve.worlds.workload import TraceOptions
 
@@ -63,7 +64,7 @@ def profile(
         raise InputError(problem, field="pipeline_depth", value=chosen.pipeline_depth)
     if trace is None and (trace_options or latency):
         raise InputError("is missing, expected one beside its options", field="trace")
-    with in_place_of(out, force) as place, in_place_of(profile_beside(out), force) as beside:
+    with pair_in_place_of(out, profile_beside(out), force):
         workload = None if trace is None else load_workload(trace, trace_options)
         model = None if latency is None else choose_latency(latency)[0]
         with closing(load_llm(options, chosen, progress=say)) as llm:
@@ -80,8 +81,8 @@ def profile(
             )
             measured = profile_of(llm, samples)
         fitted = fit_profile(measured)
-        measured.save(beside)
-        _save_latency(fitted, place, beside, as_json)
+        with _shown(fitted, as_json):
+            write_pair(out, fitted.text(), profile_beside(out), measured.packed(), force)
 
 
 def fit(
@@ -100,19 +101,23 @@ def fit(
     """Fit a latency model from the steps of recorded runs and save it."""
     from twinserve.worlds.run import fit_acceptance, fit_runs
 
-    with in_place_of(out, force) as place, in_place_of(acceptance, force) as beside:
-        fitted = fit_runs(runs, traces, profile)
-        if beside is not None:
-            fit_acceptance(runs, beside)
-        _save_latency(fitted, place, beside, as_json)
+    if acceptance is None:
+        with in_place_of(out, force) as place:
+            fitted = fit_runs(runs, traces, profile)
+            with _shown(fitted, as_json):
+                fitted.save(place)
+        return
+    with pair_in_place_of(out, acceptance, force):
+        fitted, law = fit_runs(runs, traces, profile), fit_acceptance(runs)
+        with _shown(fitted, as_json):
+            write_pair(out, fitted.text(), acceptance, law.text(), force)
 
 
-def _save_latency(fitted: FittedLatency, out: Path, beside: Path | None, as_json: bool) -> None:
-    """Save a latency model, and print it or how far off it is; print it, too, where it cannot be saved, of which what
-    was written `beside` it is then removed."""
+@contextmanager
+def _shown(fitted: FittedLatency, as_json: bool) -> Iterator[None]:
+    """Prints a latency model that has been saved, or how far off it is; and the model where it cannot be saved."""
     try:
-        with taken_back(beside):
-            fitted.save(out)
+        yield
     except InputError:
         print(json.dumps(fitted.data))
         raise

@@ -12,13 +12,15 @@ from twinserve.commands.progress import Bar, say
 from twinserve.planning.fleets import FleetOptions
 from twinserve.settings.build_core import Settings
 from twinserve.settings.files import write_whole
+from twinserve.settings.limits import MOST_JOBS
 from twinserve.worlds.workload import ClientOptions, PointOptions, TraceOptions
 
 if TYPE_CHECKING:
     from twinserve.planning.point import Point
 
 Jobs = Annotated[
-    int | None, typer.Option(help="Processes; one a core unless given. Results do not depend on it.", min=1)
+    int | None,
+    typer.Option(help="Processes; one a core unless given. Results do not depend on it.", min=1, max=MOST_JOBS),
 ]
 Ray = Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster that computes in place of this machine.")]
 

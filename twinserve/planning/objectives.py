@@ -11,6 +11,7 @@ from typing import Any
 
 from twinserve.planning.attainment import Limits, seconds_of, words_of
 from twinserve.settings.errors import InputError
+from twinserve.settings.limits import MOST_TERMS
 from twinserve.traces.runs.compare import LATENCIES, STATISTICS, name_of, value_of
 from twinserve.traces.runs.outcomes import Measure
 
@@ -89,7 +90,10 @@ class Objective:
                 raise InputError("expected above 0% and below 100%", field="objective", value=text)
             return cls((), Limits.parse(of_requests[2]), percent / 100)
         terms = []
-        for part in re.split(r"\s+and\s+", text.strip(), flags=re.IGNORECASE):
+        parts = re.split(r"\s+and\s+", text.strip(), flags=re.IGNORECASE)
+        if len(parts) > MOST_TERMS:
+            raise InputError(f"expected at most {MOST_TERMS} terms", field="objective", value=text)
+        for part in parts:
             found = _TERM.fullmatch(part.strip())
             try:
                 limit_s = seconds_of(found[4], found[5])  # type: ignore[index]

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -184,6 +184,7 @@ class Store:
         self._folder, self._known = folder, dict[str, Result]()
         if folder is None:
             return
+        self._is_new = not folder.exists()
         try:
             if folder.exists() and not (folder / "points").is_dir() and any(folder.iterdir()):
                 raise InputError("expected a new name, or the folder of an earlier sweep", path=folder)
@@ -225,9 +226,18 @@ class Store:
         assert self._folder is not None
         return self._folder / "points" / f"{job.key}.json"
 
+    def holds_something(self) -> bool:
+        """Are there points in its folder?"""
+        return self._folder is not None and any((self._folder / "points").iterdir())
+
     def close(self) -> None:
-        """Let the next process have the folder."""
+        """Let the next process have the folder; one that it has made is gone where no point got into it."""
         if self._folder is not None:
+            with suppress(OSError):
+                if self._is_new and not self.holds_something():
+                    (self._folder / "points").rmdir()
+                    (self._folder / "lock").unlink()
+                    self._folder.rmdir()
             self._lock.close()
 
 
@@ -236,7 +246,8 @@ def opened(folder: Path | None) -> Iterator[Store]:
     """A store that is closed in the end; who is stopped before it reads how to go on."""
     store = Store(folder)
     try:
-        with ending_with(lambda: f"the same command goes on with what is in {folder}" if folder else ""):
+        goes_on = f"the same command goes on with what is in {folder}"
+        with ending_with(lambda: goes_on if store.holds_something() else ""):
             yield store
     finally:
         store.close()

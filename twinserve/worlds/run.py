@@ -21,7 +21,7 @@ from twinserve.settings.garbage import rare_collections
 from twinserve.sim.clients import NOBODY, Clients
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
-from twinserve.sim.speculation import acceptance_of
+from twinserve.sim.speculation import AcceptanceLaw, acceptance_of
 from twinserve.traces.runs.record import RunRecord, RunRecorder
 from twinserve.worlds.workload import Workload
 
@@ -198,20 +198,19 @@ def fit_runs(runs: list[Path], traces: Path | None, profile: Path | None = None)
     return fit_records(records, about | {"profile": {"name": profile.name, "identity": measured.identity}}, measured)
 
 
-def fit_acceptance(runs: list[Path], out: Path) -> None:
-    """Write the law of acceptance of speculative runs' drafts.
+def fit_acceptance(runs: list[Path]) -> AcceptanceLaw:
+    """The law of acceptance of speculative runs' drafts.
 
     Raises:
-        InputError: a record cannot be read, none has drafts, or the file cannot be written.
+        InputError: a record cannot be read, or none has drafts.
     """
-    from twinserve.sim.speculation import fit_law, save_law
+    from twinserve.sim.speculation import fit_law
     from twinserve.traces.runs.record import load_record
 
     try:
-        law = fit_law(*(load_record(run).steps for run in runs))
+        return fit_law(*(load_record(run).steps for run in runs))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(str(error), path=runs[0]) from error
-    save_law(law, out)
 
 
 def require_engine(device: str) -> None:

@@ -16,6 +16,7 @@ from twinserve.settings.errors import InputError
 from twinserve.settings.limits import MOST, MOST_TOKENS, plain
 from twinserve.sim.clients import Clients
 from twinserve.traces import transforms
+from twinserve.traces.lines import LATEST_NS
 from twinserve.traces.readers import Trace, made_trace, read_trace
 from twinserve.traces.request import Request
 from twinserve.traces.requests import as_requests
@@ -299,6 +300,9 @@ def make_workload(trace: Trace, path: Path, options: TraceOptions, *, is_replaye
             raise InputError(most, path=path, field=f"request {request.id}", value=value)
     if not requests:
         raise InputError("no request is left to replay", path=path)
+    if is_replayed and requests[-1].arrival_ns > LATEST_NS:
+        late = f"arrives after {requests[-1].arrival_ns} ns, expected at most {LATEST_NS}"
+        raise InputError(late, path=path, field=f"request {requests[-1].id}")
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")  # the same in any locale
     facts: dict[str, Any] = {"path": name, "format": trace.format, "sha256": trace.sha256, "notes": trace.notes}
     facts |= {"handled": trace.handled, "transforms": log}

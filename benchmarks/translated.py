@@ -6,7 +6,8 @@ import re
 
 BLOCK = re.compile(
     r"^```\w*\n(?:.*?\n)??```$"  # a fence
-    r"|^<!-- (figures of [^>]+|what each thing buys) -->\n.*?^<!-- end of [^>]+ -->$"  # what render.py makes
+    r"|^<!-- (figures of [^>]+|what each thing buys|a window over ranks) -->\n"  # what render.py makes
+    r".*?^<!-- end of [^>]+ -->$"
     r"|(?:^ {4}[^\n]*\n)+",  # commands
     re.MULTILINE | re.DOTALL,
 )

@@ -271,7 +271,7 @@ class BlockManager:
         assert sorted([*free, *used]) == list(range(len(self.blocks))), f"not a partition: free {free}, used {used}"
         holders = Counter(block_id for seq in self._holders for block_id in seq.block_table)
         for block_id, block in enumerate(self.blocks):
-            held = block.ref_count, holders[block_id]
+            held = block.ref_count, holders.get(block_id, 0)
             assert held[0] == held[1], f"block {block_id}: ref_count {held[0]}, in {held[1]} block tables"
         if cache is None:
             return

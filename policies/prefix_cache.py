@@ -130,7 +130,7 @@ class PrefixCache:
 
     def register_chain(
         self, table: list[Any], hashes: list[Any], contents: list[bytes | None], first: int, end: int, root: int
-    ) -> None:
+    ) -> None:  # lists of Any, as compiled code puts their ints into dicts as they are
         """Note that the blocks of a table from `first` to before `end` hold, or will once their step has run, the next
         of a chain of contents: behind the block before `first`, or behind the prefix `root` where that is the first."""
         known, by_hash = self._known, self.hash_to_block_id

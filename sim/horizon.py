@@ -177,10 +177,12 @@ def _repeated(decided: Batch, num_steps: int) -> Batch:
     batch.seqs, batch.lengths = decided.seqs, decided.lengths
     batch.chunks, batch.prompts = decided.chunks, decided.prompts
     batch.sampled, batch.skipped, batch.is_ahead = decided.sampled, decided.skipped, decided.is_ahead
-    batch.starts = [start + num_steps * decided.lengths[place] for place, start in enumerate(decided.starts)]
+    starts = decided.starts
+    batch.starts = [starts[place] + num_steps * seq.num_scheduled_tokens for place, seq in enumerate(decided.seqs)]
     batch.num_tokens, batch.num_prompt_tokens = decided.num_tokens, decided.num_prompt_tokens
     batch.num_kv_tokens = decided.num_kv_tokens + num_steps * decided.num_tokens
-    batch.num_attention_pairs = decided.num_attention_pairs + num_steps * sum([n * n for n in decided.lengths])
+    new_pairs = batch.num_sampled + sum([seq.num_scheduled_tokens**2 for seq in decided.chunks])
+    batch.num_attention_pairs = decided.num_attention_pairs + num_steps * new_pairs
     batch.num_waiting, batch.num_running = decided.num_waiting, decided.num_running
     batch.decision, batch.committed = decided.decision + num_steps, decided.committed + num_steps
     batch.seen, batch.decided_ns = decided.seen, decided.decided_ns
@@ -189,16 +191,15 @@ def _repeated(decided: Batch, num_steps: int) -> Batch:
 
 def _take_blocks(scheduler: Scheduler, batch: Batch, begun: list[int]) -> Growth:
     """Take a block for each number of a decision * rows + place of a row, in order."""
+    manager, num_rows = scheduler.block_manager, len(batch)
     grown: Growth = []
-    before, size, num_rows = -1, scheduler.block_manager.block_size, len(batch)
-    block_ids = scheduler.block_manager.take(len(begun))
-    for index, entry in enumerate(begun):
-        seq, block_id = batch.seqs[entry % num_rows], block_ids[index]
-        seq.block_table.append(block_id)
-        seq.num_block_tokens += size
-        if entry == before:
-            grown[-1][2].append(block_id)
-        else:
-            grown.append((entry // num_rows, seq, [block_id]))
-        before = entry
+    block_ids, first = manager.take(len(begun)), 0
+    while first < len(begun):
+        entry, end = begun[first], first + 1
+        while end < len(begun) and begun[end] == entry:
+            end += 1
+        seq, taken = batch.seqs[entry % num_rows], block_ids[first:end]
+        manager.grow(seq, taken)
+        grown.append((entry // num_rows, seq, taken))
+        first = end
     return grown

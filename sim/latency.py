@@ -212,9 +212,10 @@ class StepCost(NamedTuple):
 
     def times(self, decided_ns: int, device_free_ns: int) -> tuple[int, int, int]:
         """When a step is launched, starts and ends; not before it is decided, and it ends not before it is launched."""
-        launched = decided_ns + self.host_ns
-        start = max(launched - min(self.lead_ns, self.host_ns), device_free_ns)
-        return launched, start, max(start + self.device_ns, launched)
+        host_ns, device_ns, lead_ns, _ = self
+        launched = decided_ns + host_ns
+        start = max(launched - min(lead_ns, host_ns), device_free_ns)
+        return launched, start, max(start + device_ns, launched)
 
 
 class LatencyModel(Protocol):

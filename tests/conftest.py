@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from garbage import leave_imports_alone
 from hypothesis import Phase, settings
 
 # HYPOTHESIS_PROFILE=deep, or --hypothesis-profile deep, searches far and differently each time; `mutants` tells only
@@ -30,9 +31,11 @@ os.environ.pop("COLUMNS", None)
 
 
 LONGEST = (
-    *("engine/test_tensor_parallel", "policies/test_machines", "engine/test_speculation", "serving/test_processes"),
-    *("engine/test_verify", "test_benchmarks", "engine/test_equality", "sim/test_leaps", "fuzz/test_malformed"),
+    *("policies/test_machines", "policies/test_drafting_machines", "engine/test_tensor_parallel"),
+    *("engine/test_speculation", "serving/test_processes", "engine/test_verify", "test_benchmarks"),
+    *("engine/test_equality", "sim/test_leaps", "fuzz/test_malformed", "reports/test_browser"),
     *("commands/test_demo", "serving/test_fuzz", "engine/test_smollm2", "serving/test_clients", "test_readme"),
+    *("commands/test_engine_options", "serving/test_engine_server", "planning/test_sweep", "test_http_benchmarks"),
     *("commands/test_faults", "equivalence/test_vllm_records", "commands/test_texts", "planning/test_answers"),
 )
 """Files of tests that take long: they begin first, so that workers, of which each has a file, end together."""
@@ -54,9 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now is not looked through for garbage again and again, which took seconds with torch."""
-    gc.collect()
-    gc.freeze()
+    """What is imported by now is not looked through for garbage again and again."""
+    leave_imports_alone()
     gc.enable()
 
 

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from garbage import leave_imports_alone
+
 
 @cache
 def _server() -> subprocess.Popen[str]:
@@ -47,6 +49,7 @@ def _serve() -> None:
     import twinserve.reports.page
     import twinserve.sim.replica  # noqa: F401
 
+    leave_imports_alone()
     for line in sys.stdin:
         asked = json.loads(line)
         folder = Path(asked["folder"])

@@ -9,7 +9,10 @@ from multiprocessing import forkserver
 
 from torch import multiprocessing
 
-_PRELOADED = ["twinserve.engine.parallel.worker", "twinserve.serving.app", "twinserve.serving.run"]
+_PRELOADED = [
+    *("transformers.tokenization_utils_fast", "twinserve.commands.app", "twinserve.engine.parallel.worker"),
+    *("twinserve.serving.app", "twinserve.serving.run"),
+]
 
 
 def forked() -> tuple[multiprocessing.context.BaseContext, int]:

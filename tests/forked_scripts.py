@@ -17,6 +17,8 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+from garbage import leave_imports_alone
+
 IMPORTED = (
     *("httpx", "plotly.graph_objects", "scipy.optimize", "torch", "transformers.models.llama"),
     *(f"twinserve.{name}" for name in ("commands.app", "engine.llm", "engine.profile", "reports.page", "serving.run")),
@@ -75,6 +77,7 @@ def _serve() -> None:
     """Work off what comes, a line each, until there is no more."""
     for name in IMPORTED:
         importlib.import_module(name)
+    leave_imports_alone()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 

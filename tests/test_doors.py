@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from doors import WITH_TORCH, commands, doors, ways
+import doors as walk
+from doors import WITH_TORCH, commands, doors, took, ways
 from environment import ROOT
 
 
@@ -37,3 +38,17 @@ def test_torch_is_installed_as_the_makefile_does():
 def test_what_is_remarked_behind_a_command_is_no_part_of_it():
     page = "## Three doors\n\n### One\n\n    a b    # why\n\n### Two\n\nWords.\n\n## More\n\n    c\n"
     assert doors(page) == {"One": ["a b"], "Two": []} and commands(page) == ["a b", "c"]
+
+
+def test_a_walk_has_no_limit_and_its_file_has_each_command_that_ended(monkeypatch, tmp_path, capsys):
+    """The third fails: what came before it is kept, and said by --help of the next."""
+    lines = [("One", "true"), ("One", "sleep 0.1"), ("Two", "false"), ("Two", "true")]
+    monkeypatch.setattr(walk, "copied", lambda folder: folder)
+    monkeypatch.setattr(walk, "ways", lambda folder, *, with_torch: iter(lines))
+    kept = tmp_path / "doors.json"
+    monkeypatch.setattr(sys, "argv", ["doors.py", "--out", str(kept)])
+    assert walk.main() == 1
+    assert [row["command"] for row in walk.load_json(kept)["rows"]] == ["true", "sleep 0.1", "false"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "One: true" and said[1].endswith(" s") and said[4] == "Two: false"
+    assert "One 0.0, Two 0.0" in took(kept) and "most of one is installing" in took(tmp_path / "none")

@@ -153,9 +153,10 @@ class PrefixKeys:
         bases, parts, known = self._bases, self._parts, len(self._bases)
         if known > last:
             return
+        digest, packed = xxh64_intdigest, _PACKED
         base, length_before = (bases[-1], parts[known - 1][2]) if known else (0, 0)
         for text, start, length in [*parts, (self._answer, 0, 0)][known : last + 1]:
-            base = xxh64_intdigest(_PACKED(length_before, text, start), base)
+            base = digest(packed(length_before, text, start), base)
             bases.append(base)
             length_before = length
 

@@ -225,8 +225,8 @@ def is_gone(pid: int) -> bool:
 
 def test_a_rank_that_is_killed_ends_all_with_its_reason():
     """In the middle of a step; nothing is served afterwards, and no process is left."""
-    judge = judge_of("llama")
-    llm = LLM(judge.model, settings=SETTINGS, tensor_parallel_size=2)
+    with forked_ranks():
+        llm = LLM(judge_of("llama").model, settings=SETTINGS, tensor_parallel_size=2)
     (process,) = llm._ranks._processes
     begun = []
 
@@ -247,7 +247,8 @@ def test_a_rank_that_is_killed_ends_all_with_its_reason():
 
 
 def test_who_waits_for_requests_hears_that_a_rank_has_ended():
-    llm = LLM(judge_of("llama").model, settings=SETTINGS, tensor_parallel_size=2)
+    with forked_ranks():
+        llm = LLM(judge_of("llama").model, settings=SETTINGS, tensor_parallel_size=2)
     live = llm.live()
     (process,) = llm._ranks._processes
     os.kill(process.pid, signal.SIGTERM)

@@ -47,6 +47,7 @@ SLOW = (
     "test_core.py",
     "test_pool_machine.py",
     "test_machines.py",
+    "test_drafting_machines.py",
     "test_horizon.py",
     "test_slow_model.py",
     "test_oracle_vllm.py",

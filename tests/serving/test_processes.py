@@ -8,13 +8,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +19,7 @@ import httpx
 import openai
 import pytest
 from engine_judge import judge_of
+from forked_servers import Served, serve_command
 from hypothesis import given
 from hypothesis import strategies as st
 from live_servers import Running, TinyModel, byte_tokenizer
@@ -44,23 +42,9 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@contextmanager
-def command(*arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`twinserve serve` in a group of its own, once it serves, and its URL."""
-    line = [sys.executable, "-m", "twinserve", "serve", "--port", "0", "--num-gpu-blocks", "64", *map(str, arguments)]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        try:
-            url = ""
-            for said in process.stderr:
-                if (found := re.search(r"listening at (\S+)", said)) is not None:
-                    url = found[1]
-                if said.startswith("serving "):
-                    break
-            yield process, url
-        finally:
-            if process.poll() is None:
-                process.kill()
+def command(*arguments: object) -> AbstractContextManager[tuple[Served, str]]:
+    """`twinserve serve` with a small pool, in a group of its own, once it serves, and its URL."""
+    return serve_command("--num-gpu-blocks", 64, *arguments)
 
 
 def front() -> multiprocessing.process.BaseProcess:
@@ -93,7 +77,6 @@ def test_a_front_whose_engine_is_killed_tells_its_clients_and_ends_with_a_line(f
             next(lines)
             process.kill()
             events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        assert process.stderr is not None
         said = process.stderr.read()  # to the end of both processes
     assert events[-1]["error"]["message"] == "the engine has failed: its process has ended"
     assert events[-1]["error"]["code"] == 500
@@ -126,7 +109,6 @@ def test_a_command_whose_front_is_killed_says_so_and_ends_with_status_1(folder):
     with command("--model", folder) as (process, _):
         (front,) = spawned_by(process.pid)
         os.kill(front, signal.SIGKILL)
-        assert process.stderr is not None
         said = process.stderr.read()
         assert process.wait() == 1
     assert said == "twinserve: the process that serves HTTP has ended: killed by signal 9\n"
@@ -137,7 +119,6 @@ def test_a_server_whose_rank_is_killed_while_nobody_asks_is_gone_in_seconds(fold
         _, rank = spawned_by(process.pid)
         begun = time.monotonic()
         os.kill(rank, signal.SIGKILL)
-        assert process.stderr is not None
         said = process.stderr.read()  # to the end of all processes
         assert process.wait() == 1
         assert time.monotonic() - begun < 5
@@ -161,7 +142,6 @@ def test_a_signal_ends_all_processes_once_what_runs_has_ended(folder, tmp_path, 
         asking.start()
         begun.wait()
         (os.killpg if to_all else os.kill)(process.pid, number)
-        assert process.stderr is not None
         said = process.stderr.read()
         assert process.wait() == 0
         asking.join()
@@ -176,7 +156,8 @@ def test_what_runs_when_the_time_of_a_shutdown_is_over_is_told_its_end_and_one_l
     folder, tmp_path, world, seconds, signals
 ):
     """Whoever streams, waits for a whole answer or in the queue, sends half a body, or reads nothing."""
-    served = ("--model", folder) if world == "engine" else ("--simulate", "--latency", "qwen3-0.6b-h100")
+    simulated = ("--simulate", "--latency", "qwen3-0.6b-h100", "--time-scale", 50)  # all are there before one ends
+    served = ("--model", folder) if world == "engine" else simulated
     how = ("--max-num-seqs", 2, "--shutdown-timeout", seconds, "--record", tmp_path / "run", "--max-model-len", 1024)
     body = {"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "n": 4}
     last = body | {"echo": True, "n": 1} | ({"logprobs": 1, "max_tokens": 0} if world == "engine" else {})
@@ -202,7 +183,6 @@ def test_what_runs_when_the_time_of_a_shutdown_is_over_is_told_its_end_and_one_l
             lines = list(read.iter_lines())
             assert half.recv(1) == b""
         reasons = [choice["finish_reason"] for found in (whole, waiting) for choice in found.result().json()["choices"]]
-        assert process.stderr is not None
         said = process.stderr.read()
         assert process.wait() == 0
     assert lines[-2] == "data: [DONE]"

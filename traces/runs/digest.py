@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from struct import Struct
+from struct import Struct, pack
 from typing import Final
 
 from mypy_extensions import i64
@@ -90,7 +89,7 @@ class Digest:
                 values += (seq.seq_id, num_tokens, samples)
             if asked:
                 values.append(asked)
-            self._chain = xxh64_intdigest(array("q", values).tobytes(), self._chain)
+            self._chain = xxh64_intdigest(pack(f"={len(values)}q", *values), self._chain)
         return self.grow(batch, batch.grown)
 
     def grow(self, batch: Batch, grown: list[tuple[Sequence, list[int]]]) -> int:

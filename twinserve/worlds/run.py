@@ -14,32 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import twinserve
-from twinserve.orders.loading import Nothing
-from twinserve.policies import Batch, Core, CoreListener, SamplingParams, Sequence
+from twinserve.policies import Batch, CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.settings.garbage import rare_collections
 from twinserve.sim.clients import NOBODY, Clients
-from twinserve.sim.disaggregation import BOTH, Disaggregation
-from twinserve.sim.fleet import FleetListener, Outage, Restart
 from twinserve.sim.latency import LatencyModel, RecordedLatency, StepFeatures
 from twinserve.sim.roofline import MEMORY_SHARE, RooflineLatency
-from twinserve.sim.routers import Router
-from twinserve.sim.scaling import Lease, Scaling
-from twinserve.sim.slowness import Slowdown, SlowLatency
-from twinserve.sim.speculation import Acceptance, acceptance_of
-from twinserve.sim.tiers import TierPlan
-from twinserve.traces.request import Request
-from twinserve.traces.runs.fleet_record import FleetRecorder
+from twinserve.sim.speculation import acceptance_of
 from twinserve.traces.runs.record import RunRecord, RunRecorder
 from twinserve.worlds.workload import Workload
 
 if TYPE_CHECKING:
     from twinserve.engine.llm import LLM
     from twinserve.engine.options import EngineOptions
+    from twinserve.sim.disaggregation import Disaggregation
     from twinserve.sim.fit import FittedLatency, StepSample
+    from twinserve.sim.fleet import Outage, Restart
     from twinserve.sim.intervals import Intervals
     from twinserve.sim.profiles import Profile
+    from twinserve.sim.routers import Router
+    from twinserve.sim.scaling import Lease, Scaling
+    from twinserve.sim.slowness import Slowdown
+    from twinserve.sim.tiers import TierPlan
 
 Progress = Callable[[Sequence], None]
 Derived = Callable[[dict[str, Any]], dict[str, Any]]
@@ -540,6 +537,8 @@ def run_fleet(
         out: the fleet record to write; None keeps none.
     """
     from twinserve.sim.fleet import simulate_fleet
+    from twinserve.traces.runs.fleet_record import FleetRecorder
+    from twinserve.worlds.recorded_fleet import RecordedFleet
 
     params = params or SamplingParams(ignore_eos=True)
     outages, restarts, slowdowns = list(outages), list(restarts), list(slowdowns)
@@ -561,7 +560,7 @@ def run_fleet(
                 for index, spec in enumerate(replicas)
             ],
             router,
-            _RecordedFleet(recorder, replicas, facts, params, split, has_tiers=tiers is not None),
+            RecordedFleet(recorder, replicas, facts, params, split, has_tiers=tiers is not None),
             params=params,
             outages=outages,
             failover_ns=failover_ns,
@@ -592,53 +591,10 @@ def _lease_counts(leases: list[Lease], end_ns: int) -> dict[str, Any]:
 
 def slowed(latency: LatencyModel, index: int, slowdowns: Iterable[Slowdown]) -> LatencyModel:
     """The latency of a replica that may be slow at times."""
+    from twinserve.sim.slowness import SlowLatency
+
     own = [one for one in slowdowns if one.replica == index]
     return SlowLatency(latency, own) if own else latency
-
-
-class _RecordedFleet(FleetListener):
-    """Has each replica's run recorded."""
-
-    def __init__(
-        self,
-        recorder: FleetRecorder,
-        replicas: list[ReplicaSpec],
-        facts: dict[str, Any],
-        params: SamplingParams,
-        split: Disaggregation | None,
-        *,
-        has_tiers: bool,
-    ):
-        self._recorder, self._replicas, self._facts, self._params = recorder, replicas, facts, params
-        self._roles = [BOTH] * len(replicas) if split is None else split.roles
-        self._has_tiers = has_tiers
-
-    def begun(self, replica: int, life: int) -> Core:
-        spec = self._replicas[replica]
-        listener = self._recorder.begin(
-            replica,
-            life,
-            settings=spec.settings.model_dump(),
-            facts=sim_facts(self._facts, spec.latency_facts),
-            device=f"simulated: {spec.latency_facts['name']}",
-        )
-        moves_kv = self._has_tiers or self._roles[replica] != BOTH
-        return spec.settings.build_core(listener=listener, source=Nothing() if moves_kv else None)
-
-    def acceptance(self, replica: int) -> Acceptance | None:
-        return acceptance_of(self._replicas[replica].settings.speculative_config)
-
-    def sent(self, request: Request, replica: int) -> None:
-        self._recorder.expect(request, self._params, replica)
-
-    def prompt_sent(self, request: Request, replica: int) -> None:
-        self._recorder.expect_prompt(request, self._params, replica)
-
-    def handed_over(self, request: Request, source: int | None, target: int) -> None:
-        self._recorder.expect_rest(request, self._params, source, target)
-
-    def died(self, replica: int, lost: list[Sequence]) -> None:
-        self._recorder.died(replica, lost)
 
 
 def run_real(

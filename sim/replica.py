@@ -305,9 +305,8 @@ class Replica:
 
     def _commit(self, batch: Batch, now_ns: int) -> list[Sequence]:
         """End a step; the KV of prompts that end with it may be kept."""
-        if not self._keeping:
-            return self.core.commit(self._output(batch), now_ns)
-        kept = [seq for seq in batch.sampled if seq.seq_id in self._keeping and not seq.is_finished]
+        keeping = self._keeping
+        kept = [seq for seq in batch.sampled if seq.seq_id in keeping and not seq.is_finished] if keeping else []
         if not kept:
             return self.core.commit(self._output(batch), now_ns)
         assert self._loading is not None, "KV is kept by replicas that load"

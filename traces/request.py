@@ -128,8 +128,8 @@ class PrefixKeys:
         return (self._shifted + num_tokens * _GOLDEN) & _MASK
 
     def each(self, ends: range) -> list[int]:
-        """The keys of the prefixes that end there, as single calls give them, but all at once. The longest list is
-        kept, as who goes on with a request elsewhere asks for the same keys and those behind them."""
+        """The keys of the prefixes that end there, as single calls give them, but all at once: a list to be read alone.
+        The longest one is kept, as who goes on with a request elsewhere asks for the same keys and those behind."""
         if (ends.start, ends.step) != self._first_and_step:
             if len(ends) <= len(self._known):
                 return self._keys(ends)

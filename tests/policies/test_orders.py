@@ -146,7 +146,8 @@ def test_what_a_victim_got_in_the_same_step_returns_to_the_budget_and_leaves_no_
     batch = step(scheduler)
     assert [seq.seq_id for seq in batch.preempted] == [0]
     assert [(row.seq.seq_id, row.num_tokens) for row in batch.rows] == [(1, 1)]
-    assert batch.num_tokens == 1
+    assert (batch.num_tokens, batch.prompts, batch.chunks) == (1, [], [])
+    assert [seq.seq_id for seq, _ in batch.grown] == [1]
     assert cache.lookup(list(range(28)), 4)[1] == 24, "its last block was scheduled in that step and never computed"
 
 

@@ -459,20 +459,21 @@ def _ending() -> list[str]:
             """With `--speculative-config` a step verifies drafts ([policies.md](policies.md)): a row has the last known
             token and up to k drafts behind it. In graphs each of these tokens attends as a decode does, over the
             context up to itself; all keys and values of a layer are written before any token attends. So a step
-            without prompts is one graph launch, of which graph only the number of tokens decides. Steps with prompts
-            run kernel by kernel, sampling and comparing behind the model. Drafts are proposed from tokens that the
-            host knows, so it waits for what each step samples: what is saved is steps. A model that drafts runs in
-            graphs too: one for what the step has computed, and then one a draft, each of which leaves on the device
-            what the next begins with. While it drafts, the host goes on: one step ahead, the next one is decided and
-            laid out by then, and lacks but the drafts. [When that
+            without prompts is one graph launch, of which graph only the number of tokens decides; one with prompts is a
+            graph as others with prompts are. Sampling and comparing, behind the model, are not captured. What of a step
+            was accepted is worked out on the device. Drafts that are looked up in the text are proposed by the host,
+            which waits for what each step samples: what is saved is steps. A model that drafts runs in graphs too: one
+            for what the step has computed, and then one a draft, each of which leaves on the device what the next
+            begins with; and the next step is laid out and launched before the host knows what was accepted, as far as
+            no sequence has left, and no row has a seed, penalties or log-probabilities. [When that
             pays](studies/speculation.md) was measured on an H200. `tests/gpu/test_speculation.py` compares the tokens
             with those of eager steps."""
         ),
         "## Not there yet",
         "",
         *prose(
-            """Verification on the device, so that the host need not wait for a step with drafts. A short chunk behind a
-            long context is attended by few programs: the context is not split for it, as it is for decodes."""
+            """A short chunk behind a long context is attended by few programs: the context is not split for it, as it
+            is for decodes."""
         ),
     ]
 

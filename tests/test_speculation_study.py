@@ -62,9 +62,9 @@ def test_the_page_says_what_the_twin_says_where_there_is_one():
         for batch, real, twin in zip((1, 8), both, said[k, rate], strict=True)
     ]
     served = {"requests": 9, "steps": 3, "output_tok_s": 1.0, "errors": TWIN}
-    traffic = [served | {"drafts": 0, "acceptance": 0.0, "prompt_host_ms": 1.25}]
-    traffic += [served | {"drafts": 4, "acceptance": 0.5, "prompt_host_ms": ms} for ms in (19.6, 34.4)]
+    traffic = [served | {"drafts": drafts, "acceptance": drafts / 8} for drafts in (0, 4)]
     found = {"about": about, "decisions": 1234, "runs": runs, "traffic": traffic}
+    found |= {"prompt_launches": {"launch_ns": 9.5, "device_ns": 8.2}}
     text = page_of(found)
     assert "| 0.5 | 2 | 1.50 (1.90) | 0.95 (1.05) |" in text
     assert "| 0.5 | 7 (beyond 8) | 5 (6) |" in text
@@ -73,7 +73,7 @@ def test_the_page_says_what_the_twin_says_where_there_is_one():
     assert "| 2 drafts | 1.1%, 1.1% | 2.0%, 2.0% | 50.0%, 50.0% | 1.2%, 1.2% |" in text
     assert "9 requests of many lengths, 8 a second" in text and "took up to 0% longer" in " ".join(text.split())
     assert "| 4 drafts, 0.5 | +1.1% | -2.0% | +50.0% | -1.2% |" in text
-    assert "host took 20 to 34 ms for that, where a graph takes it 1.2 ms" in " ".join(text.split())
+    assert "took 9.5 ms to be launched, at the median, beside 8.2 ms on the device" in " ".join(text.split())
     for run in runs:
         del run["twin_tok_s"], run["errors"]
     assert "in brackets" not in page_of(found) and "| 0.5 | 4 | 0 |" in page_of(found)

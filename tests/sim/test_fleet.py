@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ import pytest
 from latencies import Constant, Uneven
 
 from twinserve.planning.fleets import FleetOptions
-from twinserve.policies import Core, CoreListener, SamplingParams, Sequence
+from twinserve.policies import CoreListener, SamplingParams, Sequence
 from twinserve.settings.build_core import Settings
 from twinserve.sim.fleet import FleetListener, Outage, check_outages, simulate_fleet
-from twinserve.sim.replica import Replica
 from twinserve.sim.routers import (
     KvEvents,
     LeastKvUse,
@@ -488,13 +487,13 @@ def test_a_router_that_hears_events_sends_prompts_to_the_cache_that_holds_them()
 @pytest.mark.parametrize("router", [None, *sorted(ROUTERS)])
 def test_what_has_served_is_gone(router):
     """Though nobody looks for circular garbage behind it: a search simulates thousands."""
-    gc.collect()
-    requests = requests_of(8)
-    workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
-    for _ in range(2):
-        if router is None:
-            found = run_sim(workload, settings(), Constant(), latency_facts={"name": "test"})
-        else:
-            found = fleet_run(None, requests, specs(Constant(), Constant()), router)
-        assert found["requests"] == len(requests)
-    assert not [one for one in gc.get_objects() if isinstance(one, (Core, Replica, Sequence))]
+    latency, requests = Constant(), requests_of(8)
+    gone = weakref.ref(latency)
+    if router is None:
+        workload = Workload(requests, {"sha256": "0", "transforms": []}, 0, 0)
+        found = run_sim(workload, settings(), latency, latency_facts={"name": "test"})
+    else:
+        found = fleet_run(None, requests, specs(latency, Constant()), router)
+    assert found["requests"] == len(requests)
+    del latency
+    assert gone() is None, "replicas hold their latency"

@@ -24,7 +24,6 @@ from pages import percent, prose, table
 from result_files import RESULTS, load_json, write_json
 from speculation_twin import METRICS, errors, predicted_tok_s, simulated, summed
 
-from twinserve.sim.fit import FittedLatency
 from twinserve.sim.profiles import Profile
 from twinserve.traces.runs.record import RunRecord, load_record
 from twinserve.traces.runs.replay import replay
@@ -68,7 +67,8 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
         runs: list[dict[str, Any]] = []
         traffic: list[dict[str, Any]] = []
         decisions, options = 0, about["options"]
-        twins = twins_of(folder)
+        profiles = profiles_of(folder)
+        twins = {drafts: fit_profile(profile) for drafts, profile in profiles.items()}
         for k, rate in [(0, 0.0), *((k, rate) for k in options["drafts"] for rate in options["acceptance"])]:
             for batch in (*options["batches"], None):
                 name = f"k{k}-a{rate}-{'traffic' if batch is None else f'n{batch}'}"
@@ -89,7 +89,7 @@ def measured(path: Path, only: Collection[str] = ()) -> dict[str, Any]:
                     if batch is not None:
                         made["twin_tok_s"] = predicted_tok_s(record, latency, rate)
                 (traffic if batch is None else runs).append(made)
-        launches = prompt_launches_ms(folder)
+    launches = prompt_launches_ms(profiles[True]) if True in profiles else {}
     found = {"about": about, "decisions": decisions, "runs": runs}
     return found | ({"traffic": traffic} if traffic else {}) | ({"prompt_launches": launches} if launches else {})
 
@@ -100,25 +100,18 @@ def step_ms(record: RunRecord, batch: int) -> float:
     return round(statistics.median((step["end_ns"] - step["start_ns"]) / 1e6 for step in whole), 3)
 
 
-def prompt_launches_ms(folder: Path) -> dict[str, float]:
-    """Of the profiled steps with prompts, the median time of their launches and on the device; none, of none."""
-    profiles = [
-        Profile.load(path) for path in folder.glob("profile-k*.jsonl.gz") if not path.name.startswith("profile-k0.")
-    ]
-    samples = [one for profile in profiles for one in profile.samples if one.features.prompt_tokens]
+def prompt_launches_ms(profile: Profile) -> dict[str, float]:
+    """Of the profiled steps with prompts, the median time of their launches and on the device."""
+    samples = [one for one in profile.samples if one.features.prompt_tokens]
     return {
         name: round(statistics.median(getattr(one, name) for one in samples) / 1e6, 1)
         for name in ("launch_ns", "device_ns")
-        if samples
     }
 
 
-def twins_of(folder: Path) -> dict[bool, FittedLatency]:
-    """What is fitted to the profiles of the engine, with drafts (True) and without; nothing where none were made."""
-    found = {}
-    for path in folder.glob("profile-k*.jsonl.gz"):
-        found[not path.name.startswith("profile-k0.")] = fit_profile(Profile.load(path))
-    return found
+def profiles_of(folder: Path) -> dict[bool, Profile]:
+    """The profiles of the engine, with drafts (True) and without; nothing where none were made."""
+    return {not path.name.startswith("profile-k0."): Profile.load(path) for path in folder.glob("profile-k*.jsonl.gz")}
 
 
 def break_even(points: list[tuple[int, float]]) -> str:

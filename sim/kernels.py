@@ -69,7 +69,7 @@ class Kernels:
             self,
             single=single,
             decodes=_up_to(self.decodes, most_decodes),
-            decodes_beside=_up_to(self.decodes_beside, most_decodes if single else max_num_seqs),
+            decodes_beside=_up_to(self.decodes_beside, most_decodes),
             tokens=self.tokens[: bisect_left(self.tokens, budget) + 1],
             prompt_tokens=self.prompt_tokens[: bisect_left(self.prompt_tokens, budget) + 1],
         )

@@ -39,11 +39,10 @@ class Store:
     def __init__(self, tier: Tier, block_bytes: float):
         self.tier, self.block_bytes = tier, block_bytes
         self._most = int(tier.capacity_bytes // block_bytes)
-        self._uses: list[Any] = []  # blocks in the order of their uses, from place _oldest on
-        self._oldest = 0
-        self._num_uses: dict[
-            Any, int
-        ] = {}  # of the blocks that are here, those there: the latest is the one that counts
+        # The blocks in the order of their uses, from place _oldest on; and of those that are here, how many of these
+        # there are: the latest is the one that counts.
+        self._uses, self._oldest = list[Any](), 0
+        self._num_uses = dict[Any, int]()
         self._free_ns = 0
 
     def __contains__(self, block_hash: int) -> bool:

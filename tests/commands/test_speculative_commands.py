@@ -135,12 +135,12 @@ def asking(model: Path, trace, config: dict) -> tuple:
     ],
 )
 def test_a_model_that_cannot_draft_is_refused_before_weights_are_looked_for(
-    twinserve, trace, tmp_path, changed, problem
+    twinserve, trace, tmp_path, monkeypatch, changed, problem
 ):
     pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)  # a value is cut where it is long, as the name of a temporary folder may be
     tokens = ["a", "b"] if "tokens" in changed else None
-    model, draft = folder(tmp_path / "model", tokens), folder(tmp_path / "draft", **changed)
-    out = tmp_path / "out"
+    model, draft, out = folder(Path("model"), tokens), folder(Path("draft"), **changed), Path("out")
     config = {"method": "draft_model", "num_speculative_tokens": 4, "model": str(draft)}
     line = refusal(twinserve(*asking(model, trace, config), "--out", out), out)
     assert problem.format(draft) in line, line

@@ -19,7 +19,8 @@ from twinserve.traces.runs.record import load_record
 
 
 def served_until_killed(path: Path, latency: Path, *more: str) -> subprocess.Popen:
-    """A server in a process of its own, killed without a word once three of its segments are whole."""
+    """A server in a process of its own, killed without a word once three of its segments are whole; one of its clients
+    asks for answers that take longer than those."""
     command = [sys.executable, "-m", "twinserve", "serve", "--simulate", "--latency", str(latency), "--port", "0"]
     command += ["--num-gpu-blocks", "60", "--record", str(path), "--record-segment-s", "0.15", *more]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -29,7 +30,8 @@ def served_until_killed(path: Path, latency: Path, *more: str) -> subprocess.Pop
 
     def ask(number: int) -> None:
         while not stop.is_set():
-            body = {"prompt": f"{number % 3} once upon a time " * 12, "max_tokens": 20 + number, "ignore_eos": True}
+            most = 20 + number if number else 500
+            body = {"prompt": f"{number % 3} once upon a time " * 12, "max_tokens": most, "ignore_eos": True}
             try:
                 httpx.post(f"{url}/v1/completions", json=body, headers={"x-session-id": f"{number}"}, timeout=30)
             except httpx.HTTPError:

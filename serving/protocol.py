@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from http import HTTPStatus
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinserve.policies import SamplingParams
 
@@ -236,6 +236,23 @@ class Message(BaseModel):
         return self.model_dump(exclude={"content"}, exclude_none=True) | {"content": text}
 
 
+# What apply_chat_template of transformers takes beside the variables of a template. A template is a program, and so
+# one of a client's could run for ever; the others say how many tokens there are to be, and of what kind.
+_NOT_FROM_CLIENTS = (
+    "chat_template",
+    "conversation",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+
+
 class Chat(Fields):
     """Messages, and how a chat template makes a prompt of them."""
 
@@ -243,6 +260,14 @@ class Chat(Fields):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_alone(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in _NOT_FROM_CLIENTS:
+            if name in (kwargs or {}):
+                raise ValueError(f"expected variables of the model's chat template, which {name} is none of")
+        return kwargs
 
     @model_validator(mode="after")
     def _one_end(self) -> Chat:

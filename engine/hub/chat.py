@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from twinserve.engine.chat_template import template_tokens
 from twinserve.engine.prompts import well_formed
 from twinserve.settings.errors import InputError
 
@@ -23,10 +24,9 @@ def chat_prompt(tokenizer: Any, text: str) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]
-    # A plain list is what it gives by default in transformers 4 alone.
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # what a template says is a program of the model's
+        return template_tokens(tokenizer, messages, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes
         where = getattr(tokenizer, "name_or_path", None) or None
         reason = " ".join(str(error).split())
         raise InputError(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import signal
 import sys
 
 import pytest
+import transformers
 
 from twinserve.engine.hub.chat import chat_prompt
 from twinserve.engine.models.source import load_tokenizer
@@ -39,6 +43,26 @@ def test_a_tokenizers_id_beyond_the_vocabulary_is_refused_as_a_given_one_is():
 def test_a_template_that_fails_is_one_line():
     with pytest.raises(InputError, match="a folder: chat_template, expected a template .*: line one line two"):
         chat_prompt(Tokenizer(), "hello")
+
+
+def test_a_template_that_does_not_end_is_one_line(monkeypatch):
+    monkeypatch.setattr("twinserve.engine.chat_template.MAX_TEMPLATE_S", 0.05)
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda *_, **__: [0 for _ in itertools.count() if _ < 0])
+    with pytest.raises(InputError, match="a folder: chat_template, expected .*: it has not ended after 0.05 s"):
+        chat_prompt(Tokenizer(), "hello")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_transformers_takes_beside_a_templates_variables_does_not_come_from_clients():
+    pytest.importorskip("fastapi")
+    from twinserve.serving.protocol import Chat
+
+    takes = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    theirs = {"self", "kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    assert "chat_template" in takes
+    for name in takes - theirs:
+        with pytest.raises(ValueError, match=f"which {name} is none of"):
+            Chat(messages=[{"role": "user"}], chat_template_kwargs={name: None})
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\x00\xff", b'{"model": {"type": "none"}}'])

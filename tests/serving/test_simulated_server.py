@@ -426,9 +426,13 @@ def test_what_a_tokenizer_or_a_template_refuses_is_said_to_the_client(serving, m
     assert httpx.post(f"{running.url}/tokenize", json={"prompt": "hello"}, timeout=60).json()["count"] == 2
 
 
-def test_arguments_that_have_a_template_give_something_else_are_refused(serving, monkeypatch):
-    monkeypatch.setattr(StandInTokenizer, "apply_chat_template", lambda *_, **how: "text" if "tokenize" in how else [5])
+def test_a_client_gives_variables_of_a_template_and_neither_a_template_nor_what_becomes_of_it(serving):
     running = serving(simulated())
-    for kwargs, status in ((None, 200), ({"tokenize": False}, 400)):
+    for_ever = "{% for i in range(99999) %}{% for j in range(99999) %}a{% endfor %}{% endfor %}"
+    given = {"chat_template": for_ever, "tokenize": False, "padding": "max_length", "max_length": 10**12}
+    for kwargs in ({"enable_thinking": False}, *({name: value} for name, value in given.items())):
         body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": kwargs}
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).status_code == status
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+        (name,) = kwargs
+        assert answer.status_code == (400 if name in given else 200)
+        assert name not in given or f"which {name} is none of" in answer.json()["error"]["message"]

@@ -27,7 +27,7 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     scheduler, in_flight = core.scheduler, core.in_flight
     if scheduler.speculation.most or core.aborts or core.can_decide:
         return 1
-    if batch is not in_flight[-1] or not all(in_flight):
+    if batch is not in_flight[-1]:
         return 1
     if batch.chunks and len(scheduler.waiting) != batch.num_waiting:
         return 1  # how many wait may have changed the threshold that cut them

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twinserve.planning.objectives import Objective, Term, cost_per_million_tokens, interval
+from twinserve.planning.objectives import Objective, Term, cost_per_million_tokens, interval, num_unserved
 from twinserve.settings.errors import InputError
 
 
@@ -85,6 +85,12 @@ def test_the_interval_is_students():
     assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((0.44574, 4.55426), abs=1e-5)
     assert interval([7.0, 7.0]) == (7.0, 7.0)
     assert interval([7.0]) is None
+
+
+def test_who_was_turned_away_was_not_served():
+    counts = {"requests": 10, "finished": 8, "rejected": 3}
+    assert num_unserved(counts) == 5 == num_unserved({"requests": 99, "finished": 0, "judged": counts})
+    assert "5 requests not served" in Objective.parse("p99 TTFT <= 1 s").missed(summary() | counts)
 
 
 def test_the_load_of_a_run_that_serves_not_every_request_has_no_end():

@@ -29,6 +29,13 @@ def test_what_is_no_price_is_refused(value):
         Prices.of(value)
 
 
+def test_a_price_that_is_none_is_named_by_its_kind():
+    with pytest.raises(InputError, match=r"^price_per_gpu_hour\.h100 is '0'"):
+        Prices.of("2,h100=0")
+    with pytest.raises(InputError, match="^price_per_gpu_hour is '0'"):
+        Prices.of("0")
+
+
 def test_a_sweep_of_a_mixed_fleet_is_charged_by_kind(twinserve, tmp_path, trace):
     path = tmp_path / "plan.toml"
     path.write_text(

@@ -67,6 +67,8 @@ def test_prompts_without_a_first_token_fill_the_door_whole_and_the_last_that_fit
     assert reasons == {0: "length", 1: "length", 2: REJECTED, 3: REJECTED, 4: REJECTED}
     reasons, _ = served(at(*[(0, 30, 9)] * 2, (15, 30, 9)), Clients(max_num_queued_tokens=61), tmp_path / "more")
     assert set(reasons.values()) == {"length"}
+    reasons, _ = served(at(*[(0, 30, 9)] * 4), Clients(max_num_queued_tokens=61), tmp_path / "one more")
+    assert reasons == {0: "length", 1: "length", 2: "length", 3: REJECTED}
 
 
 def test_a_client_that_gives_up_has_its_request_aborted_at_the_next_decision(tmp_path):

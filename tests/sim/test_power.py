@@ -107,6 +107,25 @@ def test_all_devices_draw_what_idle_ones_do_from_the_first_arrival_to_the_last_f
     assert energy["joules"] == pytest.approx(4 * 100 * 10 + 50 * 2 + 3 + 4) == 10 * energy["watts"]
 
 
+def test_what_nobody_got_has_no_energy_of_its_own():
+    latency = MeteredLatency(RooflineLatency(TINY, OWN), Work(RooflineLatency(TINY, OWN)))
+    energy = energy_of([Metered(latency, 1, "own", POWER)], {"duration_s": 2.0, "output_tokens": 0, "finished": 0})
+    assert (energy["joules"], energy["watts"]) == (200, 100)
+    assert energy["joules_per_output_token"] is energy["joules_per_request"] is None
+    nothing = energy_of([Metered(latency, 1, "own", POWER)], {"duration_s": 0.0, "output_tokens": 0, "finished": 3})
+    assert nothing["joules"] is nothing["joules_per_request"] is nothing["watts"] is None
+
+
+def test_repeated_steps_are_busy_as_each_of_them_is_where_a_model_does_not_say_all_at_once():
+    class Growing:
+        def step_cost(self, features):
+            return 0, features.kv_tokens
+
+    metered = MeteredLatency(Growing(), Work(RooflineLatency(TINY, OWN)))
+    metered.watch(decode(3, 100), 3)
+    assert metered.use.busy_s == pytest.approx((300 + 303 + 306) / 1e9)
+
+
 def requests(count: int) -> Workload:
     return Workload([Request(number, number * 20_000_000, (Part(number, 0, 300),), 20) for number in range(count)])
 

@@ -16,7 +16,7 @@ from twinserve.settings.build_core import Settings
 from twinserve.settings.errors import InputError
 from twinserve.sim.fleet import Restart
 from twinserve.sim.routers import LeastOutstanding, RoundRobin
-from twinserve.sim.slowness import Slowdown
+from twinserve.sim.slowness import Slowdown, SlowLatency
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_replicas
 from twinserve.traces.runs.replay import replay
@@ -86,6 +86,17 @@ def test_a_slow_replica_takes_longer_in_its_time_and_routers_that_look_at_queues
     assert {row["end_ns"] - row["start_ns"] for row in records["1"].steps} == {10 * MS}
     share = len(records["0"].requests) / 50
     assert share == 0.5 if router is RoundRobin else share < 0.35
+
+
+def test_what_looks_at_steps_is_told_of_them_on_a_slow_replica_too():
+    class Watching(Constant):
+        def watch(self, features, count=1):
+            told.append(count)
+
+    told = []
+    slow = SlowLatency(Watching(), [])
+    slow.watch(None, 3)
+    assert told == [3] and not hasattr(SlowLatency(Constant(), []), "watch")
 
 
 @settings(max_examples=30, deadline=None)

@@ -31,3 +31,21 @@ def test_a_later_turn_comes_when_its_answer_has_come_and_not_with_the_traces_nex
     arrivals.answered(0, 5, 400)
     assert arrivals.next_ns == 430
     assert [(request.id, request.arrival_ns) for request in (arrivals.pop(), arrivals.pop())] == [(1, 430), (2, 1000)]
+
+
+def test_a_trace_that_streams_comes_in_order_and_one_that_does_not_is_refused():
+    rows = [Request(0, 0, PROMPT, 5), Request(1, 0, PROMPT, 5), Request(2, 7, PROMPT, 5)]
+    arrivals = Arrivals(iter(rows))
+    assert [arrivals.pop() for _ in rows] == rows and arrivals.is_empty
+    for wrong in ([rows[2], rows[0]], [rows[1], rows[0]], [rows[0], rows[2]._replace(after=0)]):
+        arrivals = Arrivals(iter(wrong))
+        with pytest.raises(ValueError, match="expected requests in the order of arrival that wait for none"):
+            arrivals.pop()
+
+
+def test_a_list_may_be_in_any_order():
+    rows = [Request(n, ns, PROMPT, 5) for n, ns in enumerate((5, 0, 5, 1))]
+    arrivals = Arrivals(rows)
+    assert [arrivals.pop().id for _ in rows] == [1, 3, 0, 2]
+    arrivals = Arrivals([rows[2], rows[0]])
+    assert [arrivals.pop().id for _ in range(2)] == [0, 2], "equal instants go by row"

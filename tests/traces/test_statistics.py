@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from twinserve.traces.generator import LengthSpec, generate
 from twinserve.traces.readers import read_trace
 from twinserve.traces.request import Part, PrefixKeys, Request, answer_text
-from twinserve.traces.statistics import BLOCK_SIZES, shared_tokens, trace_statistics
+from twinserve.traces.statistics import BLOCK_SIZES, load_of, most_arrivals, shared_tokens, trace_statistics
 
 SECOND = 10**9
 
 
 def at(*times_s, length=10):
     return [Request(n, round(time * SECOND), (Part(n, 0, length),), 5) for n, time in enumerate(times_s)]
+
+
+def arrivals_of(*times_s):
+    return np.array([round(time * SECOND) for time in times_s], np.int64)
 
 
 # --- burstiness ---
@@ -39,6 +44,25 @@ def test_requests_of_one_instant_have_no_rate():
     statistics = trace_statistics(at(3, 3, 3))
     assert (statistics["rate"], statistics["gap_cv"]) == (None, None)
     assert statistics["peak_to_mean"] == {"1s": None, "10s": None, "60s": None}
+
+
+def test_the_load_is_a_rate_between_arrivals_and_that_of_the_busiest_minute():
+    assert load_of(arrivals_of(5, 6, 7, 9)) == (4.0, 0.75, None)
+    assert load_of(arrivals_of(0, 50, 55, 100, 114)) == (114.0, 4 / 114, 3 / 60)
+    assert load_of(arrivals_of(0, 60))[2] is None and load_of(arrivals_of(0, 60.5))[2] == 1 / 60
+    assert load_of(arrivals_of(3, 3, 3)) == (0.0, 0.0, None)
+
+
+def test_the_busiest_time_is_found_wherever_the_pieces_are_cut_in_which_it_is_looked_for(monkeypatch):
+    monkeypatch.setattr("twinserve.traces.statistics._PIECE", 3)
+    times_s = [0, 10, 20, 30, 40, 40.1, 40.2, 40.3, 40.4, 60, 61, 90]
+    assert most_arrivals(arrivals_of(*times_s), 1) == 5
+    assert most_arrivals(arrivals_of(*times_s[::-1][:3][::-1]), 1) == 1, "its end does not count"
+
+
+def test_lengths_are_told_by_their_percentiles():
+    lengths = trace_statistics([request for n in range(101) for request in at(n, length=n + 1)])["prompt_tokens"]
+    assert lengths == {"mean": 51, "p50": 51, "p90": 91, "p95": 96, "p99": 100, "max": 101, "total": 101 * 51}
 
 
 # --- reuse ---

@@ -136,6 +136,18 @@ def test_a_time_in_which_nothing_came_stays_empty():
     assert log[0]["parameters"] == {"seed": 19, "step_s": 3.0}
 
 
+def test_what_is_longer_than_a_step_and_a_half_is_several_steps():
+    requests = [single(number, at_s) for number, at_s in enumerate([0, 3, 6, *[9] * 50, 14, *[17] * 50, 21.4])]
+    times_s = [request.arrival_ns / SECOND for request in transforms.spread(requests, 0, [])]
+    assert 11 < max(times_s[3:53]) < 12, "5 s are more than one step, and it is filled for one"
+    assert 20 < max(times_s[54:104]) < 21.4, "4.4 s are one"
+
+
+def test_a_single_instant_is_spread_over_a_second():
+    moved = transforms.spread([single(number, 5) for number in range(100)], 0, log := [])
+    assert 5.9 < moved[-1].arrival_ns / SECOND < 6 and log[0]["parameters"]["step_s"] == 1.0
+
+
 def test_the_same_seed_spreads_alike(coarse):
     assert transforms.spread(coarse, 5, []) == transforms.spread(coarse, 5, [])
 

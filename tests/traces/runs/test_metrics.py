@@ -21,6 +21,7 @@ from twinserve.traces.runs.metrics import (
     DraftCounts,
     RunMetrics,
     TokenGaps,
+    attainment,
     distribution,
     speculation_of,
     summarize,
@@ -362,6 +363,12 @@ def test_a_fleet_lasts_from_its_first_arrival_to_its_last_finish_and_counts_all_
     assert (summary["duration_s"], summary["preemptions"], summary["shortened"]) == (4.0, 7, 1)
     assert summary["total_tok_s"] == (10 + 3 + 10 + 2) / 4, "tokens from the cache are served, too"
     assert summary["tpot_s"]["p99"] > 2.9, "two tokens have a gap"
+
+
+def test_who_kept_limits_is_a_share_of_all_that_came_and_goodput_one_of_the_time():
+    kept = attainment(3, 40, {"requests": 8, "rejected": 2, "duration_s": 2.0})
+    assert kept == {"share": 0.3, "goodput_req_s": 1.5, "goodput_tok_s": 20.0}
+    assert set(attainment(0, 0, {"requests": 0, "duration_s": 0.0}).values()) == {None}
 
 
 def test_drafts_of_a_fleet_are_those_of_its_replicas_together():

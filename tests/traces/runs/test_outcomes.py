@@ -54,6 +54,11 @@ def test_a_class_of_numbers_that_python_alone_reads_is_none(text):
         Class(text)
 
 
+def test_a_measure_of_a_class_that_is_none_is_refused_as_it_is_named():
+    with pytest.raises(ValueError, match="expected tenant=NAME"):
+        Measure("p99", "ttft", "colour=red")
+
+
 def test_nor_is_a_percentile():
     for statistic in ("p\u0669", "p9_9"):
         with pytest.raises(ValueError, match=statistic):

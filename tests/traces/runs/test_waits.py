@@ -21,7 +21,7 @@ from twinserve.sim.routers import LeastOutstanding
 from twinserve.traces.request import Part, Request
 from twinserve.traces.runs.fleet_record import load_replicas
 from twinserve.traces.runs.record import RunRecord, load_record
-from twinserve.traces.runs.waits import CAUSES, OTHERS, Waited, waits_of
+from twinserve.traces.runs.waits import CAUSES, OTHERS, Waited, joined, waits_of
 from twinserve.worlds.run import ReplicaSpec, run_fleet, run_sim
 from twinserve.worlds.workload import Workload
 
@@ -127,6 +127,53 @@ def test_prompts_kept_back_by_the_interval_are_charged_to_it(tmp_path):
     rows = requests_of((0, 8, 40), (15, 8, 20), (55, 8, 1))
     record = recorded(tmp_path / "run", rows, prefill_schedule_interval=4)
     assert any(parts(record, number)[0].get("interval", 0) >= 1 for number in (1, 2))
+
+
+def test_with_one_token_of_the_budget_left_it_is_the_blocks_that_lack(tmp_path):
+    rows = requests_of((0, 15, 33), (305, 15, 1))
+    record = recorded(tmp_path / "run", rows, block_size=8, num_gpu_blocks=6, max_num_batched_tokens=2, max_num_seqs=2)
+    assert parts(record, 1)[0] == {"step in flight": 0.5, "reserve": 2, "blocks": 7, "own compute": 8}
+
+
+def test_what_is_cached_of_a_prompt_takes_nothing_of_the_budget_that_is_left(tmp_path):
+    first, one, other, last = requests_of((0, 16, 1), (20, 8, 8), (20, 8, 8), (35, 31, 1))
+    rows = [first, one, other, last._replace(parts=(Part(0, 0, 16), Part(9, 0, 15)))]
+    values = {"enable_prefix_caching": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 32}
+    record = recorded(tmp_path / "run", rows, **values, max_model_len=32, block_size=8, num_gpu_blocks=7)
+    assert record.requests[-1]["cached_tokens"] == 16
+    # Two decode until 100 ms, so that 30 tokens are left for a prompt of 31, of which 15 are to be computed.
+    assert parts(record, 3)[0] == {"step in flight": 0.5, "blocks": 6, "own compute": 1}
+
+
+def test_what_a_dead_replica_had_is_the_routers_until_the_last_decision_before_another_has_it(tmp_path):
+    rows = requests_of((0, 8, 40), (21, 8, 40))
+    folder = tmp_path / "run"
+    run_fleet(
+        Workload(rows, {"sha256": "0", "transforms": []}, 0, 0),
+        [ReplicaSpec(Settings.load({}), Constant(), {"name": "made up"})] * 2,
+        LeastOutstanding(),
+        router_facts={},
+        outages=[Outage(1, 25 * MS, 1000 * MS)],
+        failover_ns=50 * MS,
+        out=folder,
+    )
+    waits = waits_of(load_replicas(folder))
+    check_sums(waits, [row for record in load_replicas(folder) for row in record.requests if row["finish_ns"]])
+    # It arrived at 21 ms, was lost at 25, and is handed over at 75, in the middle of a step that was decided at 70.
+    assert waits[1].ttft_ns == {"router": 49 * MS, "step in flight": 10 * MS, "decodes beside": 10 * MS}
+
+
+def test_of_a_prompt_whose_record_is_not_there_the_time_is_the_routers():
+    row = {
+        "id": 3,
+        "arrival_ns": 5,
+        "first_token_ns": 25,
+        "finish_ns": 90,
+        "stage": "decode",
+        "finish_reason": "length",
+    }
+    (one,) = joined([Waited(row)], is_fleet=False)
+    assert one.ttft_ns == one.e2e_ns == {"router": 20}
 
 
 # --- laws ---

@@ -25,7 +25,7 @@ from twinserve.sim.shapes import (
     Matrix,
     ModelShape,
 )
-from twinserve.sim.splits import ALL_REDUCE_NS
+from twinserve.sim.splits import ALL_REDUCE_NS, Split
 
 TINY = ModelShape.dense("tiny", 1000, 64, 128, 2, 4, 2, 16)
 ROUND = Device(
@@ -406,7 +406,7 @@ def test_attention_of_a_mixed_step_takes_what_chunks_and_decodes_take():
 def test_repetitions_cost_what_single_steps_do_whatever_the_attention():
     for model in ("llama-3-8b", "gpt-oss-20b", "deepseek-v2-lite", "qwen3-next-80b-a3b", "gemma-3-1b"):
         latency = RooflineLatency(SHAPES[model], DEVICES["h200"])
-        for step in (decode(7, 100), decode(7, 900), prefill(300, 100), together(decode(3, 500), prefill(64, 128))):
+        for step in (decode(1, 100), decode(7, 100), decode(7, 900), prefill(300, 100), together(decode(3, 500), prefill(64, 128))):
             many = latency.repeated_costs(step, 40)[1].tolist()
             assert many == [latency.step_cost(step.repeated(number, 0))[1] for number in range(1, 41)]
 
@@ -510,6 +510,13 @@ def test_devices_share_states_and_each_reads_all_that_goes_into_its_part_of_a_ma
     two = RooflineLatency(shape, changed(ROUND, flops=1e18), 2)
     a_block = shape.kv_bytes_per_token(2) * 16
     assert two.num_blocks(16) - two.num_blocks(16, 100) == pytest.approx(50 * shape.state_bytes / a_block, abs=1)
+    halves = RooflineLatency(shape, changed(ROUND, flops=1e18), split=Split(pipeline=2))
+    taken = halves.num_blocks(16) - halves.num_blocks(16, 10_000)
+    half_a_block = shape.kv_bytes_per_token(1) * 16 / 2
+    assert taken == pytest.approx(5_000 * shape.state_bytes / half_a_block, abs=1), "half of the layers, half a state"
+    held = f"{50 * shape.state_bytes / 1e3:.1f} GB of states"
+    with pytest.raises(ValueError, match=f"GB of weights and {held} a device, which leaves no room for KV"):
+        two.num_blocks(16, 10**8)
     far = changed(ROUND, flops=1e18, link=float("inf"), hop_ns=0)
     one, two = (RooflineLatency(TINY, far, degree)._layer(TINY.layers[0], 10) for degree in (1, 2))
     matrices = TINY.layers[0].matrices(64)

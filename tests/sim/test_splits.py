@@ -130,10 +130,11 @@ def test_experts_that_lie_whole_on_devices_are_read_by_all_ranks_tokens_and_comp
 
 
 def exchange_ns(device: Device, split: Split, tokens: int) -> float:
-    """Of one all-to-all: what links that take time add to a step, over its exchanges."""
+    """Of one all-to-all: what links that take time add to a step of three layers, over its exchanges."""
     free = device.model_copy(update={"link": 1e21, "network": 1e21, "hop_ns": 0, "network_hop_ns": 0})
-    costs = [RooflineLatency(SPARSE, one, split=split).step_cost(decode(tokens, 100))[1] for one in (device, free)]
-    return (costs[0] - costs[1]) / 4
+    deep = replace(SPARSE, layers=(replace(SPARSE.layers[0], count=3),))
+    costs = [RooflineLatency(deep, one, split=split).step_cost(decode(tokens, 100))[1] for one in (device, free)]
+    return (costs[0] - costs[1]) / (3 * 2)
 
 
 def test_an_all_to_all_sends_each_token_once_to_each_device_with_experts_of_its():

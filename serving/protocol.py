@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinserve.policies import SamplingParams
+from twinserve.settings.limits import MOST_ANSWERS
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
@@ -206,6 +207,12 @@ class CompletionRequest(Generation):
             return [self.prompt]
         rows = [item for item in self.prompt if not isinstance(item, int)]
         return rows or [[item for item in self.prompt if isinstance(item, int)]]
+
+    @model_validator(mode="after")
+    def _asks_for_few(self) -> CompletionRequest:
+        if (count := len(self.prompts) * self.n) > MOST_ANSWERS:
+            raise ValueError(f"prompt: {count} answers are asked for, expected at most {MOST_ANSWERS} at a time")
+        return self
 
     @model_validator(mode="after")
     def _asks_for_tokens(self) -> CompletionRequest:

@@ -53,6 +53,8 @@ MOST_SHAPES = limit("SHAPES", 1 << 16)
 """Shapes of steps that a profile measures, and steps of each."""
 MOST_JOBS = limit("JOBS", 1 << 10)
 """Processes that compute beside one another."""
+MOST_ANSWERS = limit("ANSWERS", 1 << 13)
+"""Answers that one request over HTTP asks for: its prompts, and how often each is to be answered."""
 MOST_TERMS = limit("TERMS", 64)
 """Of an objective."""
 MOST_WAIT_S = limit("WAIT_S", 7 * 86_400)

@@ -91,6 +91,8 @@ def test_the_next_turn_of_a_conversation_hits_the_answer_of_the_turn_before(serv
         ("completions", {"prompt": "a", "logprobs": 1}, 400, "logprobs are not served by a simulation"),
         ("completions", {"prompt": "a", "priority": 1}, 400, "priority is served with --scheduling-policy priority"),
         ("completions", {"prompt": "a", "cache_salt": ""}, 400, "'cache_salt' must be a non-empty string"),
+        ("completions", {"prompt": [[1]] * 65, "n": 128}, 400, "8320 answers are asked for, expected at most 8192"),
+        ("completions", {"prompt": ["a"] * 8193}, 400, "8193 answers are asked for, expected at most 8192"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: Input should be greater than or"),
         ("chat/completions", {"messages": CHAT, "min_tokens": 129}, 400, "min_tokens is 129, expected at most 128"),
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),

@@ -406,7 +406,13 @@ def test_attention_of_a_mixed_step_takes_what_chunks_and_decodes_take():
 def test_repetitions_cost_what_single_steps_do_whatever_the_attention():
     for model in ("llama-3-8b", "gpt-oss-20b", "deepseek-v2-lite", "qwen3-next-80b-a3b", "gemma-3-1b"):
         latency = RooflineLatency(SHAPES[model], DEVICES["h200"])
-        for step in (decode(1, 100), decode(7, 100), decode(7, 900), prefill(300, 100), together(decode(3, 500), prefill(64, 128))):
+        for step in (
+            decode(1, 100),
+            decode(7, 100),
+            decode(7, 900),
+            prefill(300, 100),
+            together(decode(3, 500), prefill(64, 128)),
+        ):
             many = latency.repeated_costs(step, 40)[1].tolist()
             assert many == [latency.step_cost(step.repeated(number, 0))[1] for number in range(1, 41)]
 

@@ -49,6 +49,7 @@ def test_a_model_computes_the_rows_of_the_step_and_then_a_token_of_each_sequence
     draft = Watched()
     assert ModelDrafting(draft).drafting_ns(STEP) == 1_070 + 2 * 1_020
     first, *others = draft.asked
+    assert (first.asked, first.drafting, first.drafting_tokens) == (0, 0, 0), "it proposes nothing itself"
     assert (first.prompts, first.decode_tokens, first.sampled) == (STEP.prompts, STEP.decode_tokens, 2)
     assert [(one.seqs, one.tokens, one.kv_tokens, one.sampled) for one in others] == [(2, 2, 502, 2), (2, 2, 504, 2)]
     assert ModelDrafting(Watched(lead_ns=4_000)).drafting_ns(STEP) == 3 * 4_000, "kernel by kernel"

@@ -44,6 +44,20 @@ def test_rows_are_told_apart_by_what_they_compute():
     step = decodes(100, 1900)
     assert (step.longest_decode, step.prompts, step.decode_kv_tokens) == (1900, (), 2000)
     assert step.repeated(3, 0).longest_decode == 1903
+    assert prompts(20, 30).repeated(1, 5)[7:] == (0, 0, 5, 0, ((20, 20), (30, 30)), 0, 0, 0, 0, 0, 0)
+
+
+def test_one_block_that_two_decodes_read_is_shared():
+    scheduler = Scheduler(BlockManager(1000, 16), prefix_cache=PrefixCache(), composition="mixed")
+    for number in range(2):
+        scheduler.add(Sequence([*range(16), 1000 + number, 7], SamplingParams(max_tokens=9)))
+    scheduler.postprocess(scheduler.schedule(), [1] * 2)
+    assert StepFeatures.of(scheduler.schedule()).shared_tokens == 16
+
+
+def test_time_behind_a_step_of_a_pipeline_is_that_of_its_last_stage():
+    assert StepCost(1, 40, stages=(10, 30)).followed(5) == StepCost(1, 45, stages=(10, 35))
+    assert StepCost(1, 40).followed(5) == StepCost(1, 45)
 
 
 @pytest.mark.parametrize(("has_cache", "shared"), [(True, 2 * 96), (False, 0)])

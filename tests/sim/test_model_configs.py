@@ -192,6 +192,18 @@ def test_what_a_token_keeps_is_what_is_published():
     assert SHAPES["qwen3-next-80b-a3b"].kv_bytes_per_token() == 12 * 2 * 2 * 256 * 2, "a quarter of its layers"
 
 
+def test_layers_of_all_kinds_are_counted_and_mixers_without_a_pool_and_networks_without_experts_have_none():
+    assert [SHAPES[name].num_layers for name in ("gemma-3-1b", "qwen3-next-80b-a3b", "deepseek-v3")] == [26, 48, 61]
+    linear, mamba = LinearAttention(2, 4, 8, 8, 4), Mamba(4, 8, 16, 1, 4)
+    assert linear.kv_values() == linear.kv_values(2) == mamba.kv_values() == FeedForward(64).distinct(9) == 0
+    assert [(one.inputs, one.outputs) for one in linear.matrices(64)] == [(64, 64 + 32), (64, 2 * 4), (32, 64)]
+
+
+def test_what_compresses_queries_and_keys_lies_whole_on_every_device():
+    split = [one.is_split for one in LatentAttention(8, 32, 16, 8, 4, 8).matrices(64)]
+    assert split == [False, True, False, True, True]
+
+
 def test_layers_are_of_the_kinds_that_the_models_have():
     assert SHAPES["gemma-3-1b"].layers == (
         Layers(22, Attention(4, 1, 256, 512), FeedForward(6912)),

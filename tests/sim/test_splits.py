@@ -179,6 +179,11 @@ def test_splits_that_cannot_be_are_refused_in_one_line(text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_as_many_devices_as_share_a_link_need_no_network():
+    for text in ("llama-3-8b@l40s:tp=8", "mixtral-8x7b@l40s:tp=8:ep=8", "llama-3-8b@l40s:tp=2:pp=4"):
+        assert RooflineLatency.parse(text).split.num_devices == 8
+
+
 def test_a_split_is_named_and_identified_and_one_device_is_as_before():
     both = RooflineLatency.parse("deepseek-v3@h200:tp=2:dp=8:ep=16")
     assert both.name == "roofline of deepseek-v3 on 16 x H200 (tp=2, dp=8, ep=16), shares measured"

@@ -26,6 +26,7 @@ from twinserve.sim.horizon import advance, horizon
 from twinserve.traces.runs.digest import Digest, exceptions_of
 
 STEP_NS = 10
+ANSWERED = -1
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
 
 
@@ -75,7 +76,8 @@ def build_core(values: dict[str, Any], listener: CoreListener) -> Core:
 
 @dataclass
 class Arrival:
-    """A request without tokens; those with the same text have prompts that begin alike."""
+    """A request without tokens; those with the same text have prompts that begin alike, and of
+    ANSWERED answers that go on as longer prompts do."""
 
     at_ns: int
     number: int
@@ -87,7 +89,7 @@ class Arrival:
 
     def sequence(self) -> Sequence:
         def key(num_tokens: int) -> int:
-            own = num_tokens > self.prompt_tokens
+            own = num_tokens > self.prompt_tokens and self.text != ANSWERED
             return (1 << 40) * (1 + self.number) + num_tokens if own else 1000 * self.text + num_tokens
 
         return Sequence(
@@ -292,6 +294,24 @@ def test_repeated_decisions_made_at_once_are_those_made_one_by_one(block):
     assert leapt > 10, "some leaps were long"
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_blocks_of_one_content_are_shown_to_the_cache_in_the_order_in_which_they_become_full(depth):
+    """A prompt holds what another request answers meanwhile: of two alike blocks the cache knows the first."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        values = settings_of(rng) | {
+            "num_blocks": None, "max_num_seqs": 8, "composition": "mixed", "max_num_batched_tokens": 8,
+            "long_prefill_token_threshold": rng.choice([1, 2, 3]), "adaptive": False, "max_num_partial_prefills": None,
+            "max_model_len": None, "caches": True, "order": FirstCome, "depth": depth, "interval": 1,
+        }  # fmt: skip
+        lengths = ((rng.randint(1, 12), 50), (rng.randint(20, 60), 20))
+        arrivals = [Arrival(0, number, *both, ANSWERED, 0, "") for number, both in enumerate(lengths)]
+        single, leaping = (Run(arrivals, values, leaps=leaps).serve() for leaps in (False, True))
+        assert leaping.log.longest > 3
+        for decision, found in leaping.states.items():
+            assert found == single.states[decision], f"seed {seed}, decision {decision}: {values}"
+
+
 def repetitions(run: Run, decision: int) -> int | None:
     """How many decisions from this one on were the same; None if something came from outside before that shows."""
     count = 1
@@ -366,6 +386,24 @@ def test_only_the_latest_decision_has_a_horizon():
     older = core.in_flight[0]
     assert older is not batch and not (older.admitted or older.preempted)
     assert horizon(core, older, 20) == 1
+
+
+def test_there_is_no_horizon_once_somebody_has_come_whose_coming_cuts_chunks_otherwise():
+    values = settings_of(random.Random(0)) | {
+        "num_blocks": None, "max_num_seqs": 1, "composition": "mixed", "max_num_batched_tokens": 64,
+        "long_prefill_token_threshold": 2, "adaptive": True, "max_num_partial_prefills": None, "max_model_len": None,
+        "order": FirstCome, "depth": 0, "interval": 1,
+    }  # fmt: skip
+    core = build_core(values, CoreListener())
+    core.ingest(Arrival(0, 0, 640, 5, 0, 0, "").sequence(), 0)
+    core.decide(0)
+    core.commit(None, 1)
+    batch = core.decide(1)
+    assert (batch.lengths, horizon(core, batch, 20)) == ([64], 8)
+    core.ingest(Arrival(1, 1, 640, 5, 0, 0, "").sequence(), 1)
+    assert horizon(core, batch, 20) == 1
+    core.commit(None, 2)
+    assert core.decide(2).lengths == [32], "there is no place for it, and its share of the budget is left for it"
 
 
 @pytest.mark.parametrize("has_ids", [True, False])

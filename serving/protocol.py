@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from twinserve.policies import SamplingParams
-from twinserve.settings.limits import MOST_ANSWERS
+from twinserve.settings.limits import MOST_ANSWERS, MOST_STOPS
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
@@ -96,11 +96,11 @@ class Generation(Fields):
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, float] | None = Field(default=None, max_length=MOST_STOPS)
     min_tokens: int = Field(default=0, ge=0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=MOST_STOPS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -123,6 +123,8 @@ class Generation(Fields):
             raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         if any(not stop for stop in self.stops):
             raise ValueError("stop cannot contain an empty string.")
+        if len(self.stops) > MOST_STOPS:
+            raise ValueError(f"stop: expected at most {MOST_STOPS} strings, not {len(self.stops)}")
         return self
 
     @property

@@ -55,6 +55,8 @@ MOST_JOBS = limit("JOBS", 1 << 10)
 """Processes that compute beside one another."""
 MOST_ANSWERS = limit("ANSWERS", 1 << 13)
 """Answers that one request over HTTP asks for: its prompts, and how often each is to be answered."""
+MOST_STOPS = limit("STOPS", 1 << 10)
+"""Stop strings of a request, and its stop tokens, and its biased ones: each is looked at for every token."""
 MOST_TERMS = limit("TERMS", 64)
 """Of an objective."""
 MOST_WAIT_S = limit("WAIT_S", 7 * 86_400)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 MAX_TEMPLATE_S = 10.0
+"""Of a processor."""
 
 
 def template_tokens(tokenizer: Any, messages: Seq[Mapping[str, Any]], **how: Any) -> list[int]:
@@ -35,12 +36,12 @@ def _at_most(seconds: float) -> Iterator[None]:
         return
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"it has not ended after {seconds:g} s")
+        raise TimeoutError(f"it has not ended after {seconds:g} s of a processor")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twinserve.policies import SamplingParams
 from twinserve.traces import transforms
 from twinserve.traces.formats.reading import private_prompt, with_own_private_prompts
-from twinserve.traces.request import Part, PrefixKeys, Request, answer_text
+from twinserve.traces.request import Part, PrefixKeys, Request, TokenMaker, answer_text
 from twinserve.traces.requests import FIRST_PRIVATE_TEXT, Requests
 from twinserve.traces.statistics import shared_tokens, trace_statistics
 
@@ -127,3 +128,22 @@ def test_keys_that_are_asked_for_together_are_those_of_single_calls_whatever_was
     keys = PrefixKeys(parts, -1)
     for ends in [two for one in asked for two in (one, one[: len(one) // 2], range(one.start, 99, one.step))]:
         assert keys.each(ends) == [PrefixKeys(parts, -1)(end) for end in ends]
+
+
+def test_parts_of_answers_become_what_was_answered():
+    parts = (Part(3, 0, 4), Part(answer_text(1), 0, 6), Part(answer_text(2), 2, 6), Part(answer_text(0), 5, 6))
+    request = Request(7, 0, parts, 5)
+    resolved = request.resolved({0: 5, 1: 4, 2: 99})
+    assert resolved.parts == (Part(3, 0, 4), Part(answer_text(1), 0, 4), Part(answer_text(2), 2, 6))
+    assert resolved.resolved({1: 4, 2: 99}) == resolved and Request(7, 0, parts[:1], 5).resolved({}).parts == parts[:1]
+    maker = TokenMaker(1000, first_id=10)
+    tokens = maker.token_ids(resolved, {1: [1, 2, 3, 4], 2: range(20, 30)})
+    assert tokens[4:] == [1, 2, 3, 4, 22, 23, 24, 25, 26, 27] and min(tokens[:4]) >= 10
+    assert tokens[:4] == maker.token_ids(Request(0, 0, (Part(3, 0, 4),), 1), {})
+
+
+def test_token_ids_are_those_of_the_whole_prompt():
+    request = Request(7, 0, (Part(3, 0, 4),), 5)
+    assert request.to_sequence(SamplingParams(), [1, 2, 3, 4]).token_ids == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="request 7: 3 token ids for 4 prompt tokens"):
+        request.to_sequence(SamplingParams(), [1, 2, 3])

@@ -33,7 +33,7 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return x.new_empty(0, len(weight))
     if x.device.type == "cpu":
         # With a single input, torch (2.13) takes the transposed weights for another layout and sums nonsense.
-        in_digits = x.shape[1] > 1 and sums_int8_exactly()
+        in_digits = x.shape[1] > 1 and has_int8_products()
         multiply = _product_of_digits if in_digits else product_by_blocks
         return multiply(x.float(), weight, scale).to(x.dtype)
     if x.dtype in (torch.bfloat16, torch.float16) and len(x) <= FUSED_ROWS and has_triton():
@@ -45,11 +45,14 @@ def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @cache
-def sums_int8_exactly() -> bool:
-    """Whether this processor's products of int8 are exact.
+def has_int8_products() -> bool:
+    """Whether this processor's products of int8 are exact, and quick.
 
-    Those without instructions for them (x86 before VNNI) add pairs of products in 16 bits, where large ones do not fit.
+    Those of x86 with AVX-512 and before VNNI add pairs of products in 16 bits, where large ones do not fit. Where there
+    is no AVX-512, torch (2.13) multiplies number by number, which takes many times what float32 does.
     """
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
     largest = torch.full((2, 64), LARGEST, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.T) == 64 * LARGEST * LARGEST).all())
 

@@ -29,7 +29,7 @@ from twinserve.engine.quantization import (
     measure_memory,
     quantize_decoder,
 )
-from twinserve.engine.quantization.int8_product import int8_product, sums_int8_exactly
+from twinserve.engine.quantization.int8_product import has_int8_products, int8_product
 from twinserve.engine.quantization.int8_tiling import FUSED_ROWS, Tiling, choose_tiling
 from twinserve.policies import SamplingParams
 from twinserve.settings.build_core import Settings
@@ -54,14 +54,14 @@ def int8_weight(num_in: int, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(params=["digits", "blocks"])
 def way(request, monkeypatch) -> str:
     """Each of the two ways in which a CPU multiplies."""
-    monkeypatch.setattr(f"{PRODUCT}.sums_int8_exactly", lambda: request.param == "digits")
+    monkeypatch.setattr(f"{PRODUCT}.has_int8_products", lambda: request.param == "digits")
     return request.param
 
 
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_the_product_is_that_of_the_dequantised_weights(way, num_in, num_out):
-    if way == "digits" and not sums_int8_exactly():
-        pytest.skip("this processor has no exact sums of int8")
+    if way == "digits" and not has_int8_products():
+        pytest.skip("this processor has no products of int8 that are exact and quick")
     weight, scale = int8_weight(num_in, num_out)
     for rows in ROWS:
         x = some(rows, num_in)
@@ -82,8 +82,8 @@ def test_parts_of_a_wide_product_are_put_together(way, monkeypatch):
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    if not sums_int8_exactly():
-        pytest.skip("this processor has no exact sums of int8")
+    if not has_int8_products():
+        pytest.skip("this processor has no products of int8 that are exact and quick")
     weight, scale = int8_weight(576, 200)
     x = some(20, 576)
     together = int8_product(x, weight, scale)
@@ -110,6 +110,13 @@ def test_a_processor_without_exact_sums_is_noticed(isa):
         "torch.testing.assert_close(int8_product(x, weight, torch.ones(8, 1)), torch.full((2, 8), 64 * 127 * 3.0))\n"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_processor_whose_products_of_int8_are_slow_is_not_asked_for_them():
+    code = "from twinserve.engine.quantization.int8_product import has_int8_products\nassert not has_int8_products()"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

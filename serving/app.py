@@ -122,9 +122,12 @@ class Server:
             raise ApiError("the model has no chat template, expected a call of /v1/completions", param="messages")
         try:
             said = [message.as_template_takes_it() for message in messages]
-            return template_tokens(tokenizer, said, **how)
+            token_ids = template_tokens(tokenizer, said, **how)
         except Exception as error:  # a template raises what it likes about the messages
             raise ApiError(f"the chat template refuses the messages: {error}", param="messages") from error
+        if not all(type(token_id) is int for token_id in token_ids):
+            raise ApiError("expected none that has the template give something else", param="chat_template_kwargs")
+        return token_ids
 
     def asks(self, body: Generation, prompts: list[list[int]], session: str | None) -> list[Ask]:
         """The answers that a body asks for, once it is known that they can be served.

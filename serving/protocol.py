@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -202,7 +203,7 @@ class CompletionRequest(Generation):
     def num_prompt_logprobs(self) -> int | None:
         return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
 
-    @property
+    @cached_property
     def prompts(self) -> Seq[str | list[int]]:
         """Each prompt by itself."""
         if isinstance(self.prompt, str):

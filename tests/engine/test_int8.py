@@ -100,6 +100,13 @@ def test_no_rows_zeros_and_what_is_not_finite(way):
     assert (output[0] == 0).all() and output[1].isnan().all() and output[2].isfinite().all()
 
 
+def check_elsewhere(code: str, **environment: str) -> None:
+    """Run code in a process that is told of another processor; it does not fail."""
+    command, told = [sys.executable, "-c", code], os.environ | environment
+    done = subprocess.run(command, env=told, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
 def test_a_processor_without_exact_sums_is_noticed(isa):
     """oneDNN can be told to leave newer instructions alone; without those for int8, large sums are wrong."""
@@ -109,16 +116,12 @@ def test_a_processor_without_exact_sums_is_noticed(isa):
         "weight, x = torch.full((8, 64), 127, dtype=torch.int8), torch.full((2, 64), 3.0)\n"
         "torch.testing.assert_close(int8_product(x, weight, torch.ones(8, 1)), torch.full((2, 8), 64 * 127 * 3.0))\n"
     )
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    check_elsewhere(code, ONEDNN_MAX_CPU_ISA=isa)
 
 
 def test_a_processor_whose_products_of_int8_are_slow_is_not_asked_for_them():
     code = "from twinserve.engine.quantization.int8_product import has_int8_products\nassert not has_int8_products()"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    check_elsewhere(code, ATEN_CPU_CAPABILITY="avx2")
 
 
 def test_a_linear_layer_keeps_its_bias_and_its_leading_dimensions():

@@ -29,6 +29,11 @@ STEP_NS = 10
 ANSWERED = -1
 ORDERS = (FirstCome, Priority, ShortestJob, lambda: Priority(ageing=3), CacheAware)
 
+ROOM = {
+    "num_blocks": None, "max_model_len": None, "max_num_partial_prefills": None, "order": FirstCome, "interval": 1
+}  # fmt: skip
+"""Settings under which nobody waits but for places and tokens."""
+
 
 def settings_of(rng: random.Random) -> dict[str, Any]:
     """Settings under which much happens."""
@@ -299,10 +304,9 @@ def test_blocks_of_one_content_are_shown_to_the_cache_in_the_order_in_which_they
     """A prompt holds what another request answers meanwhile: of two alike blocks the cache knows the first."""
     for seed in range(40):
         rng = random.Random(seed)
-        values = settings_of(rng) | {
-            "num_blocks": None, "max_num_seqs": 8, "composition": "mixed", "max_num_batched_tokens": 8,
-            "long_prefill_token_threshold": rng.choice([1, 2, 3]), "adaptive": False, "max_num_partial_prefills": None,
-            "max_model_len": None, "caches": True, "order": FirstCome, "depth": depth, "interval": 1,
+        values = settings_of(rng) | ROOM | {
+            "max_num_seqs": 8, "composition": "mixed", "max_num_batched_tokens": 8, "caches": True, "depth": depth,
+            "long_prefill_token_threshold": rng.choice([1, 2, 3]), "adaptive": False,
         }  # fmt: skip
         lengths = ((rng.randint(1, 12), 50), (rng.randint(20, 60), 20))
         arrivals = [Arrival(0, number, *both, ANSWERED, 0, "") for number, both in enumerate(lengths)]
@@ -348,15 +352,8 @@ def test_the_horizon_is_as_far_as_decisions_are_the_same_and_no_farther(block):
 
 def one_request(depth: int) -> tuple[Core, Batch]:
     """A Core that serves one long answer, and its latest decision, the first or second that decodes."""
-    values = settings_of(random.Random(0)) | {
-        "num_blocks": None,
-        "max_num_batched_tokens": 64,
-        "long_prefill_token_threshold": 0,
-        "max_model_len": None,
-        "order": FirstCome,
-        "depth": depth,
-        "interval": 1,
-    }
+    values = settings_of(random.Random(0)) | ROOM
+    values |= {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 0, "depth": depth}
     core = build_core(values, CoreListener())
     core.ingest(Arrival(0, 0, 4, 50, 0, 0, "").sequence(), 0)
     core.decide(0)
@@ -389,10 +386,9 @@ def test_only_the_latest_decision_has_a_horizon():
 
 
 def test_there_is_no_horizon_once_somebody_has_come_whose_coming_cuts_chunks_otherwise():
-    values = settings_of(random.Random(0)) | {
-        "num_blocks": None, "max_num_seqs": 1, "composition": "mixed", "max_num_batched_tokens": 64,
-        "long_prefill_token_threshold": 2, "adaptive": True, "max_num_partial_prefills": None, "max_model_len": None,
-        "order": FirstCome, "depth": 0, "interval": 1,
+    values = settings_of(random.Random(0)) | ROOM | {
+        "max_num_seqs": 1, "composition": "mixed", "max_num_batched_tokens": 64, "depth": 0,
+        "long_prefill_token_threshold": 2, "adaptive": True,
     }  # fmt: skip
     core = build_core(values, CoreListener())
     core.ingest(Arrival(0, 0, 640, 5, 0, 0, "").sequence(), 0)

@@ -441,3 +441,11 @@ def test_a_client_gives_variables_of_a_template_and_neither_a_template_nor_what_
         (name,) = kwargs
         assert answer.status_code == (400 if name in given else 200)
         assert name not in given or f"which {name} is none of" in answer.json()["error"]["message"]
+
+
+def test_arguments_that_have_a_template_give_something_else_are_refused(serving, monkeypatch):
+    monkeypatch.setattr(StandInTokenizer, "apply_chat_template", lambda *_, **how: "text" if "new" in how else [5])
+    running = serving(simulated())
+    for kwargs, status in ((None, 200), ({"new": False}, 400)):
+        body = {"messages": CHAT, "max_tokens": 1, "chat_template_kwargs": kwargs}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).status_code == status

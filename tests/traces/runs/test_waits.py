@@ -56,6 +56,23 @@ def check_sums(waits: list[Waited], rows: list[dict]) -> None:
         assert all(one.ttft_ns[cause] <= one.e2e_ns[cause] for cause in CAUSES)
 
 
+def fleet_waits(folder: Path, rows: list[Request], values: dict, latency, outage: Outage, failover_ms: int) -> list:
+    """Those of two replicas of which one dies; they add up."""
+    run_fleet(
+        Workload(rows, {"sha256": "0", "transforms": []}, 0, 0),
+        [ReplicaSpec(Settings.load(values), latency, {"name": "made up"})] * 2,
+        LeastOutstanding(),
+        router_facts={},
+        outages=[outage],
+        failover_ns=failover_ms * MS,
+        out=folder,
+    )
+    records = load_replicas(folder)
+    waits = waits_of(records)
+    check_sums(waits, [row for record in records for row in record.requests])
+    return waits
+
+
 # --- by hand ---
 
 
@@ -147,18 +164,7 @@ def test_what_is_cached_of_a_prompt_takes_nothing_of_the_budget_that_is_left(tmp
 
 def test_what_a_dead_replica_had_is_the_routers_until_the_last_decision_before_another_has_it(tmp_path):
     rows = requests_of((0, 8, 40), (21, 8, 40))
-    folder = tmp_path / "run"
-    run_fleet(
-        Workload(rows, {"sha256": "0", "transforms": []}, 0, 0),
-        [ReplicaSpec(Settings.load({}), Constant(), {"name": "made up"})] * 2,
-        LeastOutstanding(),
-        router_facts={},
-        outages=[Outage(1, 25 * MS, 1000 * MS)],
-        failover_ns=50 * MS,
-        out=folder,
-    )
-    waits = waits_of(load_replicas(folder))
-    check_sums(waits, [row for record in load_replicas(folder) for row in record.requests if row["finish_ns"]])
+    waits = fleet_waits(tmp_path / "run", rows, {}, Constant(), Outage(1, 25 * MS, 1000 * MS), 50)
     # It arrived at 21 ms, was lost at 25, and is handed over at 75, in the middle of a step that was decided at 70.
     assert waits[1].ttft_ns == {"router": 49 * MS, "step in flight": 10 * MS, "decodes beside": 10 * MS}
 
@@ -217,20 +223,8 @@ def test_the_parts_of_every_time_add_up_to_it(tmp_path_factory, run):
 @given(runs(), st.integers(0, 400), st.integers(1, 300), st.integers(0, 100))
 def test_they_do_in_a_fleet_in_which_a_replica_dies(tmp_path_factory, run, from_ms, lasts_ms, failover_ms):
     rows, values = run
-    folder = tmp_path_factory.mktemp("fleet") / "run"
-    chosen = Settings.load(values)
-    workload = Workload(rows, {"sha256": "0", "transforms": []}, 0, 0)
-    run_fleet(
-        workload,
-        [ReplicaSpec(chosen, Uneven(), {"name": "made up"})] * 2,
-        LeastOutstanding(),
-        router_facts={},
-        outages=[Outage(0, from_ms * MS, (from_ms + lasts_ms) * MS)],
-        failover_ns=failover_ms * MS,
-        out=folder,
-    )
-    records = load_replicas(folder)
-    check_sums(waits_of(records), [row for record in records for row in record.requests])
+    outage = Outage(0, from_ms * MS, (from_ms + lasts_ms) * MS)
+    fleet_waits(tmp_path_factory.mktemp("fleet") / "run", rows, values, Uneven(), outage, failover_ms)
 
 
 def test_without_the_prompt_that_is_to_blame_the_others_take_so_much_less(tmp_path):

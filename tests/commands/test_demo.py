@@ -90,36 +90,68 @@ def steps_that_take(*factors):
     return [StepSample(shape, 10_000, round(1_000_000 * factor)) for shape in shapes for factor in factors]
 
 
+QUIET, LOUD, LOUDER = (1.0, 1.0, 1.1), (1.0, 1.0, 2.0), (1.0, 1.0, 4.0)
+
+
 @pytest.mark.parametrize(
-    ("profiles", "measured", "words"),
+    ("profiles", "cores", "taken", "words"),
     [
-        ([(1.0, 1.1), (1.1, 1.0)], 2, None),
-        ([(1.0, 2.0), (1.0, 1.1), (1.0, 1.1)], 3, None),
+        ([QUIET, (1.1, 1.0, 1.1)], [0.0, 0.0, 0.1], [0, 1], None),
+        ([LOUD, QUIET, QUIET], [0.0] * 4, [1, 2], None),
+        ([QUIET, QUIET, QUIET], [0.6, 0.1, 0.0, 0.1], [1, 2], None),
         (
-            [(1.0, 1.1), (1.0, 3.0), (1.0, 2.0), (1.0, 4.0)],
-            3,
-            "after the run a step's slowest repeat took 2.0 times",
+            [QUIET, LOUDER, LOUD],
+            [0.0] * 4,
+            [0, 2],
+            "after the run a step's slowest repeat took 2.0 times as long as its fastest, expected at most 1.15",
         ),
-        ([(1.0, 1.1), (2.0, 2.2)], 2, "after the run steps took 1.99 times as long as before it"),
+        (
+            [QUIET, QUIET, QUIET],
+            [0.6, 0.9, 0.0, 0.0],
+            [0, 2],
+            "before the run other processes kept 0.6 cores busy, expected at most 0.1",
+        ),
+        (
+            [LOUD, QUIET, QUIET],
+            [0.0, 2.0, 0.0, 0.0],
+            [0, 2],
+            "before the run a step's slowest repeat took 2.0 times as long as its fastest, expected at most 1.15",
+        ),
+        (
+            [QUIET, QUIET],
+            [0.0, 0.3, 0.0],
+            [0, 1],
+            "during the run other processes kept 0.3 cores busy, expected at most 0.1",
+        ),
+        (
+            [QUIET, (2.0, 2.0, 2.2)],
+            [0.0] * 3,
+            [0, 1],
+            "after the run steps took 1.99 times as long as before it, expected at most 1.25 either way",
+        ),
     ],
 )
-def test_a_disturbed_profile_is_measured_again_so_often_and_told(
-    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, measured, words
+def test_where_the_machine_was_busy_steps_are_measured_again_and_it_is_told(
+    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, cores, taken, words
 ):
-    left = list(profiles)
+    """`cores`: what others kept busy during each measurement and the run, in order; `taken`: those that count."""
+    measured, counted, fitted = [], iter(cores), []
+
+    def measure(llm, **_):
+        measured.append(steps_that_take(*profiles[len(measured)]))
+        return measured[-1]
+
     serves(monkeypatch, limit=4)
-    monkeypatch.setattr(demo, "measure_steps", lambda llm, **_: steps_that_take(*left.pop(0)))
-    taken = []
-    monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: taken.extend(samples) or FittedLatency.load(latency))
+    monkeypatch.setattr(demo, "measure_steps", measure)
+    monkeypatch.setattr(demo, "others_cores", lambda before, after: next(counted))
+    monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: fitted.extend(samples) or FittedLatency.load(latency))
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
-    monkeypatch.setattr(demo, "MOST_CORES", 1e9)
     assert demo.run_demo(tmp_path / "demo") == (words is not None), "noise is said, and is no failure"
-    assert len(profiles) - len(left) == measured
-    assert len(taken) == 8, "one profile on each side"
+    assert len(measured) == len(profiles) and next(counted, None) is None
+    assert list(map(id, fitted)) == [id(sample) for place in taken for sample in measured[place]]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the machine was busy")]
-    assert len(lines) == (words is not None)
-    if words is not None:
-        assert words in lines[0]
+    said = [] if words is None else [f"the machine was busy, which is no fault of the simulation: {words}"]
+    assert lines == said
 
 
 def test_other_processes_that_compute_beside_the_run_are_noticed(monkeypatch, tmp_path):

@@ -89,7 +89,7 @@ def test_a_hub_out_of_reach_is_told_at_once(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     begun = time.monotonic()
     message = refusal("someone/tiny")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert message.startswith(f"model is 'someone/tiny', no folder here, and {endpoint} did not give it (")
     assert "Connection refused" in message
     assert message.endswith(f"): {THREE_POSSIBILITIES}")

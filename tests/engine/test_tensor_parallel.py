@@ -239,7 +239,7 @@ def test_a_rank_that_is_killed_ends_all_with_its_reason():
 
     with pytest.raises(StepError, match=r"RankError: rank 1 has ended: killed by signal 9$"):
         llm.run_trace(prompts_of([30, 20], 900), params=GREEDY, recorder=Killing())
-    assert time.monotonic() - begun[-1] < 5
+    assert time.monotonic() - begun[-1] < 60
     with pytest.raises(RunError, match="rank 1 has ended: killed by signal 9"):
         llm.generate([[5]], GREEDY)
     llm.close()
@@ -291,7 +291,7 @@ def test_ctrl_c_leaves_no_process(tmp_path):
         said += process.stderr.read()
     assert process.returncode == 130
     assert said.rstrip().endswith("twinserve: interrupted") and "Traceback" not in said
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while not all(map(is_gone, children)) and time.monotonic() < limit:
         time.sleep(0.05)
     assert all(map(is_gone, children))

@@ -22,17 +22,18 @@ from twinserve.traces.runs.record import load_record
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 PAGE = """<!doctype html><title>stream</title><script>
-const stream = async url => {
-  const body = JSON.stringify({prompt: "a", max_tokens: 30, stream: true});
+const stream = async (url, max_tokens, most_pieces) => {
+  const body = JSON.stringify({prompt: "a", max_tokens, stream: true});
   const response = await fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body});
   let pieces = 0, text = "";
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (;;) {
+  while (pieces < most_pieces) {
     const {done, value} = await reader.read();
-    if (done) return {pieces, text};
+    if (done) break;
     pieces += 1;
     text += value;
   }
+  return {pieces, text};
 };
 </script>"""
 
@@ -51,16 +52,18 @@ def site(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="none of chromium, chromium-browser and google-chrome is on the PATH")
 def test_a_page_streams_where_its_origin_is_allowed_and_nowhere_else(serving, site):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    allowed, closed = serving(simulated(5.0), allowed_origins=[site]), serving(simulated())
+    allowed, closed = serving(simulated(50.0), allowed_origins=[site]), serving(simulated())
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         page.goto(site)
-        said = page.evaluate(f"stream('{allowed.url}/v1/completions')")
+        whole = page.evaluate(f"stream('{allowed.url}/v1/completions', 5, Infinity)")
+        begun = page.evaluate(f"stream('{allowed.url}/v1/completions', 900, 4)")
         with pytest.raises(playwright.Error, match="Failed to fetch"):
-            page.evaluate(f"stream('{closed.url}/v1/completions')")
+            page.evaluate(f"stream('{closed.url}/v1/completions', 5, Infinity)")
         browser.close()
-    assert said["pieces"] > 3 and said["text"].endswith("data: [DONE]\n\n")
+    assert whole["text"].endswith("data: [DONE]\n\n")
+    assert begun["pieces"] == 4 and "[DONE]" not in begun["text"], "pieces come long before the answer's end"
 
 
 def ask(running: Running, *, length: int | None = -1, body: bytes = b"", **fields: object) -> socket.socket:
@@ -120,7 +123,7 @@ def test_a_reader_that_reads_nothing_is_given_up(serving):
 
 
 def test_bodies_that_are_too_large_or_do_not_come_are_refused(serving):
-    running = serving(simulated(), max_body_mib=0.001, client_timeout=0.3)
+    running = serving(simulated(), max_body_mib=0.001, client_timeout=1.5)
     for length, body, status in (
         (2000, b"", b"413"),
         (2000, b'{"prompt": "' + b"a" * 1990, b"413"),
@@ -168,7 +171,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 )
 def test_requests_that_never_end_are_ended_and_leave_nothing(serving, begun, piece):
     """However steadily their bytes come; who does send a request is served meanwhile."""
-    running = serving(simulated(), client_timeout=0.5)
+    running = serving(simulated(), client_timeout=1.5)
     with ThreadPoolExecutor(10) as pool:
         waits = [pool.submit(drip, running, begun, piece) for _ in range(10)]
         with ask(running, max_tokens=5) as other:

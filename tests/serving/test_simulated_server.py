@@ -213,7 +213,7 @@ def test_a_full_queue_is_429_with_the_time_to_come_again(serving, max_num_seqs):
             assert refused.json()["error"]["message"] == problem
             assert ask(client, 3, temperature="hot").status_code == 400  # what is wrong is wrong at any time
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json=long | {"n": 2, "stream": False}, timeout=0.1)
+                client.post("/v1/completions", json=long | {"n": 2, "stream": False}, timeout=0.5)
         running.settle()
         assert ask(client, 5).status_code == 200
 

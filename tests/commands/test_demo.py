@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,45 +95,57 @@ QUIET, LOUD, LOUDER = (1.0, 1.0, 1.1), (1.0, 1.0, 2.0), (1.0, 1.0, 4.0)
 
 
 @pytest.mark.parametrize(
-    ("profiles", "cores", "taken", "words"),
+    ("profiles", "cores", "within", "taken", "words"),
     [
-        ([QUIET, (1.1, 1.0, 1.1)], [0.0, 0.0, 0.1], [0, 1], None),
-        ([LOUD, QUIET, QUIET], [0.0] * 4, [1, 2], None),
-        ([QUIET, QUIET, QUIET], [0.6, 0.1, 0.0, 0.1], [1, 2], None),
+        ([QUIET, (1.1, 1.0, 1.1)], [0.0, 0.0, 0.1], 1.25, [0, 1], None),
+        ([LOUD, QUIET, QUIET], [0.0] * 4, 1.0, [1, 2], None),
+        ([QUIET, QUIET, QUIET], [0.6, 0.1, 0.0, 0.1], 1.0, [1, 2], None),
         (
             [QUIET, LOUDER, LOUD],
             [0.0] * 4,
+            1.0,
             [0, 2],
             "after the run a step's slowest repeat took 2.0 times as long as its fastest, expected at most 1.15",
         ),
         (
             [QUIET, QUIET, QUIET],
             [0.6, 0.9, 0.0, 0.0],
+            1.0,
             [0, 2],
             "before the run other processes kept 0.6 cores busy, expected at most 0.1",
         ),
         (
             [LOUD, QUIET, QUIET],
             [0.0, 2.0, 0.0, 0.0],
+            1.0,
             [0, 2],
             "before the run a step's slowest repeat took 2.0 times as long as its fastest, expected at most 1.15",
         ),
         (
             [QUIET, QUIET],
             [0.0, 0.3, 0.0],
+            1.0,
             [0, 1],
             "during the run other processes kept 0.3 cores busy, expected at most 0.1",
         ),
         (
             [QUIET, (2.0, 2.0, 2.2)],
             [0.0] * 3,
+            1.0,
             [0, 1],
             "after the run steps took 1.99 times as long as before it, expected at most 1.25 either way",
+        ),
+        (
+            [QUIET, QUIET],
+            [0.0] * 3,
+            1.9,
+            [0, 1],
+            "during the run steps of as many rows took 1.90 times as long at times, expected at most 1.25",
         ),
     ],
 )
 def test_where_the_machine_was_busy_steps_are_measured_again_and_it_is_told(
-    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, cores, taken, words
+    tiny_model, latency, monkeypatch, tmp_path, capsys, profiles, cores, within, taken, words
 ):
     """`cores`: what others kept busy during each measurement and the run, in order; `taken`: those that count."""
     measured, counted, fitted = [], iter(cores), []
@@ -144,6 +157,7 @@ def test_where_the_machine_was_busy_steps_are_measured_again_and_it_is_told(
     serves(monkeypatch, limit=4)
     monkeypatch.setattr(demo, "measure_steps", measure)
     monkeypatch.setattr(demo, "others_cores", lambda before, after: next(counted))
+    monkeypatch.setattr(demo, "change_within", lambda run: within)
     monkeypatch.setattr(demo, "fit_steps", lambda llm, samples: fitted.extend(samples) or FittedLatency.load(latency))
     monkeypatch.setattr(demo, "LIMITS", {"tpot_s.mean": 0.0})
     assert demo.run_demo(tmp_path / "demo") == (words is not None), "noise is said, and is no failure"
@@ -152,6 +166,20 @@ def test_where_the_machine_was_busy_steps_are_measured_again_and_it_is_told(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the machine was busy")]
     said = [] if words is None else [f"the machine was busy, which is no fault of the simulation: {words}"]
     assert lines == said
+
+
+def test_a_machine_that_slows_down_during_the_run_is_noticed_by_steps_of_as_many_rows():
+    def run(*steps):
+        names = ("start_ns", "end_ns", "tokens", "prompt_tokens", "decode_tokens")
+        return SimpleNamespace(steps=[dict(zip(names, step, strict=True)) for step in steps])
+
+    steady = [(0, 100 + place, 4, 0, 4) for place in range(20)]
+    more = [(0, 900, 8, 0, 8)] * 10  # other rows take as long as they take
+    prompts, nothing, seldom = [(0, 10**place, 8, 7, 1) for place in range(10)], (0, 0, 0, 0, 0), (0, 1, 2, 0, 2)
+    assert demo.change_within(run(*steady, *more, *prompts, *[nothing] * 10, seldom)) == pytest.approx(1.16, abs=0.02)
+    slowed = [(1000, 1000 + 2 * end, *rest) for _, end, *rest in steady]
+    assert demo.change_within(run(*steady[:15], *slowed)) > 1.9
+    assert demo.change_within(run(seldom, (0, 5, 2, 0, 2))) == 1.0, "too few say nothing"
 
 
 def test_other_processes_that_compute_beside_the_run_are_noticed(monkeypatch, tmp_path):

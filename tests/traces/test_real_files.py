@@ -207,6 +207,50 @@ def test_inference_perfs_report_is_read_in_both_its_shapes(read):
     assert trace.handled["dropped"] == {"failed": 1}
 
 
+def test_inference_perfs_outputs_are_as_many_as_the_server_counted(read):
+    def lasted(**metrics):
+        return read(json.dumps([PERF[1] | {"info": {"input_tokens": 8, "response_metrics": metrics}}])).requests[0]
+
+    assert lasted(output_tokens=5, server_usage={"completion_tokens": 7}).max_tokens == 7
+    for usage in ({"prompt_tokens": 8}, {"completion_tokens": None}, None):
+        assert lasted(output_tokens=5, server_usage=usage).max_tokens == 5
+
+
+def test_a_turn_of_aiperfs_without_a_delay_follows_the_answer_at_once(read):
+    trace = read(json_lines([SESSIONS[0], {"session_id": "a", "input_length": 9, "timestamp": 1600.5}, SESSIONS[1]]))
+    assert [(request.arrival_ns // MS, request.think_ns) for request in trace.requests] == [
+        (0, 0),
+        (600, 0),
+        (1819, 1_219_300_000),
+    ]
+
+
+SIZED = {
+    "aiperf": lambda size: json_lines([{"timestamp": 5, "input_length": size}]),
+    "bailian": lambda size: json_lines([BAILIAN[1] | {"input_length": size}]),
+    "guidellm": lambda size: json.dumps(
+        {"benchmarks": [{"requests": {"successful": [GUIDELLM | {"prompt_tokens": size}]}}]}
+    ),
+    "inference-perf": lambda size: json.dumps([PERF[1] | {"info": {"input_tokens": size, "output_tokens": 5}}]),
+    "mooncake": lambda size: json_lines(
+        [{"timestamp": 5, "input_length": size, "output_length": 2, "hash_ids": [1]}] * 2
+    ),
+    "servegen": lambda size: f"timestamp,input_tokens,output_tokens\n1.5,{size},32\n",
+    "splitwise": lambda size: f"arrival_timestamp,prompt_size,token_size\n1.5,{size},32\n",
+    "vidur": lambda size: f"arrived_at,num_prefill_tokens,num_decode_tokens\n1.5,{size},32\n",
+    "vllm-bench": lambda size: json.dumps(VLLM | {"input_lens": [size, 21, 22]}),
+    "weka": lambda size: json_lines([{"block_size": 4, "requests": [{"t": 0, "in": size, "out": 3, "hash_ids": [1]}]}]),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_the_shortest_prompt_has_one_token(read, name):
+    trace = read(SIZED[name](1))
+    assert (trace.format, trace.requests[0].prompt_tokens) == (name, 1)
+    with pytest.raises(InputError, match=r"is '?0'?, expected an integer >= 1$"):
+        read(SIZED[name](0))
+
+
 @pytest.mark.parametrize(
     ("head", "name"),
     [

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 
 from twinserve.policies import Batch, Core, Scheduler
+from twinserve.policies.block_manager import ENDLESS
 from twinserve.policies.core import Growth, Span
 
 
@@ -87,6 +88,8 @@ def _is_head_kept_out(scheduler: Scheduler, batch: Batch) -> bool:
     """Will nobody be admitted while the same is decided? Blocks only become fewer, so only more hits would help."""
     is_for_decodes = scheduler.composition != "mixed" and batch.usual_tokens
     budget = scheduler.max_num_batched_tokens - (0 if is_for_decodes else batch.num_tokens)
+    if scheduler.long_prefill_token_threshold < ENDLESS and len(scheduler.waiting) != batch.num_waiting:
+        return not scheduler.has_place(budget)  # the threshold may be another now, and so what the head needs
     if not scheduler.has_place(budget):
         return True
     head = scheduler.waiting.peek()

@@ -402,6 +402,24 @@ def test_there_is_no_horizon_once_somebody_has_come_whose_coming_cuts_chunks_oth
     assert core.decide(2).lengths == [32], "there is no place for it, and its share of the budget is left for it"
 
 
+def test_there_is_no_horizon_once_so_many_wait_that_the_head_fits_with_what_it_gets_now():
+    values = settings_of(random.Random(0)) | ROOM | {
+        "block_size": 4, "num_blocks": 6, "max_num_seqs": 8, "composition": "mixed", "max_num_batched_tokens": 64,
+        "depth": 0, "reserve": False, "watermark": 0, "long_prefill_token_threshold": 2, "binds_alone": False,
+        "caches": False,
+    }  # fmt: skip
+    core = build_core(values, CoreListener())
+    core.ingest(Arrival(0, 0, 6, 14, 0, 0, "").sequence(), 0)
+    core.decide(0)
+    core.commit(None, 1)
+    batch = core.decide(1)
+    assert (batch.lengths, horizon(core, batch, 9)) == ([1], 9), "alone it may compute as many tokens as it likes"
+    core.ingest(Arrival(1, 1, 20, 2, 0, 0, "").sequence(), 1)
+    assert horizon(core, batch, 9) == 1
+    core.commit(None, 2)
+    assert [row.num_tokens for row in core.decide(2).admitted] == [2], "for 20 there were too few blocks"
+
+
 @pytest.mark.parametrize("has_ids", [True, False])
 @pytest.mark.parametrize(("num_prompt", "budget", "is_chunk"), [(4, 64, False), (40, 3, True)])
 def test_there_is_no_horizon_where_any_token_may_stop_a_sequence(has_ids, num_prompt, budget, is_chunk):

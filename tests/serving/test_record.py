@@ -18,11 +18,12 @@ from twinserve.traces.readers import read_trace
 from twinserve.traces.runs.record import load_record
 
 
-def served_until_killed(path: Path, latency: Path, *more: str) -> subprocess.Popen:
-    """A server in a process of its own, killed without a word once three of its segments are whole; one of its clients
-    asks for answers that take longer than those."""
+def served_until_killed(path: Path, latency: Path, replicas: int = 1) -> subprocess.Popen:
+    """A server in a process of its own, killed without a word once three segments of each replica are whole; one of its
+    clients asks for answers that take longer than those."""
     command = [sys.executable, "-m", "twinserve", "serve", "--simulate", "--latency", str(latency), "--port", "0"]
-    command += ["--num-gpu-blocks", "60", "--record", str(path), "--record-segment-s", "0.15", *more]
+    command += ["--num-gpu-blocks", "60", "--record", str(path), "--record-segment-s", "0.15"]
+    command += ["--replicas", str(replicas)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
@@ -41,7 +42,7 @@ def served_until_killed(path: Path, latency: Path, *more: str) -> subprocess.Pop
     for thread in threads:
         thread.start()
     try:
-        while process.poll() is None and not has_third_segment(path):
+        while process.poll() is None and num_third_segments(path) < replicas:
             time.sleep(0.02)
     finally:
         process.kill()
@@ -52,9 +53,9 @@ def served_until_killed(path: Path, latency: Path, *more: str) -> subprocess.Pop
     return process
 
 
-def has_third_segment(path: Path) -> bool:
-    """Whether a record's third segment is whole; folders may get another name while they are walked."""
-    return any(folder.endswith(os.path.join("segments", "000002")) for folder, _, _ in os.walk(path))
+def num_third_segments(path: Path) -> int:
+    """Of how many replicas the third segment is whole; folders may get another name while they are walked."""
+    return sum(folder.endswith(os.path.join("segments", "000002")) for folder, _, _ in os.walk(path))
 
 
 def test_every_command_takes_the_record_of_a_server_that_was_killed(twinserve, latency, tmp_path):
@@ -86,7 +87,7 @@ def test_every_command_takes_the_record_of_a_server_that_was_killed(twinserve, l
 
 def test_every_command_takes_the_record_of_a_fleet_that_was_killed(twinserve, latency, tmp_path):
     path = tmp_path / "live"
-    served_until_killed(path, latency, "--replicas", "2")
+    served_until_killed(path, latency, replicas=2)
     replayed = twinserve("replay", path)
     assert replayed.code == 0 and replayed.out.startswith("exact: ")
     fleet = ("--latency", latency, "--num-gpu-blocks", "60", "--replicas", "2")

@@ -22,8 +22,8 @@ def horizon(core: Core, batch: Batch, cap: int) -> int:
     decided before anything is committed, where a token might stop a sequence, in a pipeline of ranks, or with drafts,
     as nobody knows how many of them are right. It may be too small in these cases: a batch in flight has other rows
     than `batch`; somebody was preempted just now; the head of the waiting queue has a token in flight, or lacks blocks
-    that a running sequence is about to compute; a prefill interval begins or ends; or the order's choice may change by
-    itself (see `Order.is_steady`).
+    that a running sequence is about to compute, or somebody came behind it and changed the threshold of prompts; a
+    prefill interval begins or ends; or the order's choice may change by itself (see `Order.is_steady`).
     """
     scheduler, in_flight = core.scheduler, core.in_flight
     if scheduler.speculation.most or core.aborts or core.can_decide:
@@ -162,7 +162,7 @@ def _leap(scheduler: Scheduler, num_steps: int) -> Growth:
         past_end = seq.num_tokens + seq.num_in_flight > seq.final_length
         assert not past_end, f"{num_steps} steps go on past the end of {seq}, {seq.final_length}"
     if (interval := scheduler.rules.interval).steps > 1:
-        interval.end(num_steps, bool(batch.prompts), None)
+        interval.end(num_steps, bool(batch.prompts), len(scheduler.waiting) > 0)
     grown = _take_blocks(scheduler, batch, sorted(begun))
     for entry in sorted(full):
         seq = batch.seqs[entry % num_rows]

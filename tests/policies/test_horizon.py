@@ -420,6 +420,29 @@ def test_there_is_no_horizon_once_so_many_wait_that_the_head_fits_with_what_it_g
     assert [row.num_tokens for row in core.decide(2).admitted] == [2], "for 20 there were too few blocks"
 
 
+@pytest.mark.parametrize("leaps", [False, True])
+def test_a_leap_with_somebody_waiting_leaves_an_interval_saturated(leaps):
+    values = (
+        settings_of(random.Random(0)) | ROOM | {"max_num_seqs": 1, "composition": "mixed", "interval": 2, "depth": 0}
+    )
+    core = build_core(values, CoreListener())
+    core.ingest(Arrival(0, 0, 4, 50, 0, 0, "").sequence(), 0)
+    for now_ns in range(3):
+        core.decide(now_ns)
+        core.commit(None, now_ns)
+    batch, interval = core.decide(3), core.scheduler.rules.interval
+    assert not (interval.is_held or interval.is_saturated)
+    core.ingest(Arrival(1, 1, 4, 5, 0, 0, "").sequence(), 3)
+    assert horizon(core, batch, 3) == 3, "there is no place for it"
+    if leaps:
+        advance(core, [(4, 4, 5), (5, 5, 6)])
+    else:
+        for now_ns in (4, 5):
+            core.commit(None, now_ns)
+            core.decide(now_ns)
+    assert interval.is_saturated, "the next that is admitted need not wait for the interval"
+
+
 @pytest.mark.parametrize("has_ids", [True, False])
 @pytest.mark.parametrize(("num_prompt", "budget", "is_chunk"), [(4, 64, False), (40, 3, True)])
 def test_there_is_no_horizon_where_any_token_may_stop_a_sequence(has_ids, num_prompt, budget, is_chunk):

@@ -88,10 +88,10 @@ def _is_head_kept_out(scheduler: Scheduler, batch: Batch) -> bool:
     """Will nobody be admitted while the same is decided? Blocks only become fewer, so only more hits would help."""
     is_for_decodes = scheduler.composition != "mixed" and batch.usual_tokens
     budget = scheduler.max_num_batched_tokens - (0 if is_for_decodes else batch.num_tokens)
-    if scheduler.long_prefill_token_threshold < ENDLESS and len(scheduler.waiting) != batch.num_waiting:
-        return not scheduler.has_place(budget)  # the threshold may be another now, and so what the head needs
     if not scheduler.has_place(budget):
         return True
+    if scheduler.long_prefill_token_threshold < ENDLESS and len(scheduler.waiting) != batch.num_waiting:
+        return False  # the threshold may be another now, and so what the head needs
     head = scheduler.waiting.peek()
     if not getattr(scheduler.waiting, "is_steady", False) or head.num_in_flight:
         return False

@@ -365,6 +365,15 @@ def one_request(depth: int) -> tuple[Core, Batch]:
     return core, batch
 
 
+def second_decision(values: dict[str, Any], arrival: Arrival) -> tuple[Core, Batch]:
+    """A Core that serves one request, whose first step has ended, and its decision behind that."""
+    core = build_core(values, CoreListener())
+    core.ingest(arrival.sequence(), 0)
+    core.decide(0)
+    core.commit(None, 1)
+    return core, core.decide(1)
+
+
 def test_there_is_no_horizon_while_the_next_step_can_be_decided():
     core, batch = one_request(depth=1)
     core.commit(None, 2)
@@ -390,11 +399,7 @@ def test_there_is_no_horizon_once_somebody_has_come_whose_coming_cuts_chunks_oth
         "max_num_seqs": 1, "composition": "mixed", "max_num_batched_tokens": 64, "depth": 0,
         "long_prefill_token_threshold": 2, "adaptive": True,
     }  # fmt: skip
-    core = build_core(values, CoreListener())
-    core.ingest(Arrival(0, 0, 640, 5, 0, 0, "").sequence(), 0)
-    core.decide(0)
-    core.commit(None, 1)
-    batch = core.decide(1)
+    core, batch = second_decision(values, Arrival(0, 0, 640, 5, 0, 0, ""))
     assert (batch.lengths, horizon(core, batch, 20)) == ([64], 8)
     core.ingest(Arrival(1, 1, 640, 5, 0, 0, "").sequence(), 1)
     assert horizon(core, batch, 20) == 1
@@ -408,11 +413,7 @@ def test_there_is_no_horizon_once_so_many_wait_that_the_head_fits_with_what_it_g
         "depth": 0, "reserve": False, "watermark": 0, "long_prefill_token_threshold": 2, "binds_alone": False,
         "caches": False,
     }  # fmt: skip
-    core = build_core(values, CoreListener())
-    core.ingest(Arrival(0, 0, 6, 14, 0, 0, "").sequence(), 0)
-    core.decide(0)
-    core.commit(None, 1)
-    batch = core.decide(1)
+    core, batch = second_decision(values, Arrival(0, 0, 6, 14, 0, 0, ""))
     assert (batch.lengths, horizon(core, batch, 9)) == ([1], 9), "alone it may compute as many tokens as it likes"
     core.ingest(Arrival(1, 1, 20, 2, 0, 0, "").sequence(), 1)
     assert horizon(core, batch, 9) == 1
